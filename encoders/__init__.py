@@ -1,0 +1,19 @@
+"""Encoders of images and speech, and the connectors that lead into the language model."""
+
+from .connector import Connector, ConnectorConfig, build_connector, num_tokens
+from .encoder import Encoder, ImageEncoder, SpeechEncoder, build_encoder, load_encoder
+from .ridge import ridge_init, ridge_map
+
+__all__ = [
+    "Connector",
+    "ConnectorConfig",
+    "Encoder",
+    "ImageEncoder",
+    "SpeechEncoder",
+    "build_connector",
+    "build_encoder",
+    "load_encoder",
+    "num_tokens",
+    "ridge_init",
+    "ridge_map",
+]

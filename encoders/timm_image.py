@@ -1,0 +1,149 @@
+"""Any timm backbone as an image encoder.
+
+Shapes: B images, S = grid positions, D = width, C = channels of a feature map.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+
+from .encoder import ImageEncoder, nearest
+from .weights import fill, read_tensors, select_prefix
+
+
+@dataclass
+class TimmConfig:
+    name: str
+    """A timm model name, with or without a weights tag, such as ``tf_efficientnet_lite0``."""
+    image_size: int = 224
+    """Height and width of the input in pixels."""
+    features_layer: int | None = None
+    """Index among the model's feature levels (timm's ``forward_intermediates``), negative from the end, without the
+    final norm; None takes ``forward_features``."""
+    mean: list[float] | None = None
+    """Per-channel mean on a 0..1 scale; None takes timm's own."""
+    std: list[float] | None = None
+    """Per-channel deviation on a 0..1 scale; None takes timm's own."""
+    interpolation: str | None = None
+    """Resampling filter; None takes timm's own."""
+
+
+class TimmImageEncoder(ImageEncoder):
+    """The unpooled features of a timm model, without its classifier.
+
+    1. ``forward_features``, or one level of ``forward_intermediates``;
+    2. drop prefix tokens, or flatten a feature map, to ``[B, S, D]`` row by row.
+    """
+
+    kind = "timm"
+    Config = TimmConfig
+
+    def __init__(self, config: TimmConfig):
+        super().__init__(config)
+        self.features_layer = config.features_layer
+        self.model = create(config)
+        with torch.device("meta"):  # costs no arithmetic and no memory
+            twin = create(config).eval()
+            pixels = torch.empty(1, 3, config.image_size, config.image_size)
+            self.grid, self.hidden_size = describe(lambda: take(twin, pixels, config.features_layer), config.name)
+        own = timm.data.resolve_model_data_config(self.model)
+        self.preprocessing = {
+            "image_size": config.image_size,
+            "mean": list(config.mean or own["mean"]),
+            "std": list(config.std or own["std"]),
+            "interpolation": config.interpolation or own["interpolation"],
+        }
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.model
+
+    def load_weights(self, weights: str) -> None:
+        """Fill from a file or folder, or from timm's own weights when ``weights`` is ``pretrained``."""
+        if weights == "pretrained":
+            config = TimmConfig(**{key: value for key, value in self.config.items() if key != "type"})
+            self.model.load_state_dict(create(config, pretrained=True).state_dict())
+        else:
+            tensors = select_prefix(read_tensors(weights), self.model, ("", "model.", "visual.trunk."))
+            fill(self.model, translate(tensors, self.model), weights)
+
+    def features(self, pixels_B3HW: Tensor) -> Tensor:
+        return take(self.model, pixels_B3HW, self.features_layer)
+
+
+def create(config: TimmConfig, pretrained: bool = False) -> Any:
+    """The bare timm model, cut behind the chosen level. Raises UserError for a name that timm does not know."""
+    if not timm.is_model(config.name):
+        raise UserError(f"timm has no model {config.name!r}; closest: {nearest(config.name, timm.list_models())}")
+    try:  # only models with positions take the size
+        model = timm.create_model(config.name, pretrained=pretrained, num_classes=0, img_size=config.image_size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        model = timm.create_model(config.name, pretrained=pretrained, num_classes=0)
+    if config.features_layer is not None:
+        if not hasattr(model, "forward_intermediates"):
+            raise UserError(f"timm's {config.name} has no intermediate features; leave features_layer out")
+        try:
+            model.prune_intermediate_layers([config.features_layer], prune_norm=True, prune_head=True)
+        except AssertionError as error:
+            raise UserError(f"{config.name}: features_layer {config.features_layer}: {error}") from error
+    return model
+
+
+def take(model: Any, pixels_B3HW: Tensor, features_layer: int | None) -> Tensor:
+    """The unpooled features of a timm model as ``[B, S, D]``."""
+    if features_layer is None:
+        found = model.forward_features(pixels_B3HW)
+        if not isinstance(found, Tensor):
+            raise UserError(f"{type(model).__name__}: features are {type(found).__name__}, expected one tensor")
+        if found.ndim == 3:
+            return found[:, prefix_tokens(model, found.shape[1]) :]
+        channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    else:
+        # The model was cut behind the level, so it is the last one now.
+        found = model.forward_intermediates(pixels_B3HW, indices=1, intermediates_only=True)[-1]
+        channels_last = False
+    return found.flatten(1, 2) if channels_last else found.flatten(2).transpose(1, 2)
+
+
+def prefix_tokens(model: Any, length: int) -> int:
+    """How many class and register tokens stand before the grid; families that do not say have one or none."""
+    said = getattr(model, "num_prefix_tokens", None)
+    if said is None:
+        said = int(math.isqrt(length) ** 2 != length)
+    return said
+
+
+def describe(run: Any, name: str) -> tuple[tuple[int, int], int]:
+    """Grid and width of the features that ``run()`` returns for one square image."""
+    try:
+        features_1SD = run()
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"{name} does not take this image size: {str(error).splitlines()[0]}") from error
+    side = math.isqrt(features_1SD.shape[1])
+    if side * side != features_1SD.shape[1]:
+        raise UserError(f"{name}: {features_1SD.shape[1]} feature positions are no square grid; choose another layer")
+    return (side, side), features_1SD.shape[2]
+
+
+def translate(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """``tensors`` through the model family's own filter (other makers' names, resized position tables) if needed."""
+    own = model.state_dict()
+    if all(name in tensors and tensors[name].shape == own[name].shape for name in own):
+        return tensors
+    translator = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if translator is None:
+        return tensors
+    try:
+        return translator(tensors, model)
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError):
+        return tensors  # fill() then says which tensor does not fit

@@ -1,0 +1,109 @@
+"""Reading checkpoint files of several makers, and filling a module from them with errors that name the tensor."""
+
+import json
+import logging
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# In a folder the first of these that exists is read; then a single file with one of the suffixes.
+_FILE_NAMES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file that ``path`` names: itself, or the one inside it when it is a folder.
+
+    Raises UserError when there is none, or when a folder holds several and none has a usual name.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; expected encoder weights there")
+    for name in _FILE_NAMES:
+        if (path / name).is_file():
+            return path / name
+    found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise UserError(f"{path}: expected one weights file ({' '.join(_SUFFIXES)}), found {names}")
+    return found[0]
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of a file, a sharded file's index, or the folder around either, on the CPU.
+
+    Safetensors and ``torch.save`` files (read with ``weights_only=True``); the usual wrappings
+    (``state_dict``, ``model_state_dict``, ``model``; names under ``module.``) are taken off.
+    Raises UserError naming the file when it is missing or cannot be read.
+    """
+    file = find_weights(path)
+    if file.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        return {name: t for shard in shards for name, t in read_tensors(file.parent / shard).items()}
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]})") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{file}: cannot be read as weights ({error})") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{file}: holds {type(content).__name__} without tensors, expected a state dict")
+    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def select_prefix(tensors: dict[str, Tensor], module: nn.Module, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors under that prefix which covers most of ``module``'s names, with the prefix taken off.
+
+    So a tower is found in a file of its own as well as inside a whole model's file.
+    """
+    expected = module.state_dict().keys()
+    best = max(prefixes, key=lambda prefix: sum(prefix + name in tensors for name in expected))
+    return {name[len(best) :]: tensor for name, tensor in tensors.items() if name.startswith(best)}
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Copy ``tensors`` into ``module``, all of whose persistent tensors must be there in the same shape.
+
+    Tensors that the module does not have (a head that was removed, a text tower) are left aside. Raises UserError
+    naming ``source`` and the first tensor that is missing or of another shape.
+    """
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} of {len(expected)} tensors are missing, first {missing[0]!r}; "
+            f"the file starts with {next(iter(tensors), 'nothing')!r}"
+        )
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape:
+            found, wanted = list(tensors[name].shape), list(tensor.shape)
+            raise UserError(f"{source}: tensor {name!r} has shape {found}, expected {wanted}")
+    module.load_state_dict({name: tensors[name] for name in expected})
+    logger.info("%s: read %d tensors, left %d aside", source, len(expected), len(tensors) - len(expected))
