@@ -1,0 +1,216 @@
+"""One decoded JSON object of a data file -> Sample. Understands the key styles of LLaVA, Uni-MoE, ShareGPT and OpenAI.
+
+    turns     "conversations" or "messages": [{"from", "value"} or {"role", "content"}, ...]
+    content   a string in which <image>, <video>, <speech>, <audio> stand for media listed beside the turns,
+              or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, input_audio, ...
+    columns   image(s), video(s), voice/speech(es), audio(s): one medium or a list, in the order of their placeholders
+"""
+
+import base64
+import binascii
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from unimoe.configuration import MEDIA
+from unimoe.errors import UserError
+
+from .sample import Message, Part, Sample
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+"""Role names of every supported style -> ours."""
+
+COLUMNS = {
+    "image": "image",
+    "images": "image",
+    "video": "video",
+    "videos": "video",
+    "voice": "speech",  # Uni-MoE's name, with <audio> as its placeholder
+    "speech": "speech",
+    "speeches": "speech",
+    "audio": "audio",
+    "audios": "audio",
+}
+"""Names of media columns -> part type."""
+
+# LLaVA puts a line break between a medium and the text; what stands there is the chat template's affair.
+_PLACEHOLDER = re.compile(r"\n?<(image|video|speech|audio)>\n?")
+
+
+def parse_record(
+    record: Any, source: str, media_root: str | Path = ".", style: str = "auto", training: bool = True
+) -> Sample:
+    """Turn one record into a Sample whose messages are in content-part form.
+
+    In string content a placeholder stands for the next medium of its column. In a list of parts text is text,
+    whatever it says; a medium part that holds nothing takes the next of its column. Relative paths are resolved
+    against ``media_root``, and every file must exist. ``style`` is "llava" (turns under "conversations"),
+    "messages", or "auto" for either. For ``training`` the last turn must be the assistant's. Raises UserError
+    that begins with ``source``.
+    """
+    return _Record(record, source, Path(media_root), style).sample(training)
+
+
+class _Record:
+    """A record while it is read: the media not yet placed, and the counts of placeholders met."""
+
+    def __init__(self, record: Any, source: str, media_root: Path, style: str) -> None:
+        self.source = source
+        self.media_root = media_root
+        self.record = self._typed(record, dict, "the sample")
+        keys = {"llava": ["conversations"], "messages": ["messages"], "auto": ["conversations", "messages"]}[style]
+        present = [key for key in keys if key in record]
+        if len(present) != 1:
+            expected = " or ".join(f'"{key}"' for key in keys)
+            raise self._fault(f"expected one of the keys {expected}, found {sorted(record) or 'none'}")
+        self.turns = self._typed(record[present[0]], list, f'"{present[0]}"')
+        self.waiting: dict[str, list[Part]] = {kind: [] for kind in MEDIA}
+        for column, kind in COLUMNS.items():
+            self.waiting[kind] += self._column(column, kind)
+        self.found = dict.fromkeys(MEDIA, 0)
+        self.given = {kind: len(parts) for kind, parts in self.waiting.items()}
+        # Uni-MoE writes <audio> for speech: so it is meant when there is speech and no other sound.
+        self.audio_is_speech = bool(self.given["speech"]) and not self.given["audio"]
+
+    def sample(self, training: bool) -> Sample:
+        messages = [self._message(turn, number) for number, turn in enumerate(self.turns, 1)]
+        if isinstance(self.record.get("system"), str) and self.record["system"]:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.record["system"]}]})
+        for kind in MEDIA:
+            if self.found[kind] != self.given[kind]:
+                media = kind if kind in ("speech", "audio") else f"{kind}s"
+                raise self._fault(f"found {self.found[kind]} <{kind}> placeholders and {self.given[kind]} {media}")
+        self._check_order([message["role"] for message in messages], training)
+        identifier = self.record.get("id")
+        return Sample(messages, self.source, None if identifier is None else str(identifier))
+
+    def _message(self, turn: Any, number: int) -> Message:
+        here = f"turn {number}"
+        self._typed(turn, dict, here)
+        role = turn.get("role", turn.get("from"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise self._fault(f"{here}: found the role {role!r}, expected one of {', '.join(ROLES)}")
+        content = turn.get("content", turn.get("value"))
+        if isinstance(content, str):
+            parts = self._split(content)
+        elif isinstance(content, list):
+            parts = [self._part(part, here) for part in content]
+        else:
+            raise self._fault(f"{here}: expected text or a list of parts, found {_name(content)}")
+        parts = [part for part in parts if part["type"] != "text" or part["text"]]
+        if not any(part["type"] != "text" or part["text"].strip() for part in parts):
+            raise self._fault(f"{here} ({role}) is empty")
+        role = ROLES[role]
+        foreign = [part["type"] for part in parts if part["type"] != "text"]
+        if role == "assistant" and foreign:
+            raise self._fault(f"{here}: found <{foreign[0]}> in an assistant turn; media belong in user turns")
+        return {"role": role, "content": parts}
+
+    def _split(self, content: str) -> list[Part]:
+        parts: list[Part] = []
+        for index, piece in enumerate(_PLACEHOLDER.split(content)):
+            parts.append(self._next(piece) if index % 2 else {"type": "text", "text": piece})
+        return parts
+
+    def _next(self, kind: str) -> Part:
+        """The next medium of its column. One too many is counted now and reported once all are counted."""
+        if kind == "audio" and self.audio_is_speech:
+            kind = "speech"
+        self.found[kind] += 1
+        return self.waiting[kind].pop(0) if self.waiting[kind] else {"type": kind}
+
+    def _part(self, part: Any, here: str) -> Part:
+        self._typed(part, dict, f"{here}: a part")
+        kind = part.get("type")
+        if kind == "text":
+            return {"type": "text", "text": self._typed(part.get("text"), str, f'{here}: "text"')}
+        if kind == "image_url":
+            value = part.get("image_url")
+            return self._medium("image", value["url"] if isinstance(value, dict) and "url" in value else value, here)
+        if kind == "input_audio":
+            value = self._typed(part.get("input_audio"), dict, f'{here}: "input_audio"')
+            return self._medium("speech", {"base64": value.get("data")}, here)
+        if kind not in MEDIA:
+            known = ", ".join(("text", *MEDIA, "image_url", "input_audio"))
+            raise self._fault(f"{here}: found a part of type {kind!r}, expected one of {known}")
+        value = part.get(kind, {key: part[key] for key in ("path", "bytes", "url", "base64") if key in part})
+        return self._medium(kind, value, here) if value else self._next(kind)
+
+    def _column(self, column: str, kind: str) -> list[Part]:
+        value = self.record.get(column)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            return [self._medium(kind, value, f'"{column}"')]
+        if kind == "video" and len(value) > 1 and self._count_placeholders("video") == 1:
+            value = [value]  # Uni-MoE lists the frames of its one video
+        return [self._medium(kind, item, f'"{column}" {number}') for number, item in enumerate(value, 1)]
+
+    def _count_placeholders(self, kind: str) -> int:
+        contents = [turn.get("content", turn.get("value")) for turn in self.turns if isinstance(turn, dict)]
+        return sum(text.count(f"<{kind}>") for text in contents if isinstance(text, str))
+
+    def _medium(self, kind: str, value: Any, here: str) -> Part:
+        """A part from whatever names a medium: path, data URL, dict of path/bytes/url/base64, list of video frames."""
+        if isinstance(value, dict):
+            if isinstance(value.get("bytes"), bytes):
+                return {"type": kind, "bytes": value["bytes"]}
+            if isinstance(value.get("base64"), str):
+                return {"type": kind, "bytes": self._decoded(value["base64"], here)}
+            value = value.get("path") or value.get("url")
+        if kind == "video" and isinstance(value, list) and value:
+            return {"type": kind, "path": [self._file(frame, f"{here}: a frame") for frame in value]}
+        if isinstance(value, str) and value.startswith("data:"):
+            return {"type": kind, "url": value}
+        return {"type": kind, "path": self._file(value, here)}
+
+    def _file(self, value: Any, here: str) -> str:
+        if not isinstance(value, str) or not value:
+            raise self._fault(f"{here}: expected a path or a data URL, found {_name(value)}")
+        if re.match(r"[a-z]+://", value):
+            raise self._fault(f"{here}: {value[:80]} is a remote address, which is not fetched; expected a file")
+        path = os.path.abspath(self.media_root / value)
+        if not os.path.exists(path):
+            raise self._fault(f"{here}: there is no file {path}")
+        return path
+
+    def _decoded(self, data: str, here: str) -> bytes:
+        try:
+            return base64.b64decode("".join(data.split()), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise self._fault(f"{here}: not valid base64: {error}") from error
+
+    def _check_order(self, roles: list[str], training: bool) -> None:
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        expected = ["user", "assistant"] * (len(turns) // 2 + 1)
+        for number, (found, wanted) in enumerate(zip(turns, expected, strict=False), 1 + len(roles) - len(turns)):
+            if found != wanted:
+                raise self._fault(f"roles out of order: turn {number} is from {found}, expected {wanted}")
+        if not turns:
+            raise self._fault("there are no turns")
+        if training and turns[-1] != "assistant":
+            raise self._fault("the last turn is the user's; training needs an assistant turn at the end")
+
+    def _typed(self, value: Any, wanted: type, what: str) -> Any:
+        if not isinstance(value, wanted):
+            raise self._fault(f"{what} must be {_NAMES[wanted]}, found {_name(value)}")
+        return value
+
+    def _fault(self, message: str) -> UserError:
+        return UserError(f"{self.source}: {message}")
+
+
+_NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+
+
+def _name(value: Any) -> str:
+    return "nothing" if value is None else _NAMES.get(type(value), type(value).__name__)

@@ -1,0 +1,69 @@
+"""The one form in which the suite holds a conversation, whatever file it came from."""
+
+import base64
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unimoe.configuration import MEDIA
+
+Part = dict[str, Any]
+"""``{"type": "text", "text": str}`` or ``{"type": one of MEDIA, ...}`` with the medium under one of ``path``
+(absolute; for a video also a list of frame paths), ``bytes`` (an encoded file) or ``url`` (a data URL)."""
+
+Message = dict[str, Any]
+"""``{"role": "system" | "user" | "assistant", "content": list[Part]}``"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its media, not yet decoded."""
+
+    messages: list[Message]
+    """Turns in order: an optional system turn, then user and assistant in alternation."""
+
+    source: str
+    """Where it was read, ``file:line`` or ``file[index]``; every error about the sample begins with it."""
+
+    id: str | None = None
+    """The identifier the file gives it, if any."""
+
+    def media(self) -> Iterator[Part]:
+        """The parts that are not text, in order."""
+        for message in self.messages:
+            for part in message["content"]:
+                if part["type"] != "text":
+                    yield part
+
+    @property
+    def kind(self) -> str:
+        """The set of its modalities as one word, such as ``image+speech``; ``text`` when there is no medium."""
+        present = {part["type"] for part in self.media()}
+        return "+".join(name for name in MEDIA if name in present) or "text"
+
+    def to_record(self, root: str | Path) -> dict[str, Any]:
+        """The sample as a line of messages JSONL; paths inside ``root`` become relative to it, bytes data URLs."""
+        record: dict[str, Any] = {} if self.id is None else {"id": self.id}
+        record["messages"] = [
+            {"role": message["role"], "content": [_portable(part, Path(root)) for part in message["content"]]}
+            for message in self.messages
+        ]
+        return record
+
+
+def _portable(part: Part, root: Path) -> Part:
+    if "bytes" in part:
+        data = base64.b64encode(part["bytes"]).decode()
+        return {"type": part["type"], "url": f"data:application/octet-stream;base64,{data}"}
+    if "path" not in part:
+        return part
+    if isinstance(part["path"], list):
+        return {**part, "path": [_relative(path, root) for path in part["path"]]}
+    return {**part, "path": _relative(part["path"], root)}
+
+
+def _relative(path: str, root: Path) -> str:
+    inside = Path(path).is_relative_to(os.path.abspath(root))
+    return Path(path).relative_to(os.path.abspath(root)).as_posix() if inside else path
