@@ -1,0 +1,37 @@
+"""The MoE layer and its exchangeable parts: routers, experts, combine, losses, upcycling, records."""
+
+from .combine import combine_weights
+from .config import MoEConfig
+from .experts import Experts, Origin, SwiGLUExperts
+from .layer import MoELayer
+from .losses import load, load_balance, pair_counts, z_loss
+from .records import Context, LayerRecord, current_context, record, routing_context
+from .router import Router, TopK
+from .routing import Routing
+from .upcycle import copy_experts, from_dense, read_swiglu, repeat_router, slice_experts
+
+__all__ = [
+    "Context",
+    "Experts",
+    "LayerRecord",
+    "MoEConfig",
+    "MoELayer",
+    "Origin",
+    "Router",
+    "Routing",
+    "SwiGLUExperts",
+    "TopK",
+    "combine_weights",
+    "copy_experts",
+    "current_context",
+    "from_dense",
+    "load",
+    "load_balance",
+    "pair_counts",
+    "read_swiglu",
+    "record",
+    "repeat_router",
+    "routing_context",
+    "slice_experts",
+    "z_loss",
+]

@@ -1,0 +1,76 @@
+"""Which feed-forward layers of a model become mixtures of experts, and how they route."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from unimoe.errors import UserError
+
+PLACEMENTS = ("interval", "all", "first_half", "second_half", "none")
+
+
+@dataclass
+class MoEConfig:
+    """The MoE layers of one model; every field is JSON, so it can live inside a transformers config."""
+
+    num_experts: int = 4
+    """Experts per MoE layer."""
+    top_k: int = 2
+    """Experts that each token visits, 1..num_experts."""
+    placement: Literal["interval", "all", "first_half", "second_half", "none"] | list[int] = "interval"
+    """Decoder layers whose FFN becomes an MoE layer: every even layer (0, 2, ...), all, one half, none, or a
+    list of indices."""
+    gating: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
+    """Softmax over the kept logits (Uni-MoE's code), or over all experts before the choice (its paper)."""
+    renormalize: bool = True
+    """For softmax_topk: divide the kept probabilities by their sum. topk_softmax always sums to 1."""
+    combine: Literal["weight", "k_weight", "indicator", "straight_through"] = "weight"
+    """Factor of each expert's output, see combine.py."""
+    balance_coef: float = 0.01
+    """Factor of the load-balance loss (summed over layers) in the training loss."""
+    z_coef: float = 0.0
+    """Factor of the router z-loss (summed over layers) in the training loss."""
+    router_init_std: float = 0.02
+    """Standard deviation of a fresh router's weights."""
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise UserError(f"moe.num_experts is {self.num_experts}, expected at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(f"moe.top_k is {self.top_k}, expected 1..{self.num_experts} (moe.num_experts)")
+        if isinstance(self.placement, str) and self.placement not in PLACEMENTS:
+            choices = ", ".join(PLACEMENTS)
+            raise UserError(
+                f"moe.placement is {self.placement!r}, expected {choices} or a list of layer indices"
+            )
+
+    @classmethod
+    def from_dict(cls, values: "dict[str, Any] | MoEConfig") -> "MoEConfig":
+        """Reads a plain dict; an unknown key is a UserError that names it."""
+        if isinstance(values, MoEConfig):
+            return values
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise UserError(f"moe has an unknown key {unknown[0]!r}, expected one of {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def layers(self, num_hidden_layers: int) -> list[int]:
+        """Indices of the MoE layers, ascending, in a model of ``num_hidden_layers`` decoder layers."""
+        every = range(num_hidden_layers)
+        if isinstance(self.placement, str):
+            half = num_hidden_layers // 2
+            named = {
+                "interval": every[::2],
+                "all": every,
+                "first_half": every[:half],
+                "second_half": every[half:],
+                "none": every[:0],
+            }
+            return list(named[self.placement])
+        outside = [layer for layer in self.placement if layer not in every]
+        if outside:
+            raise UserError(f"moe.placement names layer {outside[0]}, expected 0..{num_hidden_layers - 1}")
+        return sorted(set(self.placement))

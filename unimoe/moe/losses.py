@@ -1,0 +1,100 @@
+"""Auxiliary losses of routing, and the load itself.
+
+Shapes: T tokens, E experts, N (token, expert) pairs, L layers. Padding tokens count nowhere.
+
+With uniform probabilities the balance loss is 1 whatever the load is, so the loss says nothing about the
+load: measure that with ``load``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .records import LayerRecord
+
+
+def load_balance(records: LayerRecord | Sequence[LayerRecord], load_LE: Tensor | None = None) -> Tensor:
+    """Load-balance loss E * sum_i f_i P_i (Fedus et al., arXiv 2101.03961, eq. 4); 1 at uniform routing,
+    differentiable in P.
+
+    Args:
+        records: one record, or one per layer.
+        load_LE: [L, E] shares f to use in place of this batch's, for balance over a global batch.
+
+    Returns:
+        [L], or a scalar for a single record. Zero where every token is padding.
+    """
+    if isinstance(records, LayerRecord):
+        return _balance(records, None if load_LE is None else load_LE.reshape(-1))
+    if not records:
+        return torch.zeros(0)
+    return torch.stack(
+        [_balance(one, None if load_LE is None else load_LE[i]) for i, one in enumerate(records)]
+    )
+
+
+def z_loss(records: LayerRecord | Sequence[LayerRecord]) -> Tensor:
+    """Router z-loss, mean of logsumexp(logits)^2 (Zoph et al., arXiv 2202.08906, eq. 5): [L], or a scalar for
+    a single record."""
+    if isinstance(records, LayerRecord):
+        z_T = records.routing.logits_TE.logsumexp(dim=-1).square()
+        return _mean(z_T[:, None], _real(records))[0]
+    if not records:
+        return torch.zeros(0)
+    return torch.stack([z_loss(one) for one in records])
+
+
+def load(record: LayerRecord, by_modality: bool = False) -> Tensor | dict[int, Tensor]:
+    """Share of (token, expert) pairs that each expert got: [E], sums to 1 (zeros if nothing was routed).
+
+    With ``by_modality`` a dict from modality id to [E], for the modalities that occur; UserError-free: a
+    context without modalities is one modality, 0.
+    """
+    counts = pair_counts(record, by_modality)
+    if isinstance(counts, dict):
+        return {modality: _shares(count_E) for modality, count_E in counts.items()}
+    return _shares(counts)
+
+
+def pair_counts(record: LayerRecord, by_modality: bool = False) -> Tensor | dict[int, Tensor]:
+    """[E] float32 number of pairs each expert got, padding excluded; counts of several batches may be added,
+    shares may not."""
+    routing, real_T = record.routing, _real(record)
+    weight_N = torch.ones_like(routing.weight_N, dtype=torch.float32, requires_grad=False)
+    if real_T is not None:
+        weight_N = real_T[routing.token_N].float()
+
+    def count(weight_N: Tensor) -> Tensor:
+        return weight_N.new_zeros(routing.num_experts).index_add_(0, routing.expert_N, weight_N)
+
+    if not by_modality:
+        return count(weight_N)
+    modality_T = record.ctx.modality_T
+    if modality_T is None:
+        return {0: count(weight_N)}
+    present = modality_T if real_T is None else modality_T[real_T]
+    modality_N = modality_T[routing.token_N]
+    return {modality: count(weight_N * (modality_N == modality)) for modality in present.unique().tolist()}
+
+
+def _balance(record: LayerRecord, load_E: Tensor | None) -> Tensor:
+    share_E = load(record) if load_E is None else load_E
+    assert isinstance(share_E, Tensor)
+    return record.routing.num_experts * (share_E * _mean(record.routing.probs_TE, _real(record))).sum()
+
+
+def _real(record: LayerRecord) -> Tensor | None:
+    pad_T = record.ctx.pad_T
+    return None if pad_T is None else ~pad_T.reshape(-1).bool()
+
+
+def _mean(values_TX: Tensor, real_T: Tensor | None) -> Tensor:
+    if real_T is None:
+        return values_TX.sum(dim=0) / max(values_TX.shape[0], 1)
+    real_T1 = real_T[:, None].to(values_TX.dtype)
+    return (values_TX * real_T1).sum(dim=0) / real_T1.sum().clamp(min=1)
+
+
+def _shares(count_E: Tensor) -> Tensor:
+    return count_E / count_E.sum().clamp(min=1)

@@ -1,0 +1,57 @@
+"""Ragged routing: who goes where, as one value for top-k, top-p, thresholds and dense phases alike.
+
+Shapes: T tokens, E experts, K slots per token, N (token, expert) pairs sorted by expert.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Routing:
+    """N (token, expert) pairs sorted by expert, with what losses and plots need to know about the choice."""
+
+    token_N: Tensor
+    """[N] int64, the token of each pair."""
+    expert_N: Tensor
+    """[N] int64, the expert of each pair, ascending."""
+    weight_N: Tensor
+    """[N] float, the router's weight of each pair; differentiable."""
+    offsets_E1: Tensor
+    """[E+1] int64, expert e owns pairs offsets[e]..offsets[e+1]."""
+    logits_TE: Tensor
+    """[T, E] float32 router logits before any choice; differentiable."""
+    probs_TE: Tensor
+    """[T, E] float32 router probabilities before the choice; differentiable."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What one router hands to its own loss."""
+
+    @classmethod
+    def from_topk(
+        cls, index_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, probs_TE: Tensor, num_experts: int
+    ) -> "Routing":
+        """Sorts K slots per token by expert; the order of tokens inside an expert is kept."""
+        slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(index_TK, num_experts)
+        return cls(token_N, expert_N, weight_TK.reshape(-1)[slot_N], offsets_E1, logits_TE, probs_TE)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.logits_TE.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets_E1.shape[0] - 1
+
+
+def sort_by_expert(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slots of ``index_TK`` grouped by expert: (slot_N, token_N, expert_N, offsets_E1), all int64.
+
+    slot_N points into ``index_TK.reshape(-1)``. Ids >= num_experts (transformers marks slots of other
+    machines so) are sorted behind offsets_E1[-1]; the caller drops them or lets its kernel skip them.
+    """
+    expert_N, slot_N = torch.sort(index_TK.reshape(-1), stable=True)
+    edges_E1 = torch.arange(num_experts + 1, device=index_TK.device, dtype=expert_N.dtype)
+    offsets_E1 = torch.searchsorted(expert_N, edges_E1)
+    return slot_N, slot_N // index_TK.shape[1], expert_N, offsets_E1

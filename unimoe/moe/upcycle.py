@@ -1,0 +1,121 @@
+"""From dense FFNs to experts.
+
+Each upcycler returns SwiGLUExperts whose ``origin`` says whether the MoE layer starts as exactly the dense
+FFN, and under which condition. Sources: sparse upcycling by copies (Komatsuzaki et al., arXiv 2212.05055),
+one dense model per expert (Uni-MoE, arXiv 2405.11273, section 3), slices of the hidden dimension (Dynamic-
+DINO's MoE-Tuning).
+
+Shapes: E experts, H hidden, I intermediate.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+
+from .experts import Origin, SwiGLUExperts
+from .router import TopK
+
+
+_NOISY = "noise was added"
+
+
+def read_swiglu(mlp: nn.Module) -> tuple[Tensor, Tensor]:
+    """(gate_up [2I, H], down [H, I]) of a SwiGLU FFN with gate_proj/up_proj/down_proj or a fused
+    gate_up_proj; not copies."""
+    name = type(mlp).__name__
+    parts = {part: getattr(mlp, part, None) for part in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")}
+    linears = {part: linear for part, linear in parts.items() if isinstance(linear, nn.Linear)}
+    biased = [part for part, linear in linears.items() if linear.bias is not None]
+    if biased:
+        raise UserError(f"{name}.{biased[0]} has a bias, expected a SwiGLU FFN without biases")
+    act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    if act is not None and type(act).__name__ not in ("SiLU", "SiLUActivation"):
+        raise UserError(f"{name} has the activation {type(act).__name__}, expected SiLU")
+    if {"gate_proj", "up_proj", "down_proj"} <= linears.keys():
+        gate_up = torch.cat([linears["gate_proj"].weight.detach(), linears["up_proj"].weight.detach()])
+    elif {"gate_up_proj", "down_proj"} <= linears.keys():
+        gate_up = linears["gate_up_proj"].weight.detach()
+    else:
+        expected = "linear layers gate_proj, up_proj (or gate_up_proj) and down_proj"
+        raise UserError(f"{name} is not a SwiGLU FFN: expected {expected}")
+    return gate_up, linears["down_proj"].weight.detach()
+
+
+def from_dense(mlps: Sequence[nn.Module], noise: float = 0.0) -> SwiGLUExperts:
+    """One expert per dense FFN, all of one shape; ``noise``: see ``copy_experts``."""
+    if not mlps:
+        raise UserError("no dense FFN to make experts from, expected at least one")
+    weights = [read_swiglu(mlp) for mlp in mlps]
+    shape = weights[0][1].shape
+    for slot, (_, down) in enumerate(weights):
+        if down.shape != shape:
+            found, expected = list(down.shape), list(shape)
+            raise UserError(
+                f"the FFN for expert {slot} has down_proj {found}, expected {expected} as expert 0 has"
+            )
+    origin = Origin("dense", False, "the experts differ") if len(mlps) > 1 else _copied(noise)
+    return _stack([gate_up for gate_up, _ in weights], [down for _, down in weights], noise, origin)
+
+
+def copy_experts(mlp: nn.Module, num_experts: int, noise: float = 0.0) -> SwiGLUExperts:
+    """``num_experts`` copies of one FFN; exact under any router whose weights sum to 1.
+
+    ``noise`` adds normal noise of that many standard deviations of each weight matrix, which ends exactness.
+    """
+    gate_up, down = read_swiglu(mlp)
+    return _stack([gate_up] * num_experts, [down] * num_experts, noise, _copied(noise))
+
+
+def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> SwiGLUExperts:
+    """Cuts the hidden dimension I of ``copies`` copies of one FFN in ``slices`` equal parts: slices*copies
+    experts of width I/slices.
+
+    Exact when a token visits all slices of one copy and they are summed unweighted (combine "indicator",
+    "straight_through", or "k_weight" with equal weights). Expert c*slices + s is slice s of copy c;
+    ``repeat_router`` makes a router that picks whole copies.
+    """
+    gate_up, down = read_swiglu(mlp)
+    inner = down.shape[1]
+    if slices < 1 or inner % slices:
+        raise UserError(
+            f"cannot cut an FFN of width {inner} in {slices} slices, expected a divisor of {inner}"
+        )
+    gate, up = gate_up.chunk(2)
+    width = inner // slices
+    cuts = [torch.cat(pair) for pair in zip(gate.split(width), up.split(width), strict=True)]
+    when = "each token visits all slices of one copy and their outputs are summed unweighted"
+    origin = Origin("slice", noise == 0, _NOISY if noise else when)
+    return _stack(cuts * copies, list(down.split(width, dim=1)) * copies, noise, origin)
+
+
+@torch.no_grad()
+def repeat_router(router: TopK, slices: int) -> None:
+    """Gives the ``slices`` slices of each copy the logits of the copy's first slice, in place, so that top-k
+    takes whole copies."""
+    if router.num_experts % slices:
+        raise UserError(
+            f"the router has {router.num_experts} experts, expected a multiple of {slices} slices"
+        )
+    router.weight.copy_(router.weight[::slices].repeat_interleave(slices, dim=0))
+
+
+def _copied(noise: float) -> Origin:
+    return Origin("copy", noise == 0, _NOISY if noise else "the combine weights of each token sum to 1")
+
+
+def _stack(gate_ups: list[Tensor], downs: list[Tensor], noise: float, origin: Origin) -> SwiGLUExperts:
+    hidden, inner = downs[0].shape
+    with torch.device("meta"):
+        experts = SwiGLUExperts(len(downs), hidden, inner)
+    # clones: stacked weights of their own, so that a copied expert does not share memory with the dense model
+    experts.gate_up_proj = nn.Parameter(_noisy(torch.stack(gate_ups), noise))
+    experts.down_proj = nn.Parameter(_noisy(torch.stack(downs), noise))
+    experts.origin = origin
+    return experts
+
+
+def _noisy(weight: Tensor, noise: float) -> Tensor:
+    return weight if noise == 0 else weight + noise * weight.std() * torch.randn_like(weight)
