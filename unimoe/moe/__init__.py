@@ -3,6 +3,7 @@
 from .combine import combine_weights
 from .config import MoEConfig
 from .experts import Experts, Origin, SwiGLUExperts
+from .install import install_moe
 from .layer import MoELayer
 from .losses import load, load_balance, pair_counts, z_loss
 from .records import Context, LayerRecord, current_context, record, routing_context
@@ -25,6 +26,7 @@ __all__ = [
     "copy_experts",
     "current_context",
     "from_dense",
+    "install_moe",
     "load",
     "load_balance",
     "pair_counts",

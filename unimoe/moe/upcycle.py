@@ -18,7 +18,6 @@ from unimoe.errors import UserError
 from .experts import Origin, SwiGLUExperts
 from .router import TopK
 
-
 _NOISY = "noise was added"
 
 
