@@ -1,0 +1,7 @@
+"""``python -m unimoe``, the same as ``unimoe``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
