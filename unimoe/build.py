@@ -1,0 +1,109 @@
+"""A new model from parts: a dense LLM, encoders with their weights, fresh connectors."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from .configuration import MEDIA, PLACEHOLDERS, UniMoeConfig
+from .encoders import build_connector, load_encoder
+from .errors import UserError
+from .modeling import UniMoeForConditionalGeneration
+from .moe import MoEConfig
+from .moe.install import install_moe
+from .prepare.cache import resolve_part
+from .processing import UniMoeProcessor
+from .prompt import CHATML
+
+Built = tuple[UniMoeForConditionalGeneration, UniMoeProcessor]
+
+
+def build_model(
+    llm: str = "default",
+    modalities: dict[str, dict[str, Any]] | None = None,
+    moe: dict[str, Any] | None = None,
+    chat_template: str | None = None,
+) -> Built:
+    """Put a model and its processor together; connectors start at random, everything else as its maker left it.
+
+    Args:
+        llm: ``default``, a folder or a hub id of a causal LM.
+        modalities: for each medium ``{"encoder": {"type", ..., "weights"}, "connector": {"type", ...}}``; ``weights`` is
+            ``default``, a folder, a file, or what :func:`unimoe.encoders.load_encoder` understands (None: random).
+        moe: fields of :class:`unimoe.moe.MoEConfig`, to copy the FFNs into experts at once; None keeps the LLM dense.
+        chat_template: ``chatml``, a Jinja template, or None for the tokenizer's own.
+    """
+    encoders, connectors, described = {}, {}, {}
+    for kind, parts in (modalities or {}).items():
+        if kind not in MEDIA:
+            raise UserError(f"modalities: unknown medium '{kind}', expected one of {', '.join(MEDIA)}")
+        if "encoder" not in parts or "connector" not in parts:
+            raise UserError(f"modalities.{kind} needs the keys 'encoder' and 'connector', found {sorted(parts)}")
+        spec = dict(parts["encoder"])
+        weights = spec.pop("weights", None)
+        encoders[kind] = load_encoder(spec, resolve_part(weights, kind) if weights else None)
+        if encoders[kind].modality != kind:
+            raise UserError(f"modalities.{kind}: encoder type '{spec['type']}' is for {encoders[kind].modality}")
+        connectors[kind] = parts["connector"]
+        described[kind] = {"encoder": encoders[kind].config, "connector": parts["connector"]}
+
+    causal, tokenizer = load_llm(llm)
+    config = UniMoeConfig(
+        text_config=causal.config,
+        modalities=described,
+        **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]) for kind in described},
+    )
+    with torch.device("meta"):  # only the frame: every part is put in below
+        model = UniMoeForConditionalGeneration(config)
+    decoder = getattr(causal, causal.base_model_prefix)
+    model.model.language_model = decoder
+    model.lm_head = causal.get_output_embeddings()
+    for kind, encoder in encoders.items():
+        model.model.encoders[kind] = encoder
+        model.model.connectors[kind] = build_connector(connectors[kind], encoder.hidden_size, config.text_config.hidden_size)
+    if moe:
+        settings = MoEConfig.from_dict(moe)
+        install_moe(decoder, settings)
+        config.moe = settings.to_dict()
+    model.generation_config = _generation_config(causal, tokenizer)
+    template = CHATML if chat_template == "chatml" else chat_template
+    return model.eval(), UniMoeProcessor(tokenizer, processor_parts(model), chat_template=template)
+
+
+def load_llm(llm: str):
+    """A dense causal LM and its tokenizer, both with the media placeholders. Raises UserError when it cannot be had."""
+    path = str(resolve_part(llm, "llm"))
+    try:
+        causal = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm '{llm}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    new = tokenizer.add_special_tokens({"extra_special_tokens": list(PLACEHOLDERS.values())})
+    rows = causal.get_input_embeddings().weight.shape[0]
+    if new and len(tokenizer) > rows:
+        causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():  # never read as inputs; as outputs they are suppressed
+            for weight in {causal.get_input_embeddings().weight, causal.get_output_embeddings().weight}:
+                weight[rows:] = weight[:rows].mean(0)
+    return causal, tokenizer
+
+
+def processor_parts(model: UniMoeForConditionalGeneration) -> dict[str, Any]:
+    """What the processor has to know about each medium of the model."""
+    parts = {}
+    for kind, encoder in model.model.encoders.items():
+        if kind == "image":
+            preprocessing = {**encoder.preprocessing, "positions": encoder.num_tokens}
+        else:
+            preprocessing = {"mel_bins": encoder.num_mel_bins}
+        parts[kind] = {"preprocessing": preprocessing, "connector": model.config.modalities[kind]["connector"]}
+    return parts
+
+
+def _generation_config(causal, tokenizer) -> GenerationConfig:
+    generation = causal.generation_config or GenerationConfig()
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    generation.suppress_tokens = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values()))
+    return generation

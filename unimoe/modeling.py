@@ -1,0 +1,275 @@
+"""The model: encoders and connectors in front of a causal LM, some of whose FFNs are mixtures of experts.
+
+Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (pictures, audio windows),
+S encoder positions of an item, D encoder width, N media tokens over the whole batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+from .configuration import MODALITIES, UniMoeConfig
+from .encoders import Encoder, build_connector, build_encoder
+from .moe import Context, MoEConfig, load_balance, record, routing_context, z_loss
+from .moe.install import install_moe
+
+MEDIA_INPUTS = {
+    "image": ("pixel_values",),
+    "speech": ("speech_features", "speech_frames"),
+}
+"""Arguments of ``forward`` that feed each encoder, in the order of the encoder's own."""
+
+Encoded = tuple[Tensor, Tensor | None]
+"""Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
+
+
+@dataclass
+class UniMoeOutput(ModelOutput):
+    """Output of :class:`UniMoeForConditionalGeneration`; fields that do not apply are None."""
+
+    loss: Tensor | None = None
+    """Cross-entropy plus weighted auxiliary losses, with ``labels``."""
+    aux_loss: Tensor | None = None
+    """The weighted auxiliary losses alone (0-d)."""
+    logits: Tensor | None = None
+    """[B, T, V], or the last ``logits_to_keep`` positions."""
+    last_hidden_state: Tensor | None = None
+    """[B, T, H], from :class:`UniMoeModel`."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    """[B*T, E] for each MoE layer, with ``output_router_logits=True``."""
+
+
+class UniMoePreTrainedModel(PreTrainedModel):
+    """What both model classes tell transformers about themselves."""
+
+    config: UniMoeConfig
+    base_model_prefix = "model"
+    input_modalities = ("text", "image", "audio")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, Encoder):
+            module.reset_buffers()  # buffers that are not saved are empty after loading through the meta device
+        elif type(module).__module__.startswith("unimoe.") and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class UniMoeModel(UniMoePreTrainedModel):
+    """Encoders, connectors and the decoder, without the head.
+
+    The forward pass:
+
+    1. Embed ``input_ids``.
+    2. For each medium that is present, encode the items, connect them to the LLM's width, and put the resulting tokens in
+       the places of the medium's placeholder. A medium that is absent runs nothing.
+    3. Run the decoder, with the modality of every token and the padding at hand for the routers.
+    """
+
+    def __init__(self, config: UniMoeConfig):
+        super().__init__(config)
+        modalities = config.modalities or {}
+        hidden_size = config.text_config.hidden_size
+        self.encoders = nn.ModuleDict({kind: build_encoder(parts["encoder"]) for kind, parts in modalities.items()})
+        self.connectors = nn.ModuleDict(
+            {
+                kind: build_connector(parts["connector"], self.encoders[kind].hidden_size, hidden_size)
+                for kind, parts in modalities.items()
+            }
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.moe:
+            install_moe(self.language_model, MoEConfig(**config.moe))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def connect(self, kind: str, encoded: Encoded) -> Tensor:
+        """Media tokens [N, H] of all items of one medium, in order, from its encoder's output."""
+        tokens_MNH, counts_M = self.connectors[kind](*encoded)
+        valid_MN = torch.arange(tokens_MNH.shape[1], device=tokens_MNH.device) < counts_M[:, None]
+        return tokens_MNH[valid_MN]
+
+    def insert_media(self, kind: str, input_ids: Tensor, embeds_BTH: Tensor, tokens_NH: Tensor) -> Tensor:
+        """Put the media tokens, in order, where ``input_ids`` hold the placeholder. Raises ValueError if the numbers differ."""
+        places_BT = input_ids == self.config.token_ids()[kind]
+        counts = places_BT.sum(1).tolist()
+        if sum(counts) != len(tokens_NH):
+            raise ValueError(
+                f"the rows hold {counts} <{kind}> placeholder tokens ({sum(counts)} in all), but the {kind} inputs give "
+                f"{len(tokens_NH)} tokens; scattering them would misplace media, so expand the placeholders with the processor"
+            )
+        return embeds_BTH.masked_scatter(places_BT[..., None], tokens_NH.to(embeds_BTH))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        speech_features: Tensor | None = None,
+        speech_frames: Tensor | None = None,
+        encoded_media: dict[str, Encoded] | None = None,
+        **kwargs,
+    ) -> UniMoeOutput:
+        """Run the model.
+
+        Args:
+            input_ids: [B, T], media placeholders expanded to one for each media token.
+            attention_mask: [B, T], 0 on padding (with a cache: [B, past + T]).
+            pixel_values: [M, 3, height, width], the pictures of all rows in order.
+            speech_features: [M, mel bins, F], log-mel windows of all rows in order.
+            speech_frames: [M], the valid frames of each window.
+            encoded_media: outputs of frozen encoders computed beforehand, by medium; they take the place of raw inputs.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        raw = {"pixel_values": pixel_values, "speech_features": speech_features, "speech_frames": speech_frames}
+        encoded_media = dict(encoded_media or {})
+        for kind, names in MEDIA_INPUTS.items():
+            if raw[names[0]] is not None:
+                if kind not in self.encoders:
+                    raise ValueError(f"{names[0]} given, but this model has no {kind} encoder; it has {list(self.encoders)}")
+                encoded_media[kind] = self.encoders[kind](*(raw[name] for name in names))
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if encoded_media and input_ids is None:
+            raise ValueError("media need input_ids: their placeholders say where the media tokens go")
+        for kind, encoded in encoded_media.items():
+            inputs_embeds = self.insert_media(kind, input_ids, inputs_embeds, self.connect(kind, encoded))
+
+        with routing_context(self.token_context(input_ids, attention_mask, inputs_embeds)):
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        return UniMoeOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def token_context(self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds_BTH: Tensor) -> Context:
+        """Padding and modality of each of the B*T tokens, for routers, losses and plots."""
+        rows, length = embeds_BTH.shape[:2]
+        modality_BT = torch.zeros(rows, length, dtype=torch.long, device=embeds_BTH.device)
+        if input_ids is not None:
+            for kind, token_id in self.config.token_ids().items():
+                modality_BT[input_ids == token_id] = MODALITIES.index(kind)
+        pad_T = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            pad_T = (attention_mask[:, -length:] == 0).flatten()
+        return Context(pad_T=pad_T, modality_T=modality_BT.flatten())
+
+
+class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
+    """:class:`UniMoeModel` with a language-model head: trains with ``labels``, answers with ``generate``."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: UniMoeConfig):
+        super().__init__(config)
+        self.model = UniMoeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def head(self, hidden_H: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H], with the scaling or soft cap that some LLMs define."""
+        logits_V = self.lm_head(hidden_H) / getattr(self.config.text_config, "logits_scaling", 1.0)
+        if cap := getattr(self.config.text_config, "final_logit_softcapping", None):
+            logits_V = torch.tanh(logits_V / cap) * cap
+        return logits_V
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        speech_features: Tensor | None = None,
+        speech_frames: Tensor | None = None,
+        encoded_media: dict[str, Encoded] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        output_router_logits: bool = False,
+        **kwargs,
+    ) -> UniMoeOutput:
+        """As :meth:`UniMoeModel.forward`, and:
+
+        Args:
+            labels: [B, T], -100 where a token is not learned; adds ``loss`` and ``aux_loss``.
+            logits_to_keep: compute the logits of the last so many positions only (0: all).
+            output_router_logits: return the router logits of every MoE layer.
+        """
+        with record() as records:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                speech_features=speech_features,
+                speech_frames=speech_frames,
+                encoded_media=encoded_media,
+                **kwargs,
+            )
+        outputs.logits = self.head(outputs.last_hidden_state[:, -logits_to_keep:])
+        outputs.last_hidden_state = None
+        if labels is not None:
+            outputs.aux_loss = self.aux_loss(records)
+            outputs.loss = outputs.aux_loss + nn.functional.cross_entropy(
+                outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+            )
+        if output_router_logits:
+            outputs.router_logits = tuple(entry.routing.logits_TE for entry in records)
+        return outputs
+
+    def aux_loss(self, records: list) -> Tensor:
+        """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model)."""
+        total = self.lm_head.weight.new_zeros(())
+        if self.config.moe:
+            moe = MoEConfig(**self.config.moe)
+            if moe.balance_coef:
+                total = total + moe.balance_coef * torch.stack([load_balance(entry) for entry in records]).sum()
+            if moe.z_coef:
+                total = total + moe.z_coef * torch.stack([z_loss(entry) for entry in records]).sum()
+        return total
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs) -> dict:
+        """Media enter with the prompt; later steps find them in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for names in (*MEDIA_INPUTS.values(), ("encoded_media",)):
+                for name in names:
+                    inputs[name] = None
+        return inputs

@@ -1,0 +1,61 @@
+"""Putting MoE layers in the place of a decoder's dense FFNs."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from unimoe.errors import UserError
+
+from .config import MoEConfig
+from .layer import MoELayer
+from .router import TopK
+from .upcycle import copy_experts, from_dense
+
+
+def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
+    """The FFN of one decoder layer of a transformers model. Raises UserError where the model names it otherwise."""
+    layers = getattr(decoder, "layers", None)
+    mlp = getattr(layers[layer], "mlp", None) if layers is not None else None
+    if not isinstance(mlp, nn.Module):
+        raise UserError(
+            f"{type(decoder).__name__} has no FFN at layers[{layer}].mlp, which is where MoE layers go"
+        )
+    return mlp
+
+
+def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module] | None = None) -> None:
+    """Replace the FFNs of the layers that ``moe`` places, in place.
+
+    Args:
+        decoder: a transformers decoder (``AutoModel`` of a causal LM) with dense SwiGLU FFNs.
+        moe: how many experts, where, and how they are routed. Routers start from N(0, ``router_init_std``).
+        sources: one dense decoder for each expert slot, whose FFNs become that expert; None copies the decoder's own.
+    """
+    if sources is not None and len(sources) != moe.num_experts:
+        raise UserError(
+            f"{len(sources)} models for the expert slots, but moe.num_experts is {moe.num_experts}"
+        )
+    for layer in moe.layers(len(decoder.layers)):  # type: ignore[arg-type]
+        mlp = dense_mlp(decoder, layer)
+        if isinstance(mlp, MoELayer):
+            raise UserError(f"layer {layer} is an MoE layer already; expected a dense model")
+        if sources is None:
+            experts = copy_experts(mlp, moe.num_experts)
+        else:
+            experts = from_dense([dense_mlp(source, layer) for source in sources])
+        weight = experts.down_proj
+        router = TopK(
+            weight.shape[1],
+            moe.num_experts,
+            moe.top_k,
+            gating=moe.gating,
+            renormalize=moe.renormalize,
+            init_std=moe.router_init_std,
+        ).to(weight.device)
+        moe_layer = MoELayer(router, experts.to(weight.dtype), combine=moe.combine, layer_index=layer)
+        decoder.layers[layer].mlp = moe_layer  # type: ignore[index, union-attr]
+
+
+def moe_layers(model: nn.Module) -> dict[int, MoELayer]:
+    """The MoE layers of a model by the index of their decoder layer."""
+    return {module.layer_index: module for module in model.modules() if isinstance(module, MoELayer)}

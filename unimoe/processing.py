@@ -1,0 +1,179 @@
+"""The processor: from messages with media to the model's inputs.
+
+    messages -> prompt text (the LLM's chat template) -> ids, each placeholder repeated once a media token
+             -> pictures, sounds                      -> encoder inputs
+
+Placeholders come from media parts only: characters that somebody typed never become a control token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, ProcessorMixin
+
+from .configuration import MEDIA, PLACEHOLDERS
+from .data.media import load_audio, load_image
+from .errors import UserError
+from .preprocessing import PREPROCESSORS
+from .prompt import ANSWER, ANSWER_END, CHATML, control_pattern, mark_typed, tokenize, unmark
+
+LOADERS = {"image": load_image, "speech": load_audio}
+
+
+class UniMoeProcessor(ProcessorMixin):
+    """Tokenizer and media preprocessing of one model.
+
+    Args:
+        tokenizer: the LLM's, with the placeholders added as special tokens.
+        modalities: for each medium the ``preprocessing`` and ``connector`` configuration.
+        chat_template: Jinja template over messages whose content is a string; default the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer, modalities: dict[str, Any] | None = None, chat_template: str | None = None):
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHATML)
+        self.modalities = modalities or {}
+        self.preprocessors = {
+            kind: PREPROCESSORS[kind](parts["preprocessing"], parts["connector"])
+            for kind, parts in self.modalities.items()
+        }
+        self._control = control_pattern(tokenizer)
+
+    def encode(self, messages: list[dict], add_generation_prompt: bool = False, where: str = "message") -> dict[str, Any]:
+        """One conversation as model inputs without a batch dimension.
+
+        Args:
+            messages: ``{"role", "content"}``; content is a string or parts ``{"type": "text" | "image" | "speech", ...}``
+                with the medium under its own type (decoded) or under ``path``, ``url`` (a data URL) or ``bytes``.
+            add_generation_prompt: end with the opening of an assistant turn.
+            where: what errors call this conversation (file and line).
+
+        Returns ``input_ids`` and ``assistant_mask`` (1 on what the assistant said and the token that ends its turn), both
+        lists, and for each medium present the encoder inputs of its items as lists of tensors.
+        """
+        return self._expand(*self._render(messages, add_generation_prompt, where))
+
+    def pad(self, encoded: list[dict[str, Any]], side: str = "right") -> BatchFeature:
+        """Conversations from :meth:`encode` as one batch: ``input_ids``, ``attention_mask`` [B, T] and the media of all rows."""
+        ids = [torch.tensor(row["input_ids"]) for row in encoded]
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
+        batch = {
+            "input_ids": pad_sequence(ids, True, pad_id, side),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0, side),
+        }
+        for preprocessor in self.preprocessors.values():
+            for name in preprocessor.outputs:
+                items = [item for row in encoded for item in row.get(name, [])]
+                if items:
+                    batch[name] = _stack(items)
+        return BatchFeature(batch)
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs,
+    ):
+        """The prompt text of a conversation, or with ``tokenize=True`` a padded batch of model inputs (one row a conversation).
+
+        Batches are padded on the left when a generation prompt is added, else on the right.
+        """
+        if chat_template is not None:
+            raise UserError("give the chat template when the processor is made (chat_template=...), not for a single call")
+        batched = bool(conversation) and isinstance(conversation[0], list)
+        rows: Any = conversation if batched else [conversation]
+        if not tokenize:
+            texts = [unmark(self._render(row, add_generation_prompt, "conversation")[0]) for row in rows]
+            return texts if batched else texts[0]
+        encoded = [self.encode(row, add_generation_prompt, f"conversation {index}") for index, row in enumerate(rows)]
+        side = "left" if add_generation_prompt else "right"
+        batch = self.pad(encoded, side)
+        if return_assistant_tokens_mask:
+            masks = [torch.tensor(row["assistant_mask"]) for row in encoded]
+            batch["assistant_masks"] = pad_sequence(masks, True, 0, side)
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(self, text=None, images=None, speech=None, padding_side: str = "right", **kwargs) -> BatchFeature:
+        """Prompts that already hold placeholders, with their media in the order of the placeholders.
+
+        Args:
+            text: a string or a list of strings.
+            images: PIL pictures of all prompts in order.
+            speech: [samples] arrays at 16 kHz of all prompts in order.
+            padding_side: ``left`` for generation.
+        """
+        if text is None:
+            raise UserError("the processor needs text; pictures and speech have their places in it (<image>, <speech>)")
+        texts = [text] if isinstance(text, str) else list(text)
+        waiting = {"image": _as_list(images), "speech": _as_list(speech)}
+        for kind, token in PLACEHOLDERS.items():
+            found, given = sum(one.count(token) for one in texts), len(waiting.get(kind, []))
+            if found != given:
+                raise UserError(f"the text holds {found} {token}, but {given} {kind} inputs were given")
+        start = self.tokenizer.bos_token or ""
+        if not start or self.tokenizer("")["input_ids"][:1] != [self.tokenizer.bos_token_id]:
+            start = ""  # this tokenizer does not begin texts with a token of its own
+        encoded = []
+        for one in texts:
+            media = {kind: [items.pop(0) for _ in range(one.count(PLACEHOLDERS[kind]))] for kind, items in waiting.items()}
+            encoded.append(self._expand(start + one, media))
+        return self.pad(encoded, padding_side)
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool, where: str) -> tuple[str, dict[str, list]]:
+        """Prompt text with marks, and the decoded media by kind in the order of their placeholders."""
+        media: dict[str, list] = {}
+        flat = []
+        for message in messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            text = "".join(self._part(part, media, where) for part in parts)
+            if message["role"] == "assistant":
+                text = f"{ANSWER}{text.strip()}{ANSWER_END}"
+            flat.append({"role": message["role"], "content": text})
+        text = self.tokenizer.apply_chat_template(
+            flat, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text, media
+
+    def _part(self, part: dict, media: dict[str, list], where: str) -> str:
+        kind = part.get("type")
+        if kind == "text":
+            return mark_typed(part["text"], self._control)
+        if kind not in MEDIA:
+            raise UserError(f"{where}: unknown content type '{kind}'; known: text, {', '.join(MEDIA)}")
+        if kind not in self.preprocessors:
+            raise UserError(f"{where}: this model takes no {kind}; it takes {', '.join(['text', *self.preprocessors])}")
+        media.setdefault(kind, []).append(part[kind] if part.get(kind) is not None else LOADERS[kind](part, where))
+        return PLACEHOLDERS[kind]
+
+    def _expand(self, text: str, media: dict[str, list]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        counts: dict[str, list[int]] = {}
+        for kind, items in media.items():
+            for item in items:
+                features, tokens = self.preprocessors[kind](item)
+                counts.setdefault(kind, []).append(tokens)
+                for name, tensors in features.items():
+                    inputs.setdefault(name, []).extend(tensors)
+        ids, said = tokenize(text, self.tokenizer, counts)
+        return {"input_ids": ids, "assistant_mask": said, **inputs}
+
+
+def _as_list(items) -> list:
+    if items is None:
+        return []
+    return list(items) if isinstance(items, (list, tuple)) else [items]
+
+
+def _stack(items: list[Tensor]) -> Tensor:
+    """Stack one tensor an item, padded with zeros at the end of the last axis where they differ in length."""
+    if len({item.shape for item in items}) == 1:
+        return torch.stack(items)
+    longest = max(item.shape[-1] for item in items)
+    return torch.stack([torch.nn.functional.pad(item, (0, longest - item.shape[-1])) for item in items])
