@@ -1,29 +1,36 @@
 """Samples -> what the model's forward takes, with labels on the assistant's words only.
 
     list[Sample] -> processor.encode (decodes media, one sample) -> labels, length -> processor.pad -> batch
+
+Shapes: B rows, T tokens, M encoder items (pictures, speech windows), S encoder positions, D encoder width.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unimoe.configuration import PLACEHOLDERS
+from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
 
 from .features import FeatureCache
-from .sample import Sample
+from .media import describe
+from .sample import Message, Part, Sample
 
 IGNORED = -100
 """The label of a position that is not learned."""
 
 
 class Collator:
-    """Makes a batch of samples: ``input_ids``, ``attention_mask``, ``labels`` [B, T] padded on the right, and for
-    the modalities present ``pixel_values`` [images, 3, H, W], ``speech_features`` [windows, mels, frames] and
-    ``speech_frames`` [windows]; with ``features``, ``encoded_media`` in their place.
+    """Makes a batch: ``input_ids``, ``attention_mask``, ``labels`` [B, T] padded on the right, and for the
+    modalities present ``pixel_values`` [M, 3, H, W], ``speech_features`` [M, mel bins, frames] and
+    ``speech_frames`` [M]. Media of the kinds in ``features`` come as ``encoded_media`` instead, kind ->
+    (features [M, S, D], lengths [M] or None), read from the cache without being decoded.
 
-    ``labels`` equal ``input_ids`` on assistant text with its end-of-turn token, and -100 everywhere else.
+    ``labels`` equal ``input_ids`` on assistant text with its end-of-turn token, and are -100 everywhere else.
     """
 
     def __init__(
@@ -33,37 +40,86 @@ class Collator:
         features: FeatureCache | None = None,
         truncate: bool = False,
     ) -> None:
-        """``processor`` is a UniMoeProcessor. A sample of more than ``max_length`` tokens is a UserError, or with
-        ``truncate`` is cut on the right, which must leave all its media and something to learn."""
-        self.processor = processor if features is None else features.attach(processor)
+        """``processor`` is a UniMoeProcessor. A sample of more than ``max_length`` tokens is a UserError, or
+        with ``truncate`` is cut on the right, which must leave all its media and something to learn."""
+        self.processor = copy.copy(processor)
         self.max_length = max_length
         self.features = features
         self.truncate = truncate
-        self._media_ids = {processor.tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS.values()}
+        self._media_ids = set(processor.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values())))
+        self._stored: dict[str, _StoredFeatures] = {}
+        if features is not None:
+            for kind in sorted(features.kinds):
+                has_lengths = len(processor.preprocessors[kind].outputs) > 1
+                connector = processor.modalities[kind]["connector"]
+                self._stored[kind] = _StoredFeatures(kind, connector, has_lengths)
+            self.processor.preprocessors = {**processor.preprocessors, **self._stored}
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Encode and pad. Raises UserError that names the sample at fault."""
         encoded, labels = [], []
         for sample in samples:
-            messages = sample.messages if self.features is None else self.features.substitute(sample)
-            one = self.processor.encode(messages, where=sample.source)
+            one = self.processor.encode(self._messages(sample), where=sample.source)
             mask = one.pop("assistant_mask")
-            self._fit(one, mask, sample)
+            self._fit(one["input_ids"], mask, sample)
             if not any(mask):
                 raise UserError(f"{sample.source}: there is no assistant text to learn from")
             encoded.append(one)
-            labels.append([token if keep else IGNORED for token, keep in zip(one["input_ids"], mask, strict=True)])
+            pairs = zip(one["input_ids"], mask, strict=True)
+            labels.append([token if learned else IGNORED for token, learned in pairs])
         batch = dict(self.processor.pad(encoded))
         width = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
-        return batch if self.features is None else self.features.gather(batch)
+        present = [kind for kind, stored in self._stored.items() if stored.outputs[0] in batch]
+        if present:
+            batch["encoded_media"] = {kind: self._stored[kind].take(batch) for kind in present}
+        return batch
 
-    def _fit(self, one: dict[str, Any], mask: list[int], sample: Sample) -> None:
-        length = len(one["input_ids"])
-        if self.max_length is None or length <= self.max_length:
+    def _fit(self, input_ids: list[int], mask: list[int], sample: Sample) -> None:
+        if self.max_length is None or len(input_ids) <= self.max_length:
             return
+        length = len(input_ids)
         found = f"{sample.source}: the sample has {length} tokens, more than max_length {self.max_length}"
         if not self.truncate:
             raise UserError(f"{found}; raise max_length, set truncate, or leave the sample out")
-        if self._media_ids.intersection(one["input_ids"][self.max_length :]) or not any(mask[: self.max_length]):
+        if self._media_ids.intersection(input_ids[self.max_length :]) or not any(mask[: self.max_length]):
             raise UserError(f"{found}, and cutting it would take away media or all assistant text")
-        del one["input_ids"][self.max_length :], mask[self.max_length :]
+        del input_ids[self.max_length :], mask[self.max_length :]
+
+    def _messages(self, sample: Sample) -> list[Message]:
+        """The messages with stored features, where there is a cache, in the place of media."""
+        if self.features is None:
+            return sample.messages
+        cache = self.features
+
+        def stored(part: Part) -> Part:
+            kind = part["type"]
+            if kind not in self._stored:
+                return part
+            windows = cache.get(cache.key(part, sample.source))
+            if windows is None:
+                missing = f"{describe(part)} is not in the feature cache {cache.folder}"
+                raise UserError(f"{sample.source}: {missing}; fill it first")
+            return {"type": kind, kind: windows}
+
+        return [{**turn, "content": [stored(part) for part in turn["content"]]} for turn in sample.messages]
+
+
+class _StoredFeatures:
+    """Stands in for a preprocessor of the processor: takes the list of features [S, D] of one medium."""
+
+    def __init__(self, kind: str, connector: dict[str, Any], has_lengths: bool) -> None:
+        self.outputs = (f"{kind}_encoded", f"{kind}_lengths")
+        self.connector = connector
+        self.has_lengths = has_lengths
+
+    def __call__(self, windows: list[Tensor]) -> tuple[dict[str, list[Tensor]], int]:
+        # The processor pads the last axis, so the positions go there.
+        values = [window.T for window in windows], [torch.tensor(len(window)) for window in windows]
+        tokens = sum(num_tokens(self.connector, len(window)) for window in windows)
+        return dict(zip(self.outputs, values, strict=True)), tokens
+
+    def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Remove this kind from ``batch``: what the encoder would have returned."""
+        features_MDS, lengths_M = (batch.pop(name) for name in self.outputs)
+        return features_MDS.transpose(1, 2), lengths_M if self.has_lengths else None

@@ -1,4 +1,4 @@
-"""Decoding pictures and sound. Whatever is wrong with a file becomes a UserError that begins with ``where``."""
+"""Decoding pictures and sound. What is wrong with a file becomes a UserError that begins with ``where``."""
 
 import base64
 import binascii
@@ -18,8 +18,9 @@ from .sample import Part
 def load_image(part: Part, where: str) -> Image.Image:
     """Decode an image part to RGB, upright (EXIF orientation applied), transparency laid on white.
 
-    ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already opened ``image``. Of an animation the
-    first frame is taken; 16-bit grey is scaled to 8 bits. Raises UserError when it cannot be read or decoded.
+    ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already opened ``image``. Of an animation
+    the first frame is taken; 16-bit grey is scaled to 8 bits. Raises UserError when it cannot be read or
+    decoded.
     """
     try:
         picture = part.get("image")
@@ -28,7 +29,7 @@ def load_image(part: Part, where: str) -> Image.Image:
         return _rgb(ImageOps.exif_transpose(picture))
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken files, from SyntaxError to struct.error
+    except Exception as error:  # on broken files Pillow raises nearly anything, also SyntaxError
         raise UserError(f"{where}: cannot decode the image {describe(part)}: {_first_line(error)}") from error
 
 
@@ -37,7 +38,8 @@ def load_audio(part: Part, where: str, rate: int = 16000) -> np.ndarray:
 
     ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already decoded array under its own type
     (``[samples]`` or ``[samples, channels]``, in Hz by ``sampling_rate``, else taken as ``rate``). Reads what
-    libsndfile does (wav, flac, ogg, mp3, aiff, ...). Raises UserError when it is unreadable, empty or not finite.
+    libsndfile does (wav, flac, ogg, mp3, aiff, ...). Raises UserError when it is unreadable, empty or not
+    finite.
     """
     array = part.get(part["type"])
     if array is not None:
@@ -62,8 +64,12 @@ def load_audio(part: Part, where: str, rate: int = 16000) -> np.ndarray:
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
+LOADERS = {"image": load_image, "speech": load_audio, "audio": load_audio}
+"""How each kind of medium is decoded; what is not here cannot be decoded yet."""
+
+
 def media_bytes(part: Part, where: str) -> bytes:
-    """The encoded file behind a part, from its ``path``, ``bytes`` or data URL. Raises UserError, also when empty."""
+    """The encoded file behind a part, from its ``path``, ``bytes`` or data URL. UserError if it is empty."""
     if "path" in part:
         try:
             with open(part["path"], "rb") as file:

@@ -21,12 +21,13 @@ FORMATS = ("auto", "llava", "messages")
 def read_samples(
     path: str | Path, format: str = "auto", media_root: str | Path | None = None, training: bool = True
 ) -> list[Sample]:
-    """Read every sample of a JSON list or JSONL file; nothing is decoded yet, but every media file must exist.
+    """Read every sample of a JSON list or JSONL file; no medium is decoded, but every file must exist.
 
-    ``format`` is "llava" (turns under "conversations"), "messages" (turns under "messages"), or "auto": whichever
-    each record has. Key names may be LLaVA's, Uni-MoE's, ShareGPT's or OpenAI's in either (see records.py).
-    Relative media paths are taken from ``media_root``, by default the folder of the file. With ``training`` every
-    sample must end in an assistant turn. Raises UserError naming ``file:line`` (JSON: ``file[index]``).
+    ``format`` is "llava" (turns under "conversations"), "messages" (turns under "messages"), or "auto":
+    whichever each record has. Key names may be LLaVA's, Uni-MoE's, ShareGPT's or OpenAI's in either (see
+    records.py). Relative media paths are taken from ``media_root``, by default the folder of the file. With
+    ``training`` every sample must end in an assistant turn. Raises UserError naming ``file:line`` (JSON:
+    ``file[index]``).
     """
     path = Path(path)
     if format not in FORMATS:
@@ -39,10 +40,10 @@ def read_samples(
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (source, decoded JSON value) for each record of a JSON list, a single JSON object, or a JSONL file.
+    """Yield (source, decoded JSON value) for each record of a JSON list, one JSON object, or a JSONL file.
 
-    The kind is told from the content: a file that begins with ``[`` is a list, any other holds one value a line
-    unless it is one value over several lines. Raises UserError when it is not UTF-8 or not JSON.
+    The kind is told from the content: a file that begins with ``[`` is a list, any other holds one value a
+    line unless it is one value over several lines. Raises UserError when it is not UTF-8 or not JSON.
     """
     path = Path(path)
     try:
@@ -67,7 +68,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Write messages JSONL that ``read_samples`` reads back; media inside the file's folder get relative paths."""
+    """Write messages JSONL that ``read_samples`` reads back; paths inside its folder become relative."""
     root = Path(path).parent
     lines = [json.dumps(sample.to_record(root), ensure_ascii=False) for sample in samples]
     atomic_write(path, "".join(line + "\n" for line in lines))

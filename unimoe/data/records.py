@@ -1,9 +1,9 @@
-"""One decoded JSON object of a data file -> Sample. Understands the key styles of LLaVA, Uni-MoE, ShareGPT and OpenAI.
+"""One decoded JSON object of a data file -> Sample, in the key styles of LLaVA, Uni-MoE, ShareGPT and OpenAI.
 
     turns     "conversations" or "messages": [{"from", "value"} or {"role", "content"}, ...]
     content   a string in which <image>, <video>, <speech>, <audio> stand for media listed beside the turns,
-              or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, input_audio, ...
-    columns   image(s), video(s), voice/speech(es), audio(s): one medium or a list, in the order of their placeholders
+              or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, input_audio
+    columns   image(s), video(s), voice/speech(es), audio(s): one medium or a list, in placeholder order
 """
 
 import base64
@@ -52,10 +52,10 @@ def parse_record(
     """Turn one record into a Sample whose messages are in content-part form.
 
     In string content a placeholder stands for the next medium of its column. In a list of parts text is text,
-    whatever it says; a medium part that holds nothing takes the next of its column. Relative paths are resolved
-    against ``media_root``, and every file must exist. ``style`` is "llava" (turns under "conversations"),
-    "messages", or "auto" for either. For ``training`` the last turn must be the assistant's. Raises UserError
-    that begins with ``source``.
+    whatever it says; a medium part that holds nothing takes the next of its column. Relative paths are
+    resolved against ``media_root``, and every file must exist. ``style`` is "llava" (turns under
+    "conversations"), "messages", or "auto" for either. For ``training`` the last turn must be the
+    assistant's. Raises UserError that begins with ``source``.
     """
     return _Record(record, source, Path(media_root), style).sample(training)
 
@@ -67,28 +67,30 @@ class _Record:
         self.source = source
         self.media_root = media_root
         self.record = self._typed(record, dict, "the sample")
-        keys = {"llava": ["conversations"], "messages": ["messages"], "auto": ["conversations", "messages"]}[style]
+        keys = {"llava": ["conversations"], "messages": ["messages"]}.get(style, list(_TURNS))
         present = [key for key in keys if key in record]
         if len(present) != 1:
             expected = " or ".join(f'"{key}"' for key in keys)
-            raise self._fault(f"expected one of the keys {expected}, found {sorted(record) or 'none'}")
+            raise self._fault(f"expected the key {expected}, found {sorted(record) or 'none'}")
         self.turns = self._typed(record[present[0]], list, f'"{present[0]}"')
         self.waiting: dict[str, list[Part]] = {kind: [] for kind in MEDIA}
         for column, kind in COLUMNS.items():
             self.waiting[kind] += self._column(column, kind)
-        self.found = dict.fromkeys(MEDIA, 0)
+        self.found: dict[str, int] = dict.fromkeys(MEDIA, 0)
         self.given = {kind: len(parts) for kind, parts in self.waiting.items()}
         # Uni-MoE writes <audio> for speech: so it is meant when there is speech and no other sound.
         self.audio_is_speech = bool(self.given["speech"]) and not self.given["audio"]
 
     def sample(self, training: bool) -> Sample:
         messages = [self._message(turn, number) for number, turn in enumerate(self.turns, 1)]
-        if isinstance(self.record.get("system"), str) and self.record["system"]:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.record["system"]}]})
+        if system := self.record.get("system"):
+            text = self._typed(system, str, '"system"')
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": text}]})
         for kind in MEDIA:
             if self.found[kind] != self.given[kind]:
-                media = kind if kind in ("speech", "audio") else f"{kind}s"
-                raise self._fault(f"found {self.found[kind]} <{kind}> placeholders and {self.given[kind]} {media}")
+                media = {"speech": "speech clips", "audio": "sounds"}.get(kind, f"{kind}s")
+                found = f"found {self.found[kind]} <{kind}> placeholders and {self.given[kind]} {media}"
+                raise self._fault(f"{found}; expected as many of each")
         self._check_order([message["role"] for message in messages], training)
         identifier = self.record.get("id")
         return Sample(messages, self.source, None if identifier is None else str(identifier))
@@ -112,7 +114,7 @@ class _Record:
         role = ROLES[role]
         foreign = [part["type"] for part in parts if part["type"] != "text"]
         if role == "assistant" and foreign:
-            raise self._fault(f"{here}: found <{foreign[0]}> in an assistant turn; media belong in user turns")
+            raise self._fault(f"{here}: found {foreign[0]} in an assistant turn; media belong in user turns")
         return {"role": role, "content": parts}
 
     def _split(self, content: str) -> list[Part]:
@@ -134,8 +136,7 @@ class _Record:
         if kind == "text":
             return {"type": "text", "text": self._typed(part.get("text"), str, f'{here}: "text"')}
         if kind == "image_url":
-            value = part.get("image_url")
-            return self._medium("image", value["url"] if isinstance(value, dict) and "url" in value else value, here)
+            return self._medium("image", part.get("image_url"), here)
         if kind == "input_audio":
             value = self._typed(part.get("input_audio"), dict, f'{here}: "input_audio"')
             return self._medium("speech", {"base64": value.get("data")}, here)
@@ -160,7 +161,7 @@ class _Record:
         return sum(text.count(f"<{kind}>") for text in contents if isinstance(text, str))
 
     def _medium(self, kind: str, value: Any, here: str) -> Part:
-        """A part from whatever names a medium: path, data URL, dict of path/bytes/url/base64, list of video frames."""
+        """A part from what names a medium: path, data URL, dict of path/bytes/url/base64, list of frames."""
         if isinstance(value, dict):
             if isinstance(value.get("bytes"), bytes):
                 return {"type": kind, "bytes": value["bytes"]}
@@ -177,7 +178,7 @@ class _Record:
         if not isinstance(value, str) or not value:
             raise self._fault(f"{here}: expected a path or a data URL, found {_name(value)}")
         if re.match(r"[a-z]+://", value):
-            raise self._fault(f"{here}: {value[:80]} is a remote address, which is not fetched; expected a file")
+            raise self._fault(f"{here}: {value[:80]} is a remote address; expected a file")
         path = os.path.abspath(self.media_root / value)
         if not os.path.exists(path):
             raise self._fault(f"{here}: there is no file {path}")
@@ -192,7 +193,8 @@ class _Record:
     def _check_order(self, roles: list[str], training: bool) -> None:
         turns = roles[1:] if roles[:1] == ["system"] else roles
         expected = ["user", "assistant"] * (len(turns) // 2 + 1)
-        for number, (found, wanted) in enumerate(zip(turns, expected, strict=False), 1 + len(roles) - len(turns)):
+        first = 1 + len(roles) - len(turns)
+        for number, (found, wanted) in enumerate(zip(turns, expected, strict=False), first):
             if found != wanted:
                 raise self._fault(f"roles out of order: turn {number} is from {found}, expected {wanted}")
         if not turns:
@@ -209,7 +211,9 @@ class _Record:
         return UserError(f"{self.source}: {message}")
 
 
-_NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+_TURNS = ("conversations", "messages")
+
+_NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a bool"}
 
 
 def _name(value: Any) -> str:

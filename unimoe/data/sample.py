@@ -39,12 +39,12 @@ class Sample:
 
     @property
     def kind(self) -> str:
-        """The set of its modalities as one word, such as ``image+speech``; ``text`` when there is no medium."""
+        """The set of its modalities as one word, such as ``image+speech``; ``text`` if there are none."""
         present = {part["type"] for part in self.media()}
         return "+".join(name for name in MEDIA if name in present) or "text"
 
     def to_record(self, root: str | Path) -> dict[str, Any]:
-        """The sample as a line of messages JSONL; paths inside ``root`` become relative to it, bytes data URLs."""
+        """As an object of messages JSONL: paths relative to ``root`` if inside it, bytes as data URLs."""
         record: dict[str, Any] = {} if self.id is None else {"id": self.id}
         record["messages"] = [
             {"role": message["role"], "content": [_portable(part, Path(root)) for part in message["content"]]}

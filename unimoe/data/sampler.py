@@ -8,22 +8,23 @@ from torch.utils.data import Sampler
 
 from unimoe.errors import UserError
 
-_BUCKET_BATCHES = 32  # with lengths: how many batches are sorted among themselves; more pads less, shuffles less
+_BUCKET_BATCHES = 32
+"""How many batches are sorted by length among themselves: more means less padding and less shuffling."""
 
 
 class ModalityBatchSampler(Sampler[list[int]]):
-    """Yields lists of indices; all samples of a batch are of one kind (Uni-MoE's modality-level data parallelism).
+    """Yields lists of indices, each of one kind: Uni-MoE's modality-level data parallelism, losing nothing.
 
-    1. The indices of each kind are shuffled (and, given ``lengths``, sorted by length inside buckets of 32 batches).
+    1. The indices of each kind are shuffled; with ``lengths`` also sorted by length in buckets of 32 batches.
     2. Each kind is cut in global batches of ``batch_size * world_size``; the last, shorter one is kept.
     3. The global batches of all kinds are shuffled together.
-    4. Rank r takes every world_size-th index of each global batch from r on. So at every step all ranks have the same
-       kind and the same number of samples. Where a short global batch does not divide by the ranks, it is
-       filled up with samples from the beginning of the same kind, less than ``world_size`` of them.
+    4. Rank r takes every world_size-th index of each global batch, from its r-th on, so at every step all
+       ranks have the same kind and the same number of samples. A short global batch that does not divide by
+       the ranks is filled up with samples from the beginning of its kind, fewer than ``world_size`` of them.
 
-    Over all ranks an epoch holds every sample exactly once, except those repeated in 4. The order is a function of
-    (seed, epoch) alone. With ``steps`` the sampler is instead one endless run of epochs 0, 1, ... cut after exactly
-    that many batches, and ``set_epoch`` has no effect.
+    Over all ranks an epoch holds every sample exactly once, except those repeated in 4. The order is a
+    function of (seed, epoch) alone. With ``steps`` the sampler is instead one endless run of epochs 0, 1, ...
+    cut after exactly that many batches, and ``set_epoch`` has no effect.
 
     ``len()`` is the number of batches in a whole epoch (or run), wherever the iteration starts.
     """
@@ -39,8 +40,8 @@ class ModalityBatchSampler(Sampler[list[int]]):
         lengths: Sequence[int] | None = None,
         steps: int | None = None,
     ) -> None:
-        """``kinds[i]`` names the modality set of sample i (``Sample.kind``), ``lengths[i]`` its length in any unit;
-        ``batch_size`` is that of one rank. Raises UserError for sizes that make no sense."""
+        """``kinds[i]`` names the modality set of sample i (``Sample.kind``), ``lengths[i]`` its length in any
+        unit; ``batch_size`` is that of one rank. Raises UserError for sizes that make no sense."""
         if not kinds:
             raise UserError("there are no samples to draw batches from")
         if batch_size < 1 or (steps is not None and steps < 1):
@@ -80,15 +81,15 @@ class ModalityBatchSampler(Sampler[list[int]]):
             yield batches[position]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration. A position set by ``load_state_dict`` holds for its epoch only."""
+        """Choose the order of the next iteration. A loaded position holds for its own epoch only."""
         if self.steps is None and epoch != self.epoch:
             self.epoch, self._start = epoch, 0
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """What ``load_state_dict`` needs to go on with the identical remaining order.
 
-        ``consumed`` is the number of batches of this epoch (or run) that were trained on. Give it whenever batches
-        are fetched ahead (DataLoader workers, Lightning); by default it is what was handed out.
+        ``consumed`` is the number of batches of this epoch (or run) that were trained on. Give it whenever
+        batches are fetched ahead (DataLoader workers, Lightning); by default it is what was handed out.
         """
         return {
             "epoch": self.epoch,
@@ -97,7 +98,7 @@ class ModalityBatchSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Skip the batches already consumed. Raises UserError when data or settings that make the order changed."""
+        """Skip the batches already consumed. UserError when the data or settings behind the order changed."""
         for name, value in self._order().items():
             if state["order"][name] != value:
                 raise UserError(
@@ -127,8 +128,8 @@ class ModalityBatchSampler(Sampler[list[int]]):
                 order = self._sort_in_buckets(order, self._lengths, size * _BUCKET_BATCHES)
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
-                lacking = -len(batch) % self.world_size
-                batches.append(np.concatenate([batch, np.resize(order, lacking)])[self.rank :: self.world_size].tolist())
+                filled = np.concatenate([batch, np.resize(order, -len(batch) % self.world_size)])
+                batches.append(filled[self.rank :: self.world_size].tolist())
         if self.shuffle:
             return [batches[i] for i in generator.permutation(len(batches))]
         return batches
