@@ -48,12 +48,11 @@ class TimmImageEncoder(ImageEncoder):
 
     def __init__(self, config: TimmConfig):
         super().__init__(config)
-        self.features_layer = config.features_layer
-        self.model = create(config)
+        self.model, self.level = create(config)
         with torch.device("meta"):  # costs no arithmetic and no memory
-            twin = create(config).eval()
+            twin, level = create(config)
             pixels = torch.empty(1, 3, config.image_size, config.image_size)
-            self.grid, self.hidden_size = describe(lambda: take(twin, pixels, config.features_layer), config.name)
+            self.grid, self.hidden_size = describe(lambda: take(twin.eval(), pixels, level), config.name)
         own = timm.data.resolve_model_data_config(self.model)
         self.preprocessing = {
             "image_size": config.image_size,
@@ -70,49 +69,61 @@ class TimmImageEncoder(ImageEncoder):
         """Fill from a file or folder, or from timm's own weights when ``weights`` is ``pretrained``."""
         if weights == "pretrained":
             config = TimmConfig(**{key: value for key, value in self.config.items() if key != "type"})
-            self.model.load_state_dict(create(config, pretrained=True).state_dict())
+            self.model.load_state_dict(create(config, pretrained=True)[0].state_dict())
         else:
             tensors = select_prefix(read_tensors(weights), self.model, ("", "model.", "visual.trunk."))
             fill(self.model, translate(tensors, self.model), weights)
 
     def features(self, pixels_B3HW: Tensor) -> Tensor:
-        return take(self.model, pixels_B3HW, self.features_layer)
+        return take(self.model, pixels_B3HW, self.level)
 
 
-def create(config: TimmConfig, pretrained: bool = False) -> Any:
-    """The bare timm model, cut behind the chosen level. Raises UserError for a name that timm does not know."""
+def create(config: TimmConfig, pretrained: bool = False) -> tuple[Any, int | None]:
+    """The bare timm model, cut behind the chosen level, and that level's index (see ``cut``).
+
+    Raises UserError for a name that timm does not know and for a level that the model does not have.
+    """
     if not timm.is_model(config.name):
         raise UserError(f"timm has no model {config.name!r}; closest: {nearest(config.name, timm.list_models())}")
+    keywords = {"pretrained": pretrained, "num_classes": 0}
     try:  # only models with positions take the size
-        model = timm.create_model(config.name, pretrained=pretrained, num_classes=0, img_size=config.image_size)
+        model = timm.create_model(config.name, img_size=config.image_size, **keywords)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        model = timm.create_model(config.name, pretrained=pretrained, num_classes=0)
-    if config.features_layer is not None:
-        if not hasattr(model, "forward_intermediates"):
-            raise UserError(f"timm's {config.name} has no intermediate features; leave features_layer out")
-        try:
-            model.prune_intermediate_layers([config.features_layer], prune_norm=True, prune_head=True)
-        except AssertionError as error:
-            raise UserError(f"{config.name}: features_layer {config.features_layer}: {error}") from error
-    return model
+        model = timm.create_model(config.name, **keywords)
+    try:
+        return model, cut(model, config.features_layer)
+    except AssertionError as error:
+        raise UserError(f"timm: {config.name}: features_layer {config.features_layer}: {error}") from error
 
 
-def take(model: Any, pixels_B3HW: Tensor, features_layer: int | None) -> Tensor:
-    """The unpooled features of a timm model as ``[B, S, D]``."""
+def cut(model: Any, features_layer: int | None) -> int | None:
+    """Take off what the features do not pass through; returns the level as an index from the start.
+
+    Raises AssertionError, as timm does, for an index out of range.
+    """
+    if getattr(model, "attn_pool", None) is not None:
+        model.attn_pool = None
     if features_layer is None:
-        found = model.forward_features(pixels_B3HW)
-        if not isinstance(found, Tensor):
-            raise UserError(f"{type(model).__name__}: features are {type(found).__name__}, expected one tensor")
-        if found.ndim == 3:
-            return found[:, prefix_tokens(model, found.shape[1]) :]
-        channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    else:
-        # The model was cut behind the level, so it is the last one now.
-        found = model.forward_intermediates(pixels_B3HW, indices=1, intermediates_only=True)[-1]
-        channels_last = False
-    return found.flatten(1, 2) if channels_last else found.flatten(2).transpose(1, 2)
+        return None
+    assert hasattr(model, "prune_intermediate_layers"), "the model has no intermediate features"
+    return model.prune_intermediate_layers([features_layer], prune_norm=True, prune_head=True)[-1]
+
+
+def take(model: Any, pixels_B3HW: Tensor, level: int | None) -> Tensor:
+    """The unpooled features of a timm model as ``[B, S, D]``: the given level's, or all the way (None)."""
+    if level is not None:
+        found = model.forward_intermediates(pixels_B3HW, indices=[level], intermediates_only=True)[-1]
+        return found.flatten(2).transpose(1, 2)
+    found = model.forward_features(pixels_B3HW)
+    if not isinstance(found, Tensor):
+        raise UserError(f"{type(model).__name__}: features are {type(found).__name__}, expected one tensor")
+    if found.ndim == 3:
+        return found[:, prefix_tokens(model, found.shape[1]) :]
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        return found.flatten(1, 2)
+    return found.flatten(2).transpose(1, 2)
 
 
 def prefix_tokens(model: Any, length: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
@@ -45,6 +47,26 @@ def find_weights(path: str | Path) -> Path:
     return found[0]
 
 
+def hub_file(name: str, *files: str) -> str:
+    """The path of the first of ``files`` in the model ``name`` on the Hugging Face hub, downloaded unless cached.
+
+    Raises UserError when the name is no folder here and no such file can be had there.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        for file in files:
+            try:
+                return hf_hub_download(name, file)
+            except EntryNotFoundError:
+                continue
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name}: no file or folder here, and not to be had from the hub ({reason})") from error
+    raise UserError(f"{name}: the hub's model has none of {', '.join(files)}")
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read all tensors of a file, a sharded file's index, or the folder around either, on the CPU.
 
@@ -58,17 +80,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return {name: t for shard in shards for name, t in read_tensors(file.parent / shard).items()}
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             content = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]})") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{file}: cannot be read as weights ({error})") from error
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file}: cannot be read as weights ({reason})") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
