@@ -138,7 +138,7 @@ class _SwiGLU(torch.autograd.Function):
             if weight is not None:
                 da.mul_(weight)
             dh = dh_F[: end - start]
-            swiglu_backward(da, gate, up, silu, dh)
+            swiglu_backward(da, gate, up, silu, dh[:, :inner], dh[:, inner:])
             if d_gate_up is not None:
                 torch.mm(dh.t(), x, out=d_gate_up[e])
             if dx_ND is not None:
@@ -146,12 +146,10 @@ class _SwiGLU(torch.autograd.Function):
         return dx_ND, None, d_gate_up, d_down, d_weight_N, None
 
 
-def swiglu_backward(da: Tensor, gate: Tensor, up: Tensor, silu: Tensor, dh: Tensor) -> None:
-    """Gradient of silu(gate) * up into ``dh`` [n, 2I], gate columns first; ``da`` and ``silu`` [n, I] are
-    used up."""
-    inner = gate.shape[1]
-    torch.mul(da, silu, out=dh[:, inner:])
-    torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dh[:, :inner])
+def swiglu_backward(da: Tensor, gate: Tensor, up: Tensor, silu: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Gradient of silu(gate) * up into ``d_gate`` and ``d_up``, all [n, I]; ``da`` is overwritten."""
+    torch.mul(da, silu, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=d_gate)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

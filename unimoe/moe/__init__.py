@@ -5,6 +5,7 @@ from .config import MoEConfig
 from .experts import Experts, Origin, SwiGLUExperts
 from .install import install_moe
 from .layer import MoELayer
+from .lora import LoRAExperts
 from .losses import load, load_balance, pair_counts, z_loss
 from .records import Context, LayerRecord, current_context, record, routing_context
 from .router import Router, TopK
@@ -15,6 +16,7 @@ __all__ = [
     "Context",
     "Experts",
     "LayerRecord",
+    "LoRAExperts",
     "MoEConfig",
     "MoELayer",
     "Origin",

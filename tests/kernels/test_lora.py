@@ -1,0 +1,143 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+from unimoe.kernels.lora import Adapters, lora_experts, lora_experts_reference, shared_lora_experts
+
+R, H, I = 2, 6, 10  # noqa: E741
+COUNTS = [[3, 3, 3], [4, 0, 2], [0, 6, 0], [0, 0, 1], [0, 0, 0]]
+
+
+def adapters(E, dtype=torch.float64):
+    shapes = [(E, R, H), (E, 2 * I, R), (E, R, I), (E, H, R)]
+    return Adapters(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes))
+
+
+def case(counts, dtype=torch.float64):
+    E, N = len(counts), sum(counts)
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    x = torch.randn(N, H, dtype=dtype, requires_grad=True)
+    gate_up = torch.randn(E, 2 * I, H, dtype=dtype, requires_grad=True)
+    down = torch.randn(E, H, I, dtype=dtype, requires_grad=True)
+    weight = torch.rand(N, dtype=dtype, requires_grad=True)
+    return x, offsets, gate_up, down, adapters(E, dtype), 0.5, weight
+
+
+def shared_case(counts, tokens, dtype=torch.float64):
+    E, N = len(counts), sum(counts)
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    x = torch.randn(tokens, H, dtype=dtype, requires_grad=True)
+    token = torch.randint(0, max(tokens, 1), (N,))
+    base = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((I, H), (I, H), (H, I))]
+    weight = torch.rand(N, dtype=dtype, requires_grad=True)
+    return x, token, offsets, *base, adapters(E, dtype), 0.5, weight
+
+
+def leaves(tensors):
+    flat = []
+    for tensor in tensors:
+        flat += list(tensor) if isinstance(tensor, Adapters) else [tensor]
+    return [one for one in flat if isinstance(one, torch.Tensor) and one.requires_grad]
+
+
+def run(function, tensors, form, monkeypatch):
+    monkeypatch.setenv("UNIMOE_KERNELS", form)
+    y = function(*tensors)
+    torch.manual_seed(1)
+    return [y, *torch.autograd.grad(y, leaves(tensors), torch.randn_like(y), allow_unused=True)]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_per_expert_equals_the_reference(counts, monkeypatch):
+    tensors = case(counts)
+    ours, plain = (run(lora_experts, tensors, form, monkeypatch) for form in ("cpu", "reference"))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_shared_base_equals_the_reference(counts, tokens, monkeypatch):
+    tensors = shared_case(counts, tokens)
+    ours, plain = (run(shared_lora_experts, tensors, form, monkeypatch) for form in ("cpu", "reference"))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck(monkeypatch):
+    monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
+    x, offsets, gate_up, down, lora, scale, weight = case([2, 0, 1])
+    assert gradcheck(
+        lambda x, g, d, w, *ab: lora_experts(x, offsets, g, d, Adapters(*ab), scale, w),
+        (x, gate_up, down, weight, *lora),
+    )
+    x, token, offsets, gate, up, down, lora, scale, weight = shared_case([2, 0, 1], 2)
+    assert gradcheck(
+        lambda x, g, u, d, w, *ab: shared_lora_experts(x, token, offsets, g, u, d, Adapters(*ab), scale, w),
+        (x, gate, up, down, weight, *lora),
+    )
+
+
+@pytest.mark.parametrize("make, function", [(case, lora_experts), (lambda c: shared_case(c, 4), shared_lora_experts)])
+@pytest.mark.parametrize("trained", range(6))
+def test_frozen_subsets(make, function, trained, monkeypatch):
+    """Only x, only the weight, only the adapters, all but the base, only B, and a frozen base under a frozen x."""
+    tensors = make([3, 0, 2])
+    lora = next(one for one in tensors if isinstance(one, Adapters))
+    x, weight = tensors[0], tensors[-1]
+    keep = [[x], [weight], [*lora], [x, weight, *lora], [lora.B_gate_up, lora.B_down], [weight, lora.A_down]][trained]
+    for leaf in leaves(tensors):
+        leaf.requires_grad_(any(leaf is one for one in keep))
+    ours, plain = (run(function, tensors, form, monkeypatch) for form in ("cpu", "reference"))
+    torch.testing.assert_close(ours, plain)
+
+
+def test_a_zero_B_is_the_base_to_the_last_bit(monkeypatch):
+    from unimoe.kernels.swiglu import swiglu_experts
+
+    monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
+    x, offsets, gate_up, down, lora, scale, weight = case([3, 0, 2], torch.float32)
+    with torch.no_grad():
+        lora.B_gate_up.zero_(), lora.B_down.zero_()
+    adapted = lora_experts(x, offsets, gate_up, down, lora, scale, weight)
+    assert torch.equal(adapted, swiglu_experts(x, offsets, gate_up, down, weight))
+
+
+def test_equals_merged_weights(monkeypatch):
+    x, offsets, gate_up, down, lora, scale, weight = case([3, 0, 2])
+    merged_gate_up = gate_up + scale * lora.B_gate_up @ lora.A_gate_up
+    merged_down = down + scale * lora.B_down @ lora.A_down
+    from unimoe.kernels.swiglu import swiglu_experts_reference
+
+    merged = swiglu_experts_reference(x, offsets, merged_gate_up, merged_down, weight)
+    torch.testing.assert_close(lora_experts_reference(x, offsets, gate_up, down, lora, scale, weight), merged)
+
+
+def test_saved_bytes(monkeypatch):
+    monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
+    for tensors, function, rows in (
+        (case([30, 0, 34], torch.float32), lora_experts, 64),
+        (shared_case([30, 0, 34], 40, torch.float32), shared_lora_experts, 40),
+    ):
+        owned = {one.data_ptr() for one in leaves(tensors)} | {
+            one.data_ptr() for one in tensors if isinstance(one, torch.Tensor)
+        }
+        saved = []
+
+        def pack(tensor, owned=owned, saved=saved):
+            if tensor.data_ptr() not in owned:
+                saved.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            function(*tensors)
+        assert sum(saved) == rows * 2 * I * 4
+
+
+def test_expanded_gradient(monkeypatch):
+    monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
+    for tensors, function in ((case([3, 0, 2]), lora_experts), (shared_case([3, 0, 2], 4), shared_lora_experts)):
+        expanded = torch.autograd.grad(function(*tensors).sum(), leaves(tensors))
+        y = function(*tensors)
+        torch.testing.assert_close(expanded, torch.autograd.grad(y, leaves(tensors), torch.ones_like(y)))
