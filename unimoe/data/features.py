@@ -57,7 +57,7 @@ class FeatureCache:
             self._register(shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "encoders": {}}  # loader workers only read, by files of their own
+        return {**self.__dict__, "_open": {}, "encoders": {}}  # for loader workers: they only read
 
     @property
     def kinds(self) -> frozenset[str]:

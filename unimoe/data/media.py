@@ -37,22 +37,22 @@ def load_audio(part: Part, where: str, rate: int = 16000) -> np.ndarray:
     """Decode a speech or audio part to mono float32 [samples] at ``rate`` Hz; channels are averaged.
 
     ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already decoded array under its own type
-    (``[samples]`` or ``[samples, channels]``, in Hz by ``sampling_rate``, else taken as ``rate``). Reads what
-    libsndfile does (wav, flac, ogg, mp3, aiff, ...). Raises UserError when it is unreadable, empty or not
-    finite.
+    (``[samples]`` or ``[samples, channels]``, in Hz by ``sampling_rate``, else taken as ``rate``). Files
+    are what libsndfile reads: wav, flac, ogg, mp3, aiff, ... Raises UserError for a sound that is unreadable,
+    empty or not finite.
     """
     array = part.get(part["type"])
     if array is not None:
-        samples, found_rate = np.asarray(array, dtype=np.float32), int(part.get("sampling_rate", rate))
+        samples, found_rate = np.asarray(array), int(part.get("sampling_rate", rate))
+        if np.issubdtype(samples.dtype, np.signedinteger):
+            samples = samples / -float(np.iinfo(samples.dtype).min)
     else:
         content = media_bytes(part, where)
         try:
             samples, found_rate = soundfile.read(io.BytesIO(content), dtype="float32")
-        except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{where}: cannot decode the sound {describe(part)}: {_first_line(error)}; "
-                "expected wav, flac, ogg or mp3"
-            ) from error
+        except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
+            message = f"{where}: cannot decode the sound {describe(part)}: {_first_line(error)}"
+            raise UserError(f"{message}; expected wav, flac, ogg or mp3") from error
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
     if found_rate != rate and samples.size:

@@ -56,7 +56,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     lines = text.split("\n")  # not splitlines(): JSON strings may hold other line separators
     start = text.lstrip()
-    if start.startswith("[") and path.suffix != ".jsonl":
+    if start.startswith("["):
         for index, record in enumerate(_decode(text, str(path))):
             yield f"{path}[{index}]", record
     elif start.startswith("{") and path.suffix != ".jsonl" and not _is_json(next(filter(str.strip, lines))):

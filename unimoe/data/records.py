@@ -177,9 +177,9 @@ class _Record:
     def _file(self, value: Any, here: str) -> str:
         if not isinstance(value, str) or not value:
             raise self._fault(f"{here}: expected a path or a data URL, found {_name(value)}")
-        if re.match(r"[a-z]+://", value):
+        if re.match(r"(?!file:)[a-z0-9]+://", value):
             raise self._fault(f"{here}: {value[:80]} is a remote address; expected a file")
-        path = os.path.abspath(self.media_root / value)
+        path = os.path.abspath(self.media_root / value.removeprefix("file://"))
         if not os.path.exists(path):
             raise self._fault(f"{here}: there is no file {path}")
         return path

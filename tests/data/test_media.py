@@ -1,0 +1,146 @@
+import base64
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from unimoe.data import load_audio, load_image
+from unimoe.errors import UserError
+
+
+def encoded(picture, format="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def image(content):
+    return load_image({"type": "image", "bytes": content}, "f:1")
+
+
+def sound(content, **options):
+    return load_audio({"type": "speech", "bytes": content}, "f:1", **options)
+
+
+def recorded(samples, rate, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, **options)
+    return buffer.getvalue()
+
+
+def tone(rate, seconds=0.5, frequency=440.0):
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)
+
+
+def fault(load, part):
+    with pytest.raises(UserError) as caught:
+        load({"type": "image" if load is load_image else "speech", **part}, "data.jsonl:4")
+    message = str(caught.value)
+    assert message.startswith("data.jsonl:4: ") and "\n" not in message
+    return message
+
+
+def test_rotated_by_exif():
+    picture = Image.new("RGB", (4, 2), (255, 0, 0))
+    picture.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held a quarter turn to the right
+    loaded = image(encoded(picture, exif=exif))
+    assert loaded.size == (2, 4)
+    assert loaded.getpixel((1, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    grey = Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).resize((8, 4), Image.Resampling.NEAREST)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    else:
+        picture = grey.convert("RGB").convert(mode)
+    loaded = image(encoded(picture, "TIFF" if mode == "CMYK" else "PNG"))
+    assert loaded.mode == "RGB" and loaded.size == (8, 4)
+    assert loaded.getpixel((0, 0)) == (0, 0, 0) and loaded.getpixel((7, 3)) == (255, 255, 255)
+
+
+def test_transparency_is_laid_on_white():
+    assert image(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert image(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 255)))).getpixel((0, 0)) == (255, 0, 0)
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.putpixel((1, 1), 1)
+    loaded = image(encoded(palette, transparency=0))
+    assert loaded.getpixel((0, 0)) == (255, 255, 255) and loaded.getpixel((1, 1)) == (200, 0, 0)
+
+
+def test_image_from_path_data_url_and_memory(tmp_path):
+    picture = Image.new("RGB", (3, 2), (1, 2, 3))
+    content = encoded(picture)
+    (tmp_path / "a.png").write_bytes(content)
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    for part in ({"path": str(tmp_path / "a.png")}, {"url": url}, {"image": picture}):
+        assert load_image({"type": "image", **part}, "f:1").getpixel((2, 1)) == (1, 2, 3)
+
+
+def test_broken_images(tmp_path):
+    content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
+    path = tmp_path / "a.png"
+    for broken in (content[: len(content) // 2], content[:20], content[:30] + b"\0" * 50, b"<svg></svg>"):
+        path.write_bytes(broken)
+        assert f"cannot decode the image {path}" in fault(load_image, {"path": str(path)})
+    path.write_bytes(b"")
+    assert "is empty (0 bytes)" in fault(load_image, {"path": str(path)})
+    assert "cannot read" in fault(load_image, {"path": str(tmp_path / "gone.png")})
+    assert "cannot read" in fault(load_image, {"path": str(tmp_path)})
+    assert "not valid base64" in fault(load_image, {"url": "data:image/png;base64,???"})
+    assert "not a data URL" in fault(load_image, {"url": "https://example.org/a.png"})
+    assert "has no medium" in fault(load_image, {})
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+def test_any_rate_becomes_16_khz(rate):
+    loaded = sound(recorded(tone(rate), rate, format="WAV"))
+    assert loaded.dtype == np.float32 and loaded.shape == (8000,)
+    middle = slice(1000, 7000)  # away from the filter's edges
+    assert np.abs(loaded - tone(16000))[middle].max() < 2e-3
+
+
+def test_channels_are_averaged():
+    stereo = np.stack([tone(44100), -0.5 * tone(44100)], axis=1)
+    loaded = sound(recorded(stereo, 44100, format="WAV"))
+    assert np.abs(loaded - 0.25 * tone(16000))[1000:7000].max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "tolerance"),
+    [("WAV", "PCM_U8", 1e-2), ("WAV", "PCM_24", 1e-6), ("WAV", "FLOAT", 1e-6), ("FLAC", "PCM_16", 1e-4)],
+)
+def test_formats(format, subtype, tolerance):
+    loaded = sound(recorded(tone(16000), 16000, format=format, subtype=subtype))
+    assert np.abs(loaded - tone(16000)).max() < tolerance
+
+
+def test_sound_from_path_data_url_and_memory(tmp_path):
+    content = recorded(tone(16000), 16000, format="FLAC")
+    (tmp_path / "a.flac").write_bytes(content)
+    url = f"data:audio/flac;base64,{base64.b64encode(content).decode()}"
+    integers = (tone(8000) * 32767).astype(np.int16)
+    parts = [{"path": str(tmp_path / "a.flac")}, {"url": url}, {"speech": tone(16000)}]
+    for part in [*parts, {"speech": integers, "sampling_rate": 8000}]:
+        loaded = load_audio({"type": "speech", **part}, "f:1")
+        assert np.abs(loaded - tone(16000))[1000:7000].max() < 2e-3
+
+
+def test_broken_sounds(tmp_path):
+    path = tmp_path / "a.wav"
+    part = {"path": str(path)}
+    path.write_bytes(b"")
+    assert f"the speech {path} is empty (0 bytes)" in fault(load_audio, part)
+    path.write_bytes(recorded(np.zeros(0), 16000, format="WAV"))
+    assert f"the sound {path} holds no samples" in fault(load_audio, part)
+    path.write_bytes(b"RIFF" + b"\1" * 60)
+    assert "cannot decode the sound" in fault(load_audio, part)
+    path.write_bytes(recorded(np.array([0.0, np.nan]), 16000, format="WAV", subtype="FLOAT"))
+    assert "not finite" in fault(load_audio, part)
+    assert "cannot read" in fault(load_audio, {"path": str(tmp_path / "gone.wav")})

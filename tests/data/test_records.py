@@ -1,0 +1,153 @@
+import base64
+
+import pytest
+
+from unimoe.data import parse_record
+from unimoe.errors import UserError
+
+TEXT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+
+
+@pytest.fixture
+def media(tmp_path):
+    for name in ("a.png", "b.png", "a.wav", "b.wav", "v.mp4"):
+        (tmp_path / name).write_bytes(b"content")
+    return tmp_path
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def llava(*turns, **columns):
+    speakers = ("human", "gpt")
+    conversations = [{"from": speakers[i % 2], "value": value} for i, value in enumerate(turns)]
+    return {**columns, "conversations": conversations}
+
+
+def parse(record, root=".", **options):
+    return parse_record(record, "f.jsonl:3", root, **options)
+
+
+def fault(record, root=".", **options):
+    with pytest.raises(UserError) as caught:
+        parse(record, root, **options)
+    message = str(caught.value)
+    assert message.startswith("f.jsonl:3: ") and "\n" not in message
+    return message
+
+
+def test_llava(media):
+    sample = parse(llava("<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", image="a.png", id=7), media)
+    image = {"type": "image", "path": str(media / "a.png")}
+    assert [turn["role"] for turn in sample.messages] == ["user", "assistant"] * 2
+    assert sample.messages[0]["content"] == [image, text("What is it?")]
+    assert (sample.id, sample.source, sample.kind) == ("7", "f.jsonl:3", "image")
+
+
+def test_placeholders_in_the_middle_keep_order_and_text(media):
+    sample = parse(llava("from <image> to <image>?", "Far.", image=["a.png", "b.png"]), media)
+    parts = sample.messages[0]["content"]
+    assert [part["type"] for part in parts] == ["text", "image", "text", "image", "text"]
+    assert parts[0]["text"] == "from " and parts[2]["text"] == " to "
+    assert [part["path"] for part in sample.media()] == [str(media / "a.png"), str(media / "b.png")]
+
+
+def test_uni_moe_voice_is_speech_and_its_video_is_a_list_of_frames(media):
+    sample = parse(llava("<image>\n<audio>\n<audio>", "ok", image="a.png", voice=["a.wav", "b.wav"]), media)
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "speech", "speech"]
+    assert sample.kind == "image+speech"
+    frames = parse(llava("<video>\nWhat?", "A walk.", video=["a.png", "b.png"]), media)
+    assert next(frames.media())["path"] == [str(media / "a.png"), str(media / "b.png")]
+
+
+def test_audio_column_is_sound_and_speech_column_is_speech(media):
+    both = parse(llava("<audio><speech>", "ok", audios=["a.wav"], speeches=["b.wav"]), media)
+    assert [(part["type"], part["path"]) for part in both.media()] == [
+        ("audio", str(media / "a.wav")),
+        ("speech", str(media / "b.wav")),
+    ]
+
+
+def test_openai_parts(media):
+    data = base64.b64encode(b"sound").decode()
+    content = [
+        text("Look <image>"),
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}},
+        {"type": "image", "image": "a.png"},
+        {"type": "speech", "path": "a.wav"},
+    ]
+    sample = parse({"messages": [{"role": "user", "content": content}, TEXT[1]]}, media)
+    assert sample.messages[0]["content"] == [
+        text("Look <image>"),
+        {"type": "image", "url": "data:image/png;base64,AAAA"},
+        {"type": "speech", "bytes": b"sound"},
+        {"type": "image", "path": str(media / "a.png")},
+        {"type": "speech", "path": str(media / "a.wav")},
+    ]
+
+
+def test_a_part_without_data_takes_the_next_of_its_column(media):
+    content = [{"type": "image"}, text("and"), {"type": "image", "image": None}]
+    record = {"messages": [{"role": "user", "content": content}, TEXT[1]], "images": ["a.png", {"bytes": b"x"}]}
+    assert list(parse(record, media).media()) == [
+        {"type": "image", "path": str(media / "a.png")},
+        {"type": "image", "bytes": b"x"},
+    ]
+
+
+def test_system_turn_as_message_and_as_column():
+    system = {"role": "system", "content": [text("Be kind.")]}
+    for record in (
+        {"messages": [{"role": "system", "content": "Be kind."}, *TEXT]},
+        {"messages": TEXT, "system": "Be kind."},
+    ):
+        assert parse(record).messages[0] == system
+
+
+def test_a_prompt_needs_no_answer_outside_training():
+    assert len(parse({"messages": TEXT[:1]}, training=False).messages) == 1
+    assert "assistant turn at the end" in fault({"messages": TEXT[:1]})
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (llava("<image>", "x"), "found 1 <image> placeholders and 0 images"),
+        (llava("no place", "x", image="a.png"), "found 0 <image> placeholders and 1 images"),
+        (llava("<image><image>", "x", image=["a.png"]), "found 2 <image> placeholders and 1 images"),
+        (llava("<audio>", "x", voice=["a.wav", "b.wav"]), "found 1 <speech> placeholders and 2 speech clips"),
+        (llava("<image>", "x", image="gone.png"), 'gone.png'),
+        (llava("<image>", "x", image="https://a.b/c.png"), "remote address"),
+        (llava("<image>", "x", image=3), "expected a path or a data URL, found a number"),
+        (llava("Hi", "an <image>", image="a.png"), "turn 2: found image in an assistant turn"),
+        (llava("Hi", " "), "turn 2 (gpt) is empty"),
+        (llava(), "there are no turns"),
+        ([], "the sample must be an object, found a list"),
+        ({"text": "Hi"}, "found ['text']"),
+        ({"messages": TEXT, "conversations": []}, "expected the key"),
+        ({"messages": "Hi"}, '"messages" must be a list, found text'),
+        ({"messages": ["Hi"]}, "turn 1 must be an object, found text"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: found the role 'tool'"),
+        ({"messages": [{"content": "x"}]}, "turn 1: found the role None"),
+        ({"messages": [{"role": "user", "content": None}]}, "expected text or a list of parts, found nothing"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'turn 1: "text" must be text'),
+        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "part of type 'smell'"),
+        ({"messages": [TEXT[1], TEXT[0]]}, "turn 1 is from assistant, expected user"),
+        ({"messages": [TEXT[0], TEXT[0], TEXT[1]]}, "turn 2 is from user, expected assistant"),
+        ({"messages": [*TEXT, {"role": "system", "content": "x"}]}, "turn 3 is from system, expected user"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "there are no turns"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "?"}}]}]},
+            "turn 1: not valid base64",
+        ),
+    ],
+)
+def test_faults(media, record, expected):
+    assert expected in fault(record, media)
+
+
+def test_a_style_asks_for_its_key():
+    assert 'expected the key "messages"' in fault(llava("Hi", "x"), style="messages")
+    assert 'expected the key "conversations"' in fault({"messages": TEXT}, style="llava")

@@ -1,0 +1,137 @@
+from collections import Counter
+
+import pytest
+
+from unimoe.data import ModalityBatchSampler
+from unimoe.errors import UserError
+
+KINDS = ["image"] * 23 + ["text"] * 9 + ["speech"] * 4 + ["image+speech"] * 1
+
+
+def kinds_of(batch):
+    return {KINDS[index] for index in batch}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("lengths", [None, list(range(37))])
+def test_every_sample_once_and_like_with_like(shuffle, lengths):
+    sampler = ModalityBatchSampler(KINDS, 4, seed=3, shuffle=shuffle, lengths=lengths)
+    batches = list(sampler)
+    assert sorted(index for batch in batches for index in batch) == list(range(37))
+    assert all(len(kinds_of(batch)) == 1 and len(batch) <= 4 for batch in batches)
+    assert len(batches) == len(sampler) == 6 + 3 + 1 + 1
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    sampler = ModalityBatchSampler(KINDS, 4, seed=3)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    assert second != list(ModalityBatchSampler(KINDS, 4, seed=4))
+    sampler.set_epoch(0)
+    assert list(sampler) == first == list(ModalityBatchSampler(KINDS, 4, seed=3))
+    changes = sum(kinds_of(a) != kinds_of(b) for a, b in zip(first, first[1:], strict=False))
+    assert changes > 3  # kinds are interleaved, not one after the other
+
+
+def test_without_shuffling_the_order_is_the_files():
+    assert sum(ModalityBatchSampler(KINDS, 4, shuffle=False), []) == list(range(37))
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 5, 10, 11])
+def test_resumes_in_the_middle_of_an_epoch(consumed):
+    whole = ModalityBatchSampler(KINDS, 4, seed=3)
+    whole.set_epoch(2)
+    batches = list(whole)
+    resumed = ModalityBatchSampler(KINDS, 4, seed=3)
+    resumed.load_state_dict(whole.state_dict(consumed))
+    resumed.set_epoch(2)  # what a trainer does at the start of the epoch it resumes
+    assert list(resumed) == list(resumed) == batches[consumed:]
+    assert len(resumed) == len(batches)
+    resumed.set_epoch(3)
+    assert len(list(resumed)) == len(batches)
+
+
+def test_counts_what_it_hands_out():
+    sampler = ModalityBatchSampler(KINDS, 4)
+    iterator = iter(sampler)
+    taken = [next(iterator) for _ in range(3)]
+    state = sampler.state_dict()
+    assert state["consumed"] == 3
+    resumed = ModalityBatchSampler(KINDS, 4)
+    resumed.load_state_dict(state)
+    assert taken + list(resumed) == list(ModalityBatchSampler(KINDS, 4))
+
+
+@pytest.mark.parametrize("consumed", [0, 7, 11, 25, 30])
+def test_a_run_of_steps_goes_through_the_epochs_and_resumes(consumed):
+    run = ModalityBatchSampler(KINDS, 4, seed=3, steps=30)
+    batches = list(run)
+    assert len(batches) == len(run) == 30
+    epochs = ModalityBatchSampler(KINDS, 4, seed=3)
+    expected = []
+    for epoch in range(3):
+        epochs.set_epoch(epoch)
+        expected += list(epochs)
+    assert batches == expected[:30]
+    resumed = ModalityBatchSampler(KINDS, 4, seed=3, steps=30)
+    resumed.load_state_dict(run.state_dict(consumed))
+    resumed.set_epoch(0)
+    assert list(resumed) == batches[consumed:]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("steps", [None, 20])
+def test_ranks_agree_on_kind_and_size(world_size, steps):
+    ranks = [
+        list(ModalityBatchSampler(KINDS, 4, seed=3, world_size=world_size, rank=rank, steps=steps))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    for together in zip(*ranks, strict=True):
+        assert len({len(batch) for batch in together}) == 1
+        assert len(set().union(*map(kinds_of, together))) == 1
+    if steps is None:
+        counts = Counter(index for batches in ranks for batch in batches for index in batch)
+        assert set(counts) == set(range(37))
+        assert sum(counts.values()) - 37 <= 4 * (world_size - 1)  # at most world_size - 1 repeats of each kind
+
+
+def test_a_kind_smaller_than_the_world_reaches_every_rank():
+    for rank in range(4):
+        (batch,) = ModalityBatchSampler(["text"], 2, world_size=4, rank=rank)
+        assert batch == [0]
+
+
+def test_lengths_bring_like_lengths_together():
+    kinds, lengths = ["text"] * 256, [(37 * i) % 256 for i in range(256)]
+
+    def spread(**options):
+        batches = list(ModalityBatchSampler(kinds, 8, **options))
+        return sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches)
+
+    assert spread(lengths=lengths) < 0.1 * spread()
+
+
+def test_a_state_of_other_data_or_settings_is_refused():
+    state = ModalityBatchSampler(KINDS, 4).state_dict(2)
+    for other in (ModalityBatchSampler(KINDS[1:], 4), ModalityBatchSampler(KINDS, 2), ModalityBatchSampler(KINDS, 4, 1)):
+        with pytest.raises(UserError, match="cannot resume in the same order"):
+            other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options", "message"),
+    [
+        ([], {}, "no samples"),
+        (KINDS, {"batch_size": 0}, "at least 1"),
+        (KINDS, {"steps": 0}, "at least 1"),
+        (KINDS, {"world_size": 2, "rank": 2}, "rank 2 of 2"),
+        (KINDS, {"lengths": [1]}, "found 1 lengths for 37 samples"),
+    ],
+)
+def test_senseless_settings(kinds, options, message):
+    with pytest.raises(UserError, match=message):
+        ModalityBatchSampler(kinds, **{"batch_size": 4, **options})
