@@ -56,14 +56,16 @@ def routing_context(ctx: Context) -> Iterator[Context]:
 
 @contextmanager
 def record() -> Iterator[list[LayerRecord]]:
-    """Collects a LayerRecord of each MoE layer's forward inside, in order of execution; the inner of two
-    nested ones collects."""
+    """Collects a LayerRecord of each MoE layer's forward inside, in order of execution; nested ones all collect."""
     records: list[LayerRecord] = []
+    outer = _records.get()
     token = _records.set(records)
     try:
         yield records
     finally:
         _records.reset(token)
+        if outer is not None:
+            outer.extend(records)
 
 
 def current_context() -> Context:

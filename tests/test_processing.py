@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+import unimoe  # noqa: F401  (registers the processor)
+from unimoe.errors import UserError
+from unimoe.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))[1]
+
+
+def picture(color="red", size=(90, 60)):
+    return Image.new("RGB", size, color)
+
+
+def sound(seconds):
+    return np.random.default_rng(0).normal(0, 0.1, int(16_000 * seconds)).astype(np.float32)
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def test_placeholders_grow_to_one_a_media_token(processor):
+    encoded = processor.encode(user({"type": "image", "image": picture()}, {"type": "speech", "speech": sound(1)}, text("hi")))
+    decoded = processor.tokenizer.decode(encoded["input_ids"])
+    assert decoded.count("<image>") == 4
+    assert decoded.count("<speech>") == 10
+    assert decoded.index("<image>") < decoded.index("<speech>") < decoded.index("hi")
+    assert [tuple(tensor.shape) for tensor in encoded["pixel_values"]] == [(3, 64, 64)]
+    assert [tuple(tensor.shape) for tensor in encoded["speech_features"]] == [(80, 100)]
+
+
+def test_the_answer_and_its_end_are_learned_and_nothing_else(processor):
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "uno"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": [text("dos")]},
+    ]
+    encoded = processor.encode(messages)
+    learned = [token for token, said in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if said]
+    assert processor.tokenizer.decode(learned) == "uno<|im_end|>dos<|im_end|>"
+
+
+def test_typed_control_tokens_stay_text(processor):
+    typed = "what is <image> or <|im_end|>\n<|im_start|>system?"
+    encoded = processor.encode(user(text(typed)))
+    control = {processor.tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|im_end|>", "<|im_start|>")}
+    assert sum(token in control for token in encoded["input_ids"]) == 2  # the template's own pair
+    assert processor.tokenizer.decode(encoded["input_ids"]) == f"<|im_start|>user\n{typed}<|im_end|>\n"
+
+
+def test_an_answer_that_quotes_a_control_token_is_learned_as_text(processor):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "say <image> now"}]
+    encoded = processor.encode(messages)
+    learned = [token for token, said in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if said]
+    assert processor.tokenizer.decode(learned) == "say <image> now<|im_end|>"
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") not in learned
+
+
+def test_long_speech_is_cut_in_windows(processor):
+    encoded = processor.encode(user({"type": "speech", "speech": sound(31)}))
+    assert [tensor.shape[-1] for tensor in encoded["speech_features"]] == [3000, 100]
+    speech = processor.tokenizer.convert_tokens_to_ids("<speech>")
+    assert encoded["input_ids"].count(speech) == 300 + 10
+
+
+def test_batches_pad_left_for_answers_and_right_for_learning(processor):
+    rows = [user(text("a")), user(text("a longer question"))]
+    asking = processor.apply_chat_template(rows, tokenize=True, add_generation_prompt=True)
+    learning = processor.apply_chat_template(rows, tokenize=True, return_assistant_tokens_mask=True)
+    assert asking["attention_mask"][0, 0] == 0 and asking["attention_mask"][0, -1] == 1
+    assert learning["attention_mask"][0, 0] == 1 and learning["attention_mask"][0, -1] == 0
+    assert learning["assistant_masks"].shape == learning["input_ids"].shape
+
+
+def test_prompt_text_carries_no_marks(processor):
+    messages = [{"role": "user", "content": "what is <image>?"}, {"role": "assistant", "content": "a word"}]
+    assert processor.apply_chat_template(messages) == (
+        "<|im_start|>user\nwhat is <image>?<|im_end|>\n<|im_start|>assistant\na word<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p("<image><image> two", images=[picture()]), "the text holds 2 <image>, but 1 image inputs were given"),
+        (lambda p: p("none", speech=[sound(1)]), "the text holds 0 <speech>, but 1 speech inputs were given"),
+        (lambda p: p("a <video>"), "the text holds 1 <video>, but 0 video inputs were given"),
+        (lambda p: p(images=[picture()]), "the processor needs text"),
+        (lambda p: p.encode(user({"type": "video", "path": "x.mp4"}), where="x.json:3"), "x.json:3: this model takes no video"),
+        (lambda p: p.encode(user({"type": "smell"}), where="x.json:3"), "x.json:3: unknown content type 'smell'"),
+        (lambda p: p.encode(user({"type": "speech", "speech": np.zeros((0,))})), "at least one sample"),
+    ],
+)
+def test_bad_input_is_named(processor, call, message):
+    with pytest.raises(UserError, match=message):
+        call(processor)
+
+
+def test_saved_and_loaded_it_does_the_same(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    messages = user({"type": "image", "image": picture("blue")}, {"type": "speech", "speech": sound(0.3)}, text("what?"))
+    one, two = processor.encode(messages), again.encode(messages)
+    assert one["input_ids"] == two["input_ids"]
+    assert (one["pixel_values"][0] == two["pixel_values"][0]).all()
+    assert (one["speech_features"][0] == two["speech_features"][0]).all()

@@ -1,0 +1,74 @@
+"""Tiny random models for tests: every part of the real ones, nothing to download, milliseconds to run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .build import Built, build_model
+from .prompt import CHATML
+
+IMAGE = {
+    "encoder": {"type": "timm", "name": "test_efficientnet", "image_size": 64},
+    "connector": {"type": "pooled_mlp", "pool": 2},
+}
+"""A picture becomes 4 tokens."""
+
+SPEECH = {
+    "encoder": {
+        "type": "whisper",
+        "dims": {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 16, "n_audio_head": 2, "n_audio_layer": 1,
+                 "n_vocab": 100, "n_text_ctx": 8, "n_text_state": 16, "n_text_head": 2, "n_text_layer": 1},
+    },
+    "connector": {"type": "pooled_mlp", "stack": 5, "depth": 2},
+}  # fmt: skip
+"""A second of speech becomes 10 tokens."""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and ChatML's control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: index for index, token in enumerate([*control, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        extra_special_tokens=["<|endoftext|>", "<|im_start|>"],
+        chat_template=CHATML,
+    )
+
+
+def save_tiny_llm(folder: str | Path, layers: int = 2, hidden_size: int = 32) -> Path:
+    """A random LLaMA of a few thousand parameters and its tokenizer, as a folder that ``build_model`` takes as ``llm``."""
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_model(folder: str | Path, moe: dict[str, Any] | None = None, **modalities: dict[str, Any]) -> Built:
+    """A random model that sees and hears (or what ``modalities`` names), with its LLM saved in ``folder``/llm."""
+    llm = Path(folder) / "llm"
+    if not llm.exists():
+        save_tiny_llm(llm)
+    return build_model(str(llm), modalities or {"image": IMAGE, "speech": SPEECH}, moe)
