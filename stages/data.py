@@ -1,0 +1,185 @@
+"""The one LightningDataModule of all stages: files of samples in, batches of like with like out.
+
+    train files -> Samples -> ModalityBatchSampler (steps) -> Collator (features of frozen encoders from a cache) -> batches
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.nn import functional as nnf
+from torch.utils.data import DataLoader
+
+from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
+from unimoe.errors import UserError
+from unimoe.modeling import MEDIA_INPUTS, Encoded
+
+if TYPE_CHECKING:
+    from .module import StageModule
+
+log = logging.getLogger(__name__)
+
+
+class StageLoader(DataLoader):
+    """A DataLoader that knows how many batches were trained on, so that a resumed run goes on with the next."""
+
+    delivered = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            self.delivered += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning stores: the sampler's order and the batches delivered."""
+        return cast(ModalityBatchSampler, self.batch_sampler).state_dict(consumed=self.delivered)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the delivered batches. Raises UserError when the data or its order changed."""
+        cast(ModalityBatchSampler, self.batch_sampler).load_state_dict(state)
+        self.delivered = state["consumed"]
+
+
+class StageData(LightningDataModule):
+    """Training and validation data of a stage."""
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        steps: int = 1000,
+        batch_size: int = 8,
+        cache_features: bool | str = False,
+        media_root: str | None = None,
+        max_length: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        """
+        Args:
+            train: file(s) of training samples: LLaVA JSON, messages JSON or JSONL.
+            val: file(s) for the validation loss.
+            test: file(s) for ``unimoe test``.
+            steps: optimizer steps of the stage; the data is gone through as often as that takes.
+            batch_size: samples of a batch on each device, all of the same modalities.
+            cache_features: run frozen encoders once over all media and keep what they say on disk; a path says where
+                (true: ``features`` beside the stage's output folder).
+            media_root: folder that relative media paths start from (default: that of the samples' file).
+            max_length: longest sample in tokens.
+            num_workers: processes that prepare batches.
+            seed: of the order of samples.
+        """
+        super().__init__()
+        self.files = {"train": _files(train), "val": _files(val), "test": _files(test)}
+        if steps < 1 or batch_size < 1:
+            raise UserError(f"data.steps and data.batch_size must be at least 1, found {steps} and {batch_size}")
+        self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        self.cache_features, self.media_root = cache_features, media_root
+        self.max_length, self.num_workers = max_length, num_workers
+        self.samples: dict[str, list[Sample]] = {}
+        self._collator: Collator | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read the samples (not their media). Raises UserError naming file and line of a bad one."""
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+        for split in splits:
+            if split not in self.samples:
+                self.samples[split] = [
+                    sample for file in self.files[split] for sample in read_samples(file, media_root=self.media_root)
+                ]
+        if stage == "fit" and not self.samples["train"]:
+            raise UserError(f"{', '.join(self.files['train'])}: there are no samples to train on")
+        if stage != "fit" and not self.samples[splits[0]]:
+            raise UserError(f"data.{splits[0]} names no samples; `unimoe {stage}` needs some")
+
+    def collator(self) -> Collator:
+        """What makes batches; with ``cache_features`` the frozen encoders run here, once over all media."""
+        if self._collator is None:
+            module = cast("StageModule", self.trainer.lightning_module)  # type: ignore[union-attr]
+            features = None
+            if self.cache_features:
+                features = self._fill_cache(module)
+            self._collator = Collator(module.processor, self.max_length, features=features)
+        return self._collator
+
+    def _fill_cache(self, module: "StageModule") -> FeatureCache:
+        towers = {
+            kind: tower
+            for kind, tower in module.model.model.encoders.items()
+            if not any(p.requires_grad for p in tower.parameters())
+        }
+        folder = self.cache_features
+        if folder is True:
+            folder = Path(self.trainer.default_root_dir) / ".." / "features"  # type: ignore[union-attr]
+        cache = FeatureCache(Path(folder).resolve(), module.processor, towers)
+        cache.fill([s for samples in self.samples.values() for s in samples], module.processor, towers)
+        return cache
+
+    def train_dataloader(self) -> StageLoader:
+        assert self.trainer is not None
+        sampler = ModalityBatchSampler(
+            [sample.kind for sample in self.samples["train"]],
+            self.batch_size,
+            seed=self.seed,
+            steps=self.steps * self.trainer.accumulate_grad_batches,
+            world_size=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+        )
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> StageLoader | list:
+        return self._in_order("val")
+
+    def test_dataloader(self) -> StageLoader | list:
+        return self._in_order("test")
+
+    def _in_order(self, split: str) -> StageLoader | list:
+        assert self.trainer is not None
+        if not self.samples.get(split):
+            return []
+        sampler = ModalityBatchSampler(
+            [sample.kind for sample in self.samples[split]],
+            self.batch_size,
+            shuffle=False,
+            world_size=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+        )
+        return self._loader(split, sampler)
+
+    def _loader(self, split: str, sampler: ModalityBatchSampler) -> StageLoader:
+        return StageLoader(
+            self.samples[split],  # type: ignore[arg-type]  # a list is a map-style data set
+            batch_sampler=sampler,
+            collate_fn=self.collator(),
+            num_workers=self.num_workers,
+            persistent_workers=False,
+        )
+
+    @torch.no_grad()
+    def encode(self, samples: list[Sample], kind: str) -> Encoded:
+        """The frozen encoder's features of one medium of each sample: features_nSD, and lengths_n or None."""
+        module = cast("StageModule", self.trainer.lightning_module)  # type: ignore[union-attr]
+        encoder = module.model.model.encoders[kind]
+        features: list[torch.Tensor] = []
+        lengths: list[torch.Tensor] = []
+        for start in range(0, len(samples), 16):
+            batch = self.collator()(samples[start : start + 16])
+            encoded = batch.get("encoded_media", {}).get(kind)
+            if encoded is None:
+                encoded = encoder(*(batch[name].to(module.device) for name in MEDIA_INPUTS[kind]))
+            features.append(encoded[0].to(module.device))
+            if encoded[1] is not None:
+                lengths.append(encoded[1].to(module.device))
+        longest = max(part.shape[1] for part in features)
+        whole = torch.cat([nnf.pad(part, (0, 0, 0, longest - part.shape[1])) for part in features])
+        return whole, torch.cat(lengths) if lengths else None
+
+
+def _files(files: str | list[str] | None) -> list[str]:
+    if files is None:
+        return []
+    return [files] if isinstance(files, str) else list(files)

@@ -1,0 +1,163 @@
+"""Expert folders: the FFNs that one dense stage learned, to be put in a slot of a mixture.
+
+    expert.json              task, fingerprint of the base LLM, shapes, the stage that made it
+    expert.safetensors       layers.{i}.gate_up_proj [2I, H] (gate rows first), layers.{i}.down_proj [H, I]
+    connectors.safetensors   {modality}.{name}: the connectors as that stage left them
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unimoe.errors import UserError
+from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import read_swiglu
+
+FORMAT = 1
+
+
+@dataclass
+class ExpertInfo:
+    """What ``expert.json`` says."""
+
+    task: str
+    """What the expert is for, in the words of the stage's configuration."""
+
+    stage: str
+    """Name of the stage that made it."""
+
+    base_llm: str
+    """Fingerprint of the LLM it was trained from, see :func:`base_fingerprint`."""
+
+    num_layers: int
+    """Decoder layers."""
+
+    hidden_size: int
+    """H."""
+
+    intermediate_size: int
+    """I."""
+
+    sha256: str = ""
+    """Of ``expert.safetensors``."""
+
+    format: int = FORMAT
+    """Version of this layout."""
+
+    connectors: list[str] = field(default_factory=list)
+    """Modalities whose connector lies in the folder."""
+
+
+@dataclass
+class Expert:
+    """An expert folder in memory."""
+
+    info: ExpertInfo
+    """Its description."""
+
+    tensors: dict[str, Tensor]
+    """``layers.{i}.gate_up_proj`` [2I, H] and ``layers.{i}.down_proj`` [H, I]."""
+
+
+def base_fingerprint(model: UniMoeForConditionalGeneration) -> str:
+    """Hash of the LLM's weights that experts rely on: all but FFNs and embeddings, in their stored bytes.
+
+    Experts of one base share it whatever their FFNs learned and whichever placeholders the tokenizer got.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.model.language_model.state_dict().items()):
+        if ".mlp." not in name and "embed" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def ffn_tensors(model: UniMoeForConditionalGeneration) -> dict[str, Tensor]:
+    """The FFN weights of every decoder layer of a dense model, under the names of an expert folder."""
+    decoder: Any = model.model.language_model
+    tensors = {}
+    for index, layer in enumerate(decoder.layers):
+        gate_up, down = read_swiglu(layer.mlp)
+        tensors[f"layers.{index}.gate_up_proj"] = gate_up
+        tensors[f"layers.{index}.down_proj"] = down
+    return tensors
+
+
+def save_expert(folder: Path, model: UniMoeForConditionalGeneration, base_llm: str, stage: str, task: str) -> None:
+    """Write the FFNs and connectors of a dense model whose adapters are merged into an existing folder."""
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in ffn_tensors(model).items()}
+    save_file(tensors, folder / "expert.safetensors")
+    connectors = {name: t.detach().cpu().contiguous().clone() for name, t in model.model.connectors.state_dict().items()}
+    if connectors:
+        save_file(connectors, folder / "connectors.safetensors")
+    down = tensors["layers.0.down_proj"]
+    info = ExpertInfo(
+        task=task,
+        stage=stage,
+        base_llm=base_llm,
+        num_layers=len(tensors) // 2,
+        hidden_size=down.shape[0],
+        intermediate_size=down.shape[1],
+        sha256=file_hash(folder / "expert.safetensors"),
+        connectors=sorted(model.model.connectors),
+    )
+    (folder / "expert.json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+
+
+def load_expert(folder: str | Path) -> Expert:
+    """Read an expert folder. Raises UserError when it is none, of another version, cut short or changed."""
+    path = Path(folder)
+    try:
+        fields = json.loads((path / "expert.json").read_text(encoding="utf-8"))
+        info = ExpertInfo(**fields)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is not an expert folder: it has no expert.json") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / 'expert.json'} cannot be read ({error})") from error
+    if info.format != FORMAT:
+        raise UserError(f"{path / 'expert.json'}: format {info.format}, expected {FORMAT}")
+    file = path / "expert.safetensors"
+    if not file.is_file() or file_hash(file) != info.sha256:
+        raise UserError(f"{file} is missing or not the file that expert.json describes (sha256 {info.sha256[:12]}...)")
+    return Expert(info, _read(file))
+
+
+def load_connectors(folder: str | Path, kind: str) -> dict[str, Tensor]:
+    """State dict of one connector out of an expert folder or a model folder. Raises UserError when it is not there."""
+    path = Path(folder)
+    files = {"connectors.safetensors": "", "model.safetensors": "model.connectors."}
+    for name, prefix in files.items():
+        if (path / name).is_file():
+            start = f"{prefix}{kind}."
+            found = {key.removeprefix(start): t for key, t in _read(path / name).items() if key.startswith(start)}
+            if not found:
+                raise UserError(f"{path / name} holds no {kind} connector")
+            return found
+    if (path / "model.safetensors.index.json").is_file():
+        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        start = f"model.connectors.{kind}."
+        shards = {shard for key, shard in index.items() if key.startswith(start)}
+        found = {key: t for shard in shards for key, t in _read(path / shard).items() if key.startswith(start)}
+        if found:
+            return {key.removeprefix(start): tensor for key, tensor in found.items()}
+    raise UserError(f"connectors.{kind}: {path} is neither an expert folder nor a model folder with a {kind} connector")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error})") from error

@@ -1,0 +1,241 @@
+"""The one LightningModule of all stages: a stage is what it starts from, what trains, and how fast.
+
+Shapes: B rows, T tokens of a row, H hidden size, V vocabulary, S supervised tokens of the batch.
+"""
+
+import logging
+import math
+import time
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from unimoe.build import build_model
+from unimoe.errors import UserError
+from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import load, load_balance, record
+from unimoe.processing import UniMoeProcessor
+
+from .data import StageData
+from .experts_file import base_fingerprint
+from .start import load_model
+from .trainable import Group, LoRA, Trainable, choose
+from .warm_start import Ridge, check_kinds, naming_samples, warm_start
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of a position that is not learned."""
+
+
+class StageModule(LightningModule):
+    """Trains parts of a UniMoe model on next-token cross-entropy over the assistant's words.
+
+    The training step:
+
+    1. the decoder's hidden states of the batch, with a record of every MoE layer's routing;
+    2. the LM head at supervised positions only, mean cross-entropy;
+    3. plus the model's auxiliary losses (``balance_coef`` and ``z_coef`` of its MoE configuration).
+    """
+
+    def __init__(
+        self,
+        init_from: str | None = None,
+        llm: str | None = None,
+        modalities: dict[str, dict[str, dict[str, Any]]] | None = None,
+        moe: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        warm_start: dict[str, Ridge] | None = None,
+        trainable: list[Trainable] | None = None,
+        lora: list[LoRA] | None = None,
+        save: Literal["model", "expert"] = "model",
+        task: str = "",
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup: float = 0.03,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        seed: int = 0,
+    ):
+        """
+        Args:
+            init_from: folder of an earlier stage or of ``unimoe assemble``; or else give ``llm``.
+            llm: language model of a fresh start: ``default``, a local folder or a hub id.
+            modalities: ``encoder`` and ``connector`` of each medium of a fresh start, see :func:`unimoe.build.build_model`.
+            moe: fields of MoEConfig, to copy the FFNs of a fresh start into experts.
+            chat_template: of a fresh start: ``chatml``, a Jinja template, or the tokenizer's own.
+            warm_start: modalities whose connector starts from ridge regression on the training data's named samples.
+            trainable: parameters that train in full, by name pattern.
+            lora: adapters, merged into the weights at the end.
+            save: ``model`` writes a model folder, ``expert`` an expert folder (dense models only).
+            task: what the expert is for, noted in its folder.
+            schedule: of the learning rates after warm-up: down to zero by a cosine or a line, or constant.
+            warmup: share of all steps in which the learning rates rise from zero.
+            weight_decay: of AdamW, on matrices only.
+            betas: of AdamW.
+            seed: of everything random; each step's numbers follow from it and the step alone.
+        """
+        super().__init__()
+        if (init_from is None) == (llm is None):
+            raise UserError("a stage starts from one of model.init_from (a folder) and model.llm (a fresh start)")
+        if init_from is not None and (modalities or moe):
+            raise UserError("model.modalities and model.moe belong to a fresh start; model.init_from brings its own")
+        self.init_from, self.llm, self.modalities, self.moe = init_from, llm, modalities or {}, moe
+        self.chat_template = chat_template
+        self.warm_start = warm_start or {}
+        self.trainable, self.lora = trainable or [], lora or []
+        self.save, self.task = save, task
+        self.schedule, self.warmup, self.weight_decay, self.betas = schedule, warmup, weight_decay, betas
+        self.seed = seed
+        self.strict_loading = False  # checkpoints hold what trains; on_load_checkpoint checks their names
+        self.model: UniMoeForConditionalGeneration
+        self.processor: UniMoeProcessor
+        self.groups: list[Group] = []
+        self.base_llm = ""
+        """Fingerprint of the LLM before training, for expert folders."""
+        self._batch_began = 0.0
+
+    # ---------------------------------------------------------------- building
+
+    def configure_model(self) -> None:
+        """Build the model, freeze it, and unfreeze what trains (once; Lightning calls this before each fit or validate)."""
+        if hasattr(self, "model"):
+            return
+        if self.init_from is not None:
+            model, processor = load_model(self.init_from)
+        else:
+            assert self.llm is not None
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                model, processor = build_model(self.llm, self.modalities, self.moe, self.chat_template)
+        if self.save == "expert":
+            if model.config.moe:
+                raise UserError(f"{self.init_from} is a mixture of experts; save: expert needs a dense model")
+            self.base_llm = base_fingerprint(model)
+        check_kinds(self.warm_start, model)
+        self.model, self.processor = model, processor
+        if self._trainer is not None and not self.trainer.training:
+            self.model.requires_grad_(False)
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.groups = choose(self.model, self.trainable, self.lora)
+        self.model.train()
+        for tower in self.model.model.encoders.values():
+            if not any(p.requires_grad for p in tower.parameters()):
+                tower.eval()  # a frozen tower must not move its batch statistics
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with one parameter group (two with weight decay) for each entry of ``trainable`` and ``lora``."""
+        settings = []
+        for group in self.groups:
+            matrices = [p for p in group.parameters.values() if p.ndim > 1]
+            others = [p for p in group.parameters.values() if p.ndim <= 1]
+            for parameters, decay in ((matrices, self.weight_decay), (others, 0.0)):
+                if parameters:
+                    entry = {"params": parameters, "lr": group.lr, "weight_decay": decay, "name": group.name}
+                    settings.append(entry)
+        optimizer = torch.optim.AdamW(settings, betas=self.betas)
+        steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at a step (0-based) out of ``steps``."""
+        rise = math.ceil(self.warmup * steps)
+        if step < rise:
+            return (step + 1) / rise
+        done = (step - rise) / max(steps - rise, 1)
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))), "linear": max(1 - done, 0.0), "constant": 1.0}[
+            self.schedule
+        ]
+
+    def on_fit_start(self) -> None:
+        """Give fresh connectors their head start, unless the run resumes."""
+        if self.trainer.ckpt_path is not None:
+            return
+        for kind, settings in self.warm_start.items():
+            data = cast(StageData, self.trainer.datamodule)  # type: ignore[attr-defined]
+            pairs = naming_samples(data.samples["train"], kind, settings)
+            if not pairs:
+                raise UserError(f"warm_start: no training sample shows one {kind} and answers in {settings.max_words} words")
+            encoded = data.encode([sample for sample, _ in pairs], kind)
+            warm_start(self.model, self.processor, kind, encoded, [answer for _, answer in pairs], settings)
+
+    # ---------------------------------------------------------------- steps
+
+    def answer_loss(self, hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
+        """Mean cross-entropy over the supervised tokens, and their number."""
+        keep_BT = labels_BT[:, 1:] != IGNORED
+        hidden_SH = hidden_BTH[:, :-1][keep_BT]
+        loss = nnf.cross_entropy(self.model.head(hidden_SH).float(), labels_BT[:, 1:][keep_BT], reduction="sum")
+        count = len(hidden_SH)
+        return loss / max(count, 1), count
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with record() as records:
+            hidden_BTH = self.model.model(**inputs).last_hidden_state
+        loss, _ = self.answer_loss(hidden_BTH, batch["labels"])
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        if self.trainer.world_size > 1 or not loss.requires_grad:
+            loss = loss + self._touch()
+        for group in self.trainer.optimizers[0].param_groups:
+            self.log(f"lr/{group['name']}", group["lr"])
+        if not records:
+            return loss
+        aux = self.model.aux_loss(records)
+        self.log("train/aux_loss", aux)
+        for entry in records:
+            load_E = load(entry)
+            assert isinstance(load_E, Tensor)
+            self.log(f"moe/layer{entry.layer:02d}/load_max_over_mean", load_E.max() / load_E.mean().clamp(min=1e-9))
+            self.log(f"moe/layer{entry.layer:02d}/balance_loss", load_balance(entry).detach())
+        self.log("moe/floor", 1.0)  # of both numbers above, in every layer
+        return loss + aux
+
+    def _touch(self) -> Tensor:
+        """Zero, by way of every trained connector: ranks agree on the gradients whatever their batches hold, and a batch of
+        text alone has a gradient when only connectors train."""
+        trained = [p for p in self.model.model.connectors.parameters() if p.requires_grad]
+        return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val/loss")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test/loss")
+
+    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        loss, count = self.answer_loss(self.model.model(**inputs).last_hidden_state, batch["labels"])
+        self.log(name, loss, batch_size=count, prog_bar=True, sync_dist=True)  # the mean over batches weighs by tokens
+
+    # ---------------------------------------------------------------- what a resumed run needs
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Seed the step from (seed, step, rank), so that dropout does not depend on what ran before."""
+        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
+        self._batch_began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        seconds = time.perf_counter() - self._batch_began
+        self.log("train/tokens_per_second", batch["attention_mask"].sum().float() / max(seconds, 1e-9))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains: the frozen rest comes from ``init_from`` again."""
+        trained = self.trained_names()
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found, expected = set(checkpoint["state_dict"]), self.trained_names()
+        if found != expected:
+            name = min(found ^ expected)
+            side = "lacks" if name in expected else "has"
+            raise UserError(f"the checkpoint does not belong to this stage: it {side} {name}")
+
+    def trained_names(self) -> set[str]:
+        """Names, in this module's state_dict, of the parameters that train."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

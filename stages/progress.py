@@ -1,0 +1,49 @@
+"""Progress as plain lines, for pipes and log files."""
+
+import logging
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+log = logging.getLogger(__name__)
+
+
+class PlainProgress(Callback):
+    """Logs step, mean loss, tokens a second and the time left, at the first and last step and every few seconds between."""
+
+    def __init__(self, name: str, every_seconds: float = 10.0):
+        self.name = name
+        self.every_seconds = every_seconds
+        self._said = self._began = 0.0
+        self._first = 0
+        self._losses: list[float] = []
+        self._tokens = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+        self._first = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int):
+        now, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
+        self._losses.append(float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs))
+        self._tokens += float(batch["attention_mask"].sum())
+        done = step - self._first
+        if done < 1 or (done > 1 and step < steps and now - self._said < self.every_seconds):
+            return
+        left = (now - self._began) / done * (steps - step)
+        rate = self._tokens / max(now - (self._said or self._began), 1e-9)
+        loss = sum(self._losses) / len(self._losses)
+        log.info("%s  step %d/%d  loss %.4f  %.0f tokens/s  %s left", self.name, step, steps, loss, rate, clock(left))
+        self._said, self._losses, self._tokens = now, [], 0.0
+
+
+def clock(seconds: float) -> str:
+    """12 s, 3:07 min or 2:05:00 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} h"
