@@ -126,12 +126,14 @@ def test_unknown_verbs(capsys):
     assert "expected one of prepare, fit" in capsys.readouterr().err
 
 
-def run(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "unimoe", *args], capture_output=True, text=True, check=True
-    ).stdout
+def test_help_and_version(capsys):
+    assert cli.main(["--help"]) == cli.main([]) == cli.main(["--version"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.VERBS)
+    assert text.splitlines()[-1].startswith("unimoe 0.")
 
 
-def test_help_and_version_as_processes():
-    assert all(f"  {name} " in run("--help") for name in cli.VERBS)
-    assert run("--version").startswith("unimoe 0.")
+def test_the_command_as_a_process():
+    done = subprocess.run([sys.executable, "-m", "unimoe", "chta"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("unimoe: error: unknown verb 'chta'") and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Make build/view/unimoe: links by which type checkers find the parts that pyproject.toml maps into the package."""
+"""Make build/view/unimoe: links by which type checkers find the parts that pyproject.toml maps."""
 
 import os
 import shutil

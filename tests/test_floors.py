@@ -1,0 +1,199 @@
+"""The import rules of CONTRIBUTING.md, held over every import statement of the package."""
+
+import ast
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
+
+# What is not listed is on the top floor, so a part of the core has to be entered here.
+FLOORS = {
+    "unimoe.errors": 0,
+    "unimoe.files": 0,
+    "unimoe.kernels": 1,
+    "unimoe.encoders": 1,
+    "unimoe.prepare": 1,  # fetches and converts files; knows nothing of the model
+    "unimoe.moe": 2,
+    "unimoe": 3,  # unimoe/__init__.py, which registers the model
+    "unimoe.build": 3,
+    "unimoe.configuration": 3,
+    "unimoe.modeling": 3,
+    "unimoe.preprocessing": 3,
+    "unimoe.processing": 3,
+    "unimoe.prompt": 3,
+    "unimoe.registration": 3,
+    "unimoe.data": 3,
+    "unimoe.stages": 4,
+    "unimoe.detection": 4,
+    "unimoe.continual": 4,
+}
+TOP = 5
+NEIGHBOURS = {name for name, floor in FLOORS.items() if floor == 4}  # they do not import one another
+BARE = {"encoders", "stages", "detection", "continual", "kernels"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: where it stands, by which module, and what it names in full."""
+
+    where: str
+    module: str
+    package: str
+    target: str
+    relative: int
+
+
+def modules() -> dict[str, Path]:
+    """Module name to file, for every Python file of the package."""
+    found = {}
+    for name, folder in FOLDERS.items():
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join([name, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = file
+    return found
+
+
+def is_module(name: str) -> bool:
+    return name in MODULES or any(other.startswith(name + ".") for other in MODULES)
+
+
+def imports_of(module: str, file: Path) -> list[Import]:
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets, relative = [alias.name for alias in node.names], 0
+        elif isinstance(node, ast.ImportFrom):
+            relative = node.level
+            parts = package.split(".")[: len(package.split(".")) - relative + 1] if relative else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            # `from package import module` names the module, `from module import name` the module as well
+            targets = [f"{base}.{a.name}" if is_module(f"{base}.{a.name}") else base for a in node.names]
+        else:
+            continue
+        where = f"{file.relative_to(ROOT)}:{node.lineno}"
+        found += [Import(where, module, package, target, relative) for target in dict.fromkeys(targets)]
+    return found
+
+
+def floor(module: str) -> int:
+    return FLOORS.get(room(module), TOP)
+
+
+def room(module: str) -> str:
+    """``unimoe.moe`` for ``unimoe.moe.router``."""
+    return ".".join(module.split(".")[:2])
+
+
+MODULES = modules()
+IMPORTS = [one for module, file in MODULES.items() for one in imports_of(module, file)]
+OURS = [one for one in IMPORTS if one.target.split(".")[0] == "unimoe"]
+
+
+def complain(wrong: list[str]):
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_nothing_imports_from_a_floor_above():
+    def climbs(one: Import) -> bool:
+        # `from unimoe import __version__` is no climb: the package itself is always loaded first
+        return one.target != "unimoe" and floor(one.target) > floor(one.module)
+
+    complain(
+        [
+            f"{one.where}: floor {floor(one.module)} imports {one.target} of floor {floor(one.target)}"
+            for one in OURS
+            if climbs(one)
+        ]
+    )
+
+
+def test_neighbours_do_not_import_one_another():
+    complain(
+        [
+            f"{one.where}: {one.module} imports its neighbour {one.target}"
+            for one in OURS
+            if {room(one.module), room(one.target)} <= NEIGHBOURS and room(one.module) != room(one.target)
+        ]
+    )
+
+
+def test_relative_imports_stay_in_their_folder():
+    def stays(one: Import) -> bool:
+        inner = one.target.removeprefix(one.package).strip(".")
+        return one.relative == 1 and "." not in inner and not is_package(one.target)
+
+    def is_package(name: str) -> bool:
+        return any(other.startswith(name + ".") for other in MODULES)
+
+    complain(
+        [
+            f"{one.where}: a relative import of {one.target}, which lies in another folder; name it in full"
+            for one in OURS
+            if one.relative and one.target != one.package and not stays(one)
+        ]
+    )
+
+
+def test_bare_folder_names_are_never_imported():
+    complain(
+        [
+            f"{one.where}: {one.target}; write unimoe.{one.target}"
+            for one in IMPORTS
+            if one.target.split(".")[0] in BARE
+        ]
+    )
+
+
+def test_the_ground_floor_of_kernels_is_torch_only():
+    allowed = {"torch", "triton", "unimoe"} | sys.stdlib_module_names
+    complain(
+        [
+            f"{one.where}: kernels/ imports {one.target}"
+            for one in IMPORTS
+            if room(one.module) == "unimoe.kernels" and one.target.split(".")[0] not in allowed
+        ]
+    )
+
+
+def test_every_imported_package_is_declared():
+    declared = {normal(line) for line in PROJECT["project"]["dependencies"]}
+    declared |= {"triton", "pip"}  # imported only where they happen to be
+    provided_by = packages_distributions()
+    wrong = []
+    for one in IMPORTS:
+        top = one.target.split(".")[0]
+        if top in sys.stdlib_module_names or top == "unimoe":
+            continue
+        if not declared & {normal(name) for name in provided_by.get(top, [top])}:
+            wrong.append(f"{one.where}: {top} is not among the dependencies of pyproject.toml")
+    complain(wrong)
+
+
+def normal(requirement: str) -> str:
+    name = requirement
+    for sign in "[<>=!~; ":
+        name = name.split(sign)[0]
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_tests_and_benchmarks_use_the_full_names(folder):
+    wrong = []
+    for file in (ROOT / folder).rglob("*.py"):
+        for one in imports_of(folder, file):
+            if one.relative == 0 and one.target.split(".")[0] in BARE:
+                wrong.append(f"{one.where}: {one.target}; write unimoe.{one.target}")
+    complain(wrong)
+
+
+def test_no_file_is_over_600_lines():
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in MODULES.values()}
+    complain([f"{file.relative_to(ROOT)}: {lines} lines" for file, lines in lengths.items() if lines > 600])
