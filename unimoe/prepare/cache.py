@@ -19,7 +19,8 @@ def cache_folder() -> Path:
 def default_part(name: str) -> Path:
     """The folder of a prepared part: llm, image, speech, text, sprites or photos.
 
-    Raises UserError when it is not in the cache, or was cut short or made by another version of its converter.
+    Raises UserError when it is not in the cache, was cut short, or was made by another version of its
+    converter.
     """
     part = find_part(name)
     reason = fault(part, cache_folder())
@@ -41,12 +42,12 @@ def resolve_part(spec: str, part: str) -> str | Path:
         return path
     looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec
     if looks_like_path or not spec.strip("/"):
-        raise UserError(f"{part}: {spec!r} does not exist; expected default, a local folder or a hub id (owner/name)")
+        raise UserError(f"{part}: {spec!r} does not exist; expected default, a local folder or a hub id")
     return spec
 
 
 def fault(part: Part, cache: Path) -> str | None:
-    """Why the part in ``cache`` cannot be used; None when it can. Looks at names and sizes, not at contents."""
+    """Why the part in ``cache`` cannot be used, None when it can. Looks at names and sizes only."""
     folder = cache / part.folder
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -27,11 +27,11 @@ def download(
     progress: Callable[[int], None] = lambda done: None,
     certificates: str | None = None,
 ) -> None:
-    """Fetch the ``size`` bytes of ``url`` to ``target`` by way of ``target`` + ".part", which a later run continues.
+    """Fetch ``size`` bytes of ``url`` to ``target`` through ``target`` + ".part", which a later run resumes.
 
-    ``progress`` is told the bytes there are so far; ``certificates`` as for :func:`ask`. What came is not checked: see
-    :func:`check_hash`. Raises UserError when the server refuses, the connection breaks for good, or the disk is full;
-    the .part file stays.
+    ``progress`` is told the bytes there are so far; ``certificates`` as for :func:`ask`. What came is not
+    checked: see :func:`check_hash`. Raises UserError when the server refuses, the connection breaks for good,
+    or the disk is full; the .part file stays.
     """
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -46,24 +46,22 @@ def download(
                 part.unlink()
             elif error.code < 500 and error.code not in (408, 429):
                 raise UserError(f"{target.name}: {problem} for {shown(url)}") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"no space left on the disk while writing {part}: {size - _length(part):,} bytes to go; "
+                    "free some and run the same command again, or set UNIMOE_CACHE to another disk"
+                ) from error
             problem = reason(error)
         except http.client.HTTPException as error:
             problem = repr(error)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"no space left on the disk while writing {part}: {size - _length(part):,} bytes are still to come; "
-                "free some and run the same command again, or set UNIMOE_CACHE to another disk"
-            ) from error
         now = _length(part)
         if now >= size:
             break
         failures = 1 if now > have else failures + 1
         if failures >= TRIES:
             raise UserError(
-                f"{target.name}: the download broke off at {now:,} of {size:,} bytes ({problem}, {shown(url)}); "
+                f"{target.name}: broken off at {now:,} of {size:,} bytes ({problem}, {shown(url)}); "
                 "run the same command again to go on from there"
             )
         log.info("%s: %s at %s of %s bytes, trying again", target.name, problem, f"{now:,}", f"{size:,}")
@@ -78,10 +76,11 @@ def _length(file: Path) -> int:
 def _request(
     url: str, part: Path, have: int, size: int, progress: Callable[[int], None], certificates: str | None
 ) -> None:
-    """One request: append to ``part`` what comes from byte ``have`` on, or from the start if the server cannot do that."""
+    """One request: append to ``part`` from byte ``have`` on, or write it anew if the server has no ranges."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     with ask(url, headers, certificates) as response:
-        continues = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        begin = response.headers.get("Content-Range", "")
+        continues = response.status == 206 and begin.startswith(f"bytes {have}-")
         have = have if continues else 0
         with part.open("ab" if continues else "wb") as file:
             while have < size and (block := response.read(min(BLOCK, size - have))):

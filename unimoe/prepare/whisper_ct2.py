@@ -1,7 +1,7 @@
 """Whisper tiny.en: a CTranslate2 ``model.bin`` to openai-whisper's state dict, as safetensors.
 
-The CTranslate2 format and the map of names were worked out from files of that format (version 6, WhisperSpec).
-D = width of the model.
+The format (version 6) is little-endian: version, name of the specification, revision and count; then each
+tensor with name, shape, type and data; then aliases. D = width of the model.
 """
 
 import json
@@ -47,37 +47,36 @@ def read_ct2(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
     """
     at = 0
 
-    def take(form: str):
+    def number(form: str) -> int:
         nonlocal at
-        value = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize("<" + form)
-        return value if len(value) > 1 else value[0]
+        value = struct.unpack_from("<" + form, data, at)[0]
+        at += struct.calcsize(form)
+        return value
 
     def text() -> str:
         nonlocal at
-        length = take("H")
+        length = number("H")
         at += length
         return data[at - length : at].rstrip(b"\0").decode()
 
     try:
-        version = take("I")
+        version = number("I")
         if version != 6:
             raise UserError(f"model.bin has format version {version}, expected 6")
         spec = text()
-        _, count = take("II")
+        number("I")  # the specification's revision
         tensors = {}
-        for _ in range(count):
+        for _ in range(number("I")):
             name = text()
-            rank = take("B")
-            shape = [take("I") for _ in range(rank)]
-            kind, size = take("BI")
+            shape = [number("I") for _ in range(number("B"))]
+            kind, size = number("B"), number("I")
             if kind not in TYPES:
                 raise UserError(f"model.bin: {name} has number type {kind}, expected one of {sorted(TYPES)}")
             if at + size > len(data):
                 raise UserError(f"model.bin ends within {name}")
             tensors[name] = np.frombuffer(data[at : at + size], TYPES[kind]).reshape(shape)
             at += size
-        for _ in range(take("I")):
+        for _ in range(number("I")):
             alias, original = text(), text()
             tensors[alias] = tensors[original]
     except struct.error as error:
@@ -88,8 +87,9 @@ def read_ct2(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
 def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """openai-whisper's state dict (float32) from CTranslate2's tensors.
 
-    Self-attention there holds query, key and value stacked in one matrix [3D, D], cross-attention key and value [2D, D].
-    openai-whisper's key projection has no bias, so the stored one must be zero (UserError otherwise).
+    Self-attention there holds query, key and value stacked in one matrix [3D, D], cross-attention key and
+    value [2D, D]. openai-whisper's key projection has no bias, so the stored one must be zero (UserError
+    otherwise).
     """
     state: dict[str, np.ndarray] = {}
 
@@ -117,15 +117,15 @@ def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         layer = 0
         while f"{side}/layer_{layer}/ffn/linear_0/weight" in tensors:
             old, new = f"{side}/layer_{layer}", f"{side}.blocks.{layer}"
-            attention = f"{new}.attn"
-            linear(f"{old}/self_attention/linear_0", *(f"{attention}.{part}" for part in ("query", "key", "value")))
-            linear(f"{old}/self_attention/linear_1", f"{attention}.out")
+            projections = [f"{new}.attn.{part}" for part in ("query", "key", "value")]
+            linear(f"{old}/self_attention/linear_0", *projections)
+            linear(f"{old}/self_attention/linear_1", f"{new}.attn.out")
             norm(f"{old}/self_attention/layer_norm", f"{new}.attn_ln")
             if side == "decoder":
-                attention = f"{new}.cross_attn"
-                linear(f"{old}/attention/linear_0", f"{attention}.query")
-                linear(f"{old}/attention/linear_1", f"{attention}.key", f"{attention}.value")
-                linear(f"{old}/attention/linear_2", f"{attention}.out")
+                cross = f"{new}.cross_attn"
+                linear(f"{old}/attention/linear_0", f"{cross}.query")
+                linear(f"{old}/attention/linear_1", f"{cross}.key", f"{cross}.value")
+                linear(f"{old}/attention/linear_2", f"{cross}.out")
                 norm(f"{old}/attention/layer_norm", f"{new}.cross_attn_ln")
             linear(f"{old}/ffn/linear_0", f"{new}.mlp.0")
             linear(f"{old}/ffn/linear_1", f"{new}.mlp.2")
@@ -139,6 +139,10 @@ def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def dimensions(state: dict[str, np.ndarray]) -> dict[str, int]:
     """openai-whisper's ``ModelDimensions`` read off the shapes. Every Whisper has heads of 64 features."""
+
+    def layers(side: str) -> int:
+        return sum(name.startswith(side) and name.endswith(".mlp.0.weight") for name in state)
+
     width, mels, _ = state["encoder.conv1.weight"].shape
     vocabulary, text_width = state["decoder.token_embedding.weight"].shape
     return {
@@ -146,10 +150,10 @@ def dimensions(state: dict[str, np.ndarray]) -> dict[str, int]:
         "n_audio_ctx": state["encoder.positional_embedding"].shape[0],
         "n_audio_state": width,
         "n_audio_head": width // 64,
-        "n_audio_layer": sum(1 for name in state if name.startswith("encoder") and name.endswith(".mlp.0.weight")),
+        "n_audio_layer": layers("encoder"),
         "n_vocab": vocabulary,
         "n_text_ctx": state["decoder.positional_embedding"].shape[0],
         "n_text_state": text_width,
         "n_text_head": text_width // 64,
-        "n_text_layer": sum(1 for name in state if name.startswith("decoder") and name.endswith(".mlp.0.weight")),
+        "n_text_layer": layers("decoder"),
     }
