@@ -23,9 +23,11 @@ class ConnectorConfig:
     type: str = "mlp"
     """``linear``, ``mlp``, ``pooled_mlp`` or ``qformer``."""
     depth: int | None = None
-    """Linear layers with GELU between them; None is 1 for linear and pooled_mlp, 2 for mlp (LLaVA's mlp2x_gelu)."""
+    """Linear layers, GELU between them; None is 1 for linear and pooled_mlp, 2 for mlp (LLaVA's
+    mlp2x_gelu)."""
     hidden_size: int | None = None
-    """Width between the linear layers, and of the Q-Former; None is the language model's width, for the Q-Former 768."""
+    """Width between the linear layers, and of the Q-Former; None is the language model's width, for the
+    Q-Former 768."""
     pool: int | None = None
     """pooled_mlp on images: the token grid is averaged to pool x pool; None is 2 unless stack is set."""
     stack: int | None = None
@@ -45,20 +47,34 @@ class ConnectorConfig:
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> "ConnectorConfig":
-        """From a plain dictionary. Raises UserError for an unknown type or key, and for values that do not go together."""
+        """From a dictionary. Raises UserError for unknown types and keys and for values that do not go
+        together."""
         kind = config.get("type")
         if kind not in _DEPTHS:
             raise UserError(f"unknown connector type {kind!r}; known: {', '.join(_DEPTHS)}")
         parsed = parse_config(cls, config)
         parsed.type = kind
-        for name in ("depth", "hidden_size", "pool", "stack", "num_queries", "num_layers", "num_heads", "cross_every"):
+        for name in (
+            "depth",
+            "hidden_size",
+            "pool",
+            "stack",
+            "num_queries",
+            "num_layers",
+            "num_heads",
+            "cross_every",
+        ):
             value = getattr(parsed, name)
             if value is not None and value < 1:
                 raise UserError(f"connector {kind}: {name} is {value}, expected at least 1")
         if kind == "linear" and parsed.depth not in (None, 1):
-            raise UserError(f"connector linear: depth is {parsed.depth}; use type mlp for more than one layer")
+            raise UserError(
+                f"connector linear: depth is {parsed.depth}; use type mlp for more than one layer"
+            )
         if parsed.pool and parsed.stack:
-            raise UserError("connector pooled_mlp: found both pool (images) and stack (speech), expected one of them")
+            raise UserError(
+                "connector pooled_mlp: found both pool (images) and stack (speech), expected one of them"
+            )
         if kind != "pooled_mlp" and (parsed.pool or parsed.stack):
             raise UserError(f"connector {kind}: pool and stack belong to type pooled_mlp")
         parsed.depth = parsed.depth or _DEPTHS[kind]
@@ -81,8 +97,9 @@ _DEPTHS = {"linear": 1, "mlp": 2, "pooled_mlp": 1, "qformer": 1}
 class Connector(nn.Module):
     """``forward(features_BSD, lengths_B | None) -> (tokens_BNH, counts_B)``.
 
-    ``lengths_B`` counts the real positions of each item (None: all); ``counts_B`` (int64) the real tokens, which come
-    first. Tokens beyond an item's count are to be ignored. An item's tokens do not depend on its batch mates.
+    ``lengths_B`` counts the real positions of each item (None: all); ``counts_B`` (int64) the real tokens,
+    which come first. Tokens beyond an item's count are to be ignored. An item's tokens do not depend on its
+    batch mates.
     """
 
     def __init__(self, config: ConnectorConfig):
@@ -102,8 +119,8 @@ class Connector(nn.Module):
 class MLPConnector(Connector):
     """Types linear, mlp and pooled_mlp (LLaVA-1.5's projector, 2310.03744, with pooling before it).
 
-    1. ``gather``: one input row per token: a position, the mean of a cell of the grid, or ``stack`` positions side by
-       side with zeros beyond the item's length;
+    1. ``gather``: one input row per token: a position, the mean of a cell of the grid, or ``stack`` positions
+       side by side with zeros beyond the item's length;
     2. ``layers``: Linear, or Linear-GELU-Linear and so on.
     """
 
@@ -140,7 +157,9 @@ class MLPConnector(Connector):
         positions = x_BSD.shape[1]
         height, width = self.config.grid or [math.isqrt(positions)] * 2
         if height * width != positions:
-            raise UserError(f"pooled_mlp: {positions} positions are no {height} x {width} grid; set the connector's grid")
+            raise UserError(
+                f"pooled_mlp: {positions} positions are no {height} x {width} grid; set the connector's grid"
+            )
         x_BDHW = x_BSD.transpose(1, 2).unflatten(2, (height, width))
         return nnf.adaptive_avg_pool2d(x_BDHW, pool).flatten(2).transpose(1, 2)
 
@@ -157,7 +176,8 @@ class MLPConnector(Connector):
 def build_connector(config: dict[str, Any], in_features: int, out_features: int) -> Connector:
     """Build the connector that ``config`` (a ConnectorConfig as a dictionary) describes, with random weights.
 
-    ``in_features`` is the encoder's width, ``out_features`` the language model's. Raises UserError for a bad config.
+    ``in_features`` is the encoder's width, ``out_features`` the language model's. Raises UserError for a bad
+    config.
     """
     parsed = ConnectorConfig.parse(config)
     if parsed.type == "qformer":
@@ -168,5 +188,5 @@ def build_connector(config: dict[str, Any], in_features: int, out_features: int)
 
 
 def num_tokens(config: dict[str, Any], positions: int) -> int:
-    """The tokens that a connector of this ``config`` makes of so many encoder positions, without building it."""
+    """The tokens that a connector of this ``config`` makes of so many encoder positions; builds nothing."""
     return ConnectorConfig.parse(config).num_tokens(positions)

@@ -30,10 +30,11 @@ C = TypeVar("C")
 
 
 class Encoder(nn.Module):
-    """A tower that turns one kind of media into features ``[B, S, D]``; plain torch, frozen or trained by the caller.
+    """A tower that turns one kind of media into features ``[B, S, D]``, frozen or trained by the caller.
 
-    The constructor takes the class's ``Config`` and builds the structure only: no files, no network, and any default
-    device, ``meta`` included. Weights come from ``load_encoder`` or from the whole model's ``from_pretrained``.
+    The constructor takes the class's ``Config`` and builds the structure only: no files, no network, and any
+    default device, ``meta`` included. Weights come from ``load_encoder`` or from the whole model's
+    ``from_pretrained``.
     """
 
     kind: ClassVar[str]
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
 
     @classmethod
     def complete(cls, config: dict[str, Any], weights: str | None) -> dict[str, Any]:
-        """``config`` with whatever the weights' own description adds (dims, normalisation). May read files."""
+        """``config`` with what the weights' own description adds (dims, normalisation). May read files."""
         return config
 
     def load_weights(self, weights: str) -> None:
@@ -77,8 +78,8 @@ class Encoder(nn.Module):
     def reset_buffers(self) -> None:
         """Compute the buffers that no checkpoint holds (position indices, rotary tables) anew, in place.
 
-        For a model that was built on the ``meta`` device and then given its weights. Does nothing where an encoder
-        has no such buffers.
+        For a model that was built on the ``meta`` device and then given its weights. Does nothing where an
+        encoder has no such buffers.
         """
         saved = self.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.named_buffers() if name not in saved}
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
 
 
 class ImageEncoder(Encoder):
-    """``forward(pixel_values [B, 3, H, W]) -> (features_BSD, None)``, S = grid height x grid width, row by row.
+    """``forward(pixel_values [B, 3, H, W]) -> (features_BSD, None)``, S = the grid's cells, row by row.
 
     Class and register tokens are dropped, nothing is pooled.
     """
@@ -105,7 +106,7 @@ class ImageEncoder(Encoder):
     grid: tuple[int, int]
     """Height and width of the grid of positions."""
     preprocessing: dict[str, Any]
-    """``image_size`` (int), ``mean`` and ``std`` (three floats on a 0..1 scale), ``interpolation`` (a name)."""
+    """``image_size`` (int), ``mean`` and ``std`` (lists, on a 0..1 scale), ``interpolation`` (a name)."""
 
     @property
     def num_tokens(self) -> int:
@@ -120,19 +121,21 @@ class ImageEncoder(Encoder):
         raise TypeError(f"{type(self).__name__} must define features()")
 
     def check(self, pixel_values: Tensor) -> Tensor:
-        """``pixel_values`` in the encoder's dtype. Raises UserError unless it is ``[B, 3, image_size, image_size]``."""
+        """The pixels in the encoder's dtype. Raises UserError unless ``[B, 3, image_size, image_size]``."""
         size = self.preprocessing["image_size"]
         if tuple(pixel_values.shape[1:]) != (3, size, size):
             found = list(pixel_values.shape)
-            raise UserError(f"pixel_values has shape {found}, expected [images, 3, {size}, {size}] for this encoder")
+            raise UserError(
+                f"pixel_values has shape {found}, expected [images, 3, {size}, {size}] for this encoder"
+            )
         return pixel_values.to(self.dtype)
 
 
 class SpeechEncoder(Encoder):
     """``forward(input_features [B, M, F], frames_B) -> (features_BSD, lengths_B)`` with S = ceil(F / 2).
 
-    ``frames_B`` counts the real frames of each clip; a clip's features do not depend on its batch mates, and are
-    zero beyond its length.
+    ``frames_B`` counts the real frames of each clip; a clip's features do not depend on its batch mates, and
+    are zero beyond its length.
     """
 
     modality = "speech"
@@ -153,8 +156,8 @@ class SpeechEncoder(Encoder):
 def build_encoder(config: dict[str, Any]) -> Encoder:
     """Build the encoder that ``config`` describes, with random weights and without files or network.
 
-    ``config["type"]`` is one of timm, open_clip, clip, siglip, whisper; the other keys are that class's ``Config``.
-    Raises UserError for an unknown type, key or model name.
+    ``config["type"]`` is one of timm, open_clip, clip, siglip, whisper; the other keys are that class's
+    ``Config``. Raises UserError for an unknown type, key or model name.
     """
     encoder = encoder_class(config)
     return encoder(parse_config(encoder.Config, config))
@@ -163,9 +166,9 @@ def build_encoder(config: dict[str, Any]) -> Encoder:
 def load_encoder(config: dict[str, Any], weights: str | Path | None = None) -> Encoder:
     """Build an encoder and fill it.
 
-    ``weights`` is None (random), a file or folder, or what the library behind the type understands: ``pretrained``
-    (timm), a tag or ``hf-hub:owner/name`` (open_clip), a hub id (clip, siglip), a model name (whisper).
-    Raises UserError when the weights are missing, unreadable or of another shape.
+    ``weights`` is None (random), a file or folder, or what the library behind the type understands:
+    ``pretrained`` (timm), a tag or ``hf-hub:owner/name`` (open_clip), a hub id (clip, siglip), a model name
+    (whisper). Raises UserError when the weights are missing, unreadable or of another shape.
     """
     encoder = encoder_class(config)
     source = None if weights is None else str(weights)
@@ -185,7 +188,7 @@ def encoder_class(config: dict[str, Any]) -> type[Encoder]:
 
 
 def parse_config(cls: type[C], config: dict[str, Any]) -> C:
-    """A ``cls`` dataclass from ``config`` without its ``type``. Raises UserError for unknown and missing keys."""
+    """A ``cls`` from ``config`` without its ``type``. Raises UserError for unknown and missing keys."""
     values = {key: value for key, value in config.items() if key != "type"}
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     kind = config.get("type")
@@ -196,6 +199,11 @@ def parse_config(cls: type[C], config: dict[str, Any]) -> C:
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{kind}: the key {name!r} is missing")
     return cls(**values)
+
+
+def add_missing(config: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with those of ``found`` that it leaves out or empty."""
+    return {**config, **{key: value for key, value in found.items() if not config.get(key)}}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

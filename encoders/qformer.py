@@ -1,6 +1,6 @@
 """The Q-Former: learned queries that read an encoder's features into a fixed number of tokens.
 
-Shapes: B items, S encoder positions, D encoder width, Q queries, W inner width, H language model width, d per head.
+Shapes: B items, S encoder positions, D encoder width, Q queries, W inner width, H model width.
 """
 
 import torch
@@ -15,12 +15,13 @@ from .connector import Connector, ConnectorConfig
 class QFormerConnector(Connector):
     """Pre-norm stack of self-attention, cross-attention and MLP over learned queries.
 
-    After BLIP-2 (Li et al., 2301.12597, section 3.1) and Uni-MoE's audio branch (2405.11273, eq. 3-5), with three
-    differences from Uni-MoE's code: queries start as N(0, 0.02) instead of zeros, which leave all queries equal;
-    self-attention is not causal; cross-attention is masked to the real length.
+    After BLIP-2 (Li et al., 2301.12597, section 3.1) and Uni-MoE's audio branch (2405.11273), with three
+    differences from Uni-MoE's code: queries start as N(0, 0.02) instead of zeros, which leave all queries
+    equal; self-attention is not causal; cross-attention is masked to the real length.
 
     1. the queries, the same for every item;
-    2. per layer ``x += self(norm x)``, ``x += cross(norm x, features)`` in every ``cross_every``-th, ``x += mlp(norm x)``;
+    2. per layer ``x += self(norm x)``, in every ``cross_every``-th ``x += cross(norm x, features)``,
+       ``x += mlp(norm x)``;
     3. norm and one linear layer to the language model's width.
     """
 
@@ -28,7 +29,9 @@ class QFormerConnector(Connector):
         super().__init__(config)
         width = config.hidden_size or 768
         if width % config.num_heads:
-            raise UserError(f"connector qformer: hidden_size {width} is not divisible by num_heads {config.num_heads}")
+            raise UserError(
+                f"connector qformer: hidden_size {width} is not divisible by num_heads {config.num_heads}"
+            )
         self.queries = nn.Parameter(torch.empty(config.num_queries, width).normal_(std=0.02))
         self.layers = nn.ModuleList(
             QFormerLayer(width, in_features if index % config.cross_every == 0 else None, config)
@@ -67,7 +70,9 @@ class QFormerLayer(nn.Module):
         normed_BQW = self.self_norm(x_BQW)
         x_BQW = x_BQW + self.dropout(self.self_attention(normed_BQW, normed_BQW))
         if self.cross_attention is not None and self.cross_norm is not None:
-            x_BQW = x_BQW + self.dropout(self.cross_attention(self.cross_norm(x_BQW), features_BSD, mask_B11S))
+            x_BQW = x_BQW + self.dropout(
+                self.cross_attention(self.cross_norm(x_BQW), features_BSD, mask_B11S)
+            )
         return x_BQW + self.dropout(self.mlp(x_BQW))
 
 

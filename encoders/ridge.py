@@ -12,14 +12,18 @@ from .connector import Connector, MLPConnector
 
 
 def ridge_map(x_nD: Tensor, y_nH: Tensor, ridge: float = 2000.0) -> tuple[Tensor, Tensor]:
-    """The affine map ``y = W x + b`` fitted by ridge regression on standardised features: ``(weight_HD, bias_H)``.
+    """The affine map ``y = W x + b`` fitted by ridge regression on standardised features: ``(weight_HD,
+    bias_H)``.
 
-    Minimises ``|Z A - (Y - mean Y)|^2 + ridge |A|^2`` with ``Z = (X - mean X) / std X``, and folds the standardisation
-    into weight and bias. Features that do not vary get weight 0. Solved in float64 in the smaller of the two forms
-    (D x D, or n x n when there are fewer examples than features). Raises UserError when the rows do not pair up.
+    Minimises ``|Z A - (Y - mean Y)|^2 + ridge |A|^2`` with ``Z = (X - mean X) / std X``, and folds the
+    standardisation into weight and bias. Features that do not vary get weight 0. Solved in float64 in the
+    smaller of the two forms (D x D, or n x n when there are fewer examples than features). Raises UserError
+    when the rows do not pair up.
     """
     if x_nD.ndim != 2 or y_nH.ndim != 2 or len(x_nD) != len(y_nH) or not len(x_nD):
-        raise UserError(f"ridge: found {list(x_nD.shape)} and {list(y_nH.shape)}, expected paired rows [n, D], [n, H]")
+        raise UserError(
+            f"ridge: found {list(x_nD.shape)} and {list(y_nH.shape)}, expected paired rows [n, D], [n, H]"
+        )
     x_nD, y_nH = x_nD.double(), y_nH.double()
     x_mean_D, y_mean_H = x_nD.mean(0), y_nH.mean(0)
     std_D = x_nD.std(0, correction=0)
@@ -46,14 +50,18 @@ def ridge_init(
 ) -> None:
     """Set the last linear layer of a linear, mlp or pooled_mlp connector by ridge regression, in place.
 
-    The target of an example (for instance the mean embedding of its name) is what the mean of its tokens should be;
-    earlier layers keep their random values and serve as features. Then weight and bias are scaled so that the tokens
-    of these examples have the mean norm ``mean_norm`` (that of the language model's token embeddings). Raises UserError
-    for a Q-Former and for rows that do not pair up.
+    The target of an example (for instance the mean embedding of its name) is what the mean of its tokens
+    should be; earlier layers keep their random values and serve as features. Then weight and bias are scaled
+    so that the tokens of these examples have the mean norm ``mean_norm`` (that of the language model's token
+    embeddings). Raises UserError for a Q-Former and for rows that do not pair up.
     """
     if not isinstance(connector, MLPConnector):
-        raise UserError(f"ridge: {type(connector).__name__} has no closed form; use linear, mlp or pooled_mlp")
-    rows_nNK = connector.layers[:-1](connector.gather(features_nSD, lengths_n).to(connector.last.weight.dtype))
+        raise UserError(
+            f"ridge: {type(connector).__name__} has no closed form; use linear, mlp or pooled_mlp"
+        )
+    rows_nNK = connector.layers[:-1](
+        connector.gather(features_nSD, lengths_n).to(connector.last.weight.dtype)
+    )
     counts_n = connector.counts(features_nSD, lengths_n)
     inside_nN = torch.arange(rows_nNK.shape[1], device=rows_nNK.device) < counts_n[:, None]
     rows_nNK = rows_nNK.double() * inside_nN[..., None]

@@ -26,8 +26,8 @@ class TimmConfig:
     image_size: int = 224
     """Height and width of the input in pixels."""
     features_layer: int | None = None
-    """Index among the model's feature levels (timm's ``forward_intermediates``), negative from the end, without the
-    final norm; None takes ``forward_features``."""
+    """Index among the model's feature levels (timm's ``forward_intermediates``), negative from the end,
+    without the final norm; None takes ``forward_features``."""
     mean: list[float] | None = None
     """Per-channel mean on a 0..1 scale; None takes timm's own."""
     std: list[float] | None = None
@@ -84,7 +84,9 @@ def create(config: TimmConfig, pretrained: bool = False) -> tuple[Any, int | Non
     Raises UserError for a name that timm does not know and for a level that the model does not have.
     """
     if not timm.is_model(config.name):
-        raise UserError(f"timm has no model {config.name!r}; closest: {nearest(config.name, timm.list_models())}")
+        raise UserError(
+            f"timm has no model {config.name!r}; closest: {nearest(config.name, timm.list_models())}"
+        )
     keywords = {"pretrained": pretrained, "num_classes": 0}
     try:  # only models with positions take the size
         model = timm.create_model(config.name, img_size=config.image_size, **keywords)
@@ -142,12 +144,15 @@ def describe(run: Any, name: str) -> tuple[tuple[int, int], int]:
         raise UserError(f"{name} does not take this image size: {str(error).splitlines()[0]}") from error
     side = math.isqrt(features_1SD.shape[1])
     if side * side != features_1SD.shape[1]:
-        raise UserError(f"{name}: {features_1SD.shape[1]} feature positions are no square grid; choose another layer")
+        raise UserError(
+            f"{name}: {features_1SD.shape[1]} feature positions are no square grid; choose another layer"
+        )
     return (side, side), features_1SD.shape[2]
 
 
 def translate(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """``tensors`` through the model family's own filter (other makers' names, resized position tables) if needed."""
+    """``tensors`` through the family's own filter (other makers' names, resized position tables) if
+    needed."""
     own = model.state_dict()
     if all(name in tensors and tensors[name].shape == own[name].shape for name in own):
         return tensors

@@ -19,7 +19,7 @@ from transformers.image_utils import (
 
 from unimoe.errors import UserError
 
-from .encoder import ImageEncoder
+from .encoder import ImageEncoder, add_missing
 from .weights import find_weights, hub_file
 
 _HUB_WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
@@ -29,16 +29,17 @@ _RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  #
 @dataclass
 class VisionConfig:
     config: dict[str, Any] = field(default_factory=dict)
-    """transformers' vision configuration as a dictionary. May be left out when loading weights that come with it."""
+    """transformers' vision configuration as a dictionary. May be left out when loading weights that come with
+    it."""
     features_layer: int | None = None
-    """Index into ``hidden_states`` (0 is the embedding, negative from the end), without the final norm; None takes the
-    last one with the final norm."""
+    """Index into ``hidden_states`` (0 is the embedding, negative from the end), without the final norm; None
+    takes the last one with the final norm."""
     mean: list[float] | None = None
     """Per-channel mean on a 0..1 scale; None takes that of the weights, or the family's."""
     std: list[float] | None = None
     """Per-channel deviation on a 0..1 scale; None takes that of the weights, or the family's."""
-    interpolation: str = "bicubic"
-    """Resampling filter."""
+    interpolation: str | None = None
+    """Resampling filter; None takes that of the weights, or bicubic."""
 
 
 @dataclass
@@ -76,7 +77,7 @@ class TransformersImageEncoder(ImageEncoder):
             "image_size": settings.image_size,
             "mean": list(config.mean or self.default_mean),
             "std": list(config.std or self.default_std),
-            "interpolation": config.interpolation,
+            "interpolation": config.interpolation or "bicubic",
         }
 
     @property
@@ -90,7 +91,8 @@ class TransformersImageEncoder(ImageEncoder):
 
     @classmethod
     def complete(cls, config: dict[str, Any], weights: str | None) -> dict[str, Any]:
-        """Take the vision configuration and the normalisation from the files beside the weights or on the hub."""
+        """Add the vision configuration and the normalisation that lie with the weights, here or on the
+        hub."""
         if weights is None:
             return config
         found: dict[str, Any] = {}
@@ -104,15 +106,17 @@ class TransformersImageEncoder(ImageEncoder):
             found |= {key: own[f"image_{key}"] for key in ("mean", "std") if own.get(f"image_{key}")}
             if own.get("resample") in range(len(_RESAMPLING)):
                 found["interpolation"] = _RESAMPLING[own["resample"]]
-        return {**found, **config}
+        return add_missing(config, found)
 
     def load_weights(self, weights: str) -> None:
         """Fill from a file or folder, or from a hub id."""
-        super().load_weights(weights if Path(weights).expanduser().exists() else hub_file(weights, *_HUB_WEIGHTS))
+        super().load_weights(
+            weights if Path(weights).expanduser().exists() else hub_file(weights, *_HUB_WEIGHTS)
+        )
 
 
 class ClipImageEncoder(TransformersImageEncoder):
-    """CLIP's ViT as LLaVA reads it (Liu et al., 2304.08485): the last layer but one, without the class token."""
+    """CLIP's ViT as LLaVA reads it (Liu et al., 2304.08485): last layer but one, without the class token."""
 
     kind = "clip"
     Config = ClipConfig

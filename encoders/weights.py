@@ -1,10 +1,11 @@
-"""Reading checkpoint files of several makers, and filling a module from them with errors that name the tensor."""
+"""Reading the checkpoint files of several makers, and filling a module from them."""
 
 import json
 import logging
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -48,7 +49,8 @@ def find_weights(path: str | Path) -> Path:
 
 
 def hub_file(name: str, *files: str) -> str:
-    """The path of the first of ``files`` in the model ``name`` on the Hugging Face hub, downloaded unless cached.
+    """The path of the first of ``files`` in the model ``name`` on the Hugging Face hub, downloaded unless
+    cached.
 
     Raises UserError when the name is no folder here and no such file can be had there.
     """
@@ -63,8 +65,21 @@ def hub_file(name: str, *files: str) -> str:
                 continue
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: no file or folder here, and not to be had from the hub ({reason})") from error
+        raise UserError(
+            f"{name}: no file or folder here, and not to be had from the hub ({reason})"
+        ) from error
     raise UserError(f"{name}: the hub's model has none of {', '.join(files)}")
+
+
+def read_file(file: Path) -> Any:
+    """What a weights file holds, on the CPU. Raises UserError naming the file when it cannot be read."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file}: cannot be read as weights ({reason})") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -78,24 +93,21 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if file.name.endswith(".index.json"):
         shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
         return {name: t for shard in shards for name, t in read_tensors(file.parent / shard).items()}
-    try:
-        if file.suffix == ".safetensors":
-            content = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: cannot be read as weights ({reason})") from error
+    content = read_file(file)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file}: holds {type(content).__name__} without tensors, expected a state dict")
-    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    return {
+        name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)
+    }
 
 
-def select_prefix(tensors: dict[str, Tensor], module: nn.Module, prefixes: Sequence[str]) -> dict[str, Tensor]:
+def select_prefix(
+    tensors: dict[str, Tensor], module: nn.Module, prefixes: Sequence[str]
+) -> dict[str, Tensor]:
     """The tensors under that prefix which covers most of ``module``'s names, with the prefix taken off.
 
     So a tower is found in a file of its own as well as inside a whole model's file.
@@ -108,8 +120,8 @@ def select_prefix(tensors: dict[str, Tensor], module: nn.Module, prefixes: Seque
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
     """Copy ``tensors`` into ``module``, all of whose persistent tensors must be there in the same shape.
 
-    Tensors that the module does not have (a head that was removed, a text tower) are left aside. Raises UserError
-    naming ``source`` and the first tensor that is missing or of another shape.
+    Tensors that the module does not have (a head that was removed, a text tower) are left aside. Raises
+    UserError naming ``source`` and the first tensor that is missing or of another shape.
     """
     expected = module.state_dict()
     missing = [name for name in expected if name not in tensors]

@@ -4,6 +4,7 @@ Shapes: B clips, M mel bins, F mel frames (10 ms), S = ceil(F / 2) positions, D 
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import functional as nnf
 from unimoe.errors import UserError
 
 from .encoder import SpeechEncoder
-from .weights import find_weights
+from .weights import find_weights, read_file
 
 _DIMS = ("n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer")
 
@@ -31,7 +32,8 @@ class WhisperSpeechEncoder(SpeechEncoder):
     """Whisper's encoder over clips of any length up to its window (Radford et al., 2212.04356, section 2.2).
 
     1. zero each clip beyond its length, convolution of stride 1, GELU;
-    2. zero again (the bias made the padding non-zero), convolution of stride 2, GELU: S = ceil(F / 2) positions;
+    2. zero again (the bias made the padding non-zero), convolution of stride 2, GELU: S = ceil(F / 2)
+       positions;
     3. add the first S rows of the sinusoidal table;
     4. transformer blocks, in which no position attends to another clip's padding;
     5. final norm; zero beyond the length.
@@ -46,7 +48,9 @@ class WhisperSpeechEncoder(SpeechEncoder):
     def __init__(self, config: WhisperConfig):
         missing = [name for name in _DIMS if name not in config.dims]
         if missing:
-            raise UserError(f"whisper: dims lacks {', '.join(missing)}; found {', '.join(config.dims) or 'nothing'}")
+            raise UserError(
+                f"whisper: dims lacks {', '.join(missing)}; found {', '.join(config.dims) or 'nothing'}"
+            )
         super().__init__(config)
         from whisper.model import AudioEncoder  # pulls numba, a second or more
 
@@ -62,17 +66,18 @@ class WhisperSpeechEncoder(SpeechEncoder):
 
     @classmethod
     def complete(cls, config: dict[str, Any], weights: str | None) -> dict[str, Any]:
-        """Take missing dims from the ``config.json`` beside the weights, or from inside openai-whisper's own file."""
+        """Add missing dims from the ``config.json`` beside the weights, or from openai-whisper's own file."""
         if config.get("dims") or weights is None:
             return config
-        file = find_weights(weights)
+        file = find_weights(_place(weights))
         beside = file.parent / "config.json"
-        if beside.is_file():
-            found = json.loads(beside.read_text())
-        else:
-            content = {} if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True, mmap=True)
-            found = content.get("dims", {})
-        return {**config, "dims": found.get("dims", found)}
+        found = json.loads(beside.read_text()) if beside.is_file() else read_file(file)
+        dims = found.get("dims", found)
+        return {**config, "dims": {name: value for name, value in dims.items() if name.startswith("n_")}}
+
+    def load_weights(self, weights: str) -> None:
+        """Fill from a file or folder in openai-whisper's names, or by one of its model names."""
+        super().load_weights(_place(weights))
 
     def forward(self, input_features: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         x_BMF, frames_B, longest = self._check(input_features, frames_B)
@@ -99,13 +104,28 @@ class WhisperSpeechEncoder(SpeechEncoder):
         """Inputs in the encoder's dtype and cut to the longest clip."""
         if input_features.ndim != 3 or input_features.shape[1] != self.num_mel_bins:
             found = list(input_features.shape)
-            raise UserError(f"speech features have shape {found}, expected [clips, {self.num_mel_bins}, frames]")
+            raise UserError(
+                f"speech features have shape {found}, expected [clips, {self.num_mel_bins}, frames]"
+            )
         frames_B = frames_B.to(input_features.device)
         shortest, longest = int(frames_B.min()), int(frames_B.max())
         limit = min(input_features.shape[2], self.max_frames)
         if shortest < 1 or longest > limit:
             raise UserError(f"clips of {shortest} to {longest} mel frames, expected 1 to {limit}")
         return input_features[..., :longest].to(self.dtype), frames_B, longest
+
+
+def _place(weights: str) -> str:
+    """``weights`` itself, or the file of openai-whisper's model of that name, downloaded unless cached."""
+    import whisper
+
+    if Path(weights).expanduser().exists() or weights not in whisper.available_models():
+        return weights
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "whisper"  # whisper's own place
+    try:
+        return str(whisper._download(whisper._MODELS[weights], str(cache), False))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"whisper: cannot download {weights} ({error})") from error
 
 
 def _norm(layer: Any, x_BSD: Tensor) -> Tensor:
