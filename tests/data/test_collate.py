@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from unimoe.data import Collator, ModalityBatchSampler, parse_record
+from unimoe.data.collate import IGNORED
+from unimoe.errors import UserError
+from unimoe.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    noise = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(noise.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    for name, seconds in (("short.wav", 0.7), ("long.flac", 1.5)):
+        soundfile.write(folder / name, 0.1 * noise.standard_normal(int(22050 * seconds)), 22050)
+    records = [
+        {"image": ["a.png", "b.png"], "conversations": turns("<image><image>\nSame?", "No, not at all.")},
+        {"conversations": turns("Hi", "Hello!", "Is <|im_end|> a word?", "No, <|im_end|> is none.")},
+        {"speeches": ["short.wav"], "conversations": turns("<speech>", "So you say.")},
+        {"speeches": ["long.flac"], "image": "b.png", "conversations": turns("<image><speech>", "A fox.")},
+    ]
+    return [parse_record(record, f"data.json[{index}]", folder) for index, record in enumerate(records)]
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def answers(sample):
+    assistant = [turn for turn in sample.messages if turn["role"] == "assistant"]
+    return "".join(turn["content"][0]["text"] + "<|im_end|>" for turn in assistant)
+
+
+def test_labels_are_the_assistants_words_and_end_of_turn_and_nothing_else(built, samples):
+    _, processor = built
+    batch = Collator(processor)(samples)
+    for sample, ids, labels, mask in zip(
+        samples, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+    ):
+        learned = labels != IGNORED
+        assert processor.tokenizer.decode(labels[learned]) == answers(sample)
+        assert torch.equal(labels[learned], ids[learned])
+        assert not (learned & (mask == 0)).any()
+
+
+def test_media_of_all_rows_in_order(built, samples):
+    _, processor = built
+    batch = Collator(processor)(samples)
+    assert batch["pixel_values"].shape == (3, 3, 64, 64)
+    assert torch.equal(batch["pixel_values"][1], batch["pixel_values"][2])  # b.png twice
+    assert batch["speech_features"].shape[:2] == (2, 80)
+    assert batch["speech_frames"].tolist() == [70, 150]
+    widths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == (4, int(widths.max()))
+    assert (batch["attention_mask"].diff(dim=1) <= 0).all()  # padded on the right
+
+
+def test_a_text_batch_holds_no_media(built, samples):
+    batch = Collator(built[1])([samples[1]])
+    assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
+
+
+def test_a_typed_placeholder_is_text(built):
+    _, processor = built
+    question, answer = ([{"type": "text", "text": text}] for text in ("What is <image>?", "<image> is a tag."))
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    sample = parse_record({"messages": messages}, "data.json[5]")
+    batch = Collator(processor)([sample])
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") not in batch["input_ids"]
+    assert processor.tokenizer.decode(batch["labels"][batch["labels"] != IGNORED]) == answers(sample)
+
+
+def test_batches_of_a_loader(built, samples):
+    sampler = ModalityBatchSampler([sample.kind for sample in samples * 2], 2, steps=9)
+    loader = DataLoader(samples * 2, batch_sampler=sampler, collate_fn=Collator(built[1]))
+    batches = list(loader)
+    assert len(batches) == len(loader) == 9
+    assert all(len(batch["input_ids"]) == 2 for batch in batches)
+
+
+def test_a_batch_trains_the_model(built, samples):
+    model, processor = built
+    loss = model(**Collator(processor)(samples)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None for p in model.model.connectors.parameters())
+    model.zero_grad()
+
+
+def test_over_long_samples(built, samples):
+    _, processor = built
+    sample = samples[1]
+    length = len(processor.encode(sample.messages)["input_ids"])
+    assert Collator(processor, max_length=length)([sample])["input_ids"].shape[1] == length
+    message = rf"^data\.json\[1\]: the sample has {length} tokens, more than max_length 40"
+    with pytest.raises(UserError, match=message):
+        Collator(processor, max_length=40)([sample])
+    cut = Collator(processor, max_length=60, truncate=True)([sample])
+    whole = Collator(processor)([sample])
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(cut[name], whole[name][:, :60])
+
+
+@pytest.mark.parametrize(("index", "length"), [(1, 10), (0, 20)])
+def test_truncation_never_takes_media_or_all_answers(built, samples, index, length):
+    with pytest.raises(UserError, match="would take away media or all assistant text"):
+        Collator(built[1], max_length=length, truncate=True)([samples[index]])
+
+
+def test_nothing_to_learn(built):
+    prompt = parse_record({"conversations": turns("Hi")}, "data.json[9]", training=False)
+    with pytest.raises(UserError, match=r"^data\.json\[9\]: there is no assistant text"):
+        Collator(built[1])([prompt])
+
+
+def test_undecodable_media_name_the_sample(built, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    record = {"image": "a.png", "conversations": turns("<image>", "x")}
+    sample = parse_record(record, "data.json[3]", tmp_path)
+    with pytest.raises(UserError, match=r"^data\.json\[3\]: cannot decode the image .*a\.png"):
+        Collator(built[1])([sample])
