@@ -79,14 +79,18 @@ def test_gradcheck(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("make, function", [(case, lora_experts), (lambda c: shared_case(c, 4), shared_lora_experts)])
+@pytest.mark.parametrize(
+    "make, function", [(case, lora_experts), (lambda c: shared_case(c, 4), shared_lora_experts)]
+)
 @pytest.mark.parametrize("trained", range(6))
 def test_frozen_subsets(make, function, trained, monkeypatch):
-    """Only x, only the weight, only the adapters, all but the base, only B, and a frozen base under a frozen x."""
+    """Only x, only the weight, only the adapters, all but the base, only B, some."""
     tensors = make([3, 0, 2])
     lora = next(one for one in tensors if isinstance(one, Adapters))
     x, weight = tensors[0], tensors[-1]
-    keep = [[x], [weight], [*lora], [x, weight, *lora], [lora.B_gate_up, lora.B_down], [weight, lora.A_down]][trained]
+    keep = [[x], [weight], [*lora], [x, weight, *lora], [lora.B_gate_up, lora.B_down], [weight, lora.A_down]][
+        trained
+    ]
     for leaf in leaves(tensors):
         leaf.requires_grad_(any(leaf is one for one in keep))
     ours, plain = (run(function, tensors, form, monkeypatch) for form in ("cpu", "reference"))
@@ -137,7 +141,10 @@ def test_saved_bytes(monkeypatch):
 
 def test_expanded_gradient(monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
-    for tensors, function in ((case([3, 0, 2]), lora_experts), (shared_case([3, 0, 2], 4), shared_lora_experts)):
+    for tensors, function in (
+        (case([3, 0, 2]), lora_experts),
+        (shared_case([3, 0, 2], 4), shared_lora_experts),
+    ):
         expanded = torch.autograd.grad(function(*tensors).sum(), leaves(tensors))
         y = function(*tensors)
         torch.testing.assert_close(expanded, torch.autograd.grad(y, leaves(tensors), torch.ones_like(y)))

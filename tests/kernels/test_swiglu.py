@@ -95,7 +95,9 @@ def test_no_weight_gradient_work_for_frozen_weights(monkeypatch):
     y = swiglu_experts(*tensors)
     products = []
     plain = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, **kw: products.append((a.shape, b.shape)) or plain(a, b, **kw))
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, **kw: products.append((a.shape, b.shape)) or plain(a, b, **kw)
+    )
     y.sum().backward()
     flops = sum(2 * a[0] * a[1] * b[1] for a, b in products)
     assert flops == 6 * 5 * H * I
@@ -130,12 +132,18 @@ def test_every_output_is_written():
         torch.use_deterministic_algorithms(False)
     for tensor in (y, more.grad, gate_up.grad, down.grad, weights.grad):
         assert tensor.isfinite().all()
-    assert y[6:].count_nonzero() == 0 and more.grad[6:].count_nonzero() == 0 and weights.grad[6:].count_nonzero() == 0
+    assert (
+        y[6:].count_nonzero() == 0
+        and more.grad[6:].count_nonzero() == 0
+        and weights.grad[6:].count_nonzero() == 0
+    )
 
 
 def test_expanded_and_strided_tensors():
     x, offsets, gate_up, down, weight = case([4, 0, 2])
-    plain = gradients(swiglu_experts, (x, offsets, gate_up, down, weight), torch.ones(6, H, dtype=torch.float64))
+    plain = gradients(
+        swiglu_experts, (x, offsets, gate_up, down, weight), torch.ones(6, H, dtype=torch.float64)
+    )
     strided_x = torch.randn(H, 6, dtype=torch.float64).t()
     strided_down = down.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     with torch.no_grad():
@@ -143,7 +151,9 @@ def test_expanded_and_strided_tensors():
     strided = (strided_x.requires_grad_(), offsets, gate_up, strided_down, weight)
     grad = torch.ones(1, 1, dtype=torch.float64).expand(6, H)
     torch.testing.assert_close(gradients(swiglu_experts, strided, grad), plain)
-    torch.testing.assert_close(gradients(swiglu_experts, strided, torch.ones(H, 6, dtype=torch.float64).t()), plain)
+    torch.testing.assert_close(
+        gradients(swiglu_experts, strided, torch.ones(H, 6, dtype=torch.float64).t()), plain
+    )
 
 
 def test_saves_only_the_input_and_the_preactivations():
@@ -216,7 +226,9 @@ def test_autocast_runs_in_its_dtype():
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert gate_up.grad.dtype == torch.float32
-    torch.testing.assert_close(y.float(), swiglu_experts(x, offsets, gate_up, down, weight), rtol=0.05, atol=1.0)
+    torch.testing.assert_close(
+        y.float(), swiglu_experts(x, offsets, gate_up, down, weight), rtol=0.05, atol=1.0
+    )
 
 
 def test_graph_is_freed_after_backward():

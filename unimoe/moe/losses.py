@@ -7,6 +7,7 @@ load: measure that with ``load``.
 """
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -45,42 +46,52 @@ def z_loss(records: LayerRecord | Sequence[LayerRecord]) -> Tensor:
     return torch.stack([z_loss(one) for one in records])
 
 
+@overload
+def load(record: LayerRecord, by_modality: Literal[False] = False) -> Tensor: ...
+@overload
+def load(record: LayerRecord, by_modality: Literal[True]) -> dict[int, Tensor]: ...
 def load(record: LayerRecord, by_modality: bool = False) -> Tensor | dict[int, Tensor]:
     """Share of (token, expert) pairs that each expert got: [E], sums to 1 (zeros if nothing was routed).
 
-    With ``by_modality`` a dict from modality id to [E], for the modalities that occur; UserError-free: a
-    context without modalities is one modality, 0.
+    With ``by_modality`` a dict from modality id to [E], for the modalities that occur; where the context knows
+    no modalities everything counts as text, 0.
     """
-    counts = pair_counts(record, by_modality)
-    if isinstance(counts, dict):
-        return {modality: _shares(count_E) for modality, count_E in counts.items()}
-    return _shares(counts)
+    if by_modality:
+        return {modality: _shares(count_E) for modality, count_E in pair_counts(record, True).items()}
+    return _shares(pair_counts(record))
 
 
+@overload
+def pair_counts(record: LayerRecord, by_modality: Literal[False] = False) -> Tensor: ...
+@overload
+def pair_counts(record: LayerRecord, by_modality: Literal[True]) -> dict[int, Tensor]: ...
 def pair_counts(record: LayerRecord, by_modality: bool = False) -> Tensor | dict[int, Tensor]:
-    """[E] float32 number of pairs each expert got, padding excluded; counts of several batches may be added,
-    shares may not."""
+    """[E] float32 number of pairs of each expert, without padding; batches' counts may be added, shares not.
+
+    ``by_modality`` as in ``load``.
+    """
     routing, real_T = record.routing, _real(record)
-    weight_N = torch.ones_like(routing.weight_N, dtype=torch.float32, requires_grad=False)
-    if real_T is not None:
-        weight_N = real_T[routing.token_N].float()
-
-    def count(weight_N: Tensor) -> Tensor:
-        return weight_N.new_zeros(routing.num_experts).index_add_(0, routing.expert_N, weight_N)
-
+    if real_T is None:
+        one_N = torch.ones_like(routing.token_N, dtype=torch.float32)
+    else:
+        one_N = real_T[routing.token_N].float()
+    zeros_E = one_N.new_zeros(routing.num_experts)
     if not by_modality:
-        return count(weight_N)
+        return zeros_E.index_add(0, routing.expert_N, one_N)
     modality_T = record.ctx.modality_T
     if modality_T is None:
-        return {0: count(weight_N)}
+        modality_T = torch.zeros(routing.num_tokens, dtype=torch.int64, device=one_N.device)
+    modality_T = modality_T.reshape(-1)
     present = modality_T if real_T is None else modality_T[real_T]
     modality_N = modality_T[routing.token_N]
-    return {modality: count(weight_N * (modality_N == modality)) for modality in present.unique().tolist()}
+    return {
+        int(modality): zeros_E.index_add(0, routing.expert_N, one_N * (modality_N == modality))
+        for modality in present.unique().tolist()
+    }
 
 
 def _balance(record: LayerRecord, load_E: Tensor | None) -> Tensor:
     share_E = load(record) if load_E is None else load_E
-    assert isinstance(share_E, Tensor)
     return record.routing.num_experts * (share_E * _mean(record.routing.probs_TE, _real(record))).sum()
 
 

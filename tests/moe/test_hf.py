@@ -1,0 +1,143 @@
+import logging
+
+import pytest
+import torch
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from unimoe.moe import hf
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+STOCK = {
+    "mixtral": lambda **kw: MixtralForCausalLM(
+        MixtralConfig(**TINY, **kw, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "olmoe": lambda **kw: OlmoeForCausalLM(
+        OlmoeConfig(**TINY, **kw, intermediate_size=24, num_experts=8, num_experts_per_tok=4)
+    ),
+    "qwen3_moe": lambda **kw: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **TINY,
+            **kw,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_experts=8,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            head_dim=8,
+        )  # fmt: skip
+    ),
+    "deepseek_v3": lambda **kw: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **(TINY | {"num_key_value_heads": 4}),
+            **kw,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            n_routed_experts=8,
+            num_experts_per_tok=4,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )  # fmt: skip
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    hf.register()
+
+
+def run(model, implementation, ids):
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return out.logits.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_models_equal_eager(name, monkeypatch):
+    calls = []
+    plain = hf.swiglu_experts
+    monkeypatch.setattr(hf, "swiglu_experts", lambda *args: calls.append(1) or plain(*args))
+    model = STOCK[name]()
+    ids = torch.randint(1, 64, (2, 17))
+    logits, gradients = run(model, "eager", ids)
+    assert not calls
+    ours, our_gradients = run(model, "unimoe", ids)
+    assert calls, "the registered function did not run"
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)
+    assert our_gradients.keys() == gradients.keys()
+    for key in gradients:
+        torch.testing.assert_close(our_gradients[key], gradients[key], rtol=0, atol=1e-5)
+
+
+def test_built_with_our_implementation_generates_as_eager():
+    model = STOCK["mixtral"](experts_implementation="unimoe").eval()
+    assert model.config._experts_implementation == "unimoe"
+    ids = torch.randint(1, 64, (1, 5))
+    ours = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.set_experts_implementation("eager")
+    assert torch.equal(ours, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def experts(**kw):
+    module = MixtralExperts(MixtralConfig(**TINY, intermediate_size=48, num_local_experts=4, **kw))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return module
+
+
+def test_sentinel_ids_are_ignored():
+    module = experts()
+    x = torch.randn(6, 32, requires_grad=True)
+    index = torch.tensor([[0, 4], [4, 1], [2, 3], [4, 4], [0, 1], [3, 4]])
+    weight = torch.rand(6, 2, requires_grad=True)
+    module.config._experts_implementation = "eager"
+    eager = module(x, index, weight)
+    eager_grads = torch.autograd.grad(eager.square().sum(), [x, weight, *module.parameters()])
+    ours = hf.experts_forward(module, x, index, weight)
+    our_grads = torch.autograd.grad(ours.square().sum(), [x, weight, *module.parameters()])
+    torch.testing.assert_close(ours, eager, rtol=0, atol=1e-5)
+    assert ours[3].count_nonzero() == 0 and our_grads[1][3].count_nonzero() == 0
+    for one, other in zip(our_grads, eager_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_other_activations_run_in_transformers_own_and_say_so(caplog, monkeypatch):
+    monkeypatch.setattr(hf, "_said", set())
+    module = experts(hidden_act="gelu")
+    x, index, weight = torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [0, 3]]), torch.rand(3, 2)
+    module.config._experts_implementation = "eager"
+    with caplog.at_level(logging.WARNING, logger=hf.__name__):
+        torch.testing.assert_close(
+            hf.experts_forward(module, x, index, weight), module(x, index, weight), rtol=0, atol=1e-5
+        )
+    assert caplog.messages == [
+        "MixtralExperts runs in transformers' grouped_mm: its activation is GELUActivation, not SiLU"
+    ]

@@ -1,0 +1,122 @@
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from unimoe.moe import MoELayer, Router, Routing, SwiGLUExperts, TopK, copy_experts, record
+
+
+def layer(experts=4, k=2, hidden=16, inner=24, **kw):
+    return MoELayer(
+        TopK(hidden, experts, k, init_std=0.5), SwiGLUExperts(experts, hidden, inner, init_std=0.3), **kw
+    )
+
+
+@pytest.mark.parametrize("hidden, inner", [(64, 172), (64, 128), (576, 1536)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 64])
+def test_one_expert_is_the_dense_layer_to_the_last_bit(hidden, inner, tokens):
+    mlp = LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_attention_heads=4))
+    for gating in ("topk_softmax", "softmax_topk"):
+        moe = MoELayer(TopK(hidden, 1, 1, gating=gating), copy_experts(mlp, 1))
+        x = torch.randn(1, tokens, hidden)
+        dense = mlp(x)
+        assert torch.equal(moe(x), dense)
+        with torch.no_grad():
+            assert torch.equal(moe(x), dense)
+
+
+def test_permuted_tokens_give_permuted_outputs():
+    moe, x, order = layer(), torch.randn(40, 16), torch.randperm(40)
+    torch.testing.assert_close(moe(x[order]), moe(x)[order], rtol=1e-5, atol=1e-6)
+
+
+def test_relabelled_experts_give_the_same_output():
+    moe, x, order = layer(), torch.randn(40, 16), torch.randperm(4)
+    y = moe(x)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.copy_(parameter[order])
+    torch.testing.assert_close(moe(x), y, rtol=1e-5, atol=1e-6)
+
+
+def test_all_experts_kept_is_the_explicit_mixture():
+    moe, x = layer(k=4), torch.randn(9, 16)
+    probs = (x @ moe.router.weight.t()).softmax(-1)
+    gate, up = torch.einsum("td,efd->etf", x, moe.experts.gate_up_proj).chunk(2, -1)
+    y = torch.einsum("etf,edf->etd", nn.functional.silu(gate) * up, moe.experts.down_proj)
+    torch.testing.assert_close(moe(x), torch.einsum("te,etd->td", probs, y), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_equal_those_of_the_explicit_mixture(monkeypatch):
+    monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
+    moe, x = layer().double(), torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *moe.parameters()]
+    ours = torch.autograd.grad(moe(x).square().sum(), leaves)
+    monkeypatch.setenv("UNIMOE_KERNELS", "reference")
+    for one, other in zip(ours, torch.autograd.grad(moe(x).square().sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_empty_expert_has_zero_gradient():
+    moe = layer()
+    with torch.no_grad():
+        moe.router.weight[3] = -moe.router.weight[:3].sum(0)
+    x = moe.router.weight[:3].detach().repeat(5, 1) * 100
+    with record() as records:
+        moe(x).sum().backward()
+    empty = records[0].routing.offsets_E1.diff() == 0
+    assert empty.any()
+    assert moe.experts.gate_up_proj.grad[empty].count_nonzero() == 0
+    assert all(p.grad.isfinite().all() for p in moe.parameters())
+
+
+class Nowhere(Router):
+    """Routes only the first token."""
+
+    def forward(self, x_TD, ctx):
+        zeros = torch.zeros(x_TD.shape[0], 4)
+        one = torch.zeros(1, dtype=torch.int64)
+        return Routing(one, one, torch.ones(1), torch.tensor([0, 1, 1, 1, 1]), zeros, zeros)
+
+
+def test_a_token_without_experts_gets_zeros_or_the_shared_expert():
+    x = torch.randn(3, 16)
+    moe = MoELayer(Nowhere(), SwiGLUExperts(4, 16, 24))
+    assert moe(x)[0].abs().sum() > 0 and moe(x)[1:].count_nonzero() == 0
+    moe.shared = nn.Linear(16, 16)
+    torch.testing.assert_close(moe(x)[1:], moe.shared(x)[1:])
+
+
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (1, 1, 16), (2, 3, 16), (2, 2, 3, 16)])
+def test_shape_is_kept(shape):
+    assert layer()(torch.randn(shape)).shape == shape
+
+
+def test_dtype_is_kept_and_non_contiguous_input_works():
+    moe = layer()
+    x = torch.randn(3, 16, 5).transpose(1, 2)
+    torch.testing.assert_close(moe(x), moe(x.contiguous()))
+    assert moe.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_state_dict_has_the_names_of_the_contract(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    moe, x = layer(), torch.randn(3, 16)
+    assert set(moe.state_dict()) == {"router.weight", "experts.gate_up_proj", "experts.down_proj"}
+    save_file(moe.state_dict(), tmp_path / "moe.safetensors")
+    with torch.device("meta"):
+        other = layer()
+    other.load_state_dict(load_file(tmp_path / "moe.safetensors"), assign=True)
+    assert torch.equal(moe(x), other(x))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    moe, x = layer(), torch.randn(9, 16)
+    moe(x).square().sum().backward()
+    plain = [p.grad.clone() for p in moe.parameters()]
+    moe.zero_grad()
+    y = torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=False)
+    y.square().sum().backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(moe.parameters(), plain, strict=True))

@@ -1,0 +1,64 @@
+"""Our experts function for transformers' own MoE models (Mixtral, OLMoE, Qwen3-MoE, DeepSeek, ...).
+
+``register()`` once, then ``from_pretrained(..., experts_implementation="unimoe")`` or
+``model.set_experts_implementation("unimoe")``.
+
+Shapes: T tokens, K slots per token, N = T*K pairs sorted by expert, D hidden.
+"""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    grouped_mm_experts_forward,
+)
+
+from unimoe.kernels.swiglu import swiglu_experts
+
+from .routing import sort_by_expert
+
+NAME = "unimoe"
+_logger = logging.getLogger(__name__)
+_said: set[type] = set()
+
+
+def register() -> None:
+    """Adds "unimoe" to the experts implementations that transformers knows; a second call changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """transformers' experts interface: hidden_states [T, D], top_k_index and top_k_weights [T, K] -> [T, D].
+
+    Ids >= num_experts (slots whose expert lives on another machine) give nothing and get no gradient. Experts
+    that are not bias-free SwiGLU in the default layout run in transformers' grouped_mm, logged once per class.
+    """
+    reason = _not_ours(self)
+    if reason is not None:
+        if type(self) not in _said:
+            _said.add(type(self))
+            _logger.warning("%s runs in transformers' grouped_mm: %s", type(self).__name__, reason)
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    gate_up, down = self.gate_up_proj, self.down_proj
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    slot_N, token_N, _, offsets_E1 = sort_by_expert(top_k_index, gate_up.shape[0])
+    x_ND = hidden_states.index_select(0, token_N)
+    y_ND = swiglu_experts(x_ND, offsets_E1, gate_up, down, top_k_weights.reshape(-1)[slot_N])
+    return torch.zeros_like(hidden_states).index_add(0, token_N, y_ND.to(hidden_states.dtype))
+
+
+def _not_ours(experts: nn.Module) -> str | None:
+    """Why these experts need another function, or None."""
+    flags = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "has_gate": True}
+    for flag, wanted in {**flags, "is_concatenated": True}.items():
+        if getattr(experts, flag) != wanted:
+            return f"{flag} is {not wanted}"
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return "it has a gate of its own"
+    act = type(experts.act_fn).__name__
+    return None if act in ("SiLU", "SiLUActivation") else f"its activation is {act}, not SiLU"
