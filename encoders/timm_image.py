@@ -107,6 +107,8 @@ def cut(model: Any, features_layer: int | None) -> int | None:
     """
     if getattr(model, "attn_pool", None) is not None:
         model.attn_pool = None
+    if isinstance(getattr(model, "fc_norm", None), nn.Module):
+        model.fc_norm = nn.Identity()
     if features_layer is None:
         return None
     assert hasattr(model, "prune_intermediate_layers"), "the model has no intermediate features"
