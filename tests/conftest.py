@@ -1,3 +1,7 @@
+import os
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,3 +11,23 @@ def _deterministic():
     """One thread (two tests at once would otherwise fight for the cores) and the same random numbers in every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The cache with the real models, made by the real code if need be; without it the test is skipped, loudly.
+
+    UNIMOE_TEST_WEIGHTS=0 skips such tests without trying.
+    """
+    from unimoe.errors import UserError
+    from unimoe.prepare import cache_folder, prepare
+
+    problem = "UNIMOE_TEST_WEIGHTS=0"
+    if os.environ.get("UNIMOE_TEST_WEIGHTS") != "0":
+        try:
+            prepare()
+            return cache_folder()
+        except UserError as error:
+            problem = str(error)
+    warnings.warn(f"NOTHING IS TESTED ON REAL WEIGHTS: {problem}", stacklevel=1)
+    pytest.skip(f"NO REAL WEIGHTS: {problem}")

@@ -38,10 +38,10 @@ def resolve_part(spec: str, part: str) -> str | Path:
     if spec == "default":
         return default_part(part)
     path = Path(spec).expanduser()
-    if path.exists():
+    if spec and path.exists():
         return path
     looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec
-    if looks_like_path or not spec.strip("/"):
+    if looks_like_path or not spec:
         raise UserError(f"{part}: {spec!r} does not exist; expected default, a local folder or a hub id")
     return spec
 

