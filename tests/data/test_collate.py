@@ -73,7 +73,8 @@ def test_a_text_batch_holds_no_media(built, samples):
 
 def test_a_typed_placeholder_is_text(built):
     _, processor = built
-    question, answer = ([{"type": "text", "text": text}] for text in ("What is <image>?", "<image> is a tag."))
+    texts = "What is <image>?", "<image> is a tag."
+    question, answer = ([{"type": "text", "text": text}] for text in texts)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     sample = parse_record({"messages": messages}, "data.json[5]")
     batch = Collator(processor)([sample])

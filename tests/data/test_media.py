@@ -132,6 +132,12 @@ def test_sound_from_path_data_url_and_memory(tmp_path):
         assert np.abs(loaded - tone(16000))[1000:7000].max() < 2e-3
 
 
+def test_a_length_that_is_a_lie_costs_no_memory():
+    content = bytearray(recorded(tone(16000), 16000, format="FLAC"))
+    content[21:26] = bytes([content[21] | 0x0F, 255, 255, 255, 255])  # 2**36 - 1 samples
+    assert "cannot decode the sound" in fault(load_audio, {"bytes": bytes(content)})
+
+
 def test_broken_sounds(tmp_path):
     path = tmp_path / "a.wav"
     part = {"path": str(path)}

@@ -14,6 +14,8 @@ from unimoe.errors import UserError
 
 from .sample import Part
 
+_BLOCK = 1 << 16  # sound frames decoded at a time
+
 
 def load_image(part: Part, where: str) -> Image.Image:
     """Decode an image part to RGB, upright (EXIF orientation applied), transparency laid on white.
@@ -49,7 +51,7 @@ def load_audio(part: Part, where: str, rate: int = 16000) -> np.ndarray:
     else:
         content = media_bytes(part, where)
         try:
-            samples, found_rate = soundfile.read(io.BytesIO(content), dtype="float32")
+            samples, found_rate = _decode_sound(content)
         except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
             message = f"{where}: cannot decode the sound {describe(part)}: {_first_line(error)}"
             raise UserError(f"{message}; expected wav, flac, ogg or mp3") from error
@@ -94,6 +96,15 @@ def describe(part: Part) -> str:
     if "url" in part:
         return "given as a data URL"
     return "given as bytes" if "bytes" in part else "given in memory"
+
+
+def _decode_sound(content: bytes) -> tuple[np.ndarray, int]:
+    """Mono samples and rate, read in blocks: the length that a broken header claims is never allocated."""
+    with soundfile.SoundFile(io.BytesIO(content)) as file:
+        blocks = [np.zeros(0, dtype=np.float32)]
+        while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+            blocks.append(block.mean(axis=1))
+        return np.concatenate(blocks), file.samplerate
 
 
 def _data_url_bytes(url: str, where: str) -> bytes:
