@@ -26,7 +26,7 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@if ! $(PY) -c "import pip" 2>/dev/null; then \
+	@found=; if ! $(PY) -c "import pip" 2>/dev/null; then \
 	    for candidate in $(SETUP_PYTHON); do \
 	        if $$candidate -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; then \
 	            found=$$candidate; break; \
@@ -59,7 +59,7 @@ check: $(READY)
 	$(PY) -P -m pytest -q tests/test_floors.py
 
 bench: $(READY)
-	@$(PY) -P -m benchmarks $(ARGS)
+	@$(PY) -P benchmarks $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """The ``unimoe`` command.
 
-``fit``, ``validate``, ``test`` and ``predict`` go to LightningCLI. Every other verb is a plain function: its
+``fit``, ``validate`` and ``test`` go to LightningCLI. Every other verb is a plain function: its
 signature gives the flags and their types, its docstring the help. Modules are imported only when a verb runs.
 
 ==========================  ==================================================
@@ -49,9 +49,8 @@ LIGHTNING = "unimoe.stages.cli:main"  # takes the arguments, the verb first
 VERBS = {
     "prepare": Verb("unimoe.prepare.run:main", "download and convert the default LLM, towers and pictures"),
     "fit": Verb(LIGHTNING, "train one stage: unimoe fit -c configs/uni_moe/align.yaml"),
-    "validate": Verb(LIGHTNING, "validation loss of a stage"),
-    "test": Verb(LIGHTNING, "test loss of a stage"),
-    "predict": Verb(LIGHTNING, "predictions of a stage"),
+    "validate": Verb(LIGHTNING, "validation loss of a finished stage"),
+    "test": Verb(LIGHTNING, "test loss of a finished stage"),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
     "chat": Verb("unimoe.chat:chat", "talk to a model in the terminal", {"prompt": "-p"}),
     "demo": Verb("unimoe.demo:demo", "the whole path on real weights, with a report at its end"),
