@@ -1,6 +1,6 @@
 """``unimoe fit | validate | test``: one stage from a YAML file, by LightningCLI.
 
-    unimoe fit -c configs/uni_moe/align.yaml [--output runs/align] [--data.steps 400] [--trainer.devices 2] ...
+    unimoe fit -c configs/uni_moe/align.yaml [--output runs/align] [--data.steps 400] ...
 
 The same command again goes on where it was cut off, and says so when the stage is finished.
 """
@@ -86,10 +86,21 @@ class StageCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--stage", type=str, default="stage", help="Name of the stage, for logs and stage.json.")
-        parser.add_argument("--output", type=str | None, default=None, help="Folder of the result, the logs and the checkpoint.")
-        parser.add_argument("--overwrite", type=bool, default=False, help="Throw away what an earlier run left in the output.")
-        parser.add_argument("--checkpoint_every", type=int, default=50, help="Optimizer steps between checkpoints.")
+        parser.add_argument(
+            "--stage", type=str, default="stage", help="Name of the stage, for logs and stage.json."
+        )
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help="Folder of the result, the logs and the checkpoint.",
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Throw away what an earlier run left in the output."
+        )
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=50, help="Optimizer steps between checkpoints."
+        )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.steps", "trainer.max_steps")
@@ -136,7 +147,9 @@ class StageCLI(LightningCLI):
         done = read_record(self.output)
         if done is not None:
             check_same(self.output, done.settings, self.settings)
-            raise Finished(f"{self.output} is finished: {done.stage}, {done.steps} steps, {clock(done.seconds)}")
+            raise Finished(
+                f"{self.output} is finished: {done.stage}, {done.steps} steps, {clock(done.seconds)}"
+            )
         begun = self.output / SETTINGS_FILE
         if begun.is_file():
             check_same(self.output, json.loads(begun.read_text(encoding="utf-8")), self.settings)
@@ -144,7 +157,9 @@ class StageCLI(LightningCLI):
     def _use_result(self) -> None:
         """Evaluate what the stage left, not what it started from."""
         if read_record(self.output) is None:
-            raise UserError(f"{self.output} holds no finished stage; run `unimoe fit` with this configuration first")
+            raise UserError(
+                f"{self.output} holds no finished stage; run `unimoe fit` with this configuration first"
+            )
         check_model_folder(self.output)
         model = self.config[self.subcommand]["model"]
         model["init_from"] = str(self.output)
@@ -187,7 +202,13 @@ class StageCLI(LightningCLI):
             begun = saved_step(self.last.path)
             log.info("%s: going on after step %d of %d", name, begun, datamodule.steps)
         else:
-            log.info("%s: %d steps of %d samples, into %s", name, datamodule.steps, datamodule.batch_size, self.output)
+            log.info(
+                "%s: %d steps of %d samples, into %s",
+                name,
+                datamodule.steps,
+                datamodule.batch_size,
+                self.output,
+            )
         self.curve.cut(begun)
         self.trainer.fit(
             model, datamodule=datamodule, ckpt_path=str(self.last.path) if begun else None, weights_only=True
@@ -217,9 +238,15 @@ class StageCLI(LightningCLI):
             kept = (".mlp.", ".connectors.")
             lost = {n.rsplit(".lora_", 1)[0] for n in module.trained_names() if not any(k in n for k in kept)}
             if lost:
-                log.warning("%s: an expert keeps FFNs and connectors only; %d other trained modules are left out", name, len(lost))
+                log.warning(
+                    "%s: an expert keeps FFNs and connectors only; %d other trained modules are left out",
+                    name,
+                    len(lost),
+                )
             write_result(
-                self.output, lambda folder: save_expert(folder, model, module.base_llm, name, module.task), record
+                self.output,
+                lambda folder: save_expert(folder, model, module.base_llm, name, module.task),
+                record,
             )
         else:
             write_model(self.output, model, module.processor, record)
@@ -283,4 +310,5 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

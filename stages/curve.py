@@ -6,8 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unimoe.files import atomic_write
 
@@ -15,8 +15,8 @@ from unimoe.files import atomic_write
 class CurveLogger(Logger):
     """Appends each logged row to ``metrics.csv``.
 
-    Lightning's own CSVLogger deletes the file of an earlier run. This one keeps it: ``cut(step)`` drops the rows that a
-    resumed run is about to write again, so the file always reads as one curve.
+    Lightning's own CSVLogger deletes the file of an earlier run. This one keeps it: ``cut(step)`` drops the
+    rows that a resumed run is about to write again, so the file always reads as one curve.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -67,7 +67,7 @@ class CurveLogger(Logger):
 
 
 def read_curve(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a ``metrics.csv`` as numbers, without empty cells; a last line that was cut short is left out."""
+    """The rows of a ``metrics.csv`` as numbers, without empty cells and a last line that was cut short."""
     path = Path(path)
     if not path.is_file():
         return []

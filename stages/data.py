@@ -1,6 +1,6 @@
 """The one LightningDataModule of all stages: files of samples in, batches of like with like out.
 
-    train files -> Samples -> ModalityBatchSampler (steps) -> Collator (features of frozen encoders from a cache) -> batches
+files -> Samples -> ModalityBatchSampler (steps) -> Collator (cached features) -> batches
 """
 
 import logging
@@ -14,6 +14,7 @@ from torch.nn import functional as nnf
 from torch.utils.data import DataLoader
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
+from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.modeling import MEDIA_INPUTS, Encoded
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class StageLoader(DataLoader):
-    """A DataLoader that knows how many batches were trained on, so that a resumed run goes on with the next."""
+    """A DataLoader that knows how many batches it gave, so that a resumed run goes on with the next."""
 
     delivered = 0
 
@@ -66,8 +67,8 @@ class StageData(LightningDataModule):
             test: file(s) for ``unimoe test``.
             steps: optimizer steps of the stage; the data is gone through as often as that takes.
             batch_size: samples of a batch on each device, all of the same modalities.
-            cache_features: run frozen encoders once over all media and keep what they say on disk; a path says where
-                (true: ``features`` beside the stage's output folder).
+            cache_features: run frozen encoders once over all media and keep their output on disk; a path says
+                where (true: ``features`` beside the stage's output folder).
             media_root: folder that relative media paths start from (default: that of the samples' file).
             max_length: longest sample in tokens.
             num_workers: processes that prepare batches.
@@ -76,7 +77,9 @@ class StageData(LightningDataModule):
         super().__init__()
         self.files = {"train": _files(train), "val": _files(val), "test": _files(test)}
         if steps < 1 or batch_size < 1:
-            raise UserError(f"data.steps and data.batch_size must be at least 1, found {steps} and {batch_size}")
+            raise UserError(
+                f"data.steps and data.batch_size must be at least 1, found {steps} and {batch_size}"
+            )
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.cache_features, self.media_root = cache_features, media_root
         self.max_length, self.num_workers = max_length, num_workers
@@ -89,7 +92,9 @@ class StageData(LightningDataModule):
         for split in splits:
             if split not in self.samples:
                 self.samples[split] = [
-                    sample for file in self.files[split] for sample in read_samples(file, media_root=self.media_root)
+                    sample
+                    for file in self.files[split]
+                    for sample in read_samples(file, media_root=self.media_root)
                 ]
         if stage == "fit" and not self.samples["train"]:
             raise UserError(f"{', '.join(self.files['train'])}: there are no samples to train on")
@@ -108,15 +113,15 @@ class StageData(LightningDataModule):
 
     def _fill_cache(self, module: "StageModule") -> FeatureCache:
         towers = {
-            kind: tower
+            kind: cast(Encoder, tower)
             for kind, tower in module.model.model.encoders.items()
             if not any(p.requires_grad for p in tower.parameters())
         }
         folder = self.cache_features
-        if folder is True:
+        if not isinstance(folder, str):
             folder = Path(self.trainer.default_root_dir) / ".." / "features"  # type: ignore[union-attr]
         cache = FeatureCache(Path(folder).resolve(), module.processor, towers)
-        cache.fill([s for samples in self.samples.values() for s in samples], module.processor, towers)
+        cache.fill([s for samples in self.samples.values() for s in samples])
         return cache
 
     def train_dataloader(self) -> StageLoader:

@@ -1,8 +1,8 @@
 """Expert folders: the FFNs that one dense stage learned, to be put in a slot of a mixture.
 
-    expert.json              task, fingerprint of the base LLM, shapes, the stage that made it
-    expert.safetensors       layers.{i}.gate_up_proj [2I, H] (gate rows first), layers.{i}.down_proj [H, I]
-    connectors.safetensors   {modality}.{name}: the connectors as that stage left them
+expert.json              task, fingerprint of the base LLM, shapes, the stage that made it
+expert.safetensors       layers.{i}.gate_up_proj [2I, H] (gate rows first), layers.{i}.down_proj [H, I]
+connectors.safetensors   {modality}.{name}: the connectors as that stage left them
 """
 
 import hashlib
@@ -90,11 +90,15 @@ def ffn_tensors(model: UniMoeForConditionalGeneration) -> dict[str, Tensor]:
     return tensors
 
 
-def save_expert(folder: Path, model: UniMoeForConditionalGeneration, base_llm: str, stage: str, task: str) -> None:
+def save_expert(
+    folder: Path, model: UniMoeForConditionalGeneration, base_llm: str, stage: str, task: str
+) -> None:
     """Write the FFNs and connectors of a dense model whose adapters are merged into an existing folder."""
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in ffn_tensors(model).items()}
     save_file(tensors, folder / "expert.safetensors")
-    connectors = {name: t.detach().cpu().contiguous().clone() for name, t in model.model.connectors.state_dict().items()}
+    connectors = {
+        name: t.detach().cpu().contiguous().clone() for name, t in model.model.connectors.state_dict().items()
+    }
     if connectors:
         save_file(connectors, folder / "connectors.safetensors")
     down = tensors["layers.0.down_proj"]
@@ -125,18 +129,20 @@ def load_expert(folder: str | Path) -> Expert:
         raise UserError(f"{path / 'expert.json'}: format {info.format}, expected {FORMAT}")
     file = path / "expert.safetensors"
     if not file.is_file() or file_hash(file) != info.sha256:
-        raise UserError(f"{file} is missing or not the file that expert.json describes (sha256 {info.sha256[:12]}...)")
+        raise UserError(f"{file} is missing or not what expert.json describes ({info.sha256[:12]}...)")
     return Expert(info, _read(file))
 
 
 def load_connectors(folder: str | Path, kind: str) -> dict[str, Tensor]:
-    """State dict of one connector out of an expert folder or a model folder. Raises UserError when it is not there."""
+    """State dict of one connector of an expert or model folder. Raises UserError when it is not there."""
     path = Path(folder)
     files = {"connectors.safetensors": "", "model.safetensors": "model.connectors."}
     for name, prefix in files.items():
         if (path / name).is_file():
             start = f"{prefix}{kind}."
-            found = {key.removeprefix(start): t for key, t in _read(path / name).items() if key.startswith(start)}
+            found = {
+                key.removeprefix(start): t for key, t in _read(path / name).items() if key.startswith(start)
+            }
             if not found:
                 raise UserError(f"{path / name} holds no {kind} connector")
             return found
@@ -144,10 +150,14 @@ def load_connectors(folder: str | Path, kind: str) -> dict[str, Tensor]:
         index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
         start = f"model.connectors.{kind}."
         shards = {shard for key, shard in index.items() if key.startswith(start)}
-        found = {key: t for shard in shards for key, t in _read(path / shard).items() if key.startswith(start)}
+        found = {
+            key: t for shard in shards for key, t in _read(path / shard).items() if key.startswith(start)
+        }
         if found:
             return {key.removeprefix(start): tensor for key, tensor in found.items()}
-    raise UserError(f"connectors.{kind}: {path} is neither an expert folder nor a model folder with a {kind} connector")
+    raise UserError(
+        f"connectors.{kind}: {path} is neither an expert folder nor a model folder with a {kind} connector"
+    )
 
 
 def file_hash(path: str | Path) -> str:

@@ -63,10 +63,12 @@ class StageModule(LightningModule):
         Args:
             init_from: folder of an earlier stage or of ``unimoe assemble``; or else give ``llm``.
             llm: language model of a fresh start: ``default``, a local folder or a hub id.
-            modalities: ``encoder`` and ``connector`` of each medium of a fresh start, see :func:`unimoe.build.build_model`.
+            modalities: ``encoder`` and ``connector`` of each medium of a fresh start, as
+                :func:`unimoe.build.build_model` takes them.
             moe: fields of MoEConfig, to copy the FFNs of a fresh start into experts.
             chat_template: of a fresh start: ``chatml``, a Jinja template, or the tokenizer's own.
-            warm_start: modalities whose connector starts from ridge regression on the training data's named samples.
+            warm_start: modalities whose connector starts from ridge regression on the named samples of the
+                training data.
             trainable: parameters that train in full, by name pattern.
             lora: adapters, merged into the weights at the end.
             save: ``model`` writes a model folder, ``expert`` an expert folder (dense models only).
@@ -79,9 +81,13 @@ class StageModule(LightningModule):
         """
         super().__init__()
         if (init_from is None) == (llm is None):
-            raise UserError("a stage starts from one of model.init_from (a folder) and model.llm (a fresh start)")
+            raise UserError(
+                "a stage starts from one of model.init_from (a folder) and model.llm (a fresh start)"
+            )
         if init_from is not None and (modalities or moe):
-            raise UserError("model.modalities and model.moe belong to a fresh start; model.init_from brings its own")
+            raise UserError(
+                "model.modalities and model.moe belong to a fresh start; model.init_from brings its own"
+            )
         self.init_from, self.llm, self.modalities, self.moe = init_from, llm, modalities or {}, moe
         self.chat_template = chat_template
         self.warm_start = warm_start or {}
@@ -100,7 +106,7 @@ class StageModule(LightningModule):
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Build the model, freeze it, and unfreeze what trains (once; Lightning calls this before each fit or validate)."""
+        """Build the model and choose what trains, once; Lightning calls this before every verb."""
         if hasattr(self, "model"):
             return
         if self.init_from is not None:
@@ -128,7 +134,7 @@ class StageModule(LightningModule):
                 tower.eval()  # a frozen tower must not move its batch statistics
 
     def configure_optimizers(self) -> Any:
-        """AdamW with one parameter group (two with weight decay) for each entry of ``trainable`` and ``lora``."""
+        """AdamW; matrices and vectors of each entry of ``trainable`` and ``lora`` are parameter groups."""
         settings = []
         for group in self.groups:
             matrices = [p for p in group.parameters.values() if p.ndim > 1]
@@ -148,19 +154,24 @@ class StageModule(LightningModule):
         if step < rise:
             return (step + 1) / rise
         done = (step - rise) / max(steps - rise, 1)
-        return {"cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))), "linear": max(1 - done, 0.0), "constant": 1.0}[
-            self.schedule
-        ]
+        return {
+            "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+            "linear": max(1 - done, 0.0),
+            "constant": 1.0,
+        }[self.schedule]
 
     def on_fit_start(self) -> None:
-        """Give fresh connectors their head start, unless the run resumes."""
+        """Say what trains, and give fresh connectors their head start unless the run resumes."""
+        groups = ", ".join(f"{group.name} {group.size():,} (lr {group.lr:g})" for group in self.groups)
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        log.info("trains %s of %s parameters", groups, f"{total:,}")
         if self.trainer.ckpt_path is not None:
             return
         for kind, settings in self.warm_start.items():
             data = cast(StageData, self.trainer.datamodule)  # type: ignore[attr-defined]
             pairs = naming_samples(data.samples["train"], kind, settings)
             if not pairs:
-                raise UserError(f"warm_start: no training sample shows one {kind} and answers in {settings.max_words} words")
+                raise UserError(f"warm_start: no training sample shows one {kind} and answers briefly")
             encoded = data.encode([sample for sample, _ in pairs], kind)
             warm_start(self.model, self.processor, kind, encoded, [answer for _, answer in pairs], settings)
 
@@ -170,7 +181,9 @@ class StageModule(LightningModule):
         """Mean cross-entropy over the supervised tokens, and their number."""
         keep_BT = labels_BT[:, 1:] != IGNORED
         hidden_SH = hidden_BTH[:, :-1][keep_BT]
-        loss = nnf.cross_entropy(self.model.head(hidden_SH).float(), labels_BT[:, 1:][keep_BT], reduction="sum")
+        loss = nnf.cross_entropy(
+            self.model.head(hidden_SH).float(), labels_BT[:, 1:][keep_BT], reduction="sum"
+        )
         count = len(hidden_SH)
         return loss / max(count, 1), count
 
@@ -191,14 +204,16 @@ class StageModule(LightningModule):
         for entry in records:
             load_E = load(entry)
             assert isinstance(load_E, Tensor)
-            self.log(f"moe/layer{entry.layer:02d}/load_max_over_mean", load_E.max() / load_E.mean().clamp(min=1e-9))
+            self.log(
+                f"moe/layer{entry.layer:02d}/load_max_over_mean", load_E.max() / load_E.mean().clamp(min=1e-9)
+            )
             self.log(f"moe/layer{entry.layer:02d}/balance_loss", load_balance(entry).detach())
         self.log("moe/floor", 1.0)  # of both numbers above, in every layer
         return loss + aux
 
     def _touch(self) -> Tensor:
-        """Zero, by way of every trained connector: ranks agree on the gradients whatever their batches hold, and a batch of
-        text alone has a gradient when only connectors train."""
+        """Zero, by way of every trained connector: ranks agree on the gradients whatever their batches hold,
+        and a batch of text alone has a gradient when only connectors train."""
         trained = [p for p in self.model.model.connectors.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
 
@@ -211,7 +226,9 @@ class StageModule(LightningModule):
     def _evaluate(self, batch: dict[str, Any], name: str) -> None:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         loss, count = self.answer_loss(self.model.model(**inputs).last_hidden_state, batch["labels"])
-        self.log(name, loss, batch_size=count, prog_bar=True, sync_dist=True)  # the mean over batches weighs by tokens
+        self.log(
+            name, loss, batch_size=count, prog_bar=True, sync_dist=True
+        )  # the mean over batches weighs by tokens
 
     # ---------------------------------------------------------------- what a resumed run needs
 
@@ -227,7 +244,9 @@ class StageModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains: the frozen rest comes from ``init_from`` again."""
         trained = self.trained_names()
-        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["state_dict"] = {
+            name: t for name, t in checkpoint["state_dict"].items() if name in trained
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found, expected = set(checkpoint["state_dict"]), self.trained_names()

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class PlainProgress(Callback):
-    """Logs step, mean loss, tokens a second and the time left, at the first and last step and every few seconds between."""
+    """Logs step, mean loss, tokens a second and the time left, at the first and last step and in between."""
 
     def __init__(self, name: str, every_seconds: float = 10.0):
         self.name = name
@@ -25,7 +25,9 @@ class PlainProgress(Callback):
         self._began = time.monotonic()
         self._first = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int):
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ):
         now, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
         self._losses.append(float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs))
         self._tokens += float(batch["attention_mask"].sum())
@@ -35,7 +37,15 @@ class PlainProgress(Callback):
         left = (now - self._began) / done * (steps - step)
         rate = self._tokens / max(now - (self._said or self._began), 1e-9)
         loss = sum(self._losses) / len(self._losses)
-        log.info("%s  step %d/%d  loss %.4f  %.0f tokens/s  %s left", self.name, step, steps, loss, rate, clock(left))
+        log.info(
+            "%s  step %d/%d  loss %.4f  %.0f tokens/s  %s left",
+            self.name,
+            step,
+            steps,
+            loss,
+            rate,
+            clock(left),
+        )
         self._said, self._losses, self._tokens = now, [], 0.0
 
 

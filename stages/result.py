@@ -1,4 +1,4 @@
-"""What a finished stage leaves: the model's (or expert's) folder and ``stage.json``, whose presence says it is finished."""
+"""What a finished stage leaves: the folder of its model or expert, and ``stage.json`` as the last file."""
 
 import hashlib
 import json
@@ -65,7 +65,9 @@ def versions() -> dict[str, str]:
     return {"unimoe": __version__, "python": platform.python_version(), **found}
 
 
-def write_model(output: Path, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, record: StageRecord):
+def write_model(
+    output: Path, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, record: StageRecord
+):
     """Save a model folder with ``stage.json`` into ``output``, beside what is there."""
 
     def save(folder: Path):
@@ -76,7 +78,7 @@ def write_model(output: Path, model: UniMoeForConditionalGeneration, processor: 
 
 
 def write_result(output: Path, save: Callable[[Path], object], record: StageRecord):
-    """Let ``save(folder)`` write into a temporary folder, move its files into ``output``, and ``stage.json`` last."""
+    """Let ``save(folder)`` fill a temporary folder, move that to ``output``, and write ``stage.json``."""
     fresh = output / ".result"
     with atomic_folder(fresh) as temporary:
         save(temporary)
@@ -90,7 +92,7 @@ def write_result(output: Path, save: Callable[[Path], object], record: StageReco
 
 
 def read_record(folder: str | Path) -> StageRecord | None:
-    """The record of a finished stage, or None where ``folder`` has none. Raises UserError when it cannot be read."""
+    """The record of a finished stage, None where there is none. Raises UserError when it is unreadable."""
     path = Path(folder) / STAGE_FILE
     if not path.is_file():
         return None
@@ -120,14 +122,15 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]):
-    """Raises UserError that names the settings in which a stage that lies in ``output`` differs from the wanted one."""
+    """Raises UserError naming the settings in which what lies in ``output`` differs from what is wanted."""
     different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if not different:
         return
     shown = "; ".join(f"{key}: there {found.get(key)!r}, now {wanted.get(key)!r}" for key in different[:4])
     more = f" and {len(different) - 4} more" if len(different) > 4 else ""
     raise UserError(
-        f"{output} holds this stage with other settings ({shown}{more}); pass --overwrite true or choose another --output"
+        f"{output} was made with other settings ({shown}{more}); "
+        "pass --overwrite true or choose another --output"
     )
 
 

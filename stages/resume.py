@@ -21,8 +21,9 @@ class Interrupted(Exception):
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` every so many optimizer steps, at the end, and when the run is asked to stop.
 
-    The file is written under another name and renamed, so that a kill at any moment leaves a whole one. On the first
-    Ctrl-C or SIGTERM the current step is finished and saved, then ``Interrupted`` is raised; a second one stops at once.
+    The file is written under another name and renamed, so that a kill at any moment leaves a whole one. On
+    the first Ctrl-C or SIGTERM the current step is finished and saved, then ``Interrupted`` is raised; a
+    second one stops at once.
     """
 
     def __init__(self, path: Path, every: int):
@@ -51,7 +52,9 @@ class LastCheckpoint(Checkpoint):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask_to_stop)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int):
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of an optimizer step
         if self._stop or trainer.global_step % self.every == 0:
@@ -90,6 +93,6 @@ def saved_step(path: Path) -> int:
     """The optimizer steps behind a checkpoint. Raises UserError when the file is damaged."""
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
-    except Exception as error:  # noqa: BLE001  # torch raises a dozen kinds for a damaged file; all mean the same
+    except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged ({reason}); delete it to begin this stage again") from error

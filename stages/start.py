@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,21 +16,23 @@ from unimoe.processing import UniMoeProcessor
 def load_model(folder: str | Path) -> tuple[UniMoeForConditionalGeneration, UniMoeProcessor]:
     """The model and processor that a stage (or ``unimoe assemble``) left in ``folder``.
 
-    Raises UserError when that is not the folder of a unimoe model, or when its weights and its configuration do not have
-    exactly the same names and shapes.
+    Raises UserError when that is not the folder of a unimoe model, or when its weights and its configuration
+    do not have exactly the same names and shapes.
     """
     check_model_folder(folder)
     try:
-        model, info = UniMoeForConditionalGeneration.from_pretrained(
+        loaded: Any = UniMoeForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
+        model, info = loaded
         processor = UniMoeProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[problem])):
             raise UserError(
-                f"{folder}: {problem.replace('_', ' ')} between its weights and config.json: {len(names)}, first {names[0]}"
+                f"{folder}: its weights do not fit its config.json: "
+                f"{len(names)} {problem.replace('_', ' ')}, first {names[0]}"
             )
     return model, processor
 
@@ -39,21 +42,30 @@ def check_model_folder(folder: str | Path):
     path = Path(folder)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"init_from: {path} {what}; expected the folder of a finished stage (config.json, model.safetensors)")
+        raise UserError(
+            f"init_from: {path} {what}; expected the folder of a finished stage (config.json and weights)"
+        )
     if (path / "expert.json").is_file():
-        raise UserError(f"init_from: {path} holds an expert, not a model; put it in a slot with `unimoe assemble`")
+        raise UserError(
+            f"init_from: {path} holds an expert, not a model; put it in a slot with `unimoe assemble`"
+        )
     try:
         kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
-        raise UserError(f"init_from: {path} has no config.json; expected the folder of a finished stage") from None
+        raise UserError(
+            f"init_from: {path} has no config.json; expected the folder of a finished stage"
+        ) from None
     except ValueError as error:
         raise UserError(f"init_from: {path / 'config.json'} is not JSON ({error})") from error
     if kind != "unimoe":
-        raise UserError(f"init_from: {path} holds a model of type {kind!r}, expected 'unimoe'; to start from an LLM set model.llm")
+        raise UserError(
+            f"init_from: {path} holds a model of type {kind!r}, expected 'unimoe'; "
+            "to start from an LLM set model.llm"
+        )
 
 
 def upcycle(model: UniMoeForConditionalGeneration, moe: MoEConfig, seed: int) -> None:
-    """Copy the FFNs that ``moe`` places into all their experts, in place; fresh routers come from ``seed``."""
+    """Copy the FFNs that ``moe`` places into all experts, in place; fresh routers come from ``seed``."""
     if model.config.moe:
         raise UserError("the model is a mixture of experts already; start from a dense one")
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""What learns in a stage: parameters chosen by name patterns, and LoRA adapters that are merged at its end."""
+"""What learns in a stage: parameters chosen by name patterns, and LoRA adapters, merged at its end."""
 
 import logging
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class LoRA:
     """Low-rank adapters on one kind of weight of the language model."""
 
     on: Literal["attention", "ffn", "experts"]
-    """The linear layers of attention, those of dense FFNs, or every expert of the MoE layers (one adapter each)."""
+    """The linear layers of attention, those of dense FFNs, or the MoE layers' experts (an adapter each)."""
 
     rank: int = 16
     """Rank r of the update."""
@@ -71,8 +71,8 @@ class Group:
 def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> list[Group]:
     """Freeze ``model``, add the adapters, and unfreeze what a stage trains.
 
-    A parameter that several patterns match belongs to the first. Returns one group for each entry, the adapters' last.
-    Raises UserError when a pattern or adapter finds nothing to train.
+    A parameter that several patterns match belongs to the first. Returns one group for each entry, the
+    adapters' last. Raises UserError when a pattern or adapter finds nothing to train.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -83,7 +83,7 @@ def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> li
         if not found:
             examples = ", ".join(sorted({_shorten(name) for name in names.values()})[:8])
             raise UserError(
-                f"trainable: nothing is named {entry.match!r} or all of it is taken; names look like {examples}"
+                f"trainable: nothing is named {entry.match!r}, or all of it is taken; there are {examples}"
             )
         taken.update(found)
         groups.append(Group(_label(entry.match), entry.lr, {names[p]: p for p in found}))
@@ -110,7 +110,9 @@ def add_lora(model: nn.Module, lora: list[LoRA]) -> list[dict[str, nn.Module]]:
     linear: dict[str, LoRA] = {}
     added: list[dict[str, nn.Module]] = []
     for entry in lora:
-        targets = [name for name in _targets(model, entry.on) if _matches(name, entry.match) and name not in linear]
+        targets = [
+            name for name in _targets(model, entry.on) if _matches(name, entry.match) and name not in linear
+        ]
         if not targets:
             raise UserError(f"lora: the model has no {entry.on} layer named {entry.match!r} to adapt")
         if entry.on == "experts":
@@ -128,7 +130,7 @@ def add_lora(model: nn.Module, lora: list[LoRA]) -> list[dict[str, nn.Module]]:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Fold every adapter into the weight it adapts (W + alpha / r * B A), in place; the plain modules come back."""
+    """Fold every adapter into the weight it adapts (W + alpha / r B A), in place; plain modules come back."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
             module.merge(safe_merge=True)  # raises on a merge that gives NaN
@@ -170,7 +172,11 @@ def _targets(model: nn.Module, kind: str) -> Iterator[str]:
             inside_moe += (name + ".",)
             if kind == "experts":
                 yield name
-        elif isinstance(module, nn.Linear) and ".language_model." in f".{name}" and not name.startswith(inside_moe):
+        elif (
+            isinstance(module, nn.Linear)
+            and ".language_model." in f".{name}"
+            and not name.startswith(inside_moe)
+        ):
             in_attention = "attn" in name or "attention" in name
             if kind == ("attention" if in_attention else "ffn"):
                 yield name

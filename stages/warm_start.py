@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +35,11 @@ def naming_samples(samples: list[Sample], kind: str, settings: Ridge) -> list[tu
     pairs = []
     for sample in samples:
         answer = next((_text(message) for message in sample.messages if message["role"] == "assistant"), "")
-        if sample.kind == kind and len(list(sample.media())) == 1 and 0 < len(answer.split()) <= settings.max_words:
+        if (
+            sample.kind == kind
+            and len(list(sample.media())) == 1
+            and 0 < len(answer.split()) <= settings.max_words
+        ):
             pairs.append((sample, answer))
     return pairs[: settings.max_samples]
 
@@ -54,7 +59,7 @@ def warm_start(
         encoded: the encoder's output for one medium of each answer: features_nSD, lengths_n or None.
         answers: what each medium is called.
     """
-    embedding_VH = model.get_input_embeddings().weight
+    embedding_VH = cast(Tensor, model.get_input_embeddings().weight)
     targets_nH = torch.stack([_mean_embedding(answer, processor, embedding_VH) for answer in answers])
     mean_norm = embedding_VH.float().norm(dim=-1).mean().item()
     features_nSD, lengths_n = encoded
@@ -66,7 +71,9 @@ def check_kinds(settings: dict[str, Ridge], model: UniMoeForConditionalGeneratio
     """Raises UserError for a modality that the model does not have."""
     for kind in settings:
         if kind not in model.model.connectors:
-            raise UserError(f"warm_start: the model has no {kind}; it has {', '.join(model.model.connectors) or 'no media'}")
+            raise UserError(
+                f"warm_start: the model has no {kind}; it has {', '.join(model.model.connectors) or 'none'}"
+            )
 
 
 def _text(message: dict) -> str:
@@ -74,5 +81,6 @@ def _text(message: dict) -> str:
 
 
 def _mean_embedding(answer: str, processor: UniMoeProcessor, embedding_VH: Tensor) -> Tensor:
-    ids = processor.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
+    tokenizer: Any = processor.tokenizer
+    ids = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
     return embedding_VH[torch.tensor(ids, device=embedding_VH.device)].float().mean(0)

@@ -1,0 +1,241 @@
+"""``unimoe assemble``: one mixture of experts out of a base model and expert folders, as a manifest says.
+
+    base: runs/align                  # a dense model folder: everything that is not an expert comes from it
+    experts:                          # one slot each, in order; or a number of copies of the base's own FFNs
+      - {name: words, from: base}
+      - {name: image, from: runs/expert_image}
+    connectors: {image: runs/expert_image}   # default: the base's own
+    moe: {top_k: 2, placement: interval}     # unimoe.moe.MoEConfig without num_experts
+    seed: 0                           # of the fresh routers
+    output: runs/assembled
+
+Paths are taken from the working directory, as in the stages' configurations.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from unimoe.errors import UserError
+from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import MoEConfig, SwiGLUExperts
+from unimoe.moe.install import moe_layers
+from unimoe.processing import UniMoeProcessor
+
+from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
+from .result import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
+from .start import check_model_folder, load_model, upcycle
+
+log = logging.getLogger(__name__)
+
+BASE = "base"
+"""What a slot or a connector is taken ``from`` when it stays the base model's own."""
+
+
+@dataclass
+class Slot:
+    """One expert of every MoE layer."""
+
+    name: str
+    """How reports call the expert."""
+
+    source: str = BASE
+    """``base``, or an expert folder (``from`` in the manifest)."""
+
+
+@dataclass
+class Manifest:
+    """What goes where; see the top of this file."""
+
+    base: str
+    """Folder of a dense model."""
+
+    experts: list[Slot]
+    """The slots, in order."""
+
+    connectors: dict[str, str] = field(default_factory=dict)
+    """Modality -> expert or model folder that its connector is taken from."""
+
+    moe: dict[str, Any] = field(default_factory=dict)
+    """Fields of MoEConfig."""
+
+    seed: int = 0
+    """Of the fresh routers."""
+
+    output: str | None = None
+    """Folder of the result."""
+
+
+def assemble(manifest: str, output: str | None = None, overwrite: bool = False) -> None:
+    """Build one mixture of experts out of a base model and expert folders.
+
+    Args:
+        manifest: YAML file that names the base, the expert of each slot, the connectors and the routing.
+        output: folder of the result; default what the manifest says.
+        overwrite: throw away what an earlier run left in the output.
+    """
+    parsed = read_manifest(manifest)
+    target = output or parsed.output
+    if target is None:
+        raise UserError(f"{manifest}: say where the result goes: output: FOLDER, or --output")
+    folder = Path(target)
+    check_model_folder(parsed.base)
+    parents = [{"folder": path, "sha256": folder_hash(path)} for path in _sources(parsed)]
+    settings = {**flatten({**asdict(parsed), "output": None}), "content of parents": parents}
+    if overwrite:
+        clear(folder)
+    done = read_record(folder)
+    if done is not None:
+        check_same(folder, done.settings, settings)
+        log.info("%s is finished: assembled with this manifest before", folder)
+        return
+
+    model, processor = put_together(parsed)
+    sparse = moe_layers(model)
+    record = StageRecord(
+        stage="assemble",
+        settings=settings,
+        parents=parents,
+        parameters={
+            "total": sum(p.numel() for p in model.parameters()),
+            "experts": sum(p.numel() for layer in sparse.values() for p in layer.experts.parameters()),
+        },
+    )
+
+    def save(temporary: Path):
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        text = yaml.safe_dump({**asdict(parsed), "output": str(folder), "sha256": parents}, sort_keys=False)
+        (temporary / "manifest.yaml").write_text(text, encoding="utf-8")
+
+    write_result(folder, save, record)
+    names = ", ".join(slot.name for slot in parsed.experts)
+    log.info("%s: %d MoE layers of %d experts (%s)", folder, len(sparse), len(parsed.experts), names)
+
+
+def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, UniMoeProcessor]:
+    """The model that a manifest describes, in memory. Raises UserError when a part does not fit the base."""
+    model, processor = load_model(manifest.base)
+    expected = (
+        {name: list(tensor.shape) for name, tensor in ffn_tensors(model).items()}
+        if not model.config.moe
+        else {}
+    )
+    fingerprint = base_fingerprint(model)
+    moe = MoEConfig.from_dict({**manifest.moe, "num_experts": len(manifest.experts)})
+    upcycle(model, moe, manifest.seed)
+    for slot, entry in enumerate(manifest.experts):
+        if entry.source != BASE:
+            _fill_slot(model, slot, entry.source, expected, fingerprint)
+    for kind, source in manifest.connectors.items():
+        if source != BASE:
+            _replace_connector(model, kind, source)
+    return model, processor
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check a manifest file. Raises UserError naming the key that is wrong."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a manifest: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: expected the keys {', '.join(_names(Manifest))}, found {type(content).__name__}"
+        )
+    _check_keys(f"{path}:", content, _names(Manifest))
+    if not isinstance(content.get("base"), str):
+        raise UserError(f"{path}: base must name the folder of a dense model, found {content.get('base')!r}")
+    if isinstance(content.get("moe"), dict) and "num_experts" in content["moe"]:
+        raise UserError(f"{path}: moe.num_experts follows from experts; leave it out")
+    for key, kind in (("connectors", dict), ("moe", dict), ("seed", int)):
+        if not isinstance(content.get(key, kind()), kind):
+            raise UserError(f"{path}: {key} must be of type {kind.__name__}, found {content[key]!r}")
+    return Manifest(**{**content, "experts": _slots(path, content.get("experts"))})
+
+
+def _slots(path: str | Path, experts: Any) -> list[Slot]:
+    if isinstance(experts, int) and experts > 0:
+        return [Slot(f"copy{index}") for index in range(experts)]
+    if not isinstance(experts, list) or not experts:
+        raise UserError(f"{path}: experts must be a list of slots or a number of copies, found {experts!r}")
+    slots = []
+    for index, entry in enumerate(experts):
+        where = f"{path}: experts[{index}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("from"), str):
+            raise UserError(f"{where} must be {{name: NAME, from: FOLDER or base}}, found {entry!r}")
+        _check_keys(where, entry, ["name", "from"])
+        slots.append(Slot(str(entry.get("name", f"{index}")), entry["from"]))
+    return slots
+
+
+def _fill_slot(
+    model: UniMoeForConditionalGeneration,
+    slot: int,
+    source: str,
+    expected: dict[str, list[int]],
+    fingerprint: str,
+):
+    """Copy an expert folder into one slot of every MoE layer."""
+    expert = load_expert(source)
+    for name, shape in expected.items():
+        found = list(expert.tensors[name].shape) if name in expert.tensors else "nothing"
+        if found != shape:
+            raise UserError(f"experts[{slot}]: {source}: tensor {name} has shape {found}, expected {shape}")
+    if len(expert.tensors) != len(expected):
+        raise UserError(
+            f"experts[{slot}]: {source} has {len(expert.tensors) // 2} layers, the base {len(expected) // 2}"
+        )
+    if expert.info.base_llm != fingerprint:
+        found, wanted = expert.info.base_llm[:12], fingerprint[:12]
+        raise UserError(
+            f"experts[{slot}]: {source} was trained from another LLM: fingerprint {found}, expected {wanted}"
+        )
+    for index, layer in moe_layers(model).items():
+        experts = layer.experts
+        assert isinstance(experts, SwiGLUExperts)
+        with torch.no_grad():
+            experts.gate_up_proj[slot].copy_(expert.tensors[f"layers.{index}.gate_up_proj"])
+            experts.down_proj[slot].copy_(expert.tensors[f"layers.{index}.down_proj"])
+
+
+def _replace_connector(model: UniMoeForConditionalGeneration, kind: str, source: str):
+    connectors = model.model.connectors
+    if kind not in connectors:
+        raise UserError(
+            f"connectors.{kind}: the base has no {kind}; it has {', '.join(connectors) or 'no media'}"
+        )
+    tensors = load_connectors(source, kind)
+    own = connectors[kind].state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        found = list(tensors[name].shape) if name in tensors else "nothing"
+        wanted = list(own[name].shape) if name in own else "nothing"
+        if found != wanted:
+            raise UserError(
+                f"connectors.{kind}: {source}: tensor {name} has shape {found}, expected {wanted}"
+            )
+    connectors[kind].load_state_dict(tensors)
+
+
+def _sources(manifest: Manifest) -> list[str]:
+    """Every folder that the result is made of, once; missing ones are reported here."""
+    folders = [manifest.base, *(slot.source for slot in manifest.experts), *manifest.connectors.values()]
+    folders = [folder for folder in dict.fromkeys(folders) if folder != BASE]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"the manifest names {folder}, which is not a folder")
+    return folders
+
+
+def _names(cls: Any) -> list[str]:
+    return [entry.name for entry in fields(cls)]
+
+
+def _check_keys(where: str, content: dict[str, Any], known: list[str]):
+    unknown = [str(key) for key in content if key not in known]
+    if unknown:
+        raise UserError(f"{where} unknown key {unknown[0]!r}; expected {', '.join(known)}")
