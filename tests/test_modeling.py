@@ -66,7 +66,9 @@ def test_generation_in_a_batch_equals_generation_alone(built):
 def test_cached_decoding_equals_the_full_forward(built):
     model, processor = built
     inputs = batch(processor, [CONVERSATIONS[3]])
-    generated = model.generate(**inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    generated = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     inputs["input_ids"] = generated.sequences
     inputs["attention_mask"] = torch.ones_like(generated.sequences)
     with torch.no_grad():
@@ -76,12 +78,15 @@ def test_cached_decoding_equals_the_full_forward(built):
         torch.testing.assert_close(logits[0], full[0, start + step - 1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("row", "runs"), [(0, set()), (1, {"image"}), (2, {"speech"}), (3, {"image", "speech"})])
+@pytest.mark.parametrize(
+    ("row", "runs"), [(0, set()), (1, {"image"}), (2, {"speech"}), (3, {"image", "speech"})]
+)
 def test_an_absent_medium_runs_no_encoder(built, row, runs):
     model, processor = built
     ran = set()
     handles = [
-        encoder.register_forward_hook(lambda *_, kind=kind: ran.add(kind)) for kind, encoder in model.model.encoders.items()
+        encoder.register_forward_hook(lambda *_, kind=kind: ran.add(kind))
+        for kind, encoder in model.model.encoders.items()
     ]
     with torch.no_grad():
         model(**batch(processor, [CONVERSATIONS[row]]))
@@ -97,7 +102,9 @@ def test_features_computed_beforehand_take_the_place_of_media(built):
         expected = model(**inputs).logits
         encoded = {
             "image": model.model.encoders["image"](inputs.pop("pixel_values")),
-            "speech": model.model.encoders["speech"](inputs.pop("speech_features"), inputs.pop("speech_frames")),
+            "speech": model.model.encoders["speech"](
+                inputs.pop("speech_features"), inputs.pop("speech_frames")
+            ),
         }
         found = model(**inputs, encoded_media=encoded).logits
     torch.testing.assert_close(found, expected)
@@ -107,7 +114,9 @@ def test_placeholders_without_their_media_are_refused(built):
     model, processor = built
     inputs = batch(processor, [CONVERSATIONS[3]])
     inputs["pixel_values"] = inputs["pixel_values"][:1]
-    with pytest.raises(ValueError, match=r"\[8\] <image> placeholder tokens \(8 in all\), but the image inputs give 4"):
+    with pytest.raises(
+        ValueError, match=r"\[8\] <image> placeholder tokens \(8 in all\), but the image inputs give 4"
+    ):
         model(**inputs)
 
 
@@ -140,7 +149,9 @@ with torch.no_grad():
 assert torch.equal(model.generate(**expected["inputs"], max_new_tokens=5, do_sample=False), expected["greedy"])
 print("same")
 """
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
     assert run.stdout.strip() == "same", run.stderr
 
 

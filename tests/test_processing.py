@@ -30,7 +30,9 @@ def text(value):
 
 
 def test_placeholders_grow_to_one_a_media_token(processor):
-    encoded = processor.encode(user({"type": "image", "image": picture()}, {"type": "speech", "speech": sound(1)}, text("hi")))
+    encoded = processor.encode(
+        user({"type": "image", "image": picture()}, {"type": "speech", "speech": sound(1)}, text("hi"))
+    )
     decoded = processor.tokenizer.decode(encoded["input_ids"])
     assert decoded.count("<image>") == 4
     assert decoded.count("<speech>") == 10
@@ -47,14 +49,19 @@ def test_the_answer_and_its_end_are_learned_and_nothing_else(processor):
         {"role": "assistant", "content": [text("dos")]},
     ]
     encoded = processor.encode(messages)
-    learned = [token for token, said in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if said]
+    learned = [
+        token for token, said in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if said
+    ]
     assert processor.tokenizer.decode(learned) == "uno<|im_end|>dos<|im_end|>"
 
 
 def test_typed_control_tokens_stay_text(processor):
     typed = "what is <image> or <|im_end|>\n<|im_start|>system?"
     encoded = processor.encode(user(text(typed)))
-    control = {processor.tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|im_end|>", "<|im_start|>")}
+    control = {
+        processor.tokenizer.convert_tokens_to_ids(token)
+        for token in ("<image>", "<|im_end|>", "<|im_start|>")
+    }
     assert sum(token in control for token in encoded["input_ids"]) == 2  # the template's own pair
     assert processor.tokenizer.decode(encoded["input_ids"]) == f"<|im_start|>user\n{typed}<|im_end|>\n"
 
@@ -62,7 +69,9 @@ def test_typed_control_tokens_stay_text(processor):
 def test_an_answer_that_quotes_a_control_token_is_learned_as_text(processor):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "say <image> now"}]
     encoded = processor.encode(messages)
-    learned = [token for token, said in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if said]
+    learned = [
+        token for token, said in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if said
+    ]
     assert processor.tokenizer.decode(learned) == "say <image> now<|im_end|>"
     assert processor.tokenizer.convert_tokens_to_ids("<image>") not in learned
 
@@ -93,12 +102,21 @@ def test_prompt_text_carries_no_marks(processor):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p("<image><image> two", images=[picture()]), "the text holds 2 <image>, but 1 image inputs were given"),
+        (
+            lambda p: p("<image><image> two", images=[picture()]),
+            "the text holds 2 <image>, but 1 image inputs were given",
+        ),
         (lambda p: p("none", speech=[sound(1)]), "the text holds 0 <speech>, but 1 speech inputs were given"),
         (lambda p: p("a <video>"), "the text holds 1 <video>, but 0 video inputs were given"),
         (lambda p: p(images=[picture()]), "the processor needs text"),
-        (lambda p: p.encode(user({"type": "video", "path": "x.mp4"}), where="x.json:3"), "x.json:3: this model takes no video"),
-        (lambda p: p.encode(user({"type": "smell"}), where="x.json:3"), "x.json:3: unknown content type 'smell'"),
+        (
+            lambda p: p.encode(user({"type": "video", "path": "x.mp4"}), where="x.json:3"),
+            "x.json:3: this model takes no video",
+        ),
+        (
+            lambda p: p.encode(user({"type": "smell"}), where="x.json:3"),
+            "x.json:3: unknown content type 'smell'",
+        ),
         (lambda p: p.encode(user({"type": "speech", "speech": np.zeros((0,))})), "at least one sample"),
     ],
 )
@@ -110,7 +128,9 @@ def test_bad_input_is_named(processor, call, message):
 def test_saved_and_loaded_it_does_the_same(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    messages = user({"type": "image", "image": picture("blue")}, {"type": "speech", "speech": sound(0.3)}, text("what?"))
+    messages = user(
+        {"type": "image", "image": picture("blue")}, {"type": "speech", "speech": sound(0.3)}, text("what?")
+    )
     one, two = processor.encode(messages), again.encode(messages)
     assert one["input_ids"] == two["input_ids"]
     assert (one["pixel_values"][0] == two["pixel_values"][0]).all()

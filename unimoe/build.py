@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from unimoe.encoders import build_connector, load_encoder
+from unimoe.moe import MoEConfig
+from unimoe.moe.install import install_moe
+from unimoe.prepare.cache import resolve_part
+
 from .configuration import MEDIA, PLACEHOLDERS, UniMoeConfig
-from .encoders import build_connector, load_encoder
 from .errors import UserError
 from .modeling import UniMoeForConditionalGeneration
-from .moe import MoEConfig
-from .moe.install import install_moe
-from .prepare.cache import resolve_part
 from .processing import UniMoeProcessor
 from .prompt import CHATML
 
@@ -38,12 +39,16 @@ def build_model(
         if kind not in MEDIA:
             raise UserError(f"modalities: unknown medium '{kind}', expected one of {', '.join(MEDIA)}")
         if "encoder" not in parts or "connector" not in parts:
-            raise UserError(f"modalities.{kind} needs the keys 'encoder' and 'connector', found {sorted(parts)}")
+            raise UserError(
+                f"modalities.{kind} needs the keys 'encoder' and 'connector', found {sorted(parts)}"
+            )
         spec = dict(parts["encoder"])
         weights = spec.pop("weights", None)
         encoders[kind] = load_encoder(spec, resolve_part(weights, kind) if weights else None)
         if encoders[kind].modality != kind:
-            raise UserError(f"modalities.{kind}: encoder type '{spec['type']}' is for {encoders[kind].modality}")
+            raise UserError(
+                f"modalities.{kind}: encoder type '{spec['type']}' is for {encoders[kind].modality}"
+            )
         connectors[kind] = parts["connector"]
         described[kind] = {"encoder": encoders[kind].config, "connector": parts["connector"]}
 
@@ -60,7 +65,9 @@ def build_model(
     model.lm_head = causal.get_output_embeddings()
     for kind, encoder in encoders.items():
         model.model.encoders[kind] = encoder
-        model.model.connectors[kind] = build_connector(connectors[kind], encoder.hidden_size, config.text_config.hidden_size)
+        model.model.connectors[kind] = build_connector(
+            connectors[kind], encoder.hidden_size, config.text_config.hidden_size
+        )
     if moe:
         settings = MoEConfig.from_dict(moe)
         install_moe(decoder, settings)
@@ -96,7 +103,10 @@ def processor_parts(model: UniMoeForConditionalGeneration) -> dict[str, Any]:
             preprocessing = {**encoder.preprocessing, "positions": encoder.num_tokens}
         else:
             preprocessing = {"mel_bins": encoder.num_mel_bins}
-        parts[kind] = {"preprocessing": preprocessing, "connector": model.config.modalities[kind]["connector"]}
+        parts[kind] = {
+            "preprocessing": preprocessing,
+            "connector": model.config.modalities[kind]["connector"],
+        }
     return parts
 
 
@@ -104,6 +114,8 @@ def _generation_config(causal, tokenizer) -> GenerationConfig:
     generation = causal.generation_config or GenerationConfig()
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    generation.pad_token_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
     generation.suppress_tokens = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values()))
     return generation

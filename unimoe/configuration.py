@@ -62,7 +62,9 @@ class UniMoeConfig(PreTrainedConfig):
             if kind not in MEDIA:
                 raise ValueError(f"unknown modality '{kind}' in the configuration; known: {', '.join(MEDIA)}")
             if not isinstance(parts, dict) or not {"encoder", "connector"} <= parts.keys():
-                raise ValueError(f"modality '{kind}' needs the keys 'encoder' and 'connector', found {parts!r}")
+                raise ValueError(
+                    f"modality '{kind}' needs the keys 'encoder' and 'connector', found {parts!r}"
+                )
 
     def token_ids(self) -> dict[str, int]:
         """Placeholder id of every medium that this model takes."""

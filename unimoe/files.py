@@ -55,7 +55,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left on the disk while writing {path}; free some or choose another folder") from error
+            raise UserError(
+                f"no space left on the disk while writing {path}; free some or choose another folder"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR) and path.parent:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise

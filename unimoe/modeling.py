@@ -12,10 +12,11 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from unimoe.encoders import Encoder, build_connector, build_encoder
+from unimoe.moe import Context, MoEConfig, load_balance, record, routing_context, z_loss
+from unimoe.moe.install import install_moe
+
 from .configuration import MODALITIES, UniMoeConfig
-from .encoders import Encoder, build_connector, build_encoder
-from .moe import Context, MoEConfig, load_balance, record, routing_context, z_loss
-from .moe.install import install_moe
 
 MEDIA_INPUTS = {
     "image": ("pixel_values",),
@@ -84,7 +85,9 @@ class UniMoeModel(UniMoePreTrainedModel):
         super().__init__(config)
         modalities = config.modalities or {}
         hidden_size = config.text_config.hidden_size
-        self.encoders = nn.ModuleDict({kind: build_encoder(parts["encoder"]) for kind, parts in modalities.items()})
+        self.encoders = nn.ModuleDict(
+            {kind: build_encoder(parts["encoder"]) for kind, parts in modalities.items()}
+        )
         self.connectors = nn.ModuleDict(
             {
                 kind: build_connector(parts["connector"], self.encoders[kind].hidden_size, hidden_size)
@@ -144,12 +147,18 @@ class UniMoeModel(UniMoePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        raw = {"pixel_values": pixel_values, "speech_features": speech_features, "speech_frames": speech_frames}
+        raw = {
+            "pixel_values": pixel_values,
+            "speech_features": speech_features,
+            "speech_frames": speech_frames,
+        }
         encoded_media = dict(encoded_media or {})
         for kind, names in MEDIA_INPUTS.items():
             if raw[names[0]] is not None:
                 if kind not in self.encoders:
-                    raise ValueError(f"{names[0]} given, but this model has no {kind} encoder; it has {list(self.encoders)}")
+                    raise ValueError(
+                        f"{names[0]} given, but this model has no {kind} encoder; it has {list(self.encoders)}"
+                    )
                 encoded_media[kind] = self.encoders[kind](*(raw[name] for name in names))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -173,7 +182,9 @@ class UniMoeModel(UniMoePreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def token_context(self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds_BTH: Tensor) -> Context:
+    def token_context(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds_BTH: Tensor
+    ) -> Context:
         """Padding and modality of each of the B*T tokens, for routers, losses and plots."""
         rows, length = embeds_BTH.shape[:2]
         modality_BT = torch.zeros(rows, length, dtype=torch.long, device=embeds_BTH.device)
@@ -260,14 +271,20 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         if self.config.moe:
             moe = MoEConfig(**self.config.moe)
             if moe.balance_coef:
-                total = total + moe.balance_coef * torch.stack([load_balance(entry) for entry in records]).sum()
+                total = (
+                    total + moe.balance_coef * torch.stack([load_balance(entry) for entry in records]).sum()
+                )
             if moe.z_coef:
                 total = total + moe.z_coef * torch.stack([z_loss(entry) for entry in records]).sum()
         return total
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs
+    ) -> dict:
         """Media enter with the prompt; later steps find them in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for names in (*MEDIA_INPUTS.values(), ("encoded_media",)):
                 for name in names:

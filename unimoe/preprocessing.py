@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 
-from .encoders import num_tokens
+from unimoe.encoders import num_tokens
+
 from .errors import UserError
 
 
@@ -25,7 +26,9 @@ class ImagePreprocessor:
 
     def __init__(self, config: dict, connector: dict):
         size = config["image_size"]
-        resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[config.get("interpolation", "bicubic")]
+        resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[
+            config.get("interpolation", "bicubic")
+        ]
         self.processor = CLIPImageProcessor(
             size={"height": size, "width": size},
             do_center_crop=False,
@@ -65,13 +68,19 @@ class SpeechPreprocessor:
         """``sound``: [samples] float in -1..1. Returns the encoder inputs of each window and the number of tokens of all."""
         sound = np.asarray(sound, dtype=np.float32)
         if sound.ndim != 1 or not len(sound):
-            raise UserError(f"speech must be one channel of at least one sample, found an array of shape {sound.shape}")
+            raise UserError(
+                f"speech must be one channel of at least one sample, found an array of shape {sound.shape}"
+            )
         features, frames, tokens = [], [], 0
         for start in range(0, len(sound), self.window):
             window = sound[start : start + self.window]
-            samples = max(self.shortest, math.ceil(len(window) / (2 * self.hop)) * 2 * self.hop)  # an even number of frames
+            samples = max(
+                self.shortest, math.ceil(len(window) / (2 * self.hop)) * 2 * self.hop
+            )  # an even number of frames
             padded = np.pad(window, (0, samples - len(window)))
-            mel = self.extractor(padded, sampling_rate=self.rate, padding=False, truncation=False, return_tensors="pt")
+            mel = self.extractor(
+                padded, sampling_rate=self.rate, padding=False, truncation=False, return_tensors="pt"
+            )
             features.append(mel["input_features"][0])
             frames.append(torch.tensor(features[-1].shape[-1]))
             tokens += num_tokens(self.connector, math.ceil(features[-1].shape[-1] / 2))

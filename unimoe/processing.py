@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
+from unimoe.data.media import load_audio, load_image
+
 from .configuration import MEDIA, PLACEHOLDERS
-from .data.media import load_audio, load_image
 from .errors import UserError
 from .preprocessing import PREPROCESSORS
 from .prompt import ANSWER, ANSWER_END, CHATML, control_pattern, mark_typed, tokenize, unmark
@@ -40,7 +41,9 @@ class UniMoeProcessor(ProcessorMixin):
         }
         self._control = control_pattern(tokenizer)
 
-    def encode(self, messages: list[dict], add_generation_prompt: bool = False, where: str = "message") -> dict[str, Any]:
+    def encode(
+        self, messages: list[dict], add_generation_prompt: bool = False, where: str = "message"
+    ) -> dict[str, Any]:
         """One conversation as model inputs without a batch dimension.
 
         Args:
@@ -85,13 +88,17 @@ class UniMoeProcessor(ProcessorMixin):
         Batches are padded on the left when a generation prompt is added, else on the right.
         """
         if chat_template is not None:
-            raise UserError("give the chat template when the processor is made (chat_template=...), not for a single call")
+            raise UserError(
+                "give the chat template when the processor is made (chat_template=...), not for a single call"
+            )
         batched = bool(conversation) and isinstance(conversation[0], list)
         rows: Any = conversation if batched else [conversation]
         if not tokenize:
             texts = [unmark(self._render(row, add_generation_prompt, "conversation")[0]) for row in rows]
             return texts if batched else texts[0]
-        encoded = [self.encode(row, add_generation_prompt, f"conversation {index}") for index, row in enumerate(rows)]
+        encoded = [
+            self.encode(row, add_generation_prompt, f"conversation {index}") for index, row in enumerate(rows)
+        ]
         side = "left" if add_generation_prompt else "right"
         batch = self.pad(encoded, side)
         if return_assistant_tokens_mask:
@@ -99,7 +106,9 @@ class UniMoeProcessor(ProcessorMixin):
             batch["assistant_masks"] = pad_sequence(masks, True, 0, side)
         return batch if return_dict else batch["input_ids"]
 
-    def __call__(self, text=None, images=None, speech=None, padding_side: str = "right", **kwargs) -> BatchFeature:
+    def __call__(
+        self, text=None, images=None, speech=None, padding_side: str = "right", **kwargs
+    ) -> BatchFeature:
         """Prompts that already hold placeholders, with their media in the order of the placeholders.
 
         Args:
@@ -109,7 +118,9 @@ class UniMoeProcessor(ProcessorMixin):
             padding_side: ``left`` for generation.
         """
         if text is None:
-            raise UserError("the processor needs text; pictures and speech have their places in it (<image>, <speech>)")
+            raise UserError(
+                "the processor needs text; pictures and speech have their places in it (<image>, <speech>)"
+            )
         texts = [text] if isinstance(text, str) else list(text)
         waiting = {"image": _as_list(images), "speech": _as_list(speech)}
         for kind, token in PLACEHOLDERS.items():
@@ -121,11 +132,16 @@ class UniMoeProcessor(ProcessorMixin):
             start = ""  # this tokenizer does not begin texts with a token of its own
         encoded = []
         for one in texts:
-            media = {kind: [items.pop(0) for _ in range(one.count(PLACEHOLDERS[kind]))] for kind, items in waiting.items()}
+            media = {
+                kind: [items.pop(0) for _ in range(one.count(PLACEHOLDERS[kind]))]
+                for kind, items in waiting.items()
+            }
             encoded.append(self._expand(start + one, media))
         return self.pad(encoded, padding_side)
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool, where: str) -> tuple[str, dict[str, list]]:
+    def _render(
+        self, messages: list[dict], add_generation_prompt: bool, where: str
+    ) -> tuple[str, dict[str, list]]:
         """Prompt text with marks, and the decoded media by kind in the order of their placeholders."""
         media: dict[str, list] = {}
         flat = []
@@ -137,7 +153,10 @@ class UniMoeProcessor(ProcessorMixin):
                 text = f"{ANSWER}{text.strip()}{ANSWER_END}"
             flat.append({"role": message["role"], "content": text})
         text = self.tokenizer.apply_chat_template(
-            flat, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            flat,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return text, media
 
@@ -148,8 +167,12 @@ class UniMoeProcessor(ProcessorMixin):
         if kind not in MEDIA:
             raise UserError(f"{where}: unknown content type '{kind}'; known: text, {', '.join(MEDIA)}")
         if kind not in self.preprocessors:
-            raise UserError(f"{where}: this model takes no {kind}; it takes {', '.join(['text', *self.preprocessors])}")
-        media.setdefault(kind, []).append(part[kind] if part.get(kind) is not None else LOADERS[kind](part, where))
+            raise UserError(
+                f"{where}: this model takes no {kind}; it takes {', '.join(['text', *self.preprocessors])}"
+            )
+        media.setdefault(kind, []).append(
+            part[kind] if part.get(kind) is not None else LOADERS[kind](part, where)
+        )
         return PLACEHOLDERS[kind]
 
     def _expand(self, text: str, media: dict[str, list]) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def unmark(text: str) -> str:
 def control_pattern(tokenizer) -> re.Pattern:
     """Matches every control token of the tokenizer, and the placeholders."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(re.escape(token) for token in sorted(special | set(PLACEHOLDERS.values()), key=len)[::-1]))
+    return re.compile(
+        "|".join(re.escape(token) for token in sorted(special | set(PLACEHOLDERS.values()), key=len)[::-1])
+    )
 
 
 def mark_typed(text: str, control: re.Pattern) -> str:
@@ -46,7 +48,9 @@ def tokenize(text: str, tokenizer, counts: dict[str, list[int]]) -> tuple[list[i
 
     The control token that directly follows an answer ends the turn and counts as said.
     """
-    remaining = {tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]): list(items) for kind, items in counts.items()}
+    remaining = {
+        tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]): list(items) for kind, items in counts.items()
+    }
     special = set(tokenizer.all_special_ids)
     ids: list[int] = []
     said: list[int] = []
@@ -54,7 +58,9 @@ def tokenize(text: str, tokenizer, counts: dict[str, list[int]]) -> tuple[list[i
     for index, piece in enumerate(re.split(f"{TYPED}(.*?){TYPED_END}", text)):
         typed = index % 2 == 1  # the pattern's group: every other piece
         clean, inside, ends = _answers(piece, answering)
-        encoded = tokenizer(clean, add_special_tokens=False, split_special_tokens=typed, return_offsets_mapping=True)
+        encoded = tokenizer(
+            clean, add_special_tokens=False, split_special_tokens=typed, return_offsets_mapping=True
+        )
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ends_turn = start in ends and token in special
             repeat = remaining[token].pop(0) if not typed and token in remaining else 1

@@ -1,6 +1,12 @@
 """Making our classes known to transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration import UniMoeConfig
 from .modeling import UniMoeForConditionalGeneration, UniMoeModel
