@@ -1,8 +1,8 @@
 """``make bench``: forward and backward seconds of one layer's experts, our forms beside transformers' own.
 
 Shapes: T tokens, K experts per token, E experts, H hidden, I intermediate. The default is one MoE layer of
-the demo's model. ``dense`` is an FFN of the same active width without any routing, the floor for all others. The
-forms take turns, ``--repeats`` rounds, and the median counts, so that a busy moment hits all alike.
+the demo's model. ``dense`` is an FFN of the same active width without any routing, the floor for all others.
+The forms take turns, ``--repeats`` rounds, and the median counts, so that a busy moment hits all alike.
 """
 
 import argparse
