@@ -17,7 +17,7 @@ from open_clip.convert import convert_state_dict
 
 # The builders of the visual half alone: create_model would also build the text half, for which some models
 # need a tokenizer or a configuration from the network.
-from open_clip.model import _build_vision_tower, resize_pos_embed
+from open_clip.model import CLIPVisionCfg, _build_vision_tower, resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
@@ -179,13 +179,15 @@ def create(config: OpenClipConfig) -> tuple[Any, int | None]:
     own = {"timm_model_pretrained": False, "patch_dropout": 0.0, "image_size": size}
     try:
         visual: Any = _build_vision_tower(
-            model_cfg["embed_dim"], {**model_cfg["vision_cfg"], **own}, model_cfg.get("quick_gelu", False)
+            model_cfg["embed_dim"],
+            CLIPVisionCfg(**{**model_cfg["vision_cfg"], **own}),
+            model_cfg.get("quick_gelu", False),
         )
     except TypeError as error:
         raise UserError(f"open_clip: model_cfg is not understood ({error})") from error
     try:
         if isinstance(visual, TimmModel):
-            visual.head = nn.Identity()
+            visual.head = nn.Sequential()
             visual.set_input_size(size)
             return visual, cut(visual.trunk, layer)
         return visual, (_cut_resnet if isinstance(visual, ModifiedResNet) else _cut_vit)(visual, layer)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-import timm.data
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
@@ -53,7 +53,7 @@ class TimmImageEncoder(ImageEncoder):
             twin, level = create(config)
             pixels = torch.empty(1, 3, config.image_size, config.image_size)
             self.grid, self.hidden_size = describe(lambda: take(twin.eval(), pixels, level), config.name)
-        own = timm.data.resolve_model_data_config(self.model)
+        own = resolve_model_data_config(self.model)
         self.preprocessing = {
             "image_size": config.image_size,
             "mean": list(config.mean or own["mean"]),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -60,13 +62,14 @@ def test_meta_construction_has_no_buffers_to_forget(config):
 
 
 def test_mlp_is_llavas_mlp2x_gelu():
-    layers = build_connector({"type": "mlp"}, 1024, 4096).layers
+    connector: Any = build_connector({"type": "mlp"}, 1024, 4096)
+    layers = connector.layers
     assert [type(layer) for layer in layers] == [nn.Linear, nn.GELU, nn.Linear]
     assert [(layers[i].in_features, layers[i].out_features) for i in (0, 2)] == [(1024, 4096), (4096, 4096)]
 
 
 def test_pooling_averages_the_cells_of_the_grid():
-    connector = build_connector({"type": "pooled_mlp"}, 3, 3)
+    connector: Any = build_connector({"type": "pooled_mlp"}, 3, 3)
     with torch.no_grad():
         connector.last.weight.copy_(torch.eye(3))
         connector.last.bias.zero_()
@@ -86,7 +89,7 @@ def test_grid_that_is_not_square_must_be_said():
 
 
 def test_stacking_pads_with_zeros_at_the_end():
-    connector = build_connector({"type": "pooled_mlp", "stack": 5}, 2, 3)
+    connector: Any = build_connector({"type": "pooled_mlp", "stack": 5}, 2, 3)
     rows_BNK = connector.gather(torch.arange(14.0).view(1, 7, 2) + 1, torch.tensor([6]))
     assert rows_BNK.tolist() == [[list(range(1, 11)), [11.0, 12.0, *[0.0] * 8]]]
 

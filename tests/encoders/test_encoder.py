@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from unimoe.encoders import ImageEncoder, build_encoder, load_encoder
+from unimoe.encoders import ImageEncoder, SpeechEncoder, build_encoder, load_encoder
 from unimoe.errors import UserError
 
 VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -54,7 +54,7 @@ def test_shapes_are_as_announced(name):
         assert encoder.grid[0] * encoder.grid[1] == encoder.num_tokens
         assert set(encoder.preprocessing) == {"image_size", "mean", "std", "interpolation"}
     else:
-        assert encoder.modality == "speech"
+        assert encoder.modality == "speech" and isinstance(encoder, SpeechEncoder)
         assert lengths_B.tolist() == [30, 6, 17] == [encoder.num_tokens(frames) for frames in (60, 11, 34)]
 
 

@@ -1,8 +1,9 @@
 import json
+from typing import Any
 
-import open_clip
 import pytest
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN
 from open_clip.model import CLIP
 
 from unimoe.encoders import build_encoder, load_encoder
@@ -83,9 +84,9 @@ def test_tag_brings_its_normalisation_and_activation(tmp_path, monkeypatch):
     state = CLIP(**MODEL, quick_gelu=True).state_dict()
     torch.save(state, tmp_path / "openai.pt")
     monkeypatch.setattr(open_clip_image, "download_pretrained", lambda tag: str(tmp_path / "openai.pt"))
-    encoder = load_encoder({"type": "open_clip", "name": "ViT-B-32"}, "openai")
+    encoder: Any = load_encoder({"type": "open_clip", "name": "ViT-B-32"}, "openai")
     assert encoder.config["model_cfg"]["quick_gelu"] is True
-    assert encoder.preprocessing["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
+    assert encoder.preprocessing["mean"] == list(OPENAI_DATASET_MEAN)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,7 +64,8 @@ def test_speech_padding_does_not_enter():
     features_nSD, lengths_n = torch.randn(40, 23, 6), torch.randint(3, 23, (40,))
     noisy = torch.where(torch.arange(23)[None, :, None] < lengths_n[:, None, None], features_nSD, 99.0)
     targets_nH = torch.randn(40, 4)
-    one, two = build_connector(config, 6, 4), build_connector(config, 6, 4)
+    one: Any = build_connector(config, 6, 4)
+    two: Any = build_connector(config, 6, 4)
     ridge_init(one, features_nSD, targets_nH, 1.0, lengths_n)
     ridge_init(two, noisy, targets_nH, 1.0, lengths_n)
     torch.testing.assert_close(one.last.weight, two.last.weight)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -13,11 +15,11 @@ def saved(tmp_path, model, name="model.safetensors"):
 
 
 def test_classifier_checkpoint_gives_timms_own_features(tmp_path):
-    model = timm.create_model("test_efficientnet", num_classes=7).eval()
+    model: Any = timm.create_model("test_efficientnet", num_classes=7).eval()
     folder = saved(tmp_path, model)
     pixels = torch.randn(2, 3, 96, 96)
     for weights in (folder, folder / "model.safetensors"):
-        encoder = load_encoder(
+        encoder: Any = load_encoder(
             {"type": "timm", "name": "test_efficientnet", "image_size": 96}, weights
         ).eval()
         expected = model.forward_features(pixels).flatten(2).transpose(1, 2)
@@ -26,8 +28,8 @@ def test_classifier_checkpoint_gives_timms_own_features(tmp_path):
 
 
 def test_prefix_tokens_are_dropped(tmp_path):
-    model = timm.create_model("test_vit", img_size=64).eval()
-    encoder = load_encoder(
+    model: Any = timm.create_model("test_vit", img_size=64).eval()
+    encoder: Any = load_encoder(
         {"type": "timm", "name": "test_vit", "image_size": 64}, saved(tmp_path, model)
     ).eval()
     pixels = torch.randn(2, 3, 64, 64)
@@ -36,19 +38,19 @@ def test_prefix_tokens_are_dropped(tmp_path):
 
 
 def test_chosen_level_is_that_of_the_whole_model(tmp_path):
-    model = timm.create_model("test_efficientnet").eval()
+    model: Any = timm.create_model("test_efficientnet").eval()
     folder = saved(tmp_path, model)
     pixels = torch.randn(1, 3, 64, 64)
     levels = model.forward_intermediates(pixels, intermediates_only=True)
     for layer in (0, 2, -2, -1):
         config = {"type": "timm", "name": "test_efficientnet", "image_size": 64, "features_layer": layer}
-        encoder = load_encoder(config, folder).eval()
+        encoder: Any = load_encoder(config, folder).eval()
         assert torch.equal(encoder(pixels)[0], levels[layer].flatten(2).transpose(1, 2))
 
 
 def test_position_table_of_another_size_is_resampled(tmp_path):
     folder = saved(tmp_path, timm.create_model("test_vit", img_size=160))
-    encoder = load_encoder({"type": "timm", "name": "test_vit", "image_size": 64}, folder)
+    encoder: Any = load_encoder({"type": "timm", "name": "test_vit", "image_size": 64}, folder)
     assert encoder.grid == (4, 4)
 
 
@@ -74,8 +76,9 @@ def test_layouts_of_other_families(name, size, grid):
 def test_preprocessing_is_timms_unless_set():
     config = {"type": "timm", "name": "tf_efficientnet_lite0", "image_size": 160}
     with torch.device("meta"):
-        own = build_encoder(config).preprocessing
-        other = build_encoder({**config, "mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}).preprocessing
+        own: Any = build_encoder(config)
+        other: Any = build_encoder({**config, "mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"})
+    own, other = own.preprocessing, other.preprocessing
     assert own == {"image_size": 160, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
     assert other["mean"] == [0.1, 0.2, 0.3] and other["interpolation"] == "bilinear"
 

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,20 @@ from unimoe.encoders import build_encoder, load_encoder
 from unimoe.errors import UserError
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-SMALL = {**TINY, "image_size": 32, "patch_size": 8}
+SMALL: dict[str, Any] = {**TINY, "image_size": 32, "patch_size": 8}
+
+
+def stock(kind) -> Any:
+    if kind == "clip":
+        return CLIPVisionModel(CLIPVisionConfig(**SMALL)).eval()
+    return SiglipVisionModel(SiglipVisionConfig(**SMALL)).eval()
 
 
 def test_336_pixels_in_patches_of_14_are_576_tokens():
     with torch.device("meta"):
-        encoder = build_encoder({"type": "clip", "config": {**TINY, "image_size": 336, "patch_size": 14}})
+        encoder: Any = build_encoder(
+            {"type": "clip", "config": {**TINY, "image_size": 336, "patch_size": 14}}
+        )
         assert encoder.grid == (24, 24)
         assert encoder(torch.empty(1, 3, 336, 336))[0].shape == (1, 576, 16)
 
@@ -28,12 +37,9 @@ def test_336_pixels_in_patches_of_14_are_576_tokens():
 @pytest.mark.parametrize("layer", [-2, -1, 0, 1, 3])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_features_are_the_hidden_states(tmp_path, kind, layer):
-    if kind == "clip":
-        model = CLIPVisionModel(CLIPVisionConfig(**SMALL)).eval()
-    else:
-        model = SiglipVisionModel(SiglipVisionConfig(**SMALL)).eval()
+    model = stock(kind)
     model.save_pretrained(tmp_path)
-    encoder = load_encoder({"type": kind, "features_layer": layer}, tmp_path).eval()
+    encoder: Any = load_encoder({"type": kind, "features_layer": layer}, tmp_path).eval()
     pixels = torch.randn(2, 3, 32, 32)
     hidden = model(pixels, output_hidden_states=True).hidden_states
     expected = hidden[layer][:, 1:] if kind == "clip" else hidden[layer]
@@ -41,25 +47,19 @@ def test_features_are_the_hidden_states(tmp_path, kind, layer):
 
 
 def test_layers_that_are_not_read_are_not_built():
-    count = {
-        layer: len(
-            build_encoder({"type": "clip", "config": SMALL, "features_layer": layer}).body.encoder.layers
-        )
-        for layer in (None, -1, -2, 1, 0)
-    }
+    count = {}
+    for layer in (None, -1, -2, 1, 0):
+        encoder: Any = build_encoder({"type": "clip", "config": SMALL, "features_layer": layer})
+        count[layer] = len(encoder.body.encoder.layers)
     assert count == {None: 3, -1: 3, -2: 2, 1: 1, 0: 0}
     assert build_encoder({"type": "clip", "config": SMALL}).config["features_layer"] == -2
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_none_is_the_last_layer_after_the_final_norm(tmp_path, kind):
-    model = (
-        CLIPVisionModel(CLIPVisionConfig(**SMALL))
-        if kind == "clip"
-        else SiglipVisionModel(SiglipVisionConfig(**SMALL))
-    )
-    model.eval().save_pretrained(tmp_path)
-    encoder = load_encoder({"type": kind, "features_layer": None}, tmp_path).eval()
+    model = stock(kind)
+    model.save_pretrained(tmp_path)
+    encoder: Any = load_encoder({"type": kind, "features_layer": None}, tmp_path).eval()
     pixels = torch.randn(1, 3, 32, 32)
     last = model(pixels, output_hidden_states=True).last_hidden_state
     body = getattr(model, "vision_model", model)
@@ -75,11 +75,11 @@ def test_whole_clip_folder_with_its_preprocessing(tmp_path):
         "num_attention_heads": 1,
         "vocab_size": 9,
     }
-    model = CLIPModel(CLIPConfig(vision_config=SMALL, text_config=text, projection_dim=4)).eval()
+    model: Any = CLIPModel(CLIPConfig(vision_config=SMALL, text_config=text, projection_dim=4)).eval()
     model.save_pretrained(tmp_path)
     processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "resample": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    encoder = load_encoder({"type": "clip"}, tmp_path).eval()
+    encoder: Any = load_encoder({"type": "clip"}, tmp_path).eval()
     assert encoder.preprocessing == {
         "image_size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "interpolation": "bilinear",
     }  # fmt: skip
