@@ -1,0 +1,290 @@
+"""Builds the demo's data from real parts: sprites on photos, recorded questions, plain dialogues.
+
+The same folder comes out for the same seed and parts. Training and test pictures differ in photos and in
+every view; the sets ``unseen_artist`` and ``held_out`` differ in the artist and in the concepts as well,
+``unseen_voice`` in the voice.
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import soundfile
+from PIL import Image
+
+from unimoe.demo.clips import ASSETS, Clip, load_clips
+from unimoe.demo.concepts import HELD_OUT, TRAINED, Concept
+from unimoe.demo.questions import SPOKEN_CONCEPTS, ask
+from unimoe.demo.scenes import Artist, Scene, load_photos, open_artist, pair, several, single
+from unimoe.files import atomic_folder
+from unimoe.prepare.cache import default_part
+
+TEST_PHOTOS = ("astronaut", "coffee", "grass")
+"""Stems of the photos that only test pictures stand on; unknown photo folders give every fifth photo to the
+tests."""
+TRANSCRIBE = "Write down what was said."
+_OTHER_KINDS = ("group", "colour", "yes_no")
+
+
+@dataclass
+class BuildConfig:
+    """How much to make."""
+
+    views: int = 14
+    """Training pictures of each concept alone."""
+    restyle: float = 0.75
+    """Share of the training pictures whose sprite and ground are redrawn in other colours and without
+    outlines."""
+    plain: float = 0.15
+    """Share of the training pictures on a plain ground."""
+    counts: int = 240
+    """Training pictures with one to four like things."""
+    pairs: int = 240
+    """Training pictures with two things side by side."""
+    test_views: int = 3
+    """Test pictures of each concept, per test set."""
+    test_questions: int = 30
+    """Questions of each kind in the sets that are asked as text and spoken."""
+    speeds: tuple[float, ...] = (0.88, 1.0, 1.14)
+    """Speeds at which recordings are heard in training."""
+    test_speed: float = 1.06
+    """Speed of the trained voices in the tests, so that no test clip was heard in training."""
+    seed: int = 0
+
+
+@dataclass
+class _Writer:
+    """Collects samples by file and writes media as they come."""
+
+    folder: Path
+    lines: dict[str, list[str]] = field(default_factory=dict)
+    pictures: int = 0
+    spoken: dict[str, Path] = field(default_factory=dict)
+
+    def picture(self, image: Image.Image, group: str) -> str:
+        path = Path("media") / group / f"{self.pictures:05d}.jpg"
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(self.folder / path, quality=92)
+        self.pictures += 1
+        return path.as_posix()
+
+    def clip(self, clip: Clip, speed: float) -> str:
+        words = "".join(c if c.isalnum() else "-" for c in clip.text.lower()).strip("-")
+        name = f"{clip.voice}-{words}-{round(100 * speed)}"
+        path = Path("media") / "speech" / f"{name}.flac"
+        if name not in self.spoken:
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(self.folder / path, clip.at_speed(speed).samples, 16000, subtype="PCM_16")
+            self.spoken[name] = path
+        return path.as_posix()
+
+    def add(self, file: str, turns: list[tuple[list[dict], str]], **facts: object) -> None:
+        """One conversation: (user parts, assistant text) pairs; ``facts`` are extra keys for whoever
+        evaluates."""
+        messages = []
+        for parts, reply in turns:
+            messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": [_text(reply)]}]
+        lines = self.lines.setdefault(file, [])
+        lines.append(json.dumps({"id": f"{file}-{len(lines)}", "messages": messages, **facts}))
+
+    def close(self) -> None:
+        for file, lines in self.lines.items():
+            (self.folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _image(path: str) -> dict:
+    return {"type": "image", "path": path}
+
+
+def _speech(path: str) -> dict:
+    return {"type": "speech", "path": path}
+
+
+def build_data(
+    folder: str | Path,
+    seed: int = 0,
+    config: BuildConfig | None = None,
+    sprites: str | Path | None = None,
+    photos: str | Path | None = None,
+    unseen_artist: str | Path | None = None,
+) -> Path:
+    """Write the demo's data set to ``folder`` and return it.
+
+    ``sprites`` and ``photos`` default to the prepared parts; ``unseen_artist`` is an emoji font or a folder
+    of emoji pictures by another artist, used for a test set only (no ``test.unseen_artist.jsonl`` is written
+    without it). Files, all messages JSONL with media paths relative to ``folder``:
+
+    ``train.image`` ``train.spoken`` ``train.transcribe`` ``train.text`` ``val.image`` ``val.spoken``
+    ``val.transcribe`` ``val.text`` ``test.new_backgrounds`` ``test.unseen_artist`` ``test.held_out``
+    ``test.text_questions`` ``test.spoken_questions`` ``test.unseen_voice``; and ``manifest.json``.
+    """
+    config = config or BuildConfig()
+    config.seed = seed
+    artist = open_artist(sprites or default_part("sprites"))
+    pictures = load_photos(photos or default_part("photos"))
+    test_names = [name for name in pictures if Path(name).stem in TEST_PHOTOS] or list(pictures)[::5]
+    train_photos = [photo for name, photo in pictures.items() if name not in test_names]
+    test_photos = [pictures[name] for name in test_names]
+    with atomic_folder(folder) as temporary:
+        writer = _Writer(temporary)
+        _train(writer, config, artist, train_photos)
+        _tests(writer, config, artist, open_artist(unseen_artist) if unseen_artist else None, test_photos)
+        writer.close()
+        manifest = {
+            "config": asdict(config),
+            "concepts": {"trained": [c.name for c in TRAINED], "held_out": [c.name for c in HELD_OUT]},
+            "photos": {"train": [n for n in pictures if n not in test_names], "test": test_names},
+            "voices": {"train": _voices(False), "test": _voices(True)},
+            "artists": {
+                "train": artist.path.name,
+                "test": Path(unseen_artist).name if unseen_artist else None,
+            },
+            "samples": {file: len(lines) for file, lines in sorted(writer.lines.items())},
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def _voices(test: bool) -> list[str]:
+    clips, test_voices = load_clips()
+    return sorted({clip.voice for clip in clips if (clip.voice in test_voices) == test})
+
+
+def _rng(config: BuildConfig, *key: object) -> random.Random:
+    return random.Random(":".join(map(str, (config.seed, *key))))
+
+
+def _train(writer: _Writer, config: BuildConfig, artist: Artist, photos: list[Image.Image]) -> None:
+    clips, test_voices = load_clips()
+    by_text: dict[str, list[Clip]] = {}
+    for clip in clips:
+        if clip.voice not in test_voices:
+            by_text.setdefault(clip.text, []).append(clip)
+
+    def put(part: str, scene: Scene, kind: str, rng: random.Random) -> None:
+        """One picture with a written and a spoken question, on different subjects where it shows one
+        thing."""
+        path = writer.picture(scene.image, part)
+        asked = kind if kind in ("count", "left", "right") else "name"
+        question, reply = ask(asked, scene, rng)
+        writer.add(f"{part}.image", [([_image(path), _text(question)], reply)], kind=asked)
+        if asked == "name":
+            asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
+            question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))
+            writer.add(f"{part}.image", [([_image(path), _text(question)], reply)], kind=asked)
+        asked = (
+            kind
+            if kind != "single"
+            else rng.choice(["name", "name", *(k for k in _OTHER_KINDS if k != "colour" or scene.colour)])
+        )
+        question, reply = ask(asked, scene, rng, list(SPOKEN_CONCEPTS))
+        if question not in by_text:  # the thing shown has no recorded yes/no question
+            asked = "name"
+            question, reply = ask(asked, scene, rng)
+        clip, speed = rng.choice(by_text[question]), rng.choice(config.speeds)
+        writer.add(
+            f"{part}.spoken",
+            [([_image(path), _speech(writer.clip(clip, speed))], reply)],
+            kind=asked,
+            question=question,
+        )
+
+    for part, views in (("train", config.views), ("val", 1)):
+        for view in range(views):
+            for concept in TRAINED:
+                rng = _rng(config, part, "single", concept.name, view)
+                photo = None if rng.random() < config.plain else rng.choice(photos)
+                scene = single(concept, artist, photo, rng, restyle=rng.random() < config.restyle)
+                put(part, scene, "single", rng)
+    for part, number in (("train", config.counts), ("val", 16)):
+        for i in range(number):
+            rng = _rng(config, part, "count", i)
+            scene = several(
+                rng.choice(TRAINED),
+                i % 4 + 1,
+                artist,
+                rng.choice(photos),
+                rng,
+                restyle=rng.random() < config.restyle,
+            )
+            put(part, scene, "count", rng)
+    for part, number in (("train", config.pairs), ("val", 16)):
+        for i in range(number):
+            rng = _rng(config, part, "pair", i)
+            left, right = rng.sample(TRAINED, 2)
+            scene = pair(left, right, artist, rng.choice(photos), rng, restyle=rng.random() < config.restyle)
+            put(part, scene, ("left", "right")[i % 2], rng)
+    for text in by_text:
+        for clip in by_text[text]:
+            for speed in config.speeds:
+                rng = _rng(config, "transcribe", text, clip.voice, speed)
+                part = "val" if rng.random() < 0.05 else "train"
+                parts = [_speech(writer.clip(clip, speed)), _text(TRANSCRIBE)]
+                writer.add(f"{part}.transcribe", [(parts, text)], kind="transcribe")
+    dialogues = (ASSETS / "dialogue.jsonl").read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(dialogues):
+        turns = [([_text(user)], reply) for user, reply in json.loads(line)["turns"]]
+        writer.add("val.text" if i % 20 == 7 else "train.text", turns, kind="text")
+
+
+def _likely(shown: Concept, rng: random.Random) -> list[Concept]:
+    """Half of the wrong yes/no questions are about a thing of the same group."""
+    return [c for c in TRAINED if c.group == shown.group] if rng.random() < 0.5 else list(TRAINED)
+
+
+def _tests(
+    writer: _Writer, config: BuildConfig, artist: Artist, other: Artist | None, photos: list[Image.Image]
+) -> None:
+    sets = [("new_backgrounds", TRAINED, artist), ("held_out", HELD_OUT, artist)]
+    for name, concepts, hand in [*sets, *([("unseen_artist", TRAINED, other)] if other else [])]:
+        for view in range(config.test_views):
+            for concept in concepts:
+                rng = _rng(config, name, concept.name, view)
+                scene = single(concept, hand, rng.choice(photos), rng)
+                path = writer.picture(scene.image, name)
+                question, reply = ask("name", scene, rng)
+                writer.add(
+                    f"test.{name}",
+                    [([_image(path), _text(question)], reply)],
+                    kind="name",
+                    concept=concept.name,
+                )
+    clips, test_voices = load_clips()
+    recorded = {(clip.voice, clip.text): clip for clip in clips}
+    voices = sorted({clip.voice for clip in clips} - set(test_voices))
+    made: Counter[str] = Counter()
+    for kind in ("name", "group", "colour", "count", "left", "right", "yes_no"):
+        attempt = 0
+        while made[kind] < config.test_questions:
+            rng = _rng(config, "questions", kind, attempt)
+            attempt += 1
+            concept = rng.choice(SPOKEN_CONCEPTS)
+            if kind == "count":
+                scene = several(concept, made[kind] % 4 + 1, artist, rng.choice(photos), rng)
+            elif kind in ("left", "right"):
+                scene = pair(*rng.sample(TRAINED, 2), artist, rng.choice(photos), rng)
+            else:
+                scene = single(concept, artist, rng.choice(photos), rng)
+            if kind == "colour" and scene.colour is None:
+                continue
+            question, reply = ask(kind, scene, rng, list(SPOKEN_CONCEPTS))
+            made[kind] += 1
+            image = _image(writer.picture(scene.image, "questions"))
+            facts = {"kind": kind, "question": question}
+            writer.add("test.text_questions", [([image, _text(question)], reply)], **facts)
+            heard = recorded[rng.choice(voices), question]
+            spoken = _speech(writer.clip(heard, config.test_speed))
+            writer.add("test.spoken_questions", [([image, spoken], reply)], voice=heard.voice, **facts)
+            heard = recorded[rng.choice(test_voices), question]
+            writer.add(
+                "test.unseen_voice",
+                [([image, _speech(writer.clip(heard, 1.0))], reply)],
+                voice=heard.voice,
+                **facts,
+            )
