@@ -69,7 +69,12 @@ class TimmImageEncoder(ImageEncoder):
         """Fill from a file or folder, or from timm's own weights when ``weights`` is ``pretrained``."""
         if weights == "pretrained":
             config = TimmConfig(**{key: value for key, value in self.config.items() if key != "type"})
-            self.model.load_state_dict(create(config, pretrained=True)[0].state_dict())
+            try:
+                filled = create(config, pretrained=True)[0]
+            except (OSError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"timm: cannot have the weights of {config.name} ({reason})") from error
+            self.model.load_state_dict(filled.state_dict())
         else:
             tensors = select_prefix(read_tensors(weights), self.model, ("", "model.", "visual.trunk."))
             fill(self.model, translate(tensors, self.model), weights)

@@ -99,3 +99,16 @@ def test_weights_of_another_model(tmp_path):
         UserError, match=r"tensor 'pos_embed' has shape \[.*\], expected \[1, 101, 64\]|missing"
     ):
         load_encoder({"type": "timm", "name": "test_vit", "image_size": 160}, folder)
+
+
+def test_timm_has_no_weights_of_that_name():
+    with pytest.raises(UserError, match="timm: cannot have the weights of coatnet_pico_rw_224"):
+        load_encoder({"type": "timm", "name": "coatnet_pico_rw_224"}, "pretrained")
+
+
+@pytest.mark.weights
+def test_the_embedded_tower(weights):
+    config = {"type": "timm", "name": "tf_efficientnet_lite0", "image_size": 160}
+    encoder: Any = load_encoder(config, weights / "efficientnet-lite0").eval()
+    features_BSD = encoder(torch.zeros(1, 3, 160, 160))[0]
+    assert features_BSD.shape == (1, 25, 1280) and bool(features_BSD.isfinite().all())

@@ -90,3 +90,12 @@ def test_errors(tmp_path):
     )
     with pytest.raises(UserError, match=r"2 of \d+ tensors are missing, first 'conv1.weight'"):
         load_encoder(CONFIG, tmp_path / "w.pt")
+
+
+@pytest.mark.weights
+def test_the_embedded_tower(weights):
+    encoder: Any = load_encoder({"type": "whisper"}, weights / "whisper-tiny.en").eval()
+    mel = torch.randn(1, 80, 3000) / 2
+    with torch.no_grad():
+        features_BSD, _ = encoder(mel, torch.tensor([3000]))
+        torch.testing.assert_close(features_BSD, encoder.encoder(mel), atol=1e-5, rtol=1e-5)
