@@ -124,19 +124,19 @@ class StageCLI(LightningCLI):
     def _settings(self) -> dict[str, Any]:
         """Everything that decides the result, by dotted key, contents of files included."""
         parser = self._parser(self.subcommand)
-        nested = json.loads(parser.dump(self.config[self.subcommand], format="json", skip_none=False))
-        nested["trainer"] = {key: nested["trainer"][key] for key in RESULT_KEYS}
+        nested = json.loads(parser.dump(self.config[self.subcommand], format="json"))
+        nested["trainer"] = {key: nested["trainer"].get(key) for key in RESULT_KEYS}
         for key in ("output", "overwrite", "checkpoint_every", "config"):
             nested.pop(key, None)
         flat = {key: value for key, value in flatten(nested).items() if key not in HARMLESS_KEYS}
         for split in ("train", "val"):
-            files = nested["data"][split] or []
+            files = nested["data"].get(split) or []
             for file in [files] if isinstance(files, str) else files:
                 if not Path(file).is_file():
                     raise UserError(f"data.{split}: {file} is not there; expected a file of samples")
                 self.data_hashes[file] = file_hash(file)
         flat["content of data"] = self.data_hashes
-        init_from = nested["model"]["init_from"]
+        init_from = nested["model"].get("init_from")
         flat["content of init_from"] = None if init_from is None else folder_hash(init_from)
         return flat
 

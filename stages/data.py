@@ -3,7 +3,6 @@
 files -> Samples -> ModalityBatchSampler (steps) -> Collator (cached features) -> batches
 """
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,10 +17,12 @@ from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.modeling import MEDIA_INPUTS, Encoded
 
+from .mix import MixedBatchSampler
+
 if TYPE_CHECKING:
     from .module import StageModule
 
-log = logging.getLogger(__name__)
+StepSampler = ModalityBatchSampler | MixedBatchSampler
 
 
 class StageLoader(DataLoader):
@@ -36,11 +37,11 @@ class StageLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning stores: the sampler's order and the batches delivered."""
-        return cast(ModalityBatchSampler, self.batch_sampler).state_dict(consumed=self.delivered)
+        return cast(StepSampler, self.batch_sampler).state_dict(consumed=self.delivered)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the delivered batches. Raises UserError when the data or its order changed."""
-        cast(ModalityBatchSampler, self.batch_sampler).load_state_dict(state)
+        cast(StepSampler, self.batch_sampler).load_state_dict(state)
         self.delivered = state["consumed"]
 
 
@@ -49,7 +50,7 @@ class StageData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
+        train: str | list[str] | dict[str, int],
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         steps: int = 1000,
@@ -62,11 +63,13 @@ class StageData(LightningDataModule):
     ):
         """
         Args:
-            train: file(s) of training samples: LLaVA JSON, messages JSON or JSONL.
+            train: file(s) of training samples: LLaVA JSON, messages JSON or JSONL. A list is one pool, whose
+                batches hold samples of the same modalities. ``{file: number}`` says how many samples of each
+                file every batch holds; ``batch_size`` is then their sum.
             val: file(s) for the validation loss.
             test: file(s) for ``unimoe test``.
             steps: optimizer steps of the stage; the data is gone through as often as that takes.
-            batch_size: samples of a batch on each device, all of the same modalities.
+            batch_size: samples of a batch on each device.
             cache_features: run frozen encoders once over all media and keep their output on disk; a path says
                 where (true: ``features`` beside the stage's output folder).
             media_root: folder that relative media paths start from (default: that of the samples' file).
@@ -75,15 +78,20 @@ class StageData(LightningDataModule):
             seed: of the order of samples.
         """
         super().__init__()
+        self.mix = list(train.values()) if isinstance(train, dict) else None
         self.files = {"train": _files(train), "val": _files(val), "test": _files(test)}
         if steps < 1 or batch_size < 1:
             raise UserError(
                 f"data.steps and data.batch_size must be at least 1, found {steps} and {batch_size}"
             )
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        if self.mix is not None:
+            self.batch_size = sum(self.mix)
         self.cache_features, self.media_root = cache_features, media_root
         self.max_length, self.num_workers = max_length, num_workers
         self.samples: dict[str, list[Sample]] = {}
+        self.sizes: dict[str, list[int]] = {}
+        """Samples of each file, in order."""
         self._collator: Collator | None = None
 
     def setup(self, stage: str) -> None:
@@ -91,11 +99,9 @@ class StageData(LightningDataModule):
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in splits:
             if split not in self.samples:
-                self.samples[split] = [
-                    sample
-                    for file in self.files[split]
-                    for sample in read_samples(file, media_root=self.media_root)
-                ]
+                read = [read_samples(file, media_root=self.media_root) for file in self.files[split]]
+                self.samples[split] = [sample for samples in read for sample in samples]
+                self.sizes[split] = [len(samples) for samples in read]
         if stage == "fit" and not self.samples["train"]:
             raise UserError(f"{', '.join(self.files['train'])}: there are no samples to train on")
         if stage != "fit" and not self.samples[splits[0]]:
@@ -126,14 +132,17 @@ class StageData(LightningDataModule):
 
     def train_dataloader(self) -> StageLoader:
         assert self.trainer is not None
-        sampler = ModalityBatchSampler(
-            [sample.kind for sample in self.samples["train"]],
-            self.batch_size,
-            seed=self.seed,
-            steps=self.steps * self.trainer.accumulate_grad_batches,
-            world_size=self.trainer.world_size,
-            rank=self.trainer.global_rank,
-        )
+        settings = {
+            "seed": self.seed,
+            "steps": self.steps * self.trainer.accumulate_grad_batches,
+            "world_size": self.trainer.world_size,
+            "rank": self.trainer.global_rank,
+        }
+        if self.mix is not None:
+            sampler: StepSampler = MixedBatchSampler(self.sizes["train"], self.mix, **settings)
+        else:
+            kinds = [sample.kind for sample in self.samples["train"]]
+            sampler = ModalityBatchSampler(kinds, self.batch_size, **settings)
         return self._loader("train", sampler)
 
     def val_dataloader(self) -> StageLoader | list:
@@ -155,7 +164,7 @@ class StageData(LightningDataModule):
         )
         return self._loader(split, sampler)
 
-    def _loader(self, split: str, sampler: ModalityBatchSampler) -> StageLoader:
+    def _loader(self, split: str, sampler: StepSampler) -> StageLoader:
         return StageLoader(
             self.samples[split],  # type: ignore[arg-type]  # a list is a map-style data set
             batch_sampler=sampler,
@@ -184,7 +193,7 @@ class StageData(LightningDataModule):
         return whole, torch.cat(lengths) if lengths else None
 
 
-def _files(files: str | list[str] | None) -> list[str]:
+def _files(files: str | list[str] | dict[str, int] | None) -> list[str]:
     if files is None:
         return []
     return [files] if isinstance(files, str) else list(files)

@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 from unimoe.build import build_model
 from unimoe.errors import UserError
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import load, load_balance, record
+from unimoe.moe import LayerRecord, load, load_balance, record
 from unimoe.processing import UniMoeProcessor
 
 from .data import StageData
@@ -101,7 +101,7 @@ class StageModule(LightningModule):
         self.groups: list[Group] = []
         self.base_llm = ""
         """Fingerprint of the LLM before training, for expert folders."""
-        self._batch_began = 0.0
+        self._began: tuple[float, int] | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -192,24 +192,44 @@ class StageModule(LightningModule):
         with record() as records:
             hidden_BTH = self.model.model(**inputs).last_hidden_state
         loss, _ = self.answer_loss(hidden_BTH, batch["labels"])
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
+        row = {"train/loss": loss.item(), **self._rates(batch)}
         if self.trainer.world_size > 1 or not loss.requires_grad:
             loss = loss + self._touch()
-        for group in self.trainer.optimizers[0].param_groups:
-            self.log(f"lr/{group['name']}", group["lr"])
-        if not records:
-            return loss
-        aux = self.model.aux_loss(records)
-        self.log("train/aux_loss", aux)
+        if records:
+            aux = self.model.aux_loss(records)
+            row |= {"train/aux_loss": aux.item(), **self._load(records)}
+            loss = loss + aux
+        self._log_row(row, batch_idx)
+        return loss
+
+    def _rates(self, batch: dict[str, Any]) -> dict[str, float]:
+        """Learning rates of this step, and tokens a second from the last step's beginning to this one's."""
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        now = time.perf_counter()
+        if self._began is not None:
+            began, tokens = self._began
+            rates["train/tokens_per_second"] = tokens / (now - began)
+        self._began = (now, int(batch["attention_mask"].sum()))
+        return rates
+
+    def _load(self, records: list[LayerRecord]) -> dict[str, float]:
+        """Fullest expert over the mean and balance loss of each MoE layer, and the floor of both."""
+        row = {"moe/floor": 1.0}
         for entry in records:
-            load_E = load(entry)
-            assert isinstance(load_E, Tensor)
-            self.log(
-                f"moe/layer{entry.layer:02d}/load_max_over_mean", load_E.max() / load_E.mean().clamp(min=1e-9)
-            )
-            self.log(f"moe/layer{entry.layer:02d}/balance_loss", load_balance(entry).detach())
-        self.log("moe/floor", 1.0)  # of both numbers above, in every layer
-        return loss + aux
+            name = f"moe/layer{entry.layer:02d}"
+            share_E = cast(Tensor, load(entry))
+            row[f"{name}/load_max_over_mean"] = float(share_E.max() / share_E.mean().clamp(min=1e-9))
+            row[f"{name}/balance_loss"] = load_balance(entry).item()
+        return row
+
+    def _log_row(self, row: dict[str, float], batch_idx: int) -> None:
+        """Write one row to the loggers at once: Lightning would do so after the checkpoint of the same step,
+        and a run that is stopped in between would lack the row when it goes on."""
+        ends_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if ends_step and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in self.loggers:
+                logger.log_metrics(row, step=self.global_step)
 
     def _touch(self) -> Tensor:
         """Zero, by way of every trained connector: ranks agree on the gradients whatever their batches hold,
@@ -235,11 +255,6 @@ class StageModule(LightningModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed the step from (seed, step, rank), so that dropout does not depend on what ran before."""
         torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
-        self._batch_began = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        seconds = time.perf_counter() - self._batch_began
-        self.log("train/tokens_per_second", batch["attention_mask"].sum().float() / max(seconds, 1e-9))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains: the frozen rest comes from ``init_from`` again."""

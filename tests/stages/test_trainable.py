@@ -39,7 +39,9 @@ def test_only_what_is_named_trains(tmp_path):
 def test_first_pattern_takes_the_parameter(tmp_path):
     model = dense(tmp_path)
     groups = choose(
-        model, [Trainable("*.connectors.image.*", 1e-3), Trainable(["model.connectors.*", "*.norm.*"], 1e-4)], []
+        model,
+        [Trainable("*.connectors.image.*", 1e-3), Trainable(["model.connectors.*", "*.norm.*"], 1e-4)],
+        [],
     )
     assert not groups[0].parameters.keys() & groups[1].parameters.keys()
     assert any("norm" in name for name in groups[1].parameters)

@@ -1,0 +1,82 @@
+"""Batches with a fixed number of samples from each of several files."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from unimoe.errors import UserError
+
+
+class MixedBatchSampler(Sampler[list[int]]):
+    """Yields ``steps`` lists of indices, each with ``counts[i]`` samples of source i.
+
+    The samples of a source come in a new random order each time all of them were used, as a function of the
+    seed alone; batch b takes the b-th slice of that endless row, so any batch can be computed on its own. With
+    several ranks each takes its own slices.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        counts: list[int],
+        steps: int,
+        seed: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+    ):
+        """Source i holds ``sizes[i]`` samples, at the indices after those of the sources before it."""
+        if len(sizes) != len(counts) or min(counts) < 1 or min(sizes) < 1:
+            raise UserError(
+                f"a mix needs at least one sample of each file in a batch, found {counts} of {sizes}"
+            )
+        self.sizes, self.counts, self.steps = sizes, counts, steps
+        self.seed, self.world_size, self.rank = seed, world_size, rank
+        self._start = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self._start, self.steps):
+            yield self.batch(step)
+
+    def batch(self, step: int) -> list[int]:
+        """The indices of one batch."""
+        indices: list[int] = []
+        offset = 0
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            first = (step * self.world_size + self.rank) * count
+            for place in range(first, first + count):
+                turn, position = divmod(place, size)
+                indices.append(offset + int(_order(self.seed, source, turn, size)[position]))
+            offset += size
+        return indices
+
+    def state_dict(self, consumed: int) -> dict[str, Any]:
+        """What ``load_state_dict`` needs to go on after so many batches."""
+        return {"consumed": consumed, "order": self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Skip the batches already consumed. Raises UserError when what makes the order changed."""
+        for name, value in self._settings().items():
+            if state["order"][name] != value:
+                raise UserError(
+                    f"cannot go on in the same order: {name} was {state['order'][name]}, now it is {value}"
+                )
+        self._start = state["consumed"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "samples of each file": self.sizes,
+            "mix": self.counts,
+            "seed": self.seed,
+            "world_size": self.world_size,
+        }
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, source: int, turn: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, source, turn]).permutation(size)

@@ -1,0 +1,139 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from unimoe.errors import UserError
+from unimoe.moe.install import moe_layers
+from unimoe.stages.assemble import assemble
+from unimoe.stages.experts_file import ffn_tensors, load_connectors, load_expert, save_expert
+from unimoe.stages.start import load_model
+from unimoe.testing import save_tiny_llm, tiny_model
+
+IDS = torch.arange(10, 40).reshape(2, 15)
+
+
+def write(path: Path, **content) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.fixture
+def manifest(aligned, expert_folder, tmp_path) -> dict:
+    return {
+        "base": str(aligned),
+        "experts": [{"name": "words", "from": "base"}, {"name": "image", "from": str(expert_folder)}],
+        "connectors": {"image": str(expert_folder)},
+        "moe": {"top_k": 2, "placement": "all"},
+        "output": str(tmp_path / "assembled"),
+    }
+
+
+def test_slots_hold_what_the_manifest_says(manifest, aligned, expert_folder, tmp_path):
+    assemble(write(tmp_path / "m.yaml", **manifest))
+    model, _ = load_model(tmp_path / "assembled")
+    dense, learned = ffn_tensors(load_model(aligned)[0]), load_expert(expert_folder).tensors
+    layers = moe_layers(model)
+    assert list(layers) == [0, 1]
+    for index, layer in layers.items():
+        for slot, source in enumerate((dense, learned)):
+            assert torch.equal(layer.experts.gate_up_proj[slot], source[f"layers.{index}.gate_up_proj"])
+            assert torch.equal(layer.experts.down_proj[slot], source[f"layers.{index}.down_proj"])
+        assert 0 < layer.router.weight.std() < 0.04
+    connectors = model.model.connectors
+    for kind, folder in (("image", expert_folder), ("speech", aligned)):
+        for name, tensor in load_connectors(folder, kind).items():
+            assert torch.equal(connectors[kind].state_dict()[name], tensor)
+    record = json.loads((tmp_path / "assembled" / "stage.json").read_text())
+    assert {parent["folder"] for parent in record["parents"]} == {str(aligned), str(expert_folder)}
+    kept = yaml.safe_load((tmp_path / "assembled" / "manifest.yaml").read_text())
+    assert all(len(entry["sha256"]) == 64 for entry in kept["sha256"])
+
+
+def test_copies_answer_as_the_dense_model(aligned, tmp_path):
+    assemble(write(tmp_path / "m.yaml", base=str(aligned), experts=4), output=str(tmp_path / "moe"))
+    dense, sparse = load_model(aligned)[0].eval(), load_model(tmp_path / "moe")[0].eval()
+    assert sparse.config.moe["num_experts"] == 4
+    torch.testing.assert_close(sparse(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_routers_come_from_the_seed(aligned, tmp_path):
+    routers = []
+    for seed in (0, 0, 1):
+        out = tmp_path / f"moe{len(routers)}"
+        assemble(write(tmp_path / "m.yaml", base=str(aligned), experts=2, seed=seed), output=str(out))
+        routers.append(moe_layers(load_model(out)[0])[0].router.weight)
+    assert torch.equal(routers[0], routers[1])
+    assert not torch.equal(routers[0], routers[2])
+
+
+def test_the_same_manifest_again(manifest, tmp_path, caplog):
+    path = write(tmp_path / "m.yaml", **manifest)
+    assemble(path)
+    caplog.set_level(logging.INFO)
+    assemble(path)
+    assert "is finished" in caplog.text
+    manifest["seed"] = 3
+    path = write(tmp_path / "m.yaml", **manifest)
+    with pytest.raises(UserError, match="seed: there 0, now 3"):
+        assemble(path)
+    assemble(path, overwrite=True)
+
+
+def test_expert_of_another_shape(manifest, tmp_path):
+    save_tiny_llm(tmp_path / "llm", hidden_size=64)
+    other, _ = tiny_model(tmp_path)
+    (tmp_path / "other").mkdir()
+    save_expert(tmp_path / "other", other, "x", "stage", "task")
+    manifest["experts"][1]["from"] = str(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"layers\.0\.gate_up_proj has shape \[256, 64\], expected \[128, 32\]"
+    ):
+        assemble(write(tmp_path / "m.yaml", **manifest))
+    assert not (tmp_path / "assembled").exists()
+
+
+def test_expert_of_another_llm(manifest, aligned, tmp_path):
+    model, _ = load_model(aligned)
+    (tmp_path / "other").mkdir()
+    save_expert(tmp_path / "other", model, "f" * 64, "stage", "task")
+    manifest["experts"][1]["from"] = str(tmp_path / "other")
+    with pytest.raises(UserError, match="another LLM: fingerprint ffffffffffff, expected"):
+        assemble(write(tmp_path / "m.yaml", **manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expert": []}, "unknown key 'expert'"),
+        ({"experts": []}, "experts must be"),
+        ({"experts": [{"name": "a"}]}, r"experts\[0\] must be"),
+        ({"experts": [{"from": "base", "weight": 1}]}, "unknown key 'weight'"),
+        ({"experts": [{"from": "nowhere"}]}, "nowhere, which is not a folder"),
+        ({"base": None}, "base must name"),
+        ({"base": "nowhere"}, "nowhere does not exist"),
+        ({"moe": {"num_experts": 2}}, "follows from experts"),
+        ({"moe": {"topk": 2}}, "unknown key 'topk'"),
+        ({"moe": {"top_k": 3}}, "moe.top_k is 3"),
+        ({"connectors": {"audio": "SELF"}}, "the base has no audio"),
+        ({"connectors": ["image"]}, "connectors must be of type dict"),
+        ({"output": None}, "say where the result goes"),
+    ],
+)
+def test_bad_manifests(manifest, aligned, tmp_path, change, message):
+    text = yaml.safe_dump({**manifest, **change}).replace("SELF", str(aligned))
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        assemble(str(tmp_path / "m.yaml"))
+    assert not (tmp_path / "assembled").exists()
+
+
+def test_unreadable_manifest(tmp_path):
+    with pytest.raises(UserError, match="cannot be read as a manifest"):
+        assemble(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="cannot be read as a manifest"):
+        assemble(str(tmp_path / "bad.yaml"))

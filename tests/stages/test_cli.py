@@ -1,0 +1,130 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from unimoe.cli import main as unimoe
+from unimoe.errors import UserError
+from unimoe.stages.curve import read_curve
+from unimoe.stages.start import load_model
+
+
+def test_a_stage_leaves_a_model_and_its_record(world, aligned):
+    record = json.loads((aligned / "stage.json").read_text())
+    assert record["stage"] == "align"
+    assert record["steps"] == 3
+    assert record["parameters"]["trained"] == record["parameters"]["trained.connectors"] > 0
+    assert {"train/loss", "val/loss", "train/tokens_per_second", "lr/connectors"} <= record["metrics"].keys()
+    assert list(record["data"]) == [str(world / "train.jsonl")]
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    model, processor = load_model(aligned)
+    assert not model.config.moe
+    assert set(processor.modalities) == {"image", "speech"}
+    rows = read_curve(aligned / "logs" / "metrics.csv")
+    assert [row["step"] for row in rows if "train/loss" in row] == [0, 1, 2]
+    assert any(path.name.startswith("events.out") for path in (aligned / "logs").iterdir())
+    assert not list((aligned / "checkpoints").iterdir())
+
+
+def test_what_is_frozen_stays(world, align, fit, tmp_path):
+    from unimoe.build import build_model
+
+    fit(align)
+    torch.manual_seed(0)
+    before, _ = build_model(align["model"]["llm"], align["model"]["modalities"])
+    after, _ = load_model(align["output"])
+    # the towers came from the same seed as the stage's, batch statistics included
+    for name, tensor in before.state_dict().items():
+        assert ".connectors." in name or torch.equal(tensor, after.state_dict()[name]), name
+    changed = [
+        n for n, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[n])
+    ]
+    assert changed
+
+
+def test_the_same_command_again_does_nothing(align, fit, caplog):
+    caplog.set_level(logging.INFO)
+    fit(align)
+    record = Path(align["output"], "stage.json")
+    before = record.read_text()
+    caplog.clear()
+    fit(align)
+    assert "is finished: align, 3 steps" in caplog.text
+    assert record.read_text() == before
+
+
+def test_other_settings_are_refused_and_named(align, fit):
+    fit(align)
+    with pytest.raises(UserError, match=r"data\.steps: there 3, now 2.*--overwrite true"):
+        fit(align, "--data.steps", "2")
+    fit(align, "--data.steps", "2", "--overwrite", "true")
+    assert json.loads(Path(align["output"], "stage.json").read_text())["steps"] == 2
+
+
+def test_changed_data_is_another_stage(align, fit, tmp_path, world):
+    copy = world / "copy.jsonl"
+    copy.write_text((world / "train.jsonl").read_text())
+    align["data"]["train"] = str(copy)
+    fit(align)
+    copy.write_text("\n".join(copy.read_text().splitlines()[:-1]))
+    with pytest.raises(UserError, match="content of data"):
+        fit(align)
+
+
+def test_validate_reads_the_result(align, fit, caplog):
+    align["data"]["val"] = align["data"]["train"]
+    with pytest.raises(UserError, match="no finished stage"):
+        fit(align, verb="validate")
+    fit(align)
+    expected = json.loads(Path(align["output"], "stage.json").read_text())["metrics"]["val/loss"]
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    fit(align, verb="validate")
+    assert f"val/loss  {expected:.4f}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"trainabel": []}}, "trainabel"),
+        ({"model": {"llm": None}}, "one of model.init_from"),
+        ({"model": {"llm": None, "modalities": None, "init_from": "nowhere"}}, "nowhere does not exist"),
+        ({"model": {"lora": [{"on": "everything"}]}}, "everything"),
+        ({"model": {"llm": "./nowhere"}}, "nowhere"),
+        ({"data": {"steps": 0}}, "data.steps"),
+        ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"trainer": {"max_epoch": 3}}, "max_epoch"),
+        ({"output": None}, "--output"),
+        ({"model": {"warm_start": {"audio": {}}}}, "no audio"),
+        ({"model": {"trainable": [{"match": "nothing", "lr": 1.0}]}}, "nothing is named 'nothing'"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_2(align, tmp_path, capsys, change, message):
+    for key, value in change.items():
+        align[key] = {**align.get(key, {}), **value} if isinstance(value, dict) else value
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(align))
+    assert unimoe(["fit", "-c", str(tmp_path / "bad.yaml")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("unimoe: error:")
+    assert message in error
+
+
+def test_checkpoint_paths_are_not_offered(align, fit):
+    with pytest.raises(Exception, match="ckpt_path"):
+        fit(align, "--ckpt_path", "last.ckpt")
+
+
+def test_wrong_init_from(align, expert, expert_folder, world, fit, tmp_path):
+    for folder, message in (
+        (world, "no config.json"),
+        (world / "llm", "type 'llama', expected 'unimoe'"),
+        (expert_folder, "holds an expert"),
+        (world / "train.jsonl", "is a file"),
+    ):
+        expert["model"]["init_from"] = str(folder)
+        with pytest.raises(UserError, match=message):
+            fit(expert)
+    assert not (tmp_path / "expert").exists()

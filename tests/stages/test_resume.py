@@ -1,0 +1,139 @@
+"""A stage that is killed goes on where it was, and ends as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from unimoe.errors import UserError
+from unimoe.stages.cli import main
+from unimoe.stages.curve import read_curve
+from unimoe.stages.resume import saved_step
+from unimoe.testing import IMAGE, SPEECH
+
+STEPS = 40
+SPEED = {"train/tokens_per_second"}
+"""Differs from run to run, and the first step after a start has none."""
+
+
+def settings(world: Path, output: Path) -> dict:
+    """A sparse model with dropout: adapters on attention and experts, routers, connectors."""
+    return {
+        "stage": "moe",
+        "output": str(output),
+        "checkpoint_every": 3,
+        "model": {
+            "llm": str(world / "llm"),
+            "modalities": {"image": IMAGE, "speech": SPEECH},
+            "moe": {"num_experts": 2, "top_k": 1, "placement": "all", "gating": "softmax_topk"},
+            "trainable": [
+                {"match": "model.connectors.*", "lr": 1e-3},
+                {"match": "*.mlp.router.*", "lr": 1e-3},
+            ],
+            "lora": [
+                {"on": "attention", "rank": 2, "dropout": 0.2, "lr": 1e-2},
+                {"on": "experts", "rank": 2, "lr": 1e-2},
+            ],
+        },
+        "data": {
+            "train": str(world / "train.jsonl"),
+            "val": str(world / "train.jsonl"),
+            "steps": STEPS,
+            "batch_size": 2,
+        },
+    }
+
+
+def command(world: Path, folder: Path, output: Path) -> list[str]:
+    path = folder / "moe.yaml"
+    path.write_text(yaml.safe_dump(settings(world, output)))
+    return ["fit", "-c", str(path)]
+
+
+def start(args: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "unimoe", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(process: subprocess.Popen, output: Path, step: int):
+    """Until the curve shows that a step is over."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[0]
+        rows = read_curve(output / "logs" / "metrics.csv")
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run made no progress")
+
+
+@pytest.mark.slow
+def test_kill_9_changes_nothing(world, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main(command(world, tmp_path, whole))
+
+    args = command(world, tmp_path, killed)
+    process = start(args)
+    wait_for_step(process, killed, 16)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "stage.json").exists()
+    begun = saved_step(killed / "checkpoints" / "last.ckpt")
+    assert 15 <= begun < STEPS
+    process = start(args)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert f"going on after step {begun} of {STEPS}" in said
+
+    curves = [read_curve(folder / "logs" / "metrics.csv") for folder in (whole, killed)]
+    assert [row["step"] for row in curves[1]] == [row["step"] for row in curves[0]]
+    for one, other in zip(*curves, strict=True):
+        assert one.keys() - SPEED == other.keys() - SPEED
+        for key in one.keys() - SPEED:
+            assert abs(one[key] - other[key]) <= 1e-5, (key, one["step"])
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, killed)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(world, tmp_path):
+    output = tmp_path / "output"
+    process = start(command(world, tmp_path, output))
+    wait_for_step(process, output, 1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, said
+    step = saved_step(output / "checkpoints" / "last.ckpt")
+    assert step == len(read_curve(output / "logs" / "metrics.csv"))
+    assert f"stopped after step {step}; the same command goes on from there" in said
+    assert "Traceback" not in said
+
+
+def test_a_damaged_checkpoint_is_named(world, tmp_path):
+    output = tmp_path / "output"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged .*delete it"):
+        main(command(world, tmp_path, output))
+
+
+def test_other_settings_do_not_go_on(world, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    args = command(world, tmp_path, output)
+    (output / "settings.json").write_text('{"stage": "another"}')
+    with pytest.raises(UserError, match="made with other settings"):
+        main(args)
