@@ -12,7 +12,7 @@ from PIL import Image
 from unimoe import chat, cli
 from unimoe.chat import Conversation, Settings, Terminal
 from unimoe.errors import UserError
-from unimoe.generate import answer_all, count_parameters, generate, load_model
+from unimoe.generate import count_parameters, generate, load_model
 from unimoe.testing import tiny_model
 
 
@@ -237,16 +237,6 @@ def test_what_is_no_model_is_named(tmp_path):
         with pytest.raises(UserError, match=says) as caught:
             load_model(tmp_path / name)
         assert "\n" not in str(caught.value)
-
-
-def test_batches_answer_as_single_conversations_do(built):
-    model, processor = built
-    asked = [[{"role": "user", "content": "x" * length}] for length in (3, 40, 1, 12)]
-    encoded = [processor.encode(one, add_generation_prompt=True) for one in asked]
-    done = []
-    answers = answer_all(model, processor, encoded, batch_size=3, max_new_tokens=5, advance=done.append)
-    assert answers == [answer_all(model, processor, [one], max_new_tokens=5)[0] for one in encoded]
-    assert done == [3, 4]
 
 
 def test_active_parameters_leave_out_the_experts_not_chosen(built):

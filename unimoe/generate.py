@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, **NO_SAMPLING}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
-    inputs = {name: _to(value, model.device) for name, value in batch.items()}
+    inputs = {name: to_device(value, model.device) for name, value in batch.items()}
     settings = {"max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
     with torch.inference_mode():
         ids: Any = model.generate(**inputs, **settings)  # type: ignore[operator]
@@ -112,31 +112,6 @@ def generate(
         ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [answer.strip() for answer in answers]
-
-
-def answer_all(
-    model: UniMoeForConditionalGeneration,
-    processor: UniMoeProcessor,
-    encoded: Sequence[dict[str, Any]],
-    batch_size: int = 16,
-    max_new_tokens: int = 16,
-    gather: Callable[[Any], Any] = lambda batch: batch,
-    advance: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """Greedy answers, in order, to conversations from ``processor.encode(..., add_generation_prompt=True)``.
-
-    Prompts of like length share a batch. ``gather`` has the last word on each padded batch (a feature cache
-    moves its features there); ``advance`` is called with the number of conversations answered so far.
-    """
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
-    answers = [""] * len(encoded)
-    for start in range(0, len(order), batch_size):
-        rows = sorted(order[start : start + batch_size])
-        batch = gather(processor.pad([encoded[row] for row in rows], "left"))
-        for row, answer in zip(rows, generate(model, processor, batch, max_new_tokens), strict=True):
-            answers[row] = answer
-        advance(start + len(rows))
-    return answers
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -150,12 +125,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, total - idle
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it, also inside dicts and tuples, on ``device``."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return tuple(_to(item, device) for item in value) if isinstance(value, tuple) else value
+        return {key: to_device(item, device) for key, item in value.items()}
+    return tuple(to_device(item, device) for item in value) if isinstance(value, tuple) else value
 
 
 def _first_line(error: Exception) -> str:

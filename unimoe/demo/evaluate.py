@@ -1,0 +1,267 @@
+"""What one model can do: answers to the test questions, perplexity of plain English, load of its experts.
+
+    test.<set>.jsonl -> Question -> features from the cache -> greedy answers -> exact-name accuracy
+    prose            -> perplexity                    MoE: questions -> record() -> load by layer and modality
+
+Everything found is in one JSON file that grows set by set, so that a killed run goes on with the next set.
+Shapes: L MoE layers, E experts, S encoder positions, D encoder width.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from unimoe.configuration import MODALITIES
+from unimoe.data import FeatureCache, Sample
+from unimoe.data.readers import read_records
+from unimoe.data.records import parse_record
+from unimoe.demo.progress import progress
+from unimoe.demo.questions import normalise
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+from unimoe.generate import count_parameters, generate, to_device
+from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import pair_counts, record
+from unimoe.moe.install import moe_layers
+from unimoe.processing import UniMoeProcessor
+
+log = logging.getLogger(__name__)
+
+TITLES = {
+    "new_backgrounds": "pictures on new backgrounds",
+    "unseen_artist": "pictures by an unseen artist",
+    "text_questions": "written questions about pictures",
+    "spoken_questions": "the same questions, spoken",
+    "unseen_voice": "the same, spoken by an unseen voice",
+    "held_out": "things never trained on",
+}
+"""The test sets, in the order in which they are asked; a set whose file is not there is left out."""
+
+LONGEST_ANSWER = 12
+"""Tokens; the longest right answer has about six."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that waits for its answer."""
+
+    sample: Sample
+    """The turns before the answer."""
+    answer: str
+    """The right one."""
+    facts: dict[str, Any]
+    """What else its line says: ``kind`` of question, ``concept``, ``voice``, ``question`` in words."""
+
+    def is_right(self, answer: str) -> bool:
+        """Whether an answer is the same words, up to case, punctuation and a leading article."""
+        return normalise(answer) == normalise(self.answer)
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a messages JSONL file whose last turns are the right answers.
+
+    Raises UserError naming file and line.
+    """
+    questions = []
+    for source, line in read_records(path):
+        facts = {key: value for key, value in line.items() if key not in ("id", "messages")}
+        turns = {key: value for key, value in line.items() if key not in facts}
+        sample = parse_record(turns, source, Path(path).parent)
+        *asked, last = sample.messages
+        answer = "".join(part.get("text", "") for part in last["content"])
+        questions.append(Question(replace(sample, messages=asked), answer, facts))
+    if not questions:
+        raise UserError(f"{path}: the file holds no questions")
+    return questions
+
+
+def evaluate(
+    model: UniMoeForConditionalGeneration,
+    processor: UniMoeProcessor,
+    data: str | Path,
+    features: FeatureCache,
+    prose: str,
+    result: str | Path,
+    made_of: str,
+) -> dict[str, Any]:
+    """Ask ``model`` every test question in the folder ``data``, and more; returns what ``result`` then holds.
+
+    Args:
+        features: for the outputs of the frozen encoders, filled here as far as needed.
+        prose: plain English, for the perplexity.
+        result: JSON file to write; what it holds already is not done again.
+        made_of: identifies model and questions; a ``result`` of something else is begun anew.
+    """
+    found = _read_result(Path(result), made_of)
+
+    def keep(**news: Any):
+        found.update(news)
+        atomic_write(result, json.dumps(found, indent=1) + "\n")
+
+    sets = {name: Path(data) / f"test.{name}.jsonl" for name in TITLES}
+    questions = {name: read_questions(path) for name, path in sets.items() if path.is_file()}
+    samples = [question.sample for several in questions.values() for question in several]
+    features.fill(samples)
+    for name, several in questions.items():
+        if name not in found["sets"]:
+            with progress(TITLES[name], len(several)) as advance:
+                answers = ask(model, processor, several, features, advance)
+            keep(sets={**found["sets"], name: score(several, answers)})
+        log.info("      %-38s %.3f", TITLES[name], found["sets"][name]["accuracy"])
+    if "perplexity" not in found:
+        keep(perplexity=perplexity(model, processor, prose))
+    log.info("      %-38s %.2f", "perplexity of plain English", found["perplexity"])
+    if "load" not in found:
+        total, active = count_parameters(model)
+        load = expert_load(model, processor, questions, features)
+        keep(parameters={"total": total, "active": active}, load=load, complete=True)
+    return found
+
+
+def _read_result(path: Path, made_of: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    return found if found.get("made_of") == made_of else {"made_of": made_of, "sets": {}}
+
+
+def ask(
+    model: UniMoeForConditionalGeneration,
+    processor: UniMoeProcessor,
+    questions: Sequence[Question],
+    features: FeatureCache,
+    advance: Callable[[int], None] = lambda done: None,
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy answers, in order; prompts of like length share a batch. The media must be in the cache."""
+    rows = [processor.encode(q.sample.messages, True, q.sample.source)["input_ids"] for q in questions]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    answers = [""] * len(rows)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = pad_left(
+            processor, [rows[index] for index in chosen], [questions[i] for i in chosen], features
+        )
+        for index, answer in zip(chosen, generate(model, processor, batch, LONGEST_ANSWER), strict=True):
+            answers[index] = answer
+        advance(start + len(chosen))
+    return answers
+
+
+def pad_left(
+    processor: UniMoeProcessor,
+    rows: Sequence[list[int]],
+    questions: Sequence[Question],
+    features: FeatureCache,
+) -> dict[str, Any]:
+    """One batch out of the ids of prompts, with what the encoders said about their media from the cache."""
+    batch: dict[str, Any] = dict(processor.pad([{"input_ids": row} for row in rows], "left"))
+    windows: dict[str, list[Tensor]] = {}
+    for question in questions:
+        for part in question.sample.media():
+            stored = features.get(features.key(part, question.sample.source))
+            if stored is None:
+                raise UserError(f"{question.sample.source}: its {part['type']} is not in {features.folder}")
+            windows.setdefault(part["type"], []).extend(stored)
+    batch["encoded_media"] = {
+        kind: (pad_sequence(several, True), _lengths(several, kind, processor))
+        for kind, several in windows.items()
+    }
+    return batch
+
+
+def _lengths(windows: Sequence[Tensor], kind: str, processor: UniMoeProcessor) -> Tensor | None:
+    """Of items that may differ in length; an encoder with one input (pictures) says None."""
+    if len(processor.preprocessors[kind].outputs) == 1:
+        return None
+    return torch.tensor([len(window_SD) for window_SD in windows])
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+    """``accuracy`` (share of exact names), ``count``, accuracy ``by_kind`` of question, and all answers."""
+    rows: list[dict[str, Any]] = []
+    for question, answer in zip(questions, answers, strict=True):
+        right = question.is_right(answer)
+        rows.append({"answer": answer, "truth": question.answer, "right": right, **question.facts})
+    kinds = {row.get("kind", "") for row in rows}
+    return {
+        "accuracy": _share(rows),
+        "count": len(rows),
+        "by_kind": {
+            kind: _share([row for row in rows if row.get("kind", "") == kind]) for kind in sorted(kinds)
+        },
+        "answers": rows,
+    }
+
+
+def _share(rows: Sequence[Mapping[str, Any]]) -> float:
+    return round(sum(row["right"] for row in rows) / len(rows), 4)
+
+
+@torch.inference_mode()
+def perplexity(
+    model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, text: str, window: int = 512
+) -> float:
+    """exp of the mean negative log-likelihood of a token of ``text`` after those before it in its window."""
+    ids = processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    loss, count = 0.0, 0
+    for start in range(0, len(ids), window):
+        row_1T = torch.tensor([ids[start : start + window]], device=model.device)
+        if row_1T.shape[1] < 2:
+            continue
+        logits_TV = model(input_ids=row_1T).logits[0, :-1].float()
+        loss += torch.nn.functional.cross_entropy(logits_TV, row_1T[0, 1:], reduction="sum").item()
+        count += row_1T.shape[1] - 1
+    if not count:
+        raise UserError("the text for the perplexity has fewer than two tokens")
+    return round(math.exp(loss / count), 4)
+
+
+@torch.inference_mode()
+def expert_load(
+    model: UniMoeForConditionalGeneration,
+    processor: UniMoeProcessor,
+    questions: Mapping[str, Sequence[Question]],
+    features: FeatureCache,
+    most: int = 64,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Share of the tokens that each expert gets, over ``most`` prompts of each set; empty for a dense model.
+
+    Returns ``layers`` (indices of the decoder layers, L), and for ``all`` tokens and those of each modality
+    that occurs a matrix [L][E] whose rows sum to 1.
+    """
+    layers = sorted(moe_layers(model))
+    if not layers:
+        return {}
+    counts: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
+    for several in questions.values():
+        for start in range(0, min(len(several), most), batch_size):
+            chosen = several[start : start + batch_size]
+            rows = [processor.encode(q.sample.messages, True, q.sample.source)["input_ids"] for q in chosen]
+            batch = pad_left(processor, rows, chosen, features)
+            with record() as records:
+                model.model(**to_device(batch, model.device))
+            for entry in records:
+                found = pair_counts(entry, by_modality=True)
+                assert isinstance(found, dict)
+                for modality, count_E in found.items():
+                    counts[entry.layer][modality] = counts[entry.layer].get(modality, 0) + count_E
+    present = sorted(set().union(*counts.values()))
+    tables = {"all": [sum(counts[layer].values()) for layer in layers]}
+    tables |= {MODALITIES[m]: [counts[layer][m] for layer in layers] for m in present}
+    shares = {name: [_shares(count_E) for count_E in table] for name, table in tables.items()}
+    return {"layers": layers, **shares}
+
+
+def _shares(count_E: Any) -> list[float]:
+    return [round(share, 4) for share in (count_E / count_E.sum().clamp(min=1)).tolist()]

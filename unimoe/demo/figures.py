@@ -1,0 +1,109 @@
+"""The pictures of the report, as SVG that reads on a light and on a dark page.
+
+Shapes: L MoE layers, E experts.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+INK = "#8b93a1"
+"""Grey that stands out from white and from black."""
+BLUE, ORANGE = "#3f7fd0", "#d9822b"
+HEAT = LinearSegmentedColormap.from_list("heat", ["#eef4fb", "#7fb0e6", "#2a62ad", "#0d2c57"])
+
+Curve = Sequence[Mapping[str, float]]
+
+
+def loss_curves(curves: Mapping[str, Curve]) -> str:
+    """One panel a stage: the loss of each step, its running mean, and validation losses if there are any."""
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(curves) :]:
+        panel.remove()
+    for panel, (stage, curve) in zip(panels, curves.items(), strict=False):
+        steps, losses = _column(curve, "train/loss")
+        panel.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
+        panel.plot(steps, _running_mean(losses), color=BLUE, linewidth=1.8, label="training")
+        val_steps, val_losses = _column(curve, "val/loss")
+        if len(val_losses):
+            panel.plot(
+                val_steps, val_losses, "o-", color=ORANGE, markersize=4, linewidth=1.4, label="validation"
+            )
+            panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+        panel.set_title(stage, fontsize=10, color=INK, loc="left")
+        panel.set_xlabel("step", fontsize=8, color=INK)
+        highest = np.percentile(losses, 99) if len(losses) else 1.0
+        panel.set_ylim(0, max(1e-3, 1.1 * float(highest)))
+        _plain(panel)
+        panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+    return _svg(figure)
+
+
+def load_maps(load: Mapping[str, Any], experts: Sequence[str]) -> str:
+    """One heat map [L, E] for all tokens and one for each modality, on the same colour scale."""
+    tables = {name: np.array(table) for name, table in load.items() if name != "layers"}
+    layers = load["layers"]
+    height = 1.2 + 0.24 * len(layers)
+    figure = Figure(figsize=(2.9 * len(tables) + 0.6, height), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    highest = max(float(table.max()) for table in tables.values())
+    image = None
+    for panel, (name, table) in zip(panels, tables.items(), strict=True):
+        image = panel.imshow(table, cmap=HEAT, vmin=0, vmax=max(highest, 1e-6), aspect="auto")
+        for (row, column), share in np.ndenumerate(table):
+            color = "white" if share > 0.55 * highest else "#26374f"
+            panel.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
+        panel.set_title(
+            "all tokens" if name == "all" else f"{name} tokens", fontsize=10, color=INK, loc="left"
+        )
+        panel.set_xticks(range(len(experts)), experts, fontsize=8, rotation=0 if len(experts) < 6 else 60)
+        panel.set_yticks(range(len(layers)), layers if panel is panels[0] else [], fontsize=8)
+        _plain(panel)
+        panel.tick_params(length=0)
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    panels[0].set_ylabel("decoder layer", fontsize=8, color=INK)
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.6, pad=0.01)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.outline.set_visible(False)
+    bar.set_label("share of the tokens' expert places", fontsize=8, color=INK)
+    return _svg(figure)
+
+
+def _column(curve: Curve, name: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = [(row["step"], row[name]) for row in curve if name in row]
+    steps, values = zip(*rows, strict=True) if rows else ((), ())
+    return np.array(steps), np.array(values)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a fifteenth of the curve before each point."""
+    width = max(1, len(values) // 15)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _plain(panel: Any):
+    panel.set_facecolor("none")
+    panel.tick_params(colors=INK, labelsize=8)
+    for side, spine in panel.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
+
+
+def _svg(figure: Figure) -> str:
+    FigureCanvasSVG(figure)
+    text = io.StringIO()
+    # without a date, the same numbers give the same file
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()

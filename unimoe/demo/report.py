@@ -1,0 +1,218 @@
+"""``report.json`` for programs and ``report.html`` for people, out of what the demo's steps left behind."""
+
+import base64
+import json
+import mimetypes
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from unimoe import __version__
+from unimoe.demo.evaluate import TITLES, read_questions
+from unimoe.demo.figures import load_maps, loss_curves
+from unimoe.files import atomic_write
+from unimoe.stages.curve import read_curve
+from unimoe.stages.progress import clock
+
+MODELS = {"moe": "mixture of experts", "dense": "dense control", "start": "untrained start"}
+SHORT = {"moe": "experts", "dense": "dense", "start": "start"}
+FLOORS = {
+    "nearest_neighbour": "nearest neighbour",
+    "linear_pair": "linear map to word embeddings",
+    "linear_probe": "linear probe",
+}
+KEYS = {"unseen_voice": "spoken_questions_unseen_voice"}
+"""Test sets that have another name in ``report.json``."""
+PICTURE_SETS = ("new_backgrounds", "unseen_artist")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Something the demo should reach, and whether it did."""
+
+    text: str
+    found: float | None
+    """None where it was not measured."""
+    bound: float | None
+    at_least: bool = True
+
+    @property
+    def reached(self) -> bool | None:
+        if self.found is None or self.bound is None:
+            return None
+        return self.found >= self.bound if self.at_least else self.found <= self.bound
+
+
+def make_report(folder: str | Path, control: bool) -> dict[str, Any]:
+    """Write ``report.json`` and ``report.html`` into the demo's ``folder``; returns what the former holds.
+
+    Reads ``evaluation/*.json``, ``floors.json``, ``seconds.json``, ``assembled/manifest.yaml``, the stages'
+    logs and the test data. ``control`` says whether the dense control belongs to the run.
+    """
+    folder = Path(folder)
+    names = [name for name in MODELS if control or name != "dense"]
+    evaluations = {name: _read(folder / "evaluation" / f"{name}.json") for name in names}
+    report = summarise(evaluations, _read(folder / "floors.json"), _read(folder / "seconds.json"))
+    atomic_write(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    atomic_write(folder / "report.html", render(folder, report, evaluations))
+    return report
+
+
+def summarise(
+    evaluations: Mapping[str, dict[str, Any]], floors: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The content of ``report.json``."""
+    models: dict[str, dict[str, Any]] = {}
+    for name, evaluation in evaluations.items():
+        sets = evaluation["sets"]
+        models[name] = {KEYS.get(one, one): sets[one]["accuracy"] if one in sets else None for one in TITLES}
+        models[name]["perplexity"] = evaluation["perplexity"]
+    moe = evaluations["moe"]
+    floors = {reader: {one: floors[reader].get(one) for one in PICTURE_SETS} for reader in FLOORS}
+    return {
+        "models": models,
+        "floors": floors,
+        "parameters": {
+            **moe["parameters"],
+            "by_model": {name: evaluation["parameters"] for name, evaluation in evaluations.items()},
+        },
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "load": moe["load"],
+        "questions": {KEYS.get(one, one): found["count"] for one, found in moe["sets"].items()},
+        "by_kind": {
+            name: {KEYS.get(one, one): found["by_kind"] for one, found in evaluation["sets"].items()}
+            for name, evaluation in evaluations.items()
+        },
+        "concepts": len(
+            {row["concept"] for row in moe["sets"]["new_backgrounds"]["answers"] if "concept" in row}
+        ),
+        "aims": [
+            asdict(aim) | {"reached": aim.reached} for aim in aims(models["moe"], models["start"], floors)
+        ],
+        "versions": {
+            "unimoe": __version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+    }
+
+
+def aims(moe: Mapping[str, Any], start: Mapping[str, Any], floors: Mapping[str, Any]) -> list[Aim]:
+    """What the demo is meant to reach, with what it did reach."""
+    probe = floors["linear_probe"]
+
+    def gap(one: str) -> float | None:
+        return None if moe[one] is None else round(abs(moe["text_questions"] - moe[one]), 4)
+
+    def share(one: str, of: float) -> float | None:
+        return None if probe[one] is None else round(of * probe[one], 4)
+
+    return [
+        Aim("new backgrounds: at least 0.80", moe["new_backgrounds"], 0.8),
+        Aim(
+            "new backgrounds: at least 0.9 of the linear probe",
+            moe["new_backgrounds"],
+            share("new_backgrounds", 0.9),
+        ),
+        Aim(
+            "unseen artist: at least 0.8 of the linear probe",
+            moe["unseen_artist"],
+            share("unseen_artist", 0.8),
+        ),
+        Aim("spoken questions: within 0.05 of written ones", gap("spoken_questions"), 0.05, False),
+        Aim(
+            "spoken by an unseen voice: within 0.05 of written ones",
+            gap("spoken_questions_unseen_voice"),
+            0.05,
+            False,
+        ),
+        Aim(
+            "perplexity: at most 1.25 times that of the start",
+            round(moe["perplexity"], 2),
+            round(1.25 * start["perplexity"], 2),
+            False,
+        ),
+    ]
+
+
+def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, dict[str, Any]]) -> str:
+    """The page as text; pictures, sounds and figures lie inside it."""
+    template = files("unimoe.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"share": _share, "clock": clock, "millions": lambda count: f"{count / 1e6:.1f} M"}
+    curves = {stage: read_curve(folder / stage / "logs" / "metrics.csv") for stage in report["seconds"]}
+    experts = _expert_names(folder, report["load"])
+    return environment.from_string(template).render(
+        report=report,
+        folder=folder,
+        models={name: MODELS[name] for name in evaluations},
+        short=SHORT,
+        floors=FLOORS,
+        sets={KEYS.get(one, one): title for one, title in TITLES.items()},
+        picture_sets=PICTURE_SETS,
+        kinds=list(report["by_kind"]["moe"].get("text_questions", {})),
+        curves=_data_url("image/svg+xml", loss_curves({s: c for s, c in curves.items() if c}).encode()),
+        load=_data_url("image/svg+xml", load_maps(report["load"], experts).encode()),
+        seen=_samples(folder, evaluations, ("new_backgrounds", "unseen_artist"), 8),
+        heard=_samples(folder, evaluations, ("spoken_questions", "unseen_voice"), 6),
+        titles=TITLES,
+    )
+
+
+def _samples(
+    folder: Path, evaluations: Mapping[str, dict[str, Any]], sets: Sequence[str], most: int
+) -> list[dict[str, Any]]:
+    """Questions at even distances in each set, whatever the models made of them."""
+    samples = []
+    for name in sets:
+        file = folder / "data" / f"test.{name}.jsonl"
+        if not file.is_file():
+            continue
+        questions = read_questions(file)
+        for index in range(0, len(questions), max(1, -(-len(questions) // most))):
+            rows = {model: found["sets"][name]["answers"][index] for model, found in evaluations.items()}
+            parts = [part for turn in questions[index].sample.messages for part in turn["content"]]
+            samples.append(
+                {
+                    "set": name,
+                    "question": rows["moe"].get("question")
+                    or "".join(part.get("text", "") for part in parts),
+                    "truth": questions[index].answer,
+                    "voice": rows["moe"].get("voice"),
+                    "answers": {
+                        model: {"text": row["answer"], "right": row["right"]} for model, row in rows.items()
+                    },
+                    "media": {part["type"]: _file_url(part["path"]) for part in parts if "path" in part},
+                }
+            )
+    return samples
+
+
+def _expert_names(folder: Path, load: Mapping[str, Any]) -> list[str]:
+    manifest = folder / "assembled" / "manifest.yaml"
+    if manifest.is_file():
+        return [slot["name"] for slot in yaml.safe_load(manifest.read_text(encoding="utf-8"))["experts"]]
+    return [str(expert) for expert in range(len(load["all"][0]))]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _file_url(path: str) -> str:
+    kind = {".flac": "audio/flac"}.get(Path(path).suffix) or mimetypes.guess_type(path)[0] or ""
+    return _data_url(kind, Path(path).read_bytes())
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,326 @@
+"""The whole path in one command: parts, data, three stages, tests, report.
+
+Each step leaves a result in the output folder and is skipped when that is there, so that the same command
+goes on where a run was cut off. The stages run through the entry points that a user has, with the YAML files
+of configs/.
+"""
+
+import gc
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from unimoe.build import Built, build_model
+from unimoe.data import FeatureCache
+from unimoe.demo import console
+from unimoe.demo.build import build_data
+from unimoe.demo.clips import ASSETS
+from unimoe.demo.evaluate import evaluate, read_questions
+from unimoe.demo.floors import measure_floors
+from unimoe.demo.report import FLOORS, MODELS, PICTURE_SETS, make_report
+from unimoe.errors import UserError
+from unimoe.files import atomic_folder, atomic_write
+from unimoe.generate import load_model
+from unimoe.prepare import default_part, prepare
+from unimoe.prepare.cache import cache_folder, fault
+from unimoe.prepare.parts import PARTS
+from unimoe.stages.assemble import assemble
+from unimoe.stages.cli import main as stages_cli
+from unimoe.stages.progress import clock
+from unimoe.stages.result import STAGE_FILE, read_record
+
+DEFAULT_OUTPUT = "runs/demo"
+"""The folder that the configurations name."""
+
+OTHER_ARTISTS = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto-emoji/NotoColorEmoji.ttf",
+)
+"""Where systems keep an emoji font by somebody else than the artist of the training pictures."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run."""
+
+    folder: Path
+    seed: int
+    control: bool
+    unseen_artist: Path | None
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the plan."""
+
+    name: str
+    """Also the key in ``seconds``."""
+    about: str
+    """What it does, for people."""
+    minutes: float
+    """How long that takes on two quiet cores."""
+    act: Callable[[Demo], None]
+    done: Callable[[Demo], bool]
+    """Whether the result is there."""
+    control: bool = False
+    """Belongs to the dense control."""
+
+
+def demo(
+    control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, unseen_artist: Path | None = None
+):
+    """Train a mixture of experts that sees and hears from real pretrained parts, test it, and write a report.
+
+    The same command goes on where a run was cut off. Ends with report.json and report.html in the output
+    folder, and two commands to talk to the model.
+
+    Args:
+        control: also train the dense control: the same language model, data and steps without experts.
+        output: folder of everything that the run makes.
+        seed: of the data, the training and the tests.
+        unseen_artist: emoji font, or folder of emoji pictures named by code point, by another artist than the
+            training pictures; for a test set only (default: a Noto emoji font that the system has).
+    """
+    begun = time.monotonic()
+    run = Demo(Path(output), seed, control, _settle(Path(output), seed, unseen_artist))
+    steps = [step for step in STEPS if control or not step.control]
+    todo = [step for step in steps if not step.done(run)]
+    console.announce(run.folder, [(step.name, step.about, step.minutes, step in todo) for step in steps])
+    if run.unseen_artist is None:
+        console.say("No emoji font by another artist was found: --unseen-artist FONT adds that test.\n")
+    for number, step in enumerate(steps, 1):
+        label = f"[{number:>2}/{len(steps)}] {step.name}"
+        if step not in todo:
+            console.say(f"{label}: done before")
+            continue
+        console.say(f"{label}: {step.about} ({console.minutes(step.minutes)})")
+        started = time.monotonic()
+        step.act(run)
+        gc.collect()
+        seconds = _note_seconds(run, step.name, time.monotonic() - started)
+        console.say(f"{label}: done in {clock(seconds)}")
+    report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
+    console.show_results(report)
+    console.say(
+        f"\nDone in {clock(time.monotonic() - begun)}; all steps took {clock(report['seconds']['total'])}."
+    )
+    console.say(f"The report: {run.folder / 'report.html'}\n")
+    console.show_commands(run.folder)
+
+
+# -------------------------------------------------------------------- steps
+
+
+def _prepare(run: Demo):
+    prepare()
+
+
+def _prepared(run: Demo) -> bool:
+    return all(fault(part, cache_folder()) is None for part in PARTS.values())
+
+
+def _build(run: Demo):
+    build_data(run.data, seed=run.seed, unseen_artist=run.unseen_artist)
+
+
+def _fit(stage: str, run: Demo):
+    arguments = [word for path in _config_files(stage, run) for word in ("-c", str(path))]
+    stages_cli(["fit", *arguments, "--output", str(run.folder / stage), "--seed_everything", str(run.seed)])
+
+
+def _assemble(run: Demo):
+    (manifest,) = _config_files("assemble", run)
+    assemble(str(manifest), output=str(run.folder / "assembled"))
+
+
+def _evaluate(name: str, run: Demo):
+    model, processor = _model(name, run)
+    prose = (ASSETS / "prose.txt").read_text(encoding="utf-8")
+    cache = _features(run, model, processor)
+    evaluate(model, processor, run.data, cache, prose, _evaluation(name, run), _made_of(name, run))
+
+
+def _floors(run: Demo):
+    model, processor = _model("start", run)
+    cache = _features(run, model, processor)
+    train = read_questions(run.data / "train.image.jsonl")
+    paths = {name: run.data / f"test.{name}.jsonl" for name in PICTURE_SETS}
+    tests = {name: read_questions(path) for name, path in paths.items() if path.is_file()}
+    cache.fill([question.sample for questions in (train, *tests.values()) for question in questions])
+    floors = measure_floors(train, tests, cache, default_part("text"), run.seed)
+    for reader, found in floors.items():
+        console.say(
+            "".join([f"      {FLOORS[reader]:<38}", *(f"{name} {x:.3f}  " for name, x in found.items())])
+        )
+    atomic_write(run.folder / "floors.json", json.dumps(floors, indent=1) + "\n")
+
+
+def _report(run: Demo):
+    _write_examples(run)
+    make_report(run.folder, run.control)
+
+
+def _exists(name: str, run: Demo) -> bool:
+    return (run.folder / name).is_file()
+
+
+def _evaluated(name: str, run: Demo) -> bool:
+    path = _evaluation(name, run)
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found.get("complete", False) and found["made_of"] == _made_of(name, run)
+
+
+def _never(run: Demo) -> bool:
+    return False
+
+
+def _stage(name: str, about: str, minutes: float, control: bool = False) -> Step:
+    return Step(name, about, minutes, partial(_fit, name), partial(_exists, f"{name}/{STAGE_FILE}"), control)
+
+
+def _test(name: str, minutes: float, control: bool = False) -> Step:
+    about = f"questions to the {MODELS[name]}"
+    return Step(
+        f"evaluate_{name}", about, minutes, partial(_evaluate, name), partial(_evaluated, name), control
+    )
+
+
+STEPS = (
+    Step("prepare", "the pretrained parts, downloaded and converted once", 0.7, _prepare, _prepared),
+    Step("data", "pictures, questions and clips", 0.7, _build, partial(_exists, "data/manifest.json")),
+    _stage("align", "the connectors learn to speak the language model's language", 5.0),
+    _stage("expert_image", "a copy of the language model specialises in pictures", 4.0),
+    _stage("expert_speech", "another one in speech", 4.0),
+    Step(
+        "assemble",
+        "their feed-forward layers become the experts of one model",
+        0.2,
+        _assemble,
+        partial(_exists, f"assembled/{STAGE_FILE}"),
+    ),
+    _stage("moe", "routers, experts and attention learn to work together", 7.0),
+    _stage("dense", "the dense control: same data, same number of steps, no experts", 14.0, control=True),
+    Step("floors", "what simple readers reach", 0.7, _floors, partial(_exists, "floors.json")),
+    _test("start", 1.5),
+    _test("moe", 1.5),
+    _test("dense", 1.5, control=True),
+    Step("report", "figures and pages", 0.2, _report, _never),
+)
+
+
+# -------------------------------------------------------------------- parts of steps
+
+
+def _config_files(stage: str, run: Demo) -> list[Path]:
+    """The YAML files of a stage; for another output folder, copies in it whose paths lead there."""
+    folder = Path(str(files("unimoe.configs").joinpath("uni_moe")))
+    names = [f"{stage}.yaml"] if stage == "assemble" else ["base.yaml", f"{stage}.yaml"]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if run.folder == Path(DEFAULT_OUTPUT):
+        return found
+    moved = []
+    for path in found:
+        text = path.read_text(encoding="utf-8").replace(DEFAULT_OUTPUT, run.folder.as_posix())
+        moved.append(run.folder / "configs" / path.name)
+        atomic_write(moved[-1], text)
+    return moved
+
+
+def _model(name: str, run: Demo) -> Built:
+    """A finished stage's model, or the one that the first stage starts from."""
+    if name != "start":
+        return load_model(run.folder / name)
+    settings: dict[str, Any] = {}
+    for path in _config_files("align", run):
+        settings |= yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {})
+    torch.manual_seed(run.seed)
+    chosen = {key: settings[key] for key in ("llm", "modalities", "chat_template") if key in settings}
+    return build_model(**chosen)
+
+
+def _features(run: Demo, model: Any, processor: Any) -> FeatureCache:
+    """The cache that the stages fill too."""
+    return FeatureCache(run.folder / "features", processor, model.model.encoders)
+
+
+def _evaluation(name: str, run: Demo) -> Path:
+    return run.folder / "evaluation" / f"{name}.json"
+
+
+def _made_of(name: str, run: Demo) -> str:
+    """Changes when the model or the questions do."""
+    digest = hashlib.sha256((run.data / "manifest.json").read_bytes())
+    model = _config_files("align", run) if name == "start" else [run.folder / name / STAGE_FILE]
+    for path in model:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write_examples(run: Demo):
+    """A picture and a spoken question about it, for the commands at the end."""
+    with atomic_folder(run.folder / "try") as folder:
+        questions = read_questions(run.data / "test.spoken_questions.jsonl")
+        chosen = next((one for one in questions if one.facts.get("kind") == "name"), questions[0])
+        for part in chosen.sample.media():
+            name = {"image": "picture", "speech": "question"}[part["type"]] + Path(part["path"]).suffix
+            shutil.copyfile(part["path"], folder / name)
+
+
+# -------------------------------------------------------------------- the folder's own notes
+
+
+def _note_seconds(run: Demo, name: str, seconds: float) -> float:
+    """Add a step's time to ``seconds.json``; training time that a killed run spent is counted in."""
+    path = run.folder / "seconds.json"
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = read_record(run.folder / name)
+    spent = max(seconds, record.seconds if record else 0.0)
+    order = [step.name for step in STEPS]
+    noted[name] = round(spent, 1)
+    ordered = {key: noted[key] for key in sorted(noted, key=order.index)}
+    atomic_write(path, json.dumps(ordered, indent=1) + "\n")
+    return spent
+
+
+def _settle(folder: Path, seed: int, unseen_artist: Path | None) -> Path | None:
+    """Note the run's settings in its folder, and return the other artist's font.
+
+    Raises UserError when the folder belongs to a run with other settings.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; expected a folder")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must be between 0 and 4294967295, found {seed}")
+    if unseen_artist is not None and not unseen_artist.exists():
+        raise UserError(f"--unseen-artist {unseen_artist}: there is no such font or folder")
+    path = folder / "demo.json"
+    artist = unseen_artist or next((Path(path) for path in OTHER_ARTISTS if Path(path).is_file()), None)
+    settings = {"seed": seed, "unseen_artist": None if artist is None else str(artist)}
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if unseen_artist is None:
+            settings["unseen_artist"] = found.get("unseen_artist")
+        for key, value in settings.items():
+            if found.get(key) != value:
+                there = f"{folder} was begun with {key} {found.get(key)}, found {value}"
+                raise UserError(f"{there}; choose another --output, or delete {folder}")
+    atomic_write(path, json.dumps(settings, indent=1) + "\n")
+    return None if settings["unseen_artist"] is None else Path(settings["unseen_artist"])
