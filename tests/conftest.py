@@ -8,14 +8,14 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    """One thread (two tests at once would otherwise fight for the cores) and the same random numbers in every test."""
+    """One thread (tests side by side would fight for the cores) and the same random numbers in every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def weights() -> Path:
-    """The cache with the real models, made by the real code if need be; without it the test is skipped, loudly.
+    """The cache with the real models, made if need be by the real code; else the test is skipped, loudly.
 
     UNIMOE_TEST_WEIGHTS=0 skips such tests without trying.
     """

@@ -16,7 +16,7 @@ DATA = bytes(range(256)) * 4096  # 1 MiB
 
 
 class Server(ThreadingHTTPServer):
-    """Serves DATA; ``plan`` says for each request in turn how many bytes it gets, or the status of an error."""
+    """Serves DATA; ``plan`` says for each request how many bytes it gets, or the status of an error."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""Finding the pinned file: index pages as JSON, as HTML and as folders, and what is said when it is not there."""
+"""Finding the pinned file: index pages as JSON, HTML and folders, and what is said when it is not there."""
 
 import json
 import threading

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def test_smollm2_knows_the_capital_of_france(weights: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = default_part("llm")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32 and model.config.max_position_embeddings == 8192
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
@@ -45,10 +47,16 @@ def test_smollm2_knows_the_capital_of_france(weights: Path):
 
 def test_efficientnet_names_photos(weights: Path):
     import timm
-    from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
+    from timm.data.imagenet_info import ImageNetInfo
+    from timm.data.transforms_factory import transforms_imagenet_eval
 
     model = timm.create_model(f"local-dir:{default_part('image')}", pretrained=True).eval()
-    transform, names = create_transform(**resolve_model_data_config(model)), ImageNetInfo()
+    settings, names = resolve_model_data_config(model), ImageNetInfo()
+    keys = ("crop_pct", "interpolation", "mean", "std")
+    transform: Any = transforms_imagenet_eval(
+        settings["input_size"][1:], **{key: settings[key] for key in keys}
+    )
     for photo, expected, least in (("chelsea.png", "cat", 0.8), ("coffee.png", "espresso", 0.8)):
         picture = Image.open(default_part("photos") / photo).convert("RGB")
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Filling the cache with a tiny stand-in for a part: repeats, damage, wrong files, full disks, parallel runs."""
+"""Filling the cache with a tiny stand-in for a part: repeats, damage, wrong files, full disks, two runs."""
 
 import hashlib
 import json

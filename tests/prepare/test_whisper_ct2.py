@@ -1,6 +1,7 @@
 """The reader of CTranslate2 files and the map to openai-whisper's names, on a tiny synthetic model."""
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,10 +43,10 @@ def pack(tensors: dict[str, np.ndarray], aliases: dict[str, str], spec: str = "W
 
 
 def from_openai(model: Whisper) -> dict[str, np.ndarray]:
-    """The tensors of ``model`` under CTranslate2's names, float16, by asking each module (not by renaming)."""
+    """The tensors of ``model`` under CTranslate2's names, float16, by asking each module, not by renaming."""
     tensors = {}
 
-    def put(name: str, *values: torch.Tensor | None, like: torch.Tensor | None = None) -> None:
+    def put(name: str, *values: Any, like: torch.Tensor | None = None) -> None:
         full = [
             torch.zeros(like.shape[0]) if value is None and like is not None else value for value in values
         ]
@@ -59,7 +60,8 @@ def from_openai(model: Whisper) -> dict[str, np.ndarray]:
         put(name + "/gamma", layer.weight)
         put(name + "/beta", layer.bias)
 
-    for side, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
+    stacks: tuple[tuple[str, Any], ...] = (("encoder", model.encoder), ("decoder", model.decoder))
+    for side, stack in stacks:
         put(f"{side}/position_encodings/encodings", stack.positional_embedding)
         norm(f"{side}/layer_norm", stack.ln_post if side == "encoder" else stack.ln)
         for number, block in enumerate(stack.blocks):
@@ -87,7 +89,7 @@ def tiny() -> Whisper:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
         parameter.data = parameter.data.half().float()  # exact in the file
-    model.encoder.positional_embedding.copy_(model.encoder.positional_embedding.half())
+    model.encoder.positional_embedding = model.encoder.positional_embedding.half().float()
     return model.eval()
 
 

