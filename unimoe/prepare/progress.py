@@ -22,9 +22,8 @@ def progress_bar(text: str, size: int) -> Iterator[Callable[[int], None]]:
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
+        progress.BarColumn(bar_width=12),  # all of a line fits into 80 columns
         progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
@@ -39,6 +38,6 @@ def _lines(text: str, size: int) -> Callable[[int], None]:
         nonlocal last
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()
-            log.info("%s: %.0f of %.0f MB", text, done / 1e6, size / 1e6)
+            log.info("%s: downloaded %.0f of %.0f MB", text, done / 1e6, size / 1e6)
 
     return advance

@@ -115,7 +115,7 @@ def _check_room(missing: list[Part], have: dict[str, Path | None], cache: Path) 
 def _fetch(part: Part, downloads: Path, sources: Sources, label: str) -> Path:
     target = downloads / part.filename
     link = find_link(part, sources)
-    with progress_bar(f"{label}: downloading", part.size) as advance:
+    with progress_bar(label, part.size) as advance:
         download(link.url, target, part.size, advance, sources.certificates)
     return target
 
