@@ -21,7 +21,7 @@ from unimoe.demo.scenes import Artist, Scene, load_photos, open_artist, pair, se
 from unimoe.files import atomic_folder
 from unimoe.prepare.cache import default_part
 
-TEST_PHOTOS = ("astronaut", "coffee", "grass")
+TEST_PHOTOS = ("astronaut", "grass", "rocket")
 """Stems of the photos that only test pictures stand on; unknown photo folders give every fifth photo to the
 tests."""
 TRANSCRIBE = "Write down what was said."
@@ -32,12 +32,12 @@ _OTHER_KINDS = ("group", "colour", "yes_no")
 class BuildConfig:
     """How much to make."""
 
-    views: int = 14
+    views: int = 30
     """Training pictures of each concept alone."""
-    restyle: float = 0.75
-    """Share of the training pictures whose sprite and ground are redrawn in other colours and without
-    outlines."""
-    plain: float = 0.15
+    restyle: float = 0.6
+    """Share of the training pictures whose sprite loses marks of its artist (outlines, exact hues); half of these
+    stand on a recoloured ground."""
+    plain: float = 0.1
     """Share of the training pictures on a plain ground."""
     counts: int = 240
     """Training pictures with one to four like things."""
@@ -120,9 +120,12 @@ def build_data(
     of emoji pictures by another artist, used for a test set only (no ``test.unseen_artist.jsonl`` is written
     without it). Files, all messages JSONL with media paths relative to ``folder``:
 
-    ``train.image`` ``train.spoken`` ``train.transcribe`` ``train.text`` ``val.image`` ``val.spoken``
-    ``val.transcribe`` ``val.text`` ``test.new_backgrounds`` ``test.unseen_artist`` ``test.held_out``
-    ``test.text_questions`` ``test.spoken_questions`` ``test.unseen_voice``; and ``manifest.json``.
+    * ``train.image`` asks every picture of one thing its name, ``train.questions`` asks for group, colour, yes or
+      no, count and place; ``train.spoken`` asks all of these aloud, ``train.transcribe`` wants the recording
+      written down, ``train.text`` is plain dialogue. ``val.image``, ``val.spoken``, ``val.transcribe``, ``val.text``.
+    * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names; ``test.text_questions``,
+      ``test.spoken_questions`` and ``test.unseen_voice`` are the same questions on the same pictures three ways.
+    * ``manifest.json``: concepts, photos, voices and artists of the splits, and how many samples each file has.
     """
     config = config or BuildConfig()
     config.seed = seed
@@ -173,11 +176,13 @@ def _train(writer: _Writer, config: BuildConfig, artist: Artist, photos: list[Im
         path = writer.picture(scene.image, part)
         asked = kind if kind in ("count", "left", "right") else "name"
         question, reply = ask(asked, scene, rng)
-        writer.add(f"{part}.image", [([_image(path), _text(question)], reply)], kind=asked)
+        file = "train.questions" if part == "train" and asked != "name" else f"{part}.image"
+        writer.add(file, [([_image(path), _text(question)], reply)], kind=asked)
         if asked == "name":
             asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
             question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))
-            writer.add(f"{part}.image", [([_image(path), _text(question)], reply)], kind=asked)
+            file = "train.questions" if part == "train" else "val.image"
+            writer.add(file, [([_image(path), _text(question)], reply)], kind=asked)
         asked = (
             kind
             if kind != "single"

@@ -36,6 +36,7 @@ class FontArtist:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._drawn: dict[str, Image.Image | None] = {}
         last = None
         for size in (144, 109, 128, 136, 160):  # a bitmap font has exactly one size
             try:
@@ -47,9 +48,11 @@ class FontArtist:
 
     def sprite(self, char: str) -> Image.Image | None:
         """RGBA picture of ``char`` cut to its drawn pixels, longest side 160; None if the font lacks it."""
-        canvas = Image.new("RGBA", (320, 320), (0, 0, 0, 0))
-        ImageDraw.Draw(canvas).text((60, 60), char, font=self._font, embedded_color=True)
-        return _trim(canvas)
+        if char not in self._drawn:
+            canvas = Image.new("RGBA", (320, 320), (0, 0, 0, 0))
+            ImageDraw.Draw(canvas).text((60, 60), char, font=self._font, embedded_color=True)
+            self._drawn[char] = _trim(canvas)
+        return self._drawn[char]
 
 
 class FolderArtist:
@@ -188,7 +191,7 @@ def single(
     concept: Concept, artist: Artist, photo: Image.Image | None, rng: random.Random, restyle: bool = False
 ) -> Scene:
     """One sprite, 0.55 to 0.95 of the picture's side, anywhere; on a plain ground where ``photo`` is None."""
-    ground = background(photo, rng, restyle) if photo else _plain(rng)
+    ground = background(photo, rng, restyle and rng.random() < 0.5) if photo else _plain(rng)
     view = vary(_sprite(artist, concept), rng, SIZE * rng.uniform(0.55, 0.95), restyle)
     view = _fit(view, SIZE)
     x, y = rng.randint(0, SIZE - view.width), rng.randint(0, SIZE - view.height)
@@ -205,7 +208,7 @@ def several(
     restyle: bool = False,
 ) -> Scene:
     """``count`` (1 to 4) like sprites in different quarters of the picture, so that none hides another."""
-    ground = background(photo, rng, restyle) if photo else _plain(rng)
+    ground = background(photo, rng, restyle and rng.random() < 0.5) if photo else _plain(rng)
     sprite, half = _sprite(artist, concept), SIZE // 2
     for quarter in rng.sample(range(4), count):
         view = _fit(vary(sprite, rng, half * rng.uniform(0.75, 0.98)), half)
@@ -224,7 +227,7 @@ def pair(
     restyle: bool = False,
 ) -> Scene:
     """Two sprites side by side."""
-    ground = background(photo, rng, restyle) if photo else _plain(rng)
+    ground = background(photo, rng, restyle and rng.random() < 0.5) if photo else _plain(rng)
     half = SIZE // 2
     for place, concept in enumerate((left, right)):
         view = _fit(vary(_sprite(artist, concept), rng, half * rng.uniform(0.85, 1.1), restyle), half)
