@@ -35,8 +35,8 @@ class BuildConfig:
     views: int = 30
     """Training pictures of each concept alone."""
     restyle: float = 0.6
-    """Share of the training pictures whose sprite loses marks of its artist (outlines, exact hues); half of these
-    stand on a recoloured ground."""
+    """Share of the training pictures whose sprite loses marks of its artist (outlines, exact hues); half of
+    these stand on a recoloured ground."""
     plain: float = 0.1
     """Share of the training pictures on a plain ground."""
     counts: int = 240
@@ -120,12 +120,15 @@ def build_data(
     of emoji pictures by another artist, used for a test set only (no ``test.unseen_artist.jsonl`` is written
     without it). Files, all messages JSONL with media paths relative to ``folder``:
 
-    * ``train.image`` asks every picture of one thing its name, ``train.questions`` asks for group, colour, yes or
-      no, count and place; ``train.spoken`` asks all of these aloud, ``train.transcribe`` wants the recording
-      written down, ``train.text`` is plain dialogue. ``val.image``, ``val.spoken``, ``val.transcribe``, ``val.text``.
-    * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names; ``test.text_questions``,
-      ``test.spoken_questions`` and ``test.unseen_voice`` are the same questions on the same pictures three ways.
-    * ``manifest.json``: concepts, photos, voices and artists of the splits, and how many samples each file has.
+    * ``train.image`` asks every picture of one thing its name, ``train.questions`` asks for group, colour,
+      yes or no, count and place; ``train.spoken`` asks all of these aloud, ``train.transcribe`` wants the
+      recording written down, ``train.text`` is plain dialogue. ``val.image``, ``val.spoken``,
+      ``val.transcribe`` and ``val.text`` go with them.
+    * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names;
+      ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` are the same questions on
+      the same pictures three ways.
+    * ``manifest.json``: concepts, photos, voices and artists of the splits, and how many samples each file
+      has.
     """
     config = config or BuildConfig()
     config.seed = seed
