@@ -14,8 +14,8 @@ class MixedBatchSampler(Sampler[list[int]]):
     """Yields ``steps`` lists of indices, each with ``counts[i]`` samples of source i.
 
     The samples of a source come in a new random order each time all of them were used, as a function of the
-    seed alone; batch b takes the b-th slice of that endless row, so any batch can be computed on its own. With
-    several ranks each takes its own slices.
+    seed alone; batch b takes the b-th slice of that endless row, so any batch can be computed on its own.
+    With several ranks each takes its own slices.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from .data import StageData
 from .experts_file import base_fingerprint
 from .start import load_model
 from .trainable import Group, LoRA, Trainable, choose
-from .warm_start import Ridge, check_kinds, naming_samples, warm_start
+from .warm_start import Ridge, check_kinds, read_examples, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -169,11 +169,9 @@ class StageModule(LightningModule):
             return
         for kind, settings in self.warm_start.items():
             data = cast(StageData, self.trainer.datamodule)  # type: ignore[attr-defined]
-            pairs = naming_samples(data.samples["train"], kind, settings)
-            if not pairs:
-                raise UserError(f"warm_start: no training sample shows one {kind} and answers briefly")
-            encoded = data.encode([sample for sample, _ in pairs], kind)
-            warm_start(self.model, self.processor, kind, encoded, [answer for _, answer in pairs], settings)
+            examples = read_examples(data.files["train"], data.media_root, kind, settings)
+            encoded = data.encode([example.sample for example in examples], kind)
+            warm_start(self.model, self.processor, kind, encoded, examples, settings)
 
     # ---------------------------------------------------------------- steps
 

@@ -1,13 +1,24 @@
-"""A head start for fresh connectors: least squares from what an encoder sees to the words it is called by."""
+"""A head start for fresh connectors: least squares from what an encoder sees or hears to the words for it.
+
+Extra keys of a training record say what those words are:
+
+    "target": "red fox"                      what the picture (or clip) is called; default its first answer
+    "words": [["what", 0.31], ["is", 0.44]]  what is spoken in a clip, and the second at which each word ends
+
+Shapes: n media, S encoder positions, D encoder width, H hidden size of the LLM, V vocabulary, m examples.
+"""
 
 import logging
-from dataclasses import dataclass
-from typing import Any, cast
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unimoe.data import Sample
+from unimoe.data import Sample, parse_record
+from unimoe.data.readers import read_records
 from unimoe.encoders import ridge_init
 from unimoe.errors import UserError
 from unimoe.modeling import Encoded, UniMoeForConditionalGeneration
@@ -15,33 +26,55 @@ from unimoe.processing import UniMoeProcessor
 
 log = logging.getLogger(__name__)
 
+SECONDS_PER_POSITION = 0.02
+"""Of the speech encoders: two mel frames of 10 ms."""
+
 
 @dataclass
 class Ridge:
-    """Ridge regression from the mean media token to the mean embedding of the answer's words."""
+    """Which samples a connector starts from, and how cautiously."""
 
-    ridge: float = 2000.0
-    """Strength of the penalty, on standardised features."""
+    penalty: float = 2000.0
+    """Strength of the ridge penalty, on standardised features."""
 
-    max_words: int = 4
-    """Only samples whose first answer has at most so many words: names, not sentences."""
+    where: dict[str, str] = field(default_factory=dict)
+    """Only records with these values under these extra keys, such as ``kind: name``."""
 
     max_samples: int = 4000
-    """Use at most so many samples, from the beginning of the data."""
+    """Use at most so many, from the beginning of the data."""
 
 
-def naming_samples(samples: list[Sample], kind: str, settings: Ridge) -> list[tuple[Sample, str]]:
-    """The samples that show one medium of ``kind`` and nothing else, with the short answer that names it."""
-    pairs = []
-    for sample in samples:
-        answer = next((_text(message) for message in sample.messages if message["role"] == "assistant"), "")
-        if (
-            sample.kind == kind
-            and len(list(sample.media())) == 1
-            and 0 < len(answer.split()) <= settings.max_words
-        ):
-            pairs.append((sample, answer))
-    return pairs[: settings.max_samples]
+@dataclass
+class Example:
+    """A sample with one medium, and the words for it."""
+
+    sample: Sample
+    """Where the medium is."""
+
+    target: str
+    """What it is called."""
+
+    words: list[tuple[str, float]] | None
+    """What is spoken and when each word ends, in seconds."""
+
+
+def read_examples(files: list[str], media_root: str | None, kind: str, settings: Ridge) -> list[Example]:
+    """The records that show one medium of ``kind`` and no other. Raises UserError when there are none."""
+    examples = []
+    for file in files:
+        root = Path(file).parent if media_root is None else media_root
+        for source, record in read_records(Path(file)):
+            if any(str(record.get(key)) != value for key, value in settings.where.items()):
+                continue
+            sample = parse_record(record, source, root)
+            if sample.kind == kind and len(list(sample.media())) == 1:
+                examples.append(Example(sample, _target(record, sample), _words(record, source)))
+            if len(examples) == settings.max_samples:
+                return examples
+    if not examples:
+        wanted = "".join(f", {key}: {value}" for key, value in settings.where.items())
+        raise UserError(f"warm_start: no training record holds one {kind} and no other medium{wanted}")
+    return examples
 
 
 @torch.no_grad()
@@ -50,37 +83,96 @@ def warm_start(
     processor: UniMoeProcessor,
     kind: str,
     encoded: Encoded,
-    answers: list[str],
+    examples: list[Example],
     settings: Ridge,
 ) -> None:
-    """Set the connector of ``kind`` in place.
+    """Set the connector of ``kind`` in place, and scale its tokens to the norm of the LLM's own embeddings.
+
+    Where all examples have word times, every token of a clip is fitted to the word spoken in its middle;
+    otherwise the mean of the medium's tokens to the mean embedding of its target.
 
     Args:
-        encoded: the encoder's output for one medium of each answer: features_nSD, lengths_n or None.
-        answers: what each medium is called.
+        encoded: the encoder's output for the medium of each example: features_nSD, lengths_n or None.
     """
-    embedding_VH = cast(Tensor, model.get_input_embeddings().weight)
-    targets_nH = torch.stack([_mean_embedding(answer, processor, embedding_VH) for answer in answers])
-    mean_norm = embedding_VH.float().norm(dim=-1).mean().item()
+    embedding_VH: Any = model.get_input_embeddings().weight
+    connector: Any = model.model.connectors[kind]
     features_nSD, lengths_n = encoded
-    ridge_init(model.model.connectors[kind], features_nSD, targets_nH, mean_norm, lengths_n, settings.ridge)  # type: ignore[arg-type]
-    log.info("%s connector: started from %d named samples by ridge regression", kind, len(answers))
+    timed = all(example.words for example in examples) and lengths_n is not None
+    if timed:
+        features_nSD, lengths_n, tokens = _by_token(encoded, examples, processor, connector.config.stack or 1)
+        targets_mH = embedding_VH[tokens.to(embedding_VH.device)].float()
+    else:
+        rows = [embedding_VH[_ids(example.target, processor)].float().mean(0) for example in examples]
+        targets_mH = torch.stack(rows)
+    norm = embedding_VH.float().norm(dim=-1).mean().item()
+    ridge_init(connector, features_nSD, targets_mH, norm, lengths_n, settings.penalty)
+    unit = "spoken tokens" if timed else "named media"
+    log.info("%s connector: started from %d %s by ridge regression", kind, len(targets_mH), unit)
 
 
 def check_kinds(settings: dict[str, Ridge], model: UniMoeForConditionalGeneration) -> None:
     """Raises UserError for a modality that the model does not have."""
     for kind in settings:
         if kind not in model.model.connectors:
-            raise UserError(
-                f"warm_start: the model has no {kind}; it has {', '.join(model.model.connectors) or 'none'}"
-            )
+            has = ", ".join(model.model.connectors) or "none"
+            raise UserError(f"warm_start: the model has no {kind}; it has {has}")
 
 
-def _text(message: dict) -> str:
-    return "".join(part.get("text", "") for part in message["content"]).strip().rstrip(".")
+def spoken_tokens(
+    words: list[tuple[str, float]], processor: UniMoeProcessor, times: list[float]
+) -> list[int]:
+    """The token that is being spoken at each time (seconds).
+
+    A word's time is shared evenly by its tokens; after the last word its last token (a question mark) goes on.
+    """
+    spans: list[tuple[float, int]] = []
+    begin = 0.0
+    for word, end in words:
+        ids = _ids(word, processor)
+        spans += [(begin + (end - begin) * (part + 1) / len(ids), token) for part, token in enumerate(ids)]
+        begin = end
+    return [next((token for end, token in spans if time < end), spans[-1][1]) for time in times]
 
 
-def _mean_embedding(answer: str, processor: UniMoeProcessor, embedding_VH: Tensor) -> Tensor:
+def _by_token(
+    encoded: Encoded, examples: list[Example], processor: UniMoeProcessor, stack: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every ``stack`` positions of a clip as an item of its own: features, lengths, the token spoken then."""
+    features_nSD, lengths_n = encoded
+    assert lengths_n is not None
+    pieces, lengths, tokens = [], [], []
+    for clip_SD, length, example in zip(features_nSD, lengths_n.tolist(), examples, strict=True):
+        starts = range(0, length, stack)
+        for start in starts:
+            piece = clip_SD[start : min(start + stack, length)]
+            lengths.append(len(piece))
+            pieces.append(torch.nn.functional.pad(piece, (0, 0, 0, stack - len(piece))))
+        times = [(start + stack / 2) * SECONDS_PER_POSITION for start in starts]
+        tokens += spoken_tokens(example.words or [], processor, times)
+    return torch.stack(pieces), torch.tensor(lengths, device=features_nSD.device), torch.tensor(tokens)
+
+
+def _ids(words: str, processor: UniMoeProcessor) -> list[int]:
     tokenizer: Any = processor.tokenizer
-    ids = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
-    return embedding_VH[torch.tensor(ids, device=embedding_VH.device)].float().mean(0)
+    return tokenizer(" " + words, add_special_tokens=False)["input_ids"]
+
+
+def _target(record: Any, sample: Sample) -> str:
+    """The record's own target, or its first answer without article and final stop."""
+    if isinstance(record.get("target"), str):
+        return record["target"]
+    answer = next(message for message in sample.messages if message["role"] == "assistant")
+    text = "".join(part.get("text", "") for part in answer["content"]).strip().rstrip(".").lower()
+    return re.sub(r"^(a|an|the|some)\s+", "", text)
+
+
+def _words(record: Any, source: str) -> list[tuple[str, float]] | None:
+    words = record.get("words")
+    if words is None:
+        return None
+    try:
+        return [(str(word), float(end)) for word, end in words]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{source}: words must be a list of [word, second of its end], found {words!r}"
+        ) from None

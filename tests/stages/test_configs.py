@@ -1,0 +1,39 @@
+"""The configurations that ship with the package are read by the commands they are for."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+
+from unimoe.moe import MoEConfig
+from unimoe.stages.assemble import read_manifest
+from unimoe.stages.cli import main
+
+FOLDER = Path(str(files("unimoe.configs").joinpath("uni_moe")))
+STAGES = ("align", "expert_image", "expert_speech", "moe", "dense")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage(stage, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "-c", str(FOLDER / f"{stage}.yaml"), "--print_config"])
+    assert done.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["stage"] == stage
+    assert printed["output"] == f"runs/demo/{stage}"
+
+
+def test_manifest():
+    manifest = read_manifest(FOLDER / "assemble.yaml")
+    moe = MoEConfig.from_dict({**manifest.moe, "num_experts": len(manifest.experts)})
+    assert moe.num_experts == 4
+    sources = {slot.source for slot in manifest.experts} | {manifest.base} | set(manifest.connectors.values())
+    assert sources - {"base"} <= {f"runs/demo/{stage}" for stage in STAGES}
+
+
+def test_the_control_has_as_many_steps_as_the_mixture():
+    steps = {
+        stage: yaml.safe_load((FOLDER / f"{stage}.yaml").read_text())["data"]["steps"] for stage in STAGES
+    }
+    assert steps["dense"] == steps["expert_image"] + steps["expert_speech"] + steps["moe"]

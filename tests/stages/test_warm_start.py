@@ -1,0 +1,107 @@
+import json
+import logging
+
+import pytest
+import torch
+
+from unimoe.errors import UserError
+from unimoe.stages.warm_start import Ridge, read_examples, spoken_tokens, warm_start
+from unimoe.testing import tiny_model
+
+
+@pytest.fixture
+def built(tmp_path):
+    return tiny_model(tmp_path)
+
+
+def test_the_target_is_said_or_is_the_answer(world):
+    file = world / "named.jsonl"
+    image = [{"type": "image", "path": "0.png"}]
+    records = [
+        {
+            "messages": [{"role": "user", "content": image}, {"role": "assistant", "content": "A red fox."}],
+            "kind": "name",
+        },
+        {
+            "messages": [{"role": "user", "content": image}, {"role": "assistant", "content": "Look!"}],
+            "kind": "name",
+            "target": "owl",
+        },
+        {
+            "messages": [{"role": "user", "content": image}, {"role": "assistant", "content": "Yes."}],
+            "kind": "yes_no",
+        },
+        {
+            "messages": [{"role": "user", "content": image * 2}, {"role": "assistant", "content": "A"}],
+            "kind": "name",
+        },
+        {
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "A"}],
+            "kind": "name",
+        },
+    ]
+    file.write_text("\n".join(map(json.dumps, records)))
+    examples = read_examples([str(file)], None, "image", Ridge(where={"kind": "name"}))
+    assert [example.target for example in examples] == ["red fox", "owl"]
+    assert len(read_examples([str(file)], None, "image", Ridge(max_samples=1))) == 1
+    with pytest.raises(
+        UserError, match="no training record holds one speech and no other medium, kind: name"
+    ):
+        read_examples([str(file)], None, "speech", Ridge(where={"kind": "name"}))
+
+
+def test_words_that_are_no_words(world):
+    file = world / "timed.jsonl"
+    record = {
+        "messages": [
+            {"role": "user", "content": [{"type": "speech", "path": "0.wav"}]},
+            {"role": "assistant", "content": "hello"},
+        ],
+        "words": ["hello"],
+    }
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"timed\.jsonl:1: words must be a list of \[word, second"):
+        read_examples([str(file)], None, "speech", Ridge())
+
+
+def test_words_share_their_time_evenly(built):
+    _, processor = built  # one token a byte, and a space before each word
+    ids = {text: processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" ab", " c")}
+    found = spoken_tokens([("ab", 0.3), ("c", 0.5)], processor, [0.05, 0.15, 0.25, 0.35, 0.45, 2.0])
+    assert found == [*ids[" ab"], *ids[" c"], ids[" c"][-1]]
+
+
+def test_pictures_start_near_their_names(world, built):
+    model, processor = built
+    examples = [
+        example
+        for example in read_examples([str(world / "train.jsonl")], None, "image", Ridge())
+        if example.sample.kind == "image"
+    ]
+    features = torch.randn(len(examples), 4, model.model.encoders["image"].hidden_size)
+    warm_start(model, processor, "image", (features, None), examples, Ridge(penalty=1e-3))
+    tokens, _ = model.model.connectors["image"](features, None)
+    embedding = model.get_input_embeddings().weight
+    torch.testing.assert_close(tokens.norm(dim=-1).mean(), embedding.norm(dim=-1).mean(), rtol=1e-3, atol=0)
+    names = [processor.tokenizer(" " + e.target, add_special_tokens=False)["input_ids"] for e in examples]
+    wanted = torch.stack([embedding[ids].mean(0) for ids in names])
+    centred = [x - x.mean(0) for x in (tokens.mean(1), wanted)]
+    assert torch.nn.functional.cosine_similarity(*centred).min() > 0.95
+
+
+def test_speech_is_fitted_word_by_word(world, built, caplog):
+    model, processor = built
+    file = world / "spoken.jsonl"
+    record = {
+        "messages": [
+            {"role": "user", "content": [{"type": "speech", "path": "0.wav"}]},
+            {"role": "assistant", "content": "ab c"},
+        ],
+        "words": [["ab", 0.3], ["c", 0.5]],
+    }
+    file.write_text("\n".join([json.dumps(record)] * 2))
+    examples = read_examples([str(file)], None, "speech", Ridge())
+    features = torch.randn(2, 26, model.model.encoders["speech"].hidden_size)
+    caplog.set_level(logging.INFO)
+    warm_start(model, processor, "speech", (features, torch.tensor([26, 12])), examples, Ridge())
+    assert "started from 9 spoken tokens" in caplog.text  # 6 and 3 tokens of 5 positions
