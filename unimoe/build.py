@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from unimoe.encoders import build_connector, load_encoder
+from unimoe.encoders import ImageEncoder, build_connector, load_encoder
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import install_moe
 from unimoe.prepare.cache import resolve_part
@@ -25,13 +25,15 @@ def build_model(
     moe: dict[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> Built:
-    """Put a model and its processor together; connectors start at random, everything else as its maker left it.
+    """Put a model and its processor together; connectors start at random, all else as its maker left it.
 
     Args:
         llm: ``default``, a folder or a hub id of a causal LM.
-        modalities: for each medium ``{"encoder": {"type", ..., "weights"}, "connector": {"type", ...}}``; ``weights`` is
-            ``default``, a folder, a file, or what :func:`unimoe.encoders.load_encoder` understands (None: random).
-        moe: fields of :class:`unimoe.moe.MoEConfig`, to copy the FFNs into experts at once; None keeps the LLM dense.
+        modalities: for each medium ``{"encoder": {"type", ..., "weights"}, "connector": {"type", ...}}``;
+            ``weights`` is ``default``, a folder, a file, or what :func:`unimoe.encoders.load_encoder`
+            understands (None: random).
+        moe: fields of :class:`unimoe.moe.MoEConfig`, to copy the FFNs into experts at once; None keeps the
+            LLM dense.
         chat_template: ``chatml``, a Jinja template, or None for the tokenizer's own.
     """
     encoders, connectors, described = {}, {}, {}
@@ -66,7 +68,7 @@ def build_model(
     for kind, encoder in encoders.items():
         model.model.encoders[kind] = encoder
         model.model.connectors[kind] = build_connector(
-            connectors[kind], encoder.hidden_size, config.text_config.hidden_size
+            connectors[kind], encoder.hidden_size, causal.config.hidden_size
         )
     if moe:
         settings = MoEConfig.from_dict(moe)
@@ -77,11 +79,14 @@ def build_model(
     return model.eval(), UniMoeProcessor(tokenizer, processor_parts(model), chat_template=template)
 
 
-def load_llm(llm: str):
-    """A dense causal LM and its tokenizer, both with the media placeholders. Raises UserError when it cannot be had."""
+def load_llm(llm: str) -> tuple[Any, Any]:
+    """A dense causal LM and its tokenizer, both with the media placeholders.
+
+    Raises UserError when it cannot be had.
+    """
     path = str(resolve_part(llm, "llm"))
     try:
-        causal = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        causal: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"llm '{llm}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -98,14 +103,15 @@ def load_llm(llm: str):
 def processor_parts(model: UniMoeForConditionalGeneration) -> dict[str, Any]:
     """What the processor has to know about each medium of the model."""
     parts = {}
+    modalities = model.config.modalities or {}
     for kind, encoder in model.model.encoders.items():
-        if kind == "image":
+        if isinstance(encoder, ImageEncoder):
             preprocessing = {**encoder.preprocessing, "positions": encoder.num_tokens}
         else:
             preprocessing = {"mel_bins": encoder.num_mel_bins}
         parts[kind] = {
             "preprocessing": preprocessing,
-            "connector": model.config.modalities[kind]["connector"],
+            "connector": modalities[kind]["connector"],
         }
     return parts
 

@@ -28,7 +28,8 @@ class UniMoeConfig(PreTrainedConfig):
 
     modalities: dict[str, Any] | None = None
     """One entry a medium (``image``, ``video``, ``speech``, ``audio``), each with the configuration of its
-    ``encoder`` (:func:`unimoe.encoders.build_encoder`) and its ``connector`` (:func:`unimoe.encoders.build_connector`)."""
+    ``encoder`` (:func:`unimoe.encoders.build_encoder`) and its ``connector``
+    (:func:`unimoe.encoders.build_connector`)."""
 
     moe: dict[str, Any] | None = None
     """Fields of :class:`unimoe.moe.MoEConfig`; None keeps the language model dense."""
@@ -57,7 +58,7 @@ class UniMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_modalities(self):
-        """Run by ``@strict`` at construction: every entry is a known medium with an encoder, a connector and a placeholder."""
+        """Run by ``@strict`` at construction: each entry is a known medium, with encoder and connector."""
         for kind, parts in (self.modalities or {}).items():
             if kind not in MEDIA:
                 raise ValueError(f"unknown modality '{kind}' in the configuration; known: {', '.join(MEDIA)}")

@@ -4,6 +4,7 @@
 class UserError(ValueError):
     """Bad input, settings or environment.
 
-    The message is one line that names what was found, what was expected, and the file, sample or flag to change.
-    The command line prints it after ``unimoe: error:`` and exits with code 2; from Python it is a ``ValueError``.
+    The message is one line that names what was found, what was expected, and the file, sample or flag to
+    change. The command line prints it after ``unimoe: error:`` and exits with code 2; from Python it is a
+    ``ValueError``.
     """

@@ -37,7 +37,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path`` by way of a temporary file. Raises UserError when the disk is full."""
+    """Write ``content`` (text as UTF-8) to ``path`` by way of a temporary file.
+
+    Raises UserError when the disk is full.
+    """
     path = Path(path)
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

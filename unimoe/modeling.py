@@ -1,7 +1,7 @@
 """The model: encoders and connectors in front of a causal LM, some of whose FFNs are mixtures of experts.
 
-Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (pictures, audio windows),
-S encoder positions of an item, D encoder width, N media tokens over the whole batch.
+Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (pictures, audio
+windows), S encoder positions of an item, D encoder width, N media tokens over the whole batch.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class UniMoePreTrainedModel(PreTrainedModel):
 
     config: UniMoeConfig
     base_model_prefix = "model"
-    input_modalities = ("text", "image", "audio")
+    input_modalities = ["text", "image", "audio"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -62,10 +62,11 @@ class UniMoePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        reset = getattr(module, "reset_parameters", None)
         if isinstance(module, Encoder):
-            module.reset_buffers()  # buffers that are not saved are empty after loading through the meta device
-        elif type(module).__module__.startswith("unimoe.") and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            module.reset_buffers()  # those that are not saved are empty after loading through the meta device
+        elif callable(reset) and type(module).__module__.startswith("unimoe."):
+            reset()
         else:
             super()._init_weights(module)
 
@@ -76,21 +77,20 @@ class UniMoeModel(UniMoePreTrainedModel):
     The forward pass:
 
     1. Embed ``input_ids``.
-    2. For each medium that is present, encode the items, connect them to the LLM's width, and put the resulting tokens in
-       the places of the medium's placeholder. A medium that is absent runs nothing.
+    2. For each medium that is present, encode the items, connect them to the LLM's width, and put the
+       resulting tokens in the places of the medium's placeholder. A medium that is absent runs nothing.
     3. Run the decoder, with the modality of every token and the padding at hand for the routers.
     """
 
     def __init__(self, config: UniMoeConfig):
         super().__init__(config)
         modalities = config.modalities or {}
-        hidden_size = config.text_config.hidden_size
-        self.encoders = nn.ModuleDict(
-            {kind: build_encoder(parts["encoder"]) for kind, parts in modalities.items()}
-        )
+        hidden_size = config.get_text_config().hidden_size
+        encoders = {kind: build_encoder(parts["encoder"]) for kind, parts in modalities.items()}
+        self.encoders = nn.ModuleDict(encoders)
         self.connectors = nn.ModuleDict(
             {
-                kind: build_connector(parts["connector"], self.encoders[kind].hidden_size, hidden_size)
+                kind: build_connector(parts["connector"], encoders[kind].hidden_size, hidden_size)
                 for kind, parts in modalities.items()
             }
         )
@@ -112,13 +112,17 @@ class UniMoeModel(UniMoePreTrainedModel):
         return tokens_MNH[valid_MN]
 
     def insert_media(self, kind: str, input_ids: Tensor, embeds_BTH: Tensor, tokens_NH: Tensor) -> Tensor:
-        """Put the media tokens, in order, where ``input_ids`` hold the placeholder. Raises ValueError if the numbers differ."""
+        """Put the media tokens, in order, where ``input_ids`` hold the placeholder.
+
+        Raises ValueError if the numbers differ.
+        """
         places_BT = input_ids == self.config.token_ids()[kind]
         counts = places_BT.sum(1).tolist()
         if sum(counts) != len(tokens_NH):
             raise ValueError(
-                f"the rows hold {counts} <{kind}> placeholder tokens ({sum(counts)} in all), but the {kind} inputs give "
-                f"{len(tokens_NH)} tokens; scattering them would misplace media, so expand the placeholders with the processor"
+                f"the rows hold {counts} <{kind}> placeholder tokens ({sum(counts)} in all), but the {kind} "
+                f"inputs give {len(tokens_NH)} tokens; scattering them would misplace media, so expand the "
+                "placeholders with the processor"
             )
         return embeds_BTH.masked_scatter(places_BT[..., None], tokens_NH.to(embeds_BTH))
 
@@ -143,7 +147,8 @@ class UniMoeModel(UniMoePreTrainedModel):
             pixel_values: [M, 3, height, width], the pictures of all rows in order.
             speech_features: [M, mel bins, F], log-mel windows of all rows in order.
             speech_frames: [M], the valid frames of each window.
-            encoded_media: outputs of frozen encoders computed beforehand, by medium; they take the place of raw inputs.
+            encoded_media: outputs of frozen encoders computed beforehand, by medium; they take the place of
+                raw inputs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -157,22 +162,22 @@ class UniMoeModel(UniMoePreTrainedModel):
             if raw[names[0]] is not None:
                 if kind not in self.encoders:
                     raise ValueError(
-                        f"{names[0]} given, but this model has no {kind} encoder; it has {list(self.encoders)}"
+                        f"{names[0]} given, but this model has no {kind} encoder; "
+                        f"it has {list(self.encoders)}"
                     )
                 encoded_media[kind] = self.encoders[kind](*(raw[name] for name in names))
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if encoded_media and input_ids is None:
-            raise ValueError("media need input_ids: their placeholders say where the media tokens go")
+        embeds_BTH = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         for kind, encoded in encoded_media.items():
-            inputs_embeds = self.insert_media(kind, input_ids, inputs_embeds, self.connect(kind, encoded))
+            if input_ids is None:
+                raise ValueError("media need input_ids: their placeholders say where the media tokens go")
+            embeds_BTH = self.insert_media(kind, input_ids, embeds_BTH, self.connect(kind, encoded))
 
-        with routing_context(self.token_context(input_ids, attention_mask, inputs_embeds)):
+        with routing_context(self.token_context(input_ids, attention_mask, embeds_BTH)):
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
+                inputs_embeds=embeds_BTH,
                 **kwargs,
             )
         return UniMoeOutput(
@@ -205,7 +210,8 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
     def __init__(self, config: UniMoeConfig):
         super().__init__(config)
         self.model = UniMoeModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.get_text_config()
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -282,7 +288,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs
     ) -> dict:
         """Media enter with the prompt; later steps find them in the cache."""
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  (their protocol for self)
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):

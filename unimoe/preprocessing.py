@@ -16,7 +16,7 @@ from .errors import UserError
 
 
 class ImagePreprocessor:
-    """RGB pictures to [1, 3, S, S]: resized to the encoder's square (the whole picture stays in view), normalised.
+    """RGB pictures to [3, S, S]: resized to the encoder's square (all of it stays in view), normalised.
 
     Args of ``config``: ``image_size`` (pixels), ``mean`` and ``std`` (3 numbers each, of pixels in 0..1),
     ``interpolation`` (PIL's name), ``positions`` (encoder positions of a picture).
@@ -65,7 +65,10 @@ class SpeechPreprocessor:
         self.connector = connector
 
     def __call__(self, sound: np.ndarray) -> tuple[dict[str, list[Tensor]], int]:
-        """``sound``: [samples] float in -1..1. Returns the encoder inputs of each window and the number of tokens of all."""
+        """``sound``: [samples] float in -1..1.
+
+        Returns the encoder inputs of each window and the number of tokens of all.
+        """
         sound = np.asarray(sound, dtype=np.float32)
         if sound.ndim != 1 or not len(sound):
             raise UserError(
@@ -79,7 +82,7 @@ class SpeechPreprocessor:
             )  # an even number of frames
             padded = np.pad(window, (0, samples - len(window)))
             mel = self.extractor(
-                padded, sampling_rate=self.rate, padding=False, truncation=False, return_tensors="pt"
+                padded, sampling_rate=self.rate, padding="do_not_pad", truncation=False, return_tensors="pt"
             )
             features.append(mel["input_features"][0])
             frames.append(torch.tensor(features[-1].shape[-1]))

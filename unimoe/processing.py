@@ -47,18 +47,22 @@ class UniMoeProcessor(ProcessorMixin):
         """One conversation as model inputs without a batch dimension.
 
         Args:
-            messages: ``{"role", "content"}``; content is a string or parts ``{"type": "text" | "image" | "speech", ...}``
-                with the medium under its own type (decoded) or under ``path``, ``url`` (a data URL) or ``bytes``.
+            messages: ``{"role", "content"}``; content is a string or parts
+                ``{"type": "text" | "image" | "speech", ...}`` with the medium under its own type (decoded)
+                or under ``path``, ``url`` (a data URL) or ``bytes``.
             add_generation_prompt: end with the opening of an assistant turn.
             where: what errors call this conversation (file and line).
 
-        Returns ``input_ids`` and ``assistant_mask`` (1 on what the assistant said and the token that ends its turn), both
-        lists, and for each medium present the encoder inputs of its items as lists of tensors.
+        Returns ``input_ids`` and ``assistant_mask`` (1 on what the assistant said and the token that ends its
+        turn), both lists, and for each medium present the encoder inputs of its items as lists of tensors.
         """
         return self._expand(*self._render(messages, add_generation_prompt, where))
 
     def pad(self, encoded: list[dict[str, Any]], side: str = "right") -> BatchFeature:
-        """Conversations from :meth:`encode` as one batch: ``input_ids``, ``attention_mask`` [B, T] and the media of all rows."""
+        """Conversations from :meth:`encode` as one batch.
+
+        Returns ``input_ids`` and ``attention_mask`` [B, T], and the media of all rows.
+        """
         ids = [torch.tensor(row["input_ids"]) for row in encoded]
         pad_id = self.tokenizer.pad_token_id
         pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
@@ -83,9 +87,10 @@ class UniMoeProcessor(ProcessorMixin):
         return_assistant_tokens_mask: bool = False,
         **kwargs,
     ):
-        """The prompt text of a conversation, or with ``tokenize=True`` a padded batch of model inputs (one row a conversation).
+        """The prompt text of a conversation, or with ``tokenize=True`` a padded batch of model inputs.
 
-        Batches are padded on the left when a generation prompt is added, else on the right.
+        A batch has one row a conversation, padded on the left when a generation prompt is added, else on the
+        right.
         """
         if chat_template is not None:
             raise UserError(

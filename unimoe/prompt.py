@@ -1,5 +1,6 @@
-"""From prompt text to ids: what users typed stays text, placeholders grow to one a media token, answers are marked.
+"""From prompt text to ids.
 
+What users typed stays text, placeholders grow to one a media token, answers are marked.
 Marks are private-use characters that travel through the chat template and are gone after :func:`tokenize`:
 
     user text with a typed control token    what does <image> mean  ->  what does \\ue000<image>\\ue001 mean
@@ -11,10 +12,13 @@ import re
 from .configuration import PLACEHOLDERS
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Template for LLMs that come without one, and for the embedded default, whose own puts a system turn before every chat."""
+"""Template for LLMs that come without one, and for the embedded default, whose own puts a system turn before
+every chat."""
 
 TYPED, TYPED_END, ANSWER, ANSWER_END = "\ue000", "\ue001", "\ue002", "\ue003"
 _MARKS = re.compile(f"[{TYPED}-{ANSWER_END}]")
@@ -71,7 +75,8 @@ def tokenize(text: str, tokenizer, counts: dict[str, list[int]]) -> tuple[list[i
 
 
 def _answers(piece: str, answering: bool) -> tuple[str, list[bool], set[int]]:
-    """The piece without marks; for each of its characters (and its end) whether it is in an answer; where answers end."""
+    """The piece without marks; whether each of its characters, and its end, is in an answer; where answers
+    end."""
     clean: list[str] = []
     inside: list[bool] = []
     ends: set[int] = set()

@@ -19,8 +19,9 @@ IMAGE = {
 SPEECH = {
     "encoder": {
         "type": "whisper",
-        "dims": {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 16, "n_audio_head": 2, "n_audio_layer": 1,
-                 "n_vocab": 100, "n_text_ctx": 8, "n_text_state": 16, "n_text_head": 2, "n_text_layer": 1},
+        "dims": {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 16, "n_audio_head": 2,
+                 "n_audio_layer": 1, "n_vocab": 100, "n_text_ctx": 8, "n_text_state": 16, "n_text_head": 2,
+                 "n_text_layer": 1},
     },
     "connector": {"type": "pooled_mlp", "stack": 5, "depth": 2},
 }  # fmt: skip
@@ -45,7 +46,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_llm(folder: str | Path, layers: int = 2, hidden_size: int = 32) -> Path:
-    """A random LLaMA of a few thousand parameters and its tokenizer, as a folder that ``build_model`` takes as ``llm``."""
+    """A random LLaMA of a few thousand parameters and its tokenizer, a folder that ``build_model`` takes."""
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -57,7 +58,7 @@ def save_tiny_llm(folder: str | Path, layers: int = 2, hidden_size: int = 32) ->
         max_position_embeddings=4096,
         initializer_range=0.2,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         bos_token_id=None,
     )
     torch.manual_seed(0)
@@ -67,7 +68,7 @@ def save_tiny_llm(folder: str | Path, layers: int = 2, hidden_size: int = 32) ->
 
 
 def tiny_model(folder: str | Path, moe: dict[str, Any] | None = None, **modalities: dict[str, Any]) -> Built:
-    """A random model that sees and hears (or what ``modalities`` names), with its LLM saved in ``folder``/llm."""
+    """A random model that sees and hears (or what ``modalities`` names); its LLM is in ``folder``/llm."""
     llm = Path(folder) / "llm"
     if not llm.exists():
         save_tiny_llm(llm)

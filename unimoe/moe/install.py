@@ -13,7 +13,10 @@ from .upcycle import copy_experts, from_dense
 
 
 def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
-    """The FFN of one decoder layer of a transformers model. Raises UserError where the model names it otherwise."""
+    """The FFN of one decoder layer of a transformers model.
+
+    Raises UserError where the model names it otherwise.
+    """
     layers = getattr(decoder, "layers", None)
     mlp = getattr(layers[layer], "mlp", None) if layers is not None else None
     if not isinstance(mlp, nn.Module):
@@ -29,7 +32,8 @@ def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module]
     Args:
         decoder: a transformers decoder (``AutoModel`` of a causal LM) with dense SwiGLU FFNs.
         moe: how many experts, where, and how they are routed. Routers start from N(0, ``router_init_std``).
-        sources: one dense decoder for each expert slot, whose FFNs become that expert; None copies the decoder's own.
+        sources: one dense decoder for each expert slot, whose FFNs become that expert; None copies the
+            decoder's own.
     """
     if sources is not None and len(sources) != moe.num_experts:
         raise UserError(
