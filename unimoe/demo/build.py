@@ -288,11 +288,11 @@ def _tests(
             writer.add("test.text_questions", [([image, _text(question)], reply)], **facts)
             heard = recorded[rng.choice(voices), question]
             spoken = _speech(writer.clip(heard, config.test_speed))
-            writer.add("test.spoken_questions", [([image, spoken], reply)], voice=heard.voice, **facts)
+            writer.add("test.spoken_questions", [([image, spoken], reply)], speaker=heard.voice, **facts)
             heard = recorded[rng.choice(test_voices), question]
             writer.add(
                 "test.unseen_voice",
                 [([image, _speech(writer.clip(heard, 1.0))], reply)],
-                voice=heard.voice,
+                speaker=heard.voice,
                 **facts,
             )

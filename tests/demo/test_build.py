@@ -1,0 +1,97 @@
+"""The demo's data: same seed same bytes, no leak between splits, answers that are true of the pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimoe.data.readers import read_samples
+from unimoe.demo.build import BuildConfig, build_data
+from unimoe.demo.concepts import HELD_OUT, TRAINED
+from unimoe.demo.questions import normalise
+from unimoe.errors import UserError
+
+SMALL = BuildConfig(views=1, counts=4, pairs=4, test_views=1, test_questions=2)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sprites (one coloured square per concept) and six photos (noise)."""
+    root = tmp_path_factory.mktemp("parts")
+    noise = np.random.default_rng(0)
+    (root / "sprites").mkdir()
+    (root / "photos").mkdir()
+    for i, concept in enumerate(TRAINED + HELD_OUT):
+        colour = (255, 0, 0, 255) if i % 2 else (0, 0, 255, 255)
+        Image.new("RGBA", (72, 40), colour).save(root / "sprites" / f"{ord(concept.char):x}.png")
+    for i in range(6):
+        pixels = noise.integers(0, 255, (120, 140, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "photos" / f"p{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(parts: Path) -> Path:
+    return build_data(
+        parts / "data", 3, SMALL, parts / "sprites", parts / "photos", unseen_artist=parts / "sprites"
+    )
+
+
+def test_same_seed_same_bytes(parts: Path, built: Path) -> None:
+    again = build_data(
+        parts / "again", 3, SMALL, parts / "sprites", parts / "photos", unseen_artist=parts / "sprites"
+    )
+    first = {p.relative_to(built): p.read_bytes() for p in built.rglob("*") if p.is_file()}
+    second = {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()}
+    assert first == second
+
+
+def test_every_file_can_be_read_and_every_medium_is_there(built: Path) -> None:
+    manifest = json.loads((built / "manifest.json").read_text())
+    for name, count in manifest["samples"].items():
+        samples = read_samples(built / f"{name}.jsonl", training=False)
+        assert len(samples) == count
+        assert all(Path(part["path"]).is_file() for sample in samples for part in sample.media())
+
+
+def test_splits_share_neither_photos_nor_voices_nor_held_out_concepts(built: Path) -> None:
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert not set(manifest["photos"]["train"]) & set(manifest["photos"]["test"])
+    assert not set(manifest["voices"]["train"]) & set(manifest["voices"]["test"])
+    held_out = {concept.name for concept in HELD_OUT}
+    for file in built.glob("train.*.jsonl"):
+        text = file.read_text()
+        assert "/awb-" not in text
+        answers = {
+            normalise(json.loads(line)["messages"][-1]["content"][0]["text"]) for line in text.splitlines()
+        }
+        assert not answers & held_out
+    heard = {
+        json.loads(line)["speaker"] for line in (built / "test.unseen_voice.jsonl").read_text().splitlines()
+    }
+    assert heard == {"awb"}
+
+
+def test_written_and_spoken_tests_ask_the_same(built: Path) -> None:
+    sets = []
+    for name in ("text_questions", "spoken_questions", "unseen_voice"):
+        records = [json.loads(line) for line in (built / f"test.{name}.jsonl").read_text().splitlines()]
+        sets.append(
+            [(r["question"], r["messages"][0]["content"][0]["path"], r["messages"][1]) for r in records]
+        )
+    assert sets[0] == sets[1] == sets[2]
+
+
+def test_colours_are_read_off_the_pixels(built: Path) -> None:
+    records = [json.loads(line) for line in (built / "test.text_questions.jsonl").read_text().splitlines()]
+    found = {r["messages"][1]["content"][0]["text"] for r in records if r["kind"] == "colour"}
+    assert found <= {"Red.", "Blue."}
+
+
+def test_too_few_photos(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match="at least 4"):
+        build_data(tmp_path / "out", 0, SMALL, parts / "sprites", tmp_path / "photos")
+    assert not (tmp_path / "out").exists()
