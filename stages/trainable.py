@@ -31,7 +31,7 @@ class Trainable:
 class LoRA:
     """Low-rank adapters on one kind of weight of the language model."""
 
-    on: Literal["attention", "ffn", "experts"]
+    layers: Literal["attention", "ffn", "experts"]
     """The linear layers of attention, those of dense FFNs, or the MoE layers' experts (an adapter each)."""
 
     rank: int = 16
@@ -90,7 +90,7 @@ def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> li
 
     added = add_lora(model, lora)
     for entry, modules in zip(lora, added, strict=True):
-        group = Group(f"lora_{entry.on}", entry.lr)
+        group = Group(f"lora_{entry.layers}", entry.lr)
         for prefix, module in modules.items():
             own = {f"{prefix}.{name}": p for name, p in module.named_parameters() if "lora_" in name}
             group.parameters.update(own)
@@ -111,11 +111,11 @@ def add_lora(model: nn.Module, lora: list[LoRA]) -> list[dict[str, nn.Module]]:
     added: list[dict[str, nn.Module]] = []
     for entry in lora:
         targets = [
-            name for name in _targets(model, entry.on) if _matches(name, entry.match) and name not in linear
+            name for name in _targets(model, entry.layers) if _matches(name, entry.match) and name not in linear
         ]
         if not targets:
-            raise UserError(f"lora: the model has no {entry.on} layer named {entry.match!r} to adapt")
-        if entry.on == "experts":
+            raise UserError(f"lora: the model has no {entry.layers} layer named {entry.match!r} to adapt")
+        if entry.layers == "experts":
             if entry.dropout:
                 raise UserError(f"lora on experts takes no dropout, found {entry.dropout}; set it to 0")
             for name in targets:

@@ -123,7 +123,7 @@ def spoken_tokens(
 ) -> list[int]:
     """The token that is being spoken at each time (seconds).
 
-    A word's time is shared evenly by its tokens; after the last word its last token (a question mark) goes on.
+    A word's time is shared evenly by its tokens; after the last word its last token goes on.
     """
     spans: list[tuple[float, int]] = []
     begin = 0.0

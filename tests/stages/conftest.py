@@ -95,7 +95,7 @@ def expert(world, aligned, tmp_path) -> dict:
             "init_from": str(aligned),
             "save": "expert",
             "task": "pictures",
-            "lora": [{"on": "ffn", "rank": 4, "lr": 1e-2}],
+            "lora": [{"layers": "ffn", "rank": 4, "lr": 1e-2}],
         },
         "data": {"train": str(world / "train.jsonl"), "steps": 2, "batch_size": 3},
     }
@@ -113,7 +113,7 @@ def expert_folder(world, aligned, tmp_path_factory) -> Path:
             "save": "expert",
             "task": "pictures",
             "trainable": [{"match": "model.connectors.image.*", "lr": 1e-2}],
-            "lora": [{"on": "ffn", "rank": 4, "lr": 1e-2}],
+            "lora": [{"layers": "ffn", "rank": 4, "lr": 1e-2}],
         },
         "data": {"train": str(world / "train.jsonl"), "steps": 2, "batch_size": 3},
     }

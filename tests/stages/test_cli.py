@@ -92,7 +92,7 @@ def test_validate_reads_the_result(align, fit, caplog):
         ({"model": {"trainabel": []}}, "trainabel"),
         ({"model": {"llm": None}}, "one of model.init_from"),
         ({"model": {"llm": None, "modalities": None, "init_from": "nowhere"}}, "nowhere does not exist"),
-        ({"model": {"lora": [{"on": "everything"}]}}, "everything"),
+        ({"model": {"lora": [{"layers": "everything"}]}}, "everything"),
         ({"model": {"llm": "./nowhere"}}, "nowhere"),
         ({"data": {"steps": 0}}, "data.steps"),
         ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),

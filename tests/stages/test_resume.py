@@ -38,8 +38,8 @@ def settings(world: Path, output: Path) -> dict:
                 {"match": "*.mlp.router.*", "lr": 1e-3},
             ],
             "lora": [
-                {"on": "attention", "rank": 2, "dropout": 0.2, "lr": 1e-2},
-                {"on": "experts", "rank": 2, "lr": 1e-2},
+                {"layers": "attention", "rank": 2, "dropout": 0.2, "lr": 1e-2},
+                {"layers": "experts", "rank": 2, "lr": 1e-2},
             ],
         },
         "data": {
