@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 
 def default_part(name: str) -> Path:
-    """The folder of a prepared part: llm, image, speech, text, sprites or photos.
+    """The folder of a prepared part: llm, image, speech, text, sprites, photos or artist.
 
     Raises UserError when it is not in the cache, was cut short, or was made by another version of its
     converter.

