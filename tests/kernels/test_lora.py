@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -14,7 +16,7 @@ def adapters(E, dtype=torch.float64):
     return Adapters(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes))
 
 
-def case(counts, dtype=torch.float64):
+def case(counts, dtype=torch.float64) -> Any:
     E, N = len(counts), sum(counts)
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
     x = torch.randn(N, H, dtype=dtype, requires_grad=True)
@@ -24,7 +26,7 @@ def case(counts, dtype=torch.float64):
     return x, offsets, gate_up, down, adapters(E, dtype), 0.5, weight
 
 
-def shared_case(counts, tokens, dtype=torch.float64):
+def shared_case(counts, tokens, dtype=torch.float64) -> Any:
     E, N = len(counts), sum(counts)
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
     x = torch.randn(tokens, H, dtype=dtype, requires_grad=True)
@@ -103,7 +105,8 @@ def test_a_zero_B_is_the_base_to_the_last_bit(monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
     x, offsets, gate_up, down, lora, scale, weight = case([3, 0, 2], torch.float32)
     with torch.no_grad():
-        lora.B_gate_up.zero_(), lora.B_down.zero_()
+        lora.B_gate_up.zero_()
+        lora.B_down.zero_()
     adapted = lora_experts(x, offsets, gate_up, down, lora, scale, weight)
     assert torch.equal(adapted, swiglu_experts(x, offsets, gate_up, down, weight))
 

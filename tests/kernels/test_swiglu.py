@@ -1,5 +1,6 @@
 import os
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def _cpu_form(monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
 
 
-def case(counts, dtype=torch.float64, hidden=H, inner=I):
+def case(counts, dtype=torch.float64, hidden=H, inner=I) -> Any:
     E, N = len(counts), sum(counts)
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
     x = torch.randn(N, hidden, dtype=dtype, requires_grad=True)
@@ -44,7 +45,7 @@ def gradients(function, tensors, grad):
 @pytest.mark.parametrize("counts", GROUPINGS.values(), ids=GROUPINGS.keys())
 @pytest.mark.parametrize("weighted", [True, False])
 def test_equals_the_reference_with_every_gradient(counts, weighted):
-    tensors = list(case(counts))
+    tensors: Any = list(case(counts))
     if not weighted:
         tensors[4] = None
     grad = torch.randn(sum(counts), H, dtype=torch.float64)
@@ -124,8 +125,8 @@ def test_every_output_is_written():
     try:
         x, offsets, gate_up, down, weight = case([4, 0, 2])
         with torch.no_grad():
-            more = torch.cat([x, torch.full((2, H), float("nan"))]).requires_grad_()
-        weights = torch.cat([weight.detach(), torch.ones(2)]).requires_grad_()
+            more: Any = torch.cat([x, torch.full((2, H), float("nan"))]).requires_grad_()
+        weights: Any = torch.cat([weight.detach(), torch.ones(2)]).requires_grad_()
         y = swiglu_experts(more, offsets, gate_up, down, weights)
         y.sum().backward()
     finally:

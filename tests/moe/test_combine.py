@@ -7,7 +7,9 @@ from unimoe.moe import Routing, combine_weights
 
 def routing():
     weight = torch.tensor([[0.7, 0.3], [0.6, 0.4]], requires_grad=True)
-    return weight, Routing.from_topk(torch.tensor([[0, 1], [1, 2]]), weight, *[torch.zeros(2, 3)] * 2, 3)
+    return weight, Routing.from_topk(
+        torch.tensor([[0, 1], [1, 2]]), weight, torch.zeros(2, 3), torch.zeros(2, 3), 3
+    )
 
 
 def test_values():

@@ -1,4 +1,5 @@
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from unimoe.moe import hf
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -25,7 +26,7 @@ TINY = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
-STOCK = {
+STOCK: dict[str, Any] = {
     "mixtral": lambda **kw: MixtralForCausalLM(
         MixtralConfig(**TINY, **kw, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
     ),
@@ -41,8 +42,7 @@ STOCK = {
             num_experts=8,
             num_experts_per_tok=4,
             norm_topk_prob=True,
-            head_dim=8,
-        )  # fmt: skip
+        )
     ),
     "deepseek_v3": lambda **kw: DeepseekV3ForCausalLM(
         DeepseekV3Config(
@@ -60,7 +60,7 @@ STOCK = {
             qk_rope_head_dim=8,
             qk_nope_head_dim=8,
             v_head_dim=8,
-        )  # fmt: skip
+        )
     ),
 }
 
@@ -106,7 +106,7 @@ def test_built_with_our_implementation_generates_as_eager():
     assert torch.equal(ours, model.generate(ids, max_new_tokens=8, do_sample=False))
 
 
-def experts(**kw):
+def experts(**kw) -> Any:
     module = MixtralExperts(MixtralConfig(**TINY, intermediate_size=48, num_local_experts=4, **kw))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -1,13 +1,16 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from unimoe.moe import MoELayer, Router, Routing, SwiGLUExperts, TopK, copy_experts, record
 
 
-def layer(experts=4, k=2, hidden=16, inner=24, **kw):
+def layer(experts=4, k=2, hidden=16, inner=24, **kw) -> Any:
     return MoELayer(
         TopK(hidden, experts, k, init_std=0.5), SwiGLUExperts(experts, hidden, inner, init_std=0.3), **kw
     )
@@ -82,7 +85,7 @@ class Nowhere(Router):
 
 def test_a_token_without_experts_gets_zeros_or_the_shared_expert():
     x = torch.randn(3, 16)
-    moe = MoELayer(Nowhere(), SwiGLUExperts(4, 16, 24))
+    moe: Any = MoELayer(Nowhere(), SwiGLUExperts(4, 16, 24))
     assert moe(x)[0].abs().sum() > 0 and moe(x)[1:].count_nonzero() == 0
     moe.shared = nn.Linear(16, 16)
     torch.testing.assert_close(moe(x)[1:], moe.shared(x)[1:])
@@ -117,6 +120,6 @@ def test_activation_checkpointing_gives_the_same_gradients():
     moe(x).square().sum().backward()
     plain = [p.grad.clone() for p in moe.parameters()]
     moe.zero_grad()
-    y = torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=False)
+    y = checkpoint(moe, x, use_reentrant=False)
     y.square().sum().backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(moe.parameters(), plain, strict=True))

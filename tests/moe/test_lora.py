@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -17,7 +19,7 @@ def bases():
     return [SwiGLUExperts(E, H, I, init_std=0.3), mlp()]
 
 
-def trained(base, rank=3, alpha=6.0):
+def trained(base, rank=3, alpha=6.0) -> Any:
     lora = LoRAExperts(base, E, rank, alpha)
     with torch.no_grad():
         for B in (lora.lora_B_gate_up, lora.lora_B_down):
@@ -25,7 +27,7 @@ def trained(base, rank=3, alpha=6.0):
     return lora
 
 
-def layer(experts):
+def layer(experts) -> Any:
     torch.manual_seed(5)
     return MoELayer(TopK(H, E, 2, init_std=0.5), experts)
 
@@ -87,7 +89,7 @@ def test_names_shapes_and_what_trains():
 
 
 def test_half_precision_base_keeps_float32_adapters():
-    lora = LoRAExperts(SwiGLUExperts(E, H, I).bfloat16(), E, 3, 6.0)
+    lora: Any = LoRAExperts(SwiGLUExperts(E, H, I).bfloat16(), E, 3, 6.0)
     assert lora.lora_A_down.dtype == torch.float32
     x = torch.randn(8, H, dtype=torch.bfloat16)
     y = layer(lora)(x)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_balance_equals_its_definition():
 
 def test_balance_gradient_pushes_down_the_busy_expert():
     x = torch.randn(32, 8)
-    router = TopK(8, 4, 1, init_std=1.0)
+    router: Any = TopK(8, 4, 1, init_std=1.0)
     busy = load(LayerRecord(0, router(x, Context()), Context())).argmax()
     before = router(x, Context()).probs_TE.mean(0)[busy].item()
     for _ in range(20):
@@ -79,7 +81,7 @@ def test_z_loss_is_the_mean_square_of_logsumexp():
 
 def test_load_per_modality():
     index = torch.tensor([[0], [0], [1], [2], [3]])
-    routing = Routing.from_topk(index, torch.ones(5, 1), *[torch.zeros(5, 4)] * 2, 4)
+    routing = Routing.from_topk(index, torch.ones(5, 1), torch.zeros(5, 4), torch.zeros(5, 4), 4)
     ctx = Context(torch.tensor([False] * 4 + [True]), torch.tensor([0, 0, 1, 1, 3]))
     shares = load(LayerRecord(0, routing, ctx), by_modality=True)
     assert {key: value.tolist() for key, value in shares.items()} == {0: [1, 0, 0, 0], 1: [0, 0.5, 0.5, 0]}

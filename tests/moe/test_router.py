@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_top_1_weight_is_exactly_one():
 
 
 def test_gradient_reaches_the_router():
-    router = TopK(8, 4, 2)
+    router: Any = TopK(8, 4, 2)
     routing = route(router, torch.randn(5, 8))
     (routing.weight_N * torch.randn(10)).sum().backward()
     assert router.weight.grad.abs().sum() > 0

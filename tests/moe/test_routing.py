@@ -35,6 +35,8 @@ def test_no_tokens():
 
 def test_gradient_reaches_the_weights():
     weight = torch.rand(3, 2, requires_grad=True)
-    routing = Routing.from_topk(torch.tensor([[2, 0], [1, 2], [0, 2]]), weight, *[torch.zeros(3, 3)] * 2, 3)
+    routing = Routing.from_topk(
+        torch.tensor([[2, 0], [1, 2], [0, 2]]), weight, torch.zeros(3, 3), torch.zeros(3, 3), 3
+    )
     (routing.weight_N * routing.expert_N).sum().backward()
     torch.testing.assert_close(weight.grad, torch.tensor([[2.0, 0.0], [1.0, 2.0], [0.0, 2.0]]))

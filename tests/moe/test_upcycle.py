@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from unimoe.moe import MoELayer, TopK, copy_experts, from_dense, read_swiglu, re
 H, I = 32, 48  # noqa: E741
 
 
-def mlp(inner=I, **kw):
+def mlp(inner=I, **kw) -> Any:
     return LlamaMLP(LlamaConfig(hidden_size=H, intermediate_size=inner, **kw))
 
 
@@ -21,16 +22,16 @@ def mlp(inner=I, **kw):
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_copies_are_exact_under_any_router_whose_weights_sum_to_one(gating, k):
     dense, x = mlp(), torch.randn(50, H)
-    experts = copy_experts(dense, 4)
+    experts: Any = copy_experts(dense, 4)
     assert experts.origin.exact and experts.origin.kind == "copy"
     for std in (0.02, 5.0):
-        moe = MoELayer(TopK(H, 4, k, gating, renormalize=True, init_std=std), experts)
+        moe: Any = MoELayer(TopK(H, 4, k, gating, renormalize=True, init_std=std), experts)
         torch.testing.assert_close(moe(x), dense(x), rtol=0, atol=2e-6)
 
 
 def test_copies_own_their_memory():
     dense = mlp()
-    experts = copy_experts(dense, 2)
+    experts: Any = copy_experts(dense, 2)
     with torch.no_grad():
         experts.down_proj[0] += 1
     assert not torch.equal(experts.down_proj[0], experts.down_proj[1])
@@ -40,9 +41,9 @@ def test_copies_own_their_memory():
 @pytest.mark.parametrize("combine, exact", [("indicator", 1), ("straight_through", 1), ("weight", 0)])
 def test_slices_of_one_ffn_summed_unweighted_are_exact(combine, exact):
     dense, x = mlp(), torch.randn(50, H)
-    experts = slice_experts(dense, 4)
+    experts: Any = slice_experts(dense, 4)
     assert experts.intermediate_size == I // 4 and experts.origin.exact
-    moe = MoELayer(TopK(H, 4, 4, init_std=1.0), experts, combine=combine)
+    moe: Any = MoELayer(TopK(H, 4, 4, init_std=1.0), experts, combine=combine)
     assert torch.allclose(moe(x), dense(x), rtol=0, atol=2e-6) == bool(exact)
 
 
@@ -50,7 +51,7 @@ def test_slices_of_one_ffn_summed_unweighted_are_exact(combine, exact):
 def test_repeated_router_picks_all_slices_of_one_copy(combine):
     dense, x = mlp(), torch.randn(50, H)
     router = TopK(H, 8, 2, init_std=1.0)
-    moe = MoELayer(router, slice_experts(dense, 2, copies=4), combine=combine)
+    moe: Any = MoELayer(router, slice_experts(dense, 2, copies=4), combine=combine)
     assert not torch.allclose(moe(x), dense(x), atol=1e-3)
     repeat_router(router, 2)
     torch.testing.assert_close(moe(x), dense(x), rtol=0, atol=2e-6)
@@ -58,10 +59,12 @@ def test_repeated_router_picks_all_slices_of_one_copy(combine):
 
 def test_different_dense_models_become_different_experts():
     mlps = [mlp() for _ in range(3)]
-    experts = from_dense(mlps)
-    assert not experts.origin.exact and from_dense(mlps[:1]).origin.exact
+    experts: Any = from_dense(mlps)
+    assert not experts.origin.exact
+    alone: Any = from_dense(mlps[:1])
+    assert alone.origin.exact
     for slot, dense in enumerate(mlps):
-        moe = MoELayer(TopK(H, 3, 1), experts)
+        moe: Any = MoELayer(TopK(H, 3, 1), experts)
         with torch.no_grad():
             moe.router.weight.zero_()
             moe.router.weight[slot] = 1.0
@@ -70,7 +73,7 @@ def test_different_dense_models_become_different_experts():
 
 
 def test_noise_ends_exactness_and_says_so():
-    experts = copy_experts(mlp(), 3, noise=0.1)
+    experts: Any = copy_experts(mlp(), 3, noise=0.1)
     assert not experts.origin.exact and experts.origin.when == "noise was added"
     assert not torch.equal(experts.down_proj[0], experts.down_proj[1])
     deviation = (experts.down_proj[0] - experts.down_proj[1]).std() / experts.down_proj.std()
@@ -88,7 +91,7 @@ def test_fused_and_separate_layouts_are_read():
 
 def test_meta_device_gives_the_structure():
     with torch.device("meta"):
-        experts = copy_experts(mlp(), 4)
+        experts: Any = copy_experts(mlp(), 4)
     assert experts.gate_up_proj.shape == (4, 2 * I, H) and experts.gate_up_proj.is_meta
 
 
@@ -122,8 +125,8 @@ def test_a_llama_in_four_copies_is_the_llama_and_is_the_mixtral():
         "vocab_size": 64, "hidden_size": H, "intermediate_size": I, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "rms_norm_eps": 1e-5,
     }  # fmt: skip
-    dense = LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    sparse = copy.deepcopy(dense)
+    dense: Any = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    sparse: Any = copy.deepcopy(dense)
     for layer in sparse.model.layers:
         layer.mlp = MoELayer(TopK(H, 4, 2, init_std=0.5), copy_experts(layer.mlp, 4))
     ids = torch.randint(0, 64, (2, 20))

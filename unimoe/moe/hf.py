@@ -36,7 +36,7 @@ def experts_forward(
     """transformers' experts interface: hidden_states [T, D], top_k_index and top_k_weights [T, K] -> [T, D].
 
     Ids >= num_experts (slots whose expert lives on another machine) give nothing and get no gradient. Experts
-    that are not bias-free SwiGLU in the default layout run in transformers' grouped_mm, logged once per class.
+    that are not bias-free SwiGLU in the default layout run in transformers' grouped_mm; a log line says so.
     """
     reason = _not_ours(self)
     if reason is not None:
@@ -58,7 +58,7 @@ def _not_ours(experts: nn.Module) -> str | None:
     for flag, wanted in {**flags, "is_concatenated": True}.items():
         if getattr(experts, flag) != wanted:
             return f"{flag} is {not wanted}"
-    if type(experts)._apply_gate is not _default_apply_gate:
+    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
         return "it has a gate of its own"
     act = type(experts.act_fn).__name__
     return None if act in ("SiLU", "SiLUActivation") else f"its activation is {act}, not SiLU"

@@ -73,15 +73,18 @@ class LoRAExperts(Experts):
         return self._share(x_TD, routing.token_N, routing.offsets_E1, weight_N)
 
     def _share(self, x_TD: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor | None) -> Tensor:
-        base = self.base
-        fused = getattr(base, "gate_up_proj", None)
-        gate, up = (
-            fused.weight.chunk(2) if fused is not None else (base.gate_proj.weight, base.up_proj.weight)
-        )
-        down = base.down_proj.weight
-        return shared_lora_experts(
-            x_TD, token_N, offsets_E1, gate, up, down, self.adapters, self.scale, weight_N
-        )
+        # the two layouts that read_swiglu accepts
+        linears = {
+            name: linear.weight
+            for name, linear in self.base.named_children()
+            if isinstance(linear, nn.Linear)
+        }
+        if "gate_up_proj" in linears:
+            gate, up = linears["gate_up_proj"].chunk(2)
+        else:
+            gate, up = linears["gate_proj"], linears["up_proj"]
+        base = (gate, up, linears["down_proj"])
+        return shared_lora_experts(x_TD, token_N, offsets_E1, *base, self.adapters, self.scale, weight_N)
 
     @torch.no_grad()
     def merge(self) -> SwiGLUExperts:

@@ -53,8 +53,8 @@ def load(record: LayerRecord, by_modality: Literal[True]) -> dict[int, Tensor]: 
 def load(record: LayerRecord, by_modality: bool = False) -> Tensor | dict[int, Tensor]:
     """Share of (token, expert) pairs that each expert got: [E], sums to 1 (zeros if nothing was routed).
 
-    With ``by_modality`` a dict from modality id to [E], for the modalities that occur; where the context knows
-    no modalities everything counts as text, 0.
+    With ``by_modality`` a dict from modality id to [E], for the modalities that occur; where the context
+    knows no modalities, everything counts as text, 0.
     """
     if by_modality:
         return {modality: _shares(count_E) for modality, count_E in pair_counts(record, True).items()}

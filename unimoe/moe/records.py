@@ -56,7 +56,7 @@ def routing_context(ctx: Context) -> Iterator[Context]:
 
 @contextmanager
 def record() -> Iterator[list[LayerRecord]]:
-    """Collects a LayerRecord of each MoE layer's forward inside, in order of execution; nested ones all collect."""
+    """Collects a LayerRecord of each MoE layer's forward inside, in order; nested ones all collect."""
     records: list[LayerRecord] = []
     outer = _records.get()
     token = _records.set(records)
