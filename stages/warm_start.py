@@ -86,7 +86,7 @@ def warm_start(
     examples: list[Example],
     settings: Ridge,
 ) -> None:
-    """Set the connector of ``kind`` in place, and scale its tokens to the norm of the LLM's own embeddings.
+    """Set the connector of ``kind`` in place.
 
     Where all examples have word times, every token of a clip is fitted to the word spoken in its middle;
     otherwise the mean of the medium's tokens to the mean embedding of its target.
@@ -104,8 +104,7 @@ def warm_start(
     else:
         rows = [embedding_VH[_ids(example.target, processor)].float().mean(0) for example in examples]
         targets_mH = torch.stack(rows)
-    norm = embedding_VH.float().norm(dim=-1).mean().item()
-    ridge_init(connector, features_nSD, targets_mH, norm, lengths_n, settings.penalty)
+    ridge_init(connector, features_nSD, targets_mH, lengths_n, settings.penalty)
     unit = "spoken tokens" if timed else "named media"
     log.info("%s connector: started from %d %s by ridge regression", kind, len(targets_mH), unit)
 

@@ -44,16 +44,18 @@ CONNECTORS = [
 
 
 @pytest.mark.parametrize("config", CONNECTORS, ids=str)
-def test_tokens_have_the_wanted_mean_norm_and_point_at_their_targets(config):
+def test_tokens_spread_as_their_targets_do_and_point_at_them(config):
     classes, width = 8, 16
     embeddings = torch.randn(classes, width)
     centres = torch.randn(classes, 32)
     label = torch.arange(160) % classes
     features_nSD = centres[label][:, None] + 0.3 * torch.randn(160, 25, 32)
     connector = build_connector(config, 32, width)
-    ridge_init(connector, features_nSD, embeddings[label], mean_norm=3.0, ridge=10.0)
+    ridge_init(connector, features_nSD, embeddings[label], ridge=300.0)
     tokens_BNH, _ = connector(features_nSD)
-    assert tokens_BNH.norm(dim=-1).mean().item() == pytest.approx(3.0, rel=1e-3)
+    centre_H = embeddings[label].mean(0)
+    spread = (tokens_BNH.mean(1) - centre_H).norm(dim=-1).mean().item()
+    assert spread == pytest.approx((embeddings[label] - centre_H).norm(dim=-1).mean().item(), rel=1e-3)
     nearest = torch.cosine_similarity(tokens_BNH.mean(1)[:, None], embeddings[None], dim=-1).argmax(1)
     assert (nearest == label).float().mean() > 0.95
     assert tokens_BNH.requires_grad
@@ -66,8 +68,8 @@ def test_speech_padding_does_not_enter():
     targets_nH = torch.randn(40, 4)
     one: Any = build_connector(config, 6, 4)
     two: Any = build_connector(config, 6, 4)
-    ridge_init(one, features_nSD, targets_nH, 1.0, lengths_n)
-    ridge_init(two, noisy, targets_nH, 1.0, lengths_n)
+    ridge_init(one, features_nSD, targets_nH, lengths_n)
+    ridge_init(two, noisy, targets_nH, lengths_n)
     torch.testing.assert_close(one.last.weight, two.last.weight)
 
 
@@ -76,4 +78,4 @@ def test_errors():
         ridge_map(torch.randn(3, 5), torch.randn(4, 2))
     qformer = build_connector({"type": "qformer", "num_heads": 1, "hidden_size": 8}, 4, 4)
     with pytest.raises(UserError, match="QFormerConnector has no closed form"):
-        ridge_init(qformer, torch.randn(3, 4, 4), torch.randn(3, 4), 1.0)
+        ridge_init(qformer, torch.randn(3, 4, 4), torch.randn(3, 4))
