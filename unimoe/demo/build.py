@@ -235,7 +235,7 @@ def _train(writer: _Writer, config: BuildConfig, artist: Artist, photos: list[Im
                 part = "val" if rng.random() < 0.05 else "train"
                 parts = [_speech(writer.clip(clip, speed)), _text(TRANSCRIBE)]
                 ends = [round(end / 16000, 3) for end in clip.at_speed(speed).word_ends]
-                words = [list(pair) for pair in zip(text.split(), ends, strict=True)]
+                words = [list(pair) for pair in zip(text.strip("?.").split(), ends, strict=True)]
                 writer.add(f"{part}.transcribe", [(parts, text)], kind="transcribe", words=words)
     dialogues = (ASSETS / "dialogue.jsonl").read_text(encoding="utf-8").splitlines()
     for i, line in enumerate(dialogues):
