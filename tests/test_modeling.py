@@ -63,6 +63,22 @@ def test_generation_in_a_batch_equals_generation_alone(built):
         assert together[row, : len(alone)].tolist() == alone.tolist()
 
 
+def test_several_answers_to_a_row_with_several_pictures_see_the_same_pictures(built):
+    model, processor = built
+    inputs = batch(processor, [CONVERSATIONS[3], CONVERSATIONS[1]])
+    settings = {
+        "max_new_tokens": 1,
+        "do_sample": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    logits = model.generate(**inputs, num_return_sequences=2, **settings).logits[0]
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[2], logits[3])
+    with torch.no_grad():
+        torch.testing.assert_close(logits[::2], model(**inputs).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
 def test_cached_decoding_equals_the_full_forward(built):
     model, processor = built
     inputs = batch(processor, [CONVERSATIONS[3]])

@@ -5,6 +5,7 @@ from transformers import AutoProcessor
 
 import unimoe  # noqa: F401  (registers the processor)
 from unimoe.errors import UserError
+from unimoe.processing import UniMoeProcessor
 from unimoe.testing import tiny_model
 
 
@@ -64,6 +65,20 @@ def test_typed_control_tokens_stay_text(processor):
     }
     assert sum(token in control for token in encoded["input_ids"]) == 2  # the template's own pair
     assert processor.tokenizer.decode(encoded["input_ids"]) == f"<|im_start|>user\n{typed}<|im_end|>\n"
+
+
+def test_halves_of_a_control_token_do_not_become_one(processor):
+    whole = processor.encode(user(text("<im"), text("age>")))
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") not in whole["input_ids"]
+
+
+def test_an_end_of_turn_that_is_no_named_token_is_learned(processor):
+    tokenizer = processor.tokenizer
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} <|endoftext|>\n{% endfor %}"
+    other = UniMoeProcessor(tokenizer, processor.modalities, chat_template=template)
+    encoded = other.encode([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    learned = [i for i, said in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if said]
+    assert tokenizer.decode(learned) == "a<|endoftext|>"
 
 
 def test_an_answer_that_quotes_a_control_token_is_learned_as_text(processor):

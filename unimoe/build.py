@@ -14,7 +14,7 @@ from .configuration import MEDIA, PLACEHOLDERS, UniMoeConfig
 from .errors import UserError
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
-from .prompt import CHATML
+from .prompt import CHATML, CHATML_TOKENS
 
 Built = tuple[UniMoeForConditionalGeneration, UniMoeProcessor]
 
@@ -54,7 +54,7 @@ def build_model(
         connectors[kind] = parts["connector"]
         described[kind] = {"encoder": encoders[kind].config, "connector": parts["connector"]}
 
-    causal, tokenizer = load_llm(llm)
+    causal, tokenizer = load_llm(llm, chat_template)
     config = UniMoeConfig(
         text_config=causal.config,
         modalities=described,
@@ -75,14 +75,14 @@ def build_model(
         install_moe(decoder, settings)
         config.moe = settings.to_dict()
     model.generation_config = _generation_config(causal, tokenizer)
-    template = CHATML if chat_template == "chatml" else chat_template
-    return model.eval(), UniMoeProcessor(tokenizer, processor_parts(model), chat_template=template)
+    return model.eval(), UniMoeProcessor(tokenizer, processor_parts(model))
 
 
-def load_llm(llm: str) -> tuple[Any, Any]:
+def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
     """A dense causal LM and its tokenizer, both with the media placeholders.
 
-    Raises UserError when it cannot be had.
+    The tokenizer gets the chat template, and ChatML's control tokens where that needs them. Raises UserError
+    when the LLM cannot be had.
     """
     path = str(resolve_part(llm, "llm"))
     try:
@@ -90,7 +90,11 @@ def load_llm(llm: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"llm '{llm}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    new = tokenizer.add_special_tokens({"extra_special_tokens": list(PLACEHOLDERS.values())})
+    if chat_template == "chatml" or not (chat_template or tokenizer.chat_template):
+        chat_template = CHATML
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    needed = [*PLACEHOLDERS.values(), *(CHATML_TOKENS if tokenizer.chat_template == CHATML else ())]
+    new = tokenizer.add_special_tokens({"extra_special_tokens": needed}, replace_extra_special_tokens=False)
     rows = causal.get_input_embeddings().weight.shape[0]
     if new and len(tokenizer) > rows:
         causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -118,8 +122,11 @@ def processor_parts(model: UniMoeForConditionalGeneration) -> dict[str, Any]:
 
 def _generation_config(causal, tokenizer) -> GenerationConfig:
     generation = causal.generation_config or GenerationConfig()
-    if generation.eos_token_id is None:
-        generation.eos_token_id = tokenizer.eos_token_id
+    ends = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    if tokenizer.chat_template == CHATML:
+        ends.append(tokenizer.convert_tokens_to_ids(CHATML_TOKENS[1]))
+    generation.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
     generation.pad_token_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     )

@@ -17,7 +17,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     A folder that stood at ``path`` before is replaced only then. Raises UserError when the disk is full.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # where a link leads, so that the link stays
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -197,7 +197,7 @@ class UniMoeModel(UniMoePreTrainedModel):
             for kind, token_id in self.config.token_ids().items():
                 modality_BT[input_ids == token_id] = MODALITIES.index(kind)
         pad_T = None
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             pad_T = (attention_mask[:, -length:] == 0).flatten()
         return Context(pad_T=pad_T, modality_T=modality_BT.flatten())
 
@@ -206,6 +206,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
     """:class:`UniMoeModel` with a language-model head: trains with ``labels``, answers with ``generate``."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    accepts_loss_kwargs = False  # the loss is a mean over this batch's tokens
 
     def __init__(self, config: UniMoeConfig):
         super().__init__(config)
@@ -260,21 +261,29 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
                 encoded_media=encoded_media,
                 **kwargs,
             )
-        outputs.logits = self.head(outputs.last_hidden_state[:, -logits_to_keep:])
-        outputs.last_hidden_state = None
+        logits = self.head(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = aux_loss = None
         if labels is not None:
-            outputs.aux_loss = self.aux_loss(records)
-            outputs.loss = outputs.aux_loss + nn.functional.cross_entropy(
-                outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+            aux_loss = self.aux_loss(records)
+            loss = aux_loss + nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
             )
-        if output_router_logits:
-            outputs.router_logits = tuple(entry.routing.logits_TE for entry in records)
-        return outputs
+        return UniMoeOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=tuple(entry.routing.logits_TE for entry in records)
+            if output_router_logits
+            else None,
+        )
 
     def aux_loss(self, records: list) -> Tensor:
         """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model)."""
         total = self.lm_head.weight.new_zeros(())
-        if self.config.moe:
+        if records and self.config.moe:
             moe = MoEConfig(**self.config.moe)
             if moe.balance_coef:
                 total = (
@@ -296,3 +305,58 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
                 for name in names:
                     inputs[name] = None
         return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **inputs,
+    ) -> tuple[Tensor | None, dict]:
+        """Repeat rows for beams or several answers.
+
+        transformers repeats media one by one, so that a row's second picture would go to its first copy."""
+        media = {name: inputs.pop(name, None) for names in MEDIA_INPUTS.values() for name in names}
+        encoded = inputs.pop("encoded_media", None)
+        rows = input_ids
+        input_ids, inputs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **inputs
+        )
+        if expand_size > 1 and rows is not None:
+            for kind, names in MEDIA_INPUTS.items():
+                order = self._repeated_items(
+                    kind, rows, [media[name] for name in names], encoded, expand_size
+                )
+                for name in names:
+                    media[name] = None if media[name] is None else media[name][order]
+                if encoded and kind in encoded:
+                    features, lengths = encoded[kind]
+                    encoded = {
+                        **encoded,
+                        kind: (features[order], None if lengths is None else lengths[order]),
+                    }
+        return input_ids, {**inputs, **media, "encoded_media": encoded}
+
+    def _repeated_items(
+        self, kind: str, rows_BT: Tensor, raw: list, encoded: dict[str, Encoded] | None, times: int
+    ) -> list[int]:
+        """Indices of one medium's items when every row, with all its items, stands ``times`` times in turn."""
+        if encoded and kind in encoded:
+            features, lengths = encoded[kind]
+            positions = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
+        elif raw[0] is None:
+            return []
+        elif len(raw) == 1:
+            positions = [self.model.encoders[kind].num_tokens] * len(raw[0])
+        else:
+            positions = [self.model.encoders[kind].num_tokens(frames) for frames in raw[1].tolist()]
+        tokens = [self.model.connectors[kind].num_tokens(count) for count in positions]
+        order: list[int] = []
+        item = 0
+        for places in (rows_BT == self.config.token_ids()[kind]).sum(1).tolist():
+            begin = item
+            while places > 0:
+                places -= tokens[item]
+                item += 1
+            order += list(range(begin, item)) * times
+        return order

@@ -6,6 +6,7 @@
 Placeholders come from media parts only: characters that somebody typed never become a control token.
 """
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -153,7 +154,12 @@ class UniMoeProcessor(ProcessorMixin):
         for message in messages:
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            text = "".join(self._part(part, media, where) for part in parts)
+            text = ""
+            for is_text, run in groupby(parts, lambda part: part.get("type") == "text"):
+                if is_text:  # neighbours together: halves of a control token are one when they are joined
+                    text += mark_typed("".join(part["text"] for part in run), self._control)
+                else:
+                    text += "".join(self._medium(part, media, where) for part in run)
             if message["role"] == "assistant":
                 text = f"{ANSWER}{text.strip()}{ANSWER_END}"
             flat.append({"role": message["role"], "content": text})
@@ -165,10 +171,8 @@ class UniMoeProcessor(ProcessorMixin):
         )
         return text, media
 
-    def _part(self, part: dict, media: dict[str, list], where: str) -> str:
+    def _medium(self, part: dict, media: dict[str, list], where: str) -> str:
         kind = part.get("type")
-        if kind == "text":
-            return mark_typed(part["text"], self._control)
         if kind not in MEDIA:
             raise UserError(f"{where}: unknown content type '{kind}'; known: text, {', '.join(MEDIA)}")
         if kind not in self.preprocessors:

@@ -20,6 +20,8 @@ CHATML = (
 """Template for LLMs that come without one, and for the embedded default, whose own puts a system turn before
 every chat."""
 
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
 TYPED, TYPED_END, ANSWER, ANSWER_END = "\ue000", "\ue001", "\ue002", "\ue003"
 _MARKS = re.compile(f"[{TYPED}-{ANSWER_END}]")
 
@@ -31,10 +33,13 @@ def unmark(text: str) -> str:
 
 def control_pattern(tokenizer) -> re.Pattern:
     """Matches every control token of the tokenizer, and the placeholders."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile(
-        "|".join(re.escape(token) for token in sorted(special | set(PLACEHOLDERS.values()), key=len)[::-1])
-    )
+    tokens = {*_special(tokenizer).values(), *PLACEHOLDERS.values()}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _special(tokenizer) -> dict[int, str]:
+    """Every control token of the tokenizer, named ones (such as eos) and others."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def mark_typed(text: str, control: re.Pattern) -> str:
@@ -50,12 +55,12 @@ def tokenize(text: str, tokenizer, counts: dict[str, list[int]]) -> tuple[list[i
         tokenizer: a fast tokenizer (offsets are needed) that has the placeholders as special tokens.
         counts: for each medium the number of tokens of each of its items, in order.
 
-    The control token that directly follows an answer ends the turn and counts as said.
+    The control token that follows an answer, blanks aside, ends the turn and counts as said.
     """
     remaining = {
         tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]): list(items) for kind, items in counts.items()
     }
-    special = set(tokenizer.all_special_ids)
+    special = _special(tokenizer)
     ids: list[int] = []
     said: list[int] = []
     answering = False
@@ -66,7 +71,7 @@ def tokenize(text: str, tokenizer, counts: dict[str, list[int]]) -> tuple[list[i
             clean, add_special_tokens=False, split_special_tokens=typed, return_offsets_mapping=True
         )
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ends_turn = start in ends and token in special
+            ends_turn = token in special and any(at <= start and not clean[at:start].strip() for at in ends)
             repeat = remaining[token].pop(0) if not typed and token in remaining else 1
             ids += [token] * repeat
             said += [int(any(inside[start:end]) or ends_turn)] * repeat
