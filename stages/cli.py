@@ -123,8 +123,8 @@ class StageCLI(LightningCLI):
 
     def _settings(self) -> dict[str, Any]:
         """Everything that decides the result, by dotted key, contents of files included."""
-        parser = self._parser(self.subcommand)
-        nested = json.loads(parser.dump(self.config[self.subcommand], format="json"))
+        verb = str(self.subcommand)
+        nested: dict[str, Any] = json.loads(self._parser(verb).dump(self.config[verb], format="json"))
         nested["trainer"] = {key: nested["trainer"].get(key) for key in RESULT_KEYS}
         for key in ("output", "overwrite", "checkpoint_every", "config"):
             nested.pop(key, None)
@@ -161,7 +161,7 @@ class StageCLI(LightningCLI):
                 f"{self.output} holds no finished stage; run `unimoe fit` with this configuration first"
             )
         check_model_folder(self.output)
-        model = self.config[self.subcommand]["model"]
+        model = self.config[str(self.subcommand)]["model"]
         model["init_from"] = str(self.output)
         for key in ("llm", "modalities", "moe", "chat_template", "warm_start"):
             model[key] = None

@@ -132,7 +132,7 @@ class StageData(LightningDataModule):
 
     def train_dataloader(self) -> StageLoader:
         assert self.trainer is not None
-        settings = {
+        settings: dict[str, Any] = {
             "seed": self.seed,
             "steps": self.steps * self.trainer.accumulate_grad_batches,
             "world_size": self.trainer.world_size,

@@ -111,7 +111,9 @@ def add_lora(model: nn.Module, lora: list[LoRA]) -> list[dict[str, nn.Module]]:
     added: list[dict[str, nn.Module]] = []
     for entry in lora:
         targets = [
-            name for name in _targets(model, entry.layers) if _matches(name, entry.match) and name not in linear
+            name
+            for name in _targets(model, entry.layers)
+            if _matches(name, entry.match) and name not in linear
         ]
         if not targets:
             raise UserError(f"lora: the model has no {entry.layers} layer named {entry.match!r} to adapt")

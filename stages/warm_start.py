@@ -57,6 +57,9 @@ class Example:
     words: list[tuple[str, float]] | None
     """What is spoken and when each word ends, in seconds."""
 
+    tail: str = ""
+    """The punctuation at the end of what is written down."""
+
 
 def read_examples(files: list[str], media_root: str | None, kind: str, settings: Ridge) -> list[Example]:
     """The records that show one medium of ``kind`` and no other. Raises UserError when there are none."""
@@ -68,7 +71,9 @@ def read_examples(files: list[str], media_root: str | None, kind: str, settings:
                 continue
             sample = parse_record(record, source, root)
             if sample.kind == kind and len(list(sample.media())) == 1:
-                examples.append(Example(sample, _target(record, sample), _words(record, source)))
+                said = _answer(sample)
+                tail = re.findall(r"[?.!]*$", said)[0]
+                examples.append(Example(sample, _target(record, said), _words(record, source), tail))
             if len(examples) == settings.max_samples:
                 return examples
     if not examples:
@@ -102,7 +107,7 @@ def warm_start(
         features_nSD, lengths_n, tokens = _by_token(encoded, examples, processor, connector.config.stack or 1)
         targets_mH = embedding_VH[tokens.to(embedding_VH.device)].float()
     else:
-        rows = [embedding_VH[_ids(example.target, processor)].float().mean(0) for example in examples]
+        rows = [embedding_VH[_ids(f" {example.target}", processor)].float().mean(0) for example in examples]
         targets_mH = torch.stack(rows)
     ridge_init(connector, features_nSD, targets_mH, lengths_n, settings.penalty)
     unit = "spoken tokens" if timed else "named media"
@@ -118,19 +123,21 @@ def check_kinds(settings: dict[str, Ridge], model: UniMoeForConditionalGeneratio
 
 
 def spoken_tokens(
-    words: list[tuple[str, float]], processor: UniMoeProcessor, times: list[float]
+    words: list[tuple[str, float]], tail: str, processor: UniMoeProcessor, times: list[float]
 ) -> list[int]:
     """The token that is being spoken at each time (seconds).
 
-    A word's time is shared evenly by its tokens; after the last word its last token goes on.
+    A word's time is shared evenly by its tokens. After the last word it is the first token of ``tail``, the
+    punctuation that follows, or without one the last word's last token.
     """
     spans: list[tuple[float, int]] = []
     begin = 0.0
-    for word, end in words:
-        ids = _ids(word, processor)
+    for index, (word, end) in enumerate(words):
+        ids = _ids(word if index == 0 else f" {word}", processor)
         spans += [(begin + (end - begin) * (part + 1) / len(ids), token) for part, token in enumerate(ids)]
         begin = end
-    return [next((token for end, token in spans if time < end), spans[-1][1]) for time in times]
+    after = _ids(tail, processor)[0] if tail else spans[-1][1]
+    return [next((token for end, token in spans if time < end), after) for time in times]
 
 
 def _by_token(
@@ -147,22 +154,25 @@ def _by_token(
             lengths.append(len(piece))
             pieces.append(torch.nn.functional.pad(piece, (0, 0, 0, stack - len(piece))))
         times = [(start + stack / 2) * SECONDS_PER_POSITION for start in starts]
-        tokens += spoken_tokens(example.words or [], processor, times)
+        tokens += spoken_tokens(example.words or [], example.tail, processor, times)
     return torch.stack(pieces), torch.tensor(lengths, device=features_nSD.device), torch.tensor(tokens)
 
 
-def _ids(words: str, processor: UniMoeProcessor) -> list[int]:
+def _ids(text: str, processor: UniMoeProcessor) -> list[int]:
     tokenizer: Any = processor.tokenizer
-    return tokenizer(" " + words, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _target(record: Any, sample: Sample) -> str:
+def _answer(sample: Sample) -> str:
+    answer = next(message for message in sample.messages if message["role"] == "assistant")
+    return "".join(part.get("text", "") for part in answer["content"]).strip()
+
+
+def _target(record: Any, said: str) -> str:
     """The record's own target, or its first answer without article and final stop."""
     if isinstance(record.get("target"), str):
         return record["target"]
-    answer = next(message for message in sample.messages if message["role"] == "assistant")
-    text = "".join(part.get("text", "") for part in answer["content"]).strip().rstrip(".").lower()
-    return re.sub(r"^(a|an|the|some)\s+", "", text)
+    return re.sub(r"^(a|an|the|some)\s+", "", said.rstrip(".").lower())
 
 
 def _words(record: Any, source: str) -> list[tuple[str, float]] | None:

@@ -65,10 +65,11 @@ def test_words_that_are_no_words(world):
 
 
 def test_words_share_their_time_evenly(built):
-    _, processor = built  # one token a byte, and a space before each word
-    ids = {text: processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" ab", " c")}
-    found = spoken_tokens([("ab", 0.3), ("c", 0.5)], processor, [0.05, 0.15, 0.25, 0.35, 0.45, 2.0])
-    assert found == [*ids[" ab"], *ids[" c"], ids[" c"][-1]]
+    _, processor = built  # one token a byte
+    ids = processor.tokenizer("ab c?", add_special_tokens=False)["input_ids"]
+    times = [0.05, 0.25, 0.35, 0.45, 2.0]
+    assert spoken_tokens([("ab", 0.3), ("c", 0.5)], "?", processor, times) == ids
+    assert spoken_tokens([("ab", 0.3), ("c", 0.5)], "", processor, times) == [*ids[:-1], ids[-2]]
 
 
 def test_pictures_start_near_their_names(world, built):
@@ -82,11 +83,9 @@ def test_pictures_start_near_their_names(world, built):
     warm_start(model, processor, "image", (features, None), examples, Ridge(penalty=1e-3))
     tokens, _ = model.model.connectors["image"](features, None)
     embedding = model.get_input_embeddings().weight
-    torch.testing.assert_close(tokens.norm(dim=-1).mean(), embedding.norm(dim=-1).mean(), rtol=1e-3, atol=0)
     names = [processor.tokenizer(" " + e.target, add_special_tokens=False)["input_ids"] for e in examples]
     wanted = torch.stack([embedding[ids].mean(0) for ids in names])
-    centred = [x - x.mean(0) for x in (tokens.mean(1), wanted)]
-    assert torch.nn.functional.cosine_similarity(*centred).min() > 0.95
+    torch.testing.assert_close(tokens.mean(1), wanted, rtol=0, atol=0.05)
 
 
 def test_speech_is_fitted_word_by_word(world, built, caplog):
