@@ -36,7 +36,7 @@ def data(tmp_path):
         spoken = [picture, {"type": "speech", "path": f"{index}.flac"}]
         lines["new_backgrounds"].append(line(written, answer, kind="name", concept=answer))
         kind = "name" if index % 2 else "count"
-        lines["spoken_questions"].append(line(spoken, answer, kind=kind, voice="slt", question="What?"))
+        lines["spoken_questions"].append(line(spoken, answer, kind=kind, speaker="slt", question="What?"))
     for name, rows in lines.items():
         (tmp_path / f"test.{name}.jsonl").write_text("\n".join(rows) + "\n")
     return tmp_path
@@ -55,7 +55,7 @@ def test_questions_wait_for_their_answer(data):
     questions = read_questions(data / "test.spoken_questions.jsonl")
     assert [question.answer for question in questions][:2] == ["A dog.", "An owl."]
     assert [turn["role"] for turn in questions[0].sample.messages] == ["user"]
-    assert questions[0].facts == {"kind": "count", "voice": "slt", "question": "What?"}
+    assert questions[0].facts == {"kind": "count", "speaker": "slt", "question": "What?"}
     (data / "test.held_out.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
     with pytest.raises(UserError, match="held_out.jsonl:1"):
         read_questions(data / "test.held_out.jsonl")

@@ -29,7 +29,9 @@ def folder(tmp_path):
             {"type": "speech", "path": "q.flac"} if spoken else {"type": "text", "text": "<What> is it?"}
         )
         parts = [{"type": "image", "path": "a.png"}, question]
-        facts = {"kind": "name", "concept": "dog"} | ({"voice": "slt", "question": "What?"} if spoken else {})
+        facts = {"kind": "name", "concept": "dog"} | (
+            {"speaker": "slt", "question": "What?"} if spoken else {}
+        )
         turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A dog."}]
         lines = [json.dumps({"messages": turns, **facts})] * 4
         (tmp_path / "data" / f"test.{one}.jsonl").write_text("\n".join(lines))

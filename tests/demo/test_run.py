@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from unimoe import cli
 from unimoe.demo import run as subject
@@ -39,7 +40,6 @@ def steps(monkeypatch):
 
     last = Step("report", "writes", 0.1, report, lambda run: False)
     monkeypatch.setattr(subject, "STEPS", (step("one"), step("two", control=True), step("three"), last))
-    monkeypatch.setattr(subject, "OTHER_ARTISTS", ())
     return acted, broken
 
 
@@ -90,14 +90,16 @@ def test_settings_that_do_not_fit_are_one_line(steps, tmp_path, capsys, args, sa
 
 
 def test_another_folder_gets_moved_configurations(tmp_path, monkeypatch):
-    (tmp_path / "uni_moe").mkdir()
-    (tmp_path / "uni_moe" / "align.yaml").write_text("data: {train: runs/demo/data/train.image.jsonl}\n")
-    monkeypatch.setattr(subject, "files", lambda package: tmp_path)
-    here = Demo(Path("runs/demo"), 0, False, None)
-    assert subject._config_files("align", here) == [tmp_path / "uni_moe" / "align.yaml"]
-    there = Demo(tmp_path / "x", 0, False, None)
-    (moved,) = subject._config_files("align", there)
-    assert moved.read_text() == f"data: {{train: {tmp_path}/x/data/train.image.jsonl}}\n"
+    here = Demo(Path("runs/demo"), 0, False, "default")
+    shipped = subject._configuration("align", here)
+    assert shipped.parts[-2:] == ("uni_moe", "align.yaml") and "runs/demo/" in shipped.read_text()
+    there = Demo(tmp_path / "x", 3, False, "default")
+    for stage in ("align", "moe", "assemble"):
+        moved = subject._configuration(stage, there)
+        assert moved.parent == tmp_path / "x" / "configs"
+        text = moved.read_text()
+        assert "runs/demo" not in text and f"{tmp_path}/x/" in text
+    assert yaml.safe_load(text)["seed"] == 3
 
 
 def test_the_table_of_steps():

@@ -58,7 +58,7 @@ class Question:
     answer: str
     """The right one."""
     facts: dict[str, Any]
-    """What else its line says: ``kind`` of question, ``concept``, ``voice``, ``question`` in words."""
+    """What else its line says: ``kind`` of question, ``concept``, ``speaker``, ``question`` in words."""
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer is the same words, up to case, punctuation and a leading article."""
@@ -73,8 +73,7 @@ def read_questions(path: str | Path) -> list[Question]:
     questions = []
     for source, line in read_records(path):
         facts = {key: value for key, value in line.items() if key not in ("id", "messages")}
-        turns = {key: value for key, value in line.items() if key not in facts}
-        sample = parse_record(turns, source, Path(path).parent)
+        sample = parse_record(line, source, Path(path).parent)
         *asked, last = sample.messages
         answer = "".join(part.get("text", "") for part in last["content"])
         questions.append(Question(replace(sample, messages=asked), answer, facts))

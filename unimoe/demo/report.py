@@ -184,7 +184,7 @@ def _samples(
                     "question": rows["moe"].get("question")
                     or "".join(part.get("text", "") for part in parts),
                     "truth": questions[index].answer,
-                    "voice": rows["moe"].get("voice"),
+                    "voice": rows["moe"].get("speaker"),
                     "answers": {
                         model: {"text": row["answer"], "right": row["right"]} for model, row in rows.items()
                     },

@@ -42,14 +42,6 @@ from unimoe.stages.result import STAGE_FILE, read_record
 DEFAULT_OUTPUT = "runs/demo"
 """The folder that the configurations name."""
 
-OTHER_ARTISTS = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
-    "/usr/share/fonts/noto-emoji/NotoColorEmoji.ttf",
-)
-"""Where systems keep an emoji font by somebody else than the artist of the training pictures."""
-
 
 @dataclass(frozen=True)
 class Demo:
@@ -58,7 +50,8 @@ class Demo:
     folder: Path
     seed: int
     control: bool
-    unseen_artist: Path | None
+    unseen_artist: str
+    """``default``, or a path."""
 
     @property
     def data(self) -> Path:
@@ -82,9 +75,7 @@ class Step:
     """Belongs to the dense control."""
 
 
-def demo(
-    control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, unseen_artist: Path | None = None
-):
+def demo(control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, unseen_artist: str = "default"):
     """Train a mixture of experts that sees and hears from real pretrained parts, test it, and write a report.
 
     The same command goes on where a run was cut off. Ends with report.json and report.html in the output
@@ -95,15 +86,14 @@ def demo(
         output: folder of everything that the run makes.
         seed: of the data, the training and the tests.
         unseen_artist: emoji font, or folder of emoji pictures named by code point, by another artist than the
-            training pictures; for a test set only (default: a Noto emoji font that the system has).
+            training pictures; for a test set only (default: what ``unimoe prepare`` made).
     """
     begun = time.monotonic()
-    run = Demo(Path(output), seed, control, _settle(Path(output), seed, unseen_artist))
+    run = Demo(Path(output), seed, control, unseen_artist)
+    _note_settings(run)
     steps = [step for step in STEPS if control or not step.control]
     todo = [step for step in steps if not step.done(run)]
     console.announce(run.folder, [(step.name, step.about, step.minutes, step in todo) for step in steps])
-    if run.unseen_artist is None:
-        console.say("No emoji font by another artist was found: --unseen-artist FONT adds that test.\n")
     for number, step in enumerate(steps, 1):
         label = f"[{number:>2}/{len(steps)}] {step.name}"
         if step not in todo:
@@ -136,17 +126,16 @@ def _prepared(run: Demo) -> bool:
 
 
 def _build(run: Demo):
-    build_data(run.data, seed=run.seed, unseen_artist=run.unseen_artist)
+    artist = default_part("artist") if run.unseen_artist == "default" else run.unseen_artist
+    build_data(run.data, seed=run.seed, unseen_artist=artist)
 
 
 def _fit(stage: str, run: Demo):
-    arguments = [word for path in _config_files(stage, run) for word in ("-c", str(path))]
-    stages_cli(["fit", *arguments, "--output", str(run.folder / stage), "--seed_everything", str(run.seed)])
+    stages_cli(["fit", "-c", str(_configuration(stage, run)), "--seed_everything", str(run.seed)])
 
 
 def _assemble(run: Demo):
-    (manifest,) = _config_files("assemble", run)
-    assemble(str(manifest), output=str(run.folder / "assembled"))
+    assemble(str(_configuration("assemble", run)))
 
 
 def _evaluate(name: str, run: Demo):
@@ -229,28 +218,24 @@ STEPS = (
 # -------------------------------------------------------------------- parts of steps
 
 
-def _config_files(stage: str, run: Demo) -> list[Path]:
-    """The YAML files of a stage; for another output folder, copies in it whose paths lead there."""
-    folder = Path(str(files("unimoe.configs").joinpath("uni_moe")))
-    names = [f"{stage}.yaml"] if stage == "assemble" else ["base.yaml", f"{stage}.yaml"]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if run.folder == Path(DEFAULT_OUTPUT):
-        return found
-    moved = []
-    for path in found:
-        text = path.read_text(encoding="utf-8").replace(DEFAULT_OUTPUT, run.folder.as_posix())
-        moved.append(run.folder / "configs" / path.name)
-        atomic_write(moved[-1], text)
-    return moved
+def _configuration(stage: str, run: Demo) -> Path:
+    """The YAML file of a stage; for another folder or seed a copy of it that says so."""
+    path = Path(str(files("unimoe.configs").joinpath("uni_moe"))) / f"{stage}.yaml"
+    if run.folder == Path(DEFAULT_OUTPUT) and run.seed == 0:
+        return path
+    text = path.read_text(encoding="utf-8").replace(DEFAULT_OUTPUT, run.folder.as_posix())
+    if stage == "assemble":
+        text = yaml.safe_dump({**yaml.safe_load(text), "seed": run.seed}, sort_keys=False)
+    copy = run.folder / "configs" / path.name
+    atomic_write(copy, text)
+    return copy
 
 
 def _model(name: str, run: Demo) -> Built:
     """A finished stage's model, or the one that the first stage starts from."""
     if name != "start":
         return load_model(run.folder / name)
-    settings: dict[str, Any] = {}
-    for path in _config_files("align", run):
-        settings |= yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {})
+    settings = yaml.safe_load(_configuration("align", run).read_text(encoding="utf-8"))["model"]
     torch.manual_seed(run.seed)
     chosen = {key: settings[key] for key in ("llm", "modalities", "chat_template") if key in settings}
     return build_model(**chosen)
@@ -268,9 +253,8 @@ def _evaluation(name: str, run: Demo) -> Path:
 def _made_of(name: str, run: Demo) -> str:
     """Changes when the model or the questions do."""
     digest = hashlib.sha256((run.data / "manifest.json").read_bytes())
-    model = _config_files("align", run) if name == "start" else [run.folder / name / STAGE_FILE]
-    for path in model:
-        digest.update(path.read_bytes())
+    model = _configuration("align", run) if name == "start" else run.folder / name / STAGE_FILE
+    digest.update(model.read_bytes())
     return digest.hexdigest()
 
 
@@ -300,27 +284,20 @@ def _note_seconds(run: Demo, name: str, seconds: float) -> float:
     return spent
 
 
-def _settle(folder: Path, seed: int, unseen_artist: Path | None) -> Path | None:
-    """Note the run's settings in its folder, and return the other artist's font.
-
-    Raises UserError when the folder belongs to a run with other settings.
-    """
+def _note_settings(run: Demo):
+    """Write ``demo.json``. Raises UserError when the folder belongs to a run with other settings."""
+    folder, artist = run.folder, run.unseen_artist
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; expected a folder")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed must be between 0 and 4294967295, found {seed}")
-    if unseen_artist is not None and not unseen_artist.exists():
-        raise UserError(f"--unseen-artist {unseen_artist}: there is no such font or folder")
+    if not 0 <= run.seed < 2**32:
+        raise UserError(f"--seed must be between 0 and 4294967295, found {run.seed}")
+    if artist != "default" and not Path(artist).exists():
+        raise UserError(f"--unseen-artist {artist}: there is no such font or folder")
     path = folder / "demo.json"
-    artist = unseen_artist or next((Path(path) for path in OTHER_ARTISTS if Path(path).is_file()), None)
-    settings = {"seed": seed, "unseen_artist": None if artist is None else str(artist)}
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if unseen_artist is None:
-            settings["unseen_artist"] = found.get("unseen_artist")
-        for key, value in settings.items():
-            if found.get(key) != value:
-                there = f"{folder} was begun with {key} {found.get(key)}, found {value}"
-                raise UserError(f"{there}; choose another --output, or delete {folder}")
+    settings = {"seed": run.seed, "unseen_artist": artist}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    for key, value in settings.items():
+        if found.get(key) != value:
+            there = f"{folder} was begun with {key} {found.get(key)}, found {value}"
+            raise UserError(f"{there}; choose another --output, or delete {folder}")
     atomic_write(path, json.dumps(settings, indent=1) + "\n")
-    return None if settings["unseen_artist"] is None else Path(settings["unseen_artist"])
