@@ -340,7 +340,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
     def _repeated_items(
         self, kind: str, rows_BT: Tensor, raw: list, encoded: dict[str, Encoded] | None, times: int
     ) -> list[int]:
-        """Indices of one medium's items when every row, with all its items, stands ``times`` times in turn."""
+        """Indices of one medium's items when every row, with all its items, stands ``times`` times."""
         if encoded and kind in encoded:
             features, lengths = encoded[kind]
             positions = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
