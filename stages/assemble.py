@@ -19,16 +19,17 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import MoEConfig, SwiGLUExperts
+from unimoe.moe import MoEConfig, SwiGLUExperts, install_moe
 from unimoe.moe.install import moe_layers
 from unimoe.processing import UniMoeProcessor
 
 from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
 from .result import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
-from .start import check_model_folder, load_model, upcycle
+from .start import check_model_folder, load_model
 
 log = logging.getLogger(__name__)
 
@@ -120,17 +121,18 @@ def assemble(manifest: str, output: str | None = None, overwrite: bool = False) 
 def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, UniMoeProcessor]:
     """The model that a manifest describes, in memory. Raises UserError when a part does not fit the base."""
     model, processor = load_model(manifest.base)
-    expected = (
-        {name: list(tensor.shape) for name, tensor in ffn_tensors(model).items()}
-        if not model.config.moe
-        else {}
-    )
+    if model.config.moe:
+        raise UserError(f"base: {manifest.base} is a mixture of experts already; expected a dense model")
+    dense = ffn_tensors(model)
     fingerprint = base_fingerprint(model)
     moe = MoEConfig.from_dict({**manifest.moe, "num_experts": len(manifest.experts)})
-    upcycle(model, moe, manifest.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(manifest.seed)
+        install_moe(model.model.language_model, moe)  # copies in every slot, fresh routers
+    model.config.moe = moe.to_dict()
     for slot, entry in enumerate(manifest.experts):
         if entry.source != BASE:
-            _fill_slot(model, slot, entry.source, expected, fingerprint)
+            _fill_slot(model, slot, entry.source, dense, fingerprint)
     for kind, source in manifest.connectors.items():
         if source != BASE:
             _replace_connector(model, kind, source)
@@ -174,21 +176,18 @@ def _slots(path: str | Path, experts: Any) -> list[Slot]:
 
 
 def _fill_slot(
-    model: UniMoeForConditionalGeneration,
-    slot: int,
-    source: str,
-    expected: dict[str, list[int]],
-    fingerprint: str,
+    model: UniMoeForConditionalGeneration, slot: int, source: str, dense: dict[str, Tensor], fingerprint: str
 ):
-    """Copy an expert folder into one slot of every MoE layer."""
+    """Copy an expert folder into one slot of every MoE layer; ``dense`` holds the base's FFNs."""
     expert = load_expert(source)
-    for name, shape in expected.items():
+    for name, own in dense.items():
         found = list(expert.tensors[name].shape) if name in expert.tensors else "nothing"
-        if found != shape:
-            raise UserError(f"experts[{slot}]: {source}: tensor {name} has shape {found}, expected {shape}")
-    if len(expert.tensors) != len(expected):
+        if found != list(own.shape):
+            wanted = list(own.shape)
+            raise UserError(f"experts[{slot}]: {source}: tensor {name} has shape {found}, expected {wanted}")
+    if len(expert.tensors) != len(dense):
         raise UserError(
-            f"experts[{slot}]: {source} has {len(expert.tensors) // 2} layers, the base {len(expected) // 2}"
+            f"experts[{slot}]: {source} has {len(expert.tensors) // 2} layers, the base {len(dense) // 2}"
         )
     if expert.info.base_llm != fingerprint:
         found, wanted = expert.info.base_llm[:12], fingerprint[:12]
@@ -201,6 +200,14 @@ def _fill_slot(
         with torch.no_grad():
             experts.gate_up_proj[slot].copy_(expert.tensors[f"layers.{index}.gate_up_proj"])
             experts.down_proj[slot].copy_(expert.tensors[f"layers.{index}.down_proj"])
+    places = {f"layers.{index}" for index in moe_layers(model)}
+    learned = {
+        name.rpartition(".")[0] for name, own in dense.items() if not torch.equal(own, expert.tensors[name])
+    }
+    if lost := len(learned - places):
+        log.warning(
+            "%s: what it learned in %d layers that are not placed as MoE layers is left out", source, lost
+        )
 
 
 def _replace_connector(model: UniMoeForConditionalGeneration, kind: str, source: str):

@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 
 from unimoe.errors import UserError
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import MoEConfig, install_moe
 from unimoe.processing import UniMoeProcessor
 
 
@@ -62,16 +61,6 @@ def check_model_folder(folder: str | Path):
             f"init_from: {path} holds a model of type {kind!r}, expected 'unimoe'; "
             "to start from an LLM set model.llm"
         )
-
-
-def upcycle(model: UniMoeForConditionalGeneration, moe: MoEConfig, seed: int) -> None:
-    """Copy the FFNs that ``moe`` places into all experts, in place; fresh routers come from ``seed``."""
-    if model.config.moe:
-        raise UserError("the model is a mixture of experts already; start from a dense one")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        install_moe(model.model.language_model, moe)
-    model.config.moe = moe.to_dict()
 
 
 def _first_line(error: Exception) -> str:

@@ -61,6 +61,22 @@ def test_copies_answer_as_the_dense_model(aligned, tmp_path):
     torch.testing.assert_close(sparse(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_what_no_layer_takes_up_is_said(manifest, tmp_path, caplog):
+    assemble(write(tmp_path / "m.yaml", **manifest))
+    assert "left out" not in caplog.text
+    manifest["moe"]["placement"] = "interval"
+    assemble(write(tmp_path / "m.yaml", **manifest), output=str(tmp_path / "other"))
+    assert "in 1 layers that are not placed as MoE layers is left out" in caplog.text
+
+
+def test_a_mixture_is_no_base(manifest, tmp_path):
+    path = write(tmp_path / "m.yaml", **manifest)
+    assemble(path)
+    manifest["base"] = manifest["output"]
+    with pytest.raises(UserError, match="is a mixture of experts already"):
+        assemble(write(tmp_path / "m.yaml", **manifest), output=str(tmp_path / "again"))
+
+
 def test_routers_come_from_the_seed(aligned, tmp_path):
     routers = []
     for seed in (0, 0, 1):
