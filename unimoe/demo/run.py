@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from unimoe.build import Built, build_model
 from unimoe.data import FeatureCache
@@ -89,6 +90,7 @@ def demo(control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, uns
             training pictures; for a test set only (default: what ``unimoe prepare`` made).
     """
     begun = time.monotonic()
+    disable_progress_bar()  # transformers' own, for each model that is loaded
     run = Demo(Path(output), seed, control, unseen_artist)
     _note_settings(run)
     steps = [step for step in STEPS if control or not step.control]
