@@ -1,5 +1,7 @@
+import gc
 import json
 import logging
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 from unimoe.cli import main as unimoe
 from unimoe.errors import UserError
 from unimoe.stages.curve import read_curve
+from unimoe.stages.module import StageModule
 from unimoe.stages.start import load_model
 
 
@@ -128,3 +131,11 @@ def test_wrong_init_from(align, expert, expert_folder, world, fit, tmp_path):
         with pytest.raises(UserError, match=message):
             fit(expert)
     assert not (tmp_path / "expert").exists()
+
+
+def test_a_finished_stage_leaves_nothing_in_memory(align, fit):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    fit(align)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, StageModule)]
