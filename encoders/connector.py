@@ -5,7 +5,7 @@ Shapes: B items, S encoder positions, D encoder width, N tokens, H language mode
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ class ConnectorConfig:
     """Width between the linear layers, and of the Q-Former; None is the language model's width, for the
     Q-Former 768."""
     pool: int | None = None
-    """pooled_mlp on images: the token grid is averaged to pool x pool; None is 2 unless stack is set."""
+    """pooled_mlp on images: the token grid is pooled to pool x pool; None is 2 unless stack is set."""
+    pooling: Literal["mean", "max"] = "mean"
+    """pooled_mlp on images: what stands for a cell of the grid; max keeps a small thing on a large ground."""
     stack: int | None = None
     """pooled_mlp on speech: so many consecutive positions side by side make one token (5 is usual)."""
     grid: list[int] | None = None
@@ -71,6 +73,8 @@ class ConnectorConfig:
             raise UserError(
                 f"connector linear: depth is {parsed.depth}; use type mlp for more than one layer"
             )
+        if parsed.pooling not in ("mean", "max"):
+            raise UserError(f"connector {kind}: pooling is {parsed.pooling!r}, expected mean or max")
         if parsed.pool and parsed.stack:
             raise UserError(
                 "connector pooled_mlp: found both pool (images) and stack (speech), expected one of them"
@@ -119,8 +123,8 @@ class Connector(nn.Module):
 class MLPConnector(Connector):
     """Types linear, mlp and pooled_mlp (LLaVA-1.5's projector, 2310.03744, with pooling before it).
 
-    1. ``gather``: one input row per token: a position, the mean of a cell of the grid, or ``stack`` positions
-       side by side with zeros beyond the item's length;
+    1. ``gather``: one input row per token: a position, a cell of the grid (its mean or maximum), or ``stack``
+       positions side by side with zeros beyond the item's length;
     2. ``layers``: Linear, or Linear-GELU-Linear and so on.
     """
 
@@ -161,7 +165,8 @@ class MLPConnector(Connector):
                 f"pooled_mlp: {positions} positions are no {height} x {width} grid; set the connector's grid"
             )
         x_BDHW = x_BSD.transpose(1, 2).unflatten(2, (height, width))
-        return nnf.adaptive_avg_pool2d(x_BDHW, pool).flatten(2).transpose(1, 2)
+        reduce = nnf.adaptive_max_pool2d if self.config.pooling == "max" else nnf.adaptive_avg_pool2d
+        return reduce(x_BDHW, pool).flatten(2).transpose(1, 2)
 
     @staticmethod
     def _stack(x_BSD: Tensor, stack: int, lengths_B: Tensor | None) -> Tensor:

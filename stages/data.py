@@ -168,7 +168,7 @@ class StageData(LightningDataModule):
         return StageLoader(
             self.samples[split],  # type: ignore[arg-type]  # a list is a map-style data set
             batch_sampler=sampler,
-            collate_fn=self.collator(),
+            collate_fn=self.collator().by_length,
             num_workers=self.num_workers,
             persistent_workers=False,
         )

@@ -17,6 +17,7 @@ from unimoe.build import build_model
 from unimoe.errors import UserError
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import LayerRecord, load, load_balance, record
+from unimoe.moe.records import join
 from unimoe.processing import UniMoeProcessor
 
 from .data import StageData
@@ -36,7 +37,7 @@ class StageModule(LightningModule):
 
     The training step:
 
-    1. the decoder's hidden states of the batch, with a record of every MoE layer's routing;
+    1. the decoder's hidden states, by parts of like length, with a record of every MoE layer's routing;
     2. the LM head at supervised positions only, mean cross-entropy;
     3. plus the model's auxiliary losses (``balance_coef`` and ``z_coef`` of its MoE configuration).
     """
@@ -176,20 +177,27 @@ class StageModule(LightningModule):
     # ---------------------------------------------------------------- steps
 
     def answer_loss(self, hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
-        """Mean cross-entropy over the supervised tokens, and their number."""
+        """Sum of the cross-entropy over the supervised tokens, and their number."""
         keep_BT = labels_BT[:, 1:] != IGNORED
         hidden_SH = hidden_BTH[:, :-1][keep_BT]
         loss = nnf.cross_entropy(
             self.model.head(hidden_SH).float(), labels_BT[:, 1:][keep_BT], reduction="sum"
         )
-        count = len(hidden_SH)
-        return loss / max(count, 1), count
+        return loss, len(hidden_SH)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with record() as records:
-            hidden_BTH = self.model.model(**inputs).last_hidden_state
-        loss, _ = self.answer_loss(hidden_BTH, batch["labels"])
+    def batch_loss(self, batch: list[dict[str, Any]]) -> tuple[Tensor, int]:
+        """Mean cross-entropy over the supervised tokens of all parts of a batch, and their number."""
+        total, count = torch.zeros((), device=self.device), 0
+        for part in batch:
+            inputs = {name: value for name, value in part.items() if name != "labels"}
+            loss, supervised = self.answer_loss(self.model.model(**inputs).last_hidden_state, part["labels"])
+            total, count = total + loss, count + supervised
+        return total / max(count, 1), count
+
+    def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
+        with record() as parts:
+            loss, _ = self.batch_loss(batch)
+        records = join(parts)
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
         row = {"train/loss": loss.item(), **self._rates(batch)}
         if self.trainer.world_size > 1 or not loss.requires_grad:
@@ -201,14 +209,14 @@ class StageModule(LightningModule):
         self._log_row(row, batch_idx)
         return loss
 
-    def _rates(self, batch: dict[str, Any]) -> dict[str, float]:
+    def _rates(self, batch: list[dict[str, Any]]) -> dict[str, float]:
         """Learning rates of this step, and tokens a second from the last step's beginning to this one's."""
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
         now = time.perf_counter()
         if self._began is not None:
             began, tokens = self._began
             rates["train/tokens_per_second"] = tokens / (now - began)
-        self._began = (now, int(batch["attention_mask"].sum()))
+        self._began = (now, sum(int(part["attention_mask"].sum()) for part in batch))
         return rates
 
     def _load(self, records: list[LayerRecord]) -> dict[str, float]:
@@ -235,22 +243,21 @@ class StageModule(LightningModule):
         trained = [p for p in self.model.model.connectors.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
         self._evaluate(batch, "val/loss")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
         self._evaluate(batch, "test/loss")
 
-    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        loss, count = self.answer_loss(self.model.model(**inputs).last_hidden_state, batch["labels"])
+    def _evaluate(self, batch: list[dict[str, Any]], name: str) -> None:
+        loss, count = self.batch_loss(batch)
         self.log(
             name, loss, batch_size=count, prog_bar=True, sync_dist=True
         )  # the mean over batches weighs by tokens
 
     # ---------------------------------------------------------------- what a resumed run needs
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
         """Seed the step from (seed, step, rank), so that dropout does not depend on what ran before."""
         torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
 

@@ -131,3 +131,19 @@ def test_undecodable_media_name_the_sample(built, tmp_path):
     sample = parse_record(record, "data.json[3]", tmp_path)
     with pytest.raises(UserError, match=r"^data\.json\[3\]: cannot decode the image .*a\.png"):
         Collator(built[1])([sample])
+
+
+def test_parts_of_like_length_hold_every_sample_once_and_little_padding(built, samples):
+    _, processor = built
+    collator = Collator(processor)
+    long = parse_record({"conversations": turns("Say much", "word " * 60)}, "data.json[4]", ".")
+    together, parts = [*samples, long, *samples], collator.by_length([*samples, long, *samples])
+    rows = [
+        row[mask == 1].tolist()
+        for part in parts
+        for row, mask in zip(part["input_ids"], part["attention_mask"], strict=False)
+    ]
+    alone = [collator([sample])["input_ids"][0].tolist() for sample in together]
+    assert sorted(rows) == sorted(alone) and len(parts) > 1
+    for part in parts:
+        assert part["attention_mask"].float().mean() >= 0.7

@@ -68,15 +68,17 @@ def test_mlp_is_llavas_mlp2x_gelu():
     assert [(layers[i].in_features, layers[i].out_features) for i in (0, 2)] == [(1024, 4096), (4096, 4096)]
 
 
-def test_pooling_averages_the_cells_of_the_grid():
-    connector: Any = build_connector({"type": "pooled_mlp"}, 3, 3)
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooling_reduces_the_cells_of_the_grid(pooling):
+    connector: Any = build_connector({"type": "pooled_mlp", "pooling": pooling}, 3, 3)
     with torch.no_grad():
         connector.last.weight.copy_(torch.eye(3))
         connector.last.bias.zero_()
     features_BSD = torch.randn(2, 16, 3)
     tokens_BNH, _ = connector(features_BSD)
     grid = features_BSD.view(2, 4, 4, 3)
-    expected = torch.stack([grid[:, r : r + 2, c : c + 2].mean((1, 2)) for r in (0, 2) for c in (0, 2)], 1)
+    cells = [grid[:, r : r + 2, c : c + 2].flatten(1, 2) for r in (0, 2) for c in (0, 2)]
+    expected = torch.stack([cell.mean(1) if pooling == "mean" else cell.amax(1) for cell in cells], 1)
     torch.testing.assert_close(tokens_BNH, expected)
 
 
@@ -103,6 +105,7 @@ def test_stacking_pads_with_zeros_at_the_end():
         ),
         ({"type": "mlp", "size": 3}, "unknown key 'size'"),
         ({"type": "pooled_mlp", "pool": 2, "stack": 5}, "both pool .* and stack"),
+        ({"type": "pooled_mlp", "pooling": "median"}, "pooling is 'median', expected mean or max"),
         ({"type": "mlp", "stack": 5}, "pool and stack belong to type pooled_mlp"),
         ({"type": "linear", "depth": 2}, "use type mlp"),
         ({"type": "mlp", "depth": 0}, "depth is 0, expected at least 1"),

@@ -2,7 +2,18 @@ import threading
 
 import torch
 
-from unimoe.moe import Context, MoELayer, SwiGLUExperts, TopK, current_context, record, routing_context
+from unimoe.moe import (
+    Context,
+    LayerRecord,
+    MoELayer,
+    SwiGLUExperts,
+    TopK,
+    current_context,
+    load_balance,
+    record,
+    routing_context,
+)
+from unimoe.moe.records import join
 
 
 def layer(index):
@@ -54,3 +65,19 @@ def test_threads_do_not_mix():
         thread.start()
         thread.join()
     assert records == []
+
+
+def test_joined_records_are_those_of_one_pass():
+    torch.manual_seed(0)
+    router, x_TD = TopK(8, 4, 2), torch.randn(10, 8)
+    pad_T, modality_T = torch.rand(10) < 0.3, torch.randint(0, 3, (10,))
+
+    def routed(rows: slice) -> LayerRecord:
+        ctx = Context(pad_T=pad_T[rows], modality_T=modality_T[rows])
+        return LayerRecord(3, router(x_TD[rows], ctx), ctx)
+
+    whole, (joined,) = routed(slice(0, 10)), join([routed(slice(0, 4)), routed(slice(4, 10))])
+    for name in ("token_N", "expert_N", "weight_N", "offsets_E1", "logits_TE", "probs_TE"):
+        torch.testing.assert_close(getattr(joined.routing, name), getattr(whole.routing, name))
+    assert torch.equal(joined.ctx.pad_T, pad_T) and torch.equal(joined.ctx.modality_T, modality_T)
+    torch.testing.assert_close(load_balance(joined), load_balance(whole))

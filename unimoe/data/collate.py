@@ -57,19 +57,41 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Encode and pad. Raises UserError that names the sample at fault."""
-        encoded, labels = [], []
+        return self._batch(self._encode(samples))
+
+    def by_length(self, samples: Sequence[Sample], waste: float = 0.25) -> list[dict[str, Any]]:
+        """The samples as batches of rows of like length, none of more than about ``waste`` padding.
+
+        A short question beside a long text would otherwise cost as much as the text.
+        """
+        parts: list[list[tuple[dict[str, Any], list[int]]]] = []
+        tokens = 0
+        for row in sorted(self._encode(samples), key=lambda row: len(row[1])):
+            length = len(row[1])
+            if not parts or (tokens + length) < (1 - waste) * length * (len(parts[-1]) + 1):
+                parts.append([])
+                tokens = 0
+            parts[-1].append(row)
+            tokens += length
+        return [self._batch(part) for part in parts]
+
+    def _encode(self, samples: Sequence[Sample]) -> list[tuple[dict[str, Any], list[int]]]:
+        """Inputs and labels of each sample."""
+        rows = []
         for sample in samples:
             one = self.processor.encode(self._messages(sample), where=sample.source)
             mask = one.pop("assistant_mask")
             self._fit(one["input_ids"], mask, sample)
             if not any(mask):
                 raise UserError(f"{sample.source}: there is no assistant text to learn from")
-            encoded.append(one)
             pairs = zip(one["input_ids"], mask, strict=True)
-            labels.append([token if learned else IGNORED for token, learned in pairs])
-        batch = dict(self.processor.pad(encoded))
+            rows.append((one, [token if learned else IGNORED for token, learned in pairs]))
+        return rows
+
+    def _batch(self, rows: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
+        batch = dict(self.processor.pad([encoded for encoded, _ in rows]))
         width = batch["input_ids"].shape[1]
-        batch["labels"] = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
+        batch["labels"] = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
         present = [kind for kind, stored in self._stored.items() if stored.outputs[0] in batch]
         if present:
             batch["encoded_media"] = {kind: self._stored[kind].take(batch) for kind in present}

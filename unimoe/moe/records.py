@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from .routing import Routing
@@ -66,6 +68,35 @@ def record() -> Iterator[list[LayerRecord]]:
         _records.reset(token)
         if outer is not None:
             outer.extend(records)
+
+
+def join(records: list[LayerRecord]) -> list[LayerRecord]:
+    """One record a layer out of several forward passes' records, as if all tokens had come in one pass."""
+    layers: dict[int, list[LayerRecord]] = {}
+    for entry in records:
+        layers.setdefault(entry.layer, []).append(entry)
+    return [_join(entries) if len(entries) > 1 else entries[0] for entries in layers.values()]
+
+
+def _join(entries: list[LayerRecord]) -> LayerRecord:
+    routings = [entry.routing for entry in entries]
+    starts = accumulate((routing.num_tokens for routing in routings), initial=0)
+    expert_N, order_N = torch.sort(torch.cat([routing.expert_N for routing in routings]), stable=True)
+    routing = Routing(
+        torch.cat([routing.token_N + start for routing, start in zip(routings, starts, strict=False)])[
+            order_N
+        ],
+        expert_N,
+        torch.cat([routing.weight_N for routing in routings])[order_N],
+        torch.stack([routing.offsets_E1 for routing in routings]).sum(0),
+        torch.cat([routing.logits_TE for routing in routings]),
+        torch.cat([routing.probs_TE for routing in routings]),
+    )
+    known = {}
+    for name in ("pad_T", "modality_T", "sample_T"):
+        parts = [getattr(entry.ctx, name) for entry in entries]
+        known[name] = torch.cat(parts) if all(part is not None for part in parts) else None
+    return LayerRecord(entries[0].layer, routing, Context(**known))
 
 
 def current_context() -> Context:
