@@ -30,7 +30,7 @@ class PlainProgress(Callback):
     ):
         now, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
         self._losses.append(float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs))
-        self._tokens += float(batch["attention_mask"].sum())
+        self._tokens += sum(float(part["attention_mask"].sum()) for part in batch)
         done = step - self._first
         if done < 1 or (done > 1 and step < steps and now - self._said < self.every_seconds):
             return
