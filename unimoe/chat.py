@@ -19,7 +19,8 @@ from transformers import set_seed
 from transformers.generation.streamers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from .data.media import LOADERS
+from unimoe.data.media import LOADERS
+
 from .errors import UserError
 from .generate import count_parameters, generate, load_model
 from .modeling import UniMoeForConditionalGeneration

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.generation.streamers import TextStreamer
 
+from unimoe.moe.install import moe_layers
+
 from .configuration import UniMoeConfig
 from .errors import UserError
 from .modeling import UniMoeForConditionalGeneration
-from .moe.install import moe_layers
 from .processing import UniMoeProcessor
 
 log = logging.getLogger(__name__)
