@@ -251,9 +251,8 @@ class StageModule(LightningModule):
 
     def _evaluate(self, batch: list[dict[str, Any]], name: str) -> None:
         loss, count = self.batch_loss(batch)
-        self.log(
-            name, loss, batch_size=count, prog_bar=True, sync_dist=True
-        )  # the mean over batches weighs by tokens
+        # the number of tokens is each batch's weight in the mean over batches
+        self.log(name, loss, batch_size=count, prog_bar=True, sync_dist=True)
 
     # ---------------------------------------------------------------- what a resumed run needs
 

@@ -22,16 +22,28 @@ def test_loss_is_that_of_the_model(world):
     batch = Collator(stage.processor)(read_samples(world / "train.jsonl")[:3])
     with torch.no_grad():
         expected = stage.model(**batch).loss
-        labels = batch.pop("labels")
-        loss, count = stage.answer_loss(stage.model.model(**batch).last_hidden_state, labels)
+        loss, count = stage.batch_loss([batch])
     torch.testing.assert_close(loss, expected)
-    assert count == int((labels != -100).sum())
+    assert count == int((batch["labels"] != -100).sum())
+
+
+def test_parts_weigh_by_their_tokens(world):
+    stage = module(world)
+    stage.model.eval()
+    samples = read_samples(world / "train.jsonl")
+    collator = Collator(stage.processor)
+    with torch.no_grad():
+        whole, count = stage.batch_loss([collator(samples)])
+        parts, same = stage.batch_loss([collator(samples[:2]), collator(samples[2:])])
+    assert count == same
+    torch.testing.assert_close(parts, whole)
 
 
 def test_a_batch_without_supervised_tokens_costs_nothing(world):
     stage = module(world)
-    hidden = torch.randn(2, 5, 32, requires_grad=True)
-    loss, count = stage.answer_loss(hidden, torch.full((2, 5), -100))
+    batch = Collator(stage.processor)(read_samples(world / "train.jsonl")[:1])
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, count = stage.batch_loss([batch])
     assert (loss.item(), count) == (0.0, 0)
     loss.backward()
 
