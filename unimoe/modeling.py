@@ -5,6 +5,7 @@ windows), S encoder positions of an item, D encoder width, N media tokens over t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -319,7 +320,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         media = {name: inputs.pop(name, None) for names in MEDIA_INPUTS.values() for name in names}
         encoded = inputs.pop("encoded_media", None)
         rows = input_ids
-        input_ids, inputs = super()._expand_inputs_for_generation(
+        input_ids, inputs = super()._expand_inputs_for_generation(  # type: ignore[misc]  (as above)
             expand_size, is_encoder_decoder, input_ids, **inputs
         )
         if expand_size > 1 and rows is not None:
@@ -341,16 +342,20 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         self, kind: str, rows_BT: Tensor, raw: list, encoded: dict[str, Encoded] | None, times: int
     ) -> list[int]:
         """Indices of one medium's items when every row, with all its items, stands ``times`` times."""
+        if kind not in self.model.encoders:
+            return []
+        encoder: Any = self.model.encoders[kind]
+        connector: Any = self.model.connectors[kind]
         if encoded and kind in encoded:
             features, lengths = encoded[kind]
             positions = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
         elif raw[0] is None:
             return []
         elif len(raw) == 1:
-            positions = [self.model.encoders[kind].num_tokens] * len(raw[0])
+            positions = [encoder.num_tokens] * len(raw[0])
         else:
-            positions = [self.model.encoders[kind].num_tokens(frames) for frames in raw[1].tolist()]
-        tokens = [self.model.connectors[kind].num_tokens(count) for count in positions]
+            positions = [encoder.num_tokens(frames) for frames in raw[1].tolist()]
+        tokens = [connector.num_tokens(count) for count in positions]
         order: list[int] = []
         item = 0
         for places in (rows_BT == self.config.token_ids()[kind]).sum(1).tolist():

@@ -102,7 +102,9 @@ def test_another_hash_on_offer(index):
 def test_network_down(index, tmp_path: Path):
     url = index.url
     index.server_close()
-    with pytest.raises(UserError, match=r"no answer .*(refused|reset).*; connect, or give the files with --wheels"):
+    with pytest.raises(
+        UserError, match=r"no answer .*(refused|reset).*; connect, or give the files with --wheels"
+    ):
         find_link(PART, Sources([url.replace("//", "//me:secret@"), tmp_path.as_uri()]))
 
 
