@@ -24,7 +24,7 @@ MODELS = {"moe": "mixture of experts", "dense": "dense control", "start": "untra
 SHORT = {"moe": "experts", "dense": "dense", "start": "start"}
 FLOORS = {
     "nearest_neighbour": "nearest neighbour",
-    "linear_pair": "linear map to word embeddings",
+    "linear_pair": "linear map to words",
     "linear_probe": "linear probe",
 }
 KEYS = {"unseen_voice": "spoken_questions_unseen_voice"}
