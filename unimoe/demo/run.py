@@ -195,23 +195,23 @@ def _test(name: str, minutes: float, control: bool = False) -> Step:
 
 
 STEPS = (
-    Step("prepare", "the pretrained parts, downloaded and converted once", 0.7, _prepare, _prepared),
-    Step("data", "pictures, questions and clips", 0.7, _build, partial(_exists, "data/manifest.json")),
-    _stage("align", "the connectors learn to speak the language model's language", 5.0),
-    _stage("expert_image", "a copy of the language model specialises in pictures", 4.0),
-    _stage("expert_speech", "another one in speech", 4.0),
+    Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared),
+    Step("data", "pictures, questions and clips", 0.5, _build, partial(_exists, "data/manifest.json")),
+    _stage("align", "the connectors learn to speak the language model's language", 2.0),
+    _stage("expert_image", "a copy of the language model specialises in pictures", 3.0),
+    _stage("expert_speech", "another one in speech", 3.0),
     Step(
         "assemble",
         "their feed-forward layers become the experts of one model",
-        0.2,
+        0.1,
         _assemble,
         partial(_exists, f"assembled/{STAGE_FILE}"),
     ),
-    _stage("moe", "routers, experts and attention learn to work together", 7.0),
-    _stage("dense", "the dense control: same data, same number of steps, no experts", 14.0, control=True),
-    Step("floors", "what simple readers reach", 0.7, _floors, partial(_exists, "floors.json")),
+    _stage("moe", "routers, experts and attention learn to work together", 11.0),
+    Step("floors", "what simple readers reach", 0.5, _floors, partial(_exists, "floors.json")),
     _test("start", 1.5),
     _test("moe", 1.5),
+    _stage("dense", "the dense control: same data, same number of steps, no experts", 18.0, control=True),
     _test("dense", 1.5, control=True),
     Step("report", "figures and pages", 0.2, _report, _never),
 )
