@@ -12,12 +12,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from transformers.utils import logging as transformers_logging
 
 from unimoe.errors import UserError
@@ -27,7 +28,7 @@ from .curve import CurveLogger, read_curve
 from .data import StageData
 from .experts_file import file_hash, save_expert
 from .module import StageModule
-from .progress import PlainProgress, clock
+from .progress import PlainProgress, StageBar, clock
 from .result import (
     SETTINGS_FILE,
     StageRecord,
@@ -151,7 +152,7 @@ class StageCLI(LightningCLI):
                 f"{self.output} is finished: {done.stage}, {done.steps} steps, {clock(done.seconds)}"
             )
         begun = self.output / SETTINGS_FILE
-        if begun.is_file():
+        if begun.is_file() and (self.output / "checkpoints" / "last.ckpt").is_file():
             check_same(self.output, json.loads(begun.read_text(encoding="utf-8")), self.settings)
 
     def _use_result(self) -> None:
@@ -176,7 +177,6 @@ class StageCLI(LightningCLI):
         given = settings["callbacks"]
         callbacks: list[Callback] = given if isinstance(given, list) else [given] if given else []
         if training:
-            (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.curve = CurveLogger(self.output / "logs")
             kwargs["logger"] = [self.curve, TensorBoardLogger(self.output, name="", version="logs")]
             self.last = LastCheckpoint(
@@ -187,7 +187,7 @@ class StageCLI(LightningCLI):
             kwargs["enable_progress_bar"] = False
             callbacks.append(PlainProgress(self._get(self.config, "stage")))
         elif settings["enable_progress_bar"] is not False:
-            callbacks.append(RichProgressBar(leave=True))
+            callbacks.append(StageBar(self._get(self.config, "stage")))
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -210,9 +210,13 @@ class StageCLI(LightningCLI):
                 self.output,
             )
         self.curve.cut(begun)
-        self.trainer.fit(
-            model, datamodule=datamodule, ckpt_path=str(self.last.path) if begun else None, weights_only=True
-        )
+        checkpoint = str(self.last.path) if begun else None
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        except BaseException:
+            if self.trainer.is_global_zero and not self.last.path.is_file():
+                clear(self.output)  # nothing to go on from: the next run begins anew, with whatever settings
+            raise
         if self.trainer.is_global_zero:
             self._write(model, name)
 
@@ -304,7 +308,9 @@ def main(args: list[str]) -> None:
 
 
 def _quiet() -> None:
-    """Silence Lightning's hints; what matters of them is a default here."""
+    """Silence Lightning's hints (what matters of them is a default here), and all processes but the first."""
+    if rank_zero_only.rank:
+        logging.getLogger("unimoe").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()

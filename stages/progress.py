@@ -1,13 +1,29 @@
-"""Progress as plain lines, for pipes and log files."""
+"""Progress: a bar on a terminal, plain lines in pipes and log files."""
 
 import logging
 import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 log = logging.getLogger(__name__)
+
+
+class StageBar(RichProgressBar):
+    """Lightning's bar, with the stage's name where it would count epochs."""
+
+    def __init__(self, name: str):
+        super().__init__(leave=True)
+        self.name = name
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.name
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the name of the log folder
+        return dict(metrics)
 
 
 class PlainProgress(Callback):

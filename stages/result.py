@@ -54,6 +54,9 @@ class StageRecord:
     weights: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each weights file in the folder."""
 
+    files: list[str] = field(default_factory=list)
+    """Everything else in the folder that belongs to the result."""
+
     versions: dict[str, str] = field(default_factory=dict)
     """Of Python and the packages that decide the numbers."""
 
@@ -83,6 +86,7 @@ def write_result(output: Path, save: Callable[[Path], object], record: StageReco
     with atomic_folder(fresh) as temporary:
         save(temporary)
         record.weights = {path.name: file_hash(path) for path in sorted(temporary.glob("*.safetensors"))}
+    record.files = sorted(path.name for path in fresh.iterdir() if path.name not in record.weights)
     record.versions = versions()
     for path in sorted(fresh.iterdir()):
         path.chmod(0o644)  # safetensors makes its files private
@@ -135,9 +139,12 @@ def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]):
 
 
 def clear(output: Path):
-    """Remove what a stage wrote into ``output``, and nothing else."""
+    """Remove what a stage wrote into ``output``, and ``output`` itself when that leaves it empty."""
     record = read_record(output)
-    for name in [STAGE_FILE, SETTINGS_FILE, *(record.weights if record else ())]:
+    written = [*record.weights, *record.files] if record else []
+    for name in [STAGE_FILE, SETTINGS_FILE, *written]:
         (output / name).unlink(missing_ok=True)
     for name in ("checkpoints", "logs"):
         shutil.rmtree(output / name, ignore_errors=True)
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()

@@ -32,12 +32,15 @@ def test_a_result_is_whole_or_not_there(tmp_path):
 def test_result_stands_beside_logs_and_is_cleared_alone(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "mine.txt").write_text("keep")
-    write_result(
-        tmp_path, lambda folder: (folder / "a.safetensors").write_bytes(b"x"), StageRecord("s", {"k": 1})
-    )
+
+    def save(folder):
+        (folder / "a.safetensors").write_bytes(b"x")
+        (folder / "config.json").write_text("{}")
+
+    write_result(tmp_path, save, StageRecord("s", {"k": 1}))
     record = read_record(tmp_path)
     assert record is not None
-    assert list(record.weights) == ["a.safetensors"]
+    assert (list(record.weights), record.files) == (["a.safetensors"], ["config.json"])
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
     clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

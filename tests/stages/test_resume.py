@@ -132,8 +132,9 @@ def test_a_damaged_checkpoint_is_named(world, tmp_path):
 
 def test_other_settings_do_not_go_on(world, tmp_path):
     output = tmp_path / "output"
-    output.mkdir()
+    (output / "checkpoints").mkdir(parents=True)
     args = command(world, tmp_path, output)
     (output / "settings.json").write_text('{"stage": "another"}')
+    (output / "checkpoints" / "last.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="made with other settings"):
         main(args)
