@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#8b93a1"
 """Grey that stands out from white and from black."""
@@ -40,6 +41,7 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
             panel.legend(frameon=False, fontsize=8, labelcolor=INK)
         panel.set_title(stage, fontsize=10, color=INK, loc="left")
         panel.set_xlabel("step", fontsize=8, color=INK)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         highest = np.percentile(losses, 99) if len(losses) else 1.0
         panel.set_ylim(0, max(1e-3, 1.1 * float(highest)))
         _plain(panel)
