@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from unimoe.data import Sample
+from unimoe.data import FeatureCache, Sample
 from unimoe.demo.evaluate import Question
 from unimoe.demo.floors import embed_names, fit_probe, measure_floors, pooled
 from unimoe.errors import UserError
@@ -15,8 +15,11 @@ from unimoe.errors import UserError
 NAMES = ["dog", "cat", "hot dog", "owl"]
 
 
-class Features:
+class Features(FeatureCache):
     """Stands in for the cache: a picture's path is its label and its number."""
+
+    def __init__(self):
+        pass
 
     def key(self, part, where):
         return part["path"]

@@ -278,7 +278,8 @@ def _tests(
             if kind == "count":
                 scene = several(concept, made[kind] % 4 + 1, artist, rng.choice(photos), rng)
             elif kind in ("left", "right"):
-                scene = pair(*rng.sample(TRAINED, 2), artist, rng.choice(photos), rng)
+                left, right = rng.sample(TRAINED, 2)
+                scene = pair(left, right, artist, rng.choice(photos), rng)
             else:
                 scene = single(concept, artist, rng.choice(photos), rng)
             if kind == "colour" and scene.colour is None:

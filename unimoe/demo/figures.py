@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -57,9 +58,9 @@ def load_maps(load: Mapping[str, Any], experts: Sequence[str]) -> str:
     figure = Figure(figsize=(2.9 * len(tables) + 0.6, height), layout="constrained")
     panels = figure.subplots(1, len(tables), squeeze=False)[0]
     highest = max(float(table.max()) for table in tables.values())
-    image = None
+    scale = ScalarMappable(Normalize(0, max(highest, 1e-6)), HEAT)
     for panel, (name, table) in zip(panels, tables.items(), strict=True):
-        image = panel.imshow(table, cmap=HEAT, vmin=0, vmax=max(highest, 1e-6), aspect="auto")
+        panel.imshow(table, cmap=HEAT, norm=scale.norm, aspect="auto")
         for (row, column), share in np.ndenumerate(table):
             color = "white" if share > 0.55 * highest else "#26374f"
             panel.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
@@ -73,9 +74,9 @@ def load_maps(load: Mapping[str, Any], experts: Sequence[str]) -> str:
         for spine in panel.spines.values():
             spine.set_visible(False)
     panels[0].set_ylabel("decoder layer", fontsize=8, color=INK)
-    bar = figure.colorbar(image, ax=list(panels), shrink=0.6, pad=0.01)
+    bar = figure.colorbar(scale, ax=list(panels), shrink=0.6, pad=0.01)
     bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.outline.set_visible(False)
+    bar.outline.set_visible(False)  # type: ignore[operator]
     bar.set_label("share of the tokens' expert places", fontsize=8, color=INK)
     return _svg(figure)
 
