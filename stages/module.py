@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from unimoe.build import build_model
+from unimoe.data.collate import IGNORED
 from unimoe.errors import UserError
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import LayerRecord, load, load_balance, record
@@ -27,9 +28,6 @@ from .trainable import Group, LoRA, Trainable, choose
 from .warm_start import Ridge, check_kinds, read_examples, warm_start
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100
-"""Label of a position that is not learned."""
 
 
 class StageModule(LightningModule):
