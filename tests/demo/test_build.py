@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unimoe.data.concepts import HELD_OUT, TRAINED
 from unimoe.data.readers import read_samples
 from unimoe.demo.build import BuildConfig, build_data
-from unimoe.demo.concepts import HELD_OUT, TRAINED
 from unimoe.demo.questions import normalise
 from unimoe.errors import UserError
 

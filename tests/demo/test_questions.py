@@ -3,7 +3,7 @@ import random
 import pytest
 from PIL import Image
 
-from unimoe.demo.concepts import BY_NAME, HELD_OUT, TRAINED
+from unimoe.data.concepts import BY_NAME, HELD_OUT, TRAINED
 from unimoe.demo.questions import answer, ask, name_answer, normalise
 from unimoe.demo.scenes import Scene, colour_word
 

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from unimoe import cli
+from unimoe.data.concepts import HELD_OUT, TRAINED
 from unimoe.demo import run as subject
 from unimoe.demo.build import BuildConfig, build_data
-from unimoe.demo.concepts import HELD_OUT, TRAINED
 from unimoe.testing import IMAGE, SPEECH, save_tiny_llm
 
 SMALL = BuildConfig(views=1, counts=4, pairs=4, test_views=1, test_questions=1, speeds=(1.0,))

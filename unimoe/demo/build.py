@@ -14,16 +14,14 @@ from pathlib import Path
 import soundfile
 from PIL import Image
 
+from unimoe.data.concepts import HELD_OUT, TRAINED, Concept
+from unimoe.data.sprites import Artist, load_photos, open_artist, split_photos
 from unimoe.demo.clips import ASSETS, Clip, load_clips
-from unimoe.demo.concepts import HELD_OUT, TRAINED, Concept
 from unimoe.demo.questions import SPOKEN_CONCEPTS, ask
-from unimoe.demo.scenes import Artist, Scene, load_photos, open_artist, pair, several, single
+from unimoe.demo.scenes import Scene, pair, several, single
 from unimoe.files import atomic_folder
 from unimoe.prepare.cache import default_part
 
-TEST_PHOTOS = ("astronaut", "grass", "rocket")
-"""Stems of the photos that only test pictures stand on; unknown photo folders give every fifth photo to the
-tests."""
 TRANSCRIBE = "Write down what was said."
 _OTHER_KINDS = ("group", "colour", "yes_no")
 
@@ -133,19 +131,17 @@ def build_data(
     config = config or BuildConfig()
     config.seed = seed
     artist = open_artist(sprites or default_part("sprites"))
-    pictures = load_photos(photos or default_part("photos"))
-    test_names = [name for name in pictures if Path(name).stem in TEST_PHOTOS] or list(pictures)[::5]
-    train_photos = [photo for name, photo in pictures.items() if name not in test_names]
-    test_photos = [pictures[name] for name in test_names]
+    train_photos, test_photos = split_photos(load_photos(photos or default_part("photos")))
     with atomic_folder(folder) as temporary:
         writer = _Writer(temporary)
-        _train(writer, config, artist, train_photos)
-        _tests(writer, config, artist, open_artist(unseen_artist) if unseen_artist else None, test_photos)
+        _train(writer, config, artist, list(train_photos.values()))
+        other = open_artist(unseen_artist) if unseen_artist else None
+        _tests(writer, config, artist, other, list(test_photos.values()))
         writer.close()
         manifest = {
             "config": asdict(config),
             "concepts": {"trained": [c.name for c in TRAINED], "held_out": [c.name for c in HELD_OUT]},
-            "photos": {"train": [n for n in pictures if n not in test_names], "test": test_names},
+            "photos": {"train": list(train_photos), "test": list(test_photos)},
             "voices": {"train": _voices(False), "test": _voices(True)},
             "artists": {
                 "train": artist.path.name,

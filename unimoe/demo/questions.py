@@ -3,7 +3,7 @@
 import random
 import re
 
-from unimoe.demo.concepts import GROUPS, TRAINED, Concept
+from unimoe.data.concepts import GROUPS, TRAINED, Concept
 from unimoe.demo.scenes import Scene
 
 FORMS = {

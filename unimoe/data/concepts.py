@@ -1,4 +1,4 @@
-"""What the demo's pictures show: emoji of one code point each, with a natural name and a group.
+"""What composed pictures show: emoji of one code point each, with a natural name and a group.
 
 The list was chosen by looking at contact sheets of OpenMoji: only drawings that stand on their own at 100
 pixels. Concepts are split by concept: HELD_OUT ones are never drawn in a training or validation picture.
