@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose, compute_dtype
+from .dispatch import choose, compute_dtype, triton_form
 
 
 def swiglu_experts(
@@ -42,10 +42,44 @@ def swiglu_experts(
     with torch.autocast(x_ND.device.type, enabled=False):
         x_ND, gate_up_proj, down_proj = x_ND.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
         weight_N = None if weight_N is None else weight_N.to(dtype)
-        if choose("swiglu_experts", x_ND) == "reference":
+        form = choose("swiglu_experts", x_ND)
+        if form == "triton":
+            return triton_form("swiglu_experts")(x_ND, offsets_E1, gate_up_proj, down_proj, weight_N)
+        if form == "reference":
             return swiglu_experts_reference(x_ND, offsets_E1, gate_up_proj, down_proj, weight_N)
         keep = needs_grad(x_ND, gate_up_proj, down_proj, weight_N)
         return _SwiGLU.apply(x_ND, offsets_E1.tolist(), gate_up_proj, down_proj, weight_N, keep)
+
+
+def swiglu_mix(
+    x_TD: Tensor,
+    token_N: Tensor,
+    offsets_E1: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    weight_N: Tensor,
+) -> Tensor:
+    """Every token through its experts, weighted and summed: gather, ``swiglu_experts`` and sum in one.
+
+    Args:
+        x_TD: tokens, [T, H].
+        token_N: [N] int64 token of each pair, pairs sorted by expert; pairs past ``offsets_E1[-1]`` are
+            skipped.
+        offsets_E1, gate_up_proj, down_proj: as in ``swiglu_experts``.
+        weight_N: [N] factor of each pair.
+
+    Returns:
+        [T, H] in x's dtype (autocast's dtype under autocast); zeros for a token without pairs.
+    """
+    dtype = compute_dtype(x_TD)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        x_TD, gate_up_proj, down_proj = x_TD.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
+        weight_N = weight_N.to(dtype)
+        if choose("swiglu_mix", x_TD) == "triton":
+            return triton_form("swiglu_mix")(x_TD, token_N, offsets_E1, gate_up_proj, down_proj, weight_N)
+        x_ND = x_TD.index_select(0, token_N)
+        y_ND = swiglu_experts(x_ND, offsets_E1, gate_up_proj, down_proj, weight_N)
+        return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
 
 
 def swiglu_experts_reference(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.kernels.swiglu import swiglu_experts
+from unimoe.kernels.swiglu import swiglu_experts, swiglu_mix
 
 from .routing import Routing
 
@@ -79,6 +79,10 @@ class SwiGLUExperts(Experts):
 
     def forward(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:
         return swiglu_experts(x_ND, offsets_E1, self.gate_up_proj, self.down_proj, weight_N)
+
+    def mix(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        offsets_E1 = routing.offsets_E1
+        return swiglu_mix(x_TD, routing.token_N, offsets_E1, self.gate_up_proj, self.down_proj, weight_N)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"
