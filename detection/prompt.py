@@ -1,0 +1,210 @@
+"""Text prompts: names or a caption as tokens, cut in segments that do not see one another.
+
+Shapes: L tokens, C names (or phrases), B prompts.
+
+A prompt is ``[CLS] cat . red car . [SEP]``. Tokens attend only inside their segment (a name with the full
+stop behind it), and position ids start anew in each: the sub-sentence representation of Grounding DINO (arXiv
+2303.05499, section 3.4). So the text features of a name do not depend on its neighbours.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimoe.errors import UserError
+
+MAX_TOKENS = 256
+"""Longest prompt of Grounding DINO, with the special tokens."""
+
+
+@dataclass
+class Prompt:
+    """One prompt."""
+
+    names: list[str]
+    """What was asked for, cleaned; row c of ``name_tokens`` belongs to name c."""
+    input_ids: Tensor
+    """[L] int64."""
+    position_ids: Tensor
+    """[L] int64, position within the segment."""
+    attention_mask: Tensor
+    """[L, L] bool, True inside a segment."""
+    name_tokens: Tensor
+    """[C, L] bool, the tokens of each name without its full stop."""
+
+    @classmethod
+    def from_names(cls, names: Sequence[str], tokenizer: Any, max_tokens: int = MAX_TOKENS) -> "Prompt":
+        """A prompt that asks for each of ``names``.
+
+        Raises UserError for no names, an empty name, and more than ``max_tokens`` tokens (``chunk_names``
+        cuts a long list).
+        """
+        cleaned, tokens = _tokenize(names, tokenizer)
+        first, last = _special_ids(tokenizer)
+        stop = _stop_ids(tokenizer)
+        ids, segments = list(first), [0] * len(first)
+        spans = []
+        for segment, name in enumerate(tokens, 1):
+            spans.append((len(ids), len(ids) + len(name)))
+            ids += name + stop
+            segments += [segment] * (len(name) + len(stop))
+        ids, segments = ids + last, segments + [len(tokens) + 1] * len(last)
+        if len(ids) > max_tokens:
+            raise UserError(
+                f"the prompt's {len(names)} names make {len(ids)} tokens, expected at most {max_tokens}; "
+                "ask for fewer at a time"
+            )
+        place_L = torch.arange(len(ids))
+        rows = [(place_L >= start) & (place_L < end) for start, end in spans]
+        return cls(cleaned, *_structure(ids, segments), torch.stack(rows))
+
+    @classmethod
+    def from_caption(
+        cls,
+        caption: str,
+        spans: Sequence[Sequence[tuple[int, int]]],
+        tokenizer: Any,
+        max_tokens: int = MAX_TOKENS,
+    ) -> "Prompt":
+        """A sentence as it is; phrase c is made of the characters in ``spans[c]`` (start, end).
+
+        Segments end at full stops and question marks. What is over ``max_tokens`` is cut off; a phrase that
+        lay there entirely keeps an empty row in ``name_tokens``.
+        """
+        lowered = caption.lower()
+        text = lowered if len(lowered) == len(caption) else caption  # spans count characters
+        text = text.rstrip()
+        text = text if text.endswith((".", "?")) else text + " ."
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        first, last = _special_ids(tokenizer)
+        room = max_tokens - len(first) - len(last)
+        body, offsets = encoded["input_ids"][:room], encoded["offset_mapping"][:room]
+        if not body:
+            raise UserError("the caption has no tokens, expected a sentence")
+        ends = {_stop_ids(tokenizer, mark)[-1] for mark in (".", "?")}
+        segments, segment = [0] * len(first), 1
+        for token in body:
+            segments.append(segment)
+            segment += token in ends
+        ids, segments = first + body + last, segments + [segment + 1] * len(last)
+        name_tokens = torch.zeros(len(spans), len(ids), dtype=torch.bool)
+        for row, parts in enumerate(spans):
+            for start, end in parts:
+                for place, (begin, stop) in enumerate(offsets, len(first)):
+                    name_tokens[row, place] |= begin < end and stop > start
+        names = [" ".join(caption[start:end] for start, end in parts) for parts in spans]
+        return cls(names, *_structure(ids, segments), name_tokens)
+
+
+@dataclass
+class PromptBatch:
+    """Prompts padded to the longest."""
+
+    input_ids: Tensor
+    """[B, L] int64."""
+    text_mask: Tensor
+    """[B, L] bool, True on real tokens."""
+    text_attention_mask: Tensor
+    """[B, L, L] bool, True inside a segment; a padding token sees itself."""
+    text_position_ids: Tensor
+    """[B, L] int64."""
+    name_tokens: list[Tensor]
+    """For each prompt [C, L] bool."""
+
+    @classmethod
+    def stack(cls, prompts: Sequence[Prompt]) -> "PromptBatch":
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        rows, alone = len(prompts), torch.eye(longest, dtype=torch.bool)
+        batch = cls(
+            torch.zeros(rows, longest, dtype=torch.int64),
+            torch.zeros(rows, longest, dtype=torch.bool),
+            alone.repeat(rows, 1, 1),
+            torch.zeros(rows, longest, dtype=torch.int64),
+            [],
+        )
+        for row, prompt in enumerate(prompts):
+            length = len(prompt.input_ids)
+            batch.input_ids[row, :length] = prompt.input_ids
+            batch.text_mask[row, :length] = True
+            batch.text_attention_mask[row, :length, :length] = prompt.attention_mask
+            batch.text_position_ids[row, :length] = prompt.position_ids
+            batch.name_tokens.append(torch.nn.functional.pad(prompt.name_tokens, (0, longest - length)))
+        return batch
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The arguments of the model's ``forward``."""
+        names = ("input_ids", "text_mask", "text_attention_mask", "text_position_ids")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device | str) -> "PromptBatch":
+        moved = {name: tensor.to(device) for name, tensor in self.inputs().items()}
+        return PromptBatch(**moved, name_tokens=[rows.to(device) for rows in self.name_tokens])
+
+
+def clean_name(name: str) -> str:
+    """Lower case, without brackets and what is in them, underscores as spaces ("Truck_(pickup)" ->
+    "truck")."""
+    name = re.sub(r"\([^)]*\)", " ", name.replace("_", " "))
+    return " ".join(name.lower().split())
+
+
+def chunk_names(
+    names: Sequence[str], tokenizer: Any, max_tokens: int = MAX_TOKENS, max_names: int | None = None
+) -> list[list[int]]:
+    """Indices of ``names`` in chunks that each fit a prompt, in order.
+
+    ``max_names`` limits the names of a chunk as well (40 for LVIS by custom). Raises UserError for a name
+    that is too long by itself.
+    """
+    _, tokens = _tokenize(names, tokenizer)
+    first, last = _special_ids(tokenizer)
+    room = max_tokens - len(first) - len(last)
+    chunks: list[list[int]] = [[]]
+    used = 0
+    for index, name in enumerate(tokens):
+        need = len(name) + len(_stop_ids(tokenizer))
+        if need > room:
+            raise UserError(f"name {index} has {need} tokens, expected at most {room}: {names[index][:60]!r}")
+        if used + need > room or len(chunks[-1]) == max_names:
+            chunks.append([])
+            used = 0
+        chunks[-1].append(index)
+        used += need
+    return chunks
+
+
+def _tokenize(names: Sequence[str], tokenizer: Any) -> tuple[list[str], list[list[int]]]:
+    """The names cleaned, and the tokens of each. Raises UserError where nothing is left of one."""
+    if isinstance(names, str) or not names:
+        raise UserError("the prompt names nothing to look for, expected at least one name")
+    cleaned = [clean_name(name) for name in names]
+    if not all(cleaned):
+        index = cleaned.index("")
+        raise UserError(f"name {index} of the prompt is empty: {names[index]!r}")
+    return cleaned, tokenizer(cleaned, add_special_tokens=False)["input_ids"]
+
+
+def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What stands before and behind the text; empty for a tokenizer without such tokens."""
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    return [first] * (first is not None), [last] * (last is not None)
+
+
+def _stop_ids(tokenizer: Any, mark: str = ".") -> list[int]:
+    ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"the tokenizer has no token for {mark!r}, expected one that ends a phrase")
+    return ids
+
+
+def _structure(ids: list[int], segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids [L], position_ids [L], attention_mask [L, L]) of tokens with ascending segment numbers."""
+    segment_L = torch.tensor(segments)
+    same_LL = segment_L[:, None] == segment_L
+    start_L = same_LL.int().argmax(dim=1)
+    return torch.tensor(ids), torch.arange(len(ids)) - start_L, same_LL
