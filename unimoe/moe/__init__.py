@@ -2,7 +2,7 @@
 
 from .combine import combine_weights
 from .config import MoEConfig
-from .experts import Experts, Origin, SwiGLUExperts
+from .experts import Experts, FFNExperts, Origin, SwiGLUExperts
 from .install import install_moe
 from .layer import MoELayer
 from .lora import LoRAExperts
@@ -15,6 +15,7 @@ from .upcycle import copy_experts, from_dense, read_swiglu, repeat_router, slice
 __all__ = [
     "Context",
     "Experts",
+    "FFNExperts",
     "LayerRecord",
     "LoRAExperts",
     "MoEConfig",

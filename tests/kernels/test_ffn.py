@@ -1,0 +1,103 @@
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+from unimoe.errors import UserError
+from unimoe.kernels.ffn import ffn_experts, ffn_experts_reference, ffn_mix
+
+H, I = 6, 10  # noqa: E741
+COUNTS = [[3, 3, 3], [4, 0, 2], [0, 6, 0], [0, 0, 1], [0, 0, 0], [5]]
+
+
+@pytest.fixture(autouse=True)
+def _cpu_form(monkeypatch):
+    monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
+
+
+def case(counts, dtype=torch.float64, rest=0) -> Any:
+    """What ``ffn_experts`` takes, without the activation; ``rest`` rows belong to nobody."""
+    E, N = len(counts), sum(counts)
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    shapes = [(E, I, H), (E, I), (E, H, I), (E, H), (N + rest,)]
+    x, *stacks, weight = (
+        torch.randn(shape, dtype=dtype, requires_grad=True) for shape in [(N + rest, H), *shapes]
+    )
+    return x, offsets, *stacks, weight
+
+
+def gradients(function, case, act, grad):
+    *tensors, weight = case
+    y = function(*tensors, act, weight)
+    leaves = [one for one in case if one is not None and one.requires_grad]
+    return [y, *torch.autograd.grad(y, leaves, grad)]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("rest", [0, 2])
+def test_equals_the_reference_with_every_gradient(counts, act, rest):
+    tensors = case(counts, rest=rest)
+    grad = torch.randn(1, H, dtype=torch.float64).expand(sum(counts) + rest, H)
+    ours, plain = (gradients(f, tensors, act, grad) for f in (ffn_experts, ffn_experts_reference))
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_gradcheck(act):
+    x, offsets, *stacks, weight = case([2, 0, 1])
+    assert gradcheck(lambda x, w, *s: ffn_experts(x, offsets, *s, act, w), (x, weight, *stacks))
+
+
+def test_is_the_dense_ffn_for_each_token():
+    x, offsets, *stacks, weight = case([2, 3])
+    token, up, up_b, down, down_b = torch.tensor([0, 2, 0, 1, 2]), *stacks
+    y = ffn_mix(x[:4], token, offsets, *stacks, "relu", weight)
+    plain = torch.zeros(4, H, dtype=torch.float64)
+    for n, (t, e) in enumerate(zip(token.tolist(), [0, 0, 1, 1, 1], strict=True)):
+        plain[t] += weight[n] * (down[e] @ (up[e] @ x[t] + up_b[e]).relu() + down_b[e])
+    torch.testing.assert_close(y, plain)
+    assert y[3].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("trained", range(1, 64))
+def test_every_frozen_subset(trained):
+    tensors = case([3, 0, 2])
+    for bit, i in enumerate((0, 2, 3, 4, 5, 6)):
+        tensors[i].requires_grad_(bool(trained >> bit & 1))
+    grad = torch.randn(5, H, dtype=torch.float64)
+    ours, plain = (gradients(f, tensors, "gelu", grad) for f in (ffn_experts, ffn_experts_reference))
+    torch.testing.assert_close(ours, plain)
+
+
+def test_experts_without_rows_get_zeros_and_do_not_leak():
+    x, offsets, *stacks, weight = case([4, 0, 2])
+    with torch.no_grad():
+        for stack in stacks:
+            stack[1] = float("nan")
+    y = ffn_experts(x, offsets, *stacks, "relu", weight)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(stack.grad[1].count_nonzero() == 0 for stack in stacks)
+
+
+def test_saves_only_the_input_and_the_preactivations():
+    tensors = case([30, 0, 34], torch.float32)
+    owned, saved = {tensor.data_ptr() for tensor in tensors}, []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in owned:
+            saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        ffn_experts(*tensors[:-1], "relu", tensors[-1])
+    assert sum(saved) == 64 * I * 4
+
+
+def test_unknown_activation_is_a_user_error():
+    *tensors, weight = case([1, 1])
+    with pytest.raises(UserError, match="activation 'tanh', expected one of relu, gelu"):
+        ffn_experts(*tensors, "tanh", weight)
