@@ -23,12 +23,13 @@ from transformers.utils import logging as transformers_logging
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.training.curve import CurveLogger, read_curve
+from unimoe.training.progress import PlainProgress, StageBar, clock
+from unimoe.training.resume import Interrupted, LastCheckpoint, saved_step
 
-from .curve import CurveLogger, read_curve
 from .data import StageData
 from .experts_file import file_hash, save_expert
 from .module import StageModule
-from .progress import PlainProgress, StageBar, clock
 from .result import (
     SETTINGS_FILE,
     StageRecord,
@@ -40,7 +41,6 @@ from .result import (
     write_model,
     write_result,
 )
-from .resume import Interrupted, LastCheckpoint, saved_step
 from .start import check_model_folder
 from .trainable import merge_lora
 

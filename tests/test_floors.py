@@ -30,6 +30,8 @@ FLOORS = {
     "unimoe.prompt": 3,
     "unimoe.registration": 3,
     "unimoe.data": 3,
+    "unimoe.generate": 3,
+    "unimoe.training": 3,
     "unimoe.stages": 4,
     "unimoe.detection": 4,
     "unimoe.continual": 4,

@@ -10,9 +10,9 @@ import yaml
 
 from unimoe.cli import main as unimoe
 from unimoe.errors import UserError
-from unimoe.stages.curve import read_curve
 from unimoe.stages.module import StageModule
 from unimoe.stages.start import load_model
+from unimoe.training.curve import read_curve
 
 
 def test_a_stage_leaves_a_model_and_its_record(world, aligned):

@@ -3,7 +3,6 @@ import json
 import pytest
 
 from unimoe.errors import UserError
-from unimoe.stages.progress import clock
 from unimoe.stages.result import (
     StageRecord,
     check_same,
@@ -13,6 +12,7 @@ from unimoe.stages.result import (
     read_record,
     write_result,
 )
+from unimoe.training.progress import clock
 
 
 def test_flatten():

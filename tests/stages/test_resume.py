@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from unimoe.errors import UserError
 from unimoe.stages.cli import main
-from unimoe.stages.curve import read_curve
-from unimoe.stages.resume import saved_step
 from unimoe.testing import IMAGE, SPEECH
+from unimoe.training.curve import read_curve
+from unimoe.training.resume import saved_step
 
 STEPS = 40
 SPEED = {"train/tokens_per_second"}

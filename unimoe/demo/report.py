@@ -17,8 +17,8 @@ from unimoe import __version__
 from unimoe.demo.evaluate import TITLES, read_questions
 from unimoe.demo.figures import load_maps, loss_curves
 from unimoe.files import atomic_write
-from unimoe.stages.curve import read_curve
-from unimoe.stages.progress import clock
+from unimoe.training.curve import read_curve
+from unimoe.training.progress import clock
 
 MODELS = {"moe": "mixture of experts", "dense": "dense control", "start": "untrained start"}
 SHORT = {"moe": "experts", "dense": "dense", "start": "start"}

@@ -1,4 +1,4 @@
-from unimoe.stages.curve import CurveLogger, read_curve
+from unimoe.training.curve import CurveLogger, read_curve
 
 
 def test_columns_may_come_later(tmp_path):
