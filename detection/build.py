@@ -1,0 +1,84 @@
+"""A new detector from parts: a backbone and a text encoder with their weights, the rest fresh."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, TimmBackboneConfig
+
+from unimoe.errors import UserError
+from unimoe.prepare.cache import default_part, resolve_part
+
+from .configuration import DynamicDinoConfig
+from .modeling import DynamicDinoForObjectDetection
+
+STRIDES = (8, 16, 32)
+
+Built = tuple[DynamicDinoForObjectDetection, PreTrainedTokenizerBase]
+
+
+def build_detector(
+    backbone: str = "default", weights: str | None = None, text_encoder: str = "default", **settings: Any
+) -> Built:
+    """Put a detector and its tokenizer together; all but backbone and text encoder starts at random.
+
+    Args:
+        backbone: ``default`` (the prepared EfficientNet-Lite0) or any timm model with maps at strides 8, 16
+            and 32.
+        weights: of the backbone: a file, ``pretrained`` for timm's own, None for random ones.
+        text_encoder: ``default`` (the prepared MiniLM), a folder or a hub id of an encoder of BERT's kind.
+        settings: fields of :class:`~unimoe.detection.configuration.DynamicDinoConfig`.
+    """
+    image, image_settings = load_backbone(backbone, weights)
+    path = str(resolve_part(text_encoder, "text"))
+    try:
+        text = AutoModel.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"text encoder '{text_encoder}' cannot be loaded: {reason}") from error
+    config = DynamicDinoConfig(text_config=text.config, **{**image_settings, **settings})
+    model = DynamicDinoForObjectDetection(config)
+    model.backbone._backbone.load_state_dict(image.state_dict())
+    text.pooler = None
+    model.text_encoder.load_state_dict(text.state_dict())
+    return model.eval(), tokenizer
+
+
+def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """A timm backbone, and the fields of the detector's configuration that it decides.
+
+    Raises UserError for a name that timm does not know, one without the three strides, and weights that
+    cannot be had.
+    """
+    own = {}
+    if name == "default":
+        folder = default_part("image")
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name, weights = own["name"], str(folder / "model.safetensors")
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}, expected the name of a backbone")
+    keywords: dict[str, Any] = {"pretrained": weights is not None}
+    if weights not in (None, "pretrained"):
+        if not Path(str(weights)).is_file():
+            raise UserError(f"backbone weights {weights}: no such file")
+        keywords["pretrained_cfg_overlay"] = {"file": weights}
+    try:
+        with torch.device("meta"):
+            strides = timm.create_model(name, features_only=True).feature_info.reduction()
+        levels = [strides.index(stride) for stride in STRIDES]
+        model = timm.create_model(name, features_only=True, out_indices=levels, **keywords)
+    except (RuntimeError, ValueError, AttributeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"backbone {name} cannot be used: {reason}; needs maps at strides 8, 16, 32"
+        ) from error
+    data = own.get("pretrained_cfg") or resolve_model_data_config(model)
+    return model, {
+        "backbone_config": TimmBackboneConfig(backbone=name, out_indices=levels),
+        "image_mean": list(data["mean"]),
+        "image_std": list(data["std"]),
+    }

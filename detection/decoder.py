@@ -1,0 +1,117 @@
+"""The decoder: queries that look at one another, at the text and at the image, and refine their boxes.
+
+Shapes: B images, Q queries, S image tokens, N levels, L text tokens, D = d_model.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.grounding_dino.modeling_grounding_dino import (
+    GroundingDinoMultiscaleDeformableAttention,
+)
+
+from .configuration import DynamicDinoConfig
+from .enhancer import library_config
+from .layers import FFN, MLP, Attention, BoxHead, ContrastiveHead, sine_position
+from .pyramid import Pyramid, Text
+
+LOGIT_EPS = 1e-5
+"""Reference boxes are kept this far from 0 and 1 when their logits are taken."""
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm: queries see one another, the text, the image around their boxes; then the FFN.
+
+    ``ffn`` is a dense :class:`FFN`, or after MoE-Tuning an :class:`unimoe.moe.MoELayer`.
+    """
+
+    def __init__(self, config: DynamicDinoConfig):
+        super().__init__()
+        self.self_attn, self.text_attn = Attention(config), Attention(config)
+        self.image_attn = GroundingDinoMultiscaleDeformableAttention(
+            library_config(config), config.num_heads, config.num_points
+        )
+        self.ffn = FFN(config)
+        self.self_attn_norm, self.text_attn_norm, self.image_attn_norm, self.ffn_norm = (
+            nn.LayerNorm(config.d_model, config.layer_norm_eps) for _ in range(4)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        position_BQD: Tensor,
+        references_BQN4: Tensor,
+        pyramid: Pyramid,
+        text: Text,
+        self_mask: Tensor | None,
+    ) -> Tensor:
+        where = x_BQD + position_BQD
+        x_BQD = self.self_attn_norm(x_BQD + self.dropout(self.self_attn(where, where, x_BQD, self_mask)))
+        told = self.text_attn(
+            x_BQD + position_BQD, text.features_BLD, text.features_BLD, text.mask_BL[:, None, None]
+        )
+        x_BQD = self.text_attn_norm(x_BQD + self.dropout(told))
+        seen, _ = self.image_attn(
+            hidden_states=x_BQD,
+            attention_mask=pyramid.mask_BS,
+            encoder_hidden_states=pyramid.tokens_BSD,
+            position_embeddings=position_BQD,
+            reference_points=references_BQN4,
+            spatial_shapes=pyramid.shapes_N2,
+            spatial_shapes_list=pyramid.shapes,
+        )
+        x_BQD = self.image_attn_norm(x_BQD + self.dropout(seen))
+        return self.ffn_norm(x_BQD + self.dropout(self.ffn(x_BQD)))
+
+
+class Decoder(nn.Module):
+    """Iterative refinement (Deformable DETR, arXiv 2010.04159, appendix A.4).
+
+    For each layer:
+
+    1. the query's position is a function of the box that it has by now
+    2. the layer runs; its class logits and its box come from its normalised output
+    3. the next layer starts from the box refined once more, cut off from the graph
+    """
+
+    def __init__(self, config: DynamicDinoConfig):
+        super().__init__()
+        width = config.d_model
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.position_head = MLP(2 * width, width, width, depth=2)
+        box_heads = 1 if config.share_box_head else config.decoder_layers
+        class_heads = 1 if config.share_class_bias else config.decoder_layers
+        self.box_heads = nn.ModuleList(BoxHead(config) for _ in range(box_heads))
+        self.class_heads = nn.ModuleList(ContrastiveHead(config) for _ in range(class_heads))
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        references_BQ4: Tensor,
+        pyramid: Pyramid,
+        text: Text,
+        self_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits [layers, B, Q, L], boxes [layers, B, Q, 4], the boxes each layer started from).
+
+        ``self_mask``: bool, True where a query may look, broadcastable to [B, heads, Q, Q].
+        """
+        ratios_BN4 = pyramid.valid_ratios_BN2.repeat(1, 1, 2)
+        logits, boxes, references = [], [], []
+        for index, layer in enumerate(self.layers):
+            box_head = self.box_heads[index % len(self.box_heads)]
+            class_head = self.class_heads[index % len(self.class_heads)]
+            references_BQN4 = references_BQ4[:, :, None] * ratios_BN4[:, None]
+            position_BQD = self.position_head(sine_position(references_BQN4[:, :, 0], x_BQD.shape[-1] // 2))
+            x_BQD = layer(x_BQD, position_BQD, references_BQN4, pyramid, text, self_mask)
+
+            out_BQD = self.norm(x_BQD)
+            start_BQ4 = references_BQ4.logit(eps=LOGIT_EPS)
+            logits.append(class_head(out_BQD, text.features_BLD, text.mask_BL))
+            boxes.append((box_head(out_BQD) + start_BQ4).sigmoid())
+            references.append(references_BQ4)
+            if index + 1 < len(self.layers):
+                # from the output before its norm, as in the released models
+                references_BQ4 = (box_head(x_BQD.detach()) + start_BQ4).sigmoid().detach()
+        return torch.stack(logits), torch.stack(boxes), torch.stack(references)

@@ -1,0 +1,187 @@
+"""The detector: an image, a prompt, and a box for whatever the prompt names.
+
+Shapes: B images, H x W pixels, L text tokens, Q queries, D = d_model, T = all decoder queries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoModel
+from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
+
+from unimoe.moe import Context, MoEConfig, load_balance, record, routing_context
+
+from .configuration import DynamicDinoConfig
+from .decoder import Decoder
+from .enhancer import EdgeEnhancer, FullEnhancer
+from .output import DynamicDinoOutput
+from .pyramid import Pyramid, Text
+from .selection import QuerySelection
+
+ENHANCERS = {"edge": EdgeEnhancer, "full": FullEnhancer}
+
+
+class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
+    """What transformers has to know; transformers' own parts are initialised by their own class."""
+
+    config: DynamicDinoConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            return
+        super()._init_weights(module)
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset) and type(module).__module__.startswith("unimoe."):
+            reset()
+
+
+class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
+    """Grounding DINO 1.5 Edge, its original, and Dynamic-DINO (arXiv 2507.17436), by configuration.
+
+    The forward pass:
+
+    1. the backbone's maps and the text encoder's features, each projected to ``d_model``
+    2. the enhancer lets image and text look at one another
+    3. query selection chooses image tokens and gives each a box
+    4. the decoder refines the boxes and says which text tokens each is about
+    """
+
+    def __init__(self, config: DynamicDinoConfig):
+        super().__init__(config)
+        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.text_encoder = AutoModel.from_config(config.text_config)
+        self.text_encoder.pooler = None  # its output is not needed, its weights would never be trained
+        self.image_projections = _projections(self.backbone.channels, config)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.d_model)
+        self.enhancer = ENHANCERS[config.enhancer](config)
+        self.selection = QuerySelection(config)
+        self.query_embedding = nn.Embedding(config.num_queries, config.d_model)
+        self.decoder = Decoder(config)
+        self.post_init()
+
+    def train(self, mode: bool = True):
+        """A part without trained weights stays as in evaluation (no dropout), and the backbone's batch norms
+        keep their statistics: batches are small here."""
+        super().train(mode)
+        for part in (self.backbone, self.text_encoder):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def freeze_encoders(self) -> None:
+        """Keep backbone and text encoder as they are; their outputs may then be computed once and kept."""
+        self.backbone.requires_grad_(False)
+        self.text_encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def encode_image(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The backbone's maps [B, C, h, w], fine to coarse; padded pixels are set to 0 first."""
+        if pixel_mask is not None:
+            pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
+        return tuple(self.backbone(pixel_values).feature_maps)
+
+    def encode_text(
+        self, input_ids: Tensor, text_attention_mask: Tensor, text_position_ids: Tensor
+    ) -> Tensor:
+        """The text encoder's features [B, L, its width]. Those of a name do not depend on the other names."""
+        return self.text_encoder(
+            input_ids=input_ids, attention_mask=text_attention_mask[:, None], position_ids=text_position_ids
+        ).last_hidden_state
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        text_attention_mask: Tensor | None = None,
+        text_position_ids: Tensor | None = None,
+        image_features: Sequence[Tensor] | None = None,
+        text_features: Tensor | None = None,
+    ) -> DynamicDinoOutput:
+        """Run the detector; :class:`~unimoe.detection.prompt.PromptBatch` makes the text arguments.
+
+        Args:
+            pixel_values: [B, 3, H, W], normalised by the configuration's mean and std.
+            pixel_mask: [B, H, W], 1 on the image, 0 on its padding at the right and below (None: no padding).
+            input_ids: [B, L].
+            text_mask: [B, L] bool, True on real tokens.
+            text_attention_mask: [B, L, L] bool, True inside a segment.
+            text_position_ids: [B, L], position within the segment.
+            image_features: of ``encode_image``, computed beforehand; ``pixel_values`` is then not needed.
+            text_features: of ``encode_text``, computed beforehand; ``input_ids`` is then not needed.
+        """
+        if text_mask is None or text_attention_mask is None or text_position_ids is None:
+            raise ValueError(
+                "text_mask, text_attention_mask and text_position_ids are needed, see PromptBatch.inputs()"
+            )
+        if image_features is None:
+            if pixel_values is None:
+                raise ValueError("give pixel_values or image_features")
+            image_features = self.encode_image(pixel_values, pixel_mask)
+        if text_features is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or text_features")
+            text_features = self.encode_text(input_ids, text_attention_mask, text_position_ids)
+
+        pyramid = Pyramid.of(self.project(image_features), pixel_mask)
+        text_BLD = self.text_projection(text_features)
+        text = Text(text_BLD, text_mask.bool(), text_attention_mask.bool(), text_position_ids)
+        pyramid, text = self.enhancer(pyramid, text)
+        proposals = self.selection(pyramid, text)
+
+        batch, queries = proposals.boxes_BQ4.shape[:2]
+        x_BQD = self.query_embedding.weight[:queries].expand(batch, -1, -1)
+        with record() as records, routing_context(Context()):
+            logits, boxes, references = self.decoder(x_BQD, proposals.boxes_BQ4.detach(), pyramid, text)
+        return DynamicDinoOutput(
+            logits=logits,
+            boxes=boxes,
+            encoder_logits=proposals.logits_BQL,
+            encoder_boxes=proposals.boxes_BQ4,
+            references=references,
+            text_mask=text.mask_BL,
+            aux_loss=self.aux_loss(records),
+        )
+
+    def project(self, image_features: Sequence[Tensor]) -> list[Tensor]:
+        """Maps of width ``d_model``; those beyond the backbone's levels come from the one before."""
+        maps = []
+        for level, projection in enumerate(self.image_projections):
+            last_or_own = image_features[min(level, len(image_features) - 1)]
+            maps.append(projection(maps[-1] if level > len(image_features) else last_or_own))
+        return maps
+
+    def aux_loss(self, records: list) -> Tensor:
+        """The weighted load-balance loss, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
+        if not records or not self.config.moe:
+            return self.query_embedding.weight.new_zeros(())
+        return MoEConfig(**self.config.moe).balance_coef * load_balance(records).sum()
+
+
+def _projections(channels: Sequence[int], config: DynamicDinoConfig) -> nn.ModuleList:
+    """1x1 convolutions for the backbone's levels, 3x3 with stride 2 for those beyond."""
+    widths = list(channels)
+    if len(widths) > config.num_feature_levels:
+        raise ValueError(
+            f"the backbone gives {len(widths)} levels, expected at most num_feature_levels = "
+            f"{config.num_feature_levels}; change backbone_config.out_indices"
+        )
+    convs = [nn.Conv2d(width, config.d_model, 1) for width in widths]
+    width = widths[-1]
+    while len(convs) < config.num_feature_levels:
+        convs.append(nn.Conv2d(width, config.d_model, 3, stride=2, padding=1))
+        width = config.d_model
+    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, config.d_model)) for conv in convs)
