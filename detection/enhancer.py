@@ -32,8 +32,6 @@ def library_config(config: DynamicDinoConfig) -> GroundingDinoConfig:
         num_feature_levels=config.num_feature_levels,
         activation_function=config.activation_function,
         dropout=config.dropout,
-        fusion_dropout=config.dropout,
-        text_enhancer_dropout=config.dropout,
         fusion_droppath=config.fusion_droppath,
         positional_embedding_temperature=config.positional_embedding_temperature,
         layer_norm_eps=config.layer_norm_eps,
