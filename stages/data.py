@@ -3,46 +3,22 @@
 files -> Samples -> ModalityBatchSampler (steps) -> Collator (cached features) -> batches
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.nn import functional as nnf
-from torch.utils.data import DataLoader
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
+from unimoe.data.mix import MixedBatchSampler
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.modeling import MEDIA_INPUTS, Encoded
-
-from .mix import MixedBatchSampler
+from unimoe.training.loader import ResumableLoader, StepSampler
 
 if TYPE_CHECKING:
     from .module import StageModule
-
-StepSampler = ModalityBatchSampler | MixedBatchSampler
-
-
-class StageLoader(DataLoader):
-    """A DataLoader that knows how many batches it gave, so that a resumed run goes on with the next."""
-
-    delivered = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            self.delivered += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """What Lightning stores: the sampler's order and the batches delivered."""
-        return cast(StepSampler, self.batch_sampler).state_dict(consumed=self.delivered)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the delivered batches. Raises UserError when the data or its order changed."""
-        cast(StepSampler, self.batch_sampler).load_state_dict(state)
-        self.delivered = state["consumed"]
 
 
 class StageData(LightningDataModule):
@@ -130,7 +106,7 @@ class StageData(LightningDataModule):
         cache.fill([s for samples in self.samples.values() for s in samples])
         return cache
 
-    def train_dataloader(self) -> StageLoader:
+    def train_dataloader(self) -> ResumableLoader:
         assert self.trainer is not None
         settings: dict[str, Any] = {
             "seed": self.seed,
@@ -145,13 +121,13 @@ class StageData(LightningDataModule):
             sampler = ModalityBatchSampler(kinds, self.batch_size, **settings)
         return self._loader("train", sampler)
 
-    def val_dataloader(self) -> StageLoader | list:
+    def val_dataloader(self) -> ResumableLoader | list:
         return self._in_order("val")
 
-    def test_dataloader(self) -> StageLoader | list:
+    def test_dataloader(self) -> ResumableLoader | list:
         return self._in_order("test")
 
-    def _in_order(self, split: str) -> StageLoader | list:
+    def _in_order(self, split: str) -> ResumableLoader | list:
         assert self.trainer is not None
         if not self.samples.get(split):
             return []
@@ -164,8 +140,8 @@ class StageData(LightningDataModule):
         )
         return self._loader(split, sampler)
 
-    def _loader(self, split: str, sampler: StepSampler) -> StageLoader:
-        return StageLoader(
+    def _loader(self, split: str, sampler: StepSampler) -> ResumableLoader:
+        return ResumableLoader(
             self.samples[split],  # type: ignore[arg-type]  # a list is a map-style data set
             batch_sampler=sampler,
             collate_fn=self.collator().by_length,

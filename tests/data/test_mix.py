@@ -2,8 +2,8 @@ from collections import Counter
 
 import pytest
 
+from unimoe.data.mix import MixedBatchSampler
 from unimoe.errors import UserError
-from unimoe.stages.mix import MixedBatchSampler
 
 
 def test_every_batch_has_the_mix():
