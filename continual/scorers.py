@@ -1,0 +1,268 @@
+"""How an answer is graded: per-task scorers, and whether a wrong answer was lost knowledge or only its form.
+
+Each scorer gives a strict grade in [0, 1], the task's own. ``knows`` is the lenient question beside it: is
+the right answer in there at all, whatever the letter case, numerals or words around it? An answer that is
+wrong strictly and known leniently has drifted in format; the published numbers count it as forgotten.
+
+Answers are matched to questions by id, never by position, and an empty answer is wrong everywhere. The
+scorers named ``*-legacy`` reproduce the code behind published tables, defects included.
+"""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from unimoe.errors import UserError
+
+VERSION = 1
+"""Raised whenever a grade changes; runs note it, so that grades of different rules are never compared."""
+
+_NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMERALS.split())}
+_ARTICLES = {"a", "an", "the"}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is right for one question."""
+
+    answers: tuple[str, ...]
+    """Accepted answers; for ``vqa`` those of the ten annotators."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Of a multiple choice: letter -> text."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One rule."""
+
+    grade: Callable[[str, Truth], float]
+    """Strict grade of a prediction that is not empty."""
+    fits: Callable[[Truth], str] = lambda truth: ""
+    """Why the rule cannot grade such an answer; empty where it can."""
+    empty: float = 0.0
+    """Grade of an empty prediction; only a legacy rule gives any."""
+
+    def __call__(self, prediction: str, truth: Truth) -> float:
+        prediction = prediction.strip()
+        return self.grade(prediction, truth) if prediction else self.empty
+
+
+def scorer(name: str) -> Scorer:
+    """The scorer of that name. Raises UserError that lists all."""
+    if name not in SCORERS:
+        raise UserError(f"there is no scorer {name!r}, expected one of {', '.join(SCORERS)}")
+    return SCORERS[name]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, numerals for number words, without punctuation and articles."""
+    found = re.findall(r"[^\W_]+(?:[.'][^\W_]+)*", text.lower())
+    return [_NUMBERS.get(word, word) for word in found if word not in _ARTICLES]
+
+
+def knows(prediction: str, truth: Truth, others: Collection[str] = ()) -> bool:
+    """Whether a right answer is in the prediction as whole words, in any form.
+
+    Args:
+        others: the task's other answers. A prediction that names one of them too is a guess, not knowledge
+            (unless that one is part of the right answer, such as "dog" in "hot dog").
+    """
+    right = {tuple(words(answer)) for answer in truth.answers}
+    right |= {tuple(words(truth.options[a])) for a in truth.answers if a in truth.options}
+    foreign = {tuple(words(other)) for other in others}
+    rest, named = words(prediction), set()
+    for answer in sorted(filter(None, right | foreign), key=len, reverse=True):
+        if _contains(rest, answer):
+            named.add(answer)
+            rest = _remove(rest, list(answer))
+    return bool(named) and named <= right
+
+
+def _contains(said: Sequence[str], wanted: Sequence[str]) -> bool:
+    return any(list(said[i : i + len(wanted)]) == list(wanted) for i in range(len(said) - len(wanted) + 1))
+
+
+def _remove(said: list[str], gone: list[str]) -> list[str]:
+    for i in range(len(said) - len(gone) + 1):
+        if said[i : i + len(gone)] == gone:
+            return said[:i] + ["\n"] + _remove(said[i + len(gone) :], gone)
+    return said
+
+
+# -------------------------------------------------------------------- the rules
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def _exact(prediction: str, truth: Truth) -> float:
+    """Case, runs of blanks and a full stop at the end aside."""
+    return float(_plain(prediction) in {_plain(answer) for answer in truth.answers})
+
+
+def _verbatim(prediction: str, truth: Truth) -> float:
+    return float(prediction in truth.answers)
+
+
+def _contained(prediction: str, truth: Truth) -> float:
+    """The answer stands in the prediction as whole words."""
+    return float(any(_contains(words(prediction), words(answer)) for answer in truth.answers))
+
+
+def _letter(text: str) -> str | None:
+    match = re.match(r"\(?([A-Za-z])(?:[).:,]|\s*$)", text.strip()) or re.search(
+        r"answer is:?\s*\(?([A-Z])\b", text
+    )
+    return match[1].upper() if match else None
+
+
+def _choice(prediction: str, truth: Truth) -> float:
+    """A letter, alone or with bracket or stop, or "the answer is B"; the text of an option is its letter."""
+    by_text = {_plain(text): letter for letter, text in truth.options.items()}
+    chosen = _letter(prediction) or by_text.get(_plain(prediction))
+    return float(chosen in {answer.strip("(). ").upper() for answer in truth.answers})
+
+
+def _soft(prediction: str, truth: Truth) -> float:
+    """VQA's min(1, matches / 3), averaged over leaving one annotator out; with a single answer plain equality
+    (TextVQA, VQAv2, VizWiz)."""
+    said = words(prediction)
+    matches = [words(answer) == said for answer in truth.answers]
+    if len(matches) == 1:
+        return float(matches[0])
+    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
+
+
+def _number(text: str) -> float | None:
+    match = re.fullmatch(r"\s*\$?(-?\d[\d,]*\.?\d*)\s*%?\.?\s*", _NUMBERS.get(_plain(text), text))
+    return float(match[1].replace(",", "")) if match else None
+
+
+def _numeric(prediction: str, truth: Truth) -> float:
+    value = _number(prediction)
+    return float(value is not None and value in {_number(answer) for answer in truth.answers})
+
+
+def _box(text: str) -> list[float] | None:
+    numbers = [float(found) for found in re.findall(r"-?\d*\.?\d+", text)]
+    return numbers if len(numbers) == 4 else None
+
+
+def _iou(one: Sequence[float], other: Sequence[float]) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return width * height / (sum(areas) - width * height)
+
+
+def _grounding(prediction: str, truth: Truth) -> float:
+    """IoU above 0.5 of boxes [x1, y1, x2, y2]."""
+    found = _box(prediction)
+    boxes = [box for answer in truth.answers if (box := _box(answer))]
+    return float(found is not None and any(_iou(found, box) > 0.5 for box in boxes))
+
+
+def _anls(prediction: str, truth: Truth) -> float:
+    """Average normalised Levenshtein similarity, 0 below 0.5 (DocVQA)."""
+    best = 0.0
+    for answer in truth.answers:
+        one, other = _plain(prediction), _plain(answer)
+        best = max(best, 1 - _distance(one, other) / max(len(one), len(other), 1))
+    return best if best >= 0.5 else 0.0
+
+
+def _distance(one: str, other: str) -> int:
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        previous, row = row, [i]
+        for j, b in enumerate(other, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (a != b)))
+    return row[-1]
+
+
+def _imagenet_legacy(prediction: str, truth: Truth) -> float:
+    """CoIN's: either string inside the other."""
+    said, answer = prediction.lower(), truth.answers[0].lower()
+    return float(answer in said or said in answer)
+
+
+def _grounding_legacy(prediction: str, truth: Truth) -> float:
+    """CoIN's: brackets are removed, and then the first and last character are cut once more."""
+
+    def read(text: str) -> list[float] | None:
+        try:
+            numbers = [float(part) for part in text.replace("[", "").replace("]", "")[1:-1].split(",")]
+        except ValueError:
+            return None
+        return numbers if len(numbers) == 4 else None
+
+    found, box = read(prediction), _box(truth.answers[0])
+    return float(found is not None and box is not None and _iou(found, box) > 0.5)
+
+
+# -------------------------------------------------------------------- what each can grade
+
+
+def _wants_letter(truth: Truth) -> str:
+    bad = [a for a in truth.answers if not re.fullmatch(r"\(?[A-Za-z]\)?\.?", a.strip())]
+    return f"the answer {bad[0]!r} is no letter" if bad else ""
+
+
+def _wants_number(truth: Truth) -> str:
+    bad = [answer for answer in truth.answers if _number(answer) is None]
+    return f"the answer {bad[0]!r} is no number" if bad else ""
+
+
+def _wants_box(truth: Truth) -> str:
+    bad = [answer for answer in truth.answers if _box(answer) is None]
+    return f"the answer {bad[0]!r} is no box [x1, y1, x2, y2]" if bad else ""
+
+
+def _wants_text(truth: Truth) -> str:
+    return "" if all(answer.strip() for answer in truth.answers) else "an answer is empty"
+
+
+SCORERS = {
+    "exact": Scorer(_exact, _wants_text),
+    "verbatim": Scorer(_verbatim, _wants_text),
+    "contains": Scorer(_contained, _wants_text),
+    "choice": Scorer(_choice, _wants_letter),
+    "vqa": Scorer(_soft, _wants_text),
+    "number": Scorer(_numeric, _wants_number),
+    "grounding": Scorer(_grounding, _wants_box),
+    "anls": Scorer(_anls, _wants_text),
+    "imagenet-legacy": Scorer(_imagenet_legacy, _wants_text, empty=1.0),
+    "grounding-legacy": Scorer(_grounding_legacy, _wants_box),
+}
+"""Name in a stream's YAML -> rule."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One graded answer."""
+
+    score: float
+    """Strict, by the task's scorer."""
+    known: float
+    """1 where the right answer is in there in any form, and never below the strict score."""
+
+
+def grade_all(
+    rule: Scorer, predictions: dict[str, str], truths: dict[str, Truth], where: str
+) -> dict[str, Grade]:
+    """Grade answers by id. Raises UserError when an answer is missing or belongs to no question."""
+    if predictions.keys() != truths.keys():
+        wrong = sorted(predictions.keys() ^ truths.keys())
+        side = "is missing" if wrong[0] in truths else "belongs to no question"
+        raise UserError(f"{where}: the answer to {wrong[0]!r} {side} ({len(wrong)} such)")
+    vocabulary = {answer for truth in truths.values() for answer in truth.answers}
+    grades = {}
+    for name, prediction in predictions.items():
+        score = rule(prediction, truths[name])
+        lenient = float(knows(prediction, truths[name], vocabulary)) if prediction.strip() else 0.0
+        grades[name] = Grade(score, max(score, lenient))
+    return grades

@@ -1,0 +1,90 @@
+import pytest
+
+from unimoe.continual.scorers import SCORERS, Truth, grade_all, knows, scorer
+from unimoe.errors import UserError
+
+
+def grade(name, prediction, *answers, **options):
+    return scorer(name)(prediction, Truth(tuple(answers), options))
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if name != "imagenet-legacy"])
+def test_an_empty_answer_is_wrong(name):
+    answers = {"choice": "A", "number": "3", "grounding": "[0, 0, 1, 1]", "grounding-legacy": "[0, 0, 1, 1]"}
+    assert grade(name, "  ", answers.get(name, "dog")) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "answers", "expected"),
+    [
+        ("exact", " a DOG. ", ["A dog"], 1),
+        ("exact", "dog", ["A dog"], 0),
+        ("verbatim", "a dog", ["A dog"], 0),
+        ("contains", "It is a hot dog.", ["hot dog"], 1),
+        ("contains", "dogma", ["dog"], 0),
+        ("choice", "(B)", ["B"], 1),
+        ("choice", "B. because", ["B"], 1),
+        ("choice", "The answer is B", ["B"], 1),
+        ("choice", "Bees", ["B"], 0),
+        ("vqa", "Two", ["2"], 1),
+        ("vqa", "cat", ["cat"] * 2 + ["dog"] * 8, 2 * (1 / 3) / 10 + 8 * (2 / 3) / 10),
+        ("vqa", "cat", ["cat"] * 4 + ["dog"] * 6, 1),
+        ("number", "1,200.", ["1200"], 1),
+        ("number", "about 3", ["3"], 0),
+        ("grounding", "[1.0, 0.2, 0.9, 0.85]", ["[0, 0.2, 0.9, 0.85]"], 0),
+        ("grounding", "[0.1, 0.2, 0.9, 0.85]", ["[0.1, 0.2, 0.9, 0.8]"], 1),
+        ("anls", "hallo", ["hello"], 0.8),
+        ("anls", "xyz", ["hello"], 0),
+    ],
+)
+def test_rules(name, prediction, answers, expected):
+    assert grade(name, prediction, *answers) == pytest.approx(expected)
+
+
+def test_an_option_spelled_out_is_its_letter():
+    assert grade("choice", "the moon", "B", A="the sun", B="The moon") == 1
+
+
+def test_legacy_rules_keep_the_published_defects():
+    assert grade("imagenet-legacy", "", "dog") == 1
+    assert grade("imagenet-legacy", "d", "dog") == 1
+    # "[1.0, 0.2, 0.9, 0.85]" is read as .0, 0.2, 0.9, 0.8
+    assert grade("grounding-legacy", "[1.0, 0.2, 0.9, 0.85]", "[0, 0.2, 0.9, 0.85]") == 1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "known"),
+    [
+        ("The answer is: DOG", ["dog"], True),
+        ("three", ["3"], True),
+        ("It is a hot dog", ["hot dog"], True),
+        ("dog or cat", ["dog"], False),  # names another answer too
+        ("hot dog", ["dog"], False),  # another thing
+        ("dogs", ["dog"], False),
+    ],
+)
+def test_knowledge_in_another_form(prediction, answers, known):
+    assert knows(prediction, Truth(tuple(answers)), ["dog", "cat", "hot dog"]) is known
+
+
+def test_format_drift_is_told_from_lost_knowledge():
+    truths = {"1": Truth(("3",)), "2": Truth(("4",)), "3": Truth(("2",))}
+    grades = grade_all(scorer("exact"), {"1": "three", "2": "4", "3": "A dog."}, truths, "counting")
+    assert [(g.score, g.known) for g in grades.values()] == [(0, 1), (1, 1), (0, 0)]
+
+
+def test_answers_are_matched_by_id():
+    truths = {"1": Truth(("a",)), "2": Truth(("b",))}
+    assert [g.score for g in grade_all(scorer("exact"), {"2": "b", "1": "a"}, truths, "t").values()] == [1, 1]
+    with pytest.raises(UserError, match="'2' is missing"):
+        grade_all(scorer("exact"), {"1": "a"}, truths, "t")
+    with pytest.raises(UserError, match="'9' belongs to no question"):
+        grade_all(scorer("exact"), {"1": "a", "2": "b", "9": "c"}, truths, "t")
+
+
+def test_what_does_not_fit():
+    assert "no box" in SCORERS["grounding"].fits(Truth(("a dog",)))
+    assert "no letter" in SCORERS["choice"].fits(Truth(("a dog",)))
+    assert SCORERS["number"].fits(Truth(("three",))) == ""
+    with pytest.raises(UserError, match="expected one of exact"):
+        scorer("exakt")
