@@ -9,6 +9,9 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
     GroundingDinoMultiscaleDeformableAttention,
 )
 
+from unimoe.errors import UserError
+from unimoe.moe import FFNExperts, MoEConfig, MoELayer, build_router
+
 from .configuration import DynamicDinoConfig
 from .enhancer import library_config
 from .layers import FFN, MLP, Attention, BoxHead, ContrastiveHead, sine_position
@@ -18,19 +21,32 @@ LOGIT_EPS = 1e-5
 """Reference boxes are kept this far from 0 and 1 when their logits are taken."""
 
 
+def feed_forward(config: DynamicDinoConfig, layer: int) -> FFN | MoELayer:
+    """The dense FFN of a layer, or experts that together have ``top_k`` times its width / top_k active."""
+    moe = MoEConfig.from_dict(config.moe) if config.moe else None
+    if moe is None or layer not in moe.layers(config.decoder_layers):
+        return FFN(config)
+    if config.ffn_dim % moe.top_k:
+        raise UserError(f"moe.top_k is {moe.top_k}, expected a divisor of ffn_dim ({config.ffn_dim})")
+    experts = FFNExperts(
+        moe.num_experts, config.d_model, config.ffn_dim // moe.top_k, act=config.activation_function
+    )
+    return MoELayer(build_router(config.d_model, moe), experts, combine=moe.combine, layer_index=layer)
+
+
 class DecoderLayer(nn.Module):
     """Post-norm: queries see one another, the text, the image around their boxes; then the FFN.
 
     ``ffn`` is a dense :class:`FFN`, or after MoE-Tuning an :class:`unimoe.moe.MoELayer`.
     """
 
-    def __init__(self, config: DynamicDinoConfig):
+    def __init__(self, config: DynamicDinoConfig, index: int):
         super().__init__()
         self.self_attn, self.text_attn = Attention(config), Attention(config)
         self.image_attn = GroundingDinoMultiscaleDeformableAttention(
             library_config(config), config.num_heads, config.num_points
         )
-        self.ffn = FFN(config)
+        self.ffn = feed_forward(config, index)
         self.self_attn_norm, self.text_attn_norm, self.image_attn_norm, self.ffn_norm = (
             nn.LayerNorm(config.d_model, config.layer_norm_eps) for _ in range(4)
         )
@@ -77,7 +93,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DynamicDinoConfig):
         super().__init__()
         width = config.d_model
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.position_head = MLP(2 * width, width, width, depth=2)
         box_heads = 1 if config.share_box_head else config.decoder_layers

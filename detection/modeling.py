@@ -1,23 +1,26 @@
 """The detector: an image, a prompt, and a box for whatever the prompt names.
 
-Shapes: B images, H x W pixels, L text tokens, Q queries, D = d_model, T = all decoder queries.
+Shapes: B images, H x W pixels, L text tokens, Q queries, D = d_model, T = all decoder queries (those for
+denoising first).
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
 
-from unimoe.moe import Context, MoEConfig, load_balance, record, routing_context
+from unimoe.moe import Context, LayerRecord, MoEConfig, load_balance, record, routing_context
 
 from .configuration import DynamicDinoConfig
 from .decoder import Decoder
+from .denoising import DenoisingQueries
 from .enhancer import EdgeEnhancer, FullEnhancer
 from .output import DynamicDinoOutput
 from .pyramid import Pyramid, Text
-from .selection import QuerySelection
+from .selection import Proposals, QuerySelection
 
 ENHANCERS = {"edge": EdgeEnhancer, "full": FullEnhancer}
 
@@ -110,6 +113,7 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         text_position_ids: Tensor | None = None,
         image_features: Sequence[Tensor] | None = None,
         text_features: Tensor | None = None,
+        denoising: DenoisingQueries | None = None,
     ) -> DynamicDinoOutput:
         """Run the detector; :class:`~unimoe.detection.prompt.PromptBatch` makes the text arguments.
 
@@ -122,6 +126,7 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
             text_position_ids: [B, L], position within the segment.
             image_features: of ``encode_image``, computed beforehand; ``pixel_values`` is then not needed.
             text_features: of ``encode_text``, computed beforehand; ``input_ids`` is then not needed.
+            denoising: extra queries of a training step; they change nothing for the others.
         """
         if text_mask is None or text_attention_mask is None or text_position_ids is None:
             raise ValueError(
@@ -142,19 +147,35 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         pyramid, text = self.enhancer(pyramid, text)
         proposals = self.selection(pyramid, text)
 
-        batch, queries = proposals.boxes_BQ4.shape[:2]
-        x_BQD = self.query_embedding.weight[:queries].expand(batch, -1, -1)
-        with record() as records, routing_context(Context()):
-            logits, boxes, references = self.decoder(x_BQD, proposals.boxes_BQ4.detach(), pyramid, text)
+        logits, boxes, references, records = self.decode(pyramid, text, proposals, denoising)
+        extra = 0 if denoising is None else denoising.boxes_BD4.shape[1]
         return DynamicDinoOutput(
-            logits=logits,
-            boxes=boxes,
+            logits=logits[:, :, extra:],
+            boxes=boxes[:, :, extra:],
             encoder_logits=proposals.logits_BQL,
             encoder_boxes=proposals.boxes_BQ4,
-            references=references,
+            references=references[:, :, extra:],
             text_mask=text.mask_BL,
+            denoising_logits=logits[:, :, :extra] if extra else None,
+            denoising_boxes=boxes[:, :, :extra] if extra else None,
             aux_loss=self.aux_loss(records),
         )
+
+    def decode(
+        self, pyramid: Pyramid, text: Text, proposals: Proposals, denoising: DenoisingQueries | None
+    ) -> tuple[Tensor, Tensor, Tensor, list[LayerRecord]]:
+        """The decoder's outputs over all T queries, and the routing of its MoE layers."""
+        references_BT4, self_mask = proposals.boxes_BQ4.detach(), None
+        batch, queries = references_BT4.shape[:2]
+        x_BTD = self.query_embedding.weight[:queries].expand(batch, -1, -1)
+        pad_BT = torch.zeros(batch, queries, dtype=torch.bool, device=x_BTD.device)
+        if denoising is not None:
+            x_BTD = torch.cat([denoising.tokens_BDL.to(x_BTD.dtype) @ text.features_BLD, x_BTD], dim=1)
+            references_BT4 = torch.cat([denoising.boxes_BD4.to(references_BT4.dtype), references_BT4], dim=1)
+            self_mask = denoising.visible(queries)
+            pad_BT = F.pad(pad_BT, (x_BTD.shape[1] - queries, 0), value=True)  # their load is not the task's
+        with record() as records, routing_context(Context(pad_T=pad_BT.flatten())):
+            return *self.decoder(x_BTD, references_BT4, pyramid, text, self_mask), records
 
     def project(self, image_features: Sequence[Tensor]) -> list[Tensor]:
         """Maps of width ``d_model``; those beyond the backbone's levels come from the one before."""
@@ -164,7 +185,7 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
             maps.append(projection(maps[-1] if level > len(image_features) else last_or_own))
         return maps
 
-    def aux_loss(self, records: list) -> Tensor:
+    def aux_loss(self, records: list[LayerRecord]) -> Tensor:
         """The weighted load-balance loss, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
         if not records or not self.config.moe:
             return self.query_embedding.weight.new_zeros(())

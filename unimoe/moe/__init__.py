@@ -3,14 +3,22 @@
 from .combine import combine_weights
 from .config import MoEConfig
 from .experts import Experts, FFNExperts, Origin, SwiGLUExperts
-from .install import install_moe
+from .install import build_router, install_moe
 from .layer import MoELayer
 from .lora import LoRAExperts
 from .losses import load, load_balance, pair_counts, z_loss
 from .records import Context, LayerRecord, current_context, record, routing_context
 from .router import Router, TopK
 from .routing import Routing
-from .upcycle import copy_experts, from_dense, read_swiglu, repeat_router, slice_experts
+from .upcycle import (
+    copy_experts,
+    from_dense,
+    read_ffn,
+    read_swiglu,
+    repeat_router,
+    slice_experts,
+    slice_ffn,
+)
 
 __all__ = [
     "Context",
@@ -25,6 +33,7 @@ __all__ = [
     "Routing",
     "SwiGLUExperts",
     "TopK",
+    "build_router",
     "combine_weights",
     "copy_experts",
     "current_context",
@@ -33,10 +42,12 @@ __all__ = [
     "load",
     "load_balance",
     "pair_counts",
+    "read_ffn",
     "read_swiglu",
     "record",
     "repeat_router",
     "routing_context",
     "slice_experts",
+    "slice_ffn",
     "z_loss",
 ]

@@ -26,6 +26,18 @@ def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
     return mlp
 
 
+def build_router(hidden_size: int, moe: MoEConfig) -> TopK:
+    """The fresh router that ``moe`` describes."""
+    return TopK(
+        hidden_size,
+        moe.num_experts,
+        moe.top_k,
+        gating=moe.gating,
+        renormalize=moe.renormalize,
+        init_std=moe.router_init_std,
+    )
+
+
 def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module] | None = None) -> None:
     """Replace the FFNs of the layers that ``moe`` places, in place.
 
@@ -48,14 +60,7 @@ def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module]
         else:
             experts = from_dense([dense_mlp(source, layer) for source in sources])
         weight = experts.down_proj
-        router = TopK(
-            weight.shape[1],
-            moe.num_experts,
-            moe.top_k,
-            gating=moe.gating,
-            renormalize=moe.renormalize,
-            init_std=moe.router_init_std,
-        ).to(weight.device)
+        router = build_router(weight.shape[1], moe).to(weight.device)
         moe_layer = MoELayer(router, experts.to(weight.dtype), combine=moe.combine, layer_index=layer)
         decoder.layers[layer].mlp = moe_layer  # type: ignore[index, union-attr]
 

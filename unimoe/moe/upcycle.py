@@ -1,6 +1,6 @@
 """From dense FFNs to experts.
 
-Each upcycler returns SwiGLUExperts whose ``origin`` says whether the MoE layer starts as exactly the dense
+Each upcycler returns experts whose ``origin`` says whether the MoE layer starts as exactly the dense
 FFN, and under which condition. Sources: sparse upcycling by copies (Komatsuzaki et al., arXiv 2212.05055),
 one dense model per expert (Uni-MoE, arXiv 2405.11273, section 3), slices of the hidden dimension (Dynamic-
 DINO's MoE-Tuning).
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 
-from .experts import Origin, SwiGLUExperts
+from .experts import FFNExperts, Origin, SwiGLUExperts
 from .router import TopK
 
 _NOISY = "noise was added"
@@ -77,17 +77,60 @@ def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0
     ``repeat_router`` makes a router that picks whole copies.
     """
     gate_up, down = read_swiglu(mlp)
-    inner = down.shape[1]
-    if slices < 1 or inner % slices:
-        raise UserError(
-            f"cannot cut an FFN of width {inner} in {slices} slices, expected a divisor of {inner}"
-        )
     gate, up = gate_up.chunk(2)
-    width = inner // slices
+    width = _slice_width(down.shape[1], slices)
     cuts = [torch.cat(pair) for pair in zip(gate.split(width), up.split(width), strict=True)]
-    when = "each token visits all slices of one copy and their outputs are summed unweighted"
-    origin = Origin("slice", noise == 0, _NOISY if noise else when)
-    return _stack(cuts * copies, list(down.split(width, dim=1)) * copies, noise, origin)
+    return _stack(cuts * copies, list(down.split(width, dim=1)) * copies, noise, _sliced(noise))
+
+
+def slice_ffn(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> FFNExperts:
+    """``slice_experts`` for a two-layer FFN with biases (Dynamic-DINO, arXiv 2507.17436, section 3): the
+    rows of the first layer and its bias are cut, and every slice gets 1/slices of the last bias."""
+    (up, up_bias, down, down_bias), act = read_ffn(mlp)
+    width = _slice_width(down.shape[1], slices)
+    with torch.device("meta"):
+        experts = FFNExperts(slices * copies, down.shape[0], width, act=act)
+    stacks = {
+        "up_proj": up.unflatten(0, (slices, width)),
+        "up_bias": up_bias.unflatten(0, (slices, width)),
+        "down_proj": torch.stack(down.split(width, dim=1)),
+        "down_bias": (down_bias / slices).expand(slices, -1),
+    }
+    for name, stack in stacks.items():
+        copied = torch.cat([stack] * copies)
+        # biases may all be zero: noise on weights only
+        setattr(experts, name, nn.Parameter(_noisy(copied, noise) if name.endswith("proj") else copied))
+    experts.origin = _sliced(noise)
+    return experts
+
+
+def read_ffn(mlp: nn.Module) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], str]:
+    """((up [I, H], up bias [I], down [H, I], down bias [H]), name of the activation) of a two-layer FFN.
+
+    Its layers may be called up_proj and down_proj, fc1 and fc2, or linear1 and linear2; not copies, except
+    zeros for a bias that is not there. Raises UserError for anything else and for an activation other than
+    ReLU and GELU.
+    """
+    name = type(mlp).__name__
+    for pair in (("up_proj", "down_proj"), ("fc1", "fc2"), ("linear1", "linear2")):
+        up, down = (getattr(mlp, part, None) for part in pair)
+        if isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and not hasattr(mlp, "gate_proj"):
+            break
+    else:
+        expected = "linear layers up_proj and down_proj, fc1 and fc2, or linear1 and linear2"
+        raise UserError(f"{name} is not a two-layer FFN: expected {expected}")
+    found = next((a for a in ("act_fn", "activation_fn", "activation", "act") if hasattr(mlp, a)), "")
+    act = getattr(mlp, found, None)
+    acts = {"ReLU": "relu", "relu": "relu", "GELU": "gelu", "GELUActivation": "gelu", "gelu": "gelu"}
+    act_name = getattr(act, "__name__", type(act).__name__)
+    if act_name not in acts or getattr(act, "approximate", "none") != "none":
+        raise UserError(f"{name} has the activation {act_name}, expected ReLU or GELU")
+    weights = []
+    for linear in (up, down):
+        weight = linear.weight.detach()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+        weights += [weight, bias]
+    return tuple(weights), acts[act_name]
 
 
 @torch.no_grad()
@@ -103,6 +146,19 @@ def repeat_router(router: TopK, slices: int) -> None:
 
 def _copied(noise: float) -> Origin:
     return Origin("copy", noise == 0, _NOISY if noise else "the combine weights of each token sum to 1")
+
+
+def _sliced(noise: float) -> Origin:
+    when = "each token visits all slices of one copy and their outputs are summed unweighted"
+    return Origin("slice", noise == 0, _NOISY if noise else when)
+
+
+def _slice_width(inner: int, slices: int) -> int:
+    if slices < 1 or inner % slices:
+        raise UserError(
+            f"cannot cut an FFN of width {inner} in {slices} slices, expected a divisor of {inner}"
+        )
+    return inner // slices
 
 
 def _stack(gate_ups: list[Tensor], downs: list[Tensor], noise: float, origin: Origin) -> SwiGLUExperts:

@@ -1,0 +1,53 @@
+"""Text features that are computed once.
+
+Shapes: B prompts, L tokens of the longest, W width of the text encoder, M segments, K tokens of the longest
+segment.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .modeling import DynamicDinoForObjectDetection
+from .prompt import Prompt
+
+
+class TextFeatureCache:
+    """``encode_text`` of a model whose text encoder is frozen, kept for each segment (a name and its stop).
+
+    Segments do not see one another, so the features of any prompt are those of its segments side by side,
+    whatever names stand next to each other. Everything seen is kept, on the model's device.
+    """
+
+    def __init__(self, model: DynamicDinoForObjectDetection):
+        self.model = model
+        self.kept: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt]) -> Tensor:
+        """``text_features`` [B, L, W] for the model's ``forward``, zeros on padding."""
+        rows = [_segments(prompt) for prompt in prompts]
+        missing = dict.fromkeys(segment for row in rows for segment in row if segment not in self.kept)
+        if missing:
+            self._encode(list(missing))
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.cat([self.kept[segment] for segment in row]) for row in rows], batch_first=True
+        )
+
+    def _encode(self, segments: list[tuple[int, ...]]) -> None:
+        device = self.model.device
+        longest = max(len(segment) for segment in segments)
+        ids_MK = torch.tensor([[*segment, *[0] * (longest - len(segment))] for segment in segments])
+        real_MK = torch.arange(longest) < torch.tensor([[len(segment)] for segment in segments])
+        mask_MKK = real_MK[:, None].expand(-1, longest, -1)
+        positions_MK = torch.arange(longest).expand(len(segments), -1)
+        features_MKW = self.model.encode_text(ids_MK.to(device), mask_MKK.to(device), positions_MK.to(device))
+        for segment, features_KW in zip(segments, features_MKW, strict=True):
+            self.kept[segment] = features_KW[: len(segment)].clone()
+
+
+def _segments(prompt: Prompt) -> list[tuple[int, ...]]:
+    ids = prompt.input_ids.tolist()
+    starts = [*(prompt.position_ids == 0).nonzero().flatten().tolist(), len(ids)]
+    return [tuple(ids[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
