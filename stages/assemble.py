@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.loading import find_model, load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoEConfig, SwiGLUExperts, install_moe
 from unimoe.moe.install import moe_layers
@@ -29,7 +30,6 @@ from unimoe.processing import UniMoeProcessor
 
 from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
 from .result import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
-from .start import check_model_folder, load_model
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def assemble(manifest: str, output: str | None = None, overwrite: bool = False) 
     if target is None:
         raise UserError(f"{manifest}: say where the result goes: output: FOLDER, or --output")
     folder = Path(target)
-    check_model_folder(parsed.base)
+    find_model(parsed.base, "base", hub=False)
     parents = [{"folder": path, "sha256": folder_hash(path)} for path in _sources(parsed)]
     settings = {**flatten({**asdict(parsed), "output": None}), "content of parents": parents}
     if overwrite:
@@ -120,7 +120,7 @@ def assemble(manifest: str, output: str | None = None, overwrite: bool = False) 
 
 def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, UniMoeProcessor]:
     """The model that a manifest describes, in memory. Raises UserError when a part does not fit the base."""
-    model, processor = load_model(manifest.base)
+    model, processor = load_model(manifest.base, "base", torch.float32, "cpu", hub=False)
     if model.config.moe:
         raise UserError(f"base: {manifest.base} is a mixture of experts already; expected a dense model")
     dense = ffn_tensors(model)

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.loading import find_model
 from unimoe.training.curve import CurveLogger, read_curve
 from unimoe.training.progress import PlainProgress, StageBar, clock
 from unimoe.training.resume import Interrupted, LastCheckpoint, saved_step
@@ -41,7 +42,6 @@ from .result import (
     write_model,
     write_result,
 )
-from .start import check_model_folder
 from .trainable import merge_lora
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class StageCLI(LightningCLI):
             return
         init_from = self._get(self.config, "model.init_from")
         if init_from is not None:
-            check_model_folder(init_from)
+            find_model(init_from, "init_from", hub=False)
         self.settings = self._settings()
         self._compare()
 
@@ -161,7 +161,7 @@ class StageCLI(LightningCLI):
             raise UserError(
                 f"{self.output} holds no finished stage; run `unimoe fit` with this configuration first"
             )
-        check_model_folder(self.output)
+        find_model(self.output, "output", hub=False)
         model = self.config[str(self.subcommand)]["model"]
         model["init_from"] = str(self.output)
         for key in ("llm", "modalities", "moe", "chat_template", "warm_start"):

@@ -16,6 +16,7 @@ from torch.nn import functional as nnf
 from unimoe.build import build_model
 from unimoe.data.collate import IGNORED
 from unimoe.errors import UserError
+from unimoe.loading import load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import LayerRecord, load, load_balance, record
 from unimoe.moe.records import join
@@ -23,7 +24,6 @@ from unimoe.processing import UniMoeProcessor
 
 from .data import StageData
 from .experts_file import base_fingerprint
-from .start import load_model
 from .trainable import Group, LoRA, Trainable, choose
 from .warm_start import Ridge, check_kinds, read_examples, warm_start
 
@@ -109,7 +109,7 @@ class StageModule(LightningModule):
         if hasattr(self, "model"):
             return
         if self.init_from is not None:
-            model, processor = load_model(self.init_from)
+            model, processor = load_model(self.init_from, "init_from", torch.float32, "cpu", hub=False)
         else:
             assert self.llm is not None
             with torch.random.fork_rng():

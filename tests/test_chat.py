@@ -12,7 +12,8 @@ from PIL import Image
 from unimoe import chat, cli
 from unimoe.chat import Conversation, Settings, Terminal
 from unimoe.errors import UserError
-from unimoe.generate import count_parameters, generate, load_model
+from unimoe.generate import count_parameters, generate
+from unimoe.loading import load_model
 from unimoe.testing import tiny_model
 
 

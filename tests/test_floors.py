@@ -31,6 +31,7 @@ FLOORS = {
     "unimoe.registration": 3,
     "unimoe.data": 3,
     "unimoe.generate": 3,
+    "unimoe.loading": 3,
     "unimoe.training": 3,
     "unimoe.stages": 4,
     "unimoe.detection": 4,

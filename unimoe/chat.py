@@ -22,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.data.media import LOADERS
 
 from .errors import UserError
-from .generate import count_parameters, generate, load_model
+from .generate import count_parameters, generate
+from .loading import load_model
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 

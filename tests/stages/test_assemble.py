@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from unimoe.errors import UserError
+from unimoe.loading import load_model
 from unimoe.moe.install import moe_layers
 from unimoe.stages.assemble import assemble
 from unimoe.stages.experts_file import ffn_tensors, load_connectors, load_expert, save_expert
-from unimoe.stages.start import load_model
 from unimoe.testing import save_tiny_llm, tiny_model
 
 IDS = torch.arange(10, 40).reshape(2, 15)

@@ -10,8 +10,8 @@ import yaml
 
 from unimoe.cli import main as unimoe
 from unimoe.errors import UserError
+from unimoe.loading import load_model
 from unimoe.stages.module import StageModule
-from unimoe.stages.start import load_model
 from unimoe.training.curve import read_curve
 
 
@@ -125,7 +125,7 @@ def test_wrong_init_from(align, expert, expert_folder, world, fit, tmp_path):
     for folder, message in (
         (world, "no config.json"),
         (world / "llm", "type 'llama', expected 'unimoe'"),
-        (expert_folder, "holds an expert"),
+        (expert_folder, "holds one expert"),
         (world / "train.jsonl", "is a file"),
     ):
         expert["model"]["init_from"] = str(folder)

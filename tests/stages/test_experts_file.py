@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
+from unimoe.loading import load_model
 from unimoe.stages.experts_file import (
     base_fingerprint,
     ffn_tensors,
@@ -11,7 +12,6 @@ from unimoe.stages.experts_file import (
     load_expert,
     save_expert,
 )
-from unimoe.stages.start import load_model
 from unimoe.testing import tiny_model
 
 

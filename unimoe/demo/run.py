@@ -31,7 +31,7 @@ from unimoe.demo.floors import measure_floors
 from unimoe.demo.report import FLOORS, MODELS, PICTURE_SETS, make_report
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder, atomic_write
-from unimoe.generate import load_model
+from unimoe.loading import load_model
 from unimoe.prepare import default_part, prepare
 from unimoe.prepare.cache import cache_folder, fault
 from unimoe.prepare.parts import PARTS
