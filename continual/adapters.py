@@ -1,0 +1,190 @@
+"""Low-rank experts on the projections of any decoder, in banks that are added task by task.
+
+Shapes: T tokens (leading dimensions flattened), D inputs and P outputs of a projection, E_b experts of bank
+b, r rank of an expert, R = E_b * r.
+"""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a LLaMA-like block, all of which DyMoE adapts."""
+
+
+class Gate(Protocol):
+    """How much each expert says to each token."""
+
+    def gate(self, x_TD: Tensor) -> Sequence[Tensor | None]:
+        """For each bank the weights of its experts, [T, E_b] or, one for all tokens, [1, E_b]; None for 1."""
+        ...
+
+
+class OpenGate(nn.Module):
+    """Every bank at weight 1: plain LoRA, or a sum of LoRAs."""
+
+    def __init__(self, banks: nn.ModuleList):
+        super().__init__()
+        self._banks = (banks,)  # in a tuple, so that it is not registered twice
+
+    def gate(self, x_TD: Tensor) -> list[None]:
+        """None for each bank."""
+        return [None] * len(self._banks[0])
+
+
+class Bank(nn.Module):
+    """E experts of rank r as one wide adapter: A [E r, D], B [P, E r]; expert e owns slice e of the rank.
+
+    A starts Kaiming uniform (as peft) and B at zero, so a new bank changes nothing.
+    """
+
+    def __init__(self, base: nn.Linear, experts: int, rank: int):
+        super().__init__()
+        if experts < 1 or rank < 1:
+            raise UserError(f"a bank of {experts} experts of rank {rank}; expected at least 1 of each")
+        self.experts, self.rank = experts, rank
+        weight = base.weight
+        # adapters of a half-precision base are trained in float32, as peft does
+        like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        self.A = nn.Parameter(torch.empty(experts * rank, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, experts * rank, **like))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+
+    def forward(self, x_TD: Tensor, weight_TE: Tensor | None) -> Tensor:
+        """[T, P]: sum over experts of weight * B_e A_e x."""
+        h_TR = F.linear(x_TD, self.A)
+        if weight_TE is not None:
+            h_TER = h_TR.unflatten(-1, (self.experts, self.rank)) * weight_TE[..., None].to(h_TR.dtype)
+            h_TR = h_TER.flatten(-2)
+        return F.linear(h_TR, self.B)
+
+
+class AdaptedLinear(nn.Module):
+    """y = W0 x + b0 + scale * sum over banks b and their experts i of w_i B_i A_i x.
+
+    1. the frozen projection
+    2. ``gating`` says how much each expert counts for each token
+    3. each bank runs on the tokens that reach it, so that the cost follows the k chosen experts rather than
+       all
+
+    Banks are separate parameters: adding one copies nothing, and a frozen one stays as it is to the last bit.
+    """
+
+    def __init__(self, base: nn.Linear, scale: float, name: str):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale, self.name = scale, name
+        self.banks = nn.ModuleList()
+        self.gating: nn.Module | Gate = OpenGate(self.banks)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the base; transformers reads it now and then for a dtype."""
+        return self.base.weight
+
+    def grow(self, experts: int, rank: int) -> Bank:
+        """Add a bank of ``experts`` experts of ``rank``."""
+        self.banks.append(Bank(self.base, experts, rank))
+        return self.banks[-1]  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not len(self.banks):
+            return y
+        x_TD = x.reshape(-1, x.shape[-1])
+        y_TP = self._delta(x_TD)
+        return y + (self.scale * y_TP).to(y.dtype).reshape(y.shape)
+
+    def _delta(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD.to(self.banks[0].A.dtype)  # type: ignore[arg-type]
+        y_TP = x_TD.new_zeros(len(x_TD), self.out_features)
+        for bank, weight_TE in zip(self.banks, self.gating.gate(x_TD), strict=True):  # type: ignore[operator]
+            if weight_TE is None or len(weight_TE) != len(x_TD):
+                y_TP = y_TP + bank(x_TD, weight_TE)
+                continue
+            row_N = weight_TE.detach().any(-1).nonzero().squeeze(-1)
+            if len(row_N) == len(x_TD):
+                y_TP = y_TP + bank(x_TD, weight_TE)
+            elif len(row_N):
+                part_NP = bank(x_TD.index_select(0, row_N), weight_TE.index_select(0, row_N))
+                y_TP = y_TP.index_add(0, row_N, part_NP)
+        return y_TP
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}"
+
+
+def adapt(
+    decoder: nn.Module,
+    targets: Sequence[str] = PROJECTIONS,
+    layers: Sequence[int] | None = None,
+    scale: float = 2.0,
+) -> dict[str, AdaptedLinear]:
+    """Wrap linear layers of a decoder in place, still without banks, and freeze everything else.
+
+    Args:
+        decoder: any module with blocks under ``layers.<i>``, such as a transformers decoder.
+        targets: last names of the layers, or glob patterns on their full names.
+        layers: indices of the blocks; None takes all.
+        scale: alpha / r.
+
+    Returns the wrapped layers by name, in order. Raises UserError for a target that is nowhere.
+    """
+    decoder.requires_grad_(False)
+    linears = {
+        name: module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and (block_of(name) in layers if layers else block_of(name) >= 0)
+    }
+    chosen: set[str] = set()
+    for target in targets:
+        names = {name for name in linears if _matches(name, target)}
+        if not names:
+            kinds = sorted({name.rpartition(".")[2] for name in linears})
+            raise UserError(f"targets: no linear layer is named {target!r}; there are {', '.join(kinds)}")
+        chosen |= names
+    found = {name: AdaptedLinear(base, scale, name) for name, base in linears.items() if name in chosen}
+    for name, layer in found.items():
+        parent, _, child = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), child, layer)
+    return found
+
+
+def block_of(name: str) -> int:
+    """Index of the decoder block that a layer's name lies in; -1 outside all."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _matches(name: str, target: str) -> bool:
+    return name.rpartition(".")[2] == target or fnmatchcase(name, target)
+
+
+# -------------------------------------------------------------------- one budget for every strategy
+
+
+def adapter_size(layer: AdaptedLinear, experts: int, rank: int, routed: bool) -> int:
+    """Weights of a bank on one projection, with a router row per expert where it is routed."""
+    routers = experts * layer.in_features if routed else 0
+    return experts * rank * (layer.in_features + layer.out_features) + routers
+
+
+def plain_rank(layer: AdaptedLinear, experts: int, rank: int) -> int:
+    """Rank of a plain LoRA with as many weights as a routed bank of ``experts`` of ``rank``, rounded."""
+    weights = adapter_size(layer, experts, rank, routed=True)
+    return max(1, round(weights / (layer.in_features + layer.out_features)))

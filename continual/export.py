@@ -1,0 +1,106 @@
+"""Banks as peft adapters, and back.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, which ``PeftModel.from_pretrained``
+loads on the same base, and ``bank.safetensors`` with what peft has no place for: the router's rows.
+
+peft knows no router, so the exported adapter is the bank with fixed weights for its experts: 1 each for plain
+LoRA, 1 / E each (what an undecided router gives) for a routed bank.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+from unimoe.files import atomic_folder
+
+from .adapters import AdaptedLinear, Bank, block_of
+from .router import CosineTopK
+
+BANK_FILE = "bank.safetensors"
+
+
+def export_bank(
+    folder: str | Path, layers: Mapping[str, AdaptedLinear], index: int, prefix: str = ""
+) -> None:
+    """Write bank ``index`` of every layer.
+
+    Args:
+        folder: replaced if it is there.
+        layers: as :func:`unimoe.continual.adapters.adapt` returned them.
+        prefix: path of the decoder inside the model that peft will load it on, such as ``model`` for a
+            ``LlamaForCausalLM``.
+    """
+    first = next(iter(layers.values()))
+    tensors: dict[str, Tensor] = {}
+    ours: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        bank: Bank = layer.banks[index]  # type: ignore[assignment]
+        routed = isinstance(layer.gating, CosineTopK)
+        share = 1 / bank.experts if routed else 1.0
+        full = f"{prefix}.{name}" if prefix else name
+        tensors[f"base_model.model.{full}.lora_A.weight"] = bank.A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{full}.lora_B.weight"] = (bank.B.detach() * share).cpu().contiguous()
+        ours[f"{name}.A"] = bank.A.detach().cpu().contiguous()
+        ours[f"{name}.B"] = bank.B.detach().cpu().contiguous()
+        if isinstance(layer.gating, CosineTopK):
+            ours[f"{name}.rows"] = layer.gating.rows[index].detach().cpu().contiguous()
+    ranks = {
+        f"{prefix}.{name}" if prefix else name: len(layer.banks[index].A) for name, layer in layers.items()
+    }  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=max(ranks.values()),
+        target_modules=list(ranks),
+        rank_pattern={f"^{name}$": rank for name, rank in ranks.items()},
+        alpha_pattern={f"^{name}$": first.scale * rank for name, rank in ranks.items()},  # type: ignore[misc]
+        inference_mode=True,
+        task_type="CAUSAL_LM",
+    )
+    about = {"base": fingerprint(layers), "experts": str(first.banks[index].experts)}
+    with atomic_folder(folder) as temporary:
+        config.save_pretrained(str(temporary))
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(ours, temporary / BANK_FILE, metadata=about)
+
+
+def import_bank(folder: str | Path, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Add an exported bank, router rows included, behind the banks that the layers have; it arrives frozen.
+
+    Raises UserError when it was trained on another base or does not fit the layers.
+    """
+    path = Path(folder) / BANK_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no bank: {BANK_FILE} is not there")
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    tensors = load_file(path)
+    found, expected = about.get("base", "")[:12], fingerprint(layers)[:12]
+    if found != expected:
+        raise UserError(f"{folder}: this bank was trained on another model (base {found}, here {expected})")
+    experts = int(about["experts"])
+    for name, layer in layers.items():
+        A = tensors[f"{name}.A"]
+        bank = layer.grow(experts, len(A) // experts)
+        with torch.no_grad():
+            bank.A.copy_(A)
+            bank.B.copy_(tensors[f"{name}.B"])
+            if isinstance(layer.gating, CosineTopK):
+                layer.gating.grow(experts).copy_(tensors[f"{name}.rows"]).requires_grad_(False)
+        bank.requires_grad_(False)
+
+
+def fingerprint(layers: Mapping[str, nn.Module]) -> str:
+    """Hash of names, shapes and weights of the adapted projections: a bank belongs to these and no others."""
+    digest = hashlib.sha256()
+    for name, layer in layers.items():
+        weight: Tensor = layer.base.weight.detach()  # type: ignore[union-attr, assignment]
+        sums = [weight.double().sum().item(), weight.double().square().sum().item()]
+        digest.update(json.dumps([name, block_of(name), list(weight.shape), sums]).encode())
+    return digest.hexdigest()

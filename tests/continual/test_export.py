@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from unimoe.continual.adapters import adapt
+from unimoe.continual.export import export_bank, import_bank
+from unimoe.continual.router import CosineTopK
+from unimoe.errors import UserError
+
+
+def causal(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def fill(layers, experts=4, rank=2, route=False):
+    for layer in layers.values():
+        if route:
+            layer.gating = CosineTopK(layer.in_features, 4)
+            layer.gating.grow(experts)
+        torch.nn.init.normal_(layer.grow(experts, rank).B, std=0.1)
+
+
+def test_peft_gives_the_same_outputs(tmp_path):
+    model = causal()
+    base = copy.deepcopy(model)
+    layers = adapt(model.model, scale=1.5)
+    fill(layers)
+    ids = torch.arange(20).reshape(2, 10)
+    export_bank(tmp_path / "bank", layers, 0, "model")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "bank"))
+    difference = (loaded(ids).logits - model(ids).logits).abs().max()
+    assert difference < 1e-5
+    with loaded.disable_adapter():
+        assert (loaded(ids).logits - model(ids).logits).abs().max() > 1e-2  # the bank does something
+
+
+def test_a_routed_bank_is_exported_at_the_gate_of_an_undecided_router(tmp_path):
+    model = causal()
+    base = copy.deepcopy(model)
+    layers = adapt(model.model)
+    fill(layers, route=True)
+    export_bank(tmp_path / "bank", layers, 0, "model")
+    ids = torch.arange(20).reshape(2, 10)
+    for layer in layers.values():
+        layer.gating.rows[0].data.copy_(layer.gating.rows[0][:1].clone())  # all rows alike: every weight 1/4
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "bank"))
+    assert (loaded(ids).logits - model(ids).logits).abs().max() < 1e-5
+
+
+def test_a_bank_comes_back_with_its_router(tmp_path):
+    model, other = causal(), causal()
+    layers, again = adapt(model.model), adapt(other.model)
+    fill(layers, route=True)
+    export_bank(tmp_path / "bank", layers, 0)
+    for layer in again.values():
+        layer.gating = CosineTopK(layer.in_features, 4)
+    import_bank(tmp_path / "bank", again)
+    ids = torch.arange(20).reshape(2, 10)
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    assert not any(p.requires_grad for p in other.model.parameters())
+
+
+def test_a_bank_for_another_model_is_refused(tmp_path):
+    layers = adapt(causal().model)
+    fill(layers)
+    export_bank(tmp_path / "bank", layers, 0)
+    with pytest.raises(UserError, match="trained on another model"):
+        import_bank(tmp_path / "bank", adapt(causal(seed=1).model))
+    with pytest.raises(UserError, match="holds no bank"):
+        import_bank(tmp_path, layers)
