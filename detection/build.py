@@ -1,6 +1,7 @@
 """A new detector from parts: a backbone and a text encoder with their weights, the rest fresh."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, TimmBackboneConfig
 
+from unimoe.encoders.encoder import nearest
 from unimoe.errors import UserError
 from unimoe.prepare.cache import default_part, resolve_part
 
@@ -32,6 +34,11 @@ def build_detector(
         text_encoder: ``default`` (the prepared MiniLM), a folder or a hub id of an encoder of BERT's kind.
         settings: fields of :class:`~unimoe.detection.configuration.DynamicDinoConfig`.
     """
+    known = [field.name for field in fields(DynamicDinoConfig)]  # type: ignore[arg-type]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        closest = nearest(unknown[0], known)
+        raise UserError(f"the detector has no setting {unknown[0]!r}; closest: {closest}")
     image, image_settings = load_backbone(backbone, weights)
     path = str(resolve_part(text_encoder, "text"))
     try:
@@ -60,7 +67,7 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str,
         own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name, weights = own["name"], str(folder / "model.safetensors")
     if not timm.is_model(name):
-        raise UserError(f"timm has no model {name!r}, expected the name of a backbone")
+        raise UserError(f"timm has no model {name!r}; closest: {nearest(name, timm.list_models())}")
     keywords: dict[str, Any] = {"pretrained": weights is not None}
     if weights not in (None, "pretrained"):
         if not Path(str(weights)).is_file():

@@ -3,14 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import (
-    BertConfig,
-    GroundingDinoConfig,
-    GroundingDinoForObjectDetection,
-    MMGroundingDinoConfig,
-    MMGroundingDinoForObjectDetection,
-    SwinConfig,
-)
+from transformers import BertConfig, GroundingDinoConfig
 from transformers.models.grounding_dino.modeling_grounding_dino import (
     generate_masks_with_special_tokens_and_transfer_map,
 )
@@ -20,40 +13,6 @@ from unimoe.detection.grounding_dino import convert, convert_config
 from unimoe.errors import UserError
 
 CLS, SEP, STOP = 101, 102, 1012
-TINY = {
-    "num_queries": 12,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "d_model": 32,
-}
-
-
-def parts() -> dict:
-    return {
-        "backbone_config": SwinConfig(
-            image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-            out_indices=[2, 3, 4],
-        ),
-        "text_config": BertConfig(
-            vocab_size=1100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-        ),
-    }  # fmt: skip
-
-
-def theirs(kind: str, **settings):
-    """A random model none of whose weights is at a special value."""
-    if kind == "plain":
-        model = GroundingDinoForObjectDetection(GroundingDinoConfig(**parts(), **TINY, **settings))
-    else:
-        model = MMGroundingDinoForObjectDetection(MMGroundingDinoConfig(**parts(), **TINY, **settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def inputs() -> dict:
@@ -92,9 +51,9 @@ def as_ours(given: dict) -> dict:
         ("mm", {"decoder_bbox_embed_share": False, "decoder_cls_embed_share": False}),
     ],
 )
-def test_outputs_are_identical(kind, settings):
+def test_outputs_are_identical(hf_detector, kind, settings):
     """Differences are the rounding of another attention kernel: about 1e-6."""
-    model, given = theirs(kind, **settings), inputs()
+    model, given = hf_detector(kind, **settings), inputs()
     with torch.no_grad():
         expected, found = model(**given), convert(model)(**as_ours(given))
     length = given["input_ids"].shape[1]
@@ -104,16 +63,15 @@ def test_outputs_are_identical(kind, settings):
     assert_close(found.encoder_boxes, expected.encoder_pred_boxes, atol=1e-5, rtol=1e-4)
 
 
-def test_every_weight_of_theirs_matters():
-    """A weight left at its own random value would go unnoticed by load_state_dict's names alone."""
-    model = theirs("mm", decoder_bbox_embed_share=False)
+def test_every_weight_of_theirs_is_taken(hf_detector):
+    model = hf_detector("mm", decoder_bbox_embed_share=False)
     ours = convert(model)
     count = sum(p.numel() for p in ours.parameters())
     assert count == sum(p.numel() for p in model.parameters())
 
 
-def test_a_converted_model_is_saved_and_loaded(tmp_path):
-    ours = convert(theirs("mm"))
+def test_a_converted_model_is_saved_and_loaded(hf_detector, tmp_path):
+    ours = convert(hf_detector("mm"))
     ours.save_pretrained(tmp_path)
     again = DynamicDinoForObjectDetection.from_pretrained(tmp_path)
     given = as_ours(inputs())
@@ -125,4 +83,6 @@ def test_other_models_are_refused():
     with pytest.raises(UserError, match="type 'bert', expected one of grounding-dino"):
         convert_config(BertConfig())
     with pytest.raises(UserError, match="two_stage is False"):
-        convert_config(GroundingDinoConfig(**parts(), two_stage=False))
+        convert_config(GroundingDinoConfig(two_stage=False))
+    with pytest.raises(UserError, match="encoder_ffn_dim is 64, expected decoder_ffn_dim 32"):
+        convert_config(GroundingDinoConfig(encoder_ffn_dim=64, decoder_ffn_dim=32))

@@ -1,0 +1,97 @@
+"""MoE-Tuning (Dynamic-DINO, arXiv 2507.17436, section 3): a dense detector's decoder becomes a mixture of
+fine-grained experts, and only part of it is trained on.
+
+The FFN of each decoder layer is copied N times and each copy cut in k slices: kN experts, of which a query
+visits k. The router's rows repeat for the slices of a copy, so that at the start every query visits all
+slices of one copy, whose sum is the dense FFN.
+"""
+
+import logging
+from fnmatch import fnmatchcase
+
+from unimoe.errors import UserError
+from unimoe.moe import MoEConfig, MoELayer, build_router, repeat_router, slice_ffn
+
+from .modeling import DynamicDinoForObjectDetection
+
+logger = logging.getLogger(__name__)
+
+GATES = {
+    # the sum of the chosen slices; the router learns from the balance loss only
+    "indicator": {"combine": "indicator"},
+    # k times the weights, which sum to 1; the router learns, though at first not which copy to choose
+    "renorm_k": {"gating": "topk_softmax", "combine": "k_weight"},
+    # the sum of the chosen slices, with the gradient of the softmax over all experts
+    "straight_through": {"gating": "softmax_topk", "renormalize": False, "combine": "straight_through"},
+}
+"""How chosen slices are weighted. The paper's formula has g_i in {0, 1}; each of these starts exact."""
+
+TRAINED = (
+    "enhancer.layers.*.fusion_layer.*",
+    "decoder.layers.*.ffn.*",
+    "decoder.*_heads.*",
+)
+"""What the paper trains: cross-attention in the enhancer, MoE layers, detection head. Whether its detection
+head has the head of the proposals in it is not said; here it has not."""
+
+
+def moe_tuning(
+    model: DynamicDinoForObjectDetection,
+    copies: int = 8,
+    slices: int = 2,
+    gate: str = "straight_through",
+    balance_coef: float = 0.01,
+    router_init_std: float = 0.02,
+) -> DynamicDinoForObjectDetection:
+    """Turn the dense FFNs of the decoder into ``copies`` * ``slices`` experts each, in place, and freeze what
+    the paper freezes; the outputs stay as they were.
+
+    Args:
+        model: a dense detector, trained here or converted from a public one.
+        copies: N of the paper. With 2 slices, 8 copies are its 16 experts.
+        slices: k of the paper, also how many experts a query visits: the cost stays that of one FFN.
+        gate: see ``GATES``.
+        balance_coef: factor of the load-balance loss in the training loss.
+        router_init_std: standard deviation of the router's fresh rows.
+    """
+    if gate not in GATES:
+        raise UserError(f"gate is {gate!r}, expected one of {', '.join(GATES)}")
+    if copies < 1:
+        raise UserError(f"copies is {copies}, expected at least 1")
+    if model.config.moe:
+        raise UserError("the model has experts already, expected a dense one")
+    moe = MoEConfig(
+        num_experts=copies * slices,
+        top_k=slices,
+        placement="all",
+        balance_coef=balance_coef,
+        router_init_std=router_init_std,
+        **GATES[gate],
+    )
+    for index, layer in enumerate(model.decoder.layers):
+        experts = slice_ffn(layer.ffn, slices, copies)
+        router = build_router(model.config.d_model, moe).to(experts.up_proj.device)
+        repeat_router(router, slices)
+        layer.ffn = MoELayer(router, experts, combine=moe.combine, layer_index=index)
+    model.config.moe = moe.to_dict()
+    freeze_for_tuning(model)
+    return model.train(model.training)
+
+
+def freeze_for_tuning(model: DynamicDinoForObjectDetection, trained: tuple[str, ...] = TRAINED) -> None:
+    """Train only the parameters whose names match one of ``trained`` (shell patterns).
+
+    Goes for the dense control as well, where ``ffn`` is the dense FFN. Raises UserError for a pattern that
+    matches nothing.
+    """
+    parameters = dict(model.named_parameters())
+    matched = {pattern: [name for name in parameters if fnmatchcase(name, pattern)] for pattern in trained}
+    for pattern, names in matched.items():
+        if not names:
+            example = next(iter(parameters))
+            raise UserError(f"no parameter matches {pattern!r}, expected a name such as {example!r}")
+    chosen = {name for names in matched.values() for name in names}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    count = sum(parameters[name].numel() for name in chosen)
+    logger.info("training %.2f of %.2f million weights", count / 1e6, model.num_parameters() / 1e6)
