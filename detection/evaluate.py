@@ -1,0 +1,89 @@
+"""``unimoe evaluate coco``: scores of a file of detections, as a table, as JSON, as curves."""
+
+import json as json_format
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.figure
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from unimoe.files import atomic_write
+
+from .evaluation import Evaluation, evaluate_coco
+
+_RECALL = np.linspace(0, 1, 101)
+
+
+def evaluate_files(
+    *,
+    gt: str,
+    dt: str,
+    style: Literal["coco", "lvis-fixed"] = "coco",
+    json: str | None = None,
+    plots: str | None = None,
+) -> None:
+    """Compare a file of detections with the ground truth.
+
+    Args:
+        gt: COCO or LVIS annotations.
+        dt: COCO results: a list of image_id, category_id, bbox (x, y, width, height) and score.
+        style: coco (pycocotools' own numbers), or lvis-fixed (no limit per image, verified negatives only).
+        json: where to write all numbers.
+        plots: folder for the precision-recall curves and the bars of the classes.
+    """
+    evaluation = evaluate_coco(gt, dt, style)
+    console = Console()
+    console.print(class_table(evaluation))
+    console.print(metric_table(evaluation))
+    if json:
+        atomic_write(json, json_format.dumps({"style": style, **evaluation.to_json()}, indent=1) + "\n")
+    if plots:
+        for file in draw_evaluation(evaluation, plots):
+            console.print(f"wrote {file}")
+
+
+def class_table(evaluation: Evaluation) -> Table:
+    """Classes by AP, those without objects last."""
+    table = Table("class", "AP", "AP50", "objects", "detections")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in sorted(evaluation.classes, key=lambda row: -row.ap):
+        table.add_row(row.name, _shown(row.ap), _shown(row.ap50), str(row.objects), str(row.detections))
+    return table
+
+
+def metric_table(evaluation: Evaluation) -> Table:
+    """The metrics side by side."""
+    table = Table(*evaluation.metrics)
+    table.add_row(*map(_shown, evaluation.metrics.values()))
+    return table
+
+
+def draw_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
+    """Write ``precision_recall.png`` (mean over classes, by IoU) and ``classes.png`` (AP of each class)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = matplotlib.figure.Figure(figsize=(5, 4), layout="constrained")
+    axes = curves.subplots()
+    for iou, precision_RC in evaluation.precision_RC.items():
+        measured = precision_RC[:, precision_RC[0] > -1]
+        if measured.size:
+            axes.plot(_RECALL, measured.mean(axis=1), label=f"IoU {iou.replace('mean', '0.50-0.95')}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    rows = sorted((row for row in evaluation.classes if row.objects), key=lambda row: row.ap)
+    bars = matplotlib.figure.Figure(figsize=(6, 1 + 0.2 * len(rows)), layout="constrained")
+    axes = bars.subplots()
+    axes.barh(range(len(rows)), [row.ap for row in rows])
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set(xlabel="AP", xlim=(0, 1), ylim=(-0.5, max(len(rows), 1) - 0.5))
+    files = [folder / "precision_recall.png", folder / "classes.png"]
+    for figure, file in zip((curves, bars), files, strict=True):
+        figure.savefig(file, dpi=100)
+    return files
+
+
+def _shown(value: float) -> str:
+    return "-" if value < 0 else f"{value:.3f}"
