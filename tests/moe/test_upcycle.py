@@ -9,7 +9,17 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from unimoe.errors import UserError
-from unimoe.moe import MoELayer, TopK, copy_experts, from_dense, read_swiglu, repeat_router, slice_experts
+from unimoe.moe import (
+    MoELayer,
+    TopK,
+    copy_experts,
+    from_dense,
+    read_ffn,
+    read_swiglu,
+    repeat_router,
+    slice_experts,
+    slice_ffn,
+)
 
 H, I = 32, 48  # noqa: E741
 
@@ -55,6 +65,46 @@ def test_repeated_router_picks_all_slices_of_one_copy(combine):
     assert not torch.allclose(moe(x), dense(x), atol=1e-3)
     repeat_router(router, 2)
     torch.testing.assert_close(moe(x), dense(x), rtol=0, atol=2e-6)
+
+
+def ffn(act: nn.Module | None = None, bias: bool = True) -> Any:
+    """As a detection transformer has it; in float64, so that rounding hides nothing."""
+    layers = {"fc1": nn.Linear(H, I, bias=bias), "fc2": nn.Linear(I, H, bias=bias), "act": act or nn.ReLU()}
+    module: Any = nn.ModuleDict(layers).double()
+    module.forward = lambda x: module.fc2(module.act(module.fc1(x)))
+    module.fc1, module.fc2, module.act = (module[name] for name in layers)
+    return module
+
+
+@pytest.mark.parametrize("combine", ["indicator", "straight_through", "k_weight"])
+@pytest.mark.parametrize("slices, copies", [(1, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("dense", [ffn(), ffn(nn.GELU()), ffn(bias=False)])
+def test_sliced_ffns_with_biases_are_exact(dense, slices, copies, combine):
+    router = TopK(H, slices * copies, slices, init_std=1.0)
+    repeat_router(router, slices)
+    experts: Any = slice_ffn(dense, slices, copies)
+    assert experts.up_proj.shape == (slices * copies, I // slices, H) and experts.origin.exact
+    x = torch.randn(50, H, dtype=torch.float64)
+    torch.testing.assert_close(MoELayer(router, experts, combine)(x), dense(x), rtol=0, atol=1e-6)
+
+
+def test_a_slice_has_its_share_of_the_last_bias():
+    dense = ffn()
+    experts: Any = slice_ffn(dense, 4, copies=2)
+    torch.testing.assert_close(experts.down_bias, (dense.fc2.bias / 4).expand(8, -1))
+    noisy: Any = slice_ffn(dense, 4, noise=0.1)
+    assert not noisy.origin.exact and not torch.equal(noisy.up_proj[0], experts.up_proj[0])
+
+
+def test_other_two_layer_ffns_are_refused():
+    with pytest.raises(UserError, match="LlamaMLP is not a two-layer FFN: expected linear layers up_proj"):
+        read_ffn(mlp())
+    with pytest.raises(UserError, match="activation SiLU, expected ReLU or GELU"):
+        read_ffn(ffn(nn.SiLU()))
+    with pytest.raises(UserError, match="activation GELU, expected ReLU or GELU"):
+        read_ffn(ffn(nn.GELU(approximate="tanh")))
+    with pytest.raises(UserError, match="width 48 in 5 slices"):
+        slice_ffn(ffn(), 5)
 
 
 def test_different_dense_models_become_different_experts():
