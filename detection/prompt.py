@@ -160,13 +160,11 @@ def chunk_names(
     ``max_names`` limits the names of a chunk as well (40 for LVIS by custom). Raises UserError for a name
     that is too long by itself.
     """
-    _, tokens = _tokenize(names, tokenizer)
     first, last = _special_ids(tokenizer)
     room = max_tokens - len(first) - len(last)
     chunks: list[list[int]] = [[]]
     used = 0
-    for index, name in enumerate(tokens):
-        need = len(name) + len(_stop_ids(tokenizer))
+    for index, need in enumerate(token_counts(names, tokenizer)):
         if need > room:
             raise UserError(f"name {index} has {need} tokens, expected at most {room}: {names[index][:60]!r}")
         if used + need > room or len(chunks[-1]) == max_names:
@@ -175,6 +173,13 @@ def chunk_names(
         chunks[-1].append(index)
         used += need
     return chunks
+
+
+def token_counts(names: Sequence[str], tokenizer: Any) -> list[int]:
+    """What each name takes of a prompt's room: its tokens and the stop behind it."""
+    _, tokens = _tokenize(names, tokenizer)
+    stop = len(_stop_ids(tokenizer))
+    return [len(name) + stop for name in tokens]
 
 
 def _tokenize(names: Sequence[str], tokenizer: Any) -> tuple[list[str], list[list[int]]]:
