@@ -140,7 +140,7 @@ class FullEnhancer(Enhancer):
                 text_features=text_BLD,
                 text_attention_mask=~text.mask_BL,
                 text_self_attention_masks=~text.attention_mask_BLL,
-                text_position_ids=text.position_ids_BL,
+                text_position_embedding=text_positions(text),
             )
         return pyramid.with_tokens(image_BSD), _with_features(text, text_BLD)
 
