@@ -55,9 +55,10 @@ def class_table(evaluation: Evaluation) -> Table:
 
 
 def metric_table(evaluation: Evaluation) -> Table:
-    """The metrics side by side."""
-    table = Table(*evaluation.metrics)
-    table.add_row(*map(_shown, evaluation.metrics.values()))
+    """One metric a row."""
+    table = Table("metric", "value")
+    for name, value in evaluation.metrics.items():
+        table.add_row(name, _shown(value))
     return table
 
 

@@ -214,17 +214,12 @@ def _classes(whole_TRK: np.ndarray, gt: COCO, ids: Sequence[int], results: list[
         found[result["category_id"]] += 1
     for entry in gt.dataset["annotations"]:
         there[entry["category_id"]] += not entry["iscrowd"]
-    return [
-        ClassResult(
-            id,
-            gt.cats[id]["name"],
-            _mean(whole_TRK[..., row]),
-            _mean(whole_TRK[0, :, row]),
-            there[id],
-            found[id],
-        )
-        for row, id in enumerate(ids)
-    ]
+    rows = []
+    for column, category in enumerate(gt.cats[id] for id in ids):
+        id, precision_TR = category["id"], whole_TRK[..., column]  # numpy's integers do not go into JSON
+        ap, ap50 = _mean(precision_TR), _mean(precision_TR[0])
+        rows.append(ClassResult(id, category["name"], ap, ap50, there[id], found[id]))
+    return rows
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -39,9 +39,7 @@ def read_detection(
     file's sets is meant. With ``strict`` a fault that cannot be repaired raises UserError, and repairs are
     logged; without it all faults are only collected.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in ("data.yaml", "data.yml") if (path / name).is_file()), path)
+    path = yolo_file(Path(path)) or Path(path)
     folder = Path(images) if images else None
     if path.suffix not in (".json", ".jsonl", ".yaml", ".yml"):
         raise UserError(
@@ -145,12 +143,7 @@ def read_yolo(path: Path, images: Path | None = None, split: str = "train") -> D
     The labels of ``images/a.jpg`` are in ``labels/a.txt``: a class and (cx, cy, w, h) on a 0..1 scale, or a
     class and the corners of a polygon, of which the box is taken.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("names"), dict | list):
-        raise UserError(f"{path}: not a YOLO file; expected names, and folders under train and val")
+    content = _yolo_content(path)
     names = content["names"]
     ids = dict(enumerate(names)) if isinstance(names, list) else names
     found = DetectionSet(path, [], [Category(int(key), str(name)) for key, name in ids.items()])
@@ -165,6 +158,29 @@ def read_yolo(path: Path, images: Path | None = None, split: str = "train") -> D
         with _collect(found, file.name):
             _read_yolo_image(found, index, file, row_of)
     return found
+
+
+def yolo_file(path: Path) -> Path | None:
+    """The YAML file that ``path`` is, or that lies in the folder ``path``; None if it is something else."""
+    if path.is_dir():
+        return next((path / name for name in ("data.yaml", "data.yml") if (path / name).is_file()), None)
+    return path if path.suffix in (".yaml", ".yml") else None
+
+
+def yolo_splits(path: Path) -> list[str]:
+    """Which of train, val and test a YOLO file has."""
+    content = _yolo_content(path)
+    return [split for split in ("train", "val", "test") if content.get(split)]
+
+
+def _yolo_content(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("names"), dict | list):
+        raise UserError(f"{path}: not a YOLO file; expected names, and folders under train and val")
+    return content
 
 
 def _read_yolo_image(found: DetectionSet, index: int, file: Path, row_of: dict[int, int]) -> None:

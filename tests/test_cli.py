@@ -63,6 +63,30 @@ def test_bad_arguments_are_user_errors(args):
         parse(talk, *args.split())
 
 
+def test_keyword_only_parameters_are_flags():
+    def compare(*, gt: str, limit: int = 3):
+        """Compare."""
+
+    assert parse(compare, "--gt", "a.json") == {"gt": "a.json"}
+    with pytest.raises(UserError, match="required: --gt"):
+        parse(compare)
+
+
+def test_verbs_of_two_words(capsys):
+    assert cli.split_verb(["data", "check", "a.json"]) == ("data check", ["a.json"])
+    assert cli.split_verb(["demo", "--control"]) == ("demo", ["--control"])
+    assert cli.main(["data"]) == cli.main(["data", "--help"]) == cli.main(["data", "chekc", "x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "expected one of data check, data scenes" in lines[0] and lines[0] == lines[1]
+    assert "did you mean 'data check'?" in lines[2]
+
+
+def test_a_verb_may_return_its_exit_status(monkeypatch):
+    for returned, status in ((1, 1), (None, 0), ("a path", 0)):
+        monkeypatch.setattr(cli, "load", lambda target, returned=returned: lambda: returned)
+        assert cli.main(["demo"]) == status
+
+
 def test_help_is_the_docstring(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(talk, "--help")
@@ -80,7 +104,7 @@ def test_a_short_form():
 def test_every_verb_exists_and_has_typed_documented_flags(name):
     function = cli.load(cli.VERBS[name].target)
     assert inspect.getdoc(function)
-    if cli.VERBS[name].target != cli.LIGHTNING:
+    if not cli.VERBS[name].raw:
         for action in cli.build_parser(name, function)._actions:
             assert action.help, f"unimoe {name}: {action.dest} has no line in the docstring's Args"
 

@@ -7,6 +7,7 @@ signature gives the flags and their types, its docstring the help. Modules are i
 parameter                   on the command line
 ==========================  ==================================================
 ``model: str``              ``MODEL``, required
+``*, gt: str``              ``--gt GT``, required
 ``what: str = "a", /``      ``[WHAT]``, may be left out
 ``steps: int = 10``         ``--steps N``
 ``control: bool = False``   ``--control`` (``--no-control`` where it is True)
@@ -35,7 +36,7 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Verb:
-    """One word after ``unimoe``."""
+    """One word after ``unimoe``, or two, such as ``data check``."""
 
     target: str
     """``module:function``, imported when the verb is used."""
@@ -43,16 +44,23 @@ class Verb:
     """Half a line for ``unimoe --help``."""
     short: dict[str, str] = field(default_factory=dict)
     """One-letter forms of parameters, such as ``{"prompt": "-p"}``."""
+    raw: bool = False
+    """The function reads the arguments itself, the verb first."""
 
 
-LIGHTNING = "unimoe.stages.cli:main"  # takes the arguments, the verb first
+LIGHTNING = "unimoe.stages.cli:main"
 VERBS = {
     "prepare": Verb("unimoe.prepare.run:main", "download and convert the default LLM, towers and pictures"),
-    "fit": Verb(LIGHTNING, "train one stage: unimoe fit -c configs/uni_moe/align.yaml"),
-    "validate": Verb(LIGHTNING, "validation loss of a finished stage"),
-    "test": Verb(LIGHTNING, "test loss of a finished stage"),
+    "fit": Verb(LIGHTNING, "train one stage: unimoe fit -c configs/uni_moe/align.yaml", raw=True),
+    "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
+    "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
     "chat": Verb("unimoe.chat:chat", "talk to a model in the terminal", {"prompt": "-p"}),
+    "data check": Verb("unimoe.check:check", "what is wrong with a file of boxes, and where"),
+    "data scenes": Verb(
+        "unimoe.detection.generate:scenes", "write a COCO-format set of emoji on photographs"
+    ),
+    "evaluate coco": Verb("unimoe.detection.evaluate:evaluate_files", "COCO or LVIS scores of detections"),
     "demo": Verb("unimoe.demo:demo", "the whole path on real weights, with a report at its end"),
 }
 
@@ -60,7 +68,8 @@ VERBS = {
 def main(args: list[str] | None = None) -> int:
     """Run the verb that ``args`` (default: the process's) begins with.
 
-    Returns the exit status: 0, 2 for bad input (said in one line on stderr), or 130 when interrupted.
+    Returns the exit status: 0 or what the verb returned, 2 for bad input (said in one line on stderr), or
+    130 when interrupted.
     """
     args = sys.argv[1:] if args is None else args
     logging.basicConfig(format="%(message)s")
@@ -83,20 +92,30 @@ def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0
-    name, *rest = args
-    if name == "--version":
+    if args[0] == "--version":
         print(f"unimoe {__version__}")
         return 0
-    if name not in VERBS:
-        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(VERBS)
-        raise UserError(f"unknown verb {name!r}; {hint} (unimoe --help lists them)")
+    name, rest = split_verb(args)
     function = load(VERBS[name].target)
-    if VERBS[name].target == LIGHTNING:
+    if VERBS[name].raw:
         function(args)
-    else:
-        function(**vars(build_parser(name, function).parse_args(rest)))
-    return 0
+        return 0
+    status = function(**vars(build_parser(name, function).parse_args(rest)))
+    return status if isinstance(status, int) else 0
+
+
+def split_verb(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that ``args`` begin with and what follows it. Raises UserError for an unknown one."""
+    for words in (2, 1):
+        if " ".join(args[:words]) in VERBS:
+            return " ".join(args[:words]), list(args[words:])
+    group = [verb for verb in VERBS if verb.startswith(f"{args[0]} ")]
+    if group and (len(args) == 1 or args[1].startswith("-")):
+        raise UserError(f"unknown verb {args[0]!r}; expected one of {', '.join(group)}")
+    name = " ".join(args[:2]) if group else args[0]
+    close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(VERBS)
+    raise UserError(f"unknown verb {name!r}; {hint} (unimoe --help lists them)")
 
 
 def load(target: str) -> Callable[..., Any]:
@@ -128,12 +147,15 @@ def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPa
         settings = _value_settings(hints.get(parameter.name, str))
         settings["help"] = about.get(parameter.name, "").replace("%", "%%")
         required = parameter.default is parameter.empty
-        if required or parameter.kind is parameter.POSITIONAL_ONLY:
+        keyword = parameter.kind is parameter.KEYWORD_ONLY
+        if (required and not keyword) or parameter.kind is parameter.POSITIONAL_ONLY:
             if not required:
                 settings["nargs"] = "?"
             parser.add_argument(parameter.name, metavar=parameter.name.upper(), **settings)
             continue
-        if parameter.default is False:
+        if required:
+            settings["required"] = True
+        elif parameter.default is False:
             settings["action"] = "store_true"  # without a --no- form
         elif parameter.default not in (None, "", (), []):
             settings["help"] += f" (default: {parameter.default})".replace("%", "%%")
