@@ -2,11 +2,12 @@
 
     base: runs/align                  # a dense model folder: everything that is not an expert comes from it
     experts:                          # one slot each, in order; or a number of copies of the base's own FFNs
-      - {name: words, from: base}
-      - {name: image, from: runs/expert_image}
+      - {name: words, from: base, data: text.jsonl}
+      - {name: image, from: runs/expert_image, data: [names.jsonl, questions.jsonl]}
     connectors: {image: runs/expert_image}   # default: the base's own
     moe: {top_k: 2, placement: interval}     # unimoe.moe.MoEConfig without num_experts
-    seed: 0                           # of the fresh routers
+    routers: {scale: 6}               # how they start where slots name data, see router_start.py
+    seed: 0                           # of the fresh routers, and of the choice of their samples
     output: runs/assembled
 
 Paths are taken from the working directory, as in the stages' configurations.
@@ -28,8 +29,9 @@ from unimoe.moe import MoEConfig, SwiGLUExperts, install_moe
 from unimoe.moe.install import moe_layers
 from unimoe.processing import UniMoeProcessor
 
-from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
+from .experts_file import base_fingerprint, ffn_tensors, file_hash, load_connectors, load_expert
 from .result import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
+from .router_start import RouterStart, start_routers
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ class Slot:
 
     source: str = BASE
     """``base``, or an expert folder (``from`` in the manifest)."""
+
+    data: list[str] = field(default_factory=list)
+    """Files of samples that this expert should answer, for the start of the routers."""
 
 
 @dataclass
@@ -64,8 +69,11 @@ class Manifest:
     moe: dict[str, Any] = field(default_factory=dict)
     """Fields of MoEConfig."""
 
+    routers: RouterStart = field(default_factory=RouterStart)
+    """How the routers start when the slots name data; without data they start at random."""
+
     seed: int = 0
-    """Of the fresh routers."""
+    """Of the fresh routers, and of the choice of their samples."""
 
     output: str | None = None
     """Folder of the result."""
@@ -86,7 +94,9 @@ def assemble(manifest: str, output: str | None = None, overwrite: bool = False) 
     folder = Path(target)
     find_model(parsed.base, "base", hub=False)
     parents = [{"folder": path, "sha256": folder_hash(path)} for path in _sources(parsed)]
-    settings = {**flatten({**asdict(parsed), "output": None}), "content of parents": parents}
+    files = _data(parsed)
+    content = {"content of parents": parents, "content of data": {path: file_hash(path) for path in files}}
+    settings = {**flatten({**asdict(parsed), "output": None}), **content}
     if overwrite:
         clear(folder)
     done = read_record(folder)
@@ -96,6 +106,9 @@ def assemble(manifest: str, output: str | None = None, overwrite: bool = False) 
         return
 
     model, processor = put_together(parsed)
+    if files:
+        slots = [slot.data for slot in parsed.experts]
+        start_routers(model, processor, slots, parsed.routers, folder.parent / "features", parsed.seed)
     sparse = moe_layers(model)
     record = StageRecord(
         stage="assemble",
@@ -154,10 +167,13 @@ def read_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path}: base must name the folder of a dense model, found {content.get('base')!r}")
     if isinstance(content.get("moe"), dict) and "num_experts" in content["moe"]:
         raise UserError(f"{path}: moe.num_experts follows from experts; leave it out")
-    for key, kind in (("connectors", dict), ("moe", dict), ("seed", int)):
+    for key, kind in (("connectors", dict), ("moe", dict), ("routers", dict), ("seed", int)):
         if not isinstance(content.get(key, kind()), kind):
             raise UserError(f"{path}: {key} must be of type {kind.__name__}, found {content[key]!r}")
-    return Manifest(**{**content, "experts": _slots(path, content.get("experts"))})
+    routers = content.get("routers", {})
+    _check_keys(f"{path}: routers:", routers, _names(RouterStart))
+    slots = _slots(path, content.get("experts"))
+    return Manifest(**{**content, "experts": slots, "routers": RouterStart(**routers)})
 
 
 def _slots(path: str | Path, experts: Any) -> list[Slot]:
@@ -170,8 +186,17 @@ def _slots(path: str | Path, experts: Any) -> list[Slot]:
         where = f"{path}: experts[{index}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("from"), str):
             raise UserError(f"{where} must be {{name: NAME, from: FOLDER or base}}, found {entry!r}")
-        _check_keys(where, entry, ["name", "from"])
-        slots.append(Slot(str(entry.get("name", f"{index}")), entry["from"]))
+        _check_keys(where, entry, ["name", "from", "data"])
+        data = entry.get("data", [])
+        files = [data] if isinstance(data, str) else data
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise UserError(f"{where}: data must be a file or a list of files, found {data!r}")
+        slots.append(Slot(str(entry.get("name", f"{index}")), entry["from"], files))
+    without = [slot.name for slot in slots if not slot.data]
+    if without and len(without) < len(slots):
+        raise UserError(
+            f"{path}: slot {without[0]} names no data; the routers need that of every slot, or of none"
+        )
     return slots
 
 
@@ -236,6 +261,15 @@ def _sources(manifest: Manifest) -> list[str]:
         if not Path(folder).is_dir():
             raise UserError(f"the manifest names {folder}, which is not a folder")
     return folders
+
+
+def _data(manifest: Manifest) -> list[str]:
+    """Every file of samples that slots name, once; missing ones are reported here."""
+    files = sorted({file for slot in manifest.experts for file in slot.data})
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"the manifest names {file} as data, which is not a file")
+    return files
 
 
 def _names(cls: Any) -> list[str]:

@@ -8,7 +8,7 @@ from .layer import MoELayer
 from .lora import LoRAExperts
 from .losses import load, load_balance, pair_counts, z_loss
 from .records import Context, LayerRecord, current_context, record, routing_context
-from .router import Router, TopK
+from .router import OneExpert, Router, TopK
 from .routing import Routing
 from .upcycle import (
     copy_experts,
@@ -28,6 +28,7 @@ __all__ = [
     "LoRAExperts",
     "MoEConfig",
     "MoELayer",
+    "OneExpert",
     "Origin",
     "Router",
     "Routing",

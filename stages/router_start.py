@@ -1,0 +1,149 @@
+"""A head start for the routers of an assembled mixture: least squares from what a router sees to the slot
+that the sample belongs to.
+
+Fresh routers send tokens anywhere, and the mixture answers worse than each of its specialists. Instead:
+
+1. the samples of each slot run through the mixture with that slot's expert alone;
+2. at every MoE layer, ridge regression maps the router's input to the slot, each slot weighing the same;
+3. its rows, times ``scale``, are added to the fresh router's, whose small random differences divide the
+   tokens between slots that name the same data.
+
+In the manifest: ``data: FILE`` (or a list of files) in every slot.
+
+Shapes: T tokens, D hidden size, E experts.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.data import Collator, FeatureCache, Sample, read_samples
+from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import OneExpert, TopK, current_context
+from unimoe.moe.install import moe_layers
+from unimoe.processing import UniMoeProcessor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RouterStart:
+    """How routers start from the slots' data."""
+
+    scale: float = 6.0
+    """Difference in logits between a slot that is certain and one that is excluded."""
+
+    penalty: float = 0.01
+    """Ridge penalty, as a share of the mean square of the router's inputs."""
+
+    samples: int = 300
+    """Use at most so many of each slot's samples."""
+
+
+@torch.no_grad()
+def start_routers(
+    model: UniMoeForConditionalGeneration,
+    processor: UniMoeProcessor,
+    slots: list[list[str]],
+    settings: RouterStart,
+    cache: str | Path,
+    seed: int = 0,
+) -> None:
+    """Set the routers of ``model`` in place.
+
+    Args:
+        slots: the files of samples of each expert, in order.
+        cache: folder of the frozen encoders' features, filled as far as needed.
+        seed: of the choice of samples.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for slot, paths in enumerate(slots):
+        groups.setdefault(tuple(paths), []).append(slot)
+    chosen = {paths: _choose(paths, settings.samples, seed) for paths in groups}
+    features = FeatureCache(cache, processor, model.model.encoders)
+    features.fill([sample for samples in chosen.values() for sample in samples])
+    collator = Collator(processor, features=features)
+
+    moments = {layer: _Moments(moe.router, len(slots)) for layer, moe in moe_layers(model).items()}
+    for paths, members in groups.items():
+        batches = collator.by_length(chosen[paths])
+        with _through(model, members[0], {layer: entry.add for layer, entry in moments.items()}):
+            for batch in batches:
+                model.model(**{name: value for name, value in batch.items() if name != "labels"})
+        for entry in moments.values():
+            entry.close(members)
+    for entry in moments.values():
+        entry.solve(settings)
+    count = sum(len(samples) for samples in chosen.values())
+    log.info("routers: started from %d samples of %d kinds by ridge regression", count, len(groups))
+
+
+def _choose(paths: tuple[str, ...], most: int, seed: int) -> list[Sample]:
+    """As many samples of each file, as far as there are; in random order."""
+    chosen: list[Sample] = []
+    for path in paths:
+        samples = read_samples(path)
+        chosen += random.Random(seed).sample(samples, min(len(samples), most // len(paths)))
+    return chosen
+
+
+@contextmanager
+def _through(model: nn.Module, expert: int, see: dict[int, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Every token goes to ``expert``; ``see[layer]`` is shown the inputs [T, D] of that layer's router."""
+    layers: dict[int, Any] = moe_layers(model)  # type: ignore[assignment]
+    own = {layer: moe.router for layer, moe in layers.items()}
+    for layer, moe in layers.items():
+        moe.router = OneExpert(own[layer].num_experts, expert)
+        moe.router.register_forward_pre_hook(partial(_show, see[layer]))
+    try:
+        yield
+    finally:
+        for layer, moe in layers.items():
+            moe.router = own[layer]
+
+
+def _show(see: Callable[[Tensor], None], router: nn.Module, inputs: tuple[Tensor, ...]):
+    x_TD, pad_T = inputs[0], current_context().pad_T
+    see(x_TD if pad_T is None else x_TD[~pad_T])
+
+
+class _Moments:
+    """Second moments of one router's inputs and their means by group, summed as batches come, in float64."""
+
+    def __init__(self, router: TopK, num_experts: int):
+        width = router.weight.shape[1]
+        self.router = router
+        self.square_DD = torch.zeros(width, width, dtype=torch.float64)
+        self.target_DE = torch.zeros(width, num_experts, dtype=torch.float64)
+        self._begin()
+
+    def _begin(self):
+        self._square_DD = torch.zeros_like(self.square_DD)
+        self._sum_D = self._square_DD.new_zeros(len(self._square_DD))
+        self._count = 0
+
+    def add(self, x_TD: Tensor):
+        x_TD = x_TD.double().cpu()
+        self._square_DD += x_TD.T @ x_TD
+        self._sum_D += x_TD.sum(0)
+        self._count += len(x_TD)
+
+    def close(self, members: list[int]):
+        """The group's tokens are all there: they belong to ``members`` in equal shares."""
+        self.square_DD += self._square_DD / self._count
+        self.target_DE[:, members] = (self._sum_D / self._count / len(members))[:, None]
+        self._begin()
+
+    def solve(self, settings: RouterStart):
+        penalty = settings.penalty * self.square_DD.diagonal().mean()
+        eye_DD = torch.eye(len(self.square_DD), dtype=torch.float64)
+        rows_DE = torch.linalg.solve(self.square_DD + penalty * eye_DD, self.target_DE)
+        self.router.weight += (settings.scale * rows_DE.T).to(self.router.weight)
