@@ -119,6 +119,7 @@ def convert_config(config: Any) -> DynamicDinoConfig:
         share_box_head=config.decoder_bbox_embed_share,
         share_class_bias=not scaled or config.decoder_cls_embed_share,
         max_text_tokens=config.max_text_len,
+        text_sees_start=False,
         image_size=[800, 1333],
         **{name: getattr(config, name) for name in same},
     )

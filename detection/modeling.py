@@ -99,6 +99,10 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         self, input_ids: Tensor, text_attention_mask: Tensor, text_position_ids: Tensor
     ) -> Tensor:
         """The text encoder's features [B, L, its width]. Those of a name do not depend on the other names."""
+        if self.config.text_sees_start:
+            first_L = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
+            text_attention_mask = text_attention_mask | first_L
+            text_position_ids = torch.where(first_L, 0, text_position_ids + 1)
         return self.text_encoder(
             input_ids=input_ids, attention_mask=text_attention_mask[:, None], position_ids=text_position_ids
         ).last_hidden_state

@@ -1,7 +1,7 @@
 """Text features that are computed once.
 
-Shapes: B prompts, L tokens of the longest, W width of the text encoder, M segments, K tokens of the longest
-segment.
+Shapes: B prompts, L tokens of the longest, W width of the text encoder, M segments, K tokens of the first
+segment and the longest other one.
 """
 
 from collections.abc import Sequence
@@ -30,21 +30,28 @@ class TextFeatureCache:
         rows = [_segments(prompt) for prompt in prompts]
         missing = dict.fromkeys(segment for row in rows for segment in row if segment not in self.kept)
         if missing:
-            self._encode(list(missing))
+            self._encode(rows[0][0], list(missing))
         return torch.nn.utils.rnn.pad_sequence(
             [torch.cat([self.kept[segment] for segment in row]) for row in rows], batch_first=True
         )
 
-    def _encode(self, segments: list[tuple[int, ...]]) -> None:
-        device = self.model.device
-        longest = max(len(segment) for segment in segments)
-        ids_MK = torch.tensor([[*segment, *[0] * (longest - len(segment))] for segment in segments])
-        real_MK = torch.arange(longest) < torch.tensor([[len(segment)] for segment in segments])
-        mask_MKK = real_MK[:, None].expand(-1, longest, -1)
-        positions_MK = torch.arange(longest).expand(len(segments), -1)
-        features_MKW = self.model.encode_text(ids_MK.to(device), mask_MKK.to(device), positions_MK.to(device))
+    def _encode(self, start: tuple[int, ...], segments: list[tuple[int, ...]]) -> None:
+        """Each behind the prompt's first segment, which it may see."""
+        skip, device = len(start), self.model.device
+        width = skip + max(len(segment) for segment in segments)
+        ids_MK = torch.tensor(
+            [[*start, *segment, *[0] * (width - skip - len(segment))] for segment in segments]
+        )
+        end_M1 = torch.tensor([[skip + len(segment)] for segment in segments])
+        place_K = torch.arange(width)
+        part_MK = (place_K >= skip).int() + (place_K >= end_M1).int()
+        same_MKK = part_MK[:, None] == part_MK[..., None]
+        positions_MK = torch.where(place_K < skip, place_K, place_K - skip).expand(len(segments), -1)
+        features_MKW = self.model.encode_text(ids_MK.to(device), same_MKK.to(device), positions_MK.to(device))
+        self.kept[start] = features_MKW[0, :skip].clone()
         for segment, features_KW in zip(segments, features_MKW, strict=True):
-            self.kept[segment] = features_KW[: len(segment)].clone()
+            if segment != start:
+                self.kept[segment] = features_KW[skip : skip + len(segment)].clone()
 
 
 def _segments(prompt: Prompt) -> list[tuple[int, ...]]:
