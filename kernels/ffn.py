@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from unimoe.errors import UserError
 
-from .dispatch import choose, compute_dtype, triton_form
-from .swiglu import groups, longest, needs_grad
+from .arguments import groups, needs_grad, prepare
+from .dispatch import triton_form
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -53,15 +53,14 @@ def ffn_experts(
     """
     if act not in ACTS:
         raise UserError(f"FFN experts got the activation {act!r}, expected one of {', '.join(ACTS)}")
-    dtype = compute_dtype(x_ND)
+    stacks = (up_proj, up_bias, down_proj, down_bias)
+    form, x_ND, stacks, weight_N = prepare("ffn_experts", x_ND, stacks, weight_N)
     with torch.autocast(x_ND.device.type, enabled=False):
-        x_ND, weight_N = x_ND.to(dtype), None if weight_N is None else weight_N.to(dtype)
-        stacks = tuple(stack.to(dtype) for stack in (up_proj, up_bias, down_proj, down_bias))
-        form = choose("ffn_experts", x_ND)
         if form == "triton":
             return triton_form("ffn_experts")(x_ND, offsets_E1, *stacks, act, weight_N)
         if form == "reference":
             return ffn_experts_reference(x_ND, offsets_E1, *stacks, act, weight_N)
+        stacks = [one.to(x_ND.dtype) for one in stacks]
         keep = needs_grad(x_ND, *stacks, weight_N)
         return _FFN.apply(x_ND, offsets_E1.tolist(), *stacks, act, weight_N, keep)
 
@@ -123,11 +122,11 @@ class _FFN(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         x_ND = x_ND.contiguous()
-        h_NI = x_ND.new_empty(x_ND.shape[0] if keep else longest(bounds), down.shape[2])
+        h_NI = x_ND.new_empty(x_ND.shape[0], down.shape[2])
         y_ND = torch.empty_like(x_ND)
         y_ND[bounds[-1] :] = 0
         for e, start, end in groups(bounds):
-            h, y = h_NI[slice(start, end) if keep else slice(0, end - start)], y_ND[start:end]
+            h, y = h_NI[start:end], y_ND[start:end]
             torch.addmm(up_b[e], x_ND[start:end], up[e].t(), out=h)
             torch.addmm(down_b[e], ACTS[act](h), down[e].t(), out=y)
             if weight_N is not None:

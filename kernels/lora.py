@@ -3,14 +3,14 @@
 Shapes: T tokens, N (token, expert) pairs sorted by expert, n rows of one expert, E experts, R rank, H hidden,
 I intermediate. Adapters: A_gate_up [E, R, H], B_gate_up [E, 2I, R], A_down [E, R, I], B_down [E, H, R].
 
-``lora_experts``: every expert has a base of its own (rows already gathered, [N, H]).
+``lora_experts``, ``lora_mix``: every expert has a base of its own.
 ``shared_lora_experts``: all experts share one base FFN (MixLoRA, arXiv 2404.15159). The base then runs once
 per token, whatever k is: gate and up before the adapters, down after the sum, since sum_e w_e (W + dW_e) a_e
 = W (sum_e w_e a_e) + sum_e w_e dW_e a_e.
 
-The cpu forms are one autograd.Function each. They save the input and the pre-activations, recompute the rest,
-and do no work for what is frozen: with frozen bases, backward is the input gradient and the narrow adapter
-products.
+The cpu forms (the first is swiglu.py's) are one autograd.Function each. They save the input and the
+pre-activations, recompute the rest, and do no work for what is frozen: with frozen bases, backward is the
+input gradient and the narrow adapter products.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose, compute_dtype
-from .swiglu import groups, longest, needs_grad, swiglu_backward
+from .arguments import groups, needs_grad, prepare
+from .swiglu import Weights, grouped_swiglu, swiglu_backward
 
 
 class Adapters(NamedTuple):
@@ -44,18 +44,37 @@ def lora_experts(
     weight_N: Tensor | None = None,
 ) -> Tensor:
     """``swiglu_experts`` (which see) of the adapted weights: [N, H] rows grouped by expert -> [N, H]."""
-    dtype = compute_dtype(x_ND)
+    stacks = (gate_up_proj, down_proj, *adapters)
+    form, x_ND, stacks, weight_N = prepare("lora_experts", x_ND, stacks, weight_N)
     with torch.autocast(x_ND.device.type, enabled=False):
-        x_ND, gate_up_proj, down_proj = x_ND.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
-        adapters = Adapters(*(adapter.to(dtype) for adapter in adapters))
-        weight_N = None if weight_N is None else weight_N.to(dtype)
-        if choose("lora_experts", x_ND) == "reference":
+        if form == "reference":
             return lora_experts_reference(
-                x_ND, offsets_E1, gate_up_proj, down_proj, adapters, scale, weight_N
+                x_ND, offsets_E1, *stacks[:2], Adapters(*stacks[2:]), scale, weight_N
             )
-        keep = needs_grad(x_ND, gate_up_proj, down_proj, *adapters, weight_N)
-        bounds = offsets_E1.tolist()
-        return _LoRA.apply(x_ND, bounds, gate_up_proj, down_proj, *adapters, scale, weight_N, keep)
+        return grouped_swiglu(x_ND, None, offsets_E1, Weights(*stacks), weight_N, scale)
+
+
+def lora_mix(
+    x_TD: Tensor,
+    token_N: Tensor,
+    offsets_E1: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    adapters: Adapters,
+    scale: float,
+    weight_N: Tensor,
+) -> Tensor:
+    """``swiglu_mix`` (which see) of the adapted weights: [T, H] tokens, weighted and summed -> [T, H]."""
+    stacks = (gate_up_proj, down_proj, *adapters)
+    form, x_TD, stacks, weight_N = prepare("lora_mix", x_TD, stacks, weight_N)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        if form == "reference":
+            x_ND = x_TD.index_select(0, token_N)
+            y_ND = lora_experts_reference(
+                x_ND, offsets_E1, *stacks[:2], Adapters(*stacks[2:]), scale, weight_N
+            )
+            return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
+        return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight_N, scale)
 
 
 def lora_experts_reference(
@@ -107,106 +126,21 @@ def shared_lora_experts(
     Returns:
         [T, H]; zeros for a token without pairs.
     """
-    dtype = compute_dtype(x_TD)
+    stacks = (gate_proj, up_proj, down_proj, *adapters)
+    form, x_TD, stacks, weight_N = prepare("shared_lora_experts", x_TD, stacks, weight_N)
     with torch.autocast(x_TD.device.type, enabled=False):
-        base = (gate_proj.to(dtype), up_proj.to(dtype), down_proj.to(dtype))
-        x_TD, adapters = x_TD.to(dtype), Adapters(*(adapter.to(dtype) for adapter in adapters))
-        weight_N = x_TD.new_ones(token_N.shape) if weight_N is None else weight_N.to(dtype)
-        if choose("shared_lora_experts", x_TD) == "reference":
+        gate, up, down, *lora = (one.to(x_TD.dtype) for one in stacks)
+        adapters = Adapters(*lora)
+        weight_N = x_TD.new_ones(token_N.shape) if weight_N is None else weight_N
+        if form == "reference":
             E = offsets_E1.shape[0] - 1
-            gate_up, down = torch.cat(base[:2]).expand(E, -1, -1), base[2].expand(E, -1, -1)
+            base = torch.cat([gate, up]).expand(E, -1, -1), down.expand(E, -1, -1)
             x_ND = x_TD.index_select(0, token_N)
-            y_ND = lora_experts_reference(x_ND, offsets_E1, gate_up, down, adapters, scale, weight_N)
+            y_ND = lora_experts_reference(x_ND, offsets_E1, *base, adapters, scale, weight_N)
             return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
-        keep = needs_grad(x_TD, *base, *adapters, weight_N)
-        return _SharedLoRA.apply(x_TD, token_N, offsets_E1.tolist(), *base, *adapters, scale, weight_N, keep)
-
-
-class _LoRA(torch.autograd.Function):
-    """Saved for backward: x [N, H], adapted pre-activations [2, N, I], and the weights by reference."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        bounds: list[int],
-        gate_up: Tensor,
-        down: Tensor,
-        A1: Tensor,
-        B1: Tensor,
-        A2: Tensor,
-        B2: Tensor,
-        scale: float,
-        weight_N: Tensor | None,
-        keep: bool,
-    ) -> Tensor:
-        x_ND = x_ND.contiguous()
-        N, inner = x_ND.shape[0], down.shape[2]
-        h_2NI = x_ND.new_empty(2, N if keep else longest(bounds), inner)
-        y_ND = torch.empty_like(x_ND)
-        y_ND[bounds[-1] :] = 0
-        for e, start, end in groups(bounds):
-            x, y = x_ND[start:end], y_ND[start:end]
-            rows = slice(start, end) if keep else slice(0, end - start)
-            gate, up = h_2NI[0, rows], h_2NI[1, rows]
-            torch.mm(x, gate_up[e, :inner].t(), out=gate)
-            torch.mm(x, gate_up[e, inner:].t(), out=up)
-            _adapt(gate, up, torch.mm(x, A1[e].t()), B1[e], scale)
-            activation = F.silu(gate).mul_(up)
-            if weight_N is not None:
-                activation.mul_(weight_N[start:end, None])
-            torch.mm(activation, down[e].t(), out=y)
-            y.addmm_(torch.mm(activation, A2[e].t()), B2[e].t(), alpha=scale)
-        if keep:
-            ctx.bounds, ctx.scale = bounds, scale
-            ctx.save_for_backward(x_ND, h_2NI, gate_up, down, A1, B1, A2, B2, weight_N)
-        return y_ND
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, h_2NI, gate_up, down, A1, B1, A2, B2, weight_N = ctx.saved_tensors
-        need_x, _, need_gate_up, need_down, *need_adapters, _, need_weight, _ = ctx.needs_input_grad
-        dy_ND = dy_ND.contiguous()
-        inner, bounds, scale = down.shape[2], ctx.bounds, ctx.scale
-        # an expert without rows keeps its zeros; the base's gradients are made only where the base is trained
-        d_gate_up, d_down = _zeros((gate_up, down), (need_gate_up, need_down))
-        dA1, dB1, dA2, dB2 = _zeros((A1, B1, A2, B2), need_adapters)
-        d_weight_N = torch.zeros_like(weight_N) if need_weight else None
-        dx_ND = torch.empty_like(x_ND) if need_x else None
-        if dx_ND is not None:
-            dx_ND[bounds[-1] :] = 0
-        dh_F = x_ND.new_empty(longest(bounds), 2 * inner)
-        for e, start, end in groups(bounds):
-            x, dy = x_ND[start:end], dy_ND[start:end]
-            gate, up = h_2NI[0, start:end], h_2NI[1, start:end]
-            silu = F.silu(gate)
-            activation = silu * up
-            dyB = torch.mm(dy, B2[e])
-            da = torch.mm(dy, down[e]).addmm_(dyB, A2[e], alpha=scale)
-            if weight_N is not None:
-                if d_weight_N is not None:
-                    torch.sum(da * activation, dim=1, out=d_weight_N[start:end])
-                activation.mul_(weight_N[start:end, None])
-                da.mul_(weight_N[start:end, None])
-            if d_down is not None:
-                torch.mm(dy.t(), activation, out=d_down[e])
-            if dA2 is not None:
-                torch.mm(dyB.t(), activation, out=dA2[e]).mul_(scale)
-            if dB2 is not None:
-                dB2[e] = torch.mm(torch.mm(activation, A2[e].t()).t(), dy).t().mul_(scale)
-            dh = dh_F[: end - start]
-            swiglu_backward(da, gate, up, silu, dh[:, :inner], dh[:, inner:])
-            dhB = torch.mm(dh, B1[e])
-            if dA1 is not None:
-                torch.mm(dhB.t(), x, out=dA1[e]).mul_(scale)
-            if dB1 is not None:
-                dB1[e] = torch.mm(torch.mm(x, A1[e].t()).t(), dh).t().mul_(scale)
-            if d_gate_up is not None:
-                torch.mm(dh.t(), x, out=d_gate_up[e])
-            if dx_ND is not None:
-                torch.mm(dh, gate_up[e], out=dx_ND[start:end]).addmm_(dhB, A1[e], alpha=scale)
-        return dx_ND, None, d_gate_up, d_down, dA1, dB1, dA2, dB2, None, d_weight_N, None
+        keep = needs_grad(x_TD, gate, up, down, *adapters, weight_N)
+        bounds = offsets_E1.tolist()
+        return _SharedLoRA.apply(x_TD, token_N, bounds, gate, up, down, *adapters, scale, weight_N, keep)
 
 
 class _SharedLoRA(torch.autograd.Function):

@@ -5,8 +5,9 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from unimoe.kernels.lora import Adapters, lora_experts, lora_experts_reference, shared_lora_experts
+from unimoe.kernels.lora import Adapters, lora_experts, lora_experts_reference, lora_mix, shared_lora_experts
 
+pytestmark = pytest.mark.usefixtures("loop")
 R, H, I = 2, 6, 10  # noqa: E741
 COUNTS = [[3, 3, 3], [4, 0, 2], [0, 6, 0], [0, 0, 1], [0, 0, 0]]
 
@@ -109,6 +110,16 @@ def test_a_zero_B_is_the_base_to_the_last_bit(monkeypatch):
         lora.B_down.zero_()
     adapted = lora_experts(x, offsets, gate_up, down, lora, scale, weight)
     assert torch.equal(adapted, swiglu_experts(x, offsets, gate_up, down, weight))
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+def test_mix_is_gather_and_sum(form, monkeypatch):
+    monkeypatch.setenv("UNIMOE_KERNELS", form)
+    x, offsets, gate_up, down, lora, scale, weight = case([3, 0, 2])
+    token, tokens = torch.tensor([0, 2, 3, 0, 2]), x[:4]
+    rest = (offsets, gate_up, down, lora, scale, weight)
+    y = torch.zeros_like(tokens).index_add(0, token, lora_experts(tokens[token], *rest))
+    torch.testing.assert_close(lora_mix(tokens, token, *rest), y)
 
 
 def test_equals_merged_weights(monkeypatch):

@@ -8,7 +8,6 @@ Shapes: T tokens, K slots per token, N = T*K pairs sorted by expert, D hidden.
 
 import logging
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
@@ -16,7 +15,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from unimoe.kernels.swiglu import swiglu_experts
+from unimoe.kernels.swiglu import swiglu_mix
 
 from .routing import sort_by_expert
 
@@ -47,9 +46,8 @@ def experts_forward(
     gate_up, down = self.gate_up_proj, self.down_proj
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     slot_N, token_N, _, offsets_E1 = sort_by_expert(top_k_index, gate_up.shape[0])
-    x_ND = hidden_states.index_select(0, token_N)
-    y_ND = swiglu_experts(x_ND, offsets_E1, gate_up, down, top_k_weights.reshape(-1)[slot_N])
-    return torch.zeros_like(hidden_states).index_add(0, token_N, y_ND.to(hidden_states.dtype))
+    weight_N = top_k_weights.reshape(-1)[slot_N]
+    return swiglu_mix(hidden_states, token_N, offsets_E1, gate_up, down, weight_N).to(hidden_states.dtype)
 
 
 def _not_ours(experts: nn.Module) -> str | None:

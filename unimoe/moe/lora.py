@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.kernels.lora import Adapters, lora_experts, shared_lora_experts
+from unimoe.kernels.lora import Adapters, lora_experts, lora_mix, shared_lora_experts
 
 from .experts import Experts, SwiGLUExperts
 from .routing import Routing
@@ -69,7 +69,11 @@ class LoRAExperts(Experts):
 
     def mix(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         if isinstance(self.base, SwiGLUExperts):
-            return super().mix(x_TD, routing, weight_N)
+            base, routed = (
+                (self.base.gate_up_proj, self.base.down_proj),
+                (routing.token_N, routing.offsets_E1),
+            )
+            return lora_mix(x_TD, *routed, *base, self.adapters, self.scale, weight_N)
         return self._share(x_TD, routing.token_N, routing.offsets_E1, weight_N)
 
     def _share(self, x_TD: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor | None) -> Tensor:

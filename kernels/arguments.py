@@ -1,0 +1,71 @@
+"""What the grouped operations do alike with their arguments.
+
+Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose, compute_dtype
+
+
+class Arguments(NamedTuple):
+    """Arguments of an operation, ready for the form that was chosen."""
+
+    form: str
+    """reference, cpu or triton"""
+    x: Tensor
+    """Tokens or rows in x's dtype, or autocast's."""
+    stacks: list[Tensor]
+    """Parameters of all experts: in x's dtype, but as they are for the cpu form, which casts one expert at a
+    time."""
+    weight_N: Tensor | None
+    """Factors of the pairs in x's dtype."""
+
+
+def prepare(operation: str, x: Tensor, stacks: Sequence[Tensor], weight_N: Tensor | None) -> Arguments:
+    """Chooses the form for ``operation`` and casts its arguments. What follows must run without autocast, which
+    knows nothing of custom Functions."""
+    dtype = compute_dtype(x)
+    x, weight_N = x.to(dtype), None if weight_N is None else weight_N.to(dtype)
+    form = choose(operation, x)
+    return Arguments(form, x, list(stacks) if form == "cpu" else [one.to(dtype) for one in stacks], weight_N)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come (inside a Function's forward grad mode is always off, so ask before)."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def gemm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products with ``x`` are fast: its own, but float32 for half precision on a CPU
+    without instructions for it, where such products are five times as slow."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and x.device.type == "cpu" and not _has(x.dtype) else x.dtype
+
+
+def groups(bounds: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, start, end) for each expert that has rows."""
+    return [(e, start, end) for e, (start, end) in enumerate(pairwise(bounds)) if end > start]
+
+
+def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out[:] = a @ b``, computed in a's dtype whatever out's is."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+@cache
+def _has(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of ``dtype``."""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if dtype == torch.float16:
+        return able.get("amx_fp16", False)
+    return able.get("amx_bf16", False) or able.get("avx512_bf16", False)

@@ -1,0 +1,186 @@
+// Grouped SwiGLU experts (with or without low-rank adapters) and two-layer FFN experts: the cpu forms of swiglu.py
+// and ffn.py, one expert per thread. Products and elementwise steps are ATen's own, so the numbers are those of the
+// loop in Python; what is saved is the interpreter's time, the threads' waiting for each other inside every small
+// product, and trips of the activations to memory.
+//
+// Shapes: T tokens, N (token, expert) pairs sorted by expert, n pairs of one expert, E experts, H hidden,
+// I intermediate, R rank. bounds: expert e owns pairs bounds[e]..bounds[e+1].
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+using Bounds = at::IntArrayRef;
+
+// Calls run(expert, first pair, pairs) for every expert with pairs. An expert that would keep one thread busy for
+// longer than the fair share runs with all threads (ATen's own, inside each product); the others are dealt out,
+// longest first.
+template <class F>
+void each_expert(Bounds bounds, const F& run) {
+  const int64_t threads = at::get_num_threads();
+  auto pairs = [&](int64_t e) { return bounds[e + 1] - bounds[e]; };
+  std::vector<int64_t> light;
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  for (int64_t e = 0; e + 1 < static_cast<int64_t>(bounds.size()); ++e) {
+    if (pairs(e) * threads * 4 > bounds.back() * 5) {
+      run(e, bounds[e], pairs(e));
+    } else if (pairs(e) > 0) {
+      light.push_back(e);
+    }
+  }
+  std::stable_sort(light.begin(), light.end(), [&](int64_t a, int64_t b) { return pairs(a) > pairs(b); });
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(threads, light.size()), 1, [&](int64_t, int64_t) {
+    at::AutoDispatchBelowADInplaceOrView no_autograd_in_this_thread;
+    for (size_t i; (i = next++) < light.size();) run(light[i], bounds[light[i]], pairs(light[i]));
+  });
+}
+
+// Rows of elementwise work that stay in a core's cache from one step to the next.
+template <class F>
+void each_block(int64_t n, int64_t width, const F& run) {
+  const int64_t rows = std::max<int64_t>(1, 65536 / width);
+  at::parallel_for(0, (n + rows - 1) / rows, 1, [&](int64_t first, int64_t last) {
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    for (int64_t block = first; block < last; ++block) run(block * rows, std::min(rows, n - block * rows));
+  });
+}
+
+void mm_into(Tensor out, const Tensor& a, const Tensor& b) {
+  if (out.scalar_type() == a.scalar_type()) {
+    at::mm_out(out, a, b);
+  } else {
+    out.copy_(at::mm(a, b));
+  }
+}
+
+Tensor rows_of(const Tensor& x, const Maybe& token, int64_t start, int64_t n, at::ScalarType dtype) {
+  return (token ? x.index_select(0, token->narrow(0, start, n)) : x.narrow(0, start, n)).to(dtype);
+}
+
+// The adapters of one expert in the dtype of the products; empty when there are none.
+struct Adapter {
+  Adapter(const std::vector<Tensor>& stacks, int64_t e, at::ScalarType dtype) {
+    if (stacks.empty()) return;
+    A1 = stacks[0][e].to(dtype), B1 = stacks[1][e].to(dtype), A2 = stacks[2][e].to(dtype), B2 = stacks[3][e].to(dtype);
+  }
+  explicit operator bool() const { return A1.defined(); }
+  Tensor A1, B1, A2, B2;
+};
+
+// h_2NI: pre-activations to keep for a backward, or none. y_ND: the output, N rows.
+void swiglu_forward(const Tensor& x, const Maybe& token, Bounds bounds, const Tensor& gate_up, const Tensor& down,
+                    const std::vector<Tensor>& adapters, double scale, const Maybe& weight, const Maybe& h_2NI,
+                    Tensor y_ND, at::ScalarType dtype) {
+  const int64_t I = down.size(2);
+  each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    const Tensor x_e = rows_of(x, token, start, n, dtype);
+    const Tensor h = h_2NI && h_2NI->scalar_type() == dtype ? h_2NI->narrow(1, start, n)
+                                                            : at::empty({2, n, I}, x_e.options());
+    const Tensor gate = h[0], up = h[1], gate_up_e = gate_up[e].to(dtype), down_e = down[e].to(dtype);
+    const Adapter lora(adapters, e, dtype);
+    mm_into(gate, x_e, gate_up_e.narrow(0, 0, I).t());
+    mm_into(up, x_e, gate_up_e.narrow(0, I, I).t());
+    if (lora) {
+      const Tensor xA = at::mm(x_e, lora.A1.t());
+      gate.addmm_(xA, lora.B1.narrow(0, 0, I).t(), 1, scale);
+      up.addmm_(xA, lora.B1.narrow(0, I, I).t(), 1, scale);
+    }
+    if (h_2NI && h_2NI->scalar_type() != dtype) h_2NI->narrow(1, start, n).copy_(h);
+    const Tensor activation = at::empty({n, I}, x_e.options());
+    each_block(n, I, [&](int64_t first, int64_t rows) {
+      Tensor a = activation.narrow(0, first, rows);
+      at::silu_out(a, gate.narrow(0, first, rows)).mul_(up.narrow(0, first, rows));
+      if (weight) a.mul_(weight->narrow(0, start + first, rows).unsqueeze(1));
+    });
+    Tensor y = y_ND.narrow(0, start, n);
+    mm_into(y, activation, down_e.t());
+    if (lora) y.add_(at::mm(at::mm(activation, lora.A2.t()), lora.B2.t()), scale);
+  });
+}
+
+// Gradients that are wanted are written to d*: dx_ND in rows, the stacks as a whole, zero for experts without pairs.
+void swiglu_backward(const Tensor& x, const Maybe& token, Bounds bounds, const Tensor& gate_up, const Tensor& down,
+                     const std::vector<Tensor>& adapters, double scale, const Maybe& weight, const Tensor& h_2NI,
+                     const Tensor& dy, const Maybe& dx_ND, const Maybe& d_gate_up, const Maybe& d_down,
+                     const c10::List<Maybe>& d_adapters, const Maybe& d_weight, at::ScalarType dtype) {
+  const int64_t I = down.size(2);
+  auto adapter_grad = [&](size_t i) { return adapters.empty() ? Maybe() : d_adapters.get(i); };
+  const Maybe dA1 = adapter_grad(0), dB1 = adapter_grad(1), dA2 = adapter_grad(2), dB2 = adapter_grad(3);
+  for (size_t e = 0; e + 1 < bounds.size(); ++e) {
+    if (bounds[e] != bounds[e + 1]) continue;
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    for (const Maybe* grad : {&d_gate_up, &d_down, &dA1, &dB1, &dA2, &dB2}) {
+      if (*grad) (*grad)->select(0, e).zero_();
+    }
+  }
+  each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    const Tensor x_e = rows_of(x, token, start, n, dtype), dy_e = rows_of(dy, token, start, n, dtype);
+    const Tensor h = h_2NI.narrow(1, start, n).to(dtype), gate = h[0], up = h[1];
+    const Tensor gate_up_e = gate_up[e].to(dtype), down_e = down[e].to(dtype);
+    const Adapter lora(adapters, e, dtype);
+    const Tensor da = at::mm(dy_e, down_e);
+    Tensor dyB;
+    if (lora) {
+      dyB = at::mm(dy_e, lora.B2);
+      da.addmm_(dyB, lora.A2, 1, scale);
+    }
+    const Tensor activation = at::empty_like(da), dh = at::empty({n, 2 * I}, da.options());
+    each_block(n, I, [&](int64_t first, int64_t rows) {
+      auto part = [&](const Tensor& t) { return t.narrow(0, first, rows); };
+      Tensor a = part(activation), d = part(da), d_gate = part(dh).narrow(1, 0, I), d_up = part(dh).narrow(1, I, I);
+      const Tensor g = part(gate), u = part(up);
+      at::silu_out(a, g);
+      at::mul_out(d_up, d, a);
+      if (weight) {
+        const Tensor w = weight->narrow(0, start + first, rows).unsqueeze(1);
+        if (d_weight) {
+          d_weight->narrow(0, start + first, rows).copy_(at::mul_out(d_gate, d_up, u).sum(1));
+        }
+        d_up.mul_(w);
+        d.mul_(w);
+        a.mul_(w);
+      }
+      a.mul_(u);
+      d.mul_(u);
+      at::silu_backward_out(d_gate, d, g);
+    });
+    if (d_down) mm_into(d_down->select(0, e), dy_e.t(), activation);
+    if (dA2) mm_into(dA2->select(0, e), dyB.t().mul(scale), activation);
+    if (dB2) mm_into(dB2->select(0, e), dy_e.t(), at::mm(activation, lora.A2.t()).mul_(scale));
+    if (d_gate_up) mm_into(d_gate_up->select(0, e), dh.t(), x_e);
+    if (dB1) mm_into(dB1->select(0, e), dh.t(), at::mm(x_e, lora.A1.t()).mul_(scale));
+    Tensor dhB;
+    if (lora && (dA1 || dx_ND)) dhB = at::mm(dh, lora.B1).mul_(scale);
+    if (dA1) mm_into(dA1->select(0, e), dhB.t(), x_e);
+    if (dx_ND) {
+      Tensor dx = dx_ND->narrow(0, start, n);
+      mm_into(dx, dh, gate_up_e);
+      if (lora) dx.add_(at::mm(dhB, lora.A1));
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY(unimoe, m) {
+  m.def(
+      "swiglu_forward(Tensor x, Tensor? token, int[] bounds, Tensor gate_up, Tensor down, Tensor[] adapters, "
+      "float scale, Tensor? weight, Tensor(a!)? h, Tensor(b!) y, ScalarType dtype) -> ()",
+      &swiglu_forward);
+  m.def(
+      "swiglu_backward(Tensor x, Tensor? token, int[] bounds, Tensor gate_up, Tensor down, Tensor[] adapters, "
+      "float scale, Tensor? weight, Tensor h, Tensor dy, Tensor(a!)? dx, Tensor(b!)? d_gate_up, "
+      "Tensor(c!)? d_down, Tensor?[] d_adapters, Tensor(d!)? d_weight, ScalarType dtype) -> ()",
+      &swiglu_backward);
+}

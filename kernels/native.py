@@ -1,0 +1,88 @@
+"""The cpu forms in C++ (native.cpp), built once by ``python -m unimoe.kernels.native`` and then used.
+
+Without it the same loops run in plain torch. What it buys is in the README's table of kernels: the experts
+run side by side, one per thread, instead of one after the other with all threads in each. UNIMOE_NATIVE=0
+leaves it unused.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_logger = logging.getLogger(__name__)
+
+
+def library() -> Path:
+    """Where the library for this source and this torch lies, or would: below UNIMOE_CACHE."""
+    cache_folder = Path(os.environ.get("UNIMOE_CACHE") or "~/.cache/unimoe").expanduser()
+    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {sys.platform}".encode()).hexdigest()[
+        :16
+    ]
+    return cache_folder / "native" / f"unimoe-{key}.so"
+
+
+@cache
+def ops() -> Any:
+    """The loaded operators ``torch.ops.unimoe``, or None where they are not built or not wanted."""
+    if os.environ.get("UNIMOE_NATIVE", "1") == "0" or not library().is_file():
+        return None
+    try:
+        torch.ops.load_library(library())
+    except OSError as error:
+        _logger.warning(
+            "%s does not load (%s); build it anew: python -m unimoe.kernels.native", library(), error
+        )
+        return None
+    return torch.ops.unimoe
+
+
+def build() -> Path:
+    """Compile native.cpp with the compiler that CXX names (c++ by default), unless that was done before.
+
+    Raises UserError without a compiler, or with one that cannot build it.
+    """
+    target, compiler = library(), os.environ.get("CXX", "c++")
+    if target.is_file():
+        return target
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"no C++ compiler {compiler!r} found; install one (Debian: apt install g++) or set CXX"
+        )
+    root = Path(torch.__file__).parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    output = target.with_suffix(f".{os.getpid()}")
+    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}"]
+    # Apple's compiler has no -fopenmp: there the experts run one after the other, as in Python
+    flags += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]
+    libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    try:
+        done = subprocess.run(
+            [compiler, *flags, str(SOURCE), "-o", str(output), *libraries], capture_output=True, text=True
+        )
+        if done.returncode:
+            log = target.with_suffix(".log")
+            atomic_write(log, done.stderr)
+            raise UserError(f"{compiler} cannot build {SOURCE.name} (exit code {done.returncode}), see {log}")
+        output.replace(target)
+    finally:
+        output.unlink(missing_ok=True)
+    return target
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{build()}\n")
+    except UserError as error:
+        sys.exit(f"unimoe: error: {error}")
