@@ -119,7 +119,8 @@ def test_sentinel_ids_are_ignored():
     index = torch.tensor([[0, 4], [4, 1], [2, 3], [4, 4], [0, 1], [3, 4]])
     weight = torch.rand(6, 2, requires_grad=True)
     module.config._experts_implementation = "eager"
-    eager = module(x, index, weight)
+    here = index < 4  # not every version's eager form takes sentinels
+    eager = module(x, index.where(here, 0), weight.where(here, 0))
     eager_grads = torch.autograd.grad(eager.square().sum(), [x, weight, *module.parameters()])
     ours = hf.experts_forward(module, x, index, weight)
     our_grads = torch.autograd.grad(ours.square().sum(), [x, weight, *module.parameters()])
