@@ -29,8 +29,10 @@ class Arguments(NamedTuple):
 
 
 def prepare(operation: str, x: Tensor, stacks: Sequence[Tensor], weight_N: Tensor | None) -> Arguments:
-    """Chooses the form for ``operation`` and casts its arguments. What follows must run without autocast, which
-    knows nothing of custom Functions."""
+    """Chooses the form for ``operation`` and casts its arguments.
+
+    What follows must run with autocast switched off: torch does not apply it to custom Functions.
+    """
     dtype = compute_dtype(x)
     x, weight_N = x.to(dtype), None if weight_N is None else weight_N.to(dtype)
     form = choose(operation, x)

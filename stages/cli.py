@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.kernels.allocator import keep_memory
 from unimoe.loading import find_model
 from unimoe.training.curve import CurveLogger, read_curve
 from unimoe.training.progress import PlainProgress, StageBar, clock
@@ -286,6 +287,7 @@ def main(args: list[str]) -> None:
     Raises UserError for bad settings or data, KeyboardInterrupt when the run was asked to stop.
     """
     _quiet()
+    keep_memory(default=True)
     try:
         StageCLI(
             StageModule,
