@@ -115,7 +115,8 @@ class AdaptedLinear(nn.Module):
         y_TP = x_TD.new_zeros(len(x_TD), self.out_features)
         for bank, weight_TE in zip(self.banks, self.gating.gate(x_TD), strict=True):  # type: ignore[operator]
             if weight_TE is None or len(weight_TE) != len(x_TD):
-                y_TP = y_TP + bank(x_TD, weight_TE)
+                if weight_TE is None or bool(weight_TE.any()):
+                    y_TP = y_TP + bank(x_TD, weight_TE)
                 continue
             row_N = weight_TE.detach().any(-1).nonzero().squeeze(-1)
             if len(row_N) == len(x_TD):

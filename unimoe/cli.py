@@ -55,6 +55,10 @@ VERBS = {
     "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
     "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
+    "continual run": Verb("unimoe.continual.cli:run", "one strategy on a stream of tasks", raw=True),
+    "continual compare": Verb("unimoe.continual.cli:compare", "several strategies and seeds", raw=True),
+    "continual report": Verb("unimoe.continual.report:report", "tables and figures over finished runs"),
+    "continual theory": Verb("unimoe.continual.theory_report:theory", "exact errors of the linear model"),
     "chat": Verb("unimoe.chat:chat", "talk to a model in the terminal", {"prompt": "-p"}),
     "data check": Verb("unimoe.check:check", "what is wrong with a file of boxes, and where"),
     "data scenes": Verb(

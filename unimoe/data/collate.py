@@ -75,6 +75,11 @@ class Collator:
             tokens += length
         return [self._batch(part) for part in parts]
 
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Conversations that wait for an answer as one batch, padded on the left, without labels."""
+        rows = [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]
+        return self._pad(rows, "left")
+
     def _encode(self, samples: Sequence[Sample]) -> list[tuple[dict[str, Any], list[int]]]:
         """Inputs and labels of each sample."""
         rows = []
@@ -89,9 +94,13 @@ class Collator:
         return rows
 
     def _batch(self, rows: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
-        batch = dict(self.processor.pad([encoded for encoded, _ in rows]))
+        batch = self._pad([encoded for encoded, _ in rows], "right")
         width = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+        return batch
+
+    def _pad(self, rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
+        batch = dict(self.processor.pad(rows, side))
         present = [kind for kind, stored in self._stored.items() if stored.outputs[0] in batch]
         if present:
             batch["encoded_media"] = {kind: self._stored[kind].take(batch) for kind in present}

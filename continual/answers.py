@@ -1,0 +1,67 @@
+"""Asking: greedy answers to the questions of a task, graded; and where its tokens were routed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from unimoe.generate import generate, to_device
+
+from .guidance import TYPES
+from .questions import Question
+from .routing_log import by_block
+from .scorers import grade_all, scorer
+from .strategies import Strategy
+from .strategies.dymoe import IncMoELoRA
+from .stream import Experience
+
+
+def evaluate(strategy: Strategy, task: Experience, batch_size: int = 16) -> dict[str, Any]:
+    """Ask every question of ``task``.
+
+    Returns ``accuracy`` and ``known`` in percent (strictly right; right in any form), and all ``answers``.
+    """
+    said = ask(strategy, task.questions, task.config.max_new_tokens, batch_size)
+    truths = {question.id: question.truth for question in task.questions}
+    grades = grade_all(scorer(task.config.scorer), said, truths, task.name)
+    return {
+        "accuracy": 100 * sum(grade.score for grade in grades.values()) / len(grades),
+        "known": 100 * sum(grade.known for grade in grades.values()) / len(grades),
+        "answers": [
+            {"id": name, "said": said[name], "right": list(truths[name].answers), **vars(grade)}
+            for name, grade in grades.items()
+        ],
+    }
+
+
+def ask(
+    strategy: Strategy, questions: Sequence[Question], max_new_tokens: int, batch_size: int = 16
+) -> dict[str, str]:
+    """The model's answer to each question by id; prompts of like length share a batch."""
+    learner, answers = strategy.learner, {}
+    order = sorted(questions, key=lambda question: _length(question))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = to_device(learner.collator.prompts([question.sample for question in chosen]), learner.device)
+        with torch.no_grad(), strategy.answering(batch):
+            said = generate(learner.model, learner.processor, batch, max_new_tokens)
+        answers |= {question.id: answer for question, answer in zip(chosen, said, strict=True)}
+    return {question.id: answers[question.id] for question in questions}
+
+
+@torch.no_grad()
+def routing_of(strategy: IncMoELoRA, task: Experience, samples: int = 32) -> dict[str, Any]:
+    """Mass of each bank over the prompts of the first questions of ``task``, by block."""
+    learner, guide = strategy.learner, strategy.guide
+    guide.take()
+    for question in task.questions[:samples]:
+        batch = to_device(learner.collator.prompts([question.sample]), learner.device)
+        with guide.collect(None):
+            learner.hidden(batch)
+    return by_block(guide.take(), TYPES)
+
+
+def _length(question: Question) -> int:
+    """Characters of the text; media of one task are much alike."""
+    parts = (part for message in question.sample.messages for part in message["content"])
+    return sum(len(part.get("text", "")) for part in parts)

@@ -1,0 +1,85 @@
+"""``unimoe continual run`` and ``unimoe continual compare``.
+
+    unimoe continual run -c configs/continual/embedded.yaml --strategy dymoe --seed 0 --output runs/c/dymoe-0
+    unimoe continual compare -c configs/continual/embedded.yaml --strategies lora dymoe --seeds 0 1 --output
+    runs/c
+
+Flags and YAML are :class:`unimoe.continual.run.RunConfig`. The same command again goes on where it was cut
+off.
+"""
+
+import logging
+import warnings
+from dataclasses import fields, replace
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from unimoe.errors import UserError
+
+from .report import report
+from .run import Run, RunConfig
+from .strategies import Strategy, strategies
+
+
+def run(args: list[str]) -> None:
+    """One strategy on one stream; ``args`` are those after ``unimoe``."""
+    parser = _parser("run")
+    found = parser.parse_args(args[2:])
+    config, output = _settings(parser, found)
+    _run(config, found.strategy, found.settings, output)
+
+
+def compare(args: list[str]) -> None:
+    """Several strategies and seeds, and their report; ``args`` are those after ``unimoe``."""
+    parser = _parser("compare")
+    parser.add_argument("--strategies", type=str, nargs="+", default=list(strategies()), help="names")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each strategy's runs")
+    found = parser.parse_args(args[2:])
+    config, output = _settings(parser, found)
+    for name in found.strategies:
+        strategy_of(name, found.settings)  # whatever is wrong with one is said before the first begins
+    runs = [(name, seed) for seed in found.seeds for name in found.strategies]
+    folders = [f"{output}/{name}-{seed}" for name, seed in runs]
+    for (name, seed), folder in zip(runs, folders, strict=True):
+        _run(replace(config, seed=seed), name, found.settings, folder)
+    report(folders, output)
+
+
+def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:
+    """A strategy by its name in reports, and all of its settings. Raises UserError for an unknown name."""
+    known = strategies()
+    if name not in known:
+        raise UserError(f"there is no strategy {name!r}, expected one of {', '.join(known)}")
+    for other in settings:
+        if other not in known:
+            raise UserError(f"settings name the strategy {other!r}, expected one of {', '.join(known)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(known[name], "strategy")
+    values = parser.parse_object({"strategy": settings.get(name, {})})
+    return parser.instantiate(values).strategy, values.strategy.as_dict() if "strategy" in values else {}
+
+
+def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    made, noted = strategy_of(strategy, settings)
+    Run(config, made, noted, output)()
+
+
+def _parser(verb: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"unimoe continual {verb}", exit_on_error=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with any of these settings")
+    if verb == "run":
+        parser.add_argument("--strategy", type=str, default="dymoe", help="what is done against forgetting")
+    parser.add_argument("--settings", type=dict[str, dict], default={}, help="settings of strategies by name")
+    parser.add_argument("--output", type=str | None, default=None, help="folder of everything that is made")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def _settings(parser: ArgumentParser, found: Namespace) -> tuple[RunConfig, str]:
+    if found.output is None:
+        raise UserError("say where the result goes: --output FOLDER (or output: in the YAML)")
+    made = parser.instantiate(found)
+    return RunConfig(**{one.name: made[one.name] for one in fields(RunConfig)}), found.output

@@ -1,0 +1,181 @@
+"""Tables and figures over finished runs: spread over seeds, accuracy matrices, drift, parameters, time."""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+
+from .metrics import METRICS, spread
+
+Result = dict[str, Any]
+
+
+def report(runs: list[str], output: str | None = None) -> None:
+    """Write report.json, report.html and figures over finished runs.
+
+    Args:
+        runs: folders of finished runs, of one stream; seeds of a strategy are taken together.
+        output: folder of the report (default: the folder that the runs lie in).
+    """
+    results = [_read(Path(run)) for run in runs]
+    if not results:
+        raise UserError("report needs at least one folder of a finished run")
+    for run, result in zip(runs, results, strict=True):
+        if result["tasks"] != results[0]["tasks"]:
+            raise UserError(
+                f"{run} learned {result['tasks']}, {runs[0]} {results[0]['tasks']}: another stream"
+            )
+    folder = Path(output) if output else Path(runs[0]).resolve().parent
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result["strategy"], []).append(result)
+    summary = {
+        "tasks": results[0]["tasks"],
+        "divisors": {"BWT": "T - 1 (GEM, MLLM-CL, MCITlib)", "BWT_CoIN": "T (CoIN's tables): MFN - MFT"},
+        "strategies": {name: _summary(several) for name, several in groups.items()},
+    }
+    figures = [_heat_maps(groups, folder)]
+    if any(result["drift"] and any(result["drift"]) for result in results):
+        figures.append(_drift_curves(groups, folder))
+    atomic_write(folder / "report.json", json.dumps(summary, indent=1) + "\n")
+    atomic_write(folder / "report.html", _page(summary, figures))
+    print(table(summary))
+    print(f"\nThe report: {folder / 'report.html'}")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Strategies by metric, mean and standard deviation over seeds, in percent."""
+    columns = [name for name in METRICS if name != "FWT"]
+    lines = ["strategy     " + "".join(f"{name:>16}" for name in columns)]
+    for name, found in summary["strategies"].items():
+        lines.append(f"{name:<13}" + "".join(f"{_cell(found[column]):>16}" for column in columns))
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ±{value['std']:.2f}")
+
+
+def _read(folder: Path) -> Result:
+    path = folder / "result.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no finished run: {path.name} is not there") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+
+
+def _summary(results: Sequence[Result]) -> dict[str, Any]:
+    """Of the seeds of one strategy."""
+    values = {name: spread([result["metrics"][name] for result in results]) for name in METRICS}
+    known = {name: spread([result["known"][name] for result in results]) for name in ("MFN", "BWT")}
+    return {
+        **values,
+        "known": known,
+        "format_drift": _format_drift(values, known),
+        "seeds": [result["seed"] for result in results],
+        "matrices": [result["matrix"]["scores"] for result in results],
+        "known_matrices": [result["known_matrix"]["scores"] for result in results],
+        "drift": [result["drift"] for result in results],
+        "parameters": results[0]["parameters"],
+        "seconds": {
+            part: float(np.mean([sum(result["seconds"][part]) for result in results]))
+            for part in ("train", "evaluate")
+        },
+    }
+
+
+def _format_drift(values: dict[str, Any], known: dict[str, Any]) -> float | None:
+    """Points of BWT that are lost in form alone: the answer is still known, but said in another way."""
+    strict, lenient = values["BWT"]["mean"], known["BWT"]["mean"]
+    return None if strict is None or lenient is None else lenient - strict
+
+
+# -------------------------------------------------------------------- figures
+
+
+def _heat_maps(groups: dict[str, list[Result]], folder: Path) -> Path:
+    """The accuracy matrix of each strategy, mean over seeds."""
+    columns = min(len(groups), 4)
+    rows = -(-len(groups) // columns)
+    tasks = next(iter(groups.values()))[0]["tasks"]
+    size = 1.2 + 0.42 * len(tasks)
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis, (name, results) in zip(axes.flat, groups.items(), strict=False):
+        scores_TT = np.mean([np.array(result["matrix"]["scores"], dtype=float) for result in results], axis=0)
+        axis.imshow(scores_TT, vmin=0, vmax=100, cmap="viridis")
+        for (t, j), score in np.ndenumerate(scores_TT):
+            if not np.isnan(score):
+                colour = "black" if score > 60 else "white"
+                axis.text(j, t, f"{score:.0f}", ha="center", va="center", color=colour, fontsize=7)
+        axis.set_title(name)
+        axis.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", fontsize=7)
+        axis.set_yticks(range(len(tasks)), tasks, fontsize=7)
+        axis.set_xlabel("accuracy on")
+        axis.set_ylabel("after")
+    return _save(figure, folder / "matrices.png")
+
+
+def _drift_curves(groups: dict[str, list[Result]], folder: Path) -> Path:
+    """Routing mass of each task's questions on banks of later tasks, mean over blocks and seeds."""
+    routed = {name: results for name, results in groups.items() if any(results[0]["drift"])}
+    figure, axes = plt.subplots(1, len(routed), figsize=(4 * len(routed), 3), squeeze=False, sharey=True)
+    for axis, (name, results) in zip(axes.flat, routed.items(), strict=True):
+        tasks = results[0]["tasks"]
+        for j, task in enumerate(tasks[:-1]):
+            means = [
+                np.mean([np.mean(result["drift"][t][task]) for result in results])
+                for t in range(j, len(tasks))
+            ]
+            axis.plot(range(j + 1, len(tasks) + 1), means, marker=".", label=task)
+        axis.set_title(name)
+        axis.set_xlabel("tasks learned")
+        axis.set_ylim(0, 1)
+    axes[0, 0].set_ylabel("mass on later banks")
+    axes[0, -1].legend(fontsize=6)
+    return _save(figure, folder / "drift.png")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _page(summary: dict[str, Any], figures: Sequence[Path]) -> str:
+    heads = "".join(f"<th>{name}</th>" for name in METRICS)
+    rows = ""
+    for name, found in summary["strategies"].items():
+        cells = "".join(f"<td>{_cell(found[metric])}</td>" for metric in METRICS)
+        drift = "-" if found["format_drift"] is None else f"{found['format_drift']:.2f}"
+        extra = f"{found['parameters']['added']:,}", f"{found['seconds']['train']:.0f}"
+        cells += f"<td>{drift}</td>" + "".join(f"<td>{value}</td>" for value in extra)
+        rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+    pictures = "".join(f'<p><img src="{figure.name}" alt="{figure.stem}"></p>' for figure in figures)
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>continual learning</title>
+<style>body {{ font: 15px sans-serif; margin: 2em }} td, th {{ padding: .3em .8em; text-align: right }}
+img {{ max-width: 100% }}</style>
+<h1>Continual learning</h1>
+<p>Tasks in order: {html.escape(", ".join(summary["tasks"]))}. Percent, mean ± standard deviation over seeds.
+BWT divides by T - 1, BWT_CoIN by T. "Form": the part of BWT that is lost in form alone, the answer being
+there, said in another way.</p>
+<table><tr><th>strategy</th>{heads}<th>form</th><th>weights added</th><th>seconds</th></tr>{rows}</table>
+{pictures}</html>
+"""

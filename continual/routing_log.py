@@ -1,0 +1,53 @@
+"""What routers did, by block of the decoder: shares of token types, the losses' target, mass of each bank,
+drift.
+
+Shapes: O blocks (layers of the decoder) that have routers, B banks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import block_of
+from .guidance import Observation
+
+
+def by_block(seen: Mapping[str, Observation], types: Sequence[str]) -> dict[str, Any]:
+    """Observations of single routers as means over the tokens and projections of each block.
+
+    Returns ``blocks`` (their indices), ``mass`` [O][B] (rows sum to 1) and, where a task after the first was
+    learned, ``types`` (name -> [O]) and the losses' target, ``target_mean`` and ``target_std`` [O].
+    """
+    blocks: dict[int, list[Observation]] = {}
+    for name, one in seen.items():
+        blocks.setdefault(block_of(name), []).append(one)
+    if not blocks:
+        return {}
+    order = sorted(blocks)
+    mass = [sum(_stack(blocks[b], "mass")) / sum(one.tokens for one in blocks[b]) for b in order]
+    log: dict[str, Any] = {"blocks": order, "mass": [_plain(row) for row in mass]}
+    counts = [sum(_stack(blocks[b], "types")) for b in order]
+    if all(count.sum() > 0 for count in counts):
+        shares_OX = torch.stack([count / count.sum() for count in counts])
+        log["types"] = {name: _plain(shares_OX[:, number]) for number, name in enumerate(types)}
+        sums_O3 = torch.stack([sum(_stack(blocks[b], "target")) for b in order])
+        mean_O = sums_O3[:, 0] / sums_O3[:, 2]
+        log["target_mean"] = _plain(mean_O)
+        log["target_std"] = _plain((sums_O3[:, 1] / sums_O3[:, 2] - mean_O.square()).clamp(min=0).sqrt())
+    return log
+
+
+def drift(mass: Sequence[Sequence[float]], task: int) -> list[float]:
+    """drift_j(t) of each block: share of the routing mass of task j's tokens that is on banks of later
+    tasks."""
+    return [round(sum(row[task + 1 :]), 5) for row in mass]
+
+
+def _stack(observations: Sequence[Observation], name: str) -> Any:
+    return torch.stack([getattr(one, name) for one in observations])
+
+
+def _plain(values: Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]

@@ -1,0 +1,315 @@
+"""A continual run: every task in order, an accuracy-matrix row after each, resumable at any moment.
+
+OUTPUT/run.json              settings, identity of stream and base: a run that goes on must find them
+unchanged OUTPUT/01-animals/           last.ckpt while it trains; then state.pt, metrics.csv, routing.jsonl,
+row.json OUTPUT/matrix.json, .csv     accuracy matrix, rows as they come OUTPUT/result.json           metrics,
+parameters, seconds; written last
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unimoe.build import build_model
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+from unimoe.loading import load_model
+from unimoe.training.progress import clock
+
+from .answers import evaluate, routing_of
+from .export import fingerprint
+from .learner import AdapterConfig, Learner
+from .metrics import AccuracyMatrix
+from .routing_log import drift
+from .strategies import Strategy
+from .strategies.dymoe import IncMoELoRA
+from .stream import Experience, Stream, StreamConfig
+from .training import TrainingConfig, train_task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelConfig:
+    """The base: a finished model, or an LLM with towers and fresh connectors."""
+
+    init_from: str | None = None
+    """Folder of a stage (``unimoe fit``) or hub id; its connectors are trained."""
+    llm: str | None = None
+    """Or a causal LM: ``default``, a local folder or a hub id."""
+    modalities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``encoder`` and ``connector`` of each medium, with ``llm``."""
+    chat_template: str | None = None
+    """``chatml``, a Jinja template, or the tokenizer's own, with ``llm``."""
+    max_length: int | None = None
+    """Longest sample in tokens."""
+    features: str | None = None
+    """Folder for the frozen encoders' outputs (default: ``features`` beside the run's folder)."""
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run."""
+
+    stream: StreamConfig
+    model: ModelConfig
+    adapters: AdapterConfig
+    training: TrainingConfig
+    forward_transfer: bool = False
+    """Also measure each task before it is learned, and the untrained model; costs that many more answers."""
+    probes: int = 32
+    """Questions of each earlier task by which routing drift is measured after each task; 0: none."""
+    eval_batch_size: int = 16
+    """Questions asked at once; does not change the answers beyond rounding."""
+    seed: int = 0
+    """Of adapters and of the order of samples."""
+
+
+class Run:
+    """One strategy on one stream."""
+
+    def __init__(self, config: RunConfig, strategy: Strategy, settings: dict[str, Any], output: str | Path):
+        """Reads and checks everything before anything is built or written.
+
+        Args:
+            settings: of the strategy, as ``run.json`` notes them.
+        """
+        self.config, self.strategy, self.output = config, strategy, Path(output)
+        self.stream = Stream(config.stream)
+        self.tasks = [self._all_at_once()] if strategy.joint else list(self.stream)
+        self.identity = {
+            "strategy": {"name": strategy.name, **settings},
+            "stream": self.stream.identity(),
+            "model": _without(asdict(config.model), "features"),
+            "adapters": asdict(config.adapters),
+            "training": _without(asdict(config.training), "checkpoint_every", "log_every", "accelerator"),
+            "seed": config.seed,
+        }
+        self._compare()
+
+    def __call__(self) -> dict[str, Any]:
+        """Train and evaluate what is not done yet; returns the content of ``result.json``."""
+        if (result := self._read("result.json")) is not None:
+            log.info("%s: finished before", self.output)
+            return result
+        with torch.random.fork_rng():
+            learner = self._learner()
+        self.strategy.attach(learner)
+        self._note(fingerprint(learner.layers))
+        trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
+        done = [*trained, False].index(False)
+        for index, task in enumerate(self.tasks):
+            with torch.random.fork_rng():
+                torch.manual_seed(self.config.seed * 1009 + index)  # a new bank's numbers
+                self.strategy.grow(index)
+            if index >= done:
+                self._learn(task)
+            elif index == done - 1:
+                self._load(index)
+            if self._read_row(index) is None:
+                self._write_row(index)
+        return self._finish()
+
+    # ---------------------------------------------------------------- one task
+
+    def _learn(self, task: Experience) -> None:
+        strategy, folder = self.strategy, self._folder(task.index)
+        if task.index == 0 and self.config.forward_transfer and not strategy.joint:
+            self._untrained()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed * 1009 + task.index)
+            strategy.begin(task)
+            trained = strategy.learner.check_budget()
+            label = f"[{task.index + 1}/{len(self.tasks)}] {task.name}"
+            log.info("%s  %s trains %s weights", label, strategy.name, f"{trained:,}")
+            folder.mkdir(parents=True, exist_ok=True)
+            strategy.learner.recompute(self.config.training.gradient_checkpointing)
+            seconds = train_task(strategy, task, self.config.training, folder, self.config.seed, label)
+            strategy.learner.recompute(False)
+            began = time.monotonic()
+            strategy.end(task)
+        state = {
+            "adapters": {name: p.detach().cpu().clone() for name, p in strategy.learner.adapters().items()},
+            "memory": strategy.memory,
+            "trained": trained,
+            "seconds": seconds + time.monotonic() - began,
+        }
+        temporary = folder / "state.tmp"
+        torch.save(state, temporary)
+        temporary.replace(folder / "state.pt")
+        (folder / "last.ckpt").unlink(missing_ok=True)
+
+    def _load(self, index: int) -> None:
+        """Adapters and memory as the task left them."""
+        path = self._folder(index) / "state.pt"
+        state = torch.load(path, map_location=self.strategy.learner.device, weights_only=True)
+        parameters = self.strategy.learner.adapters()
+        if parameters.keys() != state["adapters"].keys():
+            raise UserError(f"{path} does not belong to this run; delete {self.output} to begin anew")
+        with torch.no_grad():
+            for name, value in state["adapters"].items():
+                parameters[name].copy_(value)
+        self.strategy.memory = state["memory"]
+        self.strategy.learner.freeze_banks()
+
+    def _write_row(self, index: int) -> None:
+        """Ask the questions of every seen task, and note where their tokens were routed."""
+        seen = len(self.stream) if self.strategy.joint else index + 1
+        ahead = self.config.forward_transfer and index + 1 < len(self.stream)
+        began, scores, routing = time.monotonic(), {}, {}
+        for task in self.stream.experiences[: seen + ahead]:
+            scores[task.name] = evaluate(self.strategy, task, self.config.eval_batch_size)
+            if isinstance(self.strategy, IncMoELoRA) and self.config.probes and task.index < seen:
+                found = routing_of(self.strategy, task, self.config.probes)
+                routing[task.name] = {**found, "drift": drift(found["mass"], task.index)}
+            log.info("      %-20s %5.1f", task.name, scores[task.name]["accuracy"])
+        row = {"scores": scores, "routing": routing, "seconds": time.monotonic() - began}
+        atomic_write(self._folder(index) / "row.json", json.dumps(row) + "\n")
+        self.matrix().save(self.output)
+
+    def _untrained(self) -> None:
+        if self._read("untrained.json") is None:
+            scores = {task.name: evaluate(self.strategy, task)["accuracy"] for task in self.stream}
+            atomic_write(self.output / "untrained.json", json.dumps(scores) + "\n")
+
+    # ---------------------------------------------------------------- the whole
+
+    def matrix(self, entry: str = "accuracy") -> AccuracyMatrix:
+        """The rows that are there; ``known`` for the lenient matrix."""
+        scores_TT = np.full((len(self.stream), len(self.stream)), np.nan)
+        for index in range(len(self.tasks)):
+            if (row := self._read_row(index)) is not None:
+                place = len(self.stream) - 1 if self.strategy.joint else index
+                for j, name in enumerate(self.stream.names):
+                    if name in row["scores"]:
+                        scores_TT[place, j] = row["scores"][name][entry]
+        untrained = self._read("untrained.json")
+        base_T = None if untrained is None else np.array([untrained[name] for name in self.stream.names])
+        return AccuracyMatrix(self.stream.names, scores_TT, base_T if entry == "accuracy" else None)
+
+    def _finish(self) -> dict[str, Any]:
+        states = [
+            torch.load(self._folder(i) / "state.pt", map_location="cpu", weights_only=True)
+            for i in range(len(self.tasks))
+        ]
+        rows = [self._read_row(index) or {} for index in range(len(self.tasks))]
+        matrix, known = self.matrix(), self.matrix("known")
+        result = {
+            "strategy": self.strategy.name,
+            "seed": self.config.seed,
+            "tasks": self.stream.names,
+            "metrics": matrix.summary(),
+            "known": known.summary(),
+            "matrix": matrix.to_dict(),
+            "known_matrix": known.to_dict(),
+            "parameters": {
+                "trained_per_task": states[-1]["trained"],
+                "added": sum(value.numel() for value in states[-1]["adapters"].values()),
+                "budget": self.strategy.learner.budget(),
+            },
+            "drift": [
+                {name: found["drift"] for name, found in row.get("routing", {}).items()} for row in rows
+            ],
+            "seconds": {
+                "train": [round(state["seconds"], 2) for state in states],
+                "evaluate": [round(row["seconds"], 2) for row in rows],
+            },
+        }
+        matrix.save(self.output)
+        atomic_write(self.output / "result.json", json.dumps(result, indent=1) + "\n")
+        spent = sum(result["seconds"]["train"]) + sum(result["seconds"]["evaluate"])
+        log.info("%s: done in %s; %s", self.output, clock(spent), _line(result["metrics"]))
+        return result
+
+    def _learner(self) -> Learner:
+        model = self.config.model
+        if (model.init_from is None) == (model.llm is None):
+            raise UserError("model: give one of init_from (a folder) and llm (a fresh start)")
+        if model.init_from is not None:
+            built = load_model(model.init_from, "model.init_from", dtype=torch.float32)
+        else:
+            torch.manual_seed(self.config.seed)
+            assert model.llm is not None
+            built = build_model(model.llm, model.modalities, None, model.chat_template)
+        features = model.features or self.output.parent / "features"
+        learner = Learner(*built, self.config.adapters, features, model.max_length)
+        if learner.features is not None:
+            learner.features.fill(self.stream.samples())
+        return learner
+
+    def _all_at_once(self) -> Experience:
+        """The samples of every task as one experience."""
+        samples = [sample for task in self.stream for sample in task.samples]
+        config = replace(
+            self.stream[0].config, name="all", steps=sum(task.config.steps for task in self.stream)
+        )
+        return Experience(0, config, samples, [])
+
+    # ---------------------------------------------------------------- files
+
+    def _folder(self, index: int) -> Path:
+        return self.output / f"{index + 1:02d}-{self.tasks[index].name}"
+
+    def _read(self, name: str) -> Any:
+        path = self.output / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it") from error
+
+    def _read_row(self, index: int) -> Any:
+        return self._read(f"{self._folder(index).name}/row.json")
+
+    def _compare(self) -> None:
+        """Raises UserError when the output folder belongs to other settings or another stream."""
+        there = self._read("run.json")
+        if there is None:
+            if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+                raise UserError(f"--output {self.output} is there and is no continual run; choose another")
+            return
+        found, wanted = _flat(there["identity"]), _flat(json.loads(json.dumps(self.identity)))
+        different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        if different:
+            key = different[0]
+            what = "the stream changed" if key.startswith("stream") else "the settings changed"
+            raise UserError(
+                f"{self.output} was begun otherwise, {what}: {key} was {found.get(key)!r}, now it is "
+                f"{wanted.get(key)!r} ({len(different)} such); set it back or choose another --output"
+            )
+
+    def _note(self, base: str) -> None:
+        there = self._read("run.json")
+        if there is not None and there["base"] != base:
+            raise UserError(
+                f"{self.output}: its banks were trained on another model (base {there['base'][:12]}, now "
+                f"{base[:12]}); set model back or choose another --output"
+            )
+        atomic_write(
+            self.output / "run.json", json.dumps({"identity": self.identity, "base": base}, indent=1) + "\n"
+        )
+
+
+def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one level of dotted keys."""
+    if isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _line(metrics: dict[str, float | None]) -> str:
+    return "  ".join(f"{name} {value:.2f}" for name, value in metrics.items() if value is not None)

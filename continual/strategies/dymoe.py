@@ -1,0 +1,122 @@
+"""LLaVA-DyMoE (arXiv 2603.27481), and IncMoELoRA, which is DyMoE with both of its parts off."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.continual.guidance import TYPES, GuidanceConfig, Guide
+from unimoe.continual.learner import Learner, real_tokens
+from unimoe.continual.router import CosineTopK
+from unimoe.continual.routing_log import by_block
+from unimoe.continual.stream import Experience
+
+from .base import Strategy
+
+
+class IncMoELoRA(Strategy):
+    """A new bank of experts and router rows per task, top-k over all banks; old banks and rows are frozen."""
+
+    name = "incmoelora"
+
+    def __init__(self, k: int = 16, scale: float = 1.0, temperature: float = 0.01):
+        """
+        Args:
+            k: experts that a token keeps out of all banks.
+            scale: gamma, on the cosines.
+            temperature: of the softmax over the kept.
+        """
+        super().__init__()
+        self.k, self.scale, self.temperature = k, scale, temperature
+        self.guide = Guide(GuidanceConfig(assign=False, exclusivity=0.0, specialization=0.0))
+
+    def attach(self, learner: Learner) -> None:
+        super().attach(learner)
+        for name, layer in learner.layers.items():
+            layer.gating = CosineTopK(
+                layer.in_features, self.k, self.scale, self.temperature, self.guide, name
+            )
+            layer.gating.to(layer.weight.device)
+
+    def grow(self, index: int) -> None:
+        self.learner.grow_experts()
+        for layer in self.learner.layers.values():
+            layer.gating.grow(self.learner.config.experts)  # type: ignore[union-attr]
+
+    def begin(self, task: Experience) -> None:
+        super().begin(task)
+        self.guide.take()
+        self.guide.guided = task.index > 0
+
+    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
+        """Cross-entropy plus the mean over routers of the guide's losses."""
+        self.guide.step, self.guide.steps = step, steps
+        total, count = torch.zeros((), device=self.learner.device), 0
+        routing = torch.zeros((), device=self.learner.device)
+        for part in batch:
+            with self.guide.collect(real_tokens(part)) as terms:
+                logits_SV, labels_S = self.learner.answer_logits(part)
+            total = total + nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum")
+            count += len(labels_S)
+            if terms:
+                routing = routing + sum(terms) / (len(self.learner.layers) * len(batch))
+        return total / max(count, 1) + routing
+
+    def end(self, task: Experience) -> None:
+        super().end(task)
+        self.guide.guided = False
+
+    def observed(self) -> dict[str, Any]:
+        """Shares of token types, target of the losses and mass of each bank, by block of the decoder."""
+        return by_block(self.guide.take(), TYPES)
+
+
+class DyMoE(IncMoELoRA):
+    """IncMoELoRA with token assignment guidance and the routing-score losses (guidance.py)."""
+
+    name = "dymoe"
+
+    def __init__(
+        self,
+        k: int = 16,
+        scale: float = 1.0,
+        temperature: float = 0.01,
+        guidance: GuidanceConfig | None = None,
+    ):
+        """
+        Args:
+            k: experts that a token keeps out of all banks.
+            scale: gamma, on the cosines.
+            temperature: of the softmax over the kept.
+            guidance: the two parts and their switches.
+        """
+        super().__init__(k, scale, temperature)
+        self.guide.config = guidance or GuidanceConfig()
+
+    def begin(self, task: Experience) -> None:
+        super().begin(task)
+        if self.guide.config.mean_direction:
+            self._point_at(task)
+
+    @torch.no_grad()
+    def _point_at(self, task: Experience, samples: int = 32) -> None:
+        """Scatter the new rows around the mean token of the task at their projection."""
+        sums: dict[str, Tensor] = {}
+
+        def note(name: str):
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x_TD = nn.functional.normalize(inputs[0].flatten(0, -2).float(), dim=-1)
+                sums[name] = sums.get(name, torch.zeros_like(x_TD[0])) + x_TD.sum(0)
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(note(name)) for name, layer in self.learner.layers.items()]
+        for sample in task.samples[:samples]:
+            for part in self.learner.collate([sample]):
+                self.learner.hidden(part)
+        for handle in handles:
+            handle.remove()
+        for name, layer in self.learner.layers.items():
+            row_ED = layer.gating.rows[-1]  # type: ignore[union-attr, index]
+            spread_ED = nn.functional.normalize(row_ED, dim=-1)
+            row_ED.copy_(nn.functional.normalize(sums[name], dim=0) + spread_ED)

@@ -1,0 +1,63 @@
+"""Learning without forgetting."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unimoe.continual.stream import Experience
+
+from .base import Strategy
+
+
+class LwF(Strategy):
+    """loss + alpha T^2 KL(p_old || p_new) on the answers of the new data (Li and Hoiem, arXiv 1606.09282).
+
+    The teacher is the same base with the adapter as the last task left it: no second model.
+    """
+
+    name = "lwf"
+
+    def __init__(self, alpha: float = 1.0, temperature: float = 2.0):
+        """
+        Args:
+            alpha: weight of the distillation.
+            temperature: of both distributions.
+        """
+        super().__init__()
+        self.alpha, self.temperature = alpha, temperature
+
+    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
+        if "teacher" not in self.memory:
+            return super().loss(batch, step, steps)
+        total, count = torch.zeros((), device=self.learner.device), 0
+        for part in batch:
+            with torch.no_grad(), self._teacher():
+                old_SV = self.learner.answer_logits(part)[0] / self.temperature
+            new_SV, labels_S = self.learner.answer_logits(part)
+            total = total + F.cross_entropy(new_SV, labels_S, reduction="sum")
+            student_SV = (new_SV / self.temperature).log_softmax(-1)
+            distance = F.kl_div(student_SV, old_SV.log_softmax(-1), reduction="sum", log_target=True)
+            total = total + self.alpha * self.temperature**2 * distance
+            count += len(labels_S)
+        return total / max(count, 1)
+
+    def end(self, task: Experience) -> None:
+        super().end(task)
+        self.memory["teacher"] = {name: p.detach().clone() for name, p in self.learner.adapters().items()}
+
+    @contextmanager
+    def _teacher(self) -> Iterator[None]:
+        """Inside, the adapters are those of the last task."""
+        parameters = self.learner.adapters()
+        student = {name: p.data for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.data = self.memory["teacher"][name]
+        try:
+            yield
+        finally:
+            for name, p in parameters.items():
+                p.data = student[name]

@@ -1,0 +1,38 @@
+"""Orthogonal LoRA."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Strategy
+
+
+class OLoRA(Strategy):
+    """A LoRA per task, earlier ones frozen and summed; loss + lambda sum_{i<t} |A_t A_i^T|_1 (Wang et al.,
+    arXiv 2310.14152), the entrywise sum over all projections."""
+
+    name = "olora"
+
+    def __init__(self, orthogonality: float = 0.5):
+        """
+        Args:
+            orthogonality: lambda (0.5 in the official long run and Prism, 0.05 in MCITlib).
+        """
+        super().__init__()
+        self.orthogonality = orthogonality
+
+    def grow(self, index: int) -> None:
+        self.learner.grow_plain()
+
+    def overlap(self) -> Tensor:
+        """sum over projections and earlier tasks of |A_t A_i^T|_1."""
+        total = torch.zeros((), device=self.learner.device)
+        for layer in self.learner.layers.values():
+            *old, new = layer.banks
+            for bank in old:
+                total = total + (new.A @ bank.A.T).abs().sum()  # type: ignore[operator, union-attr]
+        return total
+
+    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
+        return super().loss(batch, step, steps) + self.orthogonality * self.overlap()

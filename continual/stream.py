@@ -1,0 +1,192 @@
+"""Streams of experiences: tasks in the order in which they are learned.
+
+stream:
+  media_root: data/coin
+  tasks:
+    - {name: ScienceQA, train: ScienceQA/train.json, test: ScienceQA/test.json, scorer: choice, steps: 100}
+    - ...
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from unimoe.data import Sample, read_samples
+from unimoe.errors import UserError
+
+from .questions import Question, read_questions
+from .scorers import VERSION, scorer
+
+
+@dataclass
+class TaskConfig:
+    """One task of a stream."""
+
+    name: str
+    """How reports call it; unique in the stream."""
+    train: str
+    """File of training samples: LLaVA JSON, messages JSON or JSONL."""
+    test: str
+    """File of questions: the same, or the test items of CoIN, UCIT and MLLM-CL."""
+    scorer: str = "exact"
+    """How answers are graded, a key of :data:`unimoe.continual.scorers.SCORERS`."""
+    prompt: str = "{question}"
+    """What becomes of each user text, in training and test alike."""
+    steps: int = 100
+    """Optimizer steps."""
+    max_new_tokens: int = 12
+    """Longest answer in tokens."""
+    train_limit: int | None = None
+    """Use only so many training samples, drawn by the stream's seed."""
+    test_limit: int | None = None
+    """Ask only so many questions, drawn by the stream's seed."""
+
+
+@dataclass
+class StreamConfig:
+    """A stream."""
+
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """In the order of learning."""
+    root: str | None = None
+    """Folder that the tasks' files are relative to (default: the working folder)."""
+    media_root: str | None = None
+    """Folder that relative media paths start from (default: that of each task's file)."""
+    order: list[str] | None = None
+    """Names in another order, or fewer of them."""
+    seed: int = 0
+    """Of the draws that ``train_limit`` and ``test_limit`` make; the same for every run of a comparison."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One task with its data."""
+
+    index: int
+    """Place in the stream, from 0."""
+    config: TaskConfig
+    samples: list[Sample]
+    questions: list[Question]
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+class Stream:
+    """The experiences of a run; nothing is decoded, but every file was read and found whole."""
+
+    def __init__(self, config: StreamConfig):
+        """Raises UserError for a task without samples, a name that occurs twice, a scorer that does not
+        fit."""
+        self.config = config
+        chosen = _ordered(config)
+        self.files = {
+            str(path): _hash(path)
+            for task in chosen
+            for path in (_path(config, task.train), _path(config, task.test))
+        }
+        self.experiences = [_read(config, task, index) for index, task in enumerate(chosen)]
+
+    def __len__(self) -> int:
+        return len(self.experiences)
+
+    def __iter__(self) -> Iterator[Experience]:
+        return iter(self.experiences)
+
+    def __getitem__(self, index: int) -> Experience:
+        return self.experiences[index]
+
+    @property
+    def names(self) -> list[str]:
+        return [experience.name for experience in self.experiences]
+
+    def samples(self) -> Iterator[Sample]:
+        """Every conversation of training and test."""
+        for experience in self.experiences:
+            yield from experience.samples
+            yield from (question.sample for question in experience.questions)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must find unchanged: tasks, order, contents of files, rules of grading."""
+        return {
+            "tasks": [asdict(experience.config) for experience in self.experiences],
+            "seed": self.config.seed,
+            "content": self.files,
+            "scorers": VERSION,
+        }
+
+
+def _ordered(config: StreamConfig) -> list[TaskConfig]:
+    if not config.tasks:
+        raise UserError("stream.tasks is empty; expected at least one task")
+    by_name: dict[str, TaskConfig] = {}
+    for task in config.tasks:
+        if task.name in by_name:
+            raise UserError(f"stream.tasks: two tasks are named {task.name!r}")
+        if "/" in task.name or not task.name.strip():
+            raise UserError(f"stream.tasks: {task.name!r} cannot name a task (it names a folder too)")
+        by_name[task.name] = task
+    order = config.order or list(by_name)
+    for name in order:
+        if name not in by_name:
+            raise UserError(f"stream.order names {name!r}; the tasks are {', '.join(by_name)}")
+    if len(set(order)) < len(order):
+        raise UserError(f"stream.order names a task twice: {', '.join(order)}")
+    return [by_name[name] for name in order]
+
+
+def _read(config: StreamConfig, task: TaskConfig, index: int) -> Experience:
+    if task.steps < 1 or task.max_new_tokens < 1:
+        raise UserError(f"task {task.name!r}: steps and max_new_tokens must be at least 1")
+    if "{question}" not in task.prompt:
+        raise UserError(f"task {task.name!r}: its prompt has no {{question}}: {task.prompt!r}")
+    rule = scorer(task.scorer)
+    samples = _draw(
+        read_samples(_path(config, task.train), media_root=config.media_root), task.train_limit, config
+    )
+    questions = _draw(read_questions(_path(config, task.test), config.media_root), task.test_limit, config)
+    for question in questions:
+        if problem := rule.fits(question.truth):
+            where = f"{question.sample.source} (task {task.name!r})"
+            raise UserError(f"{where}: the scorer {task.scorer!r} does not fit: {problem}")
+    if task.prompt != "{question}":
+        samples = [_prompted(sample, task.prompt) for sample in samples]
+        questions = [replace(q, sample=_prompted(q.sample, task.prompt)) for q in questions]
+    return Experience(index, task, samples, questions)
+
+
+def _draw(items: list, limit: int | None, config: StreamConfig) -> list:
+    if limit is None or limit >= len(items):
+        return items
+    if limit < 1:
+        raise UserError(f"train_limit and test_limit must be at least 1, found {limit}")
+    kept = sorted(random.Random(config.seed).sample(range(len(items)), limit))
+    return [items[index] for index in kept]
+
+
+def _prompted(sample: Sample, prompt: str) -> Sample:
+    """The sample with the prompt around the last text of each user turn."""
+    messages = []
+    for message in sample.messages:
+        content = list(message["content"])
+        texts = [index for index, part in enumerate(content) if part["type"] == "text"]
+        if message["role"] == "user" and texts:
+            last = content[texts[-1]]
+            content[texts[-1]] = {"type": "text", "text": prompt.replace("{question}", last["text"])}
+        messages.append({**message, "content": content})
+    return replace(sample, messages=messages)
+
+
+def _path(config: StreamConfig, file: str) -> Path:
+    return Path(config.root or ".") / file
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a file of a task of the stream") from error

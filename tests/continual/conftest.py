@@ -1,0 +1,82 @@
+"""A tiny stream and a tiny model: three text tasks whose answers differ in style, milliseconds a step."""
+
+import json
+
+import pytest
+import yaml
+
+from unimoe.testing import save_tiny_llm
+
+WORDS = ["dog", "cat", "owl", "fox", "bee", "cow"]
+TASKS = {"upper": str.upper, "twice": lambda word: word + word, "last": lambda word: word[-1]}
+
+
+def write_stream(folder, tasks=TASKS, steps=3):
+    """Files of the tasks, and the stream's part of a configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for name, rule in tasks.items():
+        train = [
+            {
+                "id": f"{name}-{word}",
+                "conversations": [
+                    {"from": "human", "value": word},
+                    {"from": "gpt", "value": rule(word)},
+                ],
+            }
+            for word in WORDS
+        ]
+        test = [{"question_id": word, "text": word, "answer": rule(word)} for word in WORDS[:4]]
+        (folder / f"{name}.json").write_text(json.dumps(train))
+        (folder / f"{name}.test.json").write_text(json.dumps(test))
+        entries.append(
+            {
+                "name": name,
+                "train": f"{name}.json",
+                "test": f"{name}.test.json",
+                "scorer": "verbatim",
+                "steps": steps,
+            }
+        )
+    return {"root": str(folder), "tasks": entries}
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory):
+    return save_tiny_llm(tmp_path_factory.mktemp("base") / "llm", layers=2, hidden_size=16)
+
+
+@pytest.fixture
+def config(tmp_path, llm):
+    """A run's settings as a dict; tests change what they are about."""
+    return {
+        "stream": write_stream(tmp_path / "data"),
+        "model": {"llm": str(llm), "chat_template": "chatml"},
+        "adapters": {"experts": 4, "rank": 2, "alpha": 16},
+        "training": {
+            "batch_size": 3,
+            "lr": 0.01,
+            "checkpoint_every": 1,
+            "log_every": 1,
+            "accelerator": "cpu",
+        },
+        "settings": {
+            "dymoe": {"k": 4, "temperature": 0.1},
+            "incmoelora": {"k": 4, "temperature": 0.1},
+            "ewc": {"samples": 3},
+            "replay": {"buffer": 6},
+        },
+        "probes": 2,
+    }
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Writes settings to a file and gives the arguments of ``unimoe continual run``."""
+
+    def make(config, output, *flags):
+        path = tmp_path / f"{output}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return ["continual", "run", "-c", str(path), "--output", str(tmp_path / output), *flags]
+
+    return make

@@ -1,0 +1,259 @@
+"""Runs from a configuration: what they leave, how they go on, and what they refuse."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from unimoe.cli import main
+from unimoe.continual.strategies import strategies
+from unimoe.continual.stream import StreamConfig, TaskConfig
+
+
+def result(tmp_path, name):
+    return json.loads((tmp_path / name / "result.json").read_text())
+
+
+def state(folder):
+    return torch.load(folder / "state.pt", weights_only=True)["adapters"]
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_every_strategy_leaves_a_matrix_at_one_budget(name, config, command, tmp_path):
+    assert main(command(config, "run", "--strategy", name)) == 0
+    found = result(tmp_path, "run")
+    scores = np.array(found["matrix"]["scores"], dtype=float)
+    assert not np.isnan(scores[-1]).any()
+    assert np.isnan(scores[0, 0]) == (name == "joint")
+    assert abs(found["parameters"]["trained_per_task"] / found["parameters"]["budget"] - 1) <= 0.02
+    rows = (tmp_path / "run" / "matrix.csv").read_text().splitlines()
+    assert rows[0] == "trained,upper,twice,last" and len(rows) == 4
+
+
+def test_old_banks_are_bit_equal_after_every_task(config, command, tmp_path):
+    assert main(command(config, "run", "--strategy", "dymoe")) == 0
+    first, last = state(tmp_path / "run" / "01-upper"), state(tmp_path / "run" / "03-last")
+    assert len(last) == 3 * len(first)
+    for name, value in first.items():
+        assert torch.equal(last[name], value), name
+    grown = state(tmp_path / "run" / "02-twice")
+    news = [name for name in grown if ".banks.1.B" in name]
+    assert news and any(grown[name].abs().sum() > 0 for name in news)
+
+
+def test_routing_is_logged_from_the_first_step(config, command, tmp_path):
+    assert main(command(config, "run", "--strategy", "dymoe")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "02-twice" / "routing.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["blocks"] == [0, 1] and len(rows[0]["target_mean"]) == 2
+    assert sum(rows[0]["types"][name][0] for name in ("old", "ambiguous", "new")) == pytest.approx(
+        1, abs=1e-3
+    )
+    assert sum(rows[0]["mass"][0]) == pytest.approx(1, abs=1e-3)
+    drift = result(tmp_path, "run")["drift"]
+    assert drift[0] == {"upper": [0, 0]} and len(drift[2]) == 3 and drift[2]["last"] == [0, 0]
+
+
+def test_checkpointed_blocks_learn_the_same(config, command, tmp_path):
+    config["stream"]["tasks"] = config["stream"]["tasks"][:2]
+    assert main(command(config, "plain", "--strategy", "dymoe")) == 0
+    config["training"]["gradient_checkpointing"] = True
+    assert main(command(config, "again", "--strategy", "dymoe")) == 0
+    one, other = state(tmp_path / "plain" / "02-twice"), state(tmp_path / "again" / "02-twice")
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)  # rows are padded otherwise
+
+
+def test_the_same_command_again_does_nothing(config, command, tmp_path, caplog):
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
+
+
+def test_forward_transfer_needs_the_untrained_model(config, command, tmp_path):
+    assert main(command(config, "run", "--strategy", "lora", "--forward_transfer", "true")) == 0
+    found = result(tmp_path, "run")
+    assert found["metrics"]["FWT"] is not None
+    scores = np.array(found["matrix"]["scores"], dtype=float)
+    assert not np.isnan(np.diagonal(scores, 1)).any() and np.isnan(scores[0, 2])
+
+
+@pytest.mark.parametrize("name", ["dymoe", "replay", "ewc"])
+def test_a_run_that_is_cut_goes_on_to_the_same_matrix(name, config, command, tmp_path, monkeypatch):
+    """Cut between tasks, between training and answers, and inside a task."""
+    from unimoe.continual import run, training
+
+    class Cut(Exception):
+        pass
+
+    def cut_after(number, function):
+        calls = iter(range(number))
+
+        def cut(*args, **kwargs):
+            if next(calls, None) is None:
+                raise Cut
+            return function(*args, **kwargs)
+
+        return cut
+
+    assert main(command(config, "whole", "--strategy", name)) == 0
+    arguments = command(config, "parts", "--strategy", name)
+    for owner, attribute, number in (
+        (run, "evaluate", 2),  # after training of task 2
+        (training.TaskModule, "training_step", 2),  # inside task 3
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            patch.setattr(owner, attribute, cut_after(number, getattr(owner, attribute)))
+            main(arguments)
+    assert (tmp_path / "parts" / "03-last" / "last.ckpt").is_file()
+    assert main(arguments) == 0
+    one, other = result(tmp_path, "whole"), result(tmp_path, "parts")
+    assert one["matrix"] == other["matrix"] and one["known_matrix"] == other["known_matrix"]
+    first, second = state(tmp_path / "whole" / "03-last"), state(tmp_path / "parts" / "03-last")
+    for key, value in first.items():
+        assert torch.equal(second[key], value), key
+    steps = [line.split(",")[0] for line in (tmp_path / "parts" / "03-last" / "metrics.csv").open()]
+    assert steps == ["step", "0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_kill_9_inside_task_3_of_6(config, command, tmp_path):
+    from .conftest import write_stream
+
+    rules = {f"t{i}": (lambda word, i=i: word[i % 3] * (i + 1)) for i in range(6)}
+    config["stream"] = write_stream(tmp_path / "six", rules, steps=30)
+    assert main(command(config, "whole", "--strategy", "dymoe")) == 0
+    arguments = [sys.executable, "-m", "unimoe", *command(config, "killed", "--strategy", "dymoe")]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "killed" / "03-t2" / "last.ckpt").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "03-t2" / "state.pt").is_file()
+    assert main(arguments[3:]) == 0
+    assert result(tmp_path, "killed")["matrix"] == result(tmp_path, "whole")["matrix"]
+
+
+# -------------------------------------------------------------------- refusals
+
+
+def refused(arguments, capsys):
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("unimoe: error:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_a_task_without_samples(config, command, tmp_path, capsys):
+    (tmp_path / "data" / "twice.json").write_text("[]")
+    assert "twice.json: the file holds no samples" in refused(command(config, "run"), capsys)
+    (tmp_path / "data" / "twice.json").unlink()
+    assert "twice.json: No such file" in refused(command(config, "run"), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_tasks_of_one_name(config, command, capsys):
+    config["stream"]["tasks"].append(config["stream"]["tasks"][0])
+    assert "two tasks are named 'upper'" in refused(command(config, "run"), capsys)
+
+
+def test_a_scorer_that_does_not_fit(config, command, capsys):
+    config["stream"]["tasks"][1]["scorer"] = "number"
+    message = refused(command(config, "run"), capsys)
+    assert "scorer 'number' does not fit: the answer 'dogdog' is no number" in message
+    config["stream"]["tasks"][1]["scorer"] = "nonsense"
+    assert "there is no scorer 'nonsense'" in refused(command(config, "run"), capsys)
+
+
+def test_a_stream_that_changed(config, command, tmp_path, capsys):
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    file = tmp_path / "data" / "last.json"
+    file.write_text(file.read_text().replace('"g"', '"h"'))
+    assert "the stream changed: stream.content" in refused(
+        command(config, "run", "--strategy", "lora"), capsys
+    )
+    config["stream"]["order"] = ["last", "upper", "twice"]
+    assert "the stream changed" in refused(command(config, "run", "--strategy", "lora"), capsys)
+
+
+def test_other_settings(config, command, capsys):
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    assert "adapters.rank was 2, now it is 3" in refused(
+        command(config, "run", "--strategy", "lora", "--adapters.rank", "3"), capsys
+    )
+
+
+def test_banks_of_another_model(config, command, tmp_path, capsys):
+    from unimoe.testing import save_tiny_llm
+
+    config["model"]["llm"] = str(save_tiny_llm(tmp_path / "llm", hidden_size=16))
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    weights = tmp_path / "llm" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value + 0.01 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    message = refused(command(config, "run", "--strategy", "lora"), capsys)
+    assert "trained on another model" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--strategy", "dymoo"], "there is no strategy 'dymoo', expected one of dymoe, ewc"),
+        (["--settings", '{"dymoe": {"kk": 3}}'], "kk"),
+        (["--adapters.targets", '["w9"]'], "no linear layer is named 'w9'"),
+        (["--training.batch_size", "0"], "batch_size"),
+        (["--stream.order", '["upper", "lower"]'], "stream.order names 'lower'"),
+    ],
+)
+def test_flags(flags, message, config, command, tmp_path, capsys):
+    assert message in refused(command(config, "run", *flags), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_folder_of_something_else(config, command, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert "is no continual run" in refused(command(config, "run"), capsys)
+
+
+def test_compare_and_report(config, command, tmp_path, capsys):
+    arguments = command(config, "all", "--strategies", "lora", "dymoe", "joint", "--seeds", "0", "1")
+    arguments[1] = "compare"
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "all" / "report.json").read_text())
+    assert set(found["strategies"]) == {"lora", "dymoe", "joint"}
+    assert set(found["strategies"]["dymoe"]["MFN"]) == {"mean", "std"}
+    assert {"MFN", "MAA", "BWT", "BWT_CoIN", "MFT"} <= set(found["strategies"]["lora"])
+    assert found["strategies"]["joint"]["BWT"]["mean"] is None
+    assert np.array(found["strategies"]["lora"]["matrices"], dtype=float).shape == (2, 3, 3)
+    page = (tmp_path / "all" / "report.html").read_text()
+    assert "matrices.png" in page and (tmp_path / "all" / "drift.png").is_file()
+    assert "dymoe" in capsys.readouterr().out
+    assert main(["continual", "report", str(tmp_path / "all" / "dymoe-0")]) == 0
+    assert "holds no finished run" in refused(["continual", "report", str(tmp_path)], capsys)
+
+
+def test_the_shipped_configurations_are_whole():
+    from unimoe.configs import __path__ as roots
+
+    names = sorted(
+        path for root in roots for path in __import__("pathlib").Path(root).glob("continual/*.yaml")
+    )
+    for path in names:
+        tasks = yaml.safe_load(path.read_text())["stream"]["tasks"]
+        StreamConfig(tasks=[TaskConfig(**task) for task in tasks])
+    assert len(names) >= 4
