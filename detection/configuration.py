@@ -55,6 +55,10 @@ class DynamicDinoConfig(PreTrainedConfig):
     num_queries: int = 900
     """Boxes per image (fewer where the image has fewer tokens)."""
 
+    learned_queries: bool = True
+    """Queries start from learned embeddings (Grounding DINO), or from the features of the image tokens they
+    were selected by (RT-DETR), which say what is there from the first layer on."""
+
     csp_blocks: int = 3
     """edge: 3x3 convolutions in each block of the cross-scale fusion."""
 
@@ -91,7 +95,7 @@ class DynamicDinoConfig(PreTrainedConfig):
     text_sees_start: bool = True
     """Inside the text encoder each segment sees the prompt's first token as well, and its positions start
     behind it, as the encoder was trained. Without that, as in Grounding DINO, which trains its encoder along,
-    MiniLM's features of "banana" and "tomato" have a cosine of 1.0000; with it 0.36."""
+    MiniLM's features of "banana" and "tomato" have a cosine of 1.0000; with it 0.35."""
 
     image_size: int | list[int] = 640
     """Pixels: a square's side, or [shorter side, limit of the longer side]."""

@@ -67,7 +67,9 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.d_model)
         self.enhancer = ENHANCERS[config.enhancer](config)
         self.selection = QuerySelection(config)
-        self.query_embedding = nn.Embedding(config.num_queries, config.d_model)
+        self.query_embedding = (
+            nn.Embedding(config.num_queries, config.d_model) if config.learned_queries else None
+        )
         self.decoder = Decoder(config)
         self.post_init()
 
@@ -171,7 +173,10 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         """The decoder's outputs over all T queries, and the routing of its MoE layers."""
         references_BT4, self_mask = proposals.boxes_BQ4.detach(), None
         batch, queries = references_BT4.shape[:2]
-        x_BTD = self.query_embedding.weight[:queries].expand(batch, -1, -1)
+        if self.query_embedding is None:
+            x_BTD = proposals.tokens_BQD.detach()
+        else:
+            x_BTD = self.query_embedding.weight[:queries].expand(batch, -1, -1)
         pad_BT = torch.zeros(batch, queries, dtype=torch.bool, device=x_BTD.device)
         if denoising is not None:
             x_BTD = torch.cat([denoising.tokens_BDL.to(x_BTD.dtype) @ text.features_BLD, x_BTD], dim=1)
@@ -192,7 +197,7 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
     def aux_loss(self, records: list[LayerRecord]) -> Tensor:
         """The weighted load-balance loss, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
         if not records or not self.config.moe:
-            return self.query_embedding.weight.new_zeros(())
+            return torch.zeros((), device=self.device)
         return MoEConfig(**self.config.moe).balance_coef * load_balance(records).sum()
 
 

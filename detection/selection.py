@@ -16,11 +16,14 @@ from .pyramid import Pyramid, Text
 
 @dataclass
 class Proposals:
-    """The chosen tokens; both are part of the graph, so their loss trains the selection."""
+    """The chosen tokens, undetached, so that their loss trains the selection."""
 
+    tokens_BQD: Tensor
     logits_BQL: Tensor
     boxes_BQ4: Tensor
     """(cx, cy, w, h) on a 0..1 scale."""
+    tokens_BQD: Tensor
+    """The tokens themselves, projected."""
 
 
 class QuerySelection(nn.Module):
@@ -48,10 +51,10 @@ class QuerySelection(nn.Module):
         count = min(self.num_queries, logits_BSL.shape[1])  # small images have fewer tokens than queries
         chosen_BQ1 = logits_BSL.detach().amax(-1).topk(count, dim=1).indices[..., None]
 
-        steps_BQ4 = self.box_head(_pick(tokens_BSD, chosen_BQ1))
+        tokens_BQD = _pick(tokens_BSD, chosen_BQ1)
         cell_logits_BS4 = cells_BS4.logit().masked_fill(~valid_BS[..., None], math.inf)
-        boxes_BQ4 = (steps_BQ4 + _pick(cell_logits_BS4, chosen_BQ1)).sigmoid()
-        return Proposals(_pick(logits_BSL, chosen_BQ1), boxes_BQ4)
+        boxes_BQ4 = (self.box_head(tokens_BQD) + _pick(cell_logits_BS4, chosen_BQ1)).sigmoid()
+        return Proposals(tokens_BQD, _pick(logits_BSL, chosen_BQ1), boxes_BQ4)
 
 
 def cell_boxes(pyramid: Pyramid) -> Tensor:

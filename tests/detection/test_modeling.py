@@ -28,7 +28,10 @@ def total(output: Output) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("settings", [*LAYOUTS, {"moe": {"num_experts": 4, "top_k": 2, "placement": "all"}}])
+@pytest.mark.parametrize(
+    "settings",
+    [*LAYOUTS, {"learned_queries": False}, {"moe": {"num_experts": 4, "top_k": 2, "placement": "all"}}],
+)
 def test_every_weight_receives_a_gradient(tiny_detector, prompts, pixels, settings):
     model = tiny_detector(**settings)
     with torch.no_grad():  # a box head starts at zero, which would hide what lies before it
