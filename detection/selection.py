@@ -22,8 +22,6 @@ class Proposals:
     logits_BQL: Tensor
     boxes_BQ4: Tensor
     """(cx, cy, w, h) on a 0..1 scale."""
-    tokens_BQD: Tensor
-    """The tokens themselves, projected."""
 
 
 class QuerySelection(nn.Module):
