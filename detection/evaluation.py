@@ -136,13 +136,19 @@ def _truth(truth: str | Path | dict[str, Any], name: str) -> dict[str, Any]:
     content = truth if isinstance(truth, dict) else next((record for _, record in read_records(truth)), None)
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         raise UserError(f"{name}: not a COCO file; expected images, annotations and categories")
-    annotations = []
-    for number, entry in enumerate(content["annotations"], 1):
-        try:
-            area = entry["bbox"][2] * entry["bbox"][3]
-            annotations.append({"iscrowd": 0, "area": area, **entry, "id": number})
-        except (KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{name}: annotations[{number - 1}]: expected a bbox of 4 numbers") from error
+    required = {
+        "images": {"id"},
+        "categories": {"id", "name"},
+        "annotations": {"image_id", "category_id", "bbox"},
+    }
+    for kind, keys in required.items():
+        for index, entry in enumerate(content[kind]):
+            if not isinstance(entry, dict) or not keys <= entry.keys():
+                raise UserError(f"{name}: {kind}[{index}]: expected {', '.join(sorted(keys))}")
+    annotations = [
+        {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": number}
+        for number, entry in enumerate(content["annotations"], 1)
+    ]
     return {**content, "annotations": annotations}
 
 

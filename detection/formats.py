@@ -146,7 +146,10 @@ def read_yolo(path: Path, images: Path | None = None, split: str = "train") -> D
     content = _yolo_content(path)
     names = content["names"]
     ids = dict(enumerate(names)) if isinstance(names, list) else names
-    found = DetectionSet(path, [], [Category(int(key), str(name)) for key, name in ids.items()])
+    found = DetectionSet(path, [], [])
+    for key, name in ids.items():
+        with _collect(found, f"names[{key}]"):
+            found.categories.append(Category(int(key), str(name)))
     row_of = _rows(found)
     places = content.get(split)
     if places is None:

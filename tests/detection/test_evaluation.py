@@ -203,3 +203,7 @@ def test_files_that_are_something_else(tmp_path):
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="not a COCO file"):
         evaluate_coco(path, [])
+    truth, found = random_set(0)
+    del truth["annotations"][2]["bbox"]
+    with pytest.raises(UserError, match=r"annotations\[2\]: expected bbox, category_id, image_id"):
+        evaluate_coco(truth, found)

@@ -166,6 +166,7 @@ def test_what_cannot_be_repaired(folder: Path, kind, change, message):
         ("x.txt", "", "expected COCO or LVIS .json"),
         ("x.yaml", "a: [", "not YAML"),
         ("x.yaml", "train: images", "expected names"),
+        ("x.yaml", "train: images\nnames: {cat: 1}", r"names\[cat\]: invalid literal"),
         ("x.yaml", "train: nowhere\nnames: [a]", "no such folder of images"),
         ("x.jsonl", "", "holds no images"),
     ],
