@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import needs_grad
+from .arguments import needs_grad, without_autocast
 from .dispatch import choose, compute_dtype
 
 FOLD = 0.2
@@ -55,7 +55,7 @@ def adapted_linear(
     """
     dtype, form = compute_dtype(x), choose("adapted_linear", x)
     cast = dtype if torch.is_autocast_enabled(x.device.type) else None
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x_TD, weight_PD = x.reshape(-1, x.shape[-1]).to(dtype), weight_PD.to(dtype)
         bias_P = None if bias_P is None else bias_P.to(dtype)
         banks = [

@@ -4,9 +4,10 @@ Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +30,18 @@ class Arguments(NamedTuple):
 
 
 def prepare(operation: str, x: Tensor, stacks: Sequence[Tensor], weight_N: Tensor | None) -> Arguments:
-    """Chooses the form for ``operation`` and casts its arguments.
-
-    What follows must run with autocast switched off: torch does not apply it to custom Functions.
-    """
+    """Chooses the form for ``operation`` and casts its arguments; what follows runs ``without_autocast``."""
     dtype = compute_dtype(x)
     x, weight_N = x.to(dtype), None if weight_N is None else weight_N.to(dtype)
     form = choose(operation, x)
     return Arguments(form, x, list(stacks) if form == "cpu" else [one.to(dtype) for one in stacks], weight_N)
+
+
+def without_autocast(x: Tensor) -> Any:
+    """A context without autocast, which the arguments have been through already."""
+    kind = x.device.type
+    # entering torch.autocast takes as long as a small product
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -62,6 +67,32 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(torch.mm(a, b))
+
+
+def rows_of(x: Tensor, token_N: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor:
+    """The tokens of some pairs, [n, H]; without ``token_N`` x holds a row for each pair."""
+    return (x[rows] if token_N is None else x.index_select(0, token_N[rows])).to(dtype)
+
+
+def empty_rows(x: Tensor, token_N: Tensor | None, bounds: list[int]) -> Tensor:
+    """[N, H] for a row per pair; rows that belong to no expert are zero, the others not yet written."""
+    y_ND = x.new_empty(bounds[-1] if token_N is not None else x.shape[0], x.shape[1])
+    y_ND[bounds[-1] :] = 0
+    return y_ND
+
+
+def sum_pairs(x_TD: Tensor, token_N: Tensor, y_ND: Tensor) -> Tensor:
+    """Rows of the pairs summed per token, [T, H]."""
+    return torch.zeros_like(x_TD).index_add_(0, token_N[: y_ND.shape[0]], y_ND)
+
+
+def zero_unvisited(grads: Sequence[Tensor | None], bounds: list[int]) -> None:
+    """Experts without pairs have gradients of exactly zero."""
+    for e, (start, end) in enumerate(pairwise(bounds)):
+        if start == end:
+            for grad in grads:
+                if grad is not None:
+                    grad[e].zero_()
 
 
 @cache

@@ -7,7 +7,8 @@ owns rows offsets[e]..offsets[e+1]. These are the FFNs of detection transformers
 (GELU).
 
 Two forms with equal results, as in swiglu.py: ``reference`` in plain autograd, and ``cpu``, one
-autograd.Function that saves the input and the pre-activations and does no work for what is frozen.
+autograd.Function that saves the input and the pre-activations, does no work for what is frozen, and has its
+loop over experts in C++ where that is built (native.py).
 """
 
 from collections.abc import Callable
@@ -20,7 +21,19 @@ from torch.autograd.function import once_differentiable
 
 from unimoe.errors import UserError
 
-from .arguments import groups, needs_grad, prepare
+from . import native
+from .arguments import (
+    empty_rows,
+    gemm_dtype,
+    groups,
+    mm_into,
+    needs_grad,
+    prepare,
+    rows_of,
+    sum_pairs,
+    without_autocast,
+    zero_unvisited,
+)
 from .dispatch import triton_form
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -55,14 +68,12 @@ def ffn_experts(
         raise UserError(f"FFN experts got the activation {act!r}, expected one of {', '.join(ACTS)}")
     stacks = (up_proj, up_bias, down_proj, down_bias)
     form, x_ND, stacks, weight_N = prepare("ffn_experts", x_ND, stacks, weight_N)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND):
         if form == "triton":
             return triton_form("ffn_experts")(x_ND, offsets_E1, *stacks, act, weight_N)
         if form == "reference":
             return ffn_experts_reference(x_ND, offsets_E1, *stacks, act, weight_N)
-        stacks = [one.to(x_ND.dtype) for one in stacks]
-        keep = needs_grad(x_ND, *stacks, weight_N)
-        return _FFN.apply(x_ND, offsets_E1.tolist(), *stacks, act, weight_N, keep)
+        return _grouped(x_ND, None, offsets_E1, stacks, act, weight_N)
 
 
 def ffn_mix(
@@ -77,10 +88,15 @@ def ffn_mix(
     weight_N: Tensor,
 ) -> Tensor:
     """Every token through its experts, weighted and summed: [T, H] -> [T, H], as ``swiglu_mix`` does."""
-    y_ND = ffn_experts(
-        x_TD.index_select(0, token_N), offsets_E1, up_proj, up_bias, down_proj, down_bias, act, weight_N
-    )
-    return torch.zeros_like(x_TD, dtype=y_ND.dtype).index_add(0, token_N, y_ND)
+    stacks = (up_proj, up_bias, down_proj, down_bias)
+    form, x_TD, stacks, weight = prepare("ffn_mix", x_TD, stacks, weight_N)
+    with without_autocast(x_TD):
+        if form == "triton":
+            return triton_form("ffn_mix")(x_TD, token_N, offsets_E1, *stacks, act, weight)
+        if form == "reference":
+            y_ND = ffn_experts_reference(x_TD.index_select(0, token_N), offsets_E1, *stacks, act, weight)
+            return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
+        return _grouped(x_TD, token_N, offsets_E1, stacks, act, weight)
 
 
 def ffn_experts_reference(
@@ -105,71 +121,105 @@ def ffn_experts_reference(
     return torch.cat([*outputs, torch.zeros_like(rows[-1])])
 
 
+def _grouped(
+    x: Tensor,
+    token_N: Tensor | None,
+    offsets_E1: Tensor,
+    stacks: list[Tensor],
+    act: str,
+    weight_N: Tensor | None,
+) -> Tensor:
+    """The cpu form: rows to rows where ``token_N`` is None, else tokens to sums over their pairs."""
+    arguments = (x.contiguous(), token_N, offsets_E1.tolist(), *stacks, weight_N, act)
+    return _FFN.apply(*arguments) if needs_grad(x, *stacks, weight_N) else _run(*arguments, h_NI=None)
+
+
 class _FFN(torch.autograd.Function):
-    """The cpu form. Saved for backward: x [N, H], pre-activations [N, I], and the weights by reference."""
+    """Saved for backward: x, pre-activations [N, I], and weights and routing by reference."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        bounds: list[int],
-        up: Tensor,
-        up_b: Tensor,
-        down: Tensor,
-        down_b: Tensor,
-        act: str,
-        weight_N: Tensor | None,
-        keep: bool,
-    ) -> Tensor:
-        x_ND = x_ND.contiguous()
-        h_NI = x_ND.new_empty(x_ND.shape[0], down.shape[2])
-        y_ND = torch.empty_like(x_ND)
-        y_ND[bounds[-1] :] = 0
-        for e, start, end in groups(bounds):
-            h, y = h_NI[start:end], y_ND[start:end]
-            torch.addmm(up_b[e], x_ND[start:end], up[e].t(), out=h)
-            torch.addmm(down_b[e], ACTS[act](h), down[e].t(), out=y)
-            if weight_N is not None:
-                y.mul_(weight_N[start:end, None])
-        if keep:
-            ctx.bounds, ctx.act = bounds, act
-            ctx.save_for_backward(x_ND, h_NI, up, up_b, down, down_b, weight_N)
-        return y_ND
+    def forward(ctx: Any, x: Tensor, token_N: Tensor | None, bounds: list[int], *rest: Any) -> Tensor:
+        *stacks, weight_N, act = rest
+        h_NI = x.new_empty(bounds[-1], stacks[0].shape[1])
+        ctx.bounds, ctx.act = bounds, act
+        ctx.save_for_backward(x, token_N, h_NI, weight_N, *stacks)
+        return _run(x, token_N, bounds, *rest, h_NI=h_NI)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, h_NI, up, up_b, down, down_b, weight_N = ctx.saved_tensors
-        need_x, _, *need_stacks, _, need_weight, _ = ctx.needs_input_grad
-        dy_ND = dy_ND.contiguous()
-        d_up, d_up_b, d_down, d_down_b = (
-            torch.zeros_like(stack) if need else None
-            for stack, need in zip((up, up_b, down, down_b), need_stacks, strict=True)
-        )
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, token_N, h_NI, weight_N, *stacks = ctx.saved_tensors
+        need_x, _, _, *need_stacks, need_weight, _ = ctx.needs_input_grad
+        dy, bounds, dtype, ops = dy.contiguous(), ctx.bounds, gemm_dtype(x), native.ops()
+        grads = [
+            torch.empty_like(one) if need else None for one, need in zip(stacks, need_stacks, strict=True)
+        ]
         d_weight_N = torch.zeros_like(weight_N) if need_weight else None
-        dx_ND = torch.empty_like(x_ND) if need_x else None
-        if dx_ND is not None:
-            dx_ND[ctx.bounds[-1] :] = 0
-        for e, start, end in groups(ctx.bounds):
-            x, dy, h = x_ND[start:end], dy_ND[start:end], h_NI[start:end]
-            activation = ACTS[ctx.act](h)
-            da = torch.mm(dy, down[e])
-            if d_weight_N is not None:
-                d_weight_N[start:end] = (da * activation).sum(1) + torch.mv(dy, down_b[e])
-            if weight_N is not None:
-                dy, da = dy * weight_N[start:end, None], da.mul_(weight_N[start:end, None])
-            if d_down is not None:
-                torch.mm(dy.t(), activation, out=d_down[e])
-            if d_down_b is not None:
-                torch.sum(dy, 0, out=d_down_b[e])
-            dh = _act_backward(ctx.act, da, h)
-            if d_up is not None:
-                torch.mm(dh.t(), x, out=d_up[e])
-            if d_up_b is not None:
-                torch.sum(dh, 0, out=d_up_b[e])
-            if dx_ND is not None:
-                torch.mm(dh, up[e], out=dx_ND[start:end])
-        return dx_ND, None, d_up, d_up_b, d_down, d_down_b, None, d_weight_N, None
+        dx_ND = empty_rows(x, token_N, bounds) if need_x else None
+        if ops is not None and x.device.type == "cpu":
+            routed, relu = (x, token_N, bounds), ctx.act == "relu"
+            ops.ffn_backward(*routed, stacks, relu, weight_N, h_NI, dy, dx_ND, grads, d_weight_N, dtype)
+        else:
+            zero_unvisited(grads, bounds)
+            for e, start, end in groups(bounds):
+                rows = slice(start, end)
+                of_expert = [None if one is None else one[e] for one in grads]
+                of_rows = [None if one is None else one[rows] for one in (weight_N, d_weight_N, dx_ND)]
+                x_e, dy_e = (rows_of(one, token_N, rows, dtype) for one in (x, dy))
+                own = [one[e].to(dtype) for one in stacks]
+                _backward(x_e, dy_e, h_NI[rows].to(dtype), own, ctx.act, of_expert, *of_rows)
+        dx = dx_ND if dx_ND is None or token_N is None else sum_pairs(x, token_N, dx_ND)
+        return dx, None, None, *grads, d_weight_N, None
+
+
+def _run(x: Tensor, token_N: Tensor | None, bounds: list[int], *rest: Any, h_NI: Tensor | None) -> Tensor:
+    """The forward pass; pre-activations go to ``h_NI`` where a backward will need them."""
+    *stacks, weight_N, act = rest
+    dtype, ops, y_ND = gemm_dtype(x), native.ops(), empty_rows(x, token_N, bounds)
+    if ops is not None and x.device.type == "cpu":
+        ops.ffn_forward(x, token_N, bounds, stacks, act == "relu", weight_N, h_NI, y_ND, dtype)
+    else:
+        for e, start, end in groups(bounds):
+            rows = slice(start, end)
+            up, up_b, down, down_b = (one[e].to(dtype) for one in stacks)
+            h = torch.addmm(up_b, rows_of(x, token_N, rows, dtype), up.t())
+            if h_NI is not None:
+                h_NI[rows] = h
+            y = torch.addmm(down_b, ACTS[act](h), down.t())
+            y_ND[rows] = y if weight_N is None else y.mul_(weight_N[rows, None])
+    return y_ND if token_N is None else sum_pairs(x, token_N, y_ND)
+
+
+def _backward(
+    x: Tensor,
+    dy: Tensor,
+    h: Tensor,
+    own: list[Tensor],
+    act: str,
+    grads: list[Tensor | None],
+    weight: Tensor | None,
+    d_weight: Tensor | None,
+    dx: Tensor | None,
+) -> None:
+    """One expert: gradients of what is wanted, into ``grads``, ``d_weight`` [n] and ``dx`` [n, H]."""
+    up, _, down, down_b = own
+    d_up, d_up_b, d_down, d_down_b = grads
+    activation, da = ACTS[act](h), torch.mm(dy, down)
+    if d_weight is not None:
+        d_weight.copy_((da * activation).sum(1) + torch.mv(dy, down_b))
+    if weight is not None:
+        dy, da = dy * weight[:, None], da.mul_(weight[:, None])
+    if d_down is not None:
+        mm_into(d_down, dy.t(), activation)
+    if d_down_b is not None:
+        d_down_b.copy_(dy.sum(0))
+    dh = _act_backward(act, da, h)
+    if d_up is not None:
+        mm_into(d_up, dh.t(), x)
+    if d_up_b is not None:
+        d_up_b.copy_(dh.sum(0))
+    if dx is not None:
+        mm_into(dx, dh, up)
 
 
 def _act_backward(act: str, da: Tensor, h: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import groups, needs_grad, prepare
+from .arguments import groups, needs_grad, prepare, without_autocast
 from .swiglu import Weights, grouped_swiglu, swiglu_backward
 
 
@@ -46,7 +46,7 @@ def lora_experts(
     """``swiglu_experts`` (which see) of the adapted weights: [N, H] rows grouped by expert -> [N, H]."""
     stacks = (gate_up_proj, down_proj, *adapters)
     form, x_ND, stacks, weight_N = prepare("lora_experts", x_ND, stacks, weight_N)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND):
         if form == "reference":
             return lora_experts_reference(
                 x_ND, offsets_E1, *stacks[:2], Adapters(*stacks[2:]), scale, weight_N
@@ -67,7 +67,7 @@ def lora_mix(
     """``swiglu_mix`` (which see) of the adapted weights: [T, H] tokens, weighted and summed -> [T, H]."""
     stacks = (gate_up_proj, down_proj, *adapters)
     form, x_TD, stacks, weight_N = prepare("lora_mix", x_TD, stacks, weight_N)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD):
         if form == "reference":
             x_ND = x_TD.index_select(0, token_N)
             y_ND = lora_experts_reference(
@@ -128,7 +128,7 @@ def shared_lora_experts(
     """
     stacks = (gate_proj, up_proj, down_proj, *adapters)
     form, x_TD, stacks, weight_N = prepare("shared_lora_experts", x_TD, stacks, weight_N)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD):
         gate, up, down, *lora = (one.to(x_TD.dtype) for one in stacks)
         adapters = Adapters(*lora)
         weight_N = x_TD.new_ones(token_N.shape) if weight_N is None else weight_N

@@ -171,6 +171,73 @@ void swiglu_backward(const Tensor& x, const Maybe& token, Bounds bounds, const T
   });
 }
 
+void act_into(Tensor out, const Tensor& h, bool relu) {
+  if (relu) {
+    at::clamp_min_out(out, h, 0);
+  } else {
+    at::gelu_out(out, h);
+  }
+}
+
+// h_NI: pre-activations to keep for a backward, or none. stacks: up [E, I, H], its bias [E, I], down [E, H, I], its
+// bias [E, H].
+void ffn_forward(const Tensor& x, const Maybe& token, Bounds bounds, const std::vector<Tensor>& stacks, bool relu,
+                 const Maybe& weight, const Maybe& h_NI, Tensor y_ND, at::ScalarType dtype) {
+  const int64_t I = stacks[0].size(1);
+  each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    auto own = [&](size_t i) { return stacks[i][e].to(dtype); };
+    const Tensor x_e = rows_of(x, token, start, n, dtype), h = at::addmm(own(1), x_e, own(0).t());
+    if (h_NI) h_NI->narrow(0, start, n).copy_(h);
+    each_block(n, I, [&](int64_t first, int64_t rows) {
+      const Tensor part = h.narrow(0, first, rows);
+      act_into(part, part, relu);
+    });
+    Tensor y = at::addmm(own(3), h, own(2).t());
+    if (weight) y.mul_(weight->narrow(0, start, n).unsqueeze(1));
+    y_ND.narrow(0, start, n).copy_(y);
+  });
+}
+
+void ffn_backward(const Tensor& x, const Maybe& token, Bounds bounds, const std::vector<Tensor>& stacks, bool relu,
+                  const Maybe& weight, const Tensor& h_NI, const Tensor& dy, const Maybe& dx_ND,
+                  const c10::List<Maybe>& d_stacks, const Maybe& d_weight, at::ScalarType dtype) {
+  const int64_t I = stacks[0].size(1);
+  const Maybe d_up = d_stacks.get(0), d_up_b = d_stacks.get(1), d_down = d_stacks.get(2), d_down_b = d_stacks.get(3);
+  for (size_t e = 0; e + 1 < bounds.size(); ++e) {
+    if (bounds[e] != bounds[e + 1]) continue;
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    for (const Maybe* grad : {&d_up, &d_up_b, &d_down, &d_down_b}) {
+      if (*grad) (*grad)->select(0, e).zero_();
+    }
+  }
+  each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    auto own = [&](size_t i) { return stacks[i][e].to(dtype); };
+    const Tensor x_e = rows_of(x, token, start, n, dtype), h = h_NI.narrow(0, start, n).to(dtype);
+    Tensor dy_e = rows_of(dy, token, start, n, dtype), dh = at::mm(dy_e, own(2));
+    const Tensor activation = at::empty_like(h), w = weight ? weight->narrow(0, start, n).unsqueeze(1) : Tensor();
+    Tensor d_w = d_weight ? at::mv(dy_e, own(3)) : Tensor();
+    each_block(n, I, [&](int64_t first, int64_t rows) {
+      auto part = [&](const Tensor& t) { return t.narrow(0, first, rows); };
+      Tensor a = part(activation), d = part(dh);
+      act_into(a, part(h), relu);
+      if (d_weight) part(d_w).add_((d * a).sum(1));
+      if (weight) d.mul_(part(w));
+      if (relu) {
+        at::threshold_backward_out(d, d, part(h), 0);
+      } else {
+        at::gelu_backward_out(d, d, part(h));
+      }
+    });
+    if (d_weight) d_weight->narrow(0, start, n).copy_(d_w);
+    if (weight) dy_e = dy_e * w;
+    if (d_down) mm_into(d_down->select(0, e), dy_e.t(), activation);
+    if (d_down_b) d_down_b->select(0, e).copy_(dy_e.sum(0));
+    if (d_up) mm_into(d_up->select(0, e), dh.t(), x_e);
+    if (d_up_b) d_up_b->select(0, e).copy_(dh.sum(0));
+    if (dx_ND) mm_into(dx_ND->narrow(0, start, n), dh, own(0));
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(unimoe, m) {
@@ -183,4 +250,12 @@ TORCH_LIBRARY(unimoe, m) {
       "float scale, Tensor? weight, Tensor h, Tensor dy, Tensor(a!)? dx, Tensor(b!)? d_gate_up, "
       "Tensor(c!)? d_down, Tensor?[] d_adapters, Tensor(d!)? d_weight, ScalarType dtype) -> ()",
       &swiglu_backward);
+  m.def(
+      "ffn_forward(Tensor x, Tensor? token, int[] bounds, Tensor[] stacks, bool relu, Tensor? weight, Tensor(a!)? h, "
+      "Tensor(b!) y, ScalarType dtype) -> ()",
+      &ffn_forward);
+  m.def(
+      "ffn_backward(Tensor x, Tensor? token, int[] bounds, Tensor[] stacks, bool relu, Tensor? weight, Tensor h, "
+      "Tensor dy, Tensor(a!)? dx, Tensor?[] d_stacks, Tensor(b!)? d_weight, ScalarType dtype) -> ()",
+      &ffn_backward);
 }

@@ -21,7 +21,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
-from .arguments import gemm_dtype, groups, mm_into, needs_grad, prepare
+from .arguments import (
+    empty_rows,
+    gemm_dtype,
+    groups,
+    mm_into,
+    needs_grad,
+    prepare,
+    rows_of,
+    sum_pairs,
+    without_autocast,
+    zero_unvisited,
+)
 from .dispatch import triton_form
 
 
@@ -42,7 +53,7 @@ def swiglu_experts(
         [N, H] in x's dtype (autocast's dtype under autocast).
     """
     form, x_ND, stacks, weight_N = prepare("swiglu_experts", x_ND, (gate_up_proj, down_proj), weight_N)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND):
         if form == "triton":
             return triton_form("swiglu_experts")(x_ND, offsets_E1, *stacks, weight_N)
         if form == "reference":
@@ -71,7 +82,7 @@ def swiglu_mix(
         [T, H] in x's dtype (autocast's dtype under autocast); zeros for a token without pairs.
     """
     form, x_TD, stacks, weight_N = prepare("swiglu_mix", x_TD, (gate_up_proj, down_proj), weight_N)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD):
         if form == "triton":
             return triton_form("swiglu_mix")(x_TD, token_N, offsets_E1, *stacks, weight_N)
         if form == "reference":
@@ -130,8 +141,10 @@ def grouped_swiglu(
     scale: float = 1.0,
 ) -> Tensor:
     """The cpu form: rows [N, H] to rows where ``token_N`` is None, else tokens [T, H] to sums over pairs."""
-    keep = needs_grad(x, *weights, weight_N)
-    return _SwiGLU.apply(x, token_N, offsets_E1.tolist(), *weights, weight_N, scale, keep)
+    arguments = (x.contiguous(), token_N, offsets_E1.tolist(), *weights, weight_N, scale)
+    if needs_grad(x, *weights, weight_N):
+        return _SwiGLU.apply(*arguments)
+    return _run(*arguments, h_2NI=None)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -139,63 +152,36 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_N: Tensor | None, bounds: list[int], *rest: Any) -> Tensor:
-        *stacks, weight_N, scale, keep = rest
-        weights, x = Weights(*stacks), x.contiguous()
-        pairs, inner = bounds[-1], stacks[1].shape[2]
+        *stacks, weight_N, scale = rest
         # Gate and up lie in two blocks, not in two column halves: silu over contiguous memory rounds as a
         # dense layer's does.
-        h_2NI = x.new_empty(2, pairs, inner) if keep else None
-        y_ND = x.new_empty(pairs if token_N is not None else x.shape[0], x.shape[1])
-        y_ND[pairs:] = 0
-        dtype, ops = gemm_dtype(x), native.ops()
-        if ops is not None and x.device.type == "cpu":
-            adapters = [one for one in weights[2:] if one is not None]
-            ops.swiglu_forward(
-                x, token_N, bounds, *weights[:2], adapters, scale, weight_N, h_2NI, y_ND, dtype
-            )
-        else:
-            for e, start, end in groups(bounds):
-                rows = slice(start, end)
-                x_e = (x[rows] if token_N is None else x.index_select(0, token_N[rows])).to(dtype)
-                weight = None if weight_N is None else weight_N[rows, None]
-                h = x.new_empty(2, end - start, inner) if h_2NI is None else h_2NI[:, rows]
-                _forward(x_e, weights.expert(e, dtype), weight, scale, h, y_ND[rows])
-        if keep:
-            ctx.bounds, ctx.scale, ctx.dtype = bounds, scale, dtype
-            ctx.save_for_backward(x, token_N, h_2NI, weight_N, *stacks)
-        return y_ND if token_N is None else _sum(x, token_N[:pairs], y_ND)
+        h_2NI = x.new_empty(2, bounds[-1], stacks[1].shape[2])
+        ctx.bounds, ctx.scale = bounds, scale
+        ctx.save_for_backward(x, token_N, h_2NI, weight_N, *stacks)
+        return _run(x, token_N, bounds, *rest, h_2NI=h_2NI)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, token_N, h_2NI, weight_N, *stacks = ctx.saved_tensors
-        bounds, scale, dtype, weights = ctx.bounds, ctx.scale, ctx.dtype, Weights(*stacks)
-        need_x, _, _, *need_stacks, need_weight, _, _ = ctx.needs_input_grad
-        dy, pairs = dy.contiguous(), bounds[-1]
+        bounds, scale, dtype, weights = ctx.bounds, ctx.scale, gemm_dtype(x), Weights(*stacks)
+        need_x, _, _, *need_stacks, need_weight, _ = ctx.needs_input_grad
+        dy = dy.contiguous()
         grads = Weights(
             *(torch.empty_like(one) if need else None for one, need in zip(stacks, need_stacks, strict=True))
         )
         d_weight_N = torch.zeros_like(weight_N) if need_weight else None
-        dx_ND = x.new_empty(pairs if token_N is not None else x.shape[0], x.shape[1]) if need_x else None
-        if dx_ND is not None:
-            dx_ND[pairs:] = 0
+        dx_ND = empty_rows(x, token_N, bounds) if need_x else None
         ops = native.ops()
         if ops is not None and x.device.type == "cpu":
             adapters, d_adapters = [one for one in stacks[2:] if one is not None], list(grads[2:])
             arguments = (x, token_N, bounds, *weights[:2], adapters, scale, weight_N, h_2NI, dy)
             ops.swiglu_backward(*arguments, dx_ND, *grads[:2], d_adapters, d_weight_N, dtype)
         else:
-            for grad in grads:
-                if grad is not None:
-                    for e, (start, end) in enumerate(pairwise(bounds)):
-                        if start == end:  # an expert without rows
-                            grad[e].zero_()
+            zero_unvisited(grads, bounds)
             for e, start, end in groups(bounds):
                 rows = slice(start, end)
-                x_e, dy_e = (
-                    (one[rows] if token_N is None else one.index_select(0, token_N[rows])).to(dtype)
-                    for one in (x, dy)
-                )
+                x_e, dy_e = (rows_of(one, token_N, rows, dtype) for one in (x, dy))
                 weight, d_weight, dx = (
                     None if one is None else one[rows] for one in (weight_N, d_weight_N, dx_ND)
                 )
@@ -203,8 +189,26 @@ class _SwiGLU(torch.autograd.Function):
                 _backward(
                     x_e, dy_e, h, weights.expert(e, dtype), weight, scale, grads.expert(e), d_weight, dx
                 )
-        dx = dx_ND if dx_ND is None or token_N is None else _sum(x, token_N[:pairs], dx_ND)
-        return dx, None, None, *grads, d_weight_N, None, None
+        dx = dx_ND if dx_ND is None or token_N is None else sum_pairs(x, token_N, dx_ND)
+        return dx, None, None, *grads, d_weight_N, None
+
+
+def _run(x: Tensor, token_N: Tensor | None, bounds: list[int], *rest: Any, h_2NI: Tensor | None) -> Tensor:
+    """The forward pass; pre-activations go to ``h_2NI`` where a backward will need them."""
+    *stacks, weight_N, scale = rest
+    weights, dtype, ops = Weights(*stacks), gemm_dtype(x), native.ops()
+    y_ND = empty_rows(x, token_N, bounds)
+    if ops is not None and x.device.type == "cpu":
+        adapters = [one for one in stacks[2:] if one is not None]
+        ops.swiglu_forward(x, token_N, bounds, *stacks[:2], adapters, scale, weight_N, h_2NI, y_ND, dtype)
+    else:
+        for e, start, end in groups(bounds):
+            rows = slice(start, end)
+            x_e = rows_of(x, token_N, rows, dtype)
+            weight = None if weight_N is None else weight_N[rows, None]
+            h = x.new_empty(2, end - start, stacks[1].shape[2]) if h_2NI is None else h_2NI[:, rows]
+            _forward(x_e, weights.expert(e, dtype), weight, scale, h, y_ND[rows])
+    return y_ND if token_N is None else sum_pairs(x, token_N, y_ND)
 
 
 def _forward(x: Tensor, w: Any, weight: Tensor | None, scale: float, h: Tensor, y: Tensor) -> None:
@@ -277,8 +281,3 @@ def swiglu_backward(da: Tensor, gate: Tensor, up: Tensor, silu: Tensor, d_gate: 
     """Gradient of silu(gate) * up into ``d_gate`` and ``d_up``, all [n, I]; ``da`` is overwritten."""
     torch.mul(da, silu, out=d_up)
     torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=d_gate)
-
-
-def _sum(x_TD: Tensor, token_N: Tensor, y_ND: Tensor) -> Tensor:
-    """Rows summed per token, [T, H]."""
-    return torch.zeros_like(x_TD).index_add_(0, token_N, y_ND)

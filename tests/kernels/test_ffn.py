@@ -10,11 +10,7 @@ from unimoe.kernels.ffn import ffn_experts, ffn_experts_reference, ffn_mix
 
 H, I = 6, 10  # noqa: E741
 COUNTS = [[3, 3, 3], [4, 0, 2], [0, 6, 0], [0, 0, 1], [0, 0, 0], [5]]
-
-
-@pytest.fixture(autouse=True)
-def _cpu_form(monkeypatch):
-    monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
+pytestmark = pytest.mark.usefixtures("loop")
 
 
 def case(counts, dtype=torch.float64, rest=0) -> Any:
@@ -49,6 +45,20 @@ def test_equals_the_reference_with_every_gradient(counts, act, rest):
 def test_gradcheck(act):
     x, offsets, *stacks, weight = case([2, 0, 1])
     assert gradcheck(lambda x, w, *s: ffn_experts(x, offsets, *s, act, w), (x, weight, *stacks))
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_mix_has_the_gradients_of_gather_and_sum(act):
+    x, offsets, *stacks, weight = case([3, 0, 2])
+    token, tokens = torch.tensor([0, 2, 3, 0, 2]), torch.randn(4, H, dtype=torch.float64, requires_grad=True)
+    leaves, grad = [tokens, *stacks, weight], torch.randn(4, H, dtype=torch.float64)
+    plain = ffn_experts_reference(tokens[token], offsets, *stacks, act, weight)
+    plain = torch.zeros_like(tokens).index_add(0, token, plain)
+    ours = ffn_mix(tokens, token, offsets, *stacks, act, weight)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(plain, leaves, grad)
+    )
 
 
 def test_is_the_dense_ffn_for_each_token():

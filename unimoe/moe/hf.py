@@ -46,7 +46,7 @@ def experts_forward(
     gate_up, down = self.gate_up_proj, self.down_proj
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     slot_N, token_N, _, offsets_E1 = sort_by_expert(top_k_index, gate_up.shape[0])
-    weight_N = top_k_weights.reshape(-1)[slot_N]
+    weight_N = top_k_weights.reshape(-1).index_select(0, slot_N)
     return swiglu_mix(hidden_states, token_N, offsets_E1, gate_up, down, weight_N).to(hidden_states.dtype)
 
 
@@ -54,7 +54,7 @@ def _not_ours(experts: nn.Module) -> str | None:
     """Why these experts need another function, or None."""
     flags = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "has_gate": True}
     for flag, wanted in {**flags, "is_concatenated": True}.items():
-        if getattr(experts, flag) != wanted:
+        if getattr(experts, flag, wanted) != wanted:  # older versions of transformers lack some flags
             return f"{flag} is {not wanted}"
     if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
         return "it has a gate of its own"

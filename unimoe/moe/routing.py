@@ -34,7 +34,8 @@ class Routing:
     ) -> "Routing":
         """Sorts K slots per token by expert; the order of tokens inside an expert is kept."""
         slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(index_TK, num_experts)
-        return cls(token_N, expert_N, weight_TK.reshape(-1)[slot_N], offsets_E1, logits_TE, probs_TE)
+        weight_N = weight_TK.reshape(-1).index_select(0, slot_N)
+        return cls(token_N, expert_N, weight_N, offsets_E1, logits_TE, probs_TE)
 
     @property
     def num_tokens(self) -> int:
