@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, TimmBackboneConfig
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from unimoe.encoders.encoder import nearest
 from unimoe.errors import UserError
@@ -75,7 +75,8 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str,
         keywords["pretrained_cfg_overlay"] = {"file": weights}
     try:
         with torch.device("meta"):
-            strides = timm.create_model(name, features_only=True).feature_info.reduction()
+            frame: Any = timm.create_model(name, features_only=True)
+        strides = frame.feature_info.reduction()
         levels = [strides.index(stride) for stride in STRIDES]
         model = timm.create_model(name, features_only=True, out_indices=levels, **keywords)
     except (RuntimeError, ValueError, AttributeError, OSError) as error:
@@ -85,7 +86,7 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str,
         ) from error
     data = own.get("pretrained_cfg") or resolve_model_data_config(model)
     return model, {
-        "backbone_config": TimmBackboneConfig(backbone=name, out_indices=levels),
+        "backbone_config": {"model_type": "timm_backbone", "backbone": name, "out_indices": levels},
         "image_mean": list(data["mean"]),
         "image_std": list(data["std"]),
     }

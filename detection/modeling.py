@@ -64,7 +64,7 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         self.text_encoder = AutoModel.from_config(config.text_config)
         self.text_encoder.pooler = None  # its output is not needed, its weights would never be trained
         self.image_projections = _projections(self.backbone.channels, config)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.d_model)
+        self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, config.d_model)
         self.enhancer = ENHANCERS[config.enhancer](config)
         self.selection = QuerySelection(config)
         self.query_embedding = (

@@ -8,6 +8,7 @@ slices of one copy, whose sum is the dense FFN.
 
 import logging
 from fnmatch import fnmatchcase
+from typing import Any
 
 from unimoe.errors import UserError
 from unimoe.moe import MoEConfig, MoELayer, build_router, repeat_router, slice_ffn
@@ -69,7 +70,8 @@ def moe_tuning(
         **GATES[gate],
     )
     for index, layer in enumerate(model.decoder.layers):
-        experts = slice_ffn(layer.ffn, slices, copies)
+        dense: Any = layer.ffn
+        experts = slice_ffn(dense, slices, copies)
         router = build_router(model.config.d_model, moe).to(experts.up_proj.device)
         repeat_router(router, slices)
         layer.ffn = MoELayer(router, experts, combine=moe.combine, layer_index=index)
