@@ -57,13 +57,13 @@ class Bank(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, experts * rank, **like))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
-    def forward(self, x_TD: Tensor, weight_TE: Tensor | None) -> Tensor:
-        """[T, P]: sum over experts of weight * B_e A_e x."""
-        h_TR = F.linear(x_TD, self.A)
-        if weight_TE is not None:
-            h_TER = h_TR.unflatten(-1, (self.experts, self.rank)) * weight_TE[..., None].to(h_TR.dtype)
-            h_TR = h_TER.flatten(-2)
-        return F.linear(h_TR, self.B)
+    def hidden(self, x_TD: Tensor, weight_TE: Tensor | None) -> Tensor:
+        """[T, R]: A x, each expert's slice times its weight; B then sums over experts."""
+        h_TR = F.linear(x_TD.to(self.A.dtype), self.A)
+        if weight_TE is None:
+            return h_TR
+        h_TER = h_TR.unflatten(-1, (self.experts, self.rank)) * weight_TE[..., None].to(h_TR.dtype)
+        return h_TER.flatten(-2)
 
 
 class AdaptedLinear(nn.Module):
@@ -106,25 +106,27 @@ class AdaptedLinear(nn.Module):
         y = self.base(x)
         if not len(self.banks):
             return y
-        x_TD = x.reshape(-1, x.shape[-1])
-        y_TP = self._delta(x_TD)
-        return y + (self.scale * y_TP).to(y.dtype).reshape(y.shape)
+        x_TD, y_TP = x.flatten(0, -2), y.flatten(0, -2)
+        gates = self.gating.gate(x_TD)  # type: ignore[operator]
+        for bank, weight_TE in zip(self.banks, gates, strict=True):
+            y_TP = self._add(y_TP, x_TD, bank, weight_TE)  # type: ignore[arg-type]
+        return y_TP.reshape(y.shape)
 
-    def _delta(self, x_TD: Tensor) -> Tensor:
-        x_TD = x_TD.to(self.banks[0].A.dtype)  # type: ignore[arg-type]
-        y_TP = x_TD.new_zeros(len(x_TD), self.out_features)
-        for bank, weight_TE in zip(self.banks, self.gating.gate(x_TD), strict=True):  # type: ignore[operator]
-            if weight_TE is None or len(weight_TE) != len(x_TD):
-                if weight_TE is None or bool(weight_TE.any()):
-                    y_TP = y_TP + bank(x_TD, weight_TE)
-                continue
-            row_N = weight_TE.detach().any(-1).nonzero().squeeze(-1)
-            if len(row_N) == len(x_TD):
-                y_TP = y_TP + bank(x_TD, weight_TE)
-            elif len(row_N):
-                part_NP = bank(x_TD.index_select(0, row_N), weight_TE.index_select(0, row_N))
-                y_TP = y_TP.index_add(0, row_N, part_NP)
-        return y_TP
+    def _add(self, y_TP: Tensor, x_TD: Tensor, bank: Bank, weight_TE: Tensor | None) -> Tensor:
+        """y plus what the bank says about the tokens that reach it."""
+        row_N = None
+        if weight_TE is not None:
+            reached_T = weight_TE.detach().any(-1)
+            if not bool(reached_T.any()):
+                return y_TP
+            if not bool(reached_T.all()):
+                row_N = reached_T.nonzero().squeeze(-1)
+                x_TD, weight_TE = x_TD.index_select(0, row_N), weight_TE.index_select(0, row_N)
+        h_NR = self.scale * bank.hidden(x_TD, weight_TE)
+        if row_N is None and h_NR.dtype == y_TP.dtype:
+            return torch.addmm(y_TP, h_NR, bank.B.T)
+        delta_NP = F.linear(h_NR, bank.B).to(y_TP.dtype)
+        return y_TP + delta_NP if row_N is None else y_TP.index_add(0, row_N, delta_NP)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}"

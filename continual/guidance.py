@@ -68,6 +68,7 @@ def top_gates(scores_TE: Tensor, k: int, temperature: float, mask_TE: Tensor | N
     [T, E] with zeros elsewhere."""
     if mask_TE is not None:
         scores_TE = scores_TE.masked_fill(~mask_TE, -torch.inf)
+    # also where all are kept: sorted, the softmax adds up the same way however many masked experts there are
     kept_TK, index_TK = scores_TE.topk(min(k, scores_TE.shape[-1]), dim=-1)
     weight_TK = (kept_TK / temperature).softmax(dim=-1)
     return torch.zeros_like(scores_TE).scatter(-1, index_TK, weight_TK)
@@ -157,6 +158,8 @@ class Guide:
         self.terms: list[Tensor] = []
         """Weighted losses of the routers, of the forward passes inside ``collect``."""
         self.seen: dict[str, Observation] = {}
+        self.watching = True
+        """Whether to count what the routers do; costs about as much as the routing itself."""
         self._collecting = False
 
     @property
@@ -197,7 +200,7 @@ class Guide:
             kept = slice(None) if self.valid_T is None else self.valid_T
             term = new_expert_balance(gate_TE[kept], scores_TE[kept], old, router.temperature)
             self._add(config.balance * term)
-        if self._collecting:
+        if self._collecting and self.watching:
             self._count(router, scores_TE.detach(), gate_TE.detach(), old, losses)
 
     def _add(self, term: Tensor) -> None:

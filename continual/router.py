@@ -62,10 +62,12 @@ class CosineTopK(Router):
     def scores(self, x_TD: Tensor) -> Tensor:
         """[T, E] float32 scaled cosines; a token of zeros has cosine 0 with everything."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = F.normalize(x_TD.float(), dim=-1)
-            return self.scale * torch.cat(
-                [F.linear(x_TD, F.normalize(row.float(), dim=-1)) for row in self.rows], dim=-1
-            )
+            x_TD = x_TD.float()
+            # the small product is divided by the length, not the wide token: one pass less over [T, D]
+            length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).clamp_min(1e-12)
+            # bank by bank: a wider product would round the old experts' scores otherwise than before
+            products = [F.linear(x_TD, F.normalize(row.float(), dim=-1)) for row in self.rows]
+            return torch.cat(products, dim=-1) * (self.scale / length_T1)
 
     def gate(self, x_TD: Tensor) -> list[Tensor]:
         """Weights [T, E_b] of each bank's experts, zero where an expert is not among the token's K."""

@@ -97,10 +97,12 @@ class TaskModule(LightningModule):
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         step = self.global_step
+        logged = step % self.config.log_every == 0 or step == self.steps - 1
+        self.strategy.watched = logged
         loss = self.strategy.loss(batch, step, self.steps)
         if not loss.requires_grad:  # guidance may keep every token of a batch from everything that trains
             loss = loss + sum(0.0 * p.sum() for p in self.strategy.learner.trainable().values())
-        if step % self.config.log_every == 0 or step == self.steps - 1:
+        if logged:
             for logger in self.loggers:
                 logger.log_metrics({"loss": loss.item(), "lr": self.config.lr * self.rate(step)}, step=step)
             if seen := self.strategy.observed():

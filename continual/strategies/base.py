@@ -36,6 +36,8 @@ class Strategy:
     def __init__(self) -> None:
         self.learner: Learner
         self.memory: dict[str, Any] = {}
+        self.watched = True
+        """Whether ``observed`` will be called after the coming step."""
 
     def attach(self, learner: Learner) -> None:
         """Called once, before the first task: routers and the like go onto the layers here."""

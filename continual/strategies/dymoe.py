@@ -50,7 +50,7 @@ class IncMoELoRA(Strategy):
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """Cross-entropy plus the mean over routers of the guide's losses."""
-        self.guide.step, self.guide.steps = step, steps
+        self.guide.step, self.guide.steps, self.guide.watching = step, steps, self.watched
         total, count = torch.zeros((), device=self.learner.device), 0
         routing = torch.zeros((), device=self.learner.device)
         for part in batch:
@@ -64,7 +64,7 @@ class IncMoELoRA(Strategy):
 
     def end(self, task: Experience) -> None:
         super().end(task)
-        self.guide.guided = False
+        self.guide.guided, self.guide.watching = False, True
 
     def observed(self) -> dict[str, Any]:
         """Shares of token types, target of the losses and mass of each bank, by block of the decoder."""
