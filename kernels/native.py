@@ -1,7 +1,7 @@
 """The cpu forms in C++ (native.cpp), built once by ``python -m unimoe.kernels.native`` and then used.
 
 Without it the same loops run in plain torch. It buys a quarter to a half of a training step's time in the
-experts (``make bench`` with and without UNIMOE_NATIVE=0 says how much here): experts run side by side, one per
+experts (``make bench`` with and without UNIMOE_NATIVE=0 says how much here): they run side by side, one per
 thread, instead of one after the other with all threads in each product.
 """
 
