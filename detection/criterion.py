@@ -79,8 +79,9 @@ class DetectionCriterion(nn.Module):
         Target with no rows.
         """
         # (1)
-        logits_NBQL = _full_precision(torch.cat([output.logits, output.encoder_logits[None]]))
-        boxes_NBQ4 = _full_precision(torch.cat([output.boxes, output.encoder_boxes[None]]))
+        logits_NBQL = _with_proposals(output.logits, output.encoder_logits)
+        boxes_NBQ4 = _with_proposals(output.boxes, output.encoder_boxes)
+        assert output.text_mask is not None
         objects = [
             Target(target.boxes_M4.to(boxes_NBQ4), target.names_M.to(boxes_NBQ4.device)) for target in targets
         ]
@@ -113,12 +114,13 @@ class DetectionCriterion(nn.Module):
         name_tokens: Sequence[Tensor],
         divisor: Tensor,
     ) -> Tensor:
-        logits_NBDL = _full_precision(output.denoising_logits)
-        boxes_NBD4 = _full_precision(output.denoising_boxes)
+        logits, boxes, mask_BL = output.denoising_logits, output.denoising_boxes, output.text_mask
+        assert logits is not None and boxes is not None and mask_BL is not None
+        logits_NBDL, boxes_NBD4 = _full_precision(logits), _full_precision(boxes)
         object_BD = denoising.object_BD.to(boxes_NBD4.device)
         wanted_BD = object_BD.masked_fill(~denoising.positive_BD.to(object_BD.device), -1)
         wanted_NBD = wanted_BD.expand(len(boxes_NBD4), -1, -1)
-        real_BDL = output.text_mask[:, None] & (object_BD >= 0)[..., None]
+        real_BDL = mask_BL[:, None] & (object_BD >= 0)[..., None]
         parts = self._compare(logits_NBDL, boxes_NBD4, wanted_NBD, real_BDL, targets, name_tokens, divisor)
         return self._weigh(parts).sum()
 
@@ -159,7 +161,18 @@ class DetectionCriterion(nn.Module):
         return {"class": class_N / divisor, "l1": l1_N / divisor, "giou": giou_N / divisor}
 
     def _weigh(self, parts: dict[str, Tensor]) -> Tensor:
-        return sum(getattr(self.config, f"{name}_weight") * part_N for name, part_N in parts.items())
+        config = self.config
+        return (
+            config.class_weight * parts["class"]
+            + config.l1_weight * parts["l1"]
+            + config.giou_weight * parts["giou"]
+        )
+
+
+def _with_proposals(layers: Tensor | None, proposals: Tensor | None) -> Tensor:
+    """The layers' predictions with the proposals' behind them."""
+    assert layers is not None and proposals is not None
+    return _full_precision(torch.cat([layers, proposals[None]]))
 
 
 def _full_precision(x: Tensor) -> Tensor:

@@ -46,6 +46,18 @@ class ImageBatch:
 
 
 @dataclass
+class View:
+    """A picture as the model sees it."""
+
+    pixels: Tensor
+    """[3, height, width]"""
+    boxes_K4: Tensor
+    """(x1, y1, x2, y2) of its objects, in its pixels."""
+    kept_K: Tensor
+    """int64, which of the sample's single objects they are."""
+
+
+@dataclass
 class TrainingBatch:
     """Pictures, what each is asked, and the answers."""
 
@@ -69,20 +81,28 @@ class TrainingData(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Prompt, Target, DetectionSample]:
         sample = self.data.samples[index]
-        single_M = ~sample.crowd_M
-        category_M = sample.category_M[single_M]
+        view = self.view(sample)
+        return view.pixels, *self.ask(sample, view.boxes_K4, view.kept_K, view.pixels.shape[1:]), sample
+
+    def view(self, sample: DetectionSample) -> View:
+        """The picture and the boxes of its single objects, augmented."""
         sided = sample.caption is not None and bool(_SIDES & set(sample.caption.lower().split()))
-        pixels, boxes_K4, kept_K = self.augment(sample.load(), sample.boxes_M4[single_M], flip=not sided)
+        return View(*self.augment(sample.load(), sample.boxes_M4[~sample.crowd_M], flip=not sided))
+
+    def ask(
+        self, sample: DetectionSample, boxes_K4: Tensor, kept_K: Tensor, size: Sequence[int]
+    ) -> tuple[Prompt, Target]:
+        """A prompt for a view of the given (height, width), and the answer."""
+        category_K = sample.category_M[~sample.crowd_M][kept_K]
         if sample.caption is None:
             crowds = sample.category_M[sample.crowd_M].tolist()
-            prompt, names_K = self.sampler(category_M[kept_K], sample.negatives, crowds)
+            prompt, names_K = self.sampler(category_K, sample.negatives, crowds)
         else:
             prompt = Prompt.from_caption(sample.caption, sample.spans, self.sampler.tokenizer)
-            names_K = category_M[kept_K]
-            names_K = names_K.masked_fill(~prompt.name_tokens.any(dim=1)[names_K], -1)  # cut off
-        height, width = pixels.shape[1:]
+            names_K = category_K.masked_fill(~prompt.name_tokens.any(dim=1)[category_K], -1)  # cut off
+        height, width = size
         scaled_K4 = box_convert(boxes_K4, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
-        return pixels, prompt, Target(scaled_K4[names_K >= 0], names_K[names_K >= 0]), sample
+        return prompt, Target(scaled_K4[names_K >= 0], names_K[names_K >= 0])
 
     @staticmethod
     def collate(items: Sequence[tuple[Tensor, Prompt, Target, DetectionSample]]) -> TrainingBatch:

@@ -9,7 +9,7 @@ exhaustively.
 import contextlib
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,20 @@ from pycocotools.cocoeval import COCOeval
 from unimoe.data.readers import read_records
 from unimoe.errors import UserError
 
-COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COCO_METRICS: tuple[str, ...] = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
 FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}
 PER_CLASS = 10_000
 """Detections of a class that fixed AP keeps over the whole set."""
@@ -72,8 +85,9 @@ def evaluate_coco(
     """
     truth_name = str(truth) if isinstance(truth, str | Path) else "the ground truth"
     content = _truth(truth, truth_name)
-    gt = _index(content)
+    gt: Any = _index(content)
     results = _results(detections, gt, truth_name)
+    judge: Any
     if style == "lvis-fixed":
         results = _best_of_each_class(results)
         judge = _FederatedEval(gt, _index({**content, "annotations": results}), content["images"])
@@ -85,6 +99,7 @@ def evaluate_coco(
         if style == "coco":
             judge.summarize()
     precision_TRKA = judge.eval["precision"][..., -1]  # IoU thresholds, recalls, classes, areas
+    metrics: dict[str, float]
     if style == "coco":
         metrics = dict(zip(COCO_METRICS, map(float, judge.stats), strict=True))
     else:
@@ -99,6 +114,12 @@ def evaluate_coco(
 
 class _FederatedEval(COCOeval):
     """COCO's matching without a limit per image, by LVIS's rules of what counts."""
+
+    params: Any
+    evalImgs: list
+    _prepare: Callable[[], None]
+    _gts: dict[tuple, list[dict]]
+    _dts: dict[tuple, list[dict]]
 
     def __init__(self, truth: COCO, detections: COCO, images: list[dict]):
         super().__init__(truth, detections, "bbox")
@@ -187,7 +208,7 @@ def _results(
 
 
 def _index(content: dict[str, Any]) -> COCO:
-    indexed = COCO()
+    indexed: Any = COCO()
     indexed.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
         indexed.createIndex()

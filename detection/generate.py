@@ -15,6 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -215,7 +216,7 @@ def annotation(mask: np.ndarray) -> dict:
     """COCO's fields for a bool mask [height, width]: bbox (x, y, width, height), area, segmentation (RLE)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(columns[0]), int(rows[0])
-    run_lengths = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    run_lengths: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {
         "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
         "area": int(mask.sum()),

@@ -87,6 +87,8 @@ def detect(
         threshold: lowest score.
     """
     if image_features is None:
+        if pixel_values is None:
+            raise ValueError("give pixel_values or image_features")
         image_features = model.encode_image(pixel_values, pixel_mask)
     parts: list[list[Detections]] = []
     for chunk, prompt in zip(names.chunks, names.prompts, strict=True):

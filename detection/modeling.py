@@ -34,6 +34,11 @@ class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
     input_modalities = ("image", "text")
     _supports_sdpa = True
 
+    def _initialize_weights(self, module: nn.Module, *args: bool):
+        """transformers takes every module without parameters of its own for initialised if the model is not
+        one of its own, and would leave box heads and deformable attention as their linear layers are."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear | nn.Conv2d):

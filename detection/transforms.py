@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -59,35 +59,35 @@ class Augment:
         Boxes are (x1, y1, x2, y2) in pixels of the picture, then of the view. ``flip`` False never mirrors,
         for pictures whose text speaks of left and right.
         """
-        config = self.config
-        boxes = tv_tensors.BoundingBoxes(boxes_M4, format="XYXY", canvas_size=(picture.height, picture.width))
+        config, image = self.config, F.to_image(picture)
+        boxes_M4 = boxes_M4.clone()
         if flip and torch.rand(()) < config.flip:
-            picture, boxes = F.horizontal_flip(picture), F.horizontal_flip(boxes)
+            image = F.horizontal_flip(image)
+            boxes_M4[:, [0, 2]] = picture.width - boxes_M4[:, [2, 0]]
         if torch.rand(()) < config.crop:
-            picture, boxes = self._resize(picture, boxes, config.crop_sizes)
-            picture, boxes = self._crop(picture, boxes)
-        picture, boxes = self._resize(picture, boxes, config.sizes)
+            image, boxes_M4 = self._crop(*self._resize(image, boxes_M4, config.crop_sizes))
+        image, boxes_M4 = self._resize(image, boxes_M4, config.sizes)
         if config.colour:
-            picture = self.colour(picture)
-        boxes_M4 = F.clamp_bounding_boxes(boxes).as_subclass(Tensor)
+            image = self.colour(image)
+        boxes_M4 = clip_boxes_to_image(boxes_M4, (image.shape[1], image.shape[2]))
         kept = (boxes_M4[:, 2:] - boxes_M4[:, :2] >= 1).all(dim=1).nonzero()[:, 0]
-        return self.normalise(picture), boxes_M4[kept], kept
+        return self.normalise(image), boxes_M4[kept], kept
 
-    def _resize(self, picture, boxes, sizes: Sequence[int]):
-        short = sizes[int(torch.randint(len(sizes), ()))]
-        size = fitted(picture.width, picture.height, short, self.config.longest)
-        return F.resize(picture, size, antialias=True), F.resize(boxes, size)
+    def _resize(self, image: Tensor, boxes_M4: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        _, height, width = image.shape
+        size = fitted(width, height, sizes[int(torch.randint(len(sizes), ()))], self.config.longest)
+        scale = boxes_M4.new_tensor([size[1] / width, size[0] / height] * 2)
+        return F.resize(image, size, antialias=True), boxes_M4 * scale
 
-    def _crop(self, picture, boxes):
+    def _crop(self, image: Tensor, boxes_M4: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.config.crop_range
 
         def part(side: int) -> tuple[int, int]:
             length = int(torch.randint(min(low, side), min(high, side) + 1, ()))
             return int(torch.randint(side - length + 1, ())), length
 
-        (top, height), (left, width) = part(picture.height), part(picture.width)
-        area = (top, left, height, width)
-        return F.crop(picture, *area), F.crop(boxes, *area)
+        (top, height), (left, width) = part(image.shape[1]), part(image.shape[2])
+        return F.crop(image, top, left, height, width), boxes_M4 - boxes_M4.new_tensor([left, top] * 2)
 
 
 class Resize:
@@ -106,15 +106,15 @@ class Resize:
     def __call__(self, picture: Image.Image) -> Tensor:
         """[3, H, W]"""
         size = fitted(picture.width, picture.height, self.size, self.longest)
-        return self.normalise(F.resize(picture, size, antialias=True))
+        return self.normalise(F.resize(F.to_image(picture), size, antialias=True))
 
 
 class Normalise(v2.Compose):
-    """A picture to float32 [3, H, W] with ``mean`` and ``std`` taken out."""
+    """8-bit pixels to float32, with ``mean`` and ``std`` taken out."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__(
-            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std)), v2.ToPureTensor()]
         )
 
 

@@ -23,14 +23,23 @@ import yaml
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.files import file_hash
 from unimoe.loading import find_model, load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoEConfig, SwiGLUExperts, install_moe
 from unimoe.moe.install import moe_layers
 from unimoe.processing import UniMoeProcessor
+from unimoe.training.result import (
+    StageRecord,
+    check_same,
+    clear,
+    flatten,
+    folder_hash,
+    read_record,
+    write_result,
+)
 
-from .experts_file import base_fingerprint, ffn_tensors, file_hash, load_connectors, load_expert
-from .result import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
+from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
 from .router_start import RouterStart, start_routers
 
 log = logging.getLogger(__name__)

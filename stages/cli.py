@@ -5,228 +5,44 @@
 The same command again goes on where it was cut off, and says so when the stage is finished.
 """
 
-import json
 import logging
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from transformers.utils import logging as transformers_logging
-
-from unimoe.errors import UserError
-from unimoe.files import atomic_write
-from unimoe.kernels.allocator import keep_memory
 from unimoe.loading import find_model
-from unimoe.training.curve import CurveLogger, read_curve
-from unimoe.training.progress import PlainProgress, StageBar, clock
-from unimoe.training.resume import Interrupted, LastCheckpoint, saved_step
+from unimoe.training.cli import RunCLI, run_cli
+from unimoe.training.curve import read_curve
+from unimoe.training.result import StageRecord, write_model, write_result
 
 from .data import StageData
-from .experts_file import file_hash, save_expert
+from .experts_file import save_expert
 from .module import StageModule
-from .result import (
-    SETTINGS_FILE,
-    StageRecord,
-    check_same,
-    clear,
-    flatten,
-    folder_hash,
-    read_record,
-    write_model,
-    write_result,
-)
 from .trainable import merge_lora
 
 log = logging.getLogger(__name__)
 
-TRAINER_DEFAULTS = {
-    "gradient_clip_val": 1.0,
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,  # the modality sampler divides the work among the ranks itself
-}
-RESULT_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-"""The trainer's settings that change the result; with others a run may be resumed."""
-HARMLESS_KEYS = ("data.num_workers", "data.cache_features")
-"""Settings of the data that do not change the result."""
 
+class StageCLI(RunCLI):
+    """:class:`~unimoe.training.cli.RunCLI` for StageModule and StageData."""
 
-class Finished(Exception):
-    """The stage was run before, with the same settings."""
+    harmless_keys = ("data.num_workers", "data.cache_features")
 
+    def find_start(self, init_from: str) -> None:
+        find_model(init_from, "init_from", hub=False)
 
-class StageCLI(LightningCLI):
-    """LightningCLI for StageModule and StageData, with an output folder that holds all a stage leaves.
-
-    ``checkpoints/last.ckpt``  to go on after an interruption (removed at the end)
-    ``logs/``                  metrics.csv, and the same for TensorBoard
-    ``settings.json``          what decides the result
-    ``stage.json``             written last: the stage is finished
-    """
-
-    output: Path
-    settings: dict[str, Any]
-    data_hashes: dict[str, str]
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """``ckpt_path`` is left out: handing one stage's checkpoint to the next would go wrong silently."""
-        hidden = {"model", "datamodule", "ckpt_path", "weights_only"}
-        return {
-            "fit": hidden | {"train_dataloaders", "val_dataloaders"},
-            "validate": hidden | {"dataloaders", "verbose"},
-            "test": hidden | {"dataloaders", "verbose"},
-        }
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--stage", type=str, default="stage", help="Name of the stage, for logs and stage.json."
-        )
-        parser.add_argument(
-            "--output",
-            type=str | None,
-            default=None,
-            help="Folder of the result, the logs and the checkpoint.",
-        )
-        parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Throw away what an earlier run left in the output."
-        )
-        parser.add_argument(
-            "--checkpoint_every", type=int, default=50, help="Optimizer steps between checkpoints."
-        )
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("data.steps", "trainer.max_steps")
-
-    # ---------------------------------------------------------------- before anything is built
-
-    def before_instantiate_classes(self) -> None:
-        if self._get(self.config, "output") is None:
-            raise UserError("say where the result goes: --output FOLDER (or output: in the YAML)")
-        self.output = Path(self._get(self.config, "output"))
-        self.data_hashes = {}
-        if self.subcommand != "fit":
-            self._use_result()
-            return
-        init_from = self._get(self.config, "model.init_from")
-        if init_from is not None:
-            find_model(init_from, "init_from", hub=False)
-        self.settings = self._settings()
-        self._compare()
-
-    def _settings(self) -> dict[str, Any]:
-        """Everything that decides the result, by dotted key, contents of files included."""
-        verb = str(self.subcommand)
-        nested: dict[str, Any] = json.loads(self._parser(verb).dump(self.config[verb], format="json"))
-        nested["trainer"] = {key: nested["trainer"].get(key) for key in RESULT_KEYS}
-        for key in ("output", "overwrite", "checkpoint_every", "config"):
-            nested.pop(key, None)
-        flat = {key: value for key, value in flatten(nested).items() if key not in HARMLESS_KEYS}
-        for split in ("train", "val"):
-            files = nested["data"].get(split) or []
-            for file in [files] if isinstance(files, str) else files:
-                if not Path(file).is_file():
-                    raise UserError(f"data.{split}: {file} is not there; expected a file of samples")
-                self.data_hashes[file] = file_hash(file)
-        flat["content of data"] = self.data_hashes
-        init_from = nested["model"].get("init_from")
-        flat["content of init_from"] = None if init_from is None else folder_hash(init_from)
-        return flat
-
-    def _compare(self) -> None:
-        """Go on, begin, or stop, depending on what lies in the output folder."""
-        if self._get(self.config, "overwrite"):
-            clear(self.output)
-        done = read_record(self.output)
-        if done is not None:
-            check_same(self.output, done.settings, self.settings)
-            raise Finished(
-                f"{self.output} is finished: {done.stage}, {done.steps} steps, {clock(done.seconds)}"
-            )
-        begun = self.output / SETTINGS_FILE
-        if begun.is_file() and (self.output / "checkpoints" / "last.ckpt").is_file():
-            check_same(self.output, json.loads(begun.read_text(encoding="utf-8")), self.settings)
-
-    def _use_result(self) -> None:
+    def use_result(self, model_settings: dict[str, Any]) -> None:
         """Evaluate what the stage left, not what it started from."""
-        if read_record(self.output) is None:
-            raise UserError(
-                f"{self.output} holds no finished stage; run `unimoe fit` with this configuration first"
-            )
         find_model(self.output, "output", hub=False)
-        model = self.config[str(self.subcommand)]["model"]
-        model["init_from"] = str(self.output)
+        model_settings["init_from"] = str(self.output)
         for key in ("llm", "modalities", "moe", "chat_template", "warm_start"):
-            model[key] = None
-        model["save"] = "model"
+            model_settings[key] = None
+        model_settings["save"] = "model"
 
-    # ---------------------------------------------------------------- trainer
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        training = self.subcommand == "fit"
-        settings = self._get(self.config_init, "trainer")
-        kwargs |= {"default_root_dir": str(self.output), "logger": False}
-        given = settings["callbacks"]
-        callbacks: list[Callback] = given if isinstance(given, list) else [given] if given else []
-        if training:
-            self.curve = CurveLogger(self.output / "logs")
-            kwargs["logger"] = [self.curve, TensorBoardLogger(self.output, name="", version="logs")]
-            self.last = LastCheckpoint(
-                self.output / "checkpoints" / "last.ckpt", self._get(self.config, "checkpoint_every")
-            )
-            callbacks.append(self.last)
-        if not sys.stderr.isatty():
-            kwargs["enable_progress_bar"] = False
-            callbacks.append(PlainProgress(self._get(self.config, "stage")))
-        elif settings["enable_progress_bar"] is not False:
-            callbacks.append(StageBar(self._get(self.config, "stage")))
-        kwargs["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
-
-    # ---------------------------------------------------------------- verbs
-
-    def fit(self, model: StageModule, datamodule: StageData, **kwargs: Any) -> None:
-        """Train, or go on training, and write the result."""
-        name = self._get(self.config, "stage")
-        atomic_write(self.output / SETTINGS_FILE, json.dumps(self.settings, indent=2) + "\n")
-        begun = 0
-        if self.last.path.is_file():
-            begun = saved_step(self.last.path)
-            log.info("%s: going on after step %d of %d", name, begun, datamodule.steps)
-        else:
-            log.info(
-                "%s: %d steps of %d samples, into %s",
-                name,
-                datamodule.steps,
-                datamodule.batch_size,
-                self.output,
-            )
-        self.curve.cut(begun)
-        checkpoint = str(self.last.path) if begun else None
-        try:
-            self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        except BaseException:
-            if self.trainer.is_global_zero and not self.last.path.is_file():
-                clear(self.output)  # nothing to go on from: the next run begins anew, with whatever settings
-            raise
-        if self.trainer.is_global_zero:
-            self._write(model, name)
-
-    def _write(self, module: StageModule, name: str) -> None:
+    def write(self, module: StageModule, name: str) -> float:
         model = module.model
         record = StageRecord(
             stage=name,
             settings=self.settings,
-            parents=[] if module.init_from is None else [self._parent(module.init_from)],
+            parents=self.parents(module.init_from),
             data=self.data_hashes,
             metrics={key: value for row in read_curve(self.curve.path) for key, value in row.items()},
             parameters={
@@ -255,30 +71,7 @@ class StageCLI(LightningCLI):
             )
         else:
             write_model(self.output, model, module.processor, record)
-        self.last.path.unlink(missing_ok=True)
-        loss = record.metrics.get("val/loss", record.metrics.get("train/loss", float("nan")))
-        log.info("%s: finished after %s, loss %.4f, in %s", name, clock(record.seconds), loss, self.output)
-
-    def _parent(self, folder: str) -> dict[str, str]:
-        parent = read_record(folder)
-        return {
-            "folder": folder,
-            "stage": parent.stage if parent else "",
-            "sha256": self.settings["content of init_from"],
-        }
-
-    def validate(self, model: StageModule, datamodule: StageData, **kwargs: Any) -> None:
-        """Validation loss of the finished stage."""
-        self._evaluate(self.trainer.validate(model, datamodule=datamodule, verbose=False))
-
-    def test(self, model: StageModule, datamodule: StageData, **kwargs: Any) -> None:
-        """Test loss of the finished stage."""
-        self._evaluate(self.trainer.test(model, datamodule=datamodule, verbose=False))
-
-    def _evaluate(self, results: Any) -> None:
-        for metrics in results:
-            for key, value in metrics.items():
-                log.info("%s  %s  %.4f", self._get(self.config, "stage"), key, value)
+        return record.metrics.get("val/loss", record.metrics.get("train/loss", float("nan")))
 
 
 def main(args: list[str]) -> None:
@@ -286,37 +79,4 @@ def main(args: list[str]) -> None:
 
     Raises UserError for bad settings or data, KeyboardInterrupt when the run was asked to stop.
     """
-    _quiet()
-    keep_memory(default=True)
-    try:
-        StageCLI(
-            StageModule,
-            StageData,
-            args=args,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False},
-        )
-    except Finished as message:
-        log.info("%s", message)
-    except Interrupted as message:
-        log.info("%s; the same command goes on from there", message)
-        raise KeyboardInterrupt from message
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
-def _quiet() -> None:
-    """Silence Lightning's hints (what matters of them is a default here), and all processes but the first."""
-    if rank_zero_only.rank:
-        logging.getLogger("unimoe").setLevel(logging.WARNING)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
-    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    run_cli(StageCLI, StageModule, StageData, args)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.files import file_hash
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import read_swiglu
 
@@ -158,12 +159,6 @@ def load_connectors(folder: str | Path, kind: str) -> dict[str, Tensor]:
     raise UserError(
         f"connectors.{kind}: {path} is neither an expert folder nor a model folder with a {kind} connector"
     )
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -4,12 +4,10 @@ Shapes: B rows, T tokens of a row, H hidden size, V vocabulary, S supervised tok
 """
 
 import logging
-import math
 import time
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as nnf
 
@@ -21,6 +19,7 @@ from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import LayerRecord, load, load_balance, record
 from unimoe.moe.records import join
 from unimoe.processing import UniMoeProcessor
+from unimoe.training.module import ResumableModule, Schedule
 
 from .data import StageData
 from .experts_file import base_fingerprint
@@ -30,7 +29,7 @@ from .warm_start import Ridge, check_kinds, read_examples, warm_start
 log = logging.getLogger(__name__)
 
 
-class StageModule(LightningModule):
+class StageModule(ResumableModule):
     """Trains parts of a UniMoe model on next-token cross-entropy over the assistant's words.
 
     The training step:
@@ -52,7 +51,7 @@ class StageModule(LightningModule):
         lora: list[LoRA] | None = None,
         save: Literal["model", "expert"] = "model",
         task: str = "",
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        schedule: Schedule = "cosine",
         warmup: float = 0.03,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -94,7 +93,6 @@ class StageModule(LightningModule):
         self.save, self.task = save, task
         self.schedule, self.warmup, self.weight_decay, self.betas = schedule, warmup, weight_decay, betas
         self.seed = seed
-        self.strict_loading = False  # checkpoints hold what trains; on_load_checkpoint checks their names
         self.model: UniMoeForConditionalGeneration
         self.processor: UniMoeProcessor
         self.groups: list[Group] = []
@@ -142,22 +140,7 @@ class StageModule(LightningModule):
                 if parameters:
                     entry = {"params": parameters, "lr": group.lr, "weight_decay": decay, "name": group.name}
                     settings.append(entry)
-        optimizer = torch.optim.AdamW(settings, betas=self.betas)
-        steps = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def rate(self, step: int, steps: int) -> float:
-        """Share of the peak learning rate at a step (0-based) out of ``steps``."""
-        rise = math.ceil(self.warmup * steps)
-        if step < rise:
-            return (step + 1) / rise
-        done = (step - rise) / max(steps - rise, 1)
-        return {
-            "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
-            "linear": max(1 - done, 0.0),
-            "constant": 1.0,
-        }[self.schedule]
+        return self.scheduled(torch.optim.AdamW(settings, betas=self.betas))
 
     def on_fit_start(self) -> None:
         """Say what trains, and give fresh connectors their head start unless the run resumes."""
@@ -204,7 +187,7 @@ class StageModule(LightningModule):
             aux = self.model.aux_loss(records)
             row |= {"train/aux_loss": aux.item(), **self._load(records)}
             loss = loss + aux
-        self._log_row(row, batch_idx)
+        self.log_row(row, batch_idx)
         return loss
 
     def _rates(self, batch: list[dict[str, Any]]) -> dict[str, float]:
@@ -227,14 +210,6 @@ class StageModule(LightningModule):
             row[f"{name}/balance_loss"] = load_balance(entry).item()
         return row
 
-    def _log_row(self, row: dict[str, float], batch_idx: int) -> None:
-        """Write one row to the loggers at once: Lightning would do so after the checkpoint of the same step,
-        and a run that is stopped in between would lack the row when it goes on."""
-        ends_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if ends_step and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            for logger in self.loggers:
-                logger.log_metrics(row, step=self.global_step)
-
     def _touch(self) -> Tensor:
         """Zero, by way of every trained connector: ranks agree on the gradients whatever their batches hold,
         and a batch of text alone has a gradient when only connectors train."""
@@ -251,27 +226,3 @@ class StageModule(LightningModule):
         loss, count = self.batch_loss(batch)
         # the number of tokens is each batch's weight in the mean over batches
         self.log(name, loss, batch_size=count, prog_bar=True, sync_dist=True)
-
-    # ---------------------------------------------------------------- what a resumed run needs
-
-    def on_train_batch_start(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
-        """Seed the step from (seed, step, rank), so that dropout does not depend on what ran before."""
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what trains: the frozen rest comes from ``init_from`` again."""
-        trained = self.trained_names()
-        checkpoint["state_dict"] = {
-            name: t for name, t in checkpoint["state_dict"].items() if name in trained
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found, expected = set(checkpoint["state_dict"]), self.trained_names()
-        if found != expected:
-            name = min(found ^ expected)
-            side = "lacks" if name in expected else "has"
-            raise UserError(f"the checkpoint does not belong to this stage: it {side} {name}")
-
-    def trained_names(self) -> set[str]:
-        """Names, in this module's state_dict, of the parameters that train."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -48,7 +48,7 @@ class Verb:
     """The function reads the arguments itself, the verb first."""
 
 
-LIGHTNING = "unimoe.stages.cli:main"
+LIGHTNING = "unimoe.fit:main"
 VERBS = {
     "prepare": Verb("unimoe.prepare.run:main", "download and convert the default LLM, towers and pictures"),
     "fit": Verb(LIGHTNING, "train one stage: unimoe fit -c configs/uni_moe/align.yaml", raw=True),

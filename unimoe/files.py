@@ -1,6 +1,7 @@
 """Writing files so that an interrupted run leaves either the old result or the new one, never a half."""
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -50,6 +51,12 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -34,14 +34,25 @@ def total(output: Output) -> torch.Tensor:
 )
 def test_every_weight_receives_a_gradient(tiny_detector, prompts, pixels, settings):
     model = tiny_detector(**settings)
-    with torch.no_grad():  # a box head starts at zero, which would hide what lies before it
+    with torch.no_grad():  # what starts at zero would hide what lies before it
         for name, parameter in model.named_parameters():
-            if "box_head" in name:
+            if any(part in name for part in ("box_head", "sampling_offsets", "attention_weights")):
                 parameter.normal_(std=0.1)
     total(model(pixels, **prompts.inputs())).backward()
     # which BERT never looks up: words that are not in the prompt
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == [] or without == ["text_encoder.embeddings.token_type_embeddings.weight"], without
+
+
+def test_special_values_at_the_start(tiny_detector):
+    """Box heads make no step, points of deformable attention lie around the box, not on its centre."""
+    model = tiny_detector()
+    heads = [model.selection.box_head, *model.decoder.box_heads]
+    assert not any(head.layers[-1].weight.any() for head in heads)
+    for layer in model.decoder.layers:
+        offsets = layer.image_attn.sampling_offsets
+        assert not offsets.weight.any() and len(offsets.bias.view(-1, 2).unique(dim=0)) > 8
+    assert (model.enhancer.layers[0].fusion_layer.vision_param == 1e-4).all()
 
 
 def test_shapes_and_ranges(tiny_detector, prompts, pixels):

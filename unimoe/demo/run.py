@@ -37,8 +37,8 @@ from unimoe.prepare.cache import cache_folder, fault
 from unimoe.prepare.parts import PARTS
 from unimoe.stages.assemble import assemble
 from unimoe.stages.cli import main as stages_cli
-from unimoe.stages.result import STAGE_FILE, read_record
 from unimoe.training.progress import clock
+from unimoe.training.result import STAGE_FILE, read_record
 
 DEFAULT_OUTPUT = "runs/demo"
 """The folder that the configurations name."""

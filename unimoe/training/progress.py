@@ -27,7 +27,10 @@ class StageBar(RichProgressBar):
 
 
 class PlainProgress(Callback):
-    """Logs step, mean loss, tokens a second and the time left, at the first and last step and in between."""
+    """Logs step, mean loss, speed and the time left, at the first and last step and in between.
+
+    A module whose batches are not made of tokens has ``batch_amount(batch)`` and ``batch_unit``.
+    """
 
     def __init__(self, name: str, every_seconds: float = 10.0):
         self.name = name
@@ -35,7 +38,7 @@ class PlainProgress(Callback):
         self._said = self._began = 0.0
         self._first = 0
         self._losses: list[float] = []
-        self._tokens = 0.0
+        self._amount = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
@@ -46,23 +49,28 @@ class PlainProgress(Callback):
     ):
         now, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
         self._losses.append(float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs))
-        self._tokens += sum(float(part["attention_mask"].sum()) for part in batch)
+        self._amount += getattr(pl_module, "batch_amount", _tokens)(batch)
         done = step - self._first
         if done < 1 or (done > 1 and step < steps and now - self._said < self.every_seconds):
             return
         left = (now - self._began) / done * (steps - step)
-        rate = self._tokens / max(now - (self._said or self._began), 1e-9)
+        rate = self._amount / max(now - (self._said or self._began), 1e-9)
         loss = sum(self._losses) / len(self._losses)
         log.info(
-            "%s  step %d/%d  loss %.4f  %.0f tokens/s  %s left",
+            "%s  step %d/%d  loss %.4f  %.0f %s/s  %s left",
             self.name,
             step,
             steps,
             loss,
             rate,
+            getattr(pl_module, "batch_unit", "tokens"),
             clock(left),
         )
-        self._said, self._losses, self._tokens = now, [], 0.0
+        self._said, self._losses, self._amount = now, [], 0.0
+
+
+def _tokens(batch: Any) -> float:
+    return sum(float(part["attention_mask"].sum()) for part in batch)
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a finished stage leaves: the folder of its model or expert, and ``stage.json`` as the last file."""
+"""What a finished run leaves: the folder of its model or expert, and ``stage.json`` as the last file."""
 
 import hashlib
 import json
@@ -11,13 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from unimoe import __version__
 from unimoe.errors import UserError
-from unimoe.files import atomic_folder, atomic_write
-from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.processing import UniMoeProcessor
-
-from .experts_file import file_hash
+from unimoe.files import atomic_folder, atomic_write, file_hash
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -68,10 +66,11 @@ def versions() -> dict[str, str]:
     return {"unimoe": __version__, "python": platform.python_version(), **found}
 
 
-def write_model(
-    output: Path, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, record: StageRecord
-):
-    """Save a model folder with ``stage.json`` into ``output``, beside what is there."""
+def write_model(output: Path, model: PreTrainedModel, processor: Any, record: StageRecord):
+    """Save a model folder with ``stage.json`` into ``output``, beside what is there.
+
+    ``processor``: what prepares the model's inputs, a processor or a tokenizer.
+    """
 
     def save(folder: Path):
         model.save_pretrained(folder)

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from unimoe.errors import UserError
-from unimoe.stages.result import (
+from unimoe.training.progress import clock
+from unimoe.training.result import (
     StageRecord,
     check_same,
     clear,
@@ -12,7 +13,6 @@ from unimoe.stages.result import (
     read_record,
     write_result,
 )
-from unimoe.training.progress import clock
 
 
 def test_flatten():

@@ -1,0 +1,55 @@
+"""``unimoe fit | validate | test`` for detection: a YAML file with ``system: detection``.
+
+unimoe fit -c configs/dynamic_dino/base.yaml [--output runs/base] [--data.steps 400] ...
+"""
+
+from typing import Any
+
+from unimoe.training.cli import RunCLI, run_cli
+from unimoe.training.curve import read_curve
+from unimoe.training.result import StageRecord, write_model
+
+from .datamodule import DetectionData
+from .loading import load_detector
+from .module import DetectionModule
+
+
+class DetectionCLI(RunCLI):
+    """:class:`~unimoe.training.cli.RunCLI` for DetectionModule and DetectionData."""
+
+    harmless_keys = ("data.num_workers", "data.cache_features")
+
+    def find_start(self, init_from: str) -> None:
+        load_detector(init_from, "init_from")
+
+    def use_result(self, model_settings: dict[str, Any]) -> None:
+        model_settings["init_from"] = str(self.output)
+        for key in ("detector", "moe", "trainable"):
+            model_settings[key] = None
+
+    def write(self, module: DetectionModule, name: str) -> float:
+        model = module.model.eval()
+        curve = read_curve(self.curve.path)
+        record = StageRecord(
+            stage=name,
+            settings=self.settings,
+            parents=self.parents(module.init_from),
+            data=self.data_hashes,
+            metrics={key: value for row in curve for key, value in row.items()},
+            parameters={
+                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "total": sum(p.numel() for p in model.parameters()),
+            },
+            steps=self.trainer.global_step,
+            seconds=round(self.last.seconds, 1),
+        )
+        write_model(self.output, model, module.tokenizer, record)
+        return record.metrics.get("train/loss", float("nan"))
+
+
+def main(args: list[str]) -> None:
+    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
+
+    Raises UserError for bad settings or data, KeyboardInterrupt when the run was asked to stop.
+    """
+    run_cli(DetectionCLI, DetectionModule, DetectionData, args)

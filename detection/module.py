@@ -1,0 +1,251 @@
+"""The LightningModule of detection: base training, MoE-Tuning and the dense control.
+
+Shapes: B images, L text tokens, W width of the text encoder.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from unimoe.errors import UserError
+from unimoe.moe import load, load_balance, record
+from unimoe.training.module import ResumableModule, Schedule
+
+from .build import build_detector
+from .criterion import CriterionConfig, DetectionCriterion
+from .datamodule import Batch, Question
+from .dataset import DetectionSet
+from .denoising import DenoisingConfig, make_denoising
+from .evaluation import evaluate_coco
+from .inference import NameChunks, detect
+from .loading import load_detector
+from .modeling import DynamicDinoForObjectDetection
+from .moe_tuning import freeze_for_tuning, moe_tuning
+from .text_cache import TextFeatureCache
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class MoETuning:
+    """How a dense detector becomes a mixture of experts (:mod:`unimoe.detection.moe_tuning`)."""
+
+    copies: int = 8
+    """Of each decoder FFN."""
+    slices: int = 2
+    """Parts of each copy, and experts that a query visits."""
+    gate: str = "straight_through"
+    """indicator, renorm_k or straight_through."""
+    balance_coef: float = 0.01
+    """Factor of the load-balance loss."""
+    router_init_std: float = 0.02
+    """Of the router's fresh rows."""
+
+
+class DetectionModule(ResumableModule):
+    """Trains a detector on boxes and names.
+
+    The training step:
+
+    1. maps of the backbone and features of the text encoder, from their caches where they are frozen
+    2. denoising queries around the objects
+    3. the criterion over all decoder layers, the proposals and the denoising queries, plus the balance loss
+    """
+
+    batch_unit = "pictures"
+
+    def __init__(
+        self,
+        init_from: str | None = None,
+        detector: dict[str, Any] | None = None,
+        moe: MoETuning | None = None,
+        trainable: list[str] | None = None,
+        freeze_encoders: bool = True,
+        criterion: CriterionConfig | None = None,
+        denoising: DenoisingConfig | None = None,
+        lr: float = 4e-4,
+        encoder_lr: float = 0.1,
+        schedule: Schedule = "cosine",
+        warmup: float = 0.1,
+        weight_decay: float = 1e-4,
+        max_detections: int = 300,
+        seed: int = 0,
+    ):
+        """
+        Args:
+            init_from: folder of an earlier run; or else give ``detector``.
+            detector: of a fresh start: ``backbone``, ``weights``, ``text_encoder`` and fields of
+                DynamicDinoConfig, as :func:`unimoe.detection.build.build_detector` takes them.
+            moe: turns the decoder's FFNs into experts and freezes what the paper freezes.
+            trainable: shell patterns of the parameters that train (default: all, or what MoE-Tuning trains).
+            freeze_encoders: keep backbone and text encoder as they are.
+            criterion: weights of the losses and of the matching.
+            denoising: extra queries of a training step (``queries: 0`` for none).
+            lr: peak learning rate of AdamW.
+            encoder_lr: that of backbone and text encoder, as a share of ``lr``.
+            schedule: of the learning rates after warm-up.
+            warmup: share of all steps in which the learning rates rise from zero.
+            weight_decay: of AdamW, on matrices only.
+            max_detections: of a picture, for the average precision.
+            seed: of everything random; each step's numbers follow from it and the step alone.
+        """
+        super().__init__()
+        if (init_from is None) == (detector is None):
+            raise UserError(
+                "a run starts from one of model.init_from (a folder) and model.detector (a fresh start)"
+            )
+        self.init_from, self.detector, self.moe, self.trainable = init_from, detector, moe, trainable
+        self.freeze_encoders = freeze_encoders
+        self.criterion = DetectionCriterion(criterion)
+        self.denoising = denoising or DenoisingConfig()
+        self.lr, self.encoder_lr, self.weight_decay = lr, encoder_lr, weight_decay
+        self.schedule, self.warmup, self.max_detections, self.seed = schedule, warmup, max_detections, seed
+        self.model: DynamicDinoForObjectDetection
+        self.tokenizer: PreTrainedTokenizerBase
+        self._text: TextFeatureCache | None = None
+        self._found: list[dict[str, Any]] = []
+        self._began: tuple[float, int] | None = None
+
+    # ---------------------------------------------------------------- building
+
+    def configure_model(self) -> None:
+        """Build the model and choose what trains, once; Lightning calls this before every verb."""
+        if hasattr(self, "model"):
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            if self.init_from is not None:
+                model, tokenizer = load_detector(self.init_from, "init_from")
+            else:
+                model, tokenizer = build_detector(**(self.detector or {}))
+            if self.moe is not None:
+                moe_tuning(model, **vars(self.moe))
+        if self.trainable is not None:
+            freeze_for_tuning(model, tuple(self.trainable))
+        if self.freeze_encoders:
+            model.freeze_encoders()
+        if self._trainer is not None and not self.trainer.training:
+            model.requires_grad_(False)
+        self.model, self.tokenizer = model.train(), tokenizer
+        if not any(p.requires_grad for p in model.text_encoder.parameters()):
+            self._text = TextFeatureCache(model)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; matrices and vectors, of the encoders and of the rest, are parameter groups."""
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                encoder = name.startswith(("backbone.", "text_encoder."))
+                groups.setdefault((encoder, parameter.ndim > 1), []).append(parameter)
+        settings = [
+            {
+                "params": parameters,
+                "lr": self.lr * (self.encoder_lr if encoder else 1.0),
+                "weight_decay": self.weight_decay if matrix else 0.0,
+            }
+            for (encoder, matrix), parameters in groups.items()
+        ]
+        return self.scheduled(torch.optim.AdamW(settings))
+
+    def on_fit_start(self) -> None:
+        """Say what trains."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        log.info("trains %.2f of %.2f million weights", trained / 1e6, total / 1e6)
+
+    # ---------------------------------------------------------------- steps
+
+    def batch_amount(self, batch: Batch) -> float:
+        """Pictures of a batch, for the speed in the progress."""
+        return len(batch.targets)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # (1)
+        prompts = batch.prompt_batch
+        features = None if self._text is None else self._text(batch.prompts)
+        # (2)
+        queries = make_denoising(batch.targets, prompts.name_tokens, self.denoising)
+        with record() as records:
+            output = self.model(
+                pixel_values=batch.pixel_values,
+                pixel_mask=batch.pixel_mask,
+                image_features=batch.image_features,
+                text_features=features,
+                denoising=queries,
+                **prompts.inputs(),
+            )
+        # (3)
+        labels = queries.labels if queries else None
+        losses = self.criterion(output, batch.targets, prompts.name_tokens, labels)
+        self.log("train/loss", losses["loss"].detach(), prog_bar=True, logger=False)
+        row = {f"train/{name}": value.item() for name, value in losses.items()}
+        row["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        now = time.perf_counter()
+        if self._began is not None:
+            row["train/pictures_per_second"] = self._began[1] / (now - self._began[0])
+        self._began = (now, len(batch.targets))
+        for entry in records:
+            share_E = load(entry)
+            row[f"moe/layer{entry.layer:02d}/load_max_over_mean"] = float(share_E.max() / share_E.mean())
+            row[f"moe/layer{entry.layer:02d}/balance_loss"] = load_balance(entry).item()
+        self.log_row(row, batch_idx)
+        return losses["loss"]
+
+    # ---------------------------------------------------------------- average precision
+
+    def validation_step(self, batch: Question, batch_idx: int) -> None:
+        self._found += self.search(batch, self._set("val"))
+
+    def test_step(self, batch: Question, batch_idx: int) -> None:
+        self._found += self.search(batch, self._set("test"))
+
+    def on_validation_epoch_end(self) -> None:
+        self._score("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._score("test")
+
+    def search(self, batch: Question, data: DetectionSet, names: NameChunks | None = None) -> list[dict]:
+        """COCO results of some pictures, looking for every name of the set."""
+        text = self._text or TextFeatureCache(self.model)
+        names = names or NameChunks.of(data.names, self.tokenizer, self.model.config.max_text_tokens)
+        found = detect(
+            self.model,
+            names,
+            batch.pixel_values,
+            batch.pixel_mask,
+            batch.sizes,
+            text,
+            batch.image_features,
+            self.max_detections,
+        )
+        ids = [category.id for category in data.categories]
+        results = []
+        for sample, one in zip(batch.samples, found, strict=True):
+            boxes = one.boxes_K4.cpu()
+            boxes[:, 2:] -= boxes[:, :2]
+            for box, score, label in zip(
+                boxes.tolist(), one.scores_K.tolist(), one.labels_K.tolist(), strict=True
+            ):
+                results.append(
+                    {"image_id": sample.image_id, "category_id": ids[label], "bbox": box, "score": score}
+                )
+        return results
+
+    def _set(self, split: str) -> DetectionSet:
+        return self.trainer.datamodule.sets[split]  # type: ignore[attr-defined]
+
+    def _score(self, split: str) -> None:
+        found, self._found = self._found, []
+        if self.trainer.world_size > 1:
+            parts: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, found)
+            found = [result for part in parts for result in part]
+        metrics = evaluate_coco(self._set(split).ground_truth(), found).metrics
+        names = ("AP", "AP50", "AP75")
+        self.log_dict({f"{split}/{name}": metrics[name] for name in names}, rank_zero_only=False)

@@ -1,0 +1,74 @@
+"""What the Lightning modules of the suite share: learning rates, logs, and steps that repeat after a kill."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+
+from unimoe.errors import UserError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class ResumableModule(LightningModule):
+    """A module whose step depends on the seed and its number alone, and whose checkpoint holds what trains.
+
+    Subclasses set ``seed``, ``schedule`` and ``warmup``.
+    """
+
+    seed: int
+    schedule: Schedule
+    warmup: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold what trains; on_load_checkpoint checks their names
+
+    def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
+        """What ``configure_optimizers`` returns: the optimizer, with ``rate`` on its learning rates."""
+        steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at a step (0-based) out of ``steps``."""
+        rise = math.ceil(self.warmup * steps)
+        if step < rise:
+            return (step + 1) / rise
+        done = (step - rise) / max(steps - rise, 1)
+        return {
+            "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+            "linear": max(1 - done, 0.0),
+            "constant": 1.0,
+        }[self.schedule]
+
+    def log_row(self, row: dict[str, float], batch_idx: int) -> None:
+        """Write one row to the loggers at once: Lightning would do so after the checkpoint of the same step,
+        and a run that is stopped in between would lack the row when it goes on."""
+        ends_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if ends_step and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in self.loggers:
+                logger.log_metrics(row, step=self.global_step)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step from (seed, step, rank), so that dropout does not depend on what ran before."""
+        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains: the frozen rest comes from ``init_from`` again."""
+        trained = self.trained_names()
+        checkpoint["state_dict"] = {
+            name: t for name, t in checkpoint["state_dict"].items() if name in trained
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found, expected = set(checkpoint["state_dict"]), self.trained_names()
+        if found != expected:
+            name = min(found ^ expected)
+            side = "lacks" if name in expected else "has"
+            raise UserError(f"the checkpoint does not belong to this stage: it {side} {name}")
+
+    def trained_names(self) -> set[str]:
+        """Names, in this module's state_dict, of the parameters that train."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
