@@ -246,9 +246,8 @@ class Run:
     def _all_at_once(self) -> Experience:
         """The samples of every task as one experience."""
         samples = [sample for task in self.stream for sample in task.samples]
-        config = replace(
-            self.stream[0].config, name="all", steps=sum(task.config.steps for task in self.stream)
-        )
+        steps = sum(task.steps(self.config.training.batch_size) for task in self.stream)
+        config = replace(self.stream[0].config, name="all", steps=steps)
         return Experience(0, config, samples, [])
 
     # ---------------------------------------------------------------- files

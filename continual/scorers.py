@@ -184,6 +184,23 @@ def _distance(one: str, other: str) -> int:
     return row[-1]
 
 
+def _rouge(prediction: str, truth: Truth) -> float:
+    """ROUGE-L (Lin, 2004): F of the longest common subsequence of words, beta 1.2 as in COCO captions; the
+    best reference counts."""
+    said, best = prediction.lower().split(), 0.0
+    for answer in truth.answers:
+        wanted = answer.lower().split()
+        row = [0] * (len(wanted) + 1)
+        for one in said:
+            previous, row = row, [0]
+            for j, other in enumerate(wanted):
+                row.append(previous[j] + 1 if one == other else max(previous[j + 1], row[-1]))
+        precision, recall = row[-1] / len(said), row[-1] / max(len(wanted), 1)
+        if row[-1]:
+            best = max(best, (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision))
+    return best
+
+
 def _imagenet_legacy(prediction: str, truth: Truth) -> float:
     """CoIN's: either string inside the other."""
     said, answer = prediction.lower(), truth.answers[0].lower()
@@ -235,6 +252,7 @@ SCORERS = {
     "number": Scorer(_numeric, _wants_number),
     "grounding": Scorer(_grounding, _wants_box),
     "anls": Scorer(_anls, _wants_text),
+    "rouge": Scorer(_rouge, _wants_text),
     "imagenet-legacy": Scorer(_imagenet_legacy, _wants_text, empty=1.0),
     "grounding-legacy": Scorer(_grounding_legacy, _wants_box),
 }

@@ -8,6 +8,7 @@ stream:
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -35,8 +36,10 @@ class TaskConfig:
     """How answers are graded, a key of :data:`unimoe.continual.scorers.SCORERS`."""
     prompt: str = "{question}"
     """What becomes of each user text, in training and test alike."""
-    steps: int = 100
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; None takes ``epochs``."""
+    epochs: float = 1.0
+    """Times that the training samples are gone through, where ``steps`` does not say."""
     max_new_tokens: int = 12
     """Longest answer in tokens."""
     train_limit: int | None = None
@@ -74,6 +77,10 @@ class Experience:
     @property
     def name(self) -> str:
         return self.config.name
+
+    def steps(self, batch_size: int) -> int:
+        """Optimizer steps of batches of so many samples."""
+        return self.config.steps or math.ceil(self.config.epochs * len(self.samples) / batch_size)
 
 
 class Stream:
@@ -140,8 +147,8 @@ def _ordered(config: StreamConfig) -> list[TaskConfig]:
 
 
 def _read(config: StreamConfig, task: TaskConfig, index: int) -> Experience:
-    if task.steps < 1 or task.max_new_tokens < 1:
-        raise UserError(f"task {task.name!r}: steps and max_new_tokens must be at least 1")
+    if (task.steps is not None and task.steps < 1) or task.epochs <= 0 or task.max_new_tokens < 1:
+        raise UserError(f"task {task.name!r}: steps, epochs and max_new_tokens must be above 0")
     if "{question}" not in task.prompt:
         raise UserError(f"task {task.name!r}: its prompt has no {{question}}: {task.prompt!r}")
     rule = scorer(task.scorer)

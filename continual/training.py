@@ -134,7 +134,7 @@ def train_task(
 ) -> float:
     """Train ``task``, going on from the checkpoint in ``folder`` if there is one; returns the seconds spent,
     those of interrupted runs included."""
-    steps = task.config.steps
+    steps = task.steps(config.batch_size)
     module = TaskModule(strategy, task, config, steps, seed)
     curve = CurveLogger(folder)
     module.routing_log = folder / ROUTING_LOG

@@ -35,6 +35,7 @@ def test_an_empty_answer_is_wrong(name):
         ("grounding", "[0.1, 0.2, 0.9, 0.85]", ["[0.1, 0.2, 0.9, 0.8]"], 1),
         ("anls", "hallo", ["hello"], 0.8),
         ("anls", "xyz", ["hello"], 0),
+        ("rouge", "a dog runs", ["the cat", "a dog runs fast"], 2.44 * 0.75 / (0.75 + 1.44)),
     ],
 )
 def test_rules(name, prediction, answers, expected):

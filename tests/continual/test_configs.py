@@ -1,0 +1,26 @@
+"""The configurations that ship, parsed as the command line parses them."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from unimoe.continual.cli import _parser, _settings, strategy_of
+from unimoe.continual.scorers import SCORERS
+
+FOLDER = Path(str(files("unimoe.configs").joinpath("continual")))
+PATHS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "align.yaml")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_every_setting_is_known(path):
+    parser = _parser("run")
+    config, _ = _settings(parser, parser.parse_args(["-c", str(path), "--output", "x"]))
+    assert len({task.name for task in config.stream.tasks}) == len(config.stream.tasks) >= 4
+    assert {task.scorer for task in config.stream.tasks} <= set(SCORERS)
+
+
+def test_settings_of_strategies_are_parsed_into_their_types():
+    made, noted = strategy_of("dymoe", {"dymoe": {"guidance": {"threshold": 0.3, "admit": ["new", "old"]}}})
+    assert made.guide.config.threshold == 0.3 and made.guide.config.admit == ("new", "old")
+    assert noted["k"] == 16 and noted["guidance"]["threshold"] == 0.3

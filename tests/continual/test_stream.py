@@ -1,0 +1,79 @@
+import json
+
+import pytest
+
+from unimoe.continual.questions import read_questions
+from unimoe.continual.stream import Stream, StreamConfig, TaskConfig
+from unimoe.errors import UserError
+
+
+def write(path, records):
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_the_items_of_coin(tmp_path):
+    """A test item of CoIN is answered from its text; a list of answers and LLaVA records are read too."""
+    (tmp_path / "a.jpg").write_bytes(b"")
+    path = write(
+        tmp_path / "test.json",
+        [
+            {"question_id": 7, "image": "a.jpg", "text": "What is it?", "answer": "cat"},
+            {"question_id": "8", "text": "Two and two?", "answer": ["4", "four"]},
+            {"id": "9", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        ],
+    )
+    first, second, third = read_questions(path)
+    assert first.id == "7" and first.truth.answers == ("cat",) and first.sample.kind == "image"
+    assert second.truth.answers == ("4", "four") and second.sample.kind == "text"
+    assert third.truth.answers == ("Ho",) and [m["role"] for m in third.sample.messages] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "holds no questions"),
+        ([{"question_id": 1, "text": "a"}], r"test.json\[0\]: expected turns, or the keys"),
+        ([{"question_id": 1, "text": "a", "answer": "b"}] * 2, "the id '1' is that of"),
+        ([{"question_id": 1, "text": "a", "answer": []}], "the list of answers is empty"),
+        (["a"], "expected an object"),
+    ],
+)
+def test_broken_questions(tmp_path, records, message):
+    with pytest.raises(UserError, match=message):
+        read_questions(write(tmp_path / "test.json", records))
+
+
+def stream(tmp_path, **changes):
+    turns = [{"from": "human", "value": "word"}, {"from": "gpt", "value": "drow"}]
+    write(tmp_path / "train.json", [{"id": str(i), "conversations": turns} for i in range(10)])
+    write(tmp_path / "test.json", [{"question_id": i, "text": "word", "answer": "drow"} for i in range(5)])
+    task = TaskConfig("a", "train.json", "test.json", **changes)
+    return Stream(StreamConfig([task], root=str(tmp_path)))
+
+
+def test_the_prompt_goes_around_training_and_test_questions(tmp_path):
+    (task,) = stream(tmp_path, prompt="{question}\nOne word.")
+    assert task.samples[0].messages[0]["content"][0]["text"] == "word\nOne word."
+    assert task.samples[0].messages[1]["content"][0]["text"] == "drow"
+    assert task.questions[0].sample.messages[0]["content"][0]["text"] == "word\nOne word."
+
+
+def test_limits_steps_and_epochs(tmp_path):
+    (task,) = stream(tmp_path, train_limit=7, test_limit=2, epochs=2)
+    assert len(task.samples) == 7 and len(task.questions) == 2
+    assert task.steps(4) == 4  # ceil(14 / 4)
+    (again,) = stream(tmp_path, train_limit=7, steps=9)
+    assert again.samples == task.samples and again.steps(4) == 9
+
+
+def test_what_is_refused(tmp_path):
+    for changes, message in (
+        ({"prompt": "no place"}, "has no {question}"),
+        ({"steps": 0}, "must be above 0"),
+        ({"train_limit": 0}, "must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stream(tmp_path, **changes)
+    with pytest.raises(UserError, match="stream.tasks is empty"):
+        Stream(StreamConfig())
