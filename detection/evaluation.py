@@ -21,20 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from unimoe.data.readers import read_records
 from unimoe.errors import UserError
 
-COCO_METRICS: tuple[str, ...] = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARs",
-    "ARm",
-    "ARl",
-)
+COCO_METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}
 PER_CLASS = 10_000
 """Detections of a class that fixed AP keeps over the whole set."""
