@@ -198,7 +198,7 @@ STEPS = (
     Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared),
     Step("data", "pictures, questions and clips", 0.5, _build, partial(_exists, "data/manifest.json")),
     _stage("align", "the connectors learn to speak the language model's language", 2.0),
-    _stage("expert_image", "a copy of the language model specialises in pictures", 3.0),
+    _stage("expert_image", "a copy of the language model specialises in pictures", 4.5),
     _stage("expert_speech", "another one in speech", 4.0),
     Step(
         "assemble",
