@@ -52,7 +52,8 @@ def build_detector(
     model.backbone._backbone.load_state_dict(image.state_dict())
     text.pooler = None
     model.text_encoder.load_state_dict(text.state_dict())
-    return model.eval(), tokenizer
+    _check_isolation(model.eval(), text_encoder)
+    return model, tokenizer
 
 
 def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str, Any]]:
@@ -90,3 +91,18 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str,
         "image_mean": list(data["mean"]),
         "image_std": list(data["std"]),
     }
+
+
+@torch.no_grad()
+def _check_isolation(model: DynamicDinoForObjectDetection, name: str) -> None:
+    """UserError for a text encoder that does not heed which token may see which."""
+    ids = torch.tensor([[1, 2, 3], [1, 4, 3]])
+    mask, positions = torch.eye(3, dtype=torch.bool).expand(2, -1, -1), torch.zeros_like(ids)
+    try:
+        first, second = model.encode_text(ids, mask, positions)
+        isolated = torch.equal(first[2], second[2])
+    except (RuntimeError, TypeError):
+        isolated = False
+    if not isolated:
+        kind = model.text_encoder.config.model_type
+        raise UserError(f"text encoder '{name}' ({kind}): phrases see one another; expected BERT's kind")

@@ -110,6 +110,9 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
             first_L = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
             text_attention_mask = text_attention_mask | first_L
             text_position_ids = torch.where(first_L, 0, text_position_ids + 1)
+        table = getattr(getattr(self.text_encoder, "embeddings", None), "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            text_position_ids = text_position_ids + table.padding_idx + 1  # RoBERTa's kind counts from there
         return self.text_encoder(
             input_ids=input_ids, attention_mask=text_attention_mask[:, None], position_ids=text_position_ids
         ).last_hidden_state

@@ -1,10 +1,11 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModel
 
-from unimoe.detection import PromptBatch
+from unimoe.detection import Prompt, PromptBatch
 from unimoe.detection.build import build_detector, load_backbone
-from unimoe.detection.prompt import Prompt
+from unimoe.detection.text_cache import TextFeatureCache
 from unimoe.errors import UserError
 
 
@@ -35,6 +36,32 @@ def test_mistakes_name_what_was_found():
         load_backbone("test_efficientnet", "nowhere.safetensors")
     with pytest.raises(UserError, match="no setting 'num_querys'; closest: num_queries"):
         build_detector(num_querys=3)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra", "mpnet"])
+def test_text_encoders_of_other_kinds(kind, tokenizer, tmp_path):
+    """They are taken if phrases do not see one another; MPNet's attention makes something else of the
+    mask."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    config = AutoConfig.for_model(kind, **small, pad_token_id=1, intermediate_size=32)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    parts = {"backbone": "test_efficientnet", "text_encoder": str(tmp_path), "d_model": 32, "num_queries": 5}
+    if kind == "mpnet":
+        with pytest.raises(UserError, match="\\(mpnet\\): phrases see one another"):
+            build_detector(**parts)
+        return
+    model, _ = build_detector(**parts)
+    alone = Prompt.from_names(["cat"], tokenizer)
+    among = Prompt.from_names(["red car", "cat", "dog"], tokenizer)
+    cache = TextFeatureCache(model)
+    features = [cache([prompt])[0][prompt.name_tokens.any(0)] for prompt in (alone, among)]
+    assert_close(features[0][0], features[1][2])
+    with torch.no_grad():
+        inputs = PromptBatch.stack([among]).inputs()
+        inputs.pop("text_mask")
+        direct = model.encode_text(**inputs)[0][among.name_tokens.any(0)]
+    assert_close(direct, features[1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.weights
