@@ -1,21 +1,21 @@
-"""Training one task: a small LightningModule around a strategy, one ``fit`` per task."""
+"""Training one task: a small Lightning module around a strategy, one ``fit`` per task."""
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from unimoe.data.mix import MixedBatchSampler
 from unimoe.errors import UserError
 from unimoe.training.curve import CurveLogger
 from unimoe.training.loader import ResumableLoader
+from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.progress import PlainProgress
 from unimoe.training.resume import LastCheckpoint, saved_step
 
@@ -37,8 +37,9 @@ class TrainingConfig:
     """Peak learning rate of AdamW (CoIN's scripts)."""
     router_lr: float | None = None
     """Of the routers' rows; None takes ``lr``."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Down to zero within each task, or constant after the warm-up."""
+    schedule: Schedule = "cosine"
+    """Of the learning rate after the warm-up: down to zero within each task by a cosine or a line, or
+    constant."""
     warmup: float = 0.03
     """Share of a task's steps in which the learning rate rises from zero."""
     weight_decay: float = 0.0
@@ -63,15 +64,14 @@ class TrainingConfig:
             )
 
 
-class TaskModule(LightningModule):
+class TaskModule(ResumableModule):
     """One task under one strategy; checkpoints hold what trains and nothing else."""
 
-    def __init__(self, strategy: Strategy, task: Experience, config: TrainingConfig, steps: int, seed: int):
+    def __init__(self, strategy: Strategy, config: TrainingConfig, steps: int, seed: int, routing_log: Path):
         super().__init__()
-        self.strategy, self.task, self.config, self.steps, self.seed = strategy, task, config, steps, seed
+        self.strategy, self.config, self.steps, self.routing_log = strategy, config, steps, routing_log
+        self.seed, self.schedule, self.warmup = seed, config.schedule, config.warmup
         self.model = strategy.learner.model
-        self.strict_loading = False
-        self.routing_log = Path()
 
     def configure_optimizers(self) -> Any:
         trained = self.strategy.learner.trainable()
@@ -79,54 +79,22 @@ class TaskModule(LightningModule):
         others = [p for name, p in trained.items() if ".gating." not in name]
         rates = ((others, self.config.lr), (routers, self.config.router_lr or self.config.lr))
         groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step (0-based)."""
-        rise = math.ceil(self.config.warmup * self.steps)
-        if step < rise:
-            return (step + 1) / rise
-        done = min((step - rise) / max(self.steps - rise, 1), 1.0)
-        return 0.5 * (1 + math.cos(math.pi * done)) if self.config.schedule == "cosine" else 1.0
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step from (seed, task, step): its random numbers do not depend on what ran before."""
-        torch.manual_seed((self.seed * 1009 + self.task.index) * 1_000_003 + batch_idx)
+        return self.scheduled(torch.optim.AdamW(groups, weight_decay=self.config.weight_decay))
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         step = self.global_step
-        logged = step % self.config.log_every == 0 or step == self.steps - 1
-        self.strategy.watched = logged
+        self.strategy.watched = step % self.config.log_every == 0
         loss = self.strategy.loss(batch, step, self.steps)
         if not loss.requires_grad:  # guidance may keep every token of a batch from everything that trains
             loss = loss + sum(0.0 * p.sum() for p in self.strategy.learner.trainable().values())
-        if logged:
-            for logger in self.loggers:
-                logger.log_metrics({"loss": loss.item(), "lr": self.config.lr * self.rate(step)}, step=step)
-            if seen := self.strategy.observed():
-                with self.routing_log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **seen}) + "\n")
+        self.log_row({"loss": loss.item(), "lr": self.config.lr * self.rate(step, self.steps)}, batch_idx)
+        if self.strategy.watched and (seen := self.strategy.observed()):
+            with self.routing_log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **seen}) + "\n")
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.strategy.before_step()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = self.strategy.learner.trainable()
-        checkpoint["state_dict"] = {name: p.detach().clone() for name, p in trained.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained, found = self.strategy.learner.trainable(), checkpoint["state_dict"]
-        if trained.keys() != found.keys():
-            raise UserError(
-                f"the checkpoint inside task {self.task.name!r} does not belong to this run; delete it"
-            )
-        with torch.no_grad():
-            for name, value in found.items():
-                trained[name].copy_(value)
-        checkpoint["state_dict"] = {}
 
 
 def train_task(
@@ -135,14 +103,14 @@ def train_task(
     """Train ``task``, going on from the checkpoint in ``folder`` if there is one; returns the seconds spent,
     those of interrupted runs included."""
     steps = task.steps(config.batch_size)
-    module = TaskModule(strategy, task, config, steps, seed)
+    routing_log = folder / ROUTING_LOG
+    module = TaskModule(strategy, config, steps, seed * 1009 + task.index, routing_log)
     curve = CurveLogger(folder)
-    module.routing_log = folder / ROUTING_LOG
     checkpoint = LastCheckpoint(folder / "last.ckpt", config.checkpoint_every)
     resume = checkpoint.path if checkpoint.path.is_file() else None
     done = saved_step(resume) if resume else 0
     curve.cut(done)
-    _cut_routing(module.routing_log, done)
+    _cut_routing(routing_log, done)
     if resume:
         log.info("%s  goes on after step %d of %d", label, done, steps)
     trainer = Trainer(
@@ -157,7 +125,7 @@ def train_task(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        log_every_n_steps=1,
+        log_every_n_steps=config.log_every,
         default_root_dir=folder,
     )
     trainer.fit(

@@ -65,7 +65,11 @@ VERBS = {
         "unimoe.detection.generate:scenes", "write a COCO-format set of emoji on photographs"
     ),
     "evaluate coco": Verb("unimoe.detection.evaluate:evaluate_files", "COCO or LVIS scores of detections"),
+    "detect": Verb("unimoe.detect:detect", "look for things, named in words, in pictures", {"prompt": "-p"}),
+    "export onnx": Verb("unimoe.export:onnx", "a detector as one ONNX file, compared with the model"),
     "demo": Verb("unimoe.demo:demo", "the whole path on real weights, with a report at its end"),
+    "demo continual": Verb("unimoe.demo.continual:continual", "task after task on the default parts"),
+    "continual data": Verb("unimoe.demo.tasks:build_tasks", "write the tasks of the embedded stream"),
 }
 
 

@@ -17,8 +17,8 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.prepare import prepare
 from unimoe.stages.cli import main as stages_cli
-from unimoe.stages.result import STAGE_FILE
 from unimoe.training.progress import clock
+from unimoe.training.result import STAGE_FILE
 
 DEFAULT_OUTPUT = "runs/continual"
 """The folder that the configurations name."""
