@@ -1,4 +1,4 @@
-"""``unimoe continual run`` and ``unimoe continual compare``.
+"""``unimoe continual run``, ``compare`` and ``diagnose``.
 
     unimoe continual run -c configs/continual/embedded.yaml --strategy dymoe --seed 0 --output runs/c/dymoe-0
     unimoe continual compare -c configs/continual/embedded.yaml --strategies lora dymoe --seeds 0 1 --output
@@ -8,6 +8,7 @@ Flags and YAML are :class:`unimoe.continual.run.RunConfig`. The same command aga
 off.
 """
 
+import json
 import logging
 import warnings
 from dataclasses import fields, replace
@@ -16,10 +17,14 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from unimoe.errors import UserError
+from unimoe.files import atomic_write
 
+from .guidance import TYPES
 from .report import report
 from .run import Run, RunConfig
 from .strategies import Strategy, strategies
+
+log = logging.getLogger(__name__)
 
 
 def run(args: list[str]) -> None:
@@ -46,6 +51,30 @@ def compare(args: list[str]) -> None:
     report(folders, output)
 
 
+def diagnose(args: list[str]) -> None:
+    """Which tokens of a second task teach it, and which cost the first.
+
+    DyMoE on the stream's first two tasks, with only new, ambiguous or old tokens admitted to the new
+    experts; ``args`` are those after ``unimoe``.
+    """
+    parser = _parser("diagnose")
+    found = parser.parse_args(args[2:])
+    config, output = _settings(parser, found)
+    names = (config.stream.order or [task.name for task in config.stream.tasks])[:2]
+    if len(names) < 2:
+        raise UserError("diagnose needs a stream of at least two tasks")
+    config = replace(config, stream=replace(config.stream, order=names), forward_transfer=True)
+    settings = found.settings.get("dymoe", {})
+    table: dict[str, dict[str, float]] = {}
+    for kind in TYPES:
+        guidance = {**settings.get("guidance", {}), "admit": [kind]}
+        result = _run(config, "dymoe", {"dymoe": {**settings, "guidance": guidance}}, f"{output}/{kind}")
+        (first, ahead), (kept, second) = result["matrix"]["scores"]
+        table[kind] = {"gain on the second": second - ahead, "loss on the first": first - kept}
+        log.info("%-10s gain %6.2f   loss %6.2f", kind, *table[kind].values())
+    atomic_write(f"{output}/diagnosis.json", json.dumps({"tasks": names, "tokens": table}, indent=1) + "\n")
+
+
 def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:
     """A strategy by its name in reports, and all of its settings. Raises UserError for an unknown name."""
     known = strategies()
@@ -60,11 +89,11 @@ def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str
     return parser.instantiate(values).strategy, values.strategy.as_dict() if "strategy" in values else {}
 
 
-def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> None:
+def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     made, noted = strategy_of(strategy, settings)
-    Run(config, made, noted, output)()
+    return Run(config, made, noted, output)()
 
 
 def _parser(verb: str) -> ArgumentParser:

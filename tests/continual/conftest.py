@@ -80,3 +80,9 @@ def command(tmp_path):
         return ["continual", "run", "-c", str(path), "--output", str(tmp_path / output), *flags]
 
     return make
+
+
+@pytest.fixture
+def write():
+    """``write_stream``, for tests that want other tasks."""
+    return write_stream

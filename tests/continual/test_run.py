@@ -122,11 +122,9 @@ def test_a_run_that_is_cut_goes_on_to_the_same_matrix(name, config, command, tmp
 
 
 @pytest.mark.slow
-def test_kill_9_inside_task_3_of_6(config, command, tmp_path):
-    from .conftest import write_stream
-
+def test_kill_9_inside_task_3_of_6(config, command, write, tmp_path):
     rules = {f"t{i}": (lambda word, i=i: word[i % 3] * (i + 1)) for i in range(6)}
-    config["stream"] = write_stream(tmp_path / "six", rules, steps=30)
+    config["stream"] = write(tmp_path / "six", rules, steps=15)
     assert main(command(config, "whole", "--strategy", "dymoe")) == 0
     arguments = [sys.executable, "-m", "unimoe", *command(config, "killed", "--strategy", "dymoe")]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
@@ -243,3 +241,12 @@ def test_compare_and_report(config, command, tmp_path, capsys):
     assert "dymoe" in capsys.readouterr().out
     assert main(["continual", "report", str(tmp_path / "all" / "dymoe-0")]) == 0
     assert "holds no finished run" in refused(["continual", "report", str(tmp_path)], capsys)
+
+
+def test_diagnosis(config, command, tmp_path, capsys):
+    arguments = command(config, "tokens", "--probes", "0")
+    arguments[1] = "diagnose"
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "tokens" / "diagnosis.json").read_text())
+    assert found["tasks"] == ["upper", "twice"] and set(found["tokens"]) == {"old", "ambiguous", "new"}
+    assert (tmp_path / "tokens" / "ambiguous" / "result.json").is_file()
