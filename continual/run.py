@@ -99,8 +99,9 @@ class Run:
             log.info("%s: finished before", self.output)
             return result
         with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
             learner = self._learner()
-        self.strategy.attach(learner)
+            self.strategy.attach(learner)
         self._note(fingerprint(learner.layers))
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
         done = [*trained, False].index(False)
@@ -234,7 +235,6 @@ class Run:
         if model.init_from is not None:
             built = load_model(model.init_from, "model.init_from", dtype=torch.float32)
         else:
-            torch.manual_seed(self.config.seed)
             assert model.llm is not None
             built = build_model(model.llm, model.modalities, None, model.chat_template)
         features = model.features or self.output.parent / "features"

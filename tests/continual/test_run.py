@@ -122,13 +122,14 @@ def test_a_run_that_is_cut_goes_on_to_the_same_matrix(name, config, command, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kill_9_inside_task_3_of_6(config, command, write, tmp_path):
     rules = {f"t{i}": (lambda word, i=i: word[i % 3] * (i + 1)) for i in range(6)}
-    config["stream"] = write(tmp_path / "six", rules, steps=15)
+    config["stream"] = write(tmp_path / "six", rules, steps=8)
     assert main(command(config, "whole", "--strategy", "dymoe")) == 0
     arguments = [sys.executable, "-m", "unimoe", *command(config, "killed", "--strategy", "dymoe")]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (tmp_path / "killed" / "03-t2" / "last.ckpt").is_file():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
