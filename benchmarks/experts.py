@@ -6,8 +6,8 @@ Operations:
 - ``experts``: one layer of SwiGLU experts, all weights trained. Floor: dense GEMMs of equal FLOPs, one set of
   weights, outputs allocated before, nothing between them; at T = 1 the K experts' weights read once by
   matrix-vector products.
-- ``lora_experts``: the same with an adapter per expert and frozen weights. Floor: the products of the frozen
-  experts without their weight gradients.
+- ``lora_experts``: the same with an adapter per expert and frozen weights. Floor: one frozen FFN on as many
+  rows, by autograd.
 - ``lora_mix``: one frozen FFN whose three linear layers carry E gated adapters (k of them open). Floor: the
   FFN without adapters, by autograd.
 
@@ -140,7 +140,7 @@ def experts(shape: Shape, T: int, routing: str, device: str, dtype: torch.dtype,
             if name != "batched_mm" or T * shape.K * 3 * shape.H * shape.I * x.itemsize < 2**31:
                 runs[f"transformers {name}"] = partial(by, name)
         runs |= _peers(module, x, index_TK, weight_TK)
-    return Case(_floor(shape, T, x, frozen=lora), runs, leaves, torch.randn_like(x))
+    return Case((_frozen_floor if lora else _floor)(shape, T, x), runs, leaves, torch.randn_like(x))
 
 
 def _lora_runs(
@@ -242,7 +242,20 @@ def _peers(module: Any, x: Tensor, index_TK: Tensor, weight_TK: Tensor) -> dict[
     return peers
 
 
-def _floor(shape: Shape, T: int, x: Tensor, frozen: bool) -> dict[str, Callable[[], Any]]:
+def _frozen_floor(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """A dense FFN on N rows whose weights are frozen."""
+    N, H, I = T * shape.K, shape.H, shape.I  # noqa: E741
+    x_N, dy = torch.randn(N, H).to(x).requires_grad_(), torch.randn(N, H).to(x)
+    gate_up, down = torch.randn(2 * I, H).to(x), torch.randn(H, I).to(x)
+
+    def forward() -> Tensor:
+        gate, up = F.linear(x_N, gate_up).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, down)
+
+    return {PHASES[0]: forward, PHASES[1]: lambda: torch.autograd.grad(forward(), x_N, dy)}
+
+
+def _floor(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]]:
     """Products of equal FLOPs with one set of weights; at T = 1 with the K experts' own."""
     N, H, I = T * shape.K, shape.H, shape.I  # noqa: E741
     sets = shape.K if T == 1 else 1
@@ -267,9 +280,8 @@ def _floor(shape: Shape, T: int, x: Tensor, frozen: bool) -> dict[str, Callable[
         for s in range(sets):
             torch.mm(dy[s], down[s], out=a[s])
             torch.mm(h[s], gate_up[s], out=y[s])
-            if not frozen:
-                torch.mm(dy[s].t(), a[s], out=d_down[s])
-                torch.mm(h[s].t(), x_N[s], out=d_gate_up[s])
+            torch.mm(dy[s].t(), a[s], out=d_down[s])
+            torch.mm(h[s].t(), x_N[s], out=d_gate_up[s])
 
     return {PHASES[0]: forward, PHASES[1]: both}
 

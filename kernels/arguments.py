@@ -49,11 +49,17 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def gemm_dtype(x: Tensor) -> torch.dtype:
+def fast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products with ``x`` are fast: its own, but float32 for half precision on a CPU
     without instructions for it, where such products are five times as slow."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if half and x.device.type == "cpu" and not _has(x.dtype) else x.dtype
+
+
+def product_dtype(x: Tensor, weights: Tensor, rows: int) -> torch.dtype:
+    """The dtype of one expert's products. With few rows the time goes into reading its weights, so they are
+    taken as they are."""
+    return torch.promote_types(x.dtype, weights.dtype) if rows <= 4 else fast_dtype(x)
 
 
 def groups(bounds: list[int]) -> list[tuple[int, int, int]]:

@@ -24,11 +24,12 @@ from unimoe.errors import UserError
 from . import native
 from .arguments import (
     empty_rows,
-    gemm_dtype,
+    fast_dtype,
     groups,
     mm_into,
     needs_grad,
     prepare,
+    product_dtype,
     rows_of,
     sum_pairs,
     without_autocast,
@@ -150,7 +151,7 @@ class _FFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, token_N, h_NI, weight_N, *stacks = ctx.saved_tensors
         need_x, _, _, *need_stacks, need_weight, _ = ctx.needs_input_grad
-        dy, bounds, dtype, ops = dy.contiguous(), ctx.bounds, gemm_dtype(x), native.ops()
+        dy, bounds, ops = dy.contiguous(), ctx.bounds, native.ops()
         grads = [
             torch.empty_like(one) if need else None for one, need in zip(stacks, need_stacks, strict=True)
         ]
@@ -158,13 +159,15 @@ class _FFN(torch.autograd.Function):
         dx_ND = empty_rows(x, token_N, bounds) if need_x else None
         if ops is not None and x.device.type == "cpu":
             routed, relu = (x, token_N, bounds), ctx.act == "relu"
-            ops.ffn_backward(*routed, stacks, relu, weight_N, h_NI, dy, dx_ND, grads, d_weight_N, dtype)
+            written = (dx_ND, grads, d_weight_N)
+            ops.ffn_backward(*routed, stacks, relu, weight_N, h_NI, dy, *written, fast_dtype(x))
         else:
             zero_unvisited(grads, bounds)
             for e, start, end in groups(bounds):
                 rows = slice(start, end)
                 of_expert = [None if one is None else one[e] for one in grads]
                 of_rows = [None if one is None else one[rows] for one in (weight_N, d_weight_N, dx_ND)]
+                dtype = product_dtype(x, stacks[2], end - start)
                 x_e, dy_e = (rows_of(one, token_N, rows, dtype) for one in (x, dy))
                 own = [one[e].to(dtype) for one in stacks]
                 _backward(x_e, dy_e, h_NI[rows].to(dtype), own, ctx.act, of_expert, *of_rows)
@@ -175,12 +178,13 @@ class _FFN(torch.autograd.Function):
 def _run(x: Tensor, token_N: Tensor | None, bounds: list[int], *rest: Any, h_NI: Tensor | None) -> Tensor:
     """The forward pass; pre-activations go to ``h_NI`` where a backward will need them."""
     *stacks, weight_N, act = rest
-    dtype, ops, y_ND = gemm_dtype(x), native.ops(), empty_rows(x, token_N, bounds)
+    ops, y_ND = native.ops(), empty_rows(x, token_N, bounds)
     if ops is not None and x.device.type == "cpu":
-        ops.ffn_forward(x, token_N, bounds, stacks, act == "relu", weight_N, h_NI, y_ND, dtype)
+        ops.ffn_forward(x, token_N, bounds, stacks, act == "relu", weight_N, h_NI, y_ND, fast_dtype(x))
     else:
         for e, start, end in groups(bounds):
             rows = slice(start, end)
+            dtype = product_dtype(x, stacks[2], end - start)
             up, up_b, down, down_b = (one[e].to(dtype) for one in stacks)
             h = torch.addmm(up_b, rows_of(x, token_N, rows, dtype), up.t())
             if h_NI is not None:

@@ -56,6 +56,12 @@ void each_block(int64_t n, int64_t width, const F& run) {
   });
 }
 
+// The dtype of one expert's products: with few rows the time goes into reading its weights, so they are taken as they
+// are; otherwise the one that is fast.
+at::ScalarType product_dtype(const Tensor& x, const Tensor& weights, int64_t n, at::ScalarType fast) {
+  return n <= 4 ? c10::promoteTypes(x.scalar_type(), weights.scalar_type()) : fast;
+}
+
 void mm_into(Tensor out, const Tensor& a, const Tensor& b) {
   if (out.scalar_type() == a.scalar_type()) {
     at::mm_out(out, a, b);
@@ -81,9 +87,10 @@ struct Adapter {
 // h_2NI: pre-activations to keep for a backward, or none. y_ND: the output, N rows.
 void swiglu_forward(const Tensor& x, const Maybe& token, Bounds bounds, const Tensor& gate_up, const Tensor& down,
                     const std::vector<Tensor>& adapters, double scale, const Maybe& weight, const Maybe& h_2NI,
-                    Tensor y_ND, at::ScalarType dtype) {
+                    Tensor y_ND, at::ScalarType fast) {
   const int64_t I = down.size(2);
   each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    const auto dtype = product_dtype(x, gate_up, n, fast);
     const Tensor x_e = rows_of(x, token, start, n, dtype);
     const Tensor h = h_2NI && h_2NI->scalar_type() == dtype ? h_2NI->narrow(1, start, n)
                                                             : at::empty({2, n, I}, x_e.options());
@@ -113,7 +120,7 @@ void swiglu_forward(const Tensor& x, const Maybe& token, Bounds bounds, const Te
 void swiglu_backward(const Tensor& x, const Maybe& token, Bounds bounds, const Tensor& gate_up, const Tensor& down,
                      const std::vector<Tensor>& adapters, double scale, const Maybe& weight, const Tensor& h_2NI,
                      const Tensor& dy, const Maybe& dx_ND, const Maybe& d_gate_up, const Maybe& d_down,
-                     const c10::List<Maybe>& d_adapters, const Maybe& d_weight, at::ScalarType dtype) {
+                     const c10::List<Maybe>& d_adapters, const Maybe& d_weight, at::ScalarType fast) {
   const int64_t I = down.size(2);
   auto adapter_grad = [&](size_t i) { return adapters.empty() ? Maybe() : d_adapters.get(i); };
   const Maybe dA1 = adapter_grad(0), dB1 = adapter_grad(1), dA2 = adapter_grad(2), dB2 = adapter_grad(3);
@@ -125,6 +132,7 @@ void swiglu_backward(const Tensor& x, const Maybe& token, Bounds bounds, const T
     }
   }
   each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    const auto dtype = product_dtype(x, gate_up, n, fast);
     const Tensor x_e = rows_of(x, token, start, n, dtype), dy_e = rows_of(dy, token, start, n, dtype);
     const Tensor h = h_2NI.narrow(1, start, n).to(dtype), gate = h[0], up = h[1];
     const Tensor gate_up_e = gate_up[e].to(dtype), down_e = down[e].to(dtype);
@@ -182,9 +190,10 @@ void act_into(Tensor out, const Tensor& h, bool relu) {
 // h_NI: pre-activations to keep for a backward, or none. stacks: up [E, I, H], its bias [E, I], down [E, H, I], its
 // bias [E, H].
 void ffn_forward(const Tensor& x, const Maybe& token, Bounds bounds, const std::vector<Tensor>& stacks, bool relu,
-                 const Maybe& weight, const Maybe& h_NI, Tensor y_ND, at::ScalarType dtype) {
+                 const Maybe& weight, const Maybe& h_NI, Tensor y_ND, at::ScalarType fast) {
   const int64_t I = stacks[0].size(1);
   each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    const auto dtype = product_dtype(x, stacks[0], n, fast);
     auto own = [&](size_t i) { return stacks[i][e].to(dtype); };
     const Tensor x_e = rows_of(x, token, start, n, dtype), h = at::addmm(own(1), x_e, own(0).t());
     if (h_NI) h_NI->narrow(0, start, n).copy_(h);
@@ -200,7 +209,7 @@ void ffn_forward(const Tensor& x, const Maybe& token, Bounds bounds, const std::
 
 void ffn_backward(const Tensor& x, const Maybe& token, Bounds bounds, const std::vector<Tensor>& stacks, bool relu,
                   const Maybe& weight, const Tensor& h_NI, const Tensor& dy, const Maybe& dx_ND,
-                  const c10::List<Maybe>& d_stacks, const Maybe& d_weight, at::ScalarType dtype) {
+                  const c10::List<Maybe>& d_stacks, const Maybe& d_weight, at::ScalarType fast) {
   const int64_t I = stacks[0].size(1);
   const Maybe d_up = d_stacks.get(0), d_up_b = d_stacks.get(1), d_down = d_stacks.get(2), d_down_b = d_stacks.get(3);
   for (size_t e = 0; e + 1 < bounds.size(); ++e) {
@@ -211,6 +220,7 @@ void ffn_backward(const Tensor& x, const Maybe& token, Bounds bounds, const std:
     }
   }
   each_expert(bounds, [&](int64_t e, int64_t start, int64_t n) {
+    const auto dtype = product_dtype(x, stacks[0], n, fast);
     auto own = [&](size_t i) { return stacks[i][e].to(dtype); };
     const Tensor x_e = rows_of(x, token, start, n, dtype), h = h_NI.narrow(0, start, n).to(dtype);
     Tensor dy_e = rows_of(dy, token, start, n, dtype), dh = at::mm(dy_e, own(2));
@@ -243,19 +253,19 @@ void ffn_backward(const Tensor& x, const Maybe& token, Bounds bounds, const std:
 TORCH_LIBRARY(unimoe, m) {
   m.def(
       "swiglu_forward(Tensor x, Tensor? token, int[] bounds, Tensor gate_up, Tensor down, Tensor[] adapters, "
-      "float scale, Tensor? weight, Tensor(a!)? h, Tensor(b!) y, ScalarType dtype) -> ()",
+      "float scale, Tensor? weight, Tensor(a!)? h, Tensor(b!) y, ScalarType fast) -> ()",
       &swiglu_forward);
   m.def(
       "swiglu_backward(Tensor x, Tensor? token, int[] bounds, Tensor gate_up, Tensor down, Tensor[] adapters, "
       "float scale, Tensor? weight, Tensor h, Tensor dy, Tensor(a!)? dx, Tensor(b!)? d_gate_up, "
-      "Tensor(c!)? d_down, Tensor?[] d_adapters, Tensor(d!)? d_weight, ScalarType dtype) -> ()",
+      "Tensor(c!)? d_down, Tensor?[] d_adapters, Tensor(d!)? d_weight, ScalarType fast) -> ()",
       &swiglu_backward);
   m.def(
       "ffn_forward(Tensor x, Tensor? token, int[] bounds, Tensor[] stacks, bool relu, Tensor? weight, Tensor(a!)? h, "
-      "Tensor(b!) y, ScalarType dtype) -> ()",
+      "Tensor(b!) y, ScalarType fast) -> ()",
       &ffn_forward);
   m.def(
       "ffn_backward(Tensor x, Tensor? token, int[] bounds, Tensor[] stacks, bool relu, Tensor? weight, Tensor h, "
-      "Tensor dy, Tensor(a!)? dx, Tensor?[] d_stacks, Tensor(b!)? d_weight, ScalarType dtype) -> ()",
+      "Tensor dy, Tensor(a!)? dx, Tensor?[] d_stacks, Tensor(b!)? d_weight, ScalarType fast) -> ()",
       &ffn_backward);
 }

@@ -23,11 +23,12 @@ from torch.autograd.function import once_differentiable
 from . import native
 from .arguments import (
     empty_rows,
-    gemm_dtype,
+    fast_dtype,
     groups,
     mm_into,
     needs_grad,
     prepare,
+    product_dtype,
     rows_of,
     sum_pairs,
     without_autocast,
@@ -164,7 +165,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, token_N, h_2NI, weight_N, *stacks = ctx.saved_tensors
-        bounds, scale, dtype, weights = ctx.bounds, ctx.scale, gemm_dtype(x), Weights(*stacks)
+        bounds, scale, weights = ctx.bounds, ctx.scale, Weights(*stacks)
         need_x, _, _, *need_stacks, need_weight, _ = ctx.needs_input_grad
         dy = dy.contiguous()
         grads = Weights(
@@ -176,11 +177,12 @@ class _SwiGLU(torch.autograd.Function):
         if ops is not None and x.device.type == "cpu":
             adapters, d_adapters = [one for one in stacks[2:] if one is not None], list(grads[2:])
             arguments = (x, token_N, bounds, *weights[:2], adapters, scale, weight_N, h_2NI, dy)
-            ops.swiglu_backward(*arguments, dx_ND, *grads[:2], d_adapters, d_weight_N, dtype)
+            ops.swiglu_backward(*arguments, dx_ND, *grads[:2], d_adapters, d_weight_N, fast_dtype(x))
         else:
             zero_unvisited(grads, bounds)
             for e, start, end in groups(bounds):
                 rows = slice(start, end)
+                dtype = product_dtype(x, weights.down, end - start)
                 x_e, dy_e = (rows_of(one, token_N, rows, dtype) for one in (x, dy))
                 weight, d_weight, dx = (
                     None if one is None else one[rows] for one in (weight_N, d_weight_N, dx_ND)
@@ -196,14 +198,15 @@ class _SwiGLU(torch.autograd.Function):
 def _run(x: Tensor, token_N: Tensor | None, bounds: list[int], *rest: Any, h_2NI: Tensor | None) -> Tensor:
     """The forward pass; pre-activations go to ``h_2NI`` where a backward will need them."""
     *stacks, weight_N, scale = rest
-    weights, dtype, ops = Weights(*stacks), gemm_dtype(x), native.ops()
-    y_ND = empty_rows(x, token_N, bounds)
+    weights, ops, y_ND = Weights(*stacks), native.ops(), empty_rows(x, token_N, bounds)
     if ops is not None and x.device.type == "cpu":
         adapters = [one for one in stacks[2:] if one is not None]
-        ops.swiglu_forward(x, token_N, bounds, *stacks[:2], adapters, scale, weight_N, h_2NI, y_ND, dtype)
+        arguments = (x, token_N, bounds, *stacks[:2], adapters, scale, weight_N, h_2NI, y_ND)
+        ops.swiglu_forward(*arguments, fast_dtype(x))
     else:
         for e, start, end in groups(bounds):
             rows = slice(start, end)
+            dtype = product_dtype(x, stacks[1], end - start)
             x_e = rows_of(x, token_N, rows, dtype)
             weight = None if weight_N is None else weight_N[rows, None]
             h = x.new_empty(2, end - start, stacks[1].shape[2]) if h_2NI is None else h_2NI[:, rows]
