@@ -8,7 +8,7 @@ same time share rows and weights in the L2 cache. Row numbers are int64 before t
 pass 2^31. An argument that is None leaves its part of the kernel out.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,10 +28,10 @@ class Tile(NamedTuple):
     warps: int
     """warps of one program"""
     stages: int
-    """depth of the pipeline that loads ahead"""
+    """how many steps have room in shared memory, so that loads run ahead"""
 
-    def options(self, dtype: torch.dtype) -> dict[str, int | str]:
-        """The keyword arguments of a kernel that multiplies ``dtype``.
+    def options(self, dtype: torch.dtype, gathers: bool = False) -> dict[str, Any]:
+        """The keyword arguments of a kernel that multiplies ``dtype``, and ``gathers`` rows in each step.
 
         float32 is multiplied as torch is set for its own matrix products: rounded to tf32, or as three
         products of tf32 parts, which gives float32 but for the last bits.
@@ -43,7 +43,8 @@ class Tile(NamedTuple):
             "INNER": self.inner,
             "PRECISION": "tf32x3" if exact else "tf32",
             "num_warps": self.warps,
-            "num_stages": self.stages,
+            # where rows are gathered, Triton spends every other stage on loading the numbers of the rows
+            "num_stages": 2 * self.stages - 1 if gathers else self.stages,
         }
 
 
@@ -63,8 +64,8 @@ def rows_times_weights(
     N, K = (a if token_N is None else token_N).shape[0], a.shape[1]
     C, M = weights.shape[1 if transpose else 2], tiles_3M.shape[1]
     out_NC, grid = a.new_empty(N, C), (M * triton.cdiv(C, tile.columns),)
-    options = tile.options(a.dtype)
-    _rows_kernel[grid](a, token_N, weights, out_NC, tiles_3M, M, K, C, TRANSPOSE=transpose, **options)
+    options = {"TRANSPOSE": transpose, **tile.options(a.dtype)}
+    _rows_kernel[grid](a, token_N, weights, out_NC, tiles_3M, M, K, C, **options)
     return out_NC
 
 
@@ -79,11 +80,10 @@ def weight_gradient(
     """The sum over each expert's rows of left^T right: [N, L] and [N, C] -> [E, L, C], zeros for an expert
     without rows. A factor that comes with tokens is stored by token."""
     E, L, C = offsets_E1.shape[0] - 1, left.shape[1], right.shape[1]
-    out_ELC = left.new_empty(E, L, C)
+    out_ELC, tokens = left.new_empty(E, L, C), (left_token_N, right_token_N)
     grid = (E * triton.cdiv(L, tile.rows) * triton.cdiv(C, tile.columns),)
-    _weights_kernel[grid](
-        left, right, left_token_N, right_token_N, offsets_E1, out_ELC, L, C, **tile.options(left.dtype)
-    )
+    options = tile.options(left.dtype, gathers=tokens != (None, None))
+    _weights_kernel[grid](left, right, *tokens, offsets_E1, out_ELC, L, C, **options)
     return out_ELC
 
 

@@ -6,6 +6,8 @@ Nothing here waits for the GPU or depends on how many rows an expert got: grids 
 follows from the shapes alone, so a CUDA graph can capture it. No atomics, so two runs agree bit for bit.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,11 +33,10 @@ def tile_map(offsets_E1: Tensor, num_rows: int, rows_per_tile: int) -> Tensor:
     num_experts = offsets_E1.shape[0] - 1
     tiles_3M = offsets_E1.new_empty((3, tile_bound(num_rows, num_experts, rows_per_tile)), dtype=torch.int32)
     if num_rows:
-        groups = triton.next_power_of_2(num_experts + 1)
-        block = max(1, 4096 // groups)
-        M = tiles_3M.shape[1]
-        _tile_map_kernel[(triton.cdiv(M, block),)](
-            offsets_E1, tiles_3M, M, num_rows, num_experts, rows_per_tile, GROUPS=groups, BLOCK=block
+        groups, M = triton.next_power_of_2(num_experts + 1), tiles_3M.shape[1]
+        cut: Any = {"GROUPS": groups, "BLOCK": max(1, 4096 // groups)}
+        _tile_map_kernel[(triton.cdiv(M, cut["BLOCK"]),)](
+            offsets_E1, tiles_3M, M, num_rows, num_experts, rows_per_tile, **cut
         )
     return tiles_3M
 
@@ -46,9 +47,9 @@ def by_token(token_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     if token_N.shape[0] <= SMALL and num_tokens <= SMALL:
         order_N = torch.empty_like(token_N)
         start_T1 = token_N.new_empty(num_tokens + 1, dtype=torch.int32)
-        block = 32
-        grid = (triton.cdiv(max(token_N.shape[0], num_tokens + 1), block),)
-        _rank_kernel[grid](token_N, order_N, start_T1, token_N.shape[0], num_tokens, BLOCK=block, OTHERS=128)
+        cut: Any = {"BLOCK": 32, "OTHERS": 128}
+        grid = (triton.cdiv(max(token_N.shape[0], num_tokens + 1), cut["BLOCK"]),)
+        _rank_kernel[grid](token_N, order_N, start_T1, token_N.shape[0], num_tokens, **cut)
         return order_N, start_T1
     sorted_N, order_N = torch.sort(token_N.to(torch.int32), stable=True)  # half the passes of int64
     edges = torch.arange(num_tokens + 1, dtype=torch.int32, device=token_N.device)
@@ -63,10 +64,8 @@ def combine(y_NH: Tensor, order_N: Tensor, start_T1: Tensor) -> Tensor:
     if out_TH.numel():
         # all pairs of a usual token at once, so that their loads are in flight together
         pairs = min(16, triton.next_power_of_2(triton.cdiv(max(N, 1), T)))
-        block = min(1024, triton.next_power_of_2(H))
-        _combine_kernel[(T, triton.cdiv(H, block))](
-            y_NH, order_N, start_T1, out_TH, H, PAIRS=pairs, BLOCK=block, num_warps=4
-        )
+        cut: Any = {"PAIRS": pairs, "BLOCK": min(1024, triton.next_power_of_2(H))}
+        _combine_kernel[(T, triton.cdiv(H, cut["BLOCK"]))](y_NH, order_N, start_T1, out_TH, H, **cut)
     return out_TH
 
 

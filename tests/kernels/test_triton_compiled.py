@@ -68,12 +68,15 @@ def _fresh_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tiles, dtype", SHIPPED)
 def test_the_products_fit_the_chip(tiles, dtype):
-    gate_up, rows, weights = (tile.options(dtype) for tile in tiles)
+    gate_up, rows = tiles.gate_up.options(dtype), tiles.rows.options(dtype)
+    gathered, weights = (tiles.weights.options(dtype, gathers) for gathers in (True, False))
     for kernel, options, absent in (
         (triton_swiglu._gate_up_kernel, gate_up, ()),
+        (triton_swiglu._gate_up_kernel, gate_up, ("h",)),
         (triton_grouped._rows_kernel, rows | {"TRANSPOSE": True}, ("token",)),
         (triton_grouped._rows_kernel, rows | {"TRANSPOSE": False}, ()),
-        (triton_grouped._weights_kernel, weights, ("left_token",)),
+        (triton_grouped._weights_kernel, gathered, ("left_token",)),
+        (triton_grouped._weights_kernel, weights, ("left_token", "right_token")),
     ):
         binary, usage = compiled(kernel, dtype, options, absent)
         assert usage["STACK"] == usage["LOCAL"] == 0, (kernel.__name__, options, usage)
