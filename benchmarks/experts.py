@@ -203,7 +203,7 @@ def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.d
         return linear(2, F.silu(linear(0, x)) * linear(1, x))
 
     def ours(i: int, x: Tensor) -> Tensor:
-        return adapted_linear(x, base[i], None, [Bank(*banks[i], gate_TE)], SCALE)
+        return adapted_linear(x, base[i], None, [Bank(banks[i][0], banks[i][1], gate_TE)], SCALE)
 
     def loop(i: int, x: Tensor) -> Tensor:
         """As a module of PEFT layers does it: every adapter on every token."""

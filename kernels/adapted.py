@@ -58,10 +58,7 @@ def adapted_linear(
     with without_autocast(x):
         x_TD, weight_PD = x.reshape(-1, x.shape[-1]).to(dtype), weight_PD.to(dtype)
         bias_P = None if bias_P is None else bias_P.to(dtype)
-        banks = [
-            Bank(*(None if one is None else one.to(cast or bank.A_RD.dtype) for one in bank))
-            for bank in banks
-        ]
+        banks = [_cast(bank, cast or bank.A_RD.dtype) for bank in banks]
         if form == "reference":
             y_TP = adapted_linear_reference(x_TD, weight_PD, bias_P, banks, scale)
         else:
@@ -183,6 +180,11 @@ def _one_by_one(
         if dx is not None:
             dx.index_add_(0, token_n, torch.mm(dz_nr, bank.A_RD[e]))
     return [dA, dB, d_weight]
+
+
+def _cast(bank: Bank, dtype: torch.dtype) -> Bank:
+    weight_TE = None if bank.weight_TE is None else bank.weight_TE.to(dtype)
+    return Bank(bank.A_RD.to(dtype), bank.B_PR.to(dtype), weight_TE)
 
 
 def _banks(flat: Sequence[Any]) -> list[Bank]:

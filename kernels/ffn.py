@@ -73,7 +73,7 @@ def ffn_experts(
         if form == "triton":
             return triton_form("ffn_experts")(x_ND, offsets_E1, *stacks, act, weight_N)
         if form == "reference":
-            return ffn_experts_reference(x_ND, offsets_E1, *stacks, act, weight_N)
+            return ffn_experts_reference(x_ND, offsets_E1, *stacks, act=act, weight_N=weight_N)
         return _grouped(x_ND, None, offsets_E1, stacks, act, weight_N)
 
 
@@ -95,7 +95,8 @@ def ffn_mix(
         if form == "triton":
             return triton_form("ffn_mix")(x_TD, token_N, offsets_E1, *stacks, act, weight)
         if form == "reference":
-            y_ND = ffn_experts_reference(x_TD.index_select(0, token_N), offsets_E1, *stacks, act, weight)
+            x_ND = x_TD.index_select(0, token_N)
+            y_ND = ffn_experts_reference(x_ND, offsets_E1, *stacks, act=act, weight_N=weight)
             return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
         return _grouped(x_TD, token_N, offsets_E1, stacks, act, weight)
 

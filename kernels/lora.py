@@ -48,9 +48,8 @@ def lora_experts(
     form, x_ND, stacks, weight_N = prepare("lora_experts", x_ND, stacks, weight_N)
     with without_autocast(x_ND):
         if form == "reference":
-            return lora_experts_reference(
-                x_ND, offsets_E1, *stacks[:2], Adapters(*stacks[2:]), scale, weight_N
-            )
+            gate_up, down, *lora = stacks
+            return lora_experts_reference(x_ND, offsets_E1, gate_up, down, Adapters(*lora), scale, weight_N)
         return grouped_swiglu(x_ND, None, offsets_E1, Weights(*stacks), weight_N, scale)
 
 
@@ -66,15 +65,13 @@ def lora_mix(
 ) -> Tensor:
     """``swiglu_mix`` (which see) of the adapted weights: [T, H] tokens, weighted and summed -> [T, H]."""
     stacks = (gate_up_proj, down_proj, *adapters)
-    form, x_TD, stacks, weight_N = prepare("lora_mix", x_TD, stacks, weight_N)
+    form, x_TD, stacks, weight = prepare("lora_mix", x_TD, stacks, weight_N)
     with without_autocast(x_TD):
         if form == "reference":
-            x_ND = x_TD.index_select(0, token_N)
-            y_ND = lora_experts_reference(
-                x_ND, offsets_E1, *stacks[:2], Adapters(*stacks[2:]), scale, weight_N
-            )
+            x_ND, (gate_up, down, *lora) = x_TD.index_select(0, token_N), stacks
+            y_ND = lora_experts_reference(x_ND, offsets_E1, gate_up, down, Adapters(*lora), scale, weight)
             return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
-        return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight_N, scale)
+        return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight, scale)
 
 
 def lora_experts_reference(
@@ -134,9 +131,9 @@ def shared_lora_experts(
         weight_N = x_TD.new_ones(token_N.shape) if weight_N is None else weight_N
         if form == "reference":
             E = offsets_E1.shape[0] - 1
-            base = torch.cat([gate, up]).expand(E, -1, -1), down.expand(E, -1, -1)
+            gate_up, down = torch.cat([gate, up]).expand(E, -1, -1), down.expand(E, -1, -1)
             x_ND = x_TD.index_select(0, token_N)
-            y_ND = lora_experts_reference(x_ND, offsets_E1, *base, adapters, scale, weight_N)
+            y_ND = lora_experts_reference(x_ND, offsets_E1, gate_up, down, adapters, scale, weight_N)
             return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
         keep = needs_grad(x_TD, gate, up, down, *adapters, weight_N)
         bounds = offsets_E1.tolist()

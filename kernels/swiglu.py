@@ -58,7 +58,7 @@ def swiglu_experts(
         if form == "triton":
             return triton_form("swiglu_experts")(x_ND, offsets_E1, *stacks, weight_N)
         if form == "reference":
-            return swiglu_experts_reference(x_ND, offsets_E1, *stacks, weight_N)
+            return swiglu_experts_reference(x_ND, offsets_E1, *stacks, weight_N=weight_N)
         return grouped_swiglu(x_ND, None, offsets_E1, Weights(*stacks), weight_N)
 
 
@@ -82,14 +82,16 @@ def swiglu_mix(
     Returns:
         [T, H] in x's dtype (autocast's dtype under autocast); zeros for a token without pairs.
     """
-    form, x_TD, stacks, weight_N = prepare("swiglu_mix", x_TD, (gate_up_proj, down_proj), weight_N)
+    form, x_TD, stacks, weight = prepare("swiglu_mix", x_TD, (gate_up_proj, down_proj), weight_N)
     with without_autocast(x_TD):
         if form == "triton":
-            return triton_form("swiglu_mix")(x_TD, token_N, offsets_E1, *stacks, weight_N)
+            return triton_form("swiglu_mix")(x_TD, token_N, offsets_E1, *stacks, weight)
         if form == "reference":
-            y_ND = swiglu_experts_reference(x_TD.index_select(0, token_N), offsets_E1, *stacks, weight_N)
+            y_ND = swiglu_experts_reference(
+                x_TD.index_select(0, token_N), offsets_E1, *stacks, weight_N=weight
+            )
             return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
-        return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight_N)
+        return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight)
 
 
 def swiglu_experts_reference(
@@ -182,7 +184,7 @@ class _SwiGLU(torch.autograd.Function):
             zero_unvisited(grads, bounds)
             for e, start, end in groups(bounds):
                 rows = slice(start, end)
-                dtype = product_dtype(x, weights.down, end - start)
+                dtype = product_dtype(x, stacks[1], end - start)
                 x_e, dy_e = (rows_of(one, token_N, rows, dtype) for one in (x, dy))
                 weight, d_weight, dx = (
                     None if one is None else one[rows] for one in (weight_N, d_weight_N, dx_ND)

@@ -101,7 +101,7 @@ def test_saves_the_narrow_products_only(fold):
     with saved_tensors_hooks(
         lambda t: saved.append(0 if t.data_ptr() in owned else t.nbytes) or t, lambda t: t
     ):
-        adapted_linear(*tensors, 0.5)
+        adapted_linear(*tensors, scale=0.5)
     assert sum(saved) == (2 * 7 * 8 * r * 4 if fold else 0)
 
 

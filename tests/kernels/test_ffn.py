@@ -26,7 +26,7 @@ def case(counts, dtype=torch.float64, rest=0) -> Any:
 
 def gradients(function, case, act, grad):
     *tensors, weight = case
-    y = function(*tensors, act, weight)
+    y = function(*tensors, act=act, weight_N=weight)
     leaves = [one for one in case if one is not None and one.requires_grad]
     return [y, *torch.autograd.grad(y, leaves, grad)]
 
@@ -44,7 +44,7 @@ def test_equals_the_reference_with_every_gradient(counts, act, rest):
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 def test_gradcheck(act):
     x, offsets, *stacks, weight = case([2, 0, 1])
-    assert gradcheck(lambda x, w, *s: ffn_experts(x, offsets, *s, act, w), (x, weight, *stacks))
+    assert gradcheck(lambda x, w, *s: ffn_experts(x, offsets, *s, act=act, weight_N=w), (x, weight, *stacks))
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
@@ -52,9 +52,9 @@ def test_mix_has_the_gradients_of_gather_and_sum(act):
     x, offsets, *stacks, weight = case([3, 0, 2])
     token, tokens = torch.tensor([0, 2, 3, 0, 2]), torch.randn(4, H, dtype=torch.float64, requires_grad=True)
     leaves, grad = [tokens, *stacks, weight], torch.randn(4, H, dtype=torch.float64)
-    plain = ffn_experts_reference(tokens[token], offsets, *stacks, act, weight)
+    plain = ffn_experts_reference(tokens[token], offsets, *stacks, act=act, weight_N=weight)
     plain = torch.zeros_like(tokens).index_add(0, token, plain)
-    ours = ffn_mix(tokens, token, offsets, *stacks, act, weight)
+    ours = ffn_mix(tokens, token, offsets, *stacks, act=act, weight_N=weight)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(
         torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(plain, leaves, grad)
@@ -64,7 +64,7 @@ def test_mix_has_the_gradients_of_gather_and_sum(act):
 def test_is_the_dense_ffn_for_each_token():
     x, offsets, *stacks, weight = case([2, 3])
     token, up, up_b, down, down_b = torch.tensor([0, 2, 0, 1, 2]), *stacks
-    y = ffn_mix(x[:4], token, offsets, *stacks, "relu", weight)
+    y = ffn_mix(x[:4], token, offsets, *stacks, act="relu", weight_N=weight)
     plain = torch.zeros(4, H, dtype=torch.float64)
     for n, (t, e) in enumerate(zip(token.tolist(), [0, 0, 1, 1, 1], strict=True)):
         plain[t] += weight[n] * (down[e] @ (up[e] @ x[t] + up_b[e]).relu() + down_b[e])
@@ -87,7 +87,7 @@ def test_experts_without_rows_get_zeros_and_do_not_leak():
     with torch.no_grad():
         for stack in stacks:
             stack[1] = float("nan")
-    y = ffn_experts(x, offsets, *stacks, "relu", weight)
+    y = ffn_experts(x, offsets, *stacks, act="relu", weight_N=weight)
     y.sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all()
     assert all(stack.grad[1].count_nonzero() == 0 for stack in stacks)
@@ -103,11 +103,11 @@ def test_saves_only_the_input_and_the_preactivations():
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        ffn_experts(*tensors[:-1], "relu", tensors[-1])
+        ffn_experts(*tensors[:-1], act="relu", weight_N=tensors[-1])
     assert sum(saved) == 64 * I * 4
 
 
 def test_unknown_activation_is_a_user_error():
     *tensors, weight = case([1, 1])
     with pytest.raises(UserError, match="activation 'tanh', expected one of relu, gelu"):
-        ffn_experts(*tensors, "tanh", weight)
+        ffn_experts(*tensors, act="tanh", weight_N=weight)
