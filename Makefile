@@ -13,10 +13,11 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup native demo test check bench clean
 
 help:
 	@echo "make setup   install unimoe and its tools in $(VENV)"
+	@echo "make native  compile the experts' loops (optional: faster training on a CPU; needs a C++ compiler)"
 	@echo "make demo    the whole path on real weights (ARGS=\"--control\" adds the dense control)"
 	@echo "make test    the tests"
 	@echo "make check   lint, types, import floors"
@@ -45,6 +46,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip install --disable-pip-version-check -e ".[dev]" -c constraints.txt \
 	    || { echo "unimoe: the installation failed, see above; the same command starts it again" >&2; exit 1; }
 	@echo "$(CURDIR)" > $(READY)
+
+native: $(READY)
+	@$(PY) -P -m unimoe.kernels.native
 
 demo: $(READY)
 	@$(PY) -P -m unimoe demo $(ARGS)

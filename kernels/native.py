@@ -1,4 +1,4 @@
-"""The cpu forms in C++ (native.cpp), built once by ``python -m unimoe.kernels.native`` and then used.
+"""The cpu forms in C++ (native.cpp), built once by ``make native`` (``python -m unimoe.kernels.native``).
 
 Without it the same loops run in plain torch. It buys a quarter to a half of a training step's time in the
 experts (``make bench`` with and without UNIMOE_NATIVE=0 says how much here): they run side by side, one per
