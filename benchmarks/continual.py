@@ -100,7 +100,8 @@ def make_base(folder: Path, steps: int) -> None:
         schedule.step()
         if step % 200 == 0 or step == steps - 1:
             print(f"base  step {step}  loss {loss.item():.4f}", flush=True)
-    decoder = LlamaForCausalLM(model.config.text_config)
+    config.vocab_size = len(model.lm_head.weight)  # with the placeholders
+    decoder = LlamaForCausalLM(config)
     decoder.model.load_state_dict(model.model.language_model.state_dict())
     decoder.lm_head.load_state_dict(model.lm_head.state_dict())
     decoder.save_pretrained(folder)
@@ -189,7 +190,7 @@ def cost(output: Path, banks: int, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="every strategy on a stream in miniature")
     parser.add_argument("--output", type=Path, default=Path("runs/continual/miniature"))
     parser.add_argument("--strategies", nargs="+", default=list(strategies()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -41,20 +41,19 @@ def export_bank(
     first = next(iter(layers.values()))
     tensors: dict[str, Tensor] = {}
     ours: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     for name, layer in layers.items():
         bank: Bank = layer.banks[index]  # type: ignore[assignment]
         routed = isinstance(layer.gating, CosineTopK)
         share = 1 / bank.experts if routed else 1.0
         full = f"{prefix}.{name}" if prefix else name
+        ranks[full] = len(bank.A)
         tensors[f"base_model.model.{full}.lora_A.weight"] = bank.A.detach().cpu().contiguous()
         tensors[f"base_model.model.{full}.lora_B.weight"] = (bank.B.detach() * share).cpu().contiguous()
         ours[f"{name}.A"] = bank.A.detach().cpu().contiguous()
         ours[f"{name}.B"] = bank.B.detach().cpu().contiguous()
         if isinstance(layer.gating, CosineTopK):
             ours[f"{name}.rows"] = layer.gating.rows[index].detach().cpu().contiguous()
-    ranks = {
-        f"{prefix}.{name}" if prefix else name: len(layer.banks[index].A) for name, layer in layers.items()
-    }  # type: ignore[arg-type]
     config = LoraConfig(
         r=max(ranks.values()),
         target_modules=list(ranks),

@@ -26,16 +26,16 @@ def by_block(seen: Mapping[str, Observation], types: Sequence[str]) -> dict[str,
     if not blocks:
         return {}
     order = sorted(blocks)
-    mass = [sum(_stack(blocks[b], "mass")) / sum(one.tokens for one in blocks[b]) for b in order]
-    log: dict[str, Any] = {"blocks": order, "mass": [_plain(row) for row in mass]}
-    counts = [sum(_stack(blocks[b], "types")) for b in order]
-    if all(count.sum() > 0 for count in counts):
-        shares_OX = torch.stack([count / count.sum() for count in counts])
-        log["types"] = {name: _plain(shares_OX[:, number]) for number, name in enumerate(types)}
-        sums_O3 = torch.stack([sum(_stack(blocks[b], "target")) for b in order])
-        mean_O = sums_O3[:, 0] / sums_O3[:, 2]
+    mass = [_total(blocks[b], "mass") / sum(one.tokens for one in blocks[b]) for b in order]
+    log: dict[str, Any] = {"blocks": order, "mass": [_plain(row_B) for row_B in mass]}
+    types_O3 = torch.stack([_total(blocks[b], "types") for b in order])
+    if bool((types_O3.sum(-1) > 0).all()):
+        shares_O3 = types_O3 / types_O3.sum(-1, keepdim=True)
+        log["types"] = {name: _plain(shares_O3[:, number]) for number, name in enumerate(types)}
+        sum_O, squares_O, tokens_O = torch.stack([_total(blocks[b], "target") for b in order]).unbind(-1)
+        mean_O = sum_O / tokens_O
         log["target_mean"] = _plain(mean_O)
-        log["target_std"] = _plain((sums_O3[:, 1] / sums_O3[:, 2] - mean_O.square()).clamp(min=0).sqrt())
+        log["target_std"] = _plain((squares_O / tokens_O - mean_O.square()).clamp(min=0).sqrt())
     return log
 
 
@@ -45,8 +45,8 @@ def drift(mass: Sequence[Sequence[float]], task: int) -> list[float]:
     return [round(sum(row[task + 1 :]), 5) for row in mass]
 
 
-def _stack(observations: Sequence[Observation], name: str) -> Any:
-    return torch.stack([getattr(one, name) for one in observations])
+def _total(observations: Sequence[Observation], name: str) -> Tensor:
+    return torch.stack([getattr(one, name) for one in observations]).sum(0)
 
 
 def _plain(values: Tensor) -> list[float]:

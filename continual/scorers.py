@@ -57,7 +57,7 @@ def scorer(name: str) -> Scorer:
 
 def words(text: str) -> list[str]:
     """Lower-case words, numerals for number words, without punctuation and articles."""
-    found = re.findall(r"[^\W_]+(?:[.'][^\W_]+)*", text.lower())
+    found: list[str] = re.findall(r"[^\W_]+(?:[.'][^\W_]+)*", text.lower())
     return [_NUMBERS.get(word, word) for word in found if word not in _ARTICLES]
 
 
