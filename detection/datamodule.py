@@ -21,6 +21,7 @@ from .data import EvaluationData, ImageBatch, TrainingData, View
 from .dataset import DetectionSample, DetectionSet
 from .features import FeatureStore, pictures_key
 from .formats import read_detection
+from .modeling import DynamicDinoForObjectDetection
 from .output import Target
 from .prompt import Prompt, PromptBatch
 from .sampling import PromptSampler, SamplingConfig
@@ -116,7 +117,7 @@ class DetectionData(LightningDataModule):
                 says where (true: ``features`` beside the output folder).
             copies: with cache_features: augmented views of each training picture.
             num_workers: processes that prepare batches.
-            seed: of the order of pictures, their augmentation and their prompts.
+            seed: of the order of pictures, their prompts and, without cache_features, their augmentation.
         """
         super().__init__()
         if min(steps, batch_size, copies) < 1:
@@ -159,10 +160,11 @@ class DetectionData(LightningDataModule):
             PromptSampler(data.names, module.tokenizer, self.prompts),
         )
         items: Dataset = Drawn(training)
-        if self.cache_features:
-            views = Views(training, self.copies, self.seed)
-            made_of = {"augment": asdict(self.augment), "copies": self.copies, "seed": self.seed}
-            items = Cached(training, self._store(data, views, self.augment.longest, made_of), self.copies)
+        if self.features is not None:
+            views = Views(training, self.copies)
+            made_of = {"augment": asdict(self.augment), "copies": self.copies}
+            store = stored(self.features, data, module.model, views, self.augment.longest, made_of)
+            items = Cached(training, store, self.copies)
         sampler = SeededSampler(
             ["image"] * len(cast(Any, items)),
             self.batch_size,
@@ -175,32 +177,57 @@ class DetectionData(LightningDataModule):
             items, batch_sampler=sampler, collate_fn=type(items).collate, num_workers=self.num_workers
         )
 
-    def _store(
-        self, data: DetectionSet, views: Sequence[View], side: int, made_of: dict[str, Any]
-    ) -> FeatureStore:
-        folder = self.cache_features
-        if not isinstance(folder, str):
-            folder = Path(self.trainer.default_root_dir) / ".." / "features"  # type: ignore[union-attr]
-        boxes = [sample.boxes_M4.tolist() for sample in data.samples]
-        made_of = {**made_of, "pictures": pictures_key(data.samples), "boxes": boxes}
-        return FeatureStore.of(Path(folder).resolve(), self.module.model, views, side, made_of)
+    @property
+    def features(self) -> Path | None:
+        """Folder of the backbone's maps."""
+        if isinstance(self.cache_features, str):
+            return Path(self.cache_features)
+        folder = Path(self.trainer.default_root_dir) / ".." / "features"  # type: ignore[union-attr]
+        return folder if self.cache_features else None
 
     # ---------------------------------------------------------------- evaluation
 
     def val_dataloader(self) -> DataLoader | list:
-        return self.questions(self.sets["val"]) if "val" in self.sets else []
+        return self._questions("val") if "val" in self.sets else []
 
     def test_dataloader(self) -> DataLoader:
-        return self.questions(self.sets["test"])
+        return self._questions("test")
 
-    def questions(self, data: DetectionSet) -> DataLoader:
-        """Every picture of a set, whole, in order."""
-        config = self.module.model.config
-        pictures = EvaluationData(data, resize_for(config))
-        if not self.cache_features:
-            return DataLoader(pictures, self.batch_size, collate_fn=asked, num_workers=self.num_workers)
-        store = self._store(data, Whole(pictures), pictures.resize.longest, {"size": config.image_size})
-        return DataLoader(CachedPictures(data, store), self.batch_size, collate_fn=CachedPictures.collate)
+    def _questions(self, split: str) -> DataLoader:
+        return questions(
+            self.sets[split], self.module.model, self.features, self.batch_size, self.num_workers
+        )
+
+
+def questions(
+    data: DetectionSet,
+    model: DynamicDinoForObjectDetection,
+    features: Path | None = None,
+    batch_size: int = 16,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Every picture of a set, whole and in order, as batches of Question; ``features`` is the folder to keep
+    the backbone's maps in."""
+    pictures = EvaluationData(data, resize_for(model.config))
+    if features is None:
+        return DataLoader(pictures, batch_size, collate_fn=asked, num_workers=num_workers)
+    made_of = {"size": model.config.image_size}
+    store = stored(features, data, model, Whole(pictures), pictures.resize.longest, made_of)
+    return DataLoader(CachedPictures(data, store), batch_size, collate_fn=CachedPictures.collate)
+
+
+def stored(
+    folder: Path,
+    data: DetectionSet,
+    model: DynamicDinoForObjectDetection,
+    views: Sequence[View],
+    side: int,
+    made_of: dict[str, Any],
+) -> FeatureStore:
+    """The maps of some views of a set's pictures; see :meth:`FeatureStore.of`."""
+    boxes = [sample.boxes_M4.tolist() for sample in data.samples]
+    made_of = {**made_of, "pictures": pictures_key(data.samples), "boxes": boxes}
+    return FeatureStore.of(folder.resolve(), model, views, side, made_of)
 
 
 def resize_for(config: Any) -> Resize:
@@ -248,17 +275,18 @@ class Drawn(Dataset):
 
 
 class Views(Sequence[View]):
-    """``copies`` augmented views of each training picture, always the same ones."""
+    """``copies`` augmented views of each training picture, the same ones whatever the run's seed: runs share
+    the store."""
 
-    def __init__(self, data: TrainingData, copies: int, seed: int):
-        self.data, self.copies, self.seed = data, copies, seed
+    def __init__(self, data: TrainingData, copies: int):
+        self.data, self.copies = data, copies
 
     def __len__(self) -> int:
         return len(self.data) * self.copies
 
     def __getitem__(self, index: int) -> View:  # type: ignore[override]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + index)
+            torch.manual_seed(index)
             return self.data.view(self.data.data.samples[index % len(self.data)])
 
 

@@ -99,7 +99,7 @@ def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[Vi
     stores: list[np.memmap] = []
     boxes, kept, sizes = [], [], []
     for start, batch in _batches(views):
-        pixels_B3SS = torch.stack([_padded(view.pixels, side) for view in batch])
+        pixels_B3SS = torch.stack([padded(view.pixels, side) for view in batch])
         for level, features in enumerate(model.encode_image(pixels_B3SS.to(model.device))):
             if start == 0:
                 shape = (len(views), *features.shape[1:])
@@ -120,7 +120,8 @@ def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[Vi
     model.train(training)
 
 
-def _padded(pixels: Tensor, side: int) -> Tensor:
+def padded(pixels: Tensor, side: int) -> Tensor:
+    """[3, h, w] with zeros at the right and below up to a square."""
     return pad(pixels, (0, side - pixels.shape[2], 0, side - pixels.shape[1]))
 
 

@@ -22,10 +22,11 @@ from .datamodule import Batch, Question
 from .dataset import DetectionSet
 from .denoising import DenoisingConfig, make_denoising
 from .evaluation import evaluate_coco
-from .inference import NameChunks, detect
+from .inference import NameChunks
 from .loading import load_detector
 from .modeling import DynamicDinoForObjectDetection
 from .moe_tuning import freeze_for_tuning, moe_tuning
+from .scoring import coco_results, search
 from .text_cache import TextFeatureCache
 
 log = logging.getLogger(__name__)
@@ -199,10 +200,10 @@ class DetectionModule(ResumableModule):
     # ---------------------------------------------------------------- average precision
 
     def validation_step(self, batch: Question, batch_idx: int) -> None:
-        self._found += self.search(batch, self._set("val"))
+        self._search(batch, "val")
 
     def test_step(self, batch: Question, batch_idx: int) -> None:
-        self._found += self.search(batch, self._set("test"))
+        self._search(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         self._score("val")
@@ -210,32 +211,12 @@ class DetectionModule(ResumableModule):
     def on_test_epoch_end(self) -> None:
         self._score("test")
 
-    def search(self, batch: Question, data: DetectionSet, names: NameChunks | None = None) -> list[dict]:
-        """COCO results of some pictures, looking for every name of the set."""
+    def _search(self, batch: Question, split: str) -> None:
+        data = self._set(split)
+        names = NameChunks.of(data.names, self.tokenizer, self.model.config.max_text_tokens)
         text = self._text or TextFeatureCache(self.model)
-        names = names or NameChunks.of(data.names, self.tokenizer, self.model.config.max_text_tokens)
-        found = detect(
-            self.model,
-            names,
-            batch.pixel_values,
-            batch.pixel_mask,
-            batch.sizes,
-            text,
-            batch.image_features,
-            self.max_detections,
-        )
-        ids = [category.id for category in data.categories]
-        results = []
-        for sample, one in zip(batch.samples, found, strict=True):
-            boxes = one.boxes_K4.cpu()
-            boxes[:, 2:] -= boxes[:, :2]
-            for box, score, label in zip(
-                boxes.tolist(), one.scores_K.tolist(), one.labels_K.tolist(), strict=True
-            ):
-                results.append(
-                    {"image_id": sample.image_id, "category_id": ids[label], "bbox": box, "score": score}
-                )
-        return results
+        found = search(self.model, names, batch, text, self.max_detections)
+        self._found += coco_results(data, batch.samples, found)
 
     def _set(self, split: str) -> DetectionSet:
         return self.trainer.datamodule.sets[split]  # type: ignore[attr-defined]

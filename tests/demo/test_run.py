@@ -8,7 +8,8 @@ import yaml
 
 from unimoe import cli
 from unimoe.demo import run as subject
-from unimoe.demo.run import STEPS, Demo, Step
+from unimoe.demo.run import STEPS, Demo
+from unimoe.demo.steps import Step
 from unimoe.files import atomic_write
 
 

@@ -1,10 +1,15 @@
-"""A detector of a few thousand weights, and a tokenizer with whole words."""
+"""A tiny detector, a tokenizer with whole words, and eight pictures to learn by heart."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     BertConfig,
+    BertModel,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     MMGroundingDinoConfig,
@@ -104,3 +109,71 @@ def hf_detector():
         return model.eval()
 
     return make
+
+
+COLOURS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "tree": (40, 40, 200), "car": (200, 200, 40)}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tokenizer) -> Path:
+    """Eight pictures of rectangles as COCO (``train.json``), and a text encoder (``text``)."""
+    folder = tmp_path_factory.mktemp("world")
+    images, annotations = [], []
+    generator = torch.Generator().manual_seed(0)
+    for number in range(8):
+        picture = Image.new("RGB", (64, 64), (number * 12, 90, 90))
+        for part in range(1 + number % 2):
+            x = 2 + 32 * part + int(torch.randint(0, 6, (), generator=generator))
+            y, w, h = torch.randint(10, 24, (3,), generator=generator).tolist()
+            label = (number + 2 * part) % 4
+            picture.paste(list(COLOURS.values())[label], (x, y, x + w, y + h))
+            row = {"image_id": number + 1, "category_id": 10 * label + 5, "bbox": [x, y, w, h], "area": w * h}
+            annotations.append({"id": len(annotations) + 1, "iscrowd": 0, **row})
+        picture.save(folder / f"{number}.png")
+        images.append({"id": number + 1, "file_name": f"{number}.png", "width": 64, "height": 64})
+    categories = [{"id": 10 * label + 5, "name": name} for label, name in enumerate(COLOURS)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    for name in ("train.json", "val.json"):
+        (folder / name).write_text(json.dumps(content))
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(WORDS), **small)).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def settings(world, tmp_path) -> dict:
+    """A run on these pictures, as its YAML file would hold it."""
+    return {
+        "system": "detection",
+        "stage": "tiny",
+        "output": str(tmp_path / "tiny"),
+        "checkpoint_every": 5,
+        "model": {
+            "detector": {
+                "backbone": "test_efficientnet",
+                "text_encoder": str(world / "text"),
+                "image_size": 64,
+                "d_model": 32,
+                "ffn_dim": 64,
+                "num_heads": 4,
+                "decoder_layers": 2,
+                "num_queries": 12,
+                "learned_queries": False,
+                "csp_blocks": 1,
+                "csp_expansion": 0.5,
+            },
+            "denoising": {"queries": 20},
+            "freeze_encoders": False,
+            "encoder_lr": 1.0,
+            "lr": 4e-3,
+        },
+        "data": {
+            "train": str(world / "train.json"),
+            "val": str(world / "val.json"),
+            "augment": {"sizes": [64], "longest": 64, "flip": 0.0, "crop": 0.0},
+            "steps": 10,
+            "batch_size": 8,
+        },
+    }

@@ -10,10 +10,10 @@ def say(text: str):
     print(text, flush=True)
 
 
-def announce(folder: Path, steps: Sequence[tuple[str, str, float, bool]]):
+def announce(purpose: str, folder: Path, steps: Sequence[tuple[str, str, float, bool]]):
     """The plan. ``steps``: name, what it does, minutes on two cores, and whether it is still to do."""
     todo = [about for _, _, about, waiting in steps if waiting]
-    say("This trains a mixture of experts that sees and hears, from real pretrained parts, and tests it.")
+    say(purpose)
     say(f"{len(todo)} of {len(steps)} steps to do: {minutes(sum(todo))} on two quiet cores, and downloads.")
     say(f"Everything goes to {folder}. If it is cut off, the same command goes on.\n")
     for number, (name, about, estimate, waiting) in enumerate(steps, 1):

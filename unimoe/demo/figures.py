@@ -81,6 +81,33 @@ def load_maps(load: Mapping[str, Any], experts: Sequence[str]) -> str:
     return _svg(figure)
 
 
+def expert_maps(use: Mapping[str, Any]) -> str:
+    """For each layer: the share of the places that each expert got, and which experts were visited together,
+    row by row in per cent of the row's expert."""
+    layers = len(use["load"])
+    figure = Figure(figsize=(2.9 * layers, 4.2), layout="constrained")
+    panels = figure.subplots(2, layers, squeeze=False, height_ratios=(1, 2.4))
+    for layer in range(layers):
+        upper, lower = panels[:, layer]
+        shares = 100 * np.array(use["load"][layer])
+        upper.bar(range(len(shares)), shares, color=BLUE)
+        upper.set_title(f"layer {layer}: load, %", fontsize=10, color=INK, loc="left")
+        together = np.array(use["together"][layer], float)
+        lower.imshow(together / np.maximum(together.sum(1, keepdims=True), 1), cmap=HEAT, vmin=0, vmax=1)
+        partners, twins = use["effective_partners"][layer], use["twins"][layer]
+        lower.set_title(
+            f"{partners:.2f} effective partners,\n{100 * twins:.0f} % still twins",
+            fontsize=9,
+            color=INK,
+            loc="left",
+        )
+        for panel in (upper, lower):
+            panel.set_xticks(range(len(shares)))
+            _plain(panel)
+        lower.set_yticks(range(len(shares)))
+    return _svg(figure)
+
+
 def _column(curve: Curve, name: str) -> tuple[np.ndarray, np.ndarray]:
     rows = [(row["step"], row[name]) for row in curve if name in row]
     steps, values = zip(*rows, strict=True) if rows else ((), ())

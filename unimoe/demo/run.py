@@ -5,12 +5,10 @@ goes on where a run was cut off. The stages run through the entry points that a 
 of configs/.
 """
 
-import gc
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -29,6 +27,7 @@ from unimoe.demo.clips import ASSETS
 from unimoe.demo.evaluate import evaluate, read_questions
 from unimoe.demo.floors import measure_floors
 from unimoe.demo.report import FLOORS, MODELS, PICTURE_SETS, make_report
+from unimoe.demo.steps import Step, note_settings, run_steps
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder, atomic_write
 from unimoe.loading import load_model
@@ -38,7 +37,7 @@ from unimoe.prepare.parts import PARTS
 from unimoe.stages.assemble import assemble
 from unimoe.stages.cli import main as stages_cli
 from unimoe.training.progress import clock
-from unimoe.training.result import STAGE_FILE, read_record
+from unimoe.training.result import STAGE_FILE
 
 DEFAULT_OUTPUT = "runs/demo"
 """The folder that the configurations name."""
@@ -59,23 +58,6 @@ class Demo:
         return self.folder / "data"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One line of the plan."""
-
-    name: str
-    """Also the key in ``seconds``."""
-    about: str
-    """What it does, for people."""
-    minutes: float
-    """How long that takes on two quiet cores."""
-    act: Callable[[Demo], None]
-    done: Callable[[Demo], bool]
-    """Whether the result is there."""
-    control: bool = False
-    """Belongs to the dense control."""
-
-
 def demo(control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, unseen_artist: str = "default"):
     """Train a mixture of experts that sees and hears from real pretrained parts, test it, and write a report.
 
@@ -94,19 +76,11 @@ def demo(control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, uns
     run = Demo(Path(output), seed, control, unseen_artist)
     _note_settings(run)
     steps = [step for step in STEPS if control or not step.control]
-    todo = [step for step in steps if not step.done(run)]
-    console.announce(run.folder, [(step.name, step.about, step.minutes, step in todo) for step in steps])
-    for number, step in enumerate(steps, 1):
-        label = f"[{number:>2}/{len(steps)}] {step.name}"
-        if step not in todo:
-            console.say(f"{label}: done before")
-            continue
-        console.say(f"{label}: {step.about} ({console.minutes(step.minutes)})")
-        started = time.monotonic()
-        step.act(run)
-        gc.collect()
-        seconds = _note_seconds(run, step.name, time.monotonic() - started)
-        console.say(f"{label}: done in {clock(seconds)}")
+    run_steps(
+        run,
+        steps,
+        "This trains a mixture of experts that sees and hears, from real pretrained parts, and tests it.",
+    )
     report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     console.show_results(report)
     console.say(
@@ -270,36 +244,10 @@ def _write_examples(run: Demo):
             shutil.copyfile(part["path"], folder / name)
 
 
-# -------------------------------------------------------------------- the folder's own notes
-
-
-def _note_seconds(run: Demo, name: str, seconds: float) -> float:
-    """Add a step's time to ``seconds.json``; training time that a killed run spent is counted in."""
-    path = run.folder / "seconds.json"
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    record = read_record(run.folder / name)
-    spent = max(seconds, record.seconds if record else 0.0)
-    order = [step.name for step in STEPS]
-    noted[name] = round(spent, 1)
-    ordered = {key: noted[key] for key in sorted(noted, key=order.index)}
-    atomic_write(path, json.dumps(ordered, indent=1) + "\n")
-    return spent
-
-
 def _note_settings(run: Demo):
-    """Write ``demo.json``. Raises UserError when the folder belongs to a run with other settings."""
-    folder, artist = run.folder, run.unseen_artist
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; expected a folder")
+    artist = run.unseen_artist
     if not 0 <= run.seed < 2**32:
         raise UserError(f"--seed must be between 0 and 4294967295, found {run.seed}")
     if artist != "default" and not Path(artist).exists():
         raise UserError(f"--unseen-artist {artist}: there is no such font or folder")
-    path = folder / "demo.json"
-    settings = {"seed": run.seed, "unseen_artist": artist}
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    for key, value in settings.items():
-        if found.get(key) != value:
-            there = f"{folder} was begun with {key} {found.get(key)}, found {value}"
-            raise UserError(f"{there}; choose another --output, or delete {folder}")
-    atomic_write(path, json.dumps(settings, indent=1) + "\n")
+    note_settings(run.folder, {"seed": run.seed, "unseen_artist": artist})

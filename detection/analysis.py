@@ -1,0 +1,159 @@
+"""Which experts are used, which of them together, and for which classes.
+
+Shapes: L MoE layers, E experts, Q queries of all pictures, K = 2 experts of a query, C classes.
+
+Slices of one copy start as twins: their rows in the router are equal, so at first each expert has one
+partner. Pairs that are still twins after tuning are counted: fixed partners may be nothing but the start.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from unimoe.moe import LayerRecord, MoEConfig, record
+
+from .datamodule import Question
+from .inference import NameChunks
+from .modeling import DynamicDinoForObjectDetection
+from .scoring import search
+from .text_cache import TextFeatureCache
+
+
+@dataclass
+class ExpertUse:
+    """What an analysis found, layer by layer."""
+
+    load_LE: Tensor
+    """Share of the queries' places that each expert got; rows sum to 1."""
+    together_LEE: Tensor
+    """Queries that visited both experts; symmetric, 0 on the diagonal."""
+    classes: list[str]
+    pairs: list[list[tuple[int, int] | None]]
+    """For each layer and class: the pair that most queries of found objects of the class visited."""
+    information: list[float]
+    """For each layer: mutual information of class and pair, in bits."""
+    slices: int
+    """Slices of a copy: expert i belongs to copy i // slices."""
+
+    @property
+    def partners_L(self) -> Tensor:
+        """exp(entropy) of the partners of an expert, averaged over experts that were used at all."""
+        share_LEE = self.together_LEE / self.together_LEE.sum(-1, keepdim=True).clamp(min=1)
+        entropy_LE = -torch.xlogy(share_LEE, share_LEE).sum(-1)
+        used_LE = self.together_LEE.sum(-1) > 0
+        return (entropy_LE.exp() * used_LE).sum(-1) / used_LE.sum(-1).clamp(min=1)
+
+    @property
+    def twins_L(self) -> Tensor:
+        """Share of the pairs that are slices of one copy."""
+        copy_E = torch.arange(self.load_LE.shape[1]) // self.slices
+        same_EE = copy_E[:, None] == copy_E
+        total_L = self.together_LEE.sum((-1, -2)).clamp(min=1)
+        return (self.together_LEE * same_EE).sum((-1, -2)) / total_L
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "load": [[round(share, 4) for share in row] for row in self.load_LE.tolist()],
+            "together": self.together_LEE.int().tolist(),
+            "effective_partners": [round(number, 3) for number in self.partners_L.tolist()],
+            "twins": [round(share, 4) for share in self.twins_L.tolist()],
+            "classes": self.classes,
+            "pairs": self.pairs,
+            "information_bits": [round(bits, 3) for bits in self.information],
+        }
+
+
+@torch.no_grad()
+def expert_use(
+    model: DynamicDinoForObjectDetection,
+    tokenizer: Any,
+    names: Sequence[str],
+    batches: Iterable[tuple[Question, Sequence[Tensor], Sequence[Tensor]]],
+) -> ExpertUse:
+    """Run the detector and count.
+
+    Args:
+        model: one with experts in its decoder.
+        tokenizer: the model's.
+        names: what is asked for.
+        batches: a Question, and for each of its pictures the objects: boxes [M, 4] (x1, y1, x2, y2) in pixels
+            and classes [M]. A query counts for the class of the object that it overlaps by at least half.
+    """
+    moe = MoEConfig.from_dict(model.config.moe or {})
+    asked, text = NameChunks.of(names, tokenizer, model.config.max_text_tokens), TextFeatureCache(model)
+    chosen: list[list[Tensor]] = []
+    labels: list[Tensor] = []
+    for batch, boxes, classes in batches:
+        finals: list[Tensor] = []
+        handle = model.register_forward_hook(
+            lambda _, __, output, finals=finals: finals.append(output.boxes[-1])
+        )
+        try:
+            with record() as records:
+                search(model, asked, batch, text, top=1)
+        finally:
+            handle.remove()
+        first = finals[0]
+        layers = len(records) // len(finals)
+        chosen.append([_members(entry, moe.num_experts) for entry in records[:layers]])
+        for found_Q4, size, boxes_M4, class_M in zip(first, batch.sizes, boxes, classes, strict=True):
+            labels.append(_classes(found_Q4, size, boxes_M4, class_M))
+    members_LQE = torch.stack([torch.cat(layer) for layer in zip(*chosen, strict=True)])
+    together_LEE = members_LQE.transpose(1, 2) @ members_LQE
+    load_LE = members_LQE.sum(1) / members_LQE.sum((1, 2))[:, None]
+    together_LEE = together_LEE - torch.diag_embed(torch.diagonal(together_LEE, dim1=1, dim2=2))
+    label_Q = torch.cat(labels)
+    tables = [_pairs(members_QE, label_Q, len(names)) for members_QE in members_LQE]
+    return ExpertUse(
+        load_LE,
+        together_LEE,
+        list(names),
+        [table for table, _ in tables],
+        [bits for _, bits in tables],
+        moe.top_k,
+    )
+
+
+def _members(entry: LayerRecord, experts: int) -> Tensor:
+    """[Q, E] float, 1 where a query visited an expert."""
+    routing = entry.routing
+    members_QE = torch.zeros(routing.num_tokens, experts)
+    members_QE[routing.token_N.cpu(), routing.expert_N.cpu()] = 1.0
+    return members_QE
+
+
+def _classes(found_Q4: Tensor, size: tuple[int, int], boxes_M4: Tensor, class_M: Tensor) -> Tensor:
+    """[Q] int64: the class of the object that a query overlaps most, -1 under an IoU of one half."""
+    if not len(boxes_M4):
+        return torch.full((len(found_Q4),), -1)
+    centre_Q2, extent_Q2 = found_Q4.cpu().split(2, dim=1)
+    corners_Q4 = torch.cat([centre_Q2 - extent_Q2 / 2, centre_Q2 + extent_Q2 / 2], 1)
+    best_Q, object_Q = box_iou(corners_Q4 * torch.tensor([*size, *size]), boxes_M4).max(dim=1)
+    return torch.where(best_Q >= 0.5, class_M[object_Q], -1)
+
+
+def _pairs(members_QE: Tensor, label_Q: Tensor, classes: int) -> tuple[list[tuple[int, int] | None], float]:
+    """The commonest set of experts of each class (its first two members), and the mutual information of class
+    and set in bits."""
+    rows_PE = members_QE[label_Q >= 0]
+    label_P = label_Q[label_Q >= 0]
+    if not len(label_P):
+        return [None] * classes, 0.0
+    sets_SE, set_P = rows_PE.unique(dim=0, return_inverse=True)
+    counts_CS = torch.zeros(classes, len(sets_SE)).index_put((label_P, set_P), torch.ones(len(label_P)), True)
+    joint_CS = counts_CS / counts_CS.sum()
+    apart_CS = joint_CS.sum(1, keepdim=True) * joint_CS.sum(0, keepdim=True)
+    bits = float(
+        torch.xlogy(joint_CS, joint_CS / apart_CS.clamp(min=1e-12)).sum() / torch.log(torch.tensor(2.0))
+    )
+    table: list[tuple[int, int] | None] = []
+    for row_S in counts_CS:
+        experts = sets_SE[row_S.argmax()].nonzero()[:, 0].tolist()
+        pair = next(pairwise(experts), (experts[0], experts[0]))
+        table.append(pair if row_S.sum() else None)
+    return table, bits

@@ -1,0 +1,120 @@
+"""The whole path: a YAML file, training, a model folder, its average precision; and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from unimoe import cli
+from unimoe.detection.loading import load_detector
+from unimoe.errors import UserError
+from unimoe.fit import system
+from unimoe.training.curve import read_curve
+from unimoe.training.resume import saved_step
+
+SPEED = {"train/pictures_per_second"}
+
+
+def command(settings: dict, verb: str = "fit") -> list[str]:
+    path = Path(settings["output"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return [verb, "-c", str(path)]
+
+
+def metrics(settings: dict) -> dict:
+    return json.loads(Path(settings["output"], "stage.json").read_text())["metrics"]
+
+
+@pytest.mark.slow
+def test_eight_pictures_are_learned_by_heart(settings, capsys, caplog):
+    settings["data"]["steps"] = 400
+    assert cli.main(command(settings)) == 0
+    assert metrics(settings)["val/AP"] > 0.9
+    assert cli.main(command(settings, "validate")) == 0
+    assert any("val/AP  " in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_leaves_a_model_and_goes_on_to_experts(settings, world, tmp_path, cached):
+    settings["data"] |= {"steps": 2, "cache_features": cached, "copies": 2 if cached else 1}
+    settings["model"]["freeze_encoders"] = True
+    assert cli.main(command(settings)) == 0
+    folder = Path(settings["output"])
+    assert {"config.json", "model.safetensors", "stage.json", "tokenizer.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert {"train/loss", "train/denoising", "val/AP"} <= metrics(settings).keys()
+    assert (tmp_path / "features").is_dir() == cached
+
+    tuned = {**settings, "output": str(tmp_path / "experts")}
+    tuned["model"] = {"init_from": str(folder), "moe": {"copies": 2, "slices": 2}, "lr": 1e-3}
+    assert cli.main(command(tuned)) == 0
+    model, _ = load_detector(tuned["output"])
+    assert model.config.moe["num_experts"] == 4
+    assert json.loads((tmp_path / "experts" / "stage.json").read_text())["parents"][0]["stage"] == "tiny"
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "experts" / "model.safetensors"),
+    )
+    changed = {name for name in before.keys() & after.keys() if not before[name].equal(after[name])}
+    assert any("decoder.box_heads" in name for name in changed)
+    assert not any(name.startswith(("backbone", "text_", "selection")) for name in changed)
+
+
+def test_mistakes_are_errors(settings, capsys, tmp_path):
+    settings["model"]["detector"]["num_querys"] = 5
+    assert cli.main(command(settings)) == 2
+    assert "no setting 'num_querys'; closest: num_queries" in capsys.readouterr().err
+    del settings["model"]["detector"]["num_querys"]
+    for where, key in (("data", "stepz"), ("model", "learning_rate")):
+        wrong = {**settings, where: {**settings[where], key: 1}}
+        assert cli.main(command(wrong)) == 2
+        assert key in capsys.readouterr().err
+    assert cli.main([*command(settings), "--system", "detector"]) == 2
+    assert "expected one of stages, detection" in capsys.readouterr().err
+    assert cli.main([*command(settings), "--data.train", str(tmp_path / "no.json")]) == 2
+    assert "no.json is not there" in capsys.readouterr().err
+    assert not Path(settings["output"]).exists()
+
+
+def test_the_file_says_which_system(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("system: detection\n")
+    assert system(["fit", "-c", str(path)]) == "detection"
+    assert system(["fit", f"--config={path}", "--system", "stages"]) == "stages"
+    assert system(["fit", "-h"]) == "stages"
+    path.write_text("a: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        system(["fit", "-c", str(path)])
+
+
+@pytest.mark.slow
+def test_kill_9_changes_nothing(settings, tmp_path):
+    settings["data"]["steps"] = 40
+    whole = {**settings, "output": str(tmp_path / "whole")}
+    assert cli.main(command(whole)) == 0
+    args = [sys.executable, "-m", "unimoe", *command(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    checkpoint, end = Path(settings["output"], "checkpoints", "last.ckpt"), time.monotonic() + 200
+    while not checkpoint.is_file() and time.monotonic() < end:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    begun = saved_step(checkpoint)
+    assert 0 < begun < 40
+    said = subprocess.run(args, capture_output=True, text=True, env=environment, check=True).stderr
+    assert f"going on after step {begun} of 40" in said
+    curves = [read_curve(Path(run["output"], "logs", "metrics.csv")) for run in (whole, settings)]
+    assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]]
+    for one, other in zip(*curves, strict=True):
+        for key in one.keys() - SPEED:
+            assert other[key] == pytest.approx(one[key], abs=1e-4), (key, one["step"])

@@ -1,0 +1,248 @@
+"""``unimoe demo detection``: a detector from pretrained parts, tuned into experts beside a dense control.
+
+Both start from the same dense base and train for the same further steps with the same parts unfrozen, with
+several seeds. Every step leaves its result in the output folder; the same command goes on where it stopped.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.demo import console
+from unimoe.demo.detection_report import SPLITS, make_report
+from unimoe.demo.steps import Step, note_settings, run_steps
+from unimoe.detection.analysis import expert_use
+from unimoe.detection.cli import main as fit
+from unimoe.detection.datamodule import questions
+from unimoe.detection.dataset import DetectionSet
+from unimoe.detection.formats import read_detection
+from unimoe.detection.generate import SceneConfig, build_scenes
+from unimoe.detection.latency import decoder_latency
+from unimoe.detection.loading import load_detector
+from unimoe.detection.scoring import score
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+from unimoe.prepare import prepare
+from unimoe.prepare.cache import cache_folder, fault
+from unimoe.prepare.parts import PARTS
+from unimoe.training.result import STAGE_FILE
+
+DEFAULT_OUTPUT = "runs/demo-detection"
+"""The folder that the configurations name."""
+SCENES = SceneConfig(images=4000, test_images=150, size=192, concepts=50, crowded=0.05, small=0.05)
+TUNED = {"moe": "experts", "dense": "the dense control"}
+
+
+@dataclass(frozen=True)
+class DetectionDemo:
+    """One run."""
+
+    folder: Path
+    seed: int
+    seeds: int
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def models(self) -> list[str]:
+        """The base and what was tuned from it, as they are called in the folder."""
+        return ["base", *(f"{kind}-{seed}" for kind in TUNED for seed in range(self.seeds))]
+
+
+def detection(output: str = DEFAULT_OUTPUT, seed: int = 0, seeds: int = 3):
+    """Train an open-vocabulary detector, tune it into experts, and compare with a dense control.
+
+    The same command goes on where a run was cut off. Ends with report.json and report.html in the output
+    folder.
+
+    Args:
+        output: folder of everything that the run makes.
+        seed: of the pictures and the base.
+        seeds: how often experts and control are tuned, each time with another seed.
+    """
+    disable_progress_bar()  # transformers' own, for each model that is loaded
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}, expected at least 1")
+    run = DetectionDemo(Path(output), seed, seeds)
+    note_settings(run.folder, {"seed": seed})
+    purpose = (
+        "This trains a detector that looks for whatever is named, and tunes it into a mixture of experts."
+    )
+    run_steps(run, plan(run), purpose)
+    show_results(json.loads((run.folder / "report.json").read_text(encoding="utf-8")))
+    console.say(f"\nThe report: {run.folder / 'report.html'}")
+    picture = run.data / "unseen_backgrounds" / "000000.jpg"
+    console.say(
+        f'Try next:\n  unimoe detect {run.folder / "moe-0"} {picture} --prompt "dog, car" --draw seen'
+    )
+
+
+def plan(run: DetectionDemo) -> list[Step]:
+    """Every step of the run."""
+    steps = [
+        Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared),
+        Step("data", "emoji on photographs, with exact boxes", 1.0, _build, _built),
+        Step(
+            "base", "the dense detector learns from scratch", 11.0, partial(_fit, "base", 0), _stage("base")
+        ),
+    ]
+    for seed in range(run.seeds):
+        for kind, title in TUNED.items():
+            name = f"{kind}-{seed}"
+            about = f"{title}, tuned with seed {seed}"
+            steps.append(Step(name, about, 1.5, partial(_fit, kind, seed), _stage(name), kind == "dense"))
+    steps += [
+        Step(
+            f"evaluate_{name}",
+            f"average precision of {name}",
+            0.3,
+            partial(_evaluate, name),
+            partial(_evaluated, name),
+        )
+        for name in run.models
+    ]
+    return [
+        *steps,
+        Step("latency", "experts beside the dense decoder", 0.5, _latency, partial(_exists, "latency.json")),
+        Step("report", "figures and pages", 0.2, make_report, lambda run: False),
+    ]
+
+
+# -------------------------------------------------------------------- steps
+
+
+def _prepare(run: DetectionDemo):
+    prepare()
+
+
+def _prepared(run: DetectionDemo) -> bool:
+    return all(fault(part, cache_folder()) is None for part in PARTS.values())
+
+
+def _build(run: DetectionDemo):
+    build_scenes(run.data, SceneConfig(**{**vars(SCENES), "seed": run.seed}))
+
+
+def _built(run: DetectionDemo) -> bool:
+    return (run.data / "manifest.json").is_file()
+
+
+def _fit(kind: str, seed: int, run: DetectionDemo):
+    name = kind if kind == "base" else f"{kind}-{seed}"
+    args = ["--output", str(run.folder / name), "--seed_everything", str(run.seed + seed)]
+    fit(["fit", "-c", str(_configuration(kind, run)), *args])
+
+
+def _stage(name: str):
+    return partial(_exists, f"{name}/{STAGE_FILE}")
+
+
+def _exists(name: str, run: DetectionDemo) -> bool:
+    return (run.folder / name).is_file()
+
+
+def _evaluate(name: str, run: DetectionDemo):
+    model, tokenizer = load_detector(run.folder / name)
+    found: dict[str, Any] = {"made_of": _made_of(name, run), "ap": {}, "shuffled": {}, "detections": {}}
+    for split in SPLITS:
+        data = read_detection(run.data / f"{split}.json")
+        batches = questions(data, model, run.folder / "features")
+        evaluation, results = score(model, tokenizer, data, batches)
+        found["ap"][split] = evaluation.metrics
+        found["detections"][split] = _shown(data, results)
+        wrong = [*data.names[1:], data.names[0]]
+        found["shuffled"][split] = score(model, tokenizer, data, batches, wrong)[0].metrics["AP"]
+        console.say(f"      {split:<20} AP {evaluation.metrics['AP']:.3f}")
+    if model.config.moe:
+        data = read_detection(run.data / "unseen_backgrounds.json")
+        found["experts"] = expert_use(model, tokenizer, data.names, _with_objects(data, model, run)).to_json()
+    atomic_write(_evaluation(name, run), json.dumps(found) + "\n")
+
+
+def _evaluated(name: str, run: DetectionDemo) -> bool:
+    path = _evaluation(name, run)
+    if not path.is_file() or not _stage(name)(run):
+        return False
+    return json.loads(path.read_text(encoding="utf-8"))["made_of"] == _made_of(name, run)
+
+
+def _latency(run: DetectionDemo):
+    moe, dense = (load_detector(run.folder / f"{kind}-0")[0] for kind in TUNED)
+    atomic_write(run.folder / "latency.json", json.dumps(decoder_latency(moe, dense), indent=1) + "\n")
+
+
+# -------------------------------------------------------------------- parts of steps
+
+
+def _configuration(kind: str, run: DetectionDemo) -> Path:
+    """The YAML file of a kind of run; for another folder a copy that says so."""
+    path = Path(str(files("unimoe.configs").joinpath("dynamic_dino"))) / f"{kind}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8").replace(
+        content["output"].rsplit("/", 1)[0], run.folder.as_posix()
+    )
+    copy = run.folder / "configs" / path.name
+    atomic_write(copy, text)
+    return copy
+
+
+def _evaluation(name: str, run: DetectionDemo) -> Path:
+    return run.folder / "evaluation" / f"{name}.json"
+
+
+def _made_of(name: str, run: DetectionDemo) -> str:
+    """Changes when the model or the pictures do."""
+    digest = hashlib.sha256((run.data / "manifest.json").read_bytes())
+    digest.update((run.folder / name / STAGE_FILE).read_bytes())
+    return digest.hexdigest()
+
+
+def _shown(data: DetectionSet, results: list[dict[str, Any]], pictures: int = 8) -> dict[str, Any]:
+    """The confident detections in the first pictures, for the page."""
+    shown = {str(sample.image_id): [] for sample in data.samples[:pictures]}
+    for result in results:
+        if result["score"] >= 0.3 and str(result["image_id"]) in shown:
+            shown[str(result["image_id"])].append({**result, "bbox": [round(x, 1) for x in result["bbox"]]})
+    return shown
+
+
+def _with_objects(data: DetectionSet, model: Any, run: DetectionDemo):
+    for batch in questions(data, model, run.folder / "features"):
+        yield (
+            batch,
+            [sample.boxes_M4 for sample in batch.samples],
+            [sample.category_M for sample in batch.samples],
+        )
+
+
+def show_results(report: dict[str, Any]):
+    """The table of results, whichever wins."""
+    console.say(f"\n  {'COCO AP':<28}{'seen things':>16}{'unseen things':>16}")
+    for name, title in {"base": "dense base", **TUNED}.items():
+        cells = [report["ap"][name][split] for split in ("seen", "unseen")]
+        console.say(f"  {title:<28}" + "".join(f"{_cell(cell):>16}" for cell in cells))
+    shuffled = report["ap"]["shuffled"]
+    console.say(
+        f"  {'base, names exchanged':<28}" + "".join(f"{shuffled[s]:>16.3f}" for s in ("seen", "unseen"))
+    )
+    for split, gap in report["gap"].items():
+        word = "better" if gap["mean"] > 0 else "worse"
+        console.say(
+            f"\n  {split} things: experts are {abs(gap['mean']):.3f} AP {word} than the dense control "
+            f"(by seed: {', '.join(f'{x:+.3f}' for x in gap['by_seed'])})"
+        )
+    console.say(f"  decoder: experts take {report['latency']['ratio']:.2f} of the dense decoder's time")
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    spread = f" ± {cell['std']:.3f}" if cell["std"] is not None else ""
+    return f"{cell['mean']:.3f}{spread}"

@@ -1,0 +1,83 @@
+"""The steps of a demo: each leaves a result in the run's folder and is skipped when that is there."""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from unimoe.demo import console
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+from unimoe.training.progress import clock
+from unimoe.training.result import read_record
+
+
+class Run(Protocol):
+    """One run of a demo."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the plan."""
+
+    name: str
+    """Also the key in ``seconds``."""
+    about: str
+    """What it does, for people."""
+    minutes: float
+    """How long that takes on two quiet cores."""
+    act: Callable[[Any], None]
+    done: Callable[[Any], bool]
+    """Whether the result is there."""
+    control: bool = False
+    """Belongs to the dense control."""
+
+
+def run_steps(run: Run, steps: Sequence[Step], purpose: str):
+    """Say what will be done, and do what is not there yet, in order. ``purpose`` begins the announcement."""
+    todo = [step for step in steps if not step.done(run)]
+    console.announce(
+        purpose, run.folder, [(step.name, step.about, step.minutes, step in todo) for step in steps]
+    )
+    for number, step in enumerate(steps, 1):
+        label = f"[{number:>2}/{len(steps)}] {step.name}"
+        if step not in todo:
+            console.say(f"{label}: done before")
+            continue
+        console.say(f"{label}: {step.about} ({console.minutes(step.minutes)})")
+        started = time.monotonic()
+        step.act(run)
+        gc.collect()
+        seconds = _note_seconds(run, steps, step.name, time.monotonic() - started)
+        console.say(f"{label}: done in {clock(seconds)}")
+
+
+def _note_seconds(run: Run, steps: Sequence[Step], name: str, seconds: float) -> float:
+    """Add a step's time to ``seconds.json``; training time that a killed run spent is counted in."""
+    path = run.folder / "seconds.json"
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = read_record(run.folder / name)
+    spent = max(seconds, record.seconds if record else 0.0)
+    noted[name] = round(spent, 1)
+    ordered = {step.name: noted.pop(step.name) for step in steps if step.name in noted} | noted
+    atomic_write(path, json.dumps(ordered, indent=1) + "\n")
+    return spent
+
+
+def note_settings(folder: Path, settings: dict[str, Any]):
+    """Write ``demo.json``. Raises UserError when the folder belongs to a run with other settings."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; expected a folder")
+    path = folder / "demo.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    for key, value in settings.items():
+        if found.get(key) != value:
+            there = f"{folder} was begun with {key} {found.get(key)}, found {value}"
+            raise UserError(f"{there}; choose another --output, or delete {folder}")
+    atomic_write(path, json.dumps(settings, indent=1) + "\n")

@@ -1,0 +1,31 @@
+"""``unimoe export onnx``: a detector as one file that runs without torch."""
+
+import logging
+
+from unimoe.data.media import load_image
+from unimoe.detect import find_files, split_prompt
+from unimoe.detection.datamodule import resize_for
+from unimoe.detection.features import padded
+from unimoe.detection.loading import load_detector
+from unimoe.detection.onnx import export_onnx
+
+log = logging.getLogger(__name__)
+
+
+def onnx(model: str, path: str, *, prompt: str, images: list[str] | None = None) -> None:
+    """Write a detector for a fixed list of names as an ONNX file, and compare it with the model.
+
+    Args:
+        model: folder of ``unimoe fit``.
+        path: where to write, a name that ends with .onnx.
+        prompt: what the file will look for, separated by commas.
+        images: pictures to compare on (default: random numbers).
+    """
+    detector, tokenizer = load_detector(model)
+    resize = resize_for(detector.config)
+    pictures = [
+        padded(resize(load_image({"type": "image", "path": str(file)}, str(file))), resize.longest)
+        for file in (find_files(images) if images else [])
+    ]
+    worst = export_onnx(detector, tokenizer, split_prompt(prompt), path, pictures)
+    log.info("wrote %s; it differs from the model by at most %.1e", path, worst)
