@@ -126,6 +126,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_matrix(name, config, command, tmp
 def test_kill_9_inside_task_3_of_6(config, command, write, tmp_path):
     rules = {f"t{i}": (lambda word, i=i: word[i % 3] * (i + 1)) for i in range(6)}
     config["stream"] = write(tmp_path / "six", rules, steps=8)
+    config["stream"]["tasks"][2]["steps"] = 60  # long enough to be hit
     assert main(command(config, "whole", "--strategy", "dymoe")) == 0
     arguments = [sys.executable, "-m", "unimoe", *command(config, "killed", "--strategy", "dymoe")]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
@@ -138,6 +139,8 @@ def test_kill_9_inside_task_3_of_6(config, command, write, tmp_path):
     assert not (tmp_path / "killed" / "03-t2" / "state.pt").is_file()
     assert main(arguments[3:]) == 0
     assert result(tmp_path, "killed")["matrix"] == result(tmp_path, "whole")["matrix"]
+    one, other = state(tmp_path / "whole" / "06-t5"), state(tmp_path / "killed" / "06-t5")
+    assert all(torch.equal(other[name], value) for name, value in one.items())
 
 
 # -------------------------------------------------------------------- refusals
