@@ -15,9 +15,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from transformers.utils.logging import disable_progress_bar
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.training.resume import Interrupted
 
 from .guidance import TYPES
 from .report import report
@@ -92,8 +94,13 @@ def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str
 def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    disable_progress_bar()  # transformers' own, for each model that is loaded
     made, noted = strategy_of(strategy, settings)
-    return Run(config, made, noted, output)()
+    try:
+        return Run(config, made, noted, output)()
+    except Interrupted as message:
+        log.info("%s; the same command goes on from there", message)
+        raise KeyboardInterrupt from message
 
 
 def _parser(verb: str) -> ArgumentParser:

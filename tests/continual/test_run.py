@@ -254,3 +254,15 @@ def test_diagnosis(config, command, tmp_path, capsys):
     found = json.loads((tmp_path / "tokens" / "diagnosis.json").read_text())
     assert found["tasks"] == ["upper", "twice"] and set(found["tokens"]) == {"old", "ambiguous", "new"}
     assert (tmp_path / "tokens" / "ambiguous" / "result.json").is_file()
+
+
+def test_a_stop_between_steps_is_no_error(config, command, tmp_path, monkeypatch, capsys):
+    from unimoe.continual import run
+    from unimoe.training.resume import Interrupted
+
+    def stop(*arguments):
+        raise Interrupted("stopped after step 2")
+
+    monkeypatch.setattr(run, "train_task", stop)
+    assert main(command(config, "run", "--strategy", "lora")) == 130
+    assert "Traceback" not in capsys.readouterr().err
