@@ -1,6 +1,7 @@
 """``make bench ARGS="NAME ..."``: runs one of the files of this folder; the rest of ARGS is for it.
 
-experts  the experts' kernels beside every implementation a user could pick instead (the default)
+detection  the experts' decoder beside the dense one, whole detectors at 640 pixels
+experts    the experts' kernels beside every implementation a user could pick instead (the default)
 """
 
 import runpy

@@ -3,6 +3,7 @@
 Shapes: B images, S x S pixels, N levels of the backbone, C channels, h x w cells of a level.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from .transforms import Augment, AugmentConfig, Resize
 
 if TYPE_CHECKING:
     from .module import DetectionModule
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -125,6 +129,8 @@ class DetectionData(LightningDataModule):
                 f"data.steps, data.batch_size and data.copies must be at least 1, found {steps}, {batch_size}"
                 f" and {copies}"
             )
+        if copies > 1 and not cache_features:
+            logger.warning("data.copies is %d, which means nothing without data.cache_features", copies)
         self.files = {"train": train, "val": val, "test": test}
         self.images, self.steps, self.batch_size, self.seed = images, steps, batch_size, seed
         self.augment, self.prompts = augment or AugmentConfig(), prompts or SamplingConfig()
@@ -161,6 +167,8 @@ class DetectionData(LightningDataModule):
         )
         items: Dataset = Drawn(training)
         if self.features is not None:
+            if any(parameter.requires_grad for parameter in module.model.backbone.parameters()):
+                raise UserError("data.cache_features needs a frozen backbone; set model.freeze_encoders")
             views = Views(training, self.copies)
             made_of = {"augment": asdict(self.augment), "copies": self.copies}
             store = stored(self.features, data, module.model, views, self.augment.longest, made_of)
@@ -174,7 +182,7 @@ class DetectionData(LightningDataModule):
             steps=self.steps * self.trainer.accumulate_grad_batches,
         )
         return ResumableLoader(
-            items, batch_sampler=sampler, collate_fn=type(items).collate, num_workers=self.num_workers
+            items, batch_sampler=sampler, collate_fn=cast(Any, items).collate, num_workers=self.num_workers
         )
 
     @property
@@ -213,7 +221,8 @@ def questions(
         return DataLoader(pictures, batch_size, collate_fn=asked, num_workers=num_workers)
     made_of = {"size": model.config.image_size}
     store = stored(features, data, model, Whole(pictures), pictures.resize.longest, made_of)
-    return DataLoader(CachedPictures(data, store), batch_size, collate_fn=CachedPictures.collate)
+    cached = CachedPictures(data, store)
+    return DataLoader(cached, batch_size, collate_fn=cached.collate)
 
 
 def stored(
@@ -312,29 +321,28 @@ class Cached(Dataset):
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[FeatureStore, int, Prompt, Target]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Prompt, Target]:
         index, seed = key
         sample = self.data.data.samples[index % len(self.data)]
         boxes_K4, kept_K = self.store.boxes[index], self.store.kept[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            asked_for = self.data.ask(sample, boxes_K4, kept_K, self.store.sizes[index])
-        return self.store, index, *asked_for
+            prompt, target = self.data.ask(sample, boxes_K4, kept_K, self.store.sizes[index])
+        return index, prompt, target
 
-    @staticmethod
-    def collate(items: Sequence[tuple[FeatureStore, int, Prompt, Target]]) -> Batch:
-        stores, indices, prompts, targets = zip(*items, strict=True)
+    def collate(self, items: Sequence[tuple[int, Prompt, Target]]) -> Batch:
+        indices, prompts, targets = zip(*items, strict=True)
         return Batch(
-            stores[0].pixel_masks(indices),
+            self.store.pixel_masks(indices),
             list(prompts),
             PromptBatch.stack(prompts),
             list(targets),
-            image_features=stores[0].batch(indices),
+            image_features=self.store.batch(indices),
         )
 
 
 class CachedPictures(Dataset):
-    """Stored maps of whole pictures."""
+    """Stored maps of whole pictures: the index of a picture, for ``collate``."""
 
     def __init__(self, data: DetectionSet, store: FeatureStore):
         self.data, self.store = data, store
@@ -342,13 +350,11 @@ class CachedPictures(Dataset):
     def __len__(self) -> int:
         return len(self.data.samples)
 
-    def __getitem__(self, index: int) -> tuple[FeatureStore, int, DetectionSample]:
-        return self.store, index, self.data.samples[index]
+    def __getitem__(self, index: int) -> int:
+        return index
 
-    @staticmethod
-    def collate(items: Sequence[tuple[FeatureStore, int, DetectionSample]]) -> Question:
-        stores, indices, samples = zip(*items, strict=True)
+    def collate(self, indices: Sequence[int]) -> Question:
+        samples = [self.data.samples[index] for index in indices]
         sizes = [sample.size or sample.load().size for sample in samples]
-        return Question(
-            list(samples), sizes, stores[0].pixel_masks(indices), image_features=stores[0].batch(indices)
-        )
+        maps = self.store.batch(indices)
+        return Question(samples, sizes, self.store.pixel_masks(indices), image_features=maps)

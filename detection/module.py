@@ -223,10 +223,6 @@ class DetectionModule(ResumableModule):
 
     def _score(self, split: str) -> None:
         found, self._found = self._found, []
-        if self.trainer.world_size > 1:
-            parts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, found)
-            found = [result for part in parts for result in part]
         metrics = evaluate_coco(self._set(split).ground_truth(), found).metrics
         names = ("AP", "AP50", "AP75")
         self.log_dict({f"{split}/{name}": metrics[name] for name in names}, rank_zero_only=False)

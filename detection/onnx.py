@@ -1,7 +1,7 @@
 """The detector as an ONNX file: exported with its parity checked, and run by ONNX Runtime.
 
-The file holds everything behind the tokenizer for one list of names, whose text features are constants in it,
-and one picture at a time. Beside it lies ``NAME.json`` with the names and what has to be known about pictures.
+The file holds everything behind the tokenizer for one picture and one list of names, whose text features are
+constants in it. Beside it lies ``NAME.json`` with the names and what has to be known about pictures.
 
 Shapes: B = 1 picture, S pixels of a side, Q queries, C names.
 """

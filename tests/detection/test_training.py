@@ -68,6 +68,13 @@ def test_a_run_leaves_a_model_and_goes_on_to_experts(settings, world, tmp_path, 
     assert not any(name.startswith(("backbone", "text_", "selection")) for name in changed)
 
 
+def test_maps_of_a_backbone_that_learns_are_not_kept(settings, capsys):
+    settings["data"]["cache_features"] = True
+    assert cli.main(command(settings)) == 2
+    assert "needs a frozen backbone" in capsys.readouterr().err
+    assert not Path(settings["output"]).exists()
+
+
 def test_mistakes_are_errors(settings, capsys, tmp_path):
     settings["model"]["detector"]["num_querys"] = 5
     assert cli.main(command(settings)) == 2

@@ -92,14 +92,14 @@ def plan(run: DetectionDemo) -> list[Step]:
         Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared),
         Step("data", "emoji on photographs, with exact boxes", 1.0, _build, _built),
         Step(
-            "base", "the dense detector learns from scratch", 11.0, partial(_fit, "base", 0), _stage("base")
+            "base", "the dense detector learns from scratch", 10.0, partial(_fit, "base", 0), _stage("base")
         ),
     ]
     for seed in range(run.seeds):
         for kind, title in TUNED.items():
             name = f"{kind}-{seed}"
             about = f"{title}, tuned with seed {seed}"
-            steps.append(Step(name, about, 1.5, partial(_fit, kind, seed), _stage(name), kind == "dense"))
+            steps.append(Step(name, about, 1.0, partial(_fit, kind, seed), _stage(name), kind == "dense"))
     steps += [
         Step(
             f"evaluate_{name}",

@@ -32,7 +32,7 @@ class Step:
     """What it does, for people."""
     minutes: float
     """How long that takes on two quiet cores."""
-    act: Callable[[Any], None]
+    act: Callable[[Any], object]
     done: Callable[[Any], bool]
     """Whether the result is there."""
     control: bool = False

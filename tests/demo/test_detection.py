@@ -1,0 +1,114 @@
+"""The detection demo: its sums by hand, and the shipped configurations end to end in miniature."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from unimoe import cli
+from unimoe.data.concepts import HELD_OUT, TRAINED
+from unimoe.demo import detection as subject
+from unimoe.demo.detection_report import summarise
+from unimoe.detection.generate import SceneConfig, build_scenes
+
+
+def evaluation(seen: float, unseen: float, **more) -> dict:
+    splits = {"val": seen, "unseen_backgrounds": seen, "unseen_concepts": unseen}
+    return {
+        "ap": {split: {"AP": value} for split, value in splits.items()},
+        "shuffled": dict.fromkeys(splits, 0.01),
+        **more,
+    }
+
+
+def test_means_and_gaps():
+    found = {
+        "base": evaluation(0.45, 0.02),
+        "moe-0": evaluation(0.52, 0.03, experts={}),
+        "moe-1": evaluation(0.56, 0.03, experts={}),
+        "dense-0": evaluation(0.53, 0.01),
+        "dense-1": evaluation(0.53, 0.02),
+    }
+    report = summarise(found, {"ratio": 1.0}, {"base": 2.0, "moe-0": 1.5}, {"seen": 4, "unseen": 2})
+    assert report["ap"]["moe"]["seen"] == pytest.approx({"mean": 0.54, "std": 0.02828, "seeds": 2}, abs=1e-4)
+    assert report["ap"]["base"]["seen"] == {"mean": 0.45, "std": None, "seeds": 1}
+    assert report["gap"]["seen"]["by_seed"] == pytest.approx([-0.01, 0.03])
+    assert report["gap"]["unseen"]["mean"] == pytest.approx(0.015)
+    assert report["ap"]["shuffled"] == {"seen": 0.01, "unseen": 0.01}
+    assert [aim["reached"] for aim in report["aims"]] == [False, True]
+    assert report["seconds"]["total"] == 3.5
+
+
+@pytest.fixture
+def miniature(tmp_path, monkeypatch):
+    """Tiny parts, two steps a run, sprites that are squares, photos that are noise."""
+    shipped = Path(str(subject.files("unimoe.configs").joinpath("dynamic_dino")))
+    (tmp_path / "configs" / "dynamic_dino").mkdir(parents=True)
+    small = {"image_size": 64, "d_model": 32, "ffn_dim": 32, "num_heads": 4, "num_queries": 10}
+    for path in shipped.glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        content["data"] |= {"steps": 2, "batch_size": 2}
+        content["data"]["augment"] |= {"sizes": [64], "longest": 64}
+        if "detector" in content["model"]:
+            parts = {"backbone": "test_efficientnet", "text_encoder": str(tmp_path / "text"), **small}
+            content["model"]["detector"] |= parts
+        (tmp_path / "configs" / "dynamic_dino" / path.name).write_text(yaml.safe_dump(content))
+
+    noise = np.random.default_rng(0)
+    (tmp_path / "sprites").mkdir()
+    (tmp_path / "photos").mkdir()
+    for concept in TRAINED + HELD_OUT:
+        color = tuple(noise.integers(0, 255, 3).tolist())
+        Image.new("RGBA", (72, 40), (*color, 255)).save(tmp_path / "sprites" / f"{ord(concept.char):x}.png")
+    for index in range(6):
+        pixels = noise.integers(0, 255, (120, 140, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"p{index}.png")
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "."]
+    words = [word for concept in TRAINED + HELD_OUT for word in concept.name.split()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(tmp_path / "text")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path / "text")
+
+    def build(folder, config):
+        tiny = SceneConfig(images=4, test_images=3, size=64, concepts=5, seed=config.seed)
+        return build_scenes(folder, tiny, tmp_path / "sprites", tmp_path / "photos")
+
+    monkeypatch.setattr(subject, "files", lambda package: tmp_path / "configs")
+    monkeypatch.setattr(subject, "fault", lambda part, cache: None)
+    monkeypatch.setattr(subject, "build_scenes", build)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_whole_demo_in_miniature(miniature, capsys, monkeypatch):
+    output = miniature / "demo"
+    args = ["demo", "detection", "--output", str(output), "--seeds", "2"]
+    assert cli.main(args) == 0
+    report = json.loads((output / "report.json").read_text())
+    for kind in ("base", "moe", "dense"):
+        for key in ("seen", "unseen"):
+            assert 0 <= report["ap"][kind][key]["mean"] <= 1
+    assert report["ap"]["moe"]["seen"]["seeds"] == 2 and report["latency"]["ratio"] > 0
+    assert set(report["experts"]) == {"moe-0", "moe-1"}
+    assert (output / "report.html").read_text().count("data:image/jpeg") == 2 * 3 * 4
+    said = capsys.readouterr().out
+    assert "than the dense control" in said and "unimoe detect" in said
+
+    before = {path: path.stat().st_mtime for path in output.rglob("stage.json")}
+    monkeypatch.setattr(subject, "build_scenes", None)
+    assert cli.main(args) == 0
+    assert before == {path: path.stat().st_mtime for path in output.rglob("stage.json")}
+    assert cli.main([*args, "--seed", "5"]) == 2
+    assert "was begun with seed 0, found 5" in capsys.readouterr().err
