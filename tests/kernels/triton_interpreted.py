@@ -114,7 +114,7 @@ def test_float16_error_is_that_of_the_plain_loop():
         assert (a - c).abs().max() <= 2 * (b - c).abs().max()
 
 
-@pytest.mark.parametrize("trained", range(1, 16))
+@pytest.mark.parametrize("trained", [1, 2, 4, 8, 9, 15])
 def test_a_frozen_subset_does_no_work_for_its_gradients(trained, monkeypatch):
     args, made = case([3, 0, 2], tokens=4), []
     plain = triton_swiglu.weight_gradient
@@ -190,26 +190,23 @@ def test_saves_only_the_input_the_preactivations_and_the_routing():
         assert ours(*args).grad_fn is None
 
 
-@pytest.mark.parametrize("tokens", [None, 4])
-def test_compiles_in_one_graph(tokens):
-    args = case([3, 0, 2], tokens)
+def test_compiles_in_one_graph():
+    args = case([3, 0, 2], tokens=4)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for one, other in zip(gradients(compiled, args), gradients(ours, args), strict=True):
         assert torch.equal(one, other)
 
 
-def test_the_custom_ops_keep_their_contract():
-    x, token, offsets, gate_up, down, weight = case([3, 0, 2], tokens=4)
-    for tokens, weights in ((token, weight.detach()), (None, None)):
-        rows = x.detach() if tokens is not None else torch.randn(5, H)
-        leaves = (gate_up.detach(), down.detach(), weights)
-        forward = (rows, tokens, offsets, *leaves, True)
-        torch.library.opcheck(triton_swiglu._forward, forward)
-        y, h, *routing = triton_swiglu._forward(*forward)
-        wanted = [True, False, True, weights is not None]
-        torch.library.opcheck(
-            triton_swiglu._backward, (y, rows, *leaves, h, tokens, offsets, *routing, wanted)
-        )
+@pytest.mark.parametrize("tokens, weighted", [(4, True), (None, False)])
+def test_the_custom_ops_keep_their_contract(tokens, weighted):
+    x, *token, offsets, gate_up, down, weight = (arg.detach() for arg in case([3, 0, 2], tokens))
+    token, weight = token[0] if token else None, weight if weighted else None
+    checks = ("test_schema", "test_faketensor")
+    forward = (x, token, offsets, gate_up, down, weight, True)
+    torch.library.opcheck(triton_swiglu._forward, forward, test_utils=checks)
+    y, h, *routing = triton_swiglu._forward(*forward)
+    backward = (y, x, gate_up, down, weight, h, token, offsets, *routing, [True, False, True, weighted])
+    torch.library.opcheck(triton_swiglu._backward, backward, test_utils=checks)
 
 
 def test_the_dispatcher_gets_here(monkeypatch):
