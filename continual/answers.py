@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
+from unimoe.continual.strategies import Strategy
+from unimoe.continual.strategies.dymoe import IncMoELoRA
 from unimoe.generate import generate, to_device
 
 from .guidance import TYPES
 from .questions import Question
 from .routing_log import by_block
 from .scorers import grade_all, scorer
-from .strategies import Strategy
-from .strategies.dymoe import IncMoELoRA
 from .stream import Experience
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from transformers.utils.logging import disable_progress_bar
 
+from unimoe.continual.strategies import Strategy, strategies
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.training.resume import Interrupted
@@ -24,7 +25,6 @@ from unimoe.training.resume import Interrupted
 from .guidance import TYPES
 from .report import report
 from .run import Run, RunConfig
-from .strategies import Strategy, strategies
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from unimoe.build import build_model
+from unimoe.continual.strategies import Strategy
+from unimoe.continual.strategies.dymoe import IncMoELoRA
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.loading import load_model
@@ -27,8 +29,6 @@ from .export import fingerprint
 from .learner import AdapterConfig, Learner
 from .metrics import AccuracyMatrix
 from .routing_log import drift
-from .strategies import Strategy
-from .strategies.dymoe import IncMoELoRA
 from .stream import Experience, Stream, StreamConfig
 from .training import TrainingConfig, train_task
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from unimoe.continual.strategies import Strategy
 from unimoe.data.mix import MixedBatchSampler
 from unimoe.errors import UserError
 from unimoe.training.curve import CurveLogger
@@ -19,7 +20,6 @@ from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.progress import PlainProgress
 from unimoe.training.resume import LastCheckpoint, saved_step
 
-from .strategies import Strategy
 from .stream import Experience
 
 log = logging.getLogger(__name__)
