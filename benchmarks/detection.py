@@ -42,7 +42,10 @@ def detector(
     """A random detector of the paper's sizes, or of ``sizes``."""
     torch.manual_seed(0)
     config = DynamicDinoConfig(
-        backbone_config=TimmBackboneConfig(backbone=backbone, out_indices=list(levels)),
+        backbone_config=TimmBackboneConfig(
+            backbone=backbone,
+            out_indices=list(levels),  # type: ignore[reportCallIssue]  (a mixin takes it)
+        ),
         text_config=text,
         **{**PAPER, **sizes},
     )

@@ -112,7 +112,7 @@ class _SwiGLU(torch.autograd.Function):
         return dx, None, None, d_gate_up, d_down, d_weight_N, None
 
 
-@torch.library.custom_op("unimoe::swiglu_forward", mutates_args=())
+@torch.library.custom_op("unimoe_triton::swiglu_forward", mutates_args=())
 def _forward(
     x: Tensor,
     token_N: Tensor | None,
@@ -154,7 +154,7 @@ def _(x, token_N, offsets_E1, gate_up, down, weight_N, keep):
     return y, h_NF, tiles_3M, torch.empty_like(token_N), tiles_3M.new_empty(x.shape[0] + 1)
 
 
-@torch.library.custom_op("unimoe::swiglu_backward", mutates_args=())
+@torch.library.custom_op("unimoe_triton::swiglu_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -1,4 +1,5 @@
 import logging
+import re
 import shutil
 
 import pytest
@@ -57,6 +58,13 @@ def test_a_source_that_does_not_compile_leaves_its_messages(monkeypatch, tmp_pat
         native.build()
     assert "error" in native.library().with_suffix(".log").read_text()
     assert not native.library().exists()
+
+
+def test_no_operator_is_defined_twice():
+    """The second definition would end the process."""
+    ours = set(re.findall(r'm\.def\(\s*"(\w+)\(', native.SOURCE.read_text()))
+    python = "".join(path.read_text() for path in native.SOURCE.parent.glob("*.py"))
+    assert ours and not ours & set(re.findall(r'"unimoe::(\w+)"', python))
 
 
 @pytest.mark.slow
