@@ -3,7 +3,7 @@
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
@@ -73,6 +73,23 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(torch.mm(a, b))
+
+
+def one_by_one(
+    expert: Callable[..., Tensor],
+    x_ND: Tensor,
+    offsets_E1: Tensor,
+    stacks: Sequence[Tensor],
+    weight_N: Tensor | None,
+) -> Tensor:
+    """The reference forms: ``expert(x, weight, *parameters)`` of every expert after the other, in plain
+    autograd, on its rows [n, H] and their weights [n, 1] or None. Rows of nobody give zeros."""
+    sizes = [*offsets_E1.diff().tolist(), x_ND.shape[0] - int(offsets_E1[-1])]
+    rows = x_ND.split(sizes)
+    weights = [None] * len(sizes) if weight_N is None else weight_N[:, None].split(sizes)
+    parameters = zip(*(stack.unbind(0) for stack in stacks), strict=True)
+    outputs = [expert(x, weight, *own) for x, weight, own in zip(rows, weights, parameters, strict=False)]
+    return torch.cat([*outputs, torch.zeros_like(rows[-1])])
 
 
 def rows_of(x: Tensor, token_N: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from .arguments import (
     groups,
     mm_into,
     needs_grad,
+    one_by_one,
     prepare,
     product_dtype,
     rows_of,
@@ -97,7 +98,7 @@ def ffn_mix(
         if form == "reference":
             x_ND = x_TD.index_select(0, token_N)
             y_ND = ffn_experts_reference(x_ND, offsets_E1, *stacks, act=act, weight_N=weight)
-            return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
+            return sum_pairs(x_TD, token_N, y_ND)
         return _grouped(x_TD, token_N, offsets_E1, stacks, act, weight)
 
 
@@ -112,15 +113,12 @@ def ffn_experts_reference(
     weight_N: Tensor | None = None,
 ) -> Tensor:
     """The same as ``ffn_experts``, one expert after the other in plain autograd."""
-    sizes = [*offsets_E1.diff().tolist(), x_ND.shape[0] - int(offsets_E1[-1])]
-    rows = x_ND.split(sizes)
-    weights = [None] * len(sizes) if weight_N is None else weight_N.split(sizes)
-    stacks = [stack.unbind(0) for stack in (up_proj, up_bias, down_proj, down_bias)]
-    outputs = []
-    for x, weight, (up, up_b, down, down_b) in zip(rows, weights, zip(*stacks, strict=True), strict=False):
-        y = F.linear(ACTS[act](F.linear(x, up, up_b)), down, down_b)
-        outputs.append(y if weight is None else y * weight[:, None])
-    return torch.cat([*outputs, torch.zeros_like(rows[-1])])
+
+    def expert(x: Tensor, weight: Tensor | None, up: Tensor, up_b: Tensor, *last: Tensor) -> Tensor:
+        y = F.linear(ACTS[act](F.linear(x, up, up_b)), *last)
+        return y if weight is None else y * weight
+
+    return one_by_one(expert, x_ND, offsets_E1, (up_proj, up_bias, down_proj, down_bias), weight_N)
 
 
 def _grouped(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import groups, needs_grad, prepare, without_autocast
+from .arguments import groups, needs_grad, one_by_one, prepare, sum_pairs, without_autocast
 from .swiglu import Weights, grouped_swiglu, swiglu_backward
 
 
@@ -70,7 +70,7 @@ def lora_mix(
         if form == "reference":
             x_ND, (gate_up, down, *lora) = x_TD.index_select(0, token_N), stacks
             y_ND = lora_experts_reference(x_ND, offsets_E1, gate_up, down, Adapters(*lora), scale, weight)
-            return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
+            return sum_pairs(x_TD, token_N, y_ND)
         return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight, scale)
 
 
@@ -84,20 +84,16 @@ def lora_experts_reference(
     weight_N: Tensor | None = None,
 ) -> Tensor:
     """The same as ``lora_experts``, one expert after the other in plain autograd."""
-    sizes = [*offsets_E1.diff().tolist(), x_ND.shape[0] - int(offsets_E1[-1])]
-    rows = x_ND.split(sizes)
-    weights = [None] * len(sizes) if weight_N is None else weight_N.split(sizes)
-    stacks = [stack.unbind(0) for stack in (gate_up_proj, down_proj, *adapters)]
-    outputs = []
-    for x, weight, (gate_up, down, A1, B1, A2, B2) in zip(
-        rows, weights, zip(*stacks, strict=True), strict=False
-    ):
+
+    def expert(x: Tensor, weight: Tensor | None, gate_up: Tensor, down: Tensor, *lora: Tensor) -> Tensor:
+        A1, B1, A2, B2 = lora
         gate, up = (F.linear(x, gate_up) + scale * F.linear(F.linear(x, A1), B1)).chunk(2, dim=-1)
         activation = F.silu(gate) * up
         if weight is not None:
-            activation = activation * weight[:, None]
-        outputs.append(F.linear(activation, down) + scale * F.linear(F.linear(activation, A2), B2))
-    return torch.cat([*outputs, torch.zeros_like(rows[-1])])
+            activation = activation * weight
+        return F.linear(activation, down) + scale * F.linear(F.linear(activation, A2), B2)
+
+    return one_by_one(expert, x_ND, offsets_E1, (gate_up_proj, down_proj, *adapters), weight_N)
 
 
 def shared_lora_experts(
@@ -134,7 +130,7 @@ def shared_lora_experts(
             gate_up, down = torch.cat([gate, up]).expand(E, -1, -1), down.expand(E, -1, -1)
             x_ND = x_TD.index_select(0, token_N)
             y_ND = lora_experts_reference(x_ND, offsets_E1, gate_up, down, adapters, scale, weight_N)
-            return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
+            return sum_pairs(x_TD, token_N, y_ND)
         keep = needs_grad(x_TD, gate, up, down, *adapters, weight_N)
         bounds = offsets_E1.tolist()
         return _SharedLoRA.apply(x_TD, token_N, bounds, gate, up, down, *adapters, scale, weight_N, keep)

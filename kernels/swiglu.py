@@ -12,7 +12,6 @@ no work for weights that are frozen. Stacked weights are never indexed under aut
 zero tensor as large as the stack. Its loop over experts is in C++ where that is built (native.py).
 """
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from .arguments import (
     groups,
     mm_into,
     needs_grad,
+    one_by_one,
     prepare,
     product_dtype,
     rows_of,
@@ -90,7 +90,7 @@ def swiglu_mix(
             y_ND = swiglu_experts_reference(
                 x_TD.index_select(0, token_N), offsets_E1, *stacks, weight_N=weight
             )
-            return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
+            return sum_pairs(x_TD, token_N, y_ND)
         return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight)
 
 
@@ -98,20 +98,13 @@ def swiglu_experts_reference(
     x_ND: Tensor, offsets_E1: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_N: Tensor | None = None
 ) -> Tensor:
     """The same as ``swiglu_experts``, one expert after the other in plain autograd."""
-    bounds = offsets_E1.tolist()
-    sizes = [end - start for start, end in pairwise(bounds)] + [x_ND.shape[0] - bounds[-1]]
-    rows = x_ND.split(sizes)
-    weights = [None] * len(sizes) if weight_N is None else weight_N.split(sizes)
-    outputs = []
-    for x, weight, gate_up, down in zip(
-        rows, weights, gate_up_proj.unbind(0), down_proj.unbind(0), strict=False
-    ):
+
+    def expert(x: Tensor, weight: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
         gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
         activation = F.silu(gate) * up
-        if weight is not None:
-            activation = activation * weight[:, None]
-        outputs.append(F.linear(activation, down))
-    return torch.cat([*outputs, torch.zeros_like(rows[-1])])
+        return F.linear(activation if weight is None else activation * weight, down)
+
+    return one_by_one(expert, x_ND, offsets_E1, (gate_up_proj, down_proj), weight_N)
 
 
 class Weights(NamedTuple):
