@@ -1,8 +1,7 @@
 """``unimoe continual run``, ``compare`` and ``diagnose``.
 
     unimoe continual run -c configs/continual/embedded.yaml --strategy dymoe --seed 0 --output runs/c/dymoe-0
-    unimoe continual compare -c configs/continual/embedded.yaml --strategies lora dymoe --seeds 0 1 --output
-    runs/c
+    unimoe continual compare -c configs/continual/embedded.yaml --seeds 0 1 --output runs/c
 
 Flags and YAML are :class:`unimoe.continual.run.RunConfig`. The same command again goes on where it was cut
 off.

@@ -17,8 +17,7 @@ class CosineTopK(Router):
     """One row per expert; rows arrive bank by bank (LLaVA-DyMoE, arXiv 2603.27481).
 
     1. s = gamma * cos(x, row), in float32 whatever dtype the model has: at a temperature of 0.01 the cosines
-       of
-       half precision are too coarse to tell experts apart
+       of half precision are too coarse to tell experts apart
     2. while a task after the first is learned, the guide masks the groups that a token may not use
     3. the K largest of all rows are kept, weighted by softmax(s / temperature) over them
     """
@@ -49,12 +48,10 @@ class CosineTopK(Router):
         """Experts of each bank."""
         return [len(row) for row in self.rows]
 
-    def grow(self, experts: int, direction_D: Tensor | None = None) -> nn.Parameter:
-        """Add the rows of a new bank: Kaiming uniform, or scattered around a mean token direction."""
+    def grow(self, experts: int) -> nn.Parameter:
+        """Add the rows of a new bank, Kaiming uniform."""
         row_ED = torch.empty(experts, self.in_features)
         nn.init.kaiming_uniform_(row_ED, a=5**0.5)
-        if direction_D is not None:
-            row_ED = F.normalize(direction_D.float().cpu(), dim=0) + F.normalize(row_ED, dim=-1)
         like = self.rows[0].device if self.rows else row_ED.device
         self.rows.append(nn.Parameter(row_ED.to(like)))
         return self.rows[-1]
