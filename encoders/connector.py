@@ -46,6 +46,8 @@ class ConnectorConfig:
     """qformer: cross-attention in every so-manieth layer, from the first; 1 is all (BLIP-2 has 2)."""
     dropout: float = 0.0
     """qformer: dropout in training."""
+    causal: bool = False
+    """qformer: a query attends to itself and those before it, as Whisper's decoder does in Uni-MoE."""
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> "ConnectorConfig":

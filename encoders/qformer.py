@@ -15,9 +15,10 @@ from .connector import Connector, ConnectorConfig
 class QFormerConnector(Connector):
     """Pre-norm stack of self-attention, cross-attention and MLP over learned queries.
 
-    After BLIP-2 (Li et al., 2301.12597, section 3.1) and Uni-MoE's audio branch (2405.11273), with three
-    differences from Uni-MoE's code: queries start as N(0, 0.02) instead of zeros, which leave all queries
-    equal; self-attention is not causal; cross-attention is masked to the real length.
+    After BLIP-2 (Li et al., 2301.12597, section 3.1) and Uni-MoE (2405.11273). Differences from Uni-MoE's
+    code: queries start as N(0, 0.02) instead of zeros, which leave all queries equal; cross-attention is
+    masked to the real length. With ``causal`` and the weights of ``load_whisper_decoder`` it is
+    Whisper's decoder, which Uni-MoE reads speech with.
 
     1. the queries, the same for every item;
     2. per layer ``x += self(norm x)``, in every ``cross_every``-th ``x += cross(norm x, features)``,
@@ -65,10 +66,11 @@ class QFormerLayer(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
         self.dropout = nn.Dropout(config.dropout)
+        self.causal = config.causal
 
     def forward(self, x_BQW: Tensor, features_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
         normed_BQW = self.self_norm(x_BQW)
-        x_BQW = x_BQW + self.dropout(self.self_attention(normed_BQW, normed_BQW))
+        x_BQW = x_BQW + self.dropout(self.self_attention(normed_BQW, normed_BQW, causal=self.causal))
         if self.cross_attention is not None and self.cross_norm is not None:
             x_BQW = x_BQW + self.dropout(
                 self.cross_attention(self.cross_norm(x_BQW), features_BSD, mask_B11S)
@@ -87,10 +89,12 @@ class Attention(nn.Module):
         self.value = nn.Linear(source_width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BQW: Tensor, source_BSD: Tensor, mask_B11S: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BQW: Tensor, source_BSD: Tensor, mask_B11S: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         query, key, value = (
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projected in (self.query(x_BQW), self.key(source_BSD), self.value(source_BSD))
         )
-        y_BNQd = nnf.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S)
+        y_BNQd = nnf.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S, is_causal=causal)
         return self.out(y_BNQd.transpose(1, 2).flatten(2))

@@ -69,7 +69,7 @@ class WhisperSpeechEncoder(SpeechEncoder):
         """Add missing dims from the ``config.json`` beside the weights, or from openai-whisper's own file."""
         if config.get("dims") or weights is None:
             return config
-        file = find_weights(_place(weights))
+        file = find_weights(find_whisper(weights))
         beside = file.parent / "config.json"
         found = json.loads(beside.read_text()) if beside.is_file() else read_file(file)
         dims = found.get("dims", found)
@@ -77,7 +77,7 @@ class WhisperSpeechEncoder(SpeechEncoder):
 
     def load_weights(self, weights: str) -> None:
         """Fill from a file or folder in openai-whisper's names, or by one of its model names."""
-        super().load_weights(_place(weights))
+        super().load_weights(find_whisper(weights))
 
     def forward(self, input_features: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         x_BMF, frames_B, longest = self._check(input_features, frames_B)
@@ -115,7 +115,7 @@ class WhisperSpeechEncoder(SpeechEncoder):
         return input_features[..., :longest].to(self.dtype), frames_B, longest
 
 
-def _place(weights: str) -> str:
+def find_whisper(weights: str) -> str:
     """``weights`` itself, or the file of openai-whisper's model of that name, downloaded unless cached."""
     import whisper
 
