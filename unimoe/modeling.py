@@ -238,7 +238,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         speech_frames: Tensor | None = None,
         encoded_media: dict[str, Encoded] | None = None,
         labels: Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         output_router_logits: bool = False,
         **kwargs,
     ) -> UniMoeOutput:
@@ -246,7 +246,8 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, T], -100 where a token is not learned; adds ``loss`` and ``aux_loss``.
-            logits_to_keep: compute the logits of the last so many positions only (0: all).
+            logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions
+                with these indices.
             output_router_logits: return the router logits of every MoE layer.
         """
         with record() as records:
@@ -262,7 +263,8 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
                 encoded_media=encoded_media,
                 **kwargs,
             )
-        logits = self.head(outputs.last_hidden_state[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(outputs.last_hidden_state[:, kept])
         loss = aux_loss = None
         if labels is not None:
             aux_loss = self.aux_loss(records)
