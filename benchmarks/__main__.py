@@ -1,7 +1,10 @@
 """``make bench ARGS="NAME ..."``: runs one of the files of this folder; the rest of ARGS is for it.
 
+continual  every strategy on a stream in miniature
+cuda       the Triton forms on a GPU: checks and figures in one call
 detection  the experts' decoder beside the dense one, whole detectors at 640 pixels
 experts    the experts' kernels beside every implementation a user could pick instead (the default)
+model      what the kernels do to a training step and to decoding
 """
 
 import runpy

@@ -53,7 +53,8 @@ class GuidanceConfig:
     balance: float = 0.0
     """Weight of a load-balance loss over the new experts: in the paper (1e-2), not in its code."""
     mean_direction: bool = False
-    """Start new rows around the mean token of the task instead of at random; off in the paper."""
+    """Start a later task's rows around the direction in which its mean token differs from those of the tasks
+    before, instead of at random; off in the paper."""
 
     def __post_init__(self) -> None:
         self.admit = tuple(self.admit)

@@ -99,14 +99,29 @@ class DyMoE(IncMoELoRA):
             self._point_at(task)
 
     @torch.no_grad()
-    def _point_at(self, task: Experience, samples: int = 32) -> None:
-        """Scatter the new rows around the mean token of the task at their projection."""
+    def _point_at(self, task: Experience) -> None:
+        """Scatter the new rows around what sets the task's mean token at each projection apart from earlier
+        ones, and remember it."""
+        means, past = self._mean_token(task), self.memory.setdefault("mean_token", {})
+        for name, layer in self.learner.layers.items():
+            if past:
+                row_ED = layer.gating.rows[-1]  # type: ignore[union-attr, index]
+                direction_D = means[name] - past[name].mean(0)
+                row_ED.copy_(
+                    nn.functional.normalize(direction_D, dim=0) + nn.functional.normalize(row_ED, dim=-1)
+                )
+        earlier = {name: past.get(name, mean_D.new_empty(0, len(mean_D))) for name, mean_D in means.items()}
+        self.memory["mean_token"] = {name: torch.cat([earlier[name], means[name][None]]) for name in means}
+
+    def _mean_token(self, task: Experience, samples: int = 32) -> dict[str, Tensor]:
+        """[D] by projection: mean of the normalised tokens of the task's first samples, before it is
+        learned."""
         sums: dict[str, Tensor] = {}
 
         def note(name: str):
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 x_TD = nn.functional.normalize(inputs[0].flatten(0, -2).float(), dim=-1)
-                sums[name] = sums.get(name, torch.zeros_like(x_TD[0])) + x_TD.sum(0)
+                sums[name] = sums.get(name, torch.zeros_like(x_TD[0])) + x_TD.mean(0)
 
             return hook
 
@@ -116,7 +131,4 @@ class DyMoE(IncMoELoRA):
                 self.learner.hidden(part)
         for handle in handles:
             handle.remove()
-        for name, layer in self.learner.layers.items():
-            row_ED = layer.gating.rows[-1]  # type: ignore[union-attr, index]
-            spread_ED = nn.functional.normalize(row_ED, dim=-1)
-            row_ED.copy_(nn.functional.normalize(sums[name], dim=0) + spread_ED)
+        return {name: total_D / min(len(task.samples), samples) for name, total_D in sums.items()}

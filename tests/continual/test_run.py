@@ -58,6 +58,23 @@ def test_routing_is_logged_from_the_first_step(config, command, tmp_path):
     assert drift[0] == {"upper": [0, 0]} and len(drift[2]) == 3 and drift[2]["last"] == [0, 0]
 
 
+def test_new_rows_can_start_where_the_task_differs(config, command, tmp_path):
+    settings = {"k": 4, "temperature": 0.1, "guidance": {"mean_direction": True}}
+    pointed = {**config, "settings": {"dymoe": settings}}
+    for output, settings in (("pointed", pointed), ("random", config)):
+        assert main(command(settings, output, "--strategy", "dymoe")) == 0
+    memory = torch.load(tmp_path / "pointed" / "03-last" / "state.pt", weights_only=True)["memory"]
+
+    def cosines(output):
+        adapters = state(tmp_path / output / "02-twice")
+        for name, means in memory["mean_token"].items():
+            assert len(means) == 3
+            rows = adapters[f"{name}.gating.rows.1"]
+            yield torch.cosine_similarity(rows, means[1] - means[0], dim=-1).mean().item()
+
+    assert np.mean(list(cosines("pointed"))) > 0.5 > np.mean(list(cosines("random"))) + 0.3
+
+
 def test_checkpointed_blocks_learn_the_same(config, command, tmp_path):
     config["stream"]["tasks"] = config["stream"]["tasks"][:2]
     assert main(command(config, "plain", "--strategy", "dymoe")) == 0

@@ -1,0 +1,163 @@
+"""``make bench ARGS="model"``: what the kernels do to a whole model, in tokens per second, in one process.
+
+- ``mixtral``: a stock transformers Mixtral of the default LLM's sizes, all weights trained. Its experts
+  run as transformers' ``eager`` and ``grouped_mm``, and as ours through the same interface.
+- ``demo``: the default LLM with the demo's mixture and its last stage's adapters on frozen weights. The plain
+  autograd form is what a reader would write first; the other two are the CPU form's loops.
+
+The forms take turns. A step is forward and backward without the optimizer, which no form changes; decoding is
+greedy, one conversation, with a cache.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from unimoe.build import build_model
+from unimoe.kernels import native
+from unimoe.kernels.allocator import keep_memory
+from unimoe.moe.hf import register
+from unimoe.stages.trainable import LoRA, choose
+
+EXPERTS, TOP_K = 4, 2
+Form = Callable[[], Any]
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for a while; which loop the kernels run is asked anew."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    native.ops.cache_clear()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        native.ops.cache_clear()
+
+
+def mixtral() -> tuple[Any, dict[str, Form]]:
+    """The stock model, and what makes each form current."""
+    register()
+    config = MixtralConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        tie_word_embeddings=True,
+    )
+    model: Any = MixtralForCausalLM(config).eval()
+    names = {"transformers eager": "eager", "transformers grouped_mm": "grouped_mm", "unimoe": "unimoe"}
+
+    def use(name: str) -> None:
+        model.config._experts_implementation = name
+
+    return model, {title: partial(use, name) for title, name in names.items()}
+
+
+def demo() -> tuple[Any, dict[str, Form]]:
+    """The demo's mixture with its adapters, and the environment of each form."""
+    model, _ = build_model("default", moe={"num_experts": EXPERTS, "top_k": TOP_K})
+    choose(model, [], [LoRA("attention", rank=8, alpha=16), LoRA("experts", rank=8, alpha=16)])
+    forms = {
+        "plain autograd": {"UNIMOE_KERNELS": "reference"},
+        "unimoe, loop in Python": {"UNIMOE_NATIVE": "0"},
+    }
+    if native.ops():
+        forms["unimoe, loop in C++"] = {}
+    return model, {title: partial(environment, **values) for title, values in forms.items()}
+
+
+MODELS = {"mixtral": mixtral, "demo": demo}
+
+
+def step(model: Any, ids_BT: torch.Tensor) -> int:
+    """One forward and backward; returns the number of tokens."""
+    model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return ids_BT.numel()
+
+
+@torch.inference_mode()
+def decode(model: Any, ids_BT: torch.Tensor, new: int) -> int:
+    """Greedy answer to the first row; returns the number of new tokens."""
+    prompt = ids_BT[:1, :64]
+    plain = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    answer = model.generate(prompt, max_new_tokens=new, min_new_tokens=new, **plain)
+    return answer.shape[1] - prompt.shape[1]
+
+
+def race(model: Any, forms: dict[str, Form], work: Callable[[], int], rounds: int) -> dict[str, list[float]]:
+    """Tokens per second of each form in each round, after one that is not counted."""
+    rates: dict[str, list[float]] = {title: [] for title in forms}
+    for _ in range(rounds + 1):
+        for title, form in forms.items():
+            current = form()
+            with current if current is not None else environment():
+                began = time.perf_counter()
+                tokens = work()
+                rates[title].append(tokens / (time.perf_counter() - began))
+    return {title: found[1:] for title, found in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each form (default 5)")
+    parser.add_argument("--rows", type=int, default=8, help="samples of a training step (default 8)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample (default 128)")
+    parser.add_argument("--new", type=int, default=32, help="tokens of an answer (default 32)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    keep_memory(default=True)  # as in training
+    rows = []
+    for name in options.models:
+        torch.manual_seed(0)
+        model, forms = MODELS[name]()
+        ids_BT = torch.randint(10, 1000, (options.rows, options.length))
+        works = {
+            "training step": partial(step, model, ids_BT),
+            "decoding": partial(decode, model, ids_BT, options.new),
+        }
+        for phase, work in works.items():
+            print(f"\n{name}, {phase}: tokens per second (median, quartiles), and times the first")
+            first = None
+            for title, rates in race(model, forms, work, options.rounds).items():
+                low, median, high = statistics.quantiles(rates, n=4, method="inclusive")
+                first = first or median
+                print(
+                    f"  {title:26}{median:>9.1f}  {low:>7.1f}..{high:<7.1f}{median / first:>7.2f}", flush=True
+                )
+                rows.append(
+                    {"model": name, "phase": phase, "form": title, "median": median, "ratio": median / first}
+                )
+        del model, forms, works, work
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
