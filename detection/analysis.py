@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 
 from unimoe.moe import LayerRecord, MoEConfig, record
 
-from .datamodule import Question
+from .batches import Question
 from .inference import NameChunks
 from .modeling import DynamicDinoForObjectDetection
 from .scoring import search

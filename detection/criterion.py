@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, get_world_size, is_available, is_initialized
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from .matching import MatchingCost, match
 from .output import DynamicDinoOutput, Target
+from .ranks import mean_over_ranks
 
 
 @dataclass
@@ -88,10 +88,10 @@ class DetectionCriterion(nn.Module):
         names = [tokens_CL.to(boxes_NBQ4.device) for tokens_CL in name_tokens]
         object_NBQ = match(logits_NBQL, boxes_NBQ4, objects, names, self.config.matching)
         real_BQL = output.text_mask[:, None].expand(-1, logits_NBQL.shape[2], -1)
-        divisor, denoising_divisor = _mean_over_ranks(
-            [sum(len(target.names_M) for target in targets), denoising.pairs if denoising else 0],
-            logits_NBQL.device,
-        )
+        counts = [sum(len(target.names_M) for target in targets), denoising.pairs if denoising else 0]
+        divisor, denoising_divisor = mean_over_ranks(
+            torch.tensor(counts, dtype=torch.float32, device=logits_NBQL.device)
+        ).clamp(min=1)
         parts = self._compare(logits_NBQL, boxes_NBQ4, object_NBQ, real_BQL, objects, names, divisor)
         total_N = self._weigh(parts)
         losses = {name: part_N[-2] for name, part_N in parts.items()}
@@ -178,12 +178,3 @@ def _with_proposals(layers: Tensor | None, proposals: Tensor | None) -> Tensor:
 def _full_precision(x: Tensor) -> Tensor:
     """At least float32: half precision rounds away small focal terms."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _mean_over_ranks(counts: list[int], device: torch.device) -> Tensor:
-    """The counts, each averaged over the ranks, at least 1."""
-    total = torch.tensor(counts, dtype=torch.float32, device=device)
-    if is_available() and is_initialized():
-        all_reduce(total)
-        total /= get_world_size()
-    return total.clamp(min=1)

@@ -2,7 +2,6 @@
 
 import json as json_format
 from pathlib import Path
-from typing import Literal
 
 import matplotlib.figure
 import numpy as np
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from unimoe.files import atomic_write
 
-from .evaluation import Evaluation, evaluate_coco
+from .evaluation import Evaluation, Style, evaluate_coco
 
 _RECALL = np.linspace(0, 1, 101)
 
@@ -20,7 +19,7 @@ def evaluate_files(
     *,
     gt: str,
     dt: str,
-    style: Literal["coco", "lvis-fixed"] = "coco",
+    style: Style = "coco",
     json: str | None = None,
     plots: str | None = None,
 ) -> None:

@@ -21,6 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from unimoe.data.readers import read_records
 from unimoe.errors import UserError
 
+Style = Literal["coco", "lvis-fixed"]
 COCO_METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}
 PER_CLASS = 10_000
@@ -58,7 +59,7 @@ class Evaluation:
 def evaluate_coco(
     truth: str | Path | dict[str, Any],
     detections: str | Path | Sequence[dict[str, Any]],
-    style: Literal["coco", "lvis-fixed"] = "coco",
+    style: Style = "coco",
 ) -> Evaluation:
     """Compare detections with a COCO (or LVIS) ground truth.
 

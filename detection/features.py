@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -72,8 +73,11 @@ class FeatureStore:
         key = hashlib.sha256(json.dumps([made_of, side, fingerprint(model)], sort_keys=True).encode())
         place = folder / key.hexdigest()[:24]
         if not (place / "views.pt").is_file():
-            with atomic_folder(place) as temporary:
-                _fill(temporary, model, views, side)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{place}.lock"):  # the ranks of a run come here together
+                if not (place / "views.pt").is_file():
+                    with atomic_folder(place) as temporary:
+                        _fill(temporary, model, views, side)
         return cls(place)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
 
-from unimoe.moe import Context, LayerRecord, MoEConfig, load_balance, record, routing_context
+from unimoe.moe import Context, LayerRecord, MoEConfig, load, load_balance, record, routing_context
 
 from .configuration import DynamicDinoConfig
 from .decoder import Decoder
@@ -20,6 +20,7 @@ from .denoising import DenoisingQueries
 from .enhancer import EdgeEnhancer, FullEnhancer
 from .output import DynamicDinoOutput
 from .pyramid import Pyramid, Text
+from .ranks import mean_over_ranks
 from .selection import Proposals, QuerySelection
 
 ENHANCERS = {"edge": EdgeEnhancer, "full": FullEnhancer}
@@ -206,7 +207,10 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         """The weighted load-balance loss, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
         if not records or not self.config.moe:
             return torch.zeros((), device=self.device)
-        return MoEConfig(**self.config.moe).balance_coef * load_balance(records).sum()
+        load_LE = torch.stack([load(entry) for entry in records])
+        if self.training:  # over all ranks, which take training steps together, but not those of evaluation
+            load_LE = mean_over_ranks(load_LE)
+        return MoEConfig(**self.config.moe).balance_coef * load_balance(records, load_LE).sum()
 
 
 def _projections(channels: Sequence[int], config: DynamicDinoConfig) -> nn.ModuleList:

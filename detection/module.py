@@ -16,17 +16,15 @@ from unimoe.errors import UserError
 from unimoe.moe import load, load_balance, record
 from unimoe.training.module import ResumableModule, Schedule
 
+from .batches import Batch, Question
 from .build import build_detector
 from .criterion import CriterionConfig, DetectionCriterion
-from .datamodule import Batch, Question
-from .dataset import DetectionSet
 from .denoising import DenoisingConfig, make_denoising
-from .evaluation import evaluate_coco
-from .inference import NameChunks
+from .evaluation import Evaluation, Style
 from .loading import load_detector
 from .modeling import DynamicDinoForObjectDetection
 from .moe_tuning import freeze_for_tuning, moe_tuning
-from .scoring import coco_results, search
+from .scoring import Judge
 from .text_cache import TextFeatureCache
 
 log = logging.getLogger(__name__)
@@ -74,6 +72,7 @@ class DetectionModule(ResumableModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
         weight_decay: float = 1e-4,
+        evaluation: Style = "coco",
         max_detections: int = 300,
         seed: int = 0,
     ):
@@ -92,7 +91,8 @@ class DetectionModule(ResumableModule):
             schedule: of the learning rates after warm-up.
             warmup: share of all steps in which the learning rates rise from zero.
             weight_decay: of AdamW, on matrices only.
-            max_detections: of a picture, for the average precision.
+            evaluation: protocol of the average precision.
+            max_detections: of a picture for each prompt, for the average precision.
             seed: of everything random; each step's numbers follow from it and the step alone.
         """
         super().__init__()
@@ -106,10 +106,14 @@ class DetectionModule(ResumableModule):
         self.denoising = denoising or DenoisingConfig()
         self.lr, self.encoder_lr, self.weight_decay = lr, encoder_lr, weight_decay
         self.schedule, self.warmup, self.max_detections, self.seed = schedule, warmup, max_detections, seed
+        self.evaluation: Style = evaluation
         self.model: DynamicDinoForObjectDetection
         self.tokenizer: PreTrainedTokenizerBase
+        self.judge: Judge
+        """Of the latest evaluation, with everything that was found."""
+        self.scores: Evaluation
+        """Of the latest evaluation."""
         self._text: TextFeatureCache | None = None
-        self._found: list[dict[str, Any]] = []
         self._began: tuple[float, int] | None = None
 
     # ---------------------------------------------------------------- building
@@ -199,11 +203,23 @@ class DetectionModule(ResumableModule):
 
     # ---------------------------------------------------------------- average precision
 
+    def on_validation_epoch_start(self) -> None:
+        self.judge = self._judge("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.judge = self._judge("test")
+
+    def _judge(self, split: str) -> Judge:
+        data = self.trainer.datamodule.sets[split]  # type: ignore[attr-defined]
+        return Judge(
+            self.model, self.tokenizer, data, self.evaluation, top=self.max_detections, text=self._text
+        )
+
     def validation_step(self, batch: Question, batch_idx: int) -> None:
-        self._search(batch, "val")
+        self.judge.show(batch)
 
     def test_step(self, batch: Question, batch_idx: int) -> None:
-        self._search(batch, "test")
+        self.judge.show(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._score("val")
@@ -211,18 +227,7 @@ class DetectionModule(ResumableModule):
     def on_test_epoch_end(self) -> None:
         self._score("test")
 
-    def _search(self, batch: Question, split: str) -> None:
-        data = self._set(split)
-        names = NameChunks.of(data.names, self.tokenizer, self.model.config.max_text_tokens)
-        text = self._text or TextFeatureCache(self.model)
-        found = search(self.model, names, batch, text, self.max_detections)
-        self._found += coco_results(data, batch.samples, found)
-
-    def _set(self, split: str) -> DetectionSet:
-        return self.trainer.datamodule.sets[split]  # type: ignore[attr-defined]
-
     def _score(self, split: str) -> None:
-        found, self._found = self._found, []
-        metrics = evaluate_coco(self._set(split).ground_truth(), found).metrics
-        names = ("AP", "AP50", "AP75")
-        self.log_dict({f"{split}/{name}": metrics[name] for name in names}, rank_zero_only=False)
+        self.scores = self.judge.evaluate()
+        metrics = {f"{split}/{name}": value for name, value in self.scores.metrics.items()}
+        self.log_dict(metrics, rank_zero_only=False)

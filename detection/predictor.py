@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .datamodule import resize_for
 from .inference import Detections, NameChunks, detect
 from .loading import load_detector
 from .modeling import DynamicDinoForObjectDetection
 from .text_cache import TextFeatureCache
+from .transforms import resize_for
 
 
 class Detector:

@@ -13,6 +13,8 @@ from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from .configuration import DynamicDinoConfig
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -107,6 +109,13 @@ class Resize:
         """[3, H, W]"""
         size = fitted(picture.width, picture.height, self.size, self.longest)
         return self.normalise(F.resize(F.to_image(picture), size, antialias=True))
+
+
+def resize_for(config: DynamicDinoConfig) -> Resize:
+    """How a model with this configuration wants its pictures."""
+    size = config.image_size
+    shorter, longest = (size, size) if isinstance(size, int) else size
+    return Resize(shorter, longest, config.image_mean, config.image_std)
 
 
 class Normalise(v2.Compose):

@@ -4,10 +4,10 @@ import logging
 
 from unimoe.data.media import load_image
 from unimoe.detect import find_files, split_prompt
-from unimoe.detection.datamodule import resize_for
 from unimoe.detection.features import padded
 from unimoe.detection.loading import load_detector
 from unimoe.detection.onnx import export_onnx
+from unimoe.detection.transforms import resize_for
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from unimoe.detection import criterion
+from unimoe.detection import ranks
 from unimoe.detection.criterion import CriterionConfig, Denoising, DetectionCriterion
 from unimoe.detection.matching import MatchingCost, match
 from unimoe.detection.output import DynamicDinoOutput, Target
@@ -206,13 +206,8 @@ def test_the_mean_over_two_ranks_is_the_loss_of_one_process(monkeypatch):
     whole = DetectionCriterion()(output, targets, maps)["loss"]
     other_count = iter([1, 3])
 
-    def add_other(counts):
-        counts[0] += next(other_count)
-
-    monkeypatch.setattr(criterion, "is_initialized", lambda: True)
-    monkeypatch.setattr(criterion, "get_world_size", lambda: 2)
-    monkeypatch.setattr(
-        criterion, "all_reduce", lambda counts: counts.add_(counts.new([next(other_count), 0]))
-    )
+    monkeypatch.setattr(ranks, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "all_reduce", lambda counts: counts.add_(counts.new([next(other_count), 0])))
     losses = [DetectionCriterion()(*one_image(output, targets, maps, b))["loss"] for b in range(2)]
     torch.testing.assert_close(sum(losses) / 2, whole, rtol=1e-6, atol=0)
