@@ -194,6 +194,18 @@ def build_connector(config: dict[str, Any], in_features: int, out_features: int)
     return MLPConnector(parsed, in_features, out_features)
 
 
+def fill_connector(connector: Connector, weights: str) -> None:
+    """Give a fresh connector the weights that its configuration names: a Whisper decoder's, for a causal
+    Q-Former (:func:`~.whisper_qformer.load_whisper_decoder`). Raises UserError for any other connector."""
+    if connector.config.type != "qformer" or not connector.config.causal:
+        raise UserError(
+            f"connector {connector.config.type}: weights belong to a causal qformer (a Whisper decoder's)"
+        )
+    from .whisper_qformer import load_whisper_decoder
+
+    load_whisper_decoder(connector, weights)  # type: ignore[arg-type]
+
+
 def num_tokens(config: dict[str, Any], positions: int) -> int:
     """The tokens that a connector of this ``config`` makes of so many encoder positions; builds nothing."""
     return ConnectorConfig.parse(config).num_tokens(positions)

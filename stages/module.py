@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from unimoe.build import build_model
+from unimoe.build import add_modalities, build_model
 from unimoe.data.collate import IGNORED
 from unimoe.errors import UserError
 from unimoe.loading import load_model
@@ -62,7 +62,7 @@ class StageModule(ResumableModule):
             init_from: folder of an earlier stage or of ``unimoe assemble``; or else give ``llm``.
             llm: language model of a fresh start: ``default``, a local folder or a hub id.
             modalities: ``encoder`` and ``connector`` of each medium of a fresh start, as
-                :func:`unimoe.build.build_model` takes them.
+                :func:`unimoe.build.build_model` takes them; with ``init_from`` media that are added to it.
             moe: fields of MoEConfig, to copy the FFNs of a fresh start into experts.
             chat_template: of a fresh start: ``chatml``, a Jinja template, or the tokenizer's own.
             warm_start: modalities whose connector starts from ridge regression on the named samples of the
@@ -82,10 +82,8 @@ class StageModule(ResumableModule):
             raise UserError(
                 "a stage starts from one of model.init_from (a folder) and model.llm (a fresh start)"
             )
-        if init_from is not None and (modalities or moe):
-            raise UserError(
-                "model.modalities and model.moe belong to a fresh start; model.init_from brings its own"
-            )
+        if init_from is not None and moe:
+            raise UserError("model.moe belongs to a fresh start; model.init_from brings its own")
         self.init_from, self.llm, self.modalities, self.moe = init_from, llm, modalities or {}, moe
         self.chat_template = chat_template
         self.warm_start = warm_start or {}
@@ -108,6 +106,10 @@ class StageModule(ResumableModule):
             return
         if self.init_from is not None:
             model, processor = load_model(self.init_from, "init_from", torch.float32, "cpu", hub=False)
+            if self.modalities:
+                with torch.random.fork_rng():
+                    torch.manual_seed(self.seed)
+                    processor = add_modalities(model, processor, self.modalities)
         else:
             assert self.llm is not None
             with torch.random.fork_rng():

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from unimoe.encoders import ImageEncoder, build_connector, load_encoder
+from unimoe.encoders import Encoder, ImageEncoder, build_connector, fill_connector, load_encoder
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import install_moe
 from unimoe.prepare.cache import resolve_part
@@ -14,9 +14,12 @@ from .configuration import MEDIA, PLACEHOLDERS, UniMoeConfig
 from .errors import UserError
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
-from .prompt import CHATML, CHATML_TOKENS
+from .prompt import CHATML, CHATML_TOKENS, VICUNA
 
 Built = tuple[UniMoeForConditionalGeneration, UniMoeProcessor]
+
+TEMPLATES = {"chatml": CHATML, "vicuna": VICUNA}
+"""Chat templates that have a name."""
 
 
 def build_model(
@@ -31,13 +34,20 @@ def build_model(
         llm: ``default``, a folder or a hub id of a causal LM.
         modalities: for each medium ``{"encoder": {"type", ..., "weights"}, "connector": {"type", ...}}``;
             ``weights`` is ``default``, a folder, a file, or what :func:`unimoe.encoders.load_encoder`
-            understands (None: random).
+            understands (None: random). A connector's ``weights`` name a Whisper decoder, for a causal
+            Q-Former.
         moe: fields of :class:`unimoe.moe.MoEConfig`, to copy the FFNs into experts at once; None keeps the
             LLM dense.
-        chat_template: ``chatml``, a Jinja template, or None for the tokenizer's own.
+        chat_template: ``chatml``, ``vicuna``, a Jinja template, or None for the tokenizer's own.
     """
-    encoders, connectors, described = {}, {}, {}
-    for kind, parts in (modalities or {}).items():
+    encoders = load_encoders(modalities or {})
+    return assemble_model(*load_llm(llm, chat_template), encoders, modalities or {}, moe)
+
+
+def load_encoders(modalities: dict[str, dict[str, Any]]) -> dict[str, Encoder]:
+    """The encoder of each medium with its weights. Raises UserError for an entry that is not whole."""
+    encoders = {}
+    for kind, parts in modalities.items():
         if kind not in MEDIA:
             raise UserError(f"modalities: unknown medium '{kind}', expected one of {', '.join(MEDIA)}")
         if "encoder" not in parts or "connector" not in parts:
@@ -51,31 +61,67 @@ def build_model(
             raise UserError(
                 f"modalities.{kind}: encoder type '{spec['type']}' is for {encoders[kind].modality}"
             )
-        connectors[kind] = parts["connector"]
-        described[kind] = {"encoder": encoders[kind].config, "connector": parts["connector"]}
+    return encoders
 
-    causal, tokenizer = load_llm(llm, chat_template)
-    config = UniMoeConfig(
-        text_config=causal.config,
-        modalities=described,
-        **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]) for kind in described},
-    )
+
+def assemble_model(
+    causal: Any,
+    tokenizer: Any,
+    encoders: dict[str, Encoder],
+    modalities: dict[str, dict[str, Any]],
+    moe: dict[str, Any] | None = None,
+) -> Built:
+    """A model of a causal LM that has the placeholders and of loaded encoders; see :func:`build_model`."""
+    config = UniMoeConfig(text_config=causal.config)
     with torch.device("meta"):  # only the frame: every part is put in below
         model = UniMoeForConditionalGeneration(config)
     decoder = getattr(causal, causal.base_model_prefix)
     model.model.language_model = decoder
     model.lm_head = causal.get_output_embeddings()
-    for kind, encoder in encoders.items():
-        model.model.encoders[kind] = encoder
-        model.model.connectors[kind] = build_connector(
-            connectors[kind], encoder.hidden_size, causal.config.hidden_size
-        )
+    _attach(model, tokenizer, encoders, modalities)
     if moe:
         settings = MoEConfig.from_dict(moe)
         install_moe(decoder, settings)
         config.moe = settings.to_dict()
     model.generation_config = _generation_config(causal, tokenizer)
     return model.eval(), UniMoeProcessor(tokenizer, processor_parts(model))
+
+
+def add_modalities(
+    model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, modalities: dict[str, dict[str, Any]]
+) -> UniMoeProcessor:
+    """Give a model media that it does not have yet, in place, as :func:`build_model` would.
+
+    Returns the processor of the extended model.
+    """
+    for kind in modalities:
+        if kind in model.model.encoders:
+            raise UserError(f"modalities.{kind}: the model has {kind} already; name only media to add")
+    _attach(model, processor.tokenizer, load_encoders(modalities), modalities)
+    return UniMoeProcessor(processor.tokenizer, processor_parts(model), processor.chat_template)
+
+
+def _attach(
+    model: UniMoeForConditionalGeneration,
+    tokenizer: Any,
+    encoders: dict[str, Encoder],
+    modalities: dict[str, dict[str, Any]],
+) -> None:
+    config = model.config
+    width = config.get_text_config().hidden_size
+    for kind, encoder in encoders.items():
+        settings = dict(modalities[kind]["connector"])
+        weights = settings.pop("weights", None)
+        connector = build_connector(settings, encoder.hidden_size, width)
+        if weights is not None:
+            fill_connector(connector, weights)
+        model.model.encoders[kind] = encoder
+        model.model.connectors[kind] = connector
+        config.modalities = {
+            **(config.modalities or {}),
+            kind: {"encoder": encoder.config, "connector": settings},
+        }
+        setattr(config, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]))
 
 
 def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
@@ -90,9 +136,15 @@ def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"llm '{llm}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if chat_template == "chatml" or not (chat_template or tokenizer.chat_template):
-        chat_template = CHATML
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    add_placeholders(causal, tokenizer, chat_template)
+    return causal, tokenizer
+
+
+def add_placeholders(causal: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+    """Give a causal LM and its tokenizer the media placeholders and the chat template, in place."""
+    if chat_template is None and not tokenizer.chat_template:
+        chat_template = "chatml"
+    tokenizer.chat_template = TEMPLATES.get(chat_template or "", chat_template) or tokenizer.chat_template
     needed = [*PLACEHOLDERS.values(), *(CHATML_TOKENS if tokenizer.chat_template == CHATML else ())]
     new = tokenizer.add_special_tokens({"extra_special_tokens": needed}, replace_extra_special_tokens=False)
     rows = causal.get_input_embeddings().weight.shape[0]
@@ -101,7 +153,6 @@ def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
         with torch.no_grad():  # never read as inputs; as outputs they are suppressed
             for weight in {causal.get_input_embeddings().weight, causal.get_output_embeddings().weight}:
                 weight[rows:] = weight[:rows].mean(0)
-    return causal, tokenizer
 
 
 def processor_parts(model: UniMoeForConditionalGeneration) -> dict[str, Any]:

@@ -55,6 +55,7 @@ VERBS = {
     "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
     "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
+    "convert llava": Verb("unimoe.convert:llava", "a LLaVA-1.5 checkpoint as a model of ours"),
     "continual run": Verb("unimoe.continual.cli:run", "one strategy on a stream of tasks", raw=True),
     "continual compare": Verb("unimoe.continual.cli:compare", "several strategies and seeds", raw=True),
     "continual diagnose": Verb("unimoe.continual.cli:diagnose", "new, ambiguous or old tokens", raw=True),

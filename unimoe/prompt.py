@@ -22,6 +22,22 @@ every chat."""
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
+VICUNA = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] != 'system' %}"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT: {{ message['content'] }}{{ eos_token }}"
+    "{% else %}"
+    "{% if message['role'] == 'user' %}USER: {% endif %}{{ message['content'] }}{{ ' ' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""Template of Vicuna 1.1 and later, LLaVA-1.5 and Uni-MoE (``vicuna_v1``)."""
+
 TYPED, TYPED_END, ANSWER, ANSWER_END = "\ue000", "\ue001", "\ue002", "\ue003"
 _MARKS = re.compile(f"[{TYPED}-{ANSWER_END}]")
 

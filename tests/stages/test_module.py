@@ -70,8 +70,8 @@ def test_schedules(world):
 def test_one_start_only():
     with pytest.raises(UserError, match="one of"):
         StageModule()
-    with pytest.raises(UserError, match="belong to a fresh start"):
-        StageModule(init_from="a", modalities={"image": IMAGE})
+    with pytest.raises(UserError, match="belongs to a fresh start"):
+        StageModule(init_from="a", moe={"num_experts": 2})
 
 
 def test_checkpoints_hold_what_trains(world):
