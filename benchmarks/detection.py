@@ -11,7 +11,6 @@ tokens. Weights are random everywhere: they do not change the time.
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, TimmBackboneConfig
 
-from unimoe.detection import DynamicDinoConfig, DynamicDinoForObjectDetection
-from unimoe.detection.latency import decoder_latency, spread, take_turns
+from unimoe.detection import DynamicDinoConfig, DynamicDinoForObjectDetection, PromptBatch
+from unimoe.detection.latency import decoder_latency, model_latency
 from unimoe.detection.moe_tuning import moe_tuning
 
 PAPER: dict[str, Any] = {
@@ -67,34 +66,19 @@ def decoders(copies: int, slices: int, rounds: int, **sizes: Any) -> dict[str, A
     return decoder_latency(moe, dense, queries=queries, text_tokens=TOKENS, rounds=rounds)
 
 
-@torch.no_grad()
 def whole_model(
     backbone: str, rounds: int, size: int = SIZE, levels: Sequence[int] = (1, 2, 3), **sizes: Any
-) -> dict[str, Any]:
+) -> dict[str, dict[str, float]]:
     """p50 and p95 of a picture, with BERT-base running and with its features cached, and of the parts."""
-    model = detector(backbone, levels, BertConfig(), **sizes)
-    pixels = torch.randn(1, 3, size, size)
     place_L = torch.arange(TOKENS)
-    text = {
-        "text_mask": torch.ones(1, TOKENS, dtype=torch.bool),
-        "text_attention_mask": (place_L[:, None] // SEGMENT == place_L // SEGMENT)[None],
-        "text_position_ids": (place_L % SEGMENT)[None],
-    }
-    ids = torch.ones(1, TOKENS, dtype=torch.int64)
-    read = partial(model.encode_text, ids, text["text_attention_mask"], text["text_position_ids"])
-    words = read()
-    maps = model.encode_image(pixels)
-    seconds = take_turns(
-        {
-            "with text": lambda: model(pixel_values=pixels, input_ids=ids, **text),
-            "text cached": lambda: model(pixel_values=pixels, text_features=words, **text),
-            "backbone": lambda: model.encode_image(pixels),
-            "text encoder": read,
-            "enhancer and decoder": lambda: model(image_features=maps, text_features=words, **text),
-        },
-        rounds,
+    prompt = PromptBatch(
+        input_ids=torch.ones(1, TOKENS, dtype=torch.int64),
+        text_mask=torch.ones(1, TOKENS, dtype=torch.bool),
+        text_attention_mask=(place_L[:, None] // SEGMENT == place_L // SEGMENT)[None],
+        text_position_ids=(place_L % SEGMENT)[None],
+        name_tokens=[],
     )
-    return {part: spread(found) for part, found in seconds.items()}
+    return model_latency(detector(backbone, levels, BertConfig(), **sizes), prompt, size, rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

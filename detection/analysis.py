@@ -42,19 +42,13 @@ class ExpertUse:
 
     @property
     def partners_L(self) -> Tensor:
-        """exp(entropy) of the partners of an expert, averaged over experts that were used at all."""
-        share_LEE = self.together_LEE / self.together_LEE.sum(-1, keepdim=True).clamp(min=1)
-        entropy_LE = -torch.xlogy(share_LEE, share_LEE).sum(-1)
-        used_LE = self.together_LEE.sum(-1) > 0
-        return (entropy_LE.exp() * used_LE).sum(-1) / used_LE.sum(-1).clamp(min=1)
+        """See :func:`effective_partners`."""
+        return effective_partners(self.together_LEE)
 
     @property
     def twins_L(self) -> Tensor:
-        """Share of the pairs that are slices of one copy."""
-        copy_E = torch.arange(self.load_LE.shape[1]) // self.slices
-        same_EE = copy_E[:, None] == copy_E
-        total_L = self.together_LEE.sum((-1, -2)).clamp(min=1)
-        return (self.together_LEE * same_EE).sum((-1, -2)) / total_L
+        """See :func:`unmoved_twins`."""
+        return unmoved_twins(self.together_LEE, self.slices)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -73,7 +67,7 @@ def expert_use(
     model: DynamicDinoForObjectDetection,
     tokenizer: Any,
     names: Sequence[str],
-    batches: Iterable[tuple[Question, Sequence[Tensor], Sequence[Tensor]]],
+    batches: Iterable[Question],
 ) -> ExpertUse:
     """Run the detector and count.
 
@@ -81,14 +75,13 @@ def expert_use(
         model: one with experts in its decoder.
         tokenizer: the model's.
         names: what is asked for.
-        batches: a Question, and for each of its pictures the objects: boxes [M, 4] (x1, y1, x2, y2) in pixels
-            and classes [M]. A query counts for the class of the object that it overlaps by at least half.
+        batches: the pictures. A query counts for the class of the object that it overlaps by at least half.
     """
     moe = MoEConfig.from_dict(model.config.moe or {})
     asked, text = NameChunks.of(names, tokenizer, model.config.max_text_tokens), TextFeatureCache(model)
     chosen: list[list[Tensor]] = []
     labels: list[Tensor] = []
-    for batch, boxes, classes in batches:
+    for batch in batches:
         finals: list[Tensor] = []
         handle = model.register_forward_hook(
             lambda _, __, output, finals=finals: finals.append(output.boxes[-1])
@@ -98,20 +91,17 @@ def expert_use(
                 search(model, asked, batch, text, top=1)
         finally:
             handle.remove()
-        first = finals[0]
+        first = finals[0]  # of several prompts
         layers = len(records) // len(finals)
-        chosen.append([_members(entry, moe.num_experts) for entry in records[:layers]])
-        for found_Q4, size, boxes_M4, class_M in zip(first, batch.sizes, boxes, classes, strict=True):
-            labels.append(_classes(found_Q4, size, boxes_M4, class_M))
-    members_LQE = torch.stack([torch.cat(layer) for layer in zip(*chosen, strict=True)])
-    together_LEE = members_LQE.transpose(1, 2) @ members_LQE
-    load_LE = members_LQE.sum(1) / members_LQE.sum((1, 2))[:, None]
-    together_LEE = together_LEE - torch.diag_embed(torch.diagonal(together_LEE, dim1=1, dim2=2))
+        chosen.append([visits(entry).cpu() for entry in records[:layers]])
+        for found_Q4, size, sample in zip(first, batch.sizes, batch.samples, strict=True):
+            labels.append(_classes(found_Q4, size, sample.boxes_M4, sample.category_M))
+    visits_LQE = torch.stack([torch.cat(layer) for layer in zip(*chosen, strict=True)])
     label_Q = torch.cat(labels)
-    tables = [_pairs(members_QE, label_Q, len(names)) for members_QE in members_LQE]
+    tables = [_pairs(visits_QE, label_Q, len(names)) for visits_QE in visits_LQE]
     return ExpertUse(
-        load_LE,
-        together_LEE,
+        visits_LQE.sum(1) / visits_LQE.sum((1, 2))[:, None],
+        together(visits_LQE),
         list(names),
         [table for table, _ in tables],
         [bits for _, bits in tables],
@@ -119,12 +109,33 @@ def expert_use(
     )
 
 
-def _members(entry: LayerRecord, experts: int) -> Tensor:
-    """[Q, E] float, 1 where a query visited an expert."""
-    routing = entry.routing
-    members_QE = torch.zeros(routing.num_tokens, experts)
-    members_QE[routing.token_N.cpu(), routing.expert_N.cpu()] = 1.0
-    return members_QE
+def visits(entry: LayerRecord) -> Tensor:
+    """[Q, E] float, 1 where a query visited an expert; without padding."""
+    routing, pad_Q = entry.routing, entry.ctx.pad_T
+    visits_QE = torch.zeros(routing.num_tokens, routing.num_experts, device=routing.token_N.device)
+    visits_QE[routing.token_N, routing.expert_N] = 1.0
+    return visits_QE if pad_Q is None else visits_QE[~pad_Q]
+
+
+def together(visits_XQE: Tensor) -> Tensor:
+    """[..., E, E] queries that visited both experts, 0 on the diagonal."""
+    both_XEE = visits_XQE.transpose(-1, -2) @ visits_XQE
+    return both_XEE - torch.diag_embed(torch.diagonal(both_XEE, dim1=-2, dim2=-1))
+
+
+def effective_partners(together_XEE: Tensor) -> Tensor:
+    """[...] exp(entropy) of the partners of an expert, averaged over experts that were used at all."""
+    share_XEE = together_XEE / together_XEE.sum(-1, keepdim=True).clamp(min=1)
+    entropy_XE = -torch.xlogy(share_XEE, share_XEE).sum(-1)
+    used_XE = together_XEE.sum(-1) > 0
+    return (entropy_XE.exp() * used_XE).sum(-1) / used_XE.sum(-1).clamp(min=1)
+
+
+def unmoved_twins(together_XEE: Tensor, slices: int) -> Tensor:
+    """[...] share of the pairs that are slices of one copy, as all are at the start."""
+    copy_E = torch.arange(together_XEE.shape[-1], device=together_XEE.device) // slices
+    same_EE = copy_E[:, None] == copy_E
+    return (together_XEE * same_EE).sum((-1, -2)) / together_XEE.sum((-1, -2)).clamp(min=1)
 
 
 def _classes(found_Q4: Tensor, size: tuple[int, int], boxes_M4: Tensor, class_M: Tensor) -> Tensor:
@@ -137,10 +148,10 @@ def _classes(found_Q4: Tensor, size: tuple[int, int], boxes_M4: Tensor, class_M:
     return torch.where(best_Q >= 0.5, class_M[object_Q], -1)
 
 
-def _pairs(members_QE: Tensor, label_Q: Tensor, classes: int) -> tuple[list[tuple[int, int] | None], float]:
+def _pairs(visits_QE: Tensor, label_Q: Tensor, classes: int) -> tuple[list[tuple[int, int] | None], float]:
     """The commonest set of experts of each class (its first two members), and the mutual information of class
     and set in bits."""
-    rows_PE = members_QE[label_Q >= 0]
+    rows_PE = visits_QE[label_Q >= 0]
     label_P = label_Q[label_Q >= 0]
     if not len(label_P):
         return [None] * classes, 0.0

@@ -32,7 +32,13 @@ def evaluate_files(
         json: where to write all numbers.
         plots: folder for the precision-recall curves and the bars of the classes.
     """
-    evaluation = evaluate_coco(gt, dt, style)
+    present(evaluate_coco(gt, dt, style), style, json, plots)
+
+
+def present(
+    evaluation: Evaluation, style: Style, json: str | Path | None = None, plots: str | Path | None = None
+) -> None:
+    """Print the tables; write all numbers to the file ``json`` and the curves into the folder ``plots``."""
     console = Console()
     console.print(class_table(evaluation))
     console.print(metric_table(evaluation))

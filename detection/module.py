@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unimoe.errors import UserError
-from unimoe.moe import load, load_balance, record
+from unimoe.moe import LayerRecord, MoEConfig, load, load_balance, record
 from unimoe.training.module import ResumableModule, Schedule
 
+from .analysis import effective_partners, together, unmoved_twins, visits
 from .batches import Batch, Question
 from .build import build_detector
 from .criterion import CriterionConfig, DetectionCriterion
@@ -194,12 +195,22 @@ class DetectionModule(ResumableModule):
         if self._began is not None:
             row["train/pictures_per_second"] = self._began[1] / (now - self._began[0])
         self._began = (now, len(batch.targets))
-        for entry in records:
-            share_E = load(entry)
-            row[f"moe/layer{entry.layer:02d}/load_max_over_mean"] = float(share_E.max() / share_E.mean())
-            row[f"moe/layer{entry.layer:02d}/balance_loss"] = load_balance(entry).item()
-        self.log_row(row, batch_idx)
+        self.log_row({**row, **self._expert_use(records)}, batch_idx)
         return losses["loss"]
+
+    def _expert_use(self, records: list[LayerRecord]) -> dict[str, float]:
+        """What the experts of each layer did in a step, by name of the column."""
+        row = {}
+        for entry in records:
+            share_E, pairs_EE = load(entry), together(visits(entry))
+            found = {
+                "load_max_over_mean": share_E.max() / share_E.mean(),
+                "balance_loss": load_balance(entry),
+                "effective_partners": effective_partners(pairs_EE),
+                "twins": unmoved_twins(pairs_EE, MoEConfig(**self.model.config.moe).top_k),
+            }
+            row |= {f"moe/layer{entry.layer:02d}/{name}": value.item() for name, value in found.items()}
+        return row
 
     # ---------------------------------------------------------------- average precision
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from unimoe.detection import DynamicDinoConfig, DynamicDinoForObjectDetection, Prompt, PromptBatch
+from unimoe.detection.build import build_detector
 
 WORDS = [
     "[PAD]",
@@ -177,3 +178,12 @@ def settings(world, tmp_path) -> dict:
             "batch_size": 8,
         },
     }
+
+
+@pytest.fixture
+def folder(settings, tmp_path) -> Path:
+    """A random detector that sees pictures of 64 pixels."""
+    model, tokenizer = build_detector(**settings["model"]["detector"])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

@@ -18,11 +18,7 @@ def test_at_the_start_every_expert_has_its_twin_only(settings, world):
     model, tokenizer = build_detector(**settings["model"]["detector"])
     moe_tuning(model, copies=2, slices=2).eval()
     data = read_detection(world / "train.json")
-    batches = [
-        (batch, [s.boxes_M4 for s in batch.samples], [s.category_M for s in batch.samples])
-        for batch in questions(data, model, batch_size=3)
-    ]
-    use = expert_use(model, tokenizer, data.names, batches)
+    use = expert_use(model, tokenizer, data.names, questions(data, model, batch_size=3))
     assert_close(use.load_LE.sum(1), torch.ones(2))
     assert_close(use.partners_L, torch.ones(2))
     assert_close(use.twins_L, torch.ones(2))

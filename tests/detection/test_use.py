@@ -5,28 +5,16 @@ import json
 import logging
 
 import pytest
-import torch
 from PIL import Image
 from torch.testing import assert_close
 
 from unimoe import cli
 from unimoe.detect import find_files, split_prompt
-from unimoe.detection.build import build_detector
 from unimoe.detection.drawing import draw_boxes
 from unimoe.detection.predictor import Detector
 from unimoe.errors import UserError
 
 WITH_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-
-
-@pytest.fixture
-def folder(settings, tmp_path):
-    """A random detector that sees pictures of 64 pixels."""
-    torch.manual_seed(0)
-    model, tokenizer = build_detector(**settings["model"]["detector"])
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture

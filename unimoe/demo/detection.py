@@ -164,7 +164,9 @@ def _evaluate(name: str, run: DetectionDemo):
         console.say(f"      {split:<20} AP {evaluation.metrics['AP']:.3f}")
     if model.config.moe:
         data = read_detection(run.data / "unseen_backgrounds.json")
-        found["experts"] = expert_use(model, tokenizer, data.names, _with_objects(data, model, run)).to_json()
+        found["experts"] = expert_use(
+            model, tokenizer, data.names, questions(data, model, run.folder / "features")
+        ).to_json()
     atomic_write(_evaluation(name, run), json.dumps(found) + "\n")
 
 
@@ -213,15 +215,6 @@ def _shown(data: DetectionSet, results: list[dict[str, Any]], pictures: int = 8)
         if result["score"] >= 0.3 and str(result["image_id"]) in shown:
             shown[str(result["image_id"])].append({**result, "bbox": [round(x, 1) for x in result["bbox"]]})
     return shown
-
-
-def _with_objects(data: DetectionSet, model: Any, run: DetectionDemo):
-    for batch in questions(data, model, run.folder / "features"):
-        yield (
-            batch,
-            [sample.boxes_M4 for sample in batch.samples],
-            [sample.category_M for sample in batch.samples],
-        )
 
 
 def show_results(report: dict[str, Any]):

@@ -1,0 +1,56 @@
+"""``unimoe evaluate detector`` and ``unimoe evaluate latency`` (they live in unimoe/measure.py)."""
+
+import json
+
+import pytest
+
+from unimoe import cli
+from unimoe.detection.loading import load_detector
+from unimoe.detection.moe_tuning import moe_tuning
+
+
+@pytest.fixture
+def experts(folder):
+    model, tokenizer = load_detector(folder)
+    moe_tuning(model, copies=2, slices=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("style", ["coco", "lvis-fixed"])
+def test_what_a_detector_finds_is_scored_as_a_file_of_detections_is(experts, world, tmp_path, style):
+    found, scores, again, plots = (tmp_path / name for name in ("dt.json", "1.json", "2.json", "plots"))
+    truth = ["--gt", str(world / "train.json"), "--style", style]
+    args = [str(experts), *truth, "--dt", str(found), "--json", str(scores), "--plots", str(plots)]
+    assert cli.main(["evaluate", "detector", *args]) == 0
+    assert cli.main(["evaluate", "coco", *truth, "--dt", str(found), "--json", str(again)]) == 0
+    assert json.loads(scores.read_text()) == json.loads(again.read_text())
+    assert len(json.loads(found.read_text())) == 8 * 12 * 4  # pictures, queries, names
+    drawn = {file.name for file in plots.iterdir()}
+    assert drawn == {"precision_recall.png", "classes.png", "experts.svg", "experts.json"}
+    assert json.loads((plots / "experts.json").read_text())["twins"] == [1.0, 1.0]
+
+
+def test_latency_by_part_with_and_without_text(experts, tmp_path, capsys):
+    file = tmp_path / "latency.json"
+    args = ["--prompt", "cat, red car", "--size", "64", "--rounds", "2", "--json", str(file)]
+    assert cli.main(["evaluate", "latency", str(experts), *args]) == 0
+    found = json.loads(file.read_text())
+    assert {"with text", "text cached", "backbone", "text encoder"} <= found["parts"].keys()
+    assert all(part["p95_ms"] >= part["p50_ms"] > 0 for part in found["parts"].values())
+    assert found["decoder"]["queries"] == 12 and found["decoder"]["ratio"] > 0
+    assert "text cached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["latency", "--prompt", "cat", "--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["latency", "--prompt", "cat", "--size", "9"], "--size is 9, expected at least 32"),
+        (["detector", "--gt", "x.json", "--top", "0"], "--top is 0, expected at least 1"),
+        (["detector", "--gt", "none.json"], "there is no file none.json"),
+        (["detector", "--gt", "x.json", "--stile", "coco"], "--stile"),
+    ],
+)
+def test_bad_arguments(args, message, capsys):
+    assert cli.main(["evaluate", args[0], "model", *args[1:]]) == 2
+    assert message in capsys.readouterr().err
