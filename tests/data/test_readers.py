@@ -3,6 +3,7 @@ import json
 import pytest
 
 from unimoe.data import Sample, read_samples, write_samples
+from unimoe.data.media import media_bytes
 from unimoe.errors import UserError
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
@@ -72,6 +73,15 @@ def test_written_samples_read_back_the_same(tmp_path):
     write_samples(path, [Sample(messages, "nowhere", "x1")])
     assert '"b.wav"' in path.read_text() and "schön" in path.read_text(encoding="utf-8")
     assert read_samples(path) == [Sample(messages, f"{path}:1", "x1")]
+    del content[3]  # a list of frames is no file
+    (tmp_path / "a.png").write_bytes(b"png")
+    (tmp_path / "set" / "b.wav").write_bytes(b"wav")
+    read = [(part["type"], media_bytes(part, "")) for part in Sample(messages, "").media()]
+    for name in ("data.parquet", "data.tar"):
+        write_samples(tmp_path / name, [Sample(messages, "nowhere", "x1")] * 2)
+        for found in read_samples(tmp_path / name):
+            assert [(part["type"], media_bytes(part, "")) for part in found.media()] == read
+            assert found.id == "x1" and found.messages[0::2] == messages[0::2]
     in_memory = [{"role": "user", "content": [{"type": "image", "bytes": b"abc"}]}, messages[2]]
     write_samples(path, [Sample(in_memory, "nowhere")])
     assert next(read_samples(path)[0].media())["url"].endswith("base64,YWJj")

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from unimoe.cli import main as unimoe
+from unimoe.data import read_samples, write_samples
 from unimoe.errors import UserError
 from unimoe.loading import load_model
 from unimoe.stages.module import StageModule
@@ -140,3 +141,19 @@ def test_a_finished_stage_leaves_nothing_in_memory(align, fit):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) is StageModule]
+
+
+def test_a_stage_trains_on_parquet_and_shards_as_on_json(align, fit, world, tmp_path):
+    parquet, shard = tmp_path / "train.parquet", tmp_path / "train-0.tar"
+    samples = read_samples(world / "train.jsonl")
+    write_samples(parquet, samples)
+    write_samples(shard, samples)
+    losses = []
+    for file in (world / "train.jsonl", parquet, tmp_path / "train-{0..0}.tar"):
+        align["data"]["train"], align["output"] = str(file), str(tmp_path / f"from_{file.suffix[1:]}")
+        fit(align)
+        rows = read_curve(Path(align["output"], "logs", "metrics.csv"))
+        losses.append([row["train/loss"] for row in rows if "train/loss" in row])
+    assert losses[0] == losses[1] == losses[2]
+    record = json.loads(Path(align["output"], "stage.json").read_text())
+    assert list(record["data"]) == [str(shard)]

@@ -3,10 +3,11 @@
 from .collate import Collator
 from .features import FeatureCache
 from .media import load_audio, load_image
-from .readers import read_samples, write_samples
+from .readers import read_samples
 from .records import parse_record
 from .sample import Message, Part, Sample
 from .sampler import ModalityBatchSampler
+from .writers import write_samples
 
 __all__ = [
     "Collator",

@@ -82,6 +82,11 @@ def media_bytes(part: Part, where: str) -> bytes:
         content = _data_url_bytes(part["url"], where)
     elif "bytes" in part:
         content = part["bytes"]
+    elif "stored" in part:
+        try:
+            content = part["stored"].read()
+        except OSError as error:
+            raise UserError(f"{where}: cannot read {describe(part)}: {error.strerror}") from error
     else:
         raise UserError(f"{where}: the {part['type']} part has no medium; expected path, bytes or a data URL")
     if not content:
@@ -93,6 +98,8 @@ def describe(part: Part) -> str:
     """What to call a medium in a message to the user: its path, else what it was given as."""
     if "path" in part:
         return str(part["path"])
+    if "stored" in part:
+        return str(part["stored"])
     if "url" in part:
         return "given as a data URL"
     return "given as bytes" if "bytes" in part else "given in memory"

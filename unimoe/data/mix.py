@@ -1,13 +1,13 @@
 """Batches with a fixed number of samples from each of several files."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Sampler
 
 from unimoe.errors import UserError
+
+from .sampler import shuffled
 
 
 class MixedBatchSampler(Sampler[list[int]]):
@@ -51,7 +51,7 @@ class MixedBatchSampler(Sampler[list[int]]):
             first = (step * self.world_size + self.rank) * count
             for place in range(first, first + count):
                 turn, position = divmod(place, size)
-                indices.append(offset + int(_order(self.seed, source, turn, size)[position]))
+                indices.append(offset + int(shuffled((self.seed, source, turn), size)[position]))
             offset += size
         return indices
 
@@ -75,8 +75,3 @@ class MixedBatchSampler(Sampler[list[int]]):
             "seed": self.seed,
             "world_size": self.world_size,
         }
-
-
-@lru_cache(maxsize=64)
-def _order(seed: int, source: int, turn: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, source, turn]).permutation(size)

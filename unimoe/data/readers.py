@@ -1,63 +1,137 @@
-"""Data files -> list of Samples, and back.
+"""Data files -> list of Samples; writers.py has the way back.
 
-    file.json    [{...}, {...}]      each record -> records.parse_record -> Sample(source="file.json[0]")
-    file.jsonl   {...}\\n{...}\\n                                          -> Sample(source="file.jsonl:1")
+file.json        [{...}, {...}]      record -> records.parse_record -> Sample(source="file.json[0]")
+file.jsonl       {...}\\n{...}\\n                                   -> Sample(source="file.jsonl:1")
+file.parquet     rows, also .arrow                                -> Sample(source="file.parquet[0]")
+shard.tar        000.json 000.jpg ..., a WebDataset shard         -> Sample(source="shard.tar:000")
+set-{00..09}.tar, set-*.parquet, a folder of either, a folder from Dataset.save_to_disk: several files
 """
 
+import glob
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.files import file_hash
 
+from . import shards, tables
+from .faults import DataError
 from .records import parse_record
 from .sample import Sample
 
 FORMATS = ("auto", "llava", "messages")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
 
 def read_samples(
     path: str | Path, format: str = "auto", media_root: str | Path | None = None, training: bool = True
 ) -> list[Sample]:
-    """Read every sample of a JSON list or JSONL file; no medium is decoded, but every file must exist.
+    """Read every sample of a file, or files; no medium is decoded, but every one must exist.
 
-    ``format`` is "llava" (turns under "conversations"), "messages" (turns under "messages"), or "auto":
-    whichever each record has. Key names may be LLaVA's, Uni-MoE's, ShareGPT's or OpenAI's in either (see
-    records.py). Relative media paths are taken from ``media_root``, by default the folder of the file. With
-    ``training`` every sample must end in an assistant turn. Raises UserError naming ``file:line`` (JSON:
-    ``file[index]``).
+    ``path`` is what :func:`data_files` takes. ``format`` is "llava" (turns under "conversations"), "messages"
+    (turns under "messages"), or "auto": whichever each record has. Key names may be LLaVA's, Uni-MoE's,
+    ShareGPT's or OpenAI's in either (see records.py). Relative media paths are taken from ``media_root``, by
+    default the folder of the file. With ``training`` every sample must end in an assistant turn. Raises
+    UserError naming ``file:line`` (JSON and tables: ``file[index]``; shards: ``file:basename``).
     """
-    path = Path(path)
-    if format not in FORMATS:
-        raise UserError(f"found the data format {format!r}, expected one of {', '.join(FORMATS)}")
-    root = path.parent if media_root is None else Path(media_root)
-    samples = [parse_record(record, source, root, format, training) for source, record in read_records(path)]
+    samples = list(stream_samples(path, format, media_root, training))
     if not samples:
         raise UserError(f"{path}: the file holds no samples")
     return samples
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (source, decoded JSON value) for each record of a JSON list, one JSON object, or a JSONL file.
+def stream_samples(
+    path: str | Path,
+    format: str = "auto",
+    media_root: str | Path | None = None,
+    training: bool = True,
+    convert: bool = True,
+) -> Iterator[Sample]:
+    """As :func:`read_samples`, one by one. Without ``convert`` the samples of parquet files hold their media,
+    and nothing is written to the cache of the ``datasets`` library."""
+    if format not in FORMATS:
+        raise UserError(f"found the data format {format!r}, expected one of {', '.join(FORMATS)}")
+    for file in data_files(path):
+        root = file.parent if media_root is None else Path(media_root)
+        for source, record in _raised(scan_records(file, convert)):
+            yield parse_record(record, source, root, format, training)
 
-    The kind is told from the content: a file that begins with ``[`` is a list, any other holds one value a
-    line unless it is one value over several lines. Raises UserError when it is not UTF-8 or not JSON.
+
+def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield (source, decoded value) of each record of a file or files. UserError at the first fault."""
+    for file in data_files(path):
+        yield from _raised(scan_records(file))
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files that ``path`` means, in order.
+
+    It is one file, a name with ``{000..099}``, ``{a,b}``, ``*`` or ``?``, a folder that
+    ``datasets.Dataset.save_to_disk`` wrote, or a folder of shards or tables. Raises UserError when one is not
+    there.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"there is no data file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    files: list[Path] = []
+    for name in [str(path)] if Path(path).exists() else _expand(str(path)):
+        found = [name] if Path(name).exists() else sorted(glob.glob(name))
+        if not found:
+            raise UserError(f"there is no data file {name}")
+        for entry in map(Path, found):
+            files += _inside(entry) if entry.is_dir() else [entry]
+    return files
+
+
+def data_hashes(names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of every file that ``names`` mean, by path. Raises UserError when one is not there."""
+    return {str(file): file_hash(file) for name in names for file in data_files(name)}
+
+
+def scan_records(path: Path, convert: bool = True) -> Iterator[tuple[str, Any]]:
+    """Yield (source, decoded value or DataError) for each record of one file: faults do not end it.
+
+    JSON is told from the content: a file that begins with ``[`` is a list, any other holds one value a line
+    unless it is one value over several lines. Raises UserError when the file cannot be read at all.
+    """
+    if path.suffix in tables.SUFFIXES:
+        yield from tables.table_records(path) if convert else tables.stream_table(path)
+    elif path.suffix == ".tar":
+        yield from shards.shard_records(path)
+    else:
+        yield from _json_records(path)
+
+
+def line_numbers(path: Path) -> list[int]:
+    """The line on which each element of a JSON list begins."""
+    text = _read_text(path)
+    decoder, lines, line, seen = json.JSONDecoder(), [], 1, 0
+    at = text.index("[") + 1
+    while match := re.compile(r"[\s,]*(?=[^\s,\]])").match(text, at):
+        line += text.count("\n", seen, match.end())
+        seen = match.end()
+        lines.append(line)
+        _, at = decoder.raw_decode(text, match.end())
+    return lines
+
+
+def _raised(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for source, record in records:
+        if isinstance(record, DataError):
+            raise record
+        yield source, record
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    text = _read_text(path)
     lines = text.split("\n")  # not splitlines(): JSON strings may hold other line separators
     start = text.lstrip()
     if start.startswith("["):
-        for index, record in enumerate(_decode(text, str(path))):
+        found = _decode(text, str(path))
+        if isinstance(found, DataError):
+            yield str(path), found
+            return
+        for index, record in enumerate(found):
             yield f"{path}[{index}]", record
     elif start.startswith("{") and path.suffix != ".jsonl" and not _is_json(next(filter(str.strip, lines))):
         yield f"{path}[0]", _decode(text, str(path))
@@ -67,26 +141,53 @@ def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", _decode(line, f"{path}:{number}", first_line=number)
 
 
-def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Write messages JSONL that ``read_samples`` reads back; paths inside its folder become relative."""
-    root = Path(path).parent
-    lines = [json.dumps(sample.to_record(root), ensure_ascii=False) for sample in samples]
-    atomic_write(path, "".join(line + "\n" for line in lines))
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _decode(text: str, source: str, first_line: int = 1) -> Any:
+    """The value, or what is wrong with it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = error.lineno + first_line - 1
-        raise UserError(f"{source}: not JSON: {error.msg} at line {line}, column {error.colno}") from error
-    except RecursionError as error:
-        raise UserError(f"{source}: the JSON is nested too deeply") from error
+        return DataError("not JSON", source, f"not JSON: {error.msg} at line {line}, column {error.colno}")
+    except RecursionError:
+        return DataError("not JSON", source, "the JSON is nested too deeply")
 
 
 def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+    return not isinstance(_decode(text, ""), DataError)
+
+
+def _expand(name: str) -> list[str]:
+    """``a-{00..02}`` -> a-00, a-01, a-02; ``{a,b}`` -> a, b."""
+    match = _BRACES.search(name)
+    if match is None:
+        return [name]
+    first, last, words = match.groups()
+    if words is None:
+        span = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        span = words.split(",")
+    return [f"{name[: match.start()]}{word}{rest}" for word in span for rest in _expand(name[match.end() :])]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files of a folder: those of a saved ``datasets.Dataset`` in order, else all shards or tables."""
+    state = folder / "state.json"
+    if state.is_file():
+        content = json.loads(state.read_text(encoding="utf-8"))
+        return [folder / entry["filename"] for entry in content.get("_data_files", [])]
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        raise UserError(f"{folder} holds the splits {', '.join(splits)}; name one of them: {folder}/SPLIT")
+    files = sorted(file for file in folder.iterdir() if file.suffix in (*tables.SUFFIXES, ".tar"))
+    if not files:
+        raise UserError(f"cannot read the data file {folder}: it is a folder without shards or tables")
+    return files

@@ -1,9 +1,10 @@
 """One decoded JSON object of a data file -> Sample, in the key styles of LLaVA, Uni-MoE, ShareGPT and OpenAI.
 
-    turns     "conversations" or "messages": [{"from", "value"} or {"role", "content"}, ...]
-    content   a string in which <image>, <video>, <speech>, <audio> stand for media listed beside the turns,
-              or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, input_audio
-    columns   image(s), video(s), voice/speech(es), audio(s): one medium or a list, in placeholder order
+turns     "conversations" or "messages": [{"from", "value"} or {"role", "content"}, ...]
+content   a string in which <image>, <video>, <speech>, <audio> stand for media listed beside the turns,
+          or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, input_audio
+          (TRL's "prompt" and "completion", strings or lists of turns, are read as turns too)
+columns   image(s), video(s), voice/speech(es), audio(s): one medium or a list, in placeholder order
 """
 
 import base64
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from unimoe.configuration import MEDIA
-from unimoe.errors import UserError
 
+from .faults import DataError
 from .sample import Message, Part, Sample
 
 ROLES = {
@@ -55,7 +56,7 @@ def parse_record(
     whatever it says; a medium part that holds nothing takes the next of its column. Relative paths are
     resolved against ``media_root``, and every file must exist. ``style`` is "llava" (turns under
     "conversations"), "messages", or "auto" for either. For ``training`` the last turn must be the
-    assistant's. Raises UserError that begins with ``source``.
+    assistant's. Raises DataError, which begins with ``source``.
     """
     return _Record(record, source, Path(media_root), style).sample(training)
 
@@ -67,12 +68,7 @@ class _Record:
         self.source = source
         self.media_root = media_root
         self.record = self._typed(record, dict, "the sample")
-        keys = {"llava": ["conversations"], "messages": ["messages"]}.get(style, list(_TURNS))
-        present = [key for key in keys if key in record]
-        if len(present) != 1:
-            expected = " or ".join(f'"{key}"' for key in keys)
-            raise self._fault(f"expected the key {expected}, found {sorted(record) or 'none'}")
-        self.turns = self._typed(record[present[0]], list, f'"{present[0]}"')
+        self.turns = self._turns(style)
         self.waiting: dict[str, list[Part]] = {kind: [] for kind in MEDIA}
         for column, kind in COLUMNS.items():
             self.waiting[kind] += self._column(column, kind)
@@ -90,31 +86,48 @@ class _Record:
             if self.found[kind] != self.given[kind]:
                 media = {"speech": "speech clips", "audio": "sounds"}.get(kind, f"{kind}s")
                 found = f"found {self.found[kind]} <{kind}> placeholders and {self.given[kind]} {media}"
-                raise self._fault(f"{found}; expected as many of each")
+                raise self._fault("placeholders", f"{found}; expected as many of each")
         self._check_order([message["role"] for message in messages], training)
         identifier = self.record.get("id")
         return Sample(messages, self.source, None if identifier is None else str(identifier))
+
+    def _turns(self, style: str) -> list[Any]:
+        keys = {"llava": ["conversations"], "messages": ["messages"]}.get(style, list(_TURNS))
+        present = [key for key in keys if key in self.record]
+        if not present and style != "llava" and {"prompt", "completion"} <= self.record.keys():
+            asked, said = self.record["prompt"], self.record["completion"]  # as TRL calls them
+            asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+            return self._typed(asked, list, '"prompt"') + self._typed(said, list, '"completion"')
+        if len(present) != 1:
+            expected = " or ".join(f'"{key}"' for key in keys)
+            found = sorted(map(str, self.record)) or "none"
+            raise self._fault("malformed", f"expected the key {expected}, found {found}")
+        return self._typed(self.record[present[0]], list, f'"{present[0]}"')
 
     def _message(self, turn: Any, number: int) -> Message:
         here = f"turn {number}"
         self._typed(turn, dict, here)
         role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in ROLES:
-            raise self._fault(f"{here}: found the role {role!r}, expected one of {', '.join(ROLES)}")
+            raise self._fault("role", f"{here}: found the role {role!r}, expected one of {', '.join(ROLES)}")
         content = turn.get("content", turn.get("value"))
         if isinstance(content, str):
             parts = self._split(content)
         elif isinstance(content, list):
             parts = [self._part(part, here) for part in content]
         else:
-            raise self._fault(f"{here}: expected text or a list of parts, found {_name(content)}")
+            raise self._fault(
+                "malformed", f"{here}: expected text or a list of parts, found {_name(content)}"
+            )
         parts = [part for part in parts if part["type"] != "text" or part["text"]]
         if not any(part["type"] != "text" or part["text"].strip() for part in parts):
-            raise self._fault(f"{here} ({role}) is empty")
+            raise self._fault("empty turn", f"{here} ({role}) is empty")
         role = ROLES[role]
         foreign = [part["type"] for part in parts if part["type"] != "text"]
         if role == "assistant" and foreign:
-            raise self._fault(f"{here}: found {foreign[0]} in an assistant turn; media belong in user turns")
+            found = f"found {foreign[0]} in an assistant turn; media belong in user turns"
+            raise self._fault("placeholders", f"{here}: {found}")
         return {"role": role, "content": parts}
 
     def _split(self, content: str) -> list[Part]:
@@ -142,8 +155,8 @@ class _Record:
             return self._medium("speech", {"base64": value.get("data")}, here)
         if kind not in MEDIA:
             known = ", ".join(("text", *MEDIA, "image_url", "input_audio"))
-            raise self._fault(f"{here}: found a part of type {kind!r}, expected one of {known}")
-        value = part.get(kind, {key: part[key] for key in ("path", "bytes", "url", "base64") if key in part})
+            raise self._fault("malformed", f"{here}: found a part of type {kind!r}, expected one of {known}")
+        value = part.get(kind) or {key: part[key] for key in _SOURCES if key in part}
         return self._medium(kind, value, here) if value else self._next(kind)
 
     def _column(self, column: str, kind: str) -> list[Part]:
@@ -165,6 +178,8 @@ class _Record:
         if isinstance(value, dict):
             if isinstance(value.get("bytes"), bytes):
                 return {"type": kind, "bytes": value["bytes"]}
+            if "stored" in value:
+                return {"type": kind, "stored": value["stored"]}
             if isinstance(value.get("base64"), str):
                 return {"type": kind, "bytes": self._decoded(value["base64"], here)}
             value = value.get("path") or value.get("url")
@@ -176,19 +191,19 @@ class _Record:
 
     def _file(self, value: Any, here: str) -> str:
         if not isinstance(value, str) or not value:
-            raise self._fault(f"{here}: expected a path or a data URL, found {_name(value)}")
+            raise self._fault("malformed", f"{here}: expected a path or a data URL, found {_name(value)}")
         if re.match(r"(?!file:)[a-z0-9]+://", value):
-            raise self._fault(f"{here}: {value[:80]} is a remote address; expected a file")
+            raise self._fault("remote address", f"{here}: {value[:80]} is a remote address; expected a file")
         path = os.path.abspath(self.media_root / value.removeprefix("file://"))
         if not os.path.exists(path):
-            raise self._fault(f"{here}: there is no file {path}")
+            raise self._fault("missing file", f"{here}: there is no file {path}")
         return path
 
     def _decoded(self, data: str, here: str) -> bytes:
         try:
             return base64.b64decode("".join(data.split()), validate=True)
         except (binascii.Error, ValueError) as error:
-            raise self._fault(f"{here}: not valid base64: {error}") from error
+            raise self._fault("data URL", f"{here}: not valid base64: {error}") from error
 
     def _check_order(self, roles: list[str], training: bool) -> None:
         turns = roles[1:] if roles[:1] == ["system"] else roles
@@ -196,22 +211,25 @@ class _Record:
         first = 1 + len(roles) - len(turns)
         for number, (found, wanted) in enumerate(zip(turns, expected, strict=False), first):
             if found != wanted:
-                raise self._fault(f"roles out of order: turn {number} is from {found}, expected {wanted}")
+                wrong = f"roles out of order: turn {number} is from {found}, expected {wanted}"
+                raise self._fault("order", wrong)
         if not turns:
-            raise self._fault("there are no turns")
+            raise self._fault("order", "there are no turns")
         if training and turns[-1] != "assistant":
-            raise self._fault("the last turn is the user's; training needs an assistant turn at the end")
+            missing = "the last turn is the user's; training needs an assistant turn at the end"
+            raise self._fault("order", missing)
 
     def _typed(self, value: Any, wanted: type, what: str) -> Any:
         if not isinstance(value, wanted):
-            raise self._fault(f"{what} must be {_NAMES[wanted]}, found {_name(value)}")
+            raise self._fault("malformed", f"{what} must be {_NAMES[wanted]}, found {_name(value)}")
         return value
 
-    def _fault(self, message: str) -> UserError:
-        return UserError(f"{self.source}: {message}")
+    def _fault(self, kind: str, message: str) -> DataError:
+        return DataError(kind, self.source, message)
 
 
 _TURNS = ("conversations", "messages")
+_SOURCES = ("path", "bytes", "url", "base64", "stored")
 
 _NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a bool"}
 

@@ -11,7 +11,8 @@ from unimoe.configuration import MEDIA
 
 Part = dict[str, Any]
 """``{"type": "text", "text": str}`` or ``{"type": one of MEDIA, ...}`` with the medium under one of ``path``
-(absolute; for a video also a list of frame paths), ``bytes`` (an encoded file) or ``url`` (a data URL)."""
+(absolute; for a video also a list of frame paths), ``bytes`` (an encoded file), ``stored`` (the same inside a
+larger file, see stored.py) or ``url`` (a data URL)."""
 
 Message = dict[str, Any]
 """``{"role": "system" | "user" | "assistant", "content": list[Part]}``"""
@@ -54,8 +55,8 @@ class Sample:
 
 
 def _portable(part: Part, root: Path) -> Part:
-    if "bytes" in part:
-        data = base64.b64encode(part["bytes"]).decode()
+    if "bytes" in part or "stored" in part:
+        data = base64.b64encode(part["bytes"] if "bytes" in part else part["stored"].read()).decode()
         return {"type": part["type"], "url": f"data:application/octet-stream;base64,{data}"}
     if "path" not in part:
         return part

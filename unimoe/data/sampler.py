@@ -1,6 +1,8 @@
 """Batches of like with like: every batch holds samples of one modality set, and no sample is dropped."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,18 @@ class ModalityBatchSampler(Sampler[list[int]]):
     """Yields lists of indices, each of one kind: Uni-MoE's modality-level data parallelism, losing nothing.
 
     1. The indices of each kind are shuffled; with ``lengths`` also sorted by length in buckets of 32 batches.
-    2. Each kind is cut in global batches of ``batch_size * world_size``; the last, shorter one is kept.
+    2. Each kind is cut in global batches of ``batch_size * world_size``; the last, shorter one is kept. What
+       is too little to give each rank a sample is put together with that of the other kinds.
     3. The global batches of all kinds are shuffled together.
-    4. Rank r takes every world_size-th index of each global batch, from its r-th on, so at every step all
-       ranks have the same kind and the same number of samples. A short global batch that does not divide by
-       the ranks is filled up with samples from the beginning of its kind, fewer than ``world_size`` of them.
+    4. Rank r takes every world_size-th index of each global batch, from its r-th on: at every step all ranks
+       have the same kind and, but for one, the same number of samples.
 
-    Over all ranks an epoch holds every sample exactly once, except those repeated in 4. The order is a
-    function of (seed, epoch) alone. With ``steps`` the sampler is instead one endless run of epochs 0, 1, ...
-    cut after exactly that many batches, and ``set_epoch`` has no effect.
+    Over all ranks an epoch holds every sample exactly once (unless there are fewer samples than ranks). The
+    order is a function of (seed, epoch) alone. With ``steps`` the sampler is instead one endless run of
+    epochs 0, 1, ... cut after exactly that many batches, and ``set_epoch`` has no effect.
+
+    With ``weights`` an epoch has as many samples as there are, but each source's share of them is its
+    weight's: of a source with too many some wait for the next epochs, one with too few is used again.
 
     ``len()`` is the number of batches in a whole epoch (or run), wherever the iteration starts.
     """
@@ -39,9 +44,12 @@ class ModalityBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         lengths: Sequence[int] | None = None,
         steps: int | None = None,
+        sizes: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         """``kinds[i]`` names the modality set of sample i (``Sample.kind``), ``lengths[i]`` its length in any
-        unit; ``batch_size`` is that of one rank. Raises UserError for sizes that make no sense."""
+        unit; ``batch_size`` is that of one rank. With ``weights`` the samples come from sources, one after
+        the other, of ``sizes`` samples each. Raises UserError for sizes that make no sense."""
         if not kinds:
             raise UserError("there are no samples to draw batches from")
         if batch_size < 1 or (steps is not None and steps < 1):
@@ -61,8 +69,9 @@ class ModalityBatchSampler(Sampler[list[int]]):
         for index, kind in enumerate(kinds):
             by_kind.setdefault(kind, []).append(index)
         self._members = [np.asarray(indices) for indices in by_kind.values()]
-        global_batch = batch_size * world_size
-        self.batches_per_epoch = sum(-(-len(members) // global_batch) for members in self._members)
+        self._weights = None if weights is None else list(weights)
+        self._strata = None if weights is None else _strata(self._members, sizes or [], weights)
+        self.batches_per_epoch = len(self._batches(0))
 
     def __len__(self) -> int:
         return self.batches_per_epoch if self.steps is None else self.steps
@@ -116,25 +125,86 @@ class ModalityBatchSampler(Sampler[list[int]]):
             "seed": self.seed,
             "shuffle": self.shuffle,
             "sorting by length": self._lengths is not None,
+            **({} if self._weights is None else {"weights": self._weights}),
         }
 
     def _batches(self, epoch: int) -> list[list[int]]:
         generator = np.random.default_rng([self.seed, epoch])
         size = self.batch_size * self.world_size
-        batches: list[list[int]] = []
-        for members in self._members:
+        batches: list[np.ndarray] = []
+        rest = np.zeros(0, dtype=np.int64)
+        for kind, members in enumerate(self._members):
+            if self._strata is not None:
+                members = np.concatenate([stratum.draw(self.seed, epoch) for stratum in self._strata[kind]])
             order = generator.permutation(members) if self.shuffle else members
             if self._lengths is not None:
                 order = self._sort_in_buckets(order, self._lengths, size * _BUCKET_BATCHES)
-            for start in range(0, len(order), size):
-                batch = order[start : start + size]
-                filled = np.concatenate([batch, np.resize(order, -len(batch) % self.world_size)])
-                batches.append(filled[self.rank :: self.world_size].tolist())
+            cut = _cut(order, size)
+            if len(cut[-1]) < self.world_size:
+                rest = np.concatenate([rest, cut.pop()])
+            batches += cut
+        batches += _cut(rest, size)
+        if len(batches) > 1 and len(batches[-1]) < self.world_size:
+            last = batches.pop()
+            shortest = min(range(len(batches)), key=lambda number: len(batches[number]))
+            batches[shortest] = np.concatenate([batches[shortest], last])
         if self.shuffle:
-            return [batches[i] for i in generator.permutation(len(batches))]
-        return batches
+            batches = [batches[i] for i in generator.permutation(len(batches))]
+        # only if there are fewer samples than ranks must one be repeated
+        filled = [
+            batch if len(batch) >= self.world_size else np.resize(batch, self.world_size) for batch in batches
+        ]
+        return [batch[self.rank :: self.world_size].tolist() for batch in filled]
 
     @staticmethod
     def _sort_in_buckets(order: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
-        buckets = [order[start : start + size] for start in range(0, len(order), size)]
+        buckets = _cut(order, size)
         return np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
+
+
+@dataclass(frozen=True)
+class _Stratum:
+    """The samples of one kind and one source."""
+
+    indices: np.ndarray
+    number: int
+    """Of the source."""
+    count: int
+    """How many of them belong to an epoch."""
+
+    def draw(self, seed: int, epoch: int) -> np.ndarray:
+        """The epoch's piece of an endless row of these samples in ever new orders."""
+        size, first = len(self.indices), int(self.indices[0])
+        places = np.arange(epoch * self.count, (epoch + 1) * self.count)
+        turns = range(places[0] // size, places[-1] // size + 1)
+        row = np.concatenate([shuffled((seed, self.number, first, turn), size) for turn in turns])
+        return self.indices[row[places - turns[0] * size]]
+
+
+@lru_cache(maxsize=64)
+def shuffled(seed: tuple[int, ...], size: int) -> np.ndarray:
+    """0 ... size-1 in random order, as a function of the seed alone."""
+    return np.random.default_rng(seed).permutation(size)
+
+
+def _strata(
+    members: list[np.ndarray], sizes: Sequence[int], weights: Sequence[float]
+) -> list[list[_Stratum]]:
+    """The strata of each kind. An epoch has about as many samples as there are, at least one a stratum."""
+    total = sum(map(len, members))
+    if len(sizes) != len(weights) or sum(sizes) != total or min(weights) <= 0:
+        raise UserError(f"every source needs a weight above 0, found {list(weights)} for sizes {list(sizes)}")
+    ends = np.cumsum(sizes)
+    strata: list[list[_Stratum]] = []
+    for indices in members:
+        sources = np.searchsorted(ends, indices, side="right")
+        strata.append([])
+        for source in np.unique(sources).tolist():
+            own = indices[sources == source]
+            share = weights[source] / sum(weights) * len(own) / sizes[source]
+            strata[-1].append(_Stratum(own, source, max(1, round(share * total))))
+    return strata
+
+
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), size)]

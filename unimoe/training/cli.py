@@ -20,8 +20,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
+from unimoe.data.readers import data_hashes
 from unimoe.errors import UserError
-from unimoe.files import atomic_write, file_hash
+from unimoe.files import atomic_write
 from unimoe.kernels.allocator import keep_memory
 
 from .curve import CurveLogger
@@ -140,10 +141,7 @@ class RunCLI(LightningCLI):
         flat = {key: value for key, value in flatten(nested).items() if key not in self.harmless_keys}
         for split in self.data_splits:
             files = nested["data"].get(split) or []
-            for file in [files] if isinstance(files, str) else files:
-                if not Path(file).is_file():
-                    raise UserError(f"data.{split}: {file} is not there; expected a file of samples")
-                self.data_hashes[file] = file_hash(file)
+            self.data_hashes |= data_hashes([files] if isinstance(files, str) else files)
         flat["content of data"] = self.data_hashes
         init_from = nested["model"].get("init_from")
         flat["content of init_from"] = None if init_from is None else folder_hash(init_from)

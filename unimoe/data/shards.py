@@ -1,0 +1,135 @@
+"""WebDataset shards: uncompressed tar archives in which neighbours of one basename are a sample.
+
+    000.json 000.jpg 000.wav 001.json ...  ->  {..., "images": [{"stored": TarMember}], ...}
+
+Only the headers and the JSON are read; a medium stays where it is, so samples can be drawn in any order.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from unimoe.errors import UserError
+
+from .faults import DataError
+from .records import COLUMNS
+from .stored import TarMember
+
+MEDIA_SUFFIXES = {
+    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"),
+    "video": ("mp4", "webm", "mkv", "mov", "avi", "m4v"),
+    "sound": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aiff"),
+}
+"""Endings of the files of each kind; a sound is speech or environmental audio as the text says."""
+
+_KIND = {suffix: kind for kind, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
+_END = 512  # bytes of zeros that end an archive, at least
+
+
+def shard_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (``shard:basename``, record or DataError) for each sample of a shard.
+
+    The record is the ``.json`` file's, with the sample's media added to it: where it names a file of the
+    sample, that file; otherwise each medium is the next of its kind, in the order of the archive. A ``.txt``
+    without a ``.json`` is the caption of the sample's media. An archive that is cut off is the last fault.
+    """
+    for key, members in groupby(_members(path), key=lambda entry: _split(entry)[0]):
+        if not key:
+            yield str(path), next(members)
+            continue
+        source = f"{path}:{key}"
+        try:
+            files = {member.name: member for member in members if isinstance(member, TarMember)}
+            yield source, _record(files, source)
+        except DataError as fault:
+            yield source, fault
+
+
+def _members(path: Path) -> Iterator[TarMember | DataError]:
+    """The files of an archive; a fault at last if it is cut off or none at all."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for entry in archive:
+                if entry.isfile():
+                    yield TarMember(str(path), entry.name, entry.offset_data, entry.size)
+            with path.open("rb") as file:
+                file.seek(archive.offset)
+                whole = len(file.read(_END)) == _END
+        if not whole:
+            yield DataError("cut", str(path), "the archive is cut off: it has no end mark")
+    except tarfile.TarError as error:
+        expected = "expected an uncompressed tar archive"
+        yield DataError("cut", str(path), f"the archive is broken or cut off: {error}; {expected}")
+    except OSError as error:
+        raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
+
+
+def _split(entry: TarMember | DataError) -> tuple[str, str]:
+    """Basename (with folders) and ending of a member, parted at the first dot of its file's name."""
+    if isinstance(entry, DataError):
+        return "", ""
+    match = re.fullmatch(r"((?:.*/)?[^/.]+)\.?([^/]*)", entry.name)
+    return (match[1], match[2].lower()) if match else (entry.name, "")
+
+
+def _record(files: dict[str, TarMember], source: str) -> Any:
+    endings = {_split(member)[1]: member for member in files.values()}
+    media = {ending: member for ending, member in endings.items() if ending.rpartition(".")[2] in _KIND}
+    text = _text(endings["json"], source) if "json" in endings else None
+    if text is None:
+        if "txt" not in endings or not media:
+            raise DataError("malformed", source, f"expected a .json file, found {', '.join(files)}")
+        answer = {"role": "assistant", "content": _text(endings["txt"], source).strip()}
+        kinds = [_kind(ending, "") for ending in media]
+        record: Any = {"messages": [{"role": "user", "content": [{"type": k} for k in kinds]}, answer]}
+        text = ""
+    else:
+        try:
+            record = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError("not JSON", source, f"{endings['json'].name} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            return record  # parsing it says what is wrong
+    named = {**{Path(name).name: member for name, member in files.items()}, **files, **endings}
+    given = set()
+    for column, kind in COLUMNS.items():
+        if record.get(column):
+            record[column] = _resolve(record[column], named)
+            given.add(kind)
+    for ending, member in media.items():
+        kind = _kind(ending, text)
+        if kind not in given:
+            record.setdefault(_COLUMN[kind], []).append({"stored": member})
+    return {"id": _split(next(iter(files.values())))[0], **record}
+
+
+_COLUMN = {"image": "images", "video": "videos", "speech": "speeches", "audio": "audios"}
+
+
+def _kind(ending: str, text: str) -> str:
+    """What a file is: a sound is speech if its ending or the text says so (``000.speech.wav``, <speech>)."""
+    kind = _KIND[ending.rpartition(".")[2]]
+    if kind != "sound":
+        return kind
+    says_audio = "audio" in ending.split(".")
+    says_speech = "speech" in ending.split(".") or "<speech>" in text or '"speech"' in text
+    return "speech" if says_speech and not says_audio else "audio"
+
+
+def _resolve(value: Any, named: dict[str, TarMember]) -> Any:
+    if isinstance(value, list):
+        return [_resolve(item, named) for item in value]
+    return {"stored": named[value]} if isinstance(value, str) and value in named else value
+
+
+def _text(member: TarMember, source: str) -> str:
+    try:
+        return member.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError("not JSON", source, f"{member.name} is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise DataError("cut", source, f"{member}: {error.strerror}") from error

@@ -1,0 +1,96 @@
+"""Parquet and arrow files, read through the ``datasets`` library: a row is a record.
+
+    row -> {"messages": [...], "images": [{"bytes": b"..."}]} -> {..., "images": [{"stored": TableCell}]}
+
+Arrow files are mapped into memory as they are; a parquet file is converted once, into that library's cache
+(``HF_DATASETS_CACHE``), or streamed as it is. Pictures and sounds are never decoded here.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from unimoe.errors import UserError
+
+from .stored import TableCell
+
+SUFFIXES = (".parquet", ".arrow")
+_ROWS = 64  # read at a time
+
+Keys = tuple[str | int, ...]
+
+
+def table_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (``file[row]``, record) for each row; binary values are replaced by where they are."""
+    table = open_table(str(path))
+    for start in range(0, len(table), _ROWS):
+        for row, record in enumerate(table[start : start + _ROWS].to_pylist(), start):
+
+            def place(content: bytes, keys: Keys, row: int = row) -> dict[str, Any]:
+                return {"stored": TableCell(str(path), row, keys)}
+
+            yield f"{path}[{row}]", _clean(record, place)
+
+
+def stream_table(path: Path) -> Iterator[tuple[str, Any]]:
+    """As :func:`table_records`, without a conversion: records hold their binary values."""
+    if path.suffix == ".arrow":
+        yield from table_records(path)
+        return
+    parquet = require("pyarrow.parquet")
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS):
+                for record in batch.to_pylist():
+                    yield f"{path}[{row}]", _clean(record, lambda content, keys: {"bytes": content})
+                    row += 1
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these types
+        raise _unreadable(path, error) from error
+
+
+@lru_cache(maxsize=32)
+def open_table(path: str) -> Any:
+    """The file as a ``datasets.Dataset`` whose slices are arrow tables. Raises UserError if it is none."""
+    datasets = require("datasets")
+    if not sys.stderr.isatty():
+        datasets.utils.disable_progress_bars()
+    try:
+        if path.endswith(".arrow"):
+            table = datasets.Dataset.from_file(path)
+        else:
+            table = datasets.load_dataset("parquet", data_files=path, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _unreadable(path, error) from error
+    return table.with_format("arrow")
+
+
+def _clean(value: Any, place: Callable[[bytes, Keys], dict[str, Any]], keys: Keys = ()) -> Any:
+    """``value`` without what is None (arrow fills up absent keys), and with ``place`` of binary content."""
+    if isinstance(value, bytes):
+        return place(value, keys)
+    if isinstance(value, dict):
+        if isinstance(value.get("bytes"), bytes):  # an Image, Audio or Video of the datasets library
+            return place(value["bytes"], (*keys, "bytes"))
+        return {key: _clean(item, place, (*keys, key)) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_clean(item, place, (*keys, number)) for number, item in enumerate(value)]
+    return value
+
+
+def require(module: str) -> Any:
+    """Import a module of the extra ``data``. Raises UserError when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"parquet and arrow files need the package {error.name}; pip install 'unimoe[data]'"
+        ) from error
+
+
+def _unreadable(path: Path | str, error: Exception) -> UserError:
+    reason = " ".join(str(error.__cause__ or error).split())
+    return UserError(f"{path}: cannot be read as {Path(path).suffix[1:]}: {reason}")
