@@ -31,3 +31,15 @@ def weights() -> Path:
             problem = str(error)
     warnings.warn(f"NOTHING IS TESTED ON REAL WEIGHTS: {problem}", stacklevel=1)
     pytest.skip(f"NO REAL WEIGHTS: {problem}")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A saved model of random weights that sees and hears, two of four experts in its first layer."""
+    from unimoe.testing import tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    model, processor = tiny_model(tmp_path_factory.mktemp("parts"), {"num_experts": 4, "top_k": 2})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

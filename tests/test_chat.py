@@ -1,6 +1,8 @@
 """Talking to a tiny random model: one-shot answers, the loop over lines, commands, and what goes wrong."""
 
 import io
+import json
+import re
 import subprocess
 import sys
 
@@ -8,27 +10,19 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from transformers import TextStreamer
 
-from unimoe import chat, cli
-from unimoe.chat import Conversation, Settings, Terminal
+from unimoe import cli
+from unimoe.chat import Terminal
 from unimoe.errors import UserError
 from unimoe.generate import count_parameters, generate
 from unimoe.loading import load_model
-from unimoe.testing import tiny_model
+from unimoe.session import Conversation, Settings
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model, processor = tiny_model(tmp_path_factory.mktemp("parts"), {"num_experts": 4, "top_k": 2})
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(folder):
-    return load_model(folder)
+def built(tiny_folder):
+    return load_model(tiny_folder)
 
 
 @pytest.fixture
@@ -55,9 +49,9 @@ def run(monkeypatch, capsys, lines, *args):
     return status, captured.out, captured.err
 
 
-def test_one_shot_prints_only_the_answer(folder, files, built, monkeypatch, capsys):
+def test_one_shot_prints_only_the_answer(tiny_folder, files, built, monkeypatch, capsys):
     args = ["-p", "What is this?", "--image", files / "a b.png", "--max-new-tokens", 6]
-    status, out, err = run(monkeypatch, capsys, [], folder, *args)
+    status, out, err = run(monkeypatch, capsys, [], tiny_folder, *args)
     model, processor = built
     parts = [{"type": "image", "path": files / "a b.png"}, {"type": "text", "text": "What is this?"}]
     asked = [{"role": "user", "content": parts}]
@@ -65,14 +59,14 @@ def test_one_shot_prints_only_the_answer(folder, files, built, monkeypatch, caps
     assert (status, out.strip(), err) == (0, generate(model, processor, batch, 6)[0], "")
 
 
-def test_sound_alone_is_the_message(folder, files, monkeypatch, capsys):
+def test_sound_alone_is_the_message(tiny_folder, files, monkeypatch, capsys):
     args = ["--audio", files / "q.wav", "--max-new-tokens", 4]
-    status, out, err = run(monkeypatch, capsys, ["never read"], folder, *args)
+    status, out, err = run(monkeypatch, capsys, ["never read"], tiny_folder, *args)
     assert (status, err) == (0, "")
     assert out.count("\n") >= 1
 
 
-def test_every_line_is_a_message_until_the_input_ends(folder, files, monkeypatch, capsys):
+def test_every_line_is_a_message_until_the_input_ends(tiny_folder, files, monkeypatch, capsys):
     asked = []
 
     def ask(self, text, write):
@@ -90,43 +84,15 @@ def test_every_line_is_a_message_until_the_input_ends(folder, files, monkeypatch
         "!exit",
         "unread",
     ]
-    status, out, err = run(monkeypatch, capsys, lines, folder)
+    status, out, err = run(monkeypatch, capsys, lines, tiny_folder)
     assert status == 0
     assert asked == [("what?", 1), ("and <image>?", 1)]  # this stand-in takes no attachment away
     assert err.splitlines() == ["unimoe: error: !image: cannot read no.png: No such file or directory"]
 
 
-def test_the_conversation_is_remembered_and_typed_placeholders_are_text(talk, files):
-    talk.attach("image", str(files / "a b.png"), "!image")
-    talk.ask("what is <image>?", lambda words: None)
-    talk.ask("and now?", lambda words: None)
-    assert [turn["role"] for turn in talk.turns[:1]] == ["user"]
-    assert [part["type"] for part in talk.turns[0]["content"]] == ["image", "text"]
-    assert talk.attached == []
-    encoded = talk.processor.encode(talk.turns)
-    placeholder = talk.processor.tokenizer.convert_tokens_to_ids("<image>")
-    assert encoded["input_ids"].count(placeholder) == 4  # those of the picture
-
-
-def test_streamed_words_are_the_answer(talk):
-    words = []
-    answer = talk.ask("hello", words.append)
-    assert "".join(words).strip() == answer == talk.turns[-1]["content"]
-
-
-def test_sampling_follows_the_seed(talk):
-    def answer(seed):
-        talk.clear()
-        talk.settings = Settings(max_new_tokens=12, temperature=5.0, seed=seed)
-        return talk.ask("hello", lambda words: None)
-
-    assert answer(1) == answer(1)
-    assert len({answer(seed) for seed in range(4)}) > 1
-
-
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(talk, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    put, tokens = chat.TextStreamer.put, []
+    put, tokens = TextStreamer.put, []
 
     def stop(self, value):
         put(self, value)
@@ -136,11 +102,11 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(talk, capsys, monkeypat
 
     whole = talk.ask("hello", lambda words: None)
     talk.clear()
-    monkeypatch.setattr(chat.TextStreamer, "put", stop)
+    monkeypatch.setattr(TextStreamer, "put", stop)
     Terminal(talk, "tiny").handle("hello")
     out = capsys.readouterr().out
     assert out.endswith(" [stopped]\n")
-    kept = talk.turns[-1]["content"]
+    kept = talk.turns[-1]["content"][0]["text"]
     assert kept and whole.startswith(kept) and len(kept) < len(whole)
     assert out.startswith(kept)
 
@@ -169,7 +135,13 @@ def test_commands(talk, files, capsys, monkeypatch):
     [
         ("!image", "expected a file"),
         ("!image /nowhere.png", "cannot read /nowhere.png"),
-        ("!save x", "unknown command !save"),
+        ("!say x", "unknown command !say"),
+        ("!save", "expected a file"),
+        ("!save x.json", "nothing to save yet"),
+        ("!load /nowhere.json", "there is no data file /nowhere.json"),
+        ("!experts", "no answer yet"),
+        ("!experts 3", "expected nothing or the word layers"),
+        ("!attach notes.txt", "expected a picture, film or sound, found text"),
         ("!set speed=3", "expected name=value"),
         ("!set seed", "expected name=value"),
         ("!set seed=x", "found 'x', expected a whole number"),
@@ -205,10 +177,28 @@ def test_bad_lines_are_said_and_change_nothing(talk, monkeypatch, line, says):
         (["-p", "x", "--temperature", "x"], "invalid float value"),
     ],
 )
-def test_bad_arguments_are_one_line(folder, files, monkeypatch, capsys, args, says):
-    status, out, err = run(monkeypatch, capsys, [], folder, *(arg.replace("{}", str(files)) for arg in args))
+def test_bad_arguments_are_one_line(tiny_folder, files, monkeypatch, capsys, args, says):
+    status, out, err = run(
+        monkeypatch, capsys, [], tiny_folder, *(arg.replace("{}", str(files)) for arg in args)
+    )
     assert (status, out) == (2, "")
     assert says in err and err.count("\n") == 1 and err.startswith("unimoe: error: ")
+
+
+def test_a_session_is_saved_shown_and_taken_up(tiny_folder, files, monkeypatch, capsys):
+    saved = files / "talk.json"
+    lines = [f"!attach '{files / 'a b.png'}'", "what is it?", f"!save {saved}", "!experts", "!experts layers"]
+    status, out, err = run(monkeypatch, capsys, lines, tiny_folder, "--max-new-tokens", 5)
+    assert (status, err) == (0, "")
+    answer = json.loads(saved.read_text())["messages"][-1]["content"][0]["text"]
+    assert answer in out and "saved 2 turns" in out
+    assert re.search(r"tokens of the last prompt and its answer: \d+ text, 4 image, 4 answer", out)
+    assert re.search(r"^  image +\d+ % +\d+ % +\d+ % +\d+ %$", out, re.M) and "image, by decoder layer" in out
+    lines = ["!history", "and now?", "!history"]
+    status, out, err = run(monkeypatch, capsys, lines, tiny_folder, "--session", saved, "--max-new-tokens", 5)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"> [image {files / 'a b.png'}] what is it?\n{answer}\n")
+    assert "> and now?\n" in out
 
 
 def test_what_is_no_model_is_named(tmp_path):
@@ -247,8 +237,8 @@ def test_active_parameters_leave_out_the_experts_not_chosen(built):
 
 
 @pytest.mark.slow
-def test_in_a_process_of_its_own(folder, files):
-    command = [sys.executable, "-P", "-m", "unimoe", "chat", str(folder), "--max-new-tokens", "4"]
+def test_in_a_process_of_its_own(tiny_folder, files):
+    command = [sys.executable, "-P", "-m", "unimoe", "chat", str(tiny_folder), "--max-new-tokens", "4"]
     lines = "hello\n!image nowhere.png\nbye\n"
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0

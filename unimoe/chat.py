@@ -10,83 +10,50 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
-from typing import Any
+from textwrap import indent
 
-from transformers import set_seed
-from transformers.generation.streamers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from unimoe.data.media import LOADERS
+from unimoe.data.media import describe
+from unimoe.prepare.cache import cache_folder
 
 from .errors import UserError
-from .generate import count_parameters, generate
-from .loading import load_model
-from .modeling import UniMoeForConditionalGeneration
-from .processing import UniMoeProcessor
+from .generate import count_parameters
+from .loading import expert_names, load_model
+from .session import Conversation, Settings, kind_of
+from .traffic import share_table
 
-
-@dataclass
-class Settings:
-    """How the model answers; ``!set name=value`` changes one."""
-
-    max_new_tokens: int = 256
-    """Longest answer."""
-    temperature: float = 0.0
-    """0 always takes the most probable token; higher is more random."""
-    seed: int = 0
-    """Of the random choices, counted anew for each answer."""
-    system: str = ""
-    """What the conversation opens with; empty for nothing."""
-
-    def set(self, assignment: str):
-        """Take ``name=value``. Raises UserError, changing nothing, for an unknown name or a bad value."""
-        name, equals, value = (part.strip() for part in assignment.partition("="))
-        kinds = {field.name: type(field.default) for field in fields(self)}
-        if name not in kinds or not equals:
-            raise UserError(f"!set {assignment}: expected name=value with a name out of {', '.join(kinds)}")
-        try:
-            changed = Settings(**{**vars(self), name: kinds[name](value)})
-        except ValueError:
-            raise UserError(f"!set {name}: found {value!r}, expected {_KINDS[kinds[name]]}") from None
-        changed.check()
-        setattr(self, name, getattr(changed, name))
-
-    def check(self):
-        """Raises UserError when a value is out of range."""
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 or more, found {self.temperature}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be between 0 and 4294967295, found {self.seed}")
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
+SOUNDS = ("speech", "audio")
+"""Media that may be the whole message."""
 
 
 def chat(
     model: str,
     image: list[str] | None = None,
+    video: list[str] | None = None,
     audio: list[str] | None = None,
+    sound: list[str] | None = None,
     prompt: str | None = None,
+    session: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
     system: str = "",
 ) -> None:
-    """Talk to a model: text, pictures and spoken questions.
+    """Talk to a model: text, pictures, films, spoken questions.
 
-    With a prompt, or with sound alone (which then is the question), prints one answer and ends. Otherwise a
+    With a prompt, or with speech alone (which then is the question), prints one answer and ends. Otherwise a
     conversation: on a terminal with commands (!help), else one message a line until the input ends.
 
     Args:
         model: folder of a finished stage (or a hub id of a unimoe model).
         image: picture files for the first message.
-        audio: sound files for the first message (wav, flac, ogg, mp3).
+        video: films for the first message.
+        audio: recordings of speech for the first message (wav, flac, ogg, mp3).
+        sound: other sounds for the first message.
         prompt: one message; print only its answer.
+        session: a conversation saved with !save, to go on with.
         max_new_tokens: longest answer.
         temperature: 0 always takes the most probable token; higher is more random.
         seed: of the random choices.
@@ -99,9 +66,12 @@ def chat(
     disable_progress_bar()
     logging.getLogger("unimoe").setLevel(logging.WARNING)  # this is a conversation
     talk = Conversation(*load_model(model), settings)
-    for kind, flag, paths in (("image", "--image", image), ("speech", "--audio", audio)):
+    if session:
+        talk.load(session)
+    flags = {"image": image, "video": video, "audio": audio, "sound": sound}
+    for flag, paths in flags.items():
         for path in paths or []:
-            talk.attach(kind, path, flag)
+            talk.attach(KINDS[flag], path, f"--{flag}")
     if prompt is not None or audio:
         talk.ask(prompt or "", _write)
         print()
@@ -109,73 +79,8 @@ def chat(
         Terminal(talk, model).run()
 
 
-class Conversation:
-    """The turns so far, and what is attached to the next."""
-
-    def __init__(self, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, settings: Settings):
-        self.model = model
-        self.processor = processor
-        self.settings = settings
-        self.turns: list[dict[str, Any]] = []
-        self.attached: list[dict[str, Any]] = []
-
-    def attach(self, kind: str, path: str, where: str):
-        """Read a picture or sound for the next message; ``where`` begins the UserError when that fails."""
-        if kind not in self.processor.modalities:
-            takes = ", ".join(["text", *self.processor.modalities])
-            raise UserError(f"{where} {path}: this model takes no {kind}; it takes {takes}")
-        part = {"type": kind, "path": str(Path(path).expanduser())}
-        self.attached.append({"type": kind, kind: LOADERS[kind](part, where), "name": path})
-
-    def clear(self):
-        """Forget the turns and what is attached."""
-        self.turns, self.attached = [], []
-
-    def ask(self, text: str, write: Callable[[str], None]) -> str:
-        """Send ``text`` with what is attached, hand the answer to ``write`` word by word, and remember both.
-
-        A message that raises UserError is forgotten, with its attachments. On KeyboardInterrupt the answer so
-        far counts as the answer, and the exception goes on.
-        """
-        text = text.encode("utf-8", "replace").decode()  # arguments may hold bytes that are no text
-        order = ["image", "speech"]
-        media = sorted(self.attached, key=lambda part: order.index(part["type"]))
-        self.attached = []
-        content = [*media, *([{"type": "text", "text": text}] if text else [])]
-        opening = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
-        asked = [*self.turns, {"role": "user", "content": content}]
-        encoded = self.processor.encode([*opening, *asked], add_generation_prompt=True)
-        self._check_length(len(encoded["input_ids"]))
-
-        said: list[str] = []
-        streamer = _Words(self.processor.tokenizer, lambda words: (said.append(words), write(words)))
-        try:
-            set_seed(self.settings.seed)
-            generate(
-                self.model,
-                self.processor,
-                self.processor.pad([encoded], "left"),
-                self.settings.max_new_tokens,
-                self.settings.temperature,
-                streamer,
-            )
-        except KeyboardInterrupt:
-            streamer.end()  # the word it was in
-            raise
-        finally:
-            answer = "".join(said).strip()
-            if answer:
-                self.turns = [*asked, {"role": "assistant", "content": answer}]
-        return answer
-
-    def _check_length(self, length: int):
-        longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        more = self.settings.max_new_tokens
-        if longest and length + more > longest:
-            raise UserError(
-                f"the conversation has {length} tokens, which with max_new_tokens={more} is more "
-                f"than the {longest} that this model can see; shorten it, or begin anew with !clear"
-            )
+KINDS = {"image": "image", "video": "video", "audio": "speech", "sound": "audio"}
+"""What a flag and a command of that name attach. ``audio`` means speech, as everywhere else in the world."""
 
 
 class Terminal:
@@ -187,8 +92,15 @@ class Terminal:
         self.interactive = sys.stdin.isatty()
         self.commands: dict[str, tuple[Callable[[str], object], str, str]] = {
             "!help": (self._help, "", "this list"),
-            "!image": (partial(self._attach, "image"), "PATH", "attach a picture to the next message"),
-            "!audio": (partial(self._attach, "speech"), "PATH", "attach a sound; an empty line sends it"),
+            "!attach": (partial(self._attach, None), "PATH", "attach a file to the next message"),
+            "!image": (partial(self._attach, "image"), "PATH", "the same, surely a picture"),
+            "!video": (partial(self._attach, "video"), "PATH", "a film"),
+            "!audio": (partial(self._attach, "audio"), "PATH", "speech; an empty line sends it"),
+            "!sound": (partial(self._attach, "sound"), "PATH", "a sound that is not speech"),
+            "!experts": (self._experts, "[layers]", "which experts took part in the last answer"),
+            "!history": (self._history, "", "the conversation so far"),
+            "!save": (self._save, "FILE", "write the conversation to a JSON file"),
+            "!load": (self._load, "FILE", "go on with a conversation that was saved"),
             "!status": (self._status, "", "model, settings, attachments, length of the conversation"),
             "!set": (talk.settings.set, "NAME=VALUE", "change a setting: " + ", ".join(vars(talk.settings))),
             "!clear": (self._clear, "", "forget the conversation and the attachments"),
@@ -198,8 +110,7 @@ class Terminal:
     def run(self):
         """The loop. Errors are printed, and the next line is read."""
         if self.interactive:
-            import readline  # noqa: F401  (line editing and history for input())
-
+            _remember_lines()
             takes = ", ".join(["text", *self.talk.processor.modalities])
             print(f"{self.name} takes {takes}. !help lists the commands.")
         elif hasattr(sys.stdin, "reconfigure"):
@@ -219,7 +130,7 @@ class Terminal:
             if word not in self.commands:
                 raise UserError(f"unknown command {word}; expected one of {', '.join(self.commands)}")
             self.commands[word][0](rest.strip())
-        elif line or any(part["type"] == "speech" for part in self.talk.attached):
+        elif line or any(part["type"] in SOUNDS for part in self.talk.attached):
             self._ask(line)
 
     def _ask(self, text: str):
@@ -236,21 +147,51 @@ class Terminal:
             print()
             return None
 
-    def _attach(self, kind: str, path: str):
-        try:
-            words = shlex.split(path)
-        except ValueError:  # an apostrophe in a name
-            words = []
-        path = words[0] if len(words) == 1 else path  # a quoted path, or one with bare spaces
-        command = "!audio" if kind == "speech" else "!image"
-        if not path:
-            raise UserError(f"{command}: expected a file after it")
+    def _attach(self, name: str | None, rest: str):
+        command = f"!{name or 'attach'}"
+        path = _path(rest, command)
+        kind = KINDS[name] if name else kind_of(path, self.talk.processor)
         self.talk.attach(kind, path, command)
         print(f"attached {path}")
 
+    def _save(self, rest: str):
+        path = _path(rest, "!save")
+        self.talk.save(path)
+        print(f"saved {len(self.talk.turns)} turns in {path}")
+
+    def _load(self, rest: str):
+        self.talk.load(_path(rest, "!load"))
+        self._history("")
+
+    def _history(self, _: str):
+        for turn in self.talk.turns:
+            text = " ".join(
+                part["text"] if part["type"] == "text" else f"[{part['type']} {describe(part)}]"
+                for part in turn["content"]
+            )
+            print(f"{'> ' if turn['role'] == 'user' else ''}{text}")
+
+    def _experts(self, rest: str):
+        traffic = self.talk.traffic
+        if rest not in ("", "layers"):
+            raise UserError(f"!experts {rest}: expected nothing or the word layers after it")
+        if not traffic.pairs:
+            raise UserError("!experts: no answer yet" if not self.talk.turns else "!experts: none took part")
+        load = traffic.load()
+        names = expert_names(self.name, len(load["all"][0]))
+        counts = ", ".join(f"{count} {kind}" for kind, count in traffic.tokens().items())
+        print(f"  tokens of the last prompt and its answer: {counts}")
+        if rest:
+            for kind in traffic.kinds:
+                rows = {str(layer): load[kind][row] for row, layer in enumerate(load["layers"])}
+                print(f"\n  {kind}, by decoder layer\n{indent(share_table(rows, names), '  ')}")
+        else:
+            print(f"  shares of the experts, mean of {len(load['layers'])} MoE layers")
+            print(indent(share_table(traffic.mean_load(), names), "  "))
+
     def _help(self, _: str):
         for name, (_action, value, about) in self.commands.items():
-            print(f"  {name + ' ' + value:<16} {about}")
+            print(f"  {name + ' ' + value:<18} {about}")
 
     def _status(self, _: str):
         model = self.talk.model
@@ -259,7 +200,7 @@ class Terminal:
         print(f"  parameters       {total / 1e6:.1f} M, {active / 1e6:.1f} M of them active for a token")
         for name, value in vars(self.talk.settings).items():
             print(f"  {name:<16} {value}")
-        print(f"  attached         {', '.join(part['name'] for part in self.talk.attached) or 'nothing'}")
+        print(f"  attached         {', '.join(map(describe, self.talk.attached)) or 'nothing'}")
         print(f"  conversation     {len(self.talk.turns)} turns")
 
     def _clear(self, _: str):
@@ -270,16 +211,38 @@ class Terminal:
         raise EOFError
 
 
-class _Words(TextStreamer):
-    """Hands the answer over word by word."""
+def _path(rest: str, command: str) -> str:
+    """The file after a command: quoted, or with bare spaces."""
+    try:
+        words = shlex.split(rest)
+    except ValueError:  # an apostrophe in a name
+        words = []
+    path = words[0] if len(words) == 1 else rest
+    if not path:
+        raise UserError(f"{command}: expected a file after it")
+    return path
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
 
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        if text:
-            self.write(text)
+def _remember_lines():
+    """Line editing, and the lines of earlier conversations behind the arrow keys."""
+    import atexit
+    import readline
+
+    file = cache_folder() / "chat_history"
+    try:
+        readline.read_history_file(file)
+    except OSError:  # the first conversation
+        pass
+    readline.set_history_length(1000)
+
+    def keep():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+        except OSError as error:
+            print(f"the lines are not kept for the next time: {error}", file=sys.stderr)
+
+    atexit.register(keep)
 
 
 def _write(text: str):

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from transformers import AutoConfig
+
+from unimoe.training.result import read_record
 
 from .configuration import UniMoeConfig
 from .errors import UserError
@@ -74,6 +77,20 @@ def find_model(model: str | Path, setting: str = "MODEL", hub: bool = True) -> s
         ) from error
     _check_type(config.model_type, f"{setting} {model}")
     return str(model)
+
+
+def expert_names(model: str | Path, num_experts: int) -> list[str]:
+    """How people call the experts: as the manifest of ``unimoe assemble`` does that the model in a stage's
+    folder came from, else by their numbers."""
+    folder, names = Path(model), []
+    while not (manifest := folder / "manifest.yaml").is_file():
+        done = read_record(folder)
+        if done is None or not done.parents:
+            break
+        folder = Path(done.parents[0]["folder"])
+    else:
+        names = [str(slot["name"]) for slot in yaml.safe_load(manifest.read_text("utf-8"))["experts"]]
+    return names if len(names) == num_experts else [str(number) for number in range(num_experts)]
 
 
 def _check_folder(path: Path, found: str, expected: str):

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from unimoe import __version__
-from unimoe.demo.figures import expert_maps, loss_curves
 from unimoe.detection.drawing import draw_boxes
+from unimoe.figures import expert_maps, loss_curves
 from unimoe.files import atomic_write
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unimoe.configuration import MODALITIES
 from unimoe.data import FeatureCache, Sample
 from unimoe.data.readers import read_records
 from unimoe.data.records import parse_record
@@ -29,9 +28,10 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.generate import count_parameters, generate, to_device
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import pair_counts, record
+from unimoe.moe import record
 from unimoe.moe.install import moe_layers
 from unimoe.processing import UniMoeProcessor
+from unimoe.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -239,28 +239,16 @@ def expert_load(
     Returns ``layers`` (indices of the decoder layers, L), and for ``all`` tokens and those of each modality
     that occurs a matrix [L][E] whose rows sum to 1.
     """
-    layers = sorted(moe_layers(model))
-    if not layers:
-        return {}
-    counts: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
-    for several in questions.values():
-        for start in range(0, min(len(several), most), batch_size):
-            chosen = several[start : start + batch_size]
-            rows = [processor.encode(q.sample.messages, True, q.sample.source)["input_ids"] for q in chosen]
-            batch = pad_left(processor, rows, chosen, features)
-            with record() as records:
-                model.model(**to_device(batch, model.device))
-            for entry in records:
-                found = pair_counts(entry, by_modality=True)
-                assert isinstance(found, dict)
-                for modality, count_E in found.items():
-                    counts[entry.layer][modality] = counts[entry.layer].get(modality, 0) + count_E
-    present = sorted(set().union(*counts.values()))
-    tables = {"all": [sum(counts[layer].values()) for layer in layers]}
-    tables |= {MODALITIES[m]: [counts[layer][m] for layer in layers] for m in present}
-    shares = {name: [_shares(count_E) for count_E in table] for name, table in tables.items()}
-    return {"layers": layers, **shares}
-
-
-def _shares(count_E: Any) -> list[float]:
-    return [round(share, 4) for share in (count_E / count_E.sum().clamp(min=1)).tolist()]
+    traffic = Traffic()
+    if moe_layers(model):
+        for several in questions.values():
+            for start in range(0, min(len(several), most), batch_size):
+                chosen = several[start : start + batch_size]
+                rows = [
+                    processor.encode(q.sample.messages, True, q.sample.source)["input_ids"] for q in chosen
+                ]
+                batch = pad_left(processor, rows, chosen, features)
+                with record() as records:
+                    model.model(**to_device(batch, model.device))
+                traffic.add(records)
+    return traffic.load()

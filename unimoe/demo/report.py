@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from unimoe import __version__
 from unimoe.demo.evaluate import TITLES, read_questions
-from unimoe.demo.figures import load_maps, loss_curves
+from unimoe.figures import load_maps, loss_curves
 from unimoe.files import atomic_write
+from unimoe.loading import expert_names
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock
 
@@ -147,7 +147,7 @@ def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, di
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"share": _share, "clock": clock, "millions": lambda count: f"{count / 1e6:.1f} M"}
     curves = {stage: read_curve(folder / stage / "logs" / "metrics.csv") for stage in report["seconds"]}
-    experts = _expert_names(folder, report["load"])
+    experts = expert_names(folder / "assembled", len(report["load"]["all"][0]))
     return environment.from_string(template).render(
         report=report,
         folder=folder,
@@ -192,13 +192,6 @@ def _samples(
                 }
             )
     return samples
-
-
-def _expert_names(folder: Path, load: Mapping[str, Any]) -> list[str]:
-    manifest = folder / "assembled" / "manifest.yaml"
-    if manifest.is_file():
-        return [slot["name"] for slot in yaml.safe_load(manifest.read_text(encoding="utf-8"))["experts"]]
-    return [str(expert) for expert in range(len(load["all"][0]))]
 
 
 def _read(path: Path) -> dict[str, Any]:

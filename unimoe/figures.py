@@ -1,4 +1,4 @@
-"""The pictures of the report, as SVG that reads on a light and on a dark page.
+"""Pictures of runs and models, as SVG that reads on a light and on a dark page.
 
 Shapes: L MoE layers, E experts.
 """
@@ -50,34 +50,74 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
     return _svg(figure)
 
 
-def load_maps(load: Mapping[str, Any], experts: Sequence[str]) -> str:
-    """One heat map [L, E] for all tokens and one for each modality, on the same colour scale."""
+def load_maps(load: Mapping[str, Any], experts: Sequence[str], columns: int | None = None) -> str:
+    """One heat map [L, E] for all tokens and one for each kind of them, on the same colour scale.
+
+    ``load`` is what :meth:`unimoe.traffic.Traffic.load` gives; ``columns`` panels stand side by side (None:
+    all).
+    """
     tables = {name: np.array(table) for name, table in load.items() if name != "layers"}
     layers = load["layers"]
-    height = 1.2 + 0.24 * len(layers)
-    figure = Figure(figsize=(2.9 * len(tables) + 0.6, height), layout="constrained")
-    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    columns = min(columns or len(tables), len(tables))
+    rows = -(-len(tables) // columns)
+    figure = Figure(figsize=(2.9 * columns + 0.6, (1.2 + 0.24 * len(layers)) * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
     highest = max(float(table.max()) for table in tables.values())
     scale = ScalarMappable(Normalize(0, max(highest, 1e-6)), HEAT)
-    for panel, (name, table) in zip(panels, tables.items(), strict=True):
+    for panel in panels.flatten()[len(tables) :]:
+        panel.remove()
+    for index, (name, table) in enumerate(tables.items()):
+        panel = panels.flatten()[index]
         panel.imshow(table, cmap=HEAT, norm=scale.norm, aspect="auto")
         for (row, column), share in np.ndenumerate(table):
             color = "white" if share > 0.55 * highest else "#26374f"
             panel.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
-        panel.set_title(
-            "all tokens" if name == "all" else f"{name} tokens", fontsize=10, color=INK, loc="left"
-        )
+        panel.set_title(_tokens(name), fontsize=10, color=INK, loc="left")
         panel.set_xticks(range(len(experts)), experts, fontsize=8, rotation=0 if len(experts) < 6 else 60)
-        panel.set_yticks(range(len(layers)), layers if panel is panels[0] else [], fontsize=8)
+        panel.set_yticks(range(len(layers)), layers if index % columns == 0 else [], fontsize=8)
         _plain(panel)
         panel.tick_params(length=0)
         for spine in panel.spines.values():
             spine.set_visible(False)
-    panels[0].set_ylabel("decoder layer", fontsize=8, color=INK)
-    bar = figure.colorbar(scale, ax=list(panels), shrink=0.6, pad=0.01)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("decoder layer", fontsize=8, color=INK)
+    bar = figure.colorbar(scale, ax=list(panels.flatten()[: len(tables)]), shrink=0.6, pad=0.01)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.set_label("share of the tokens' expert places", fontsize=8, color=INK)
+    return _svg(figure)
+
+
+def pathways(flow: Mapping[str, Any], layers: Sequence[int], experts: Sequence[str]) -> str:
+    """One panel a kind of token: how its tokens go from the leading expert of one MoE layer to that of the
+    next. A ribbon is as wide as its share of the tokens.
+
+    ``flow`` is what :meth:`unimoe.traffic.Traffic.flow` gives, for two layers or more.
+    """
+    height = 0.9 + 0.36 * len(experts)
+    figure = Figure(figsize=(max(4.5, 0.55 * len(layers)), height * len(flow)), layout="constrained")
+    panels = figure.subplots(len(flow), 1, squeeze=False)[:, 0]
+    bend = np.linspace(0, 1, 24)
+    smooth = bend * bend * (3 - 2 * bend)
+    for panel, (name, steps) in zip(panels, flow.items(), strict=True):
+        for step, table_EE in enumerate(np.array(steps)):
+            for (here, there), share in np.ndenumerate(table_EE):
+                if share >= 0.005:
+                    middle = here + (there - here) * smooth
+                    half = 0.4 * share
+                    colour = ORANGE if here != there else BLUE
+                    panel.fill_between(
+                        step + bend, middle - half, middle + half, color=colour, alpha=0.45, lw=0
+                    )
+        panel.set_title(_tokens(name), fontsize=10, color=INK, loc="left")
+        panel.set_xticks(range(len(layers)), layers, fontsize=8)
+        panel.set_yticks(range(len(experts)), experts, fontsize=8)
+        panel.set_ylim(len(experts) - 0.5, -0.5)
+        panel.set_xlim(-0.1, len(layers) - 0.9)
+        panel.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
+        _plain(panel)
+        panel.spines["left"].set_visible(False)
+    panels[-1].set_xlabel("decoder layer", fontsize=8, color=INK)
     return _svg(figure)
 
 
@@ -121,6 +161,10 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _tokens(name: str) -> str:
+    return "all tokens" if name == "all" else f"{name} tokens"
 
 
 def _plain(panel: Any):
