@@ -4,7 +4,7 @@ Shapes: B items, S encoder positions, D encoder width, N tokens, H language mode
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,13 @@ class ConnectorConfig:
     """pooled_mlp on speech: so many consecutive positions side by side make one token (5 is usual)."""
     grid: list[int] | None = None
     """pooled_mlp on images: height and width of the token grid; None takes a square."""
+    time: Literal["keep", "mean"] | None = None
+    """On videos, whose frames each go through a connector of this type: ``keep`` puts the frames' tokens one
+    after another, with a learned position for each frame; ``mean`` takes their mean, as Uni-MoE does."""
+    frames: int | None = None
+    """On videos: the most frames of one; taken from the encoder when a model is built."""
+    frame_positions: int | None = None
+    """On videos: encoder positions of a frame; taken from the encoder when a model is built."""
     num_queries: int = 32
     """qformer: tokens per item."""
     num_layers: int = 4
@@ -67,6 +74,8 @@ class ConnectorConfig:
             "num_layers",
             "num_heads",
             "cross_every",
+            "frames",
+            "frame_positions",
         ):
             value = getattr(parsed, name)
             if value is not None and value < 1:
@@ -77,6 +86,10 @@ class ConnectorConfig:
             )
         if parsed.pooling not in ("mean", "max"):
             raise UserError(f"connector {kind}: pooling is {parsed.pooling!r}, expected mean or max")
+        if parsed.time not in (None, "keep", "mean"):
+            raise UserError(f"connector {kind}: time is {parsed.time!r}, expected keep or mean")
+        if parsed.time and not (parsed.frames and parsed.frame_positions):
+            raise UserError(f"connector {kind}: time needs frames and frame_positions, those of the encoder")
         if parsed.pool and parsed.stack:
             raise UserError(
                 "connector pooled_mlp: found both pool (images) and stack (speech), expected one of them"
@@ -90,6 +103,10 @@ class ConnectorConfig:
 
     def num_tokens(self, positions: int) -> int:
         """N for an item of so many encoder positions."""
+        if self.time:
+            frames = positions // (self.frame_positions or 1)
+            per_frame = replace(self, time=None).num_tokens(self.frame_positions or 1)
+            return per_frame * (frames if self.time == "keep" else 1)
         if self.type == "qformer":
             return self.num_queries
         if self.stack:
@@ -186,12 +203,20 @@ def build_connector(config: dict[str, Any], in_features: int, out_features: int)
     ``in_features`` is the encoder's width, ``out_features`` the language model's. Raises UserError for a bad
     config.
     """
-    parsed = ConnectorConfig.parse(config)
-    if parsed.type == "qformer":
+    return connector_of(ConnectorConfig.parse(config), in_features, out_features)
+
+
+def connector_of(config: ConnectorConfig, in_features: int, out_features: int) -> Connector:
+    """The connector that a parsed ``config`` describes."""
+    if config.time:
+        from .frame_connector import FrameConnector
+
+        return FrameConnector(config, in_features, out_features)
+    if config.type == "qformer":
         from .qformer import QFormerConnector
 
-        return QFormerConnector(parsed, in_features, out_features)
-    return MLPConnector(parsed, in_features, out_features)
+        return QFormerConnector(config, in_features, out_features)
+    return MLPConnector(config, in_features, out_features)
 
 
 def fill_connector(connector: Connector, weights: str) -> None:

@@ -23,6 +23,7 @@ _ENCODERS = {
     "open_clip": ("open_clip_image", "OpenClipImageEncoder"),
     "clip": ("transformers_image", "ClipImageEncoder"),
     "siglip": ("transformers_image", "SiglipImageEncoder"),
+    "frames": ("video", "FramesEncoder"),
     "whisper": ("whisper_speech", "WhisperSpeechEncoder"),
 }
 
@@ -40,7 +41,7 @@ class Encoder(nn.Module):
     kind: ClassVar[str]
     """The ``type`` that names this class in a configuration."""
     modality: ClassVar[str]
-    """``image`` or ``speech``."""
+    """``image``, ``video``, ``speech`` or ``audio``; what hears the one sound hears the other."""
     Config: ClassVar[type]
     """Dataclass of this encoder's settings."""
     prefixes: ClassVar[tuple[str, ...]] = ("",)
@@ -50,6 +51,8 @@ class Encoder(nn.Module):
     """JSON-able; ``build_encoder(encoder.config)`` makes an equal structure."""
     hidden_size: int
     """D, the width of the features."""
+    preprocessing: dict[str, Any]
+    """What the processor has to know, JSON-able; see ``unimoe.preprocessing``."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -156,8 +159,8 @@ class SpeechEncoder(Encoder):
 def build_encoder(config: dict[str, Any]) -> Encoder:
     """Build the encoder that ``config`` describes, with random weights and without files or network.
 
-    ``config["type"]`` is one of timm, open_clip, clip, siglip, whisper; the other keys are that class's
-    ``Config``. Raises UserError for an unknown type, key or model name.
+    ``config["type"]`` is one of timm, open_clip, clip, siglip, frames, whisper; the other keys are that
+    class's ``Config``. Raises UserError for an unknown type, key or model name.
     """
     encoder = encoder_class(config)
     return encoder(parse_config(encoder.Config, config))

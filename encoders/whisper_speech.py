@@ -26,6 +26,9 @@ class WhisperConfig:
     dims: dict[str, int] = field(default_factory=dict)
     """openai-whisper's dimensions; the encoder reads n_mels, n_audio_ctx, n_audio_state, n_audio_head,
     n_audio_layer. May be left out when loading weights that come with their dims."""
+    max_windows: int = 20
+    """Longest sound, in windows of 30 s; of a longer one the beginning is heard, with a warning. 20, ten
+    minutes, is what Uni-MoE takes."""
 
 
 class WhisperSpeechEncoder(SpeechEncoder):
@@ -59,6 +62,7 @@ class WhisperSpeechEncoder(SpeechEncoder):
         self.num_mel_bins = dims["n_mels"]
         self.max_frames = 2 * dims["n_audio_ctx"]
         self.hidden_size = dims["n_audio_state"]
+        self.preprocessing = {"mel_bins": dims["n_mels"], "max_windows": config.max_windows}
 
     @property
     def tower(self) -> nn.Module:

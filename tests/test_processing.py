@@ -132,7 +132,7 @@ def test_prompt_text_carries_no_marks(processor):
             lambda p: p.encode(user({"type": "smell"}), where="x.json:3"),
             "x.json:3: unknown content type 'smell'",
         ),
-        (lambda p: p.encode(user({"type": "speech", "speech": np.zeros((0,))})), "at least one sample"),
+        (lambda p: p.encode(user({"type": "speech", "speech": np.zeros((0,))})), "holds no samples"),
     ],
 )
 def test_bad_input_is_named(processor, call, message):

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from unimoe.encoders import Encoder, ImageEncoder, build_connector, fill_connector, load_encoder
+from unimoe.encoders.video import FramesEncoder
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import install_moe
 from unimoe.prepare.cache import resolve_part
@@ -17,6 +18,9 @@ from .processing import UniMoeProcessor
 from .prompt import CHATML, CHATML_TOKENS, VICUNA
 
 Built = tuple[UniMoeForConditionalGeneration, UniMoeProcessor]
+
+_PART = {"video": "image", "audio": "speech"}
+"""Whose prepared part is the default of a medium that has none of its own."""
 
 TEMPLATES = {"chatml": CHATML, "vicuna": VICUNA}
 """Chat templates that have a name."""
@@ -56,8 +60,9 @@ def load_encoders(modalities: dict[str, dict[str, Any]]) -> dict[str, Encoder]:
             )
         spec = dict(parts["encoder"])
         weights = spec.pop("weights", None)
-        encoders[kind] = load_encoder(spec, resolve_part(weights, kind) if weights else None)
-        if encoders[kind].modality != kind:
+        encoders[kind] = load_encoder(spec, resolve_part(weights, _PART.get(kind, kind)) if weights else None)
+        made_for = {encoders[kind].modality, kind}
+        if len(made_for) > 1 and not made_for <= {"speech", "audio"}:
             raise UserError(
                 f"modalities.{kind}: encoder type '{spec['type']}' is for {encoders[kind].modality}"
             )
@@ -112,6 +117,9 @@ def _attach(
     for kind, encoder in encoders.items():
         settings = dict(modalities[kind]["connector"])
         weights = settings.pop("weights", None)
+        if isinstance(encoder, FramesEncoder):
+            frames = {"frames": encoder.preprocessing["frames"], "frame_positions": encoder.positions}
+            settings = {"time": "keep", **settings, **frames}
         connector = build_connector(settings, encoder.hidden_size, width)
         if weights is not None:
             fill_connector(connector, weights)
@@ -163,7 +171,7 @@ def processor_parts(model: UniMoeForConditionalGeneration) -> dict[str, Any]:
         if isinstance(encoder, ImageEncoder):
             preprocessing = {**encoder.preprocessing, "positions": encoder.num_tokens}
         else:
-            preprocessing = {"mel_bins": encoder.num_mel_bins}
+            preprocessing = encoder.preprocessing
         parts[kind] = {
             "preprocessing": preprocessing,
             "connector": modalities[kind]["connector"],

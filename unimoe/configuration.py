@@ -15,6 +15,15 @@ MEDIA = MODALITIES[1:]
 PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA}
 """The special token that stands for each medium in a prompt."""
 
+MEDIA_INPUTS = {
+    "image": ("pixel_values",),
+    "video": ("video_pixels", "video_frames"),
+    "speech": ("speech_features", "speech_frames"),
+    "audio": ("audio_features", "audio_frames"),
+}
+"""Arguments of the model's ``forward`` that feed each encoder, in the order of the encoder's own. The first
+axis of each counts the encoder's items: pictures, videos, windows of sound."""
+
 
 @strict
 class UniMoeConfig(PreTrainedConfig):

@@ -1,7 +1,7 @@
 """The model: encoders and connectors in front of a causal LM, some of whose FFNs are mixtures of experts.
 
-Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (pictures, audio
-windows), S encoder positions of an item, D encoder width, N media tokens over the whole batch.
+Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (pictures, videos,
+windows of sound), S encoder positions of an item, D encoder width, N media tokens over the whole batch.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,10 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from unimoe.encoders import Encoder, build_connector, build_encoder
-from unimoe.moe import Context, MoEConfig, load_balance, record, routing_context, z_loss
+from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, routing_context
 from unimoe.moe.install import install_moe
 
-from .configuration import MODALITIES, UniMoeConfig
-
-MEDIA_INPUTS = {
-    "image": ("pixel_values",),
-    "speech": ("speech_features", "speech_frames"),
-}
-"""Arguments of ``forward`` that feed each encoder, in the order of the encoder's own."""
+from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
 
 Encoded = tuple[Tensor, Tensor | None]
 """Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
@@ -53,7 +47,7 @@ class UniMoePreTrainedModel(PreTrainedModel):
 
     config: UniMoeConfig
     base_model_prefix = "model"
-    input_modalities = ["text", "image", "audio"]
+    input_modalities = ["text", "image", "video", "audio"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -127,6 +121,32 @@ class UniMoeModel(UniMoePreTrainedModel):
             )
         return embeds_BTH.masked_scatter(places_BT[..., None], tokens_NH.to(embeds_BTH))
 
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        encoded_media: dict[str, Encoded] | None = None,
+        **raw: Tensor | None,
+    ) -> Tensor:
+        """Steps 1 and 2: [B, T, H], the tokens' embeddings with the media in their places.
+
+        Arguments as of :meth:`forward`.
+        """
+        if input_ids is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        encoded_media = dict(encoded_media or {})
+        for kind, names in MEDIA_INPUTS.items():
+            if raw.get(names[0]) is not None:
+                if kind not in self.encoders:
+                    raise ValueError(
+                        f"{names[0]} given, but this model has no {kind} encoder; "
+                        f"it has {list(self.encoders)}"
+                    )
+                encoded_media[kind] = self.encoders[kind](*(raw[name] for name in names))
+        embeds_BTH = self.get_input_embeddings()(input_ids)
+        for kind, encoded in encoded_media.items():
+            embeds_BTH = self.insert_media(kind, input_ids, embeds_BTH, self.connect(kind, encoded))
+        return embeds_BTH
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -135,8 +155,12 @@ class UniMoeModel(UniMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        video_pixels: Tensor | None = None,
+        video_frames: Tensor | None = None,
         speech_features: Tensor | None = None,
         speech_frames: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_frames: Tensor | None = None,
         encoded_media: dict[str, Encoded] | None = None,
         **kwargs,
     ) -> UniMoeOutput:
@@ -145,40 +169,37 @@ class UniMoeModel(UniMoePreTrainedModel):
         Args:
             input_ids: [B, T], media placeholders expanded to one for each media token.
             attention_mask: [B, T], 0 on padding (with a cache: [B, past + T]).
+            inputs_embeds: [B, T, H], from :meth:`embed`, with the media in their places; ``input_ids`` beside
+                them only tell the modality of each token.
             pixel_values: [M, 3, height, width], the pictures of all rows in order.
+            video_pixels: [M, frames, 3, height, width], the videos of all rows in order.
+            video_frames: [M], the valid frames of each video.
             speech_features: [M, mel bins, F], log-mel windows of all rows in order.
             speech_frames: [M], the valid frames of each window.
+            audio_features: the same of environmental sound.
+            audio_frames: the same of environmental sound.
             encoded_media: outputs of frozen encoders computed beforehand, by medium; they take the place of
                 raw inputs.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         raw = {
             "pixel_values": pixel_values,
+            "video_pixels": video_pixels,
+            "video_frames": video_frames,
             "speech_features": speech_features,
             "speech_frames": speech_frames,
+            "audio_features": audio_features,
+            "audio_frames": audio_frames,
         }
-        encoded_media = dict(encoded_media or {})
-        for kind, names in MEDIA_INPUTS.items():
-            if raw[names[0]] is not None:
-                if kind not in self.encoders:
-                    raise ValueError(
-                        f"{names[0]} given, but this model has no {kind} encoder; "
-                        f"it has {list(self.encoders)}"
-                    )
-                encoded_media[kind] = self.encoders[kind](*(raw[name] for name in names))
-        embeds_BTH = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        for kind, encoded in encoded_media.items():
-            if input_ids is None:
-                raise ValueError("media need input_ids: their placeholders say where the media tokens go")
-            embeds_BTH = self.insert_media(kind, input_ids, embeds_BTH, self.connect(kind, encoded))
-
-        with routing_context(self.token_context(input_ids, attention_mask, embeds_BTH)):
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, encoded_media, **raw)
+        elif encoded_media or any(value is not None for value in raw.values()):
+            raise ValueError("media need input_ids alone: their placeholders say where the media tokens go")
+        with routing_context(self.token_context(input_ids, attention_mask, inputs_embeds)):
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                inputs_embeds=embeds_BTH,
+                inputs_embeds=inputs_embeds,
                 **kwargs,
             )
         return UniMoeOutput(
@@ -234,8 +255,12 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        video_pixels: Tensor | None = None,
+        video_frames: Tensor | None = None,
         speech_features: Tensor | None = None,
         speech_frames: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_frames: Tensor | None = None,
         encoded_media: dict[str, Encoded] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -258,8 +283,12 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 pixel_values=pixel_values,
+                video_pixels=video_pixels,
+                video_frames=video_frames,
                 speech_features=speech_features,
                 speech_frames=speech_frames,
+                audio_features=audio_features,
+                audio_frames=audio_frames,
                 encoded_media=encoded_media,
                 **kwargs,
             )
@@ -283,18 +312,14 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
             else None,
         )
 
-    def aux_loss(self, records: list) -> Tensor:
-        """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model)."""
-        total = self.lm_head.weight.new_zeros(())
-        if records and self.config.moe:
-            moe = MoEConfig(**self.config.moe)
-            if moe.balance_coef:
-                total = (
-                    total + moe.balance_coef * torch.stack([load_balance(entry) for entry in records]).sum()
-                )
-            if moe.z_coef:
-                total = total + moe.z_coef * torch.stack([z_loss(entry) for entry in records]).sum()
-        return total
+    def aux_loss(self, records: list, **over_ranks: Any) -> Tensor:
+        """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model).
+
+        ``over_ranks``: ``load_LE`` and ``tokens`` of :func:`unimoe.moe.load_balance`.
+        """
+        if not records or not self.config.moe:
+            return self.lm_head.weight.new_zeros(())
+        return auxiliary_loss(MoEConfig(**self.config.moe), records, **over_ranks)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs

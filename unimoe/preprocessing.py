@@ -1,18 +1,32 @@
-"""From a decoded picture or sound to what its encoder takes, and to the number of tokens it will become.
+"""From what a message holds to what its encoder takes, and to the number of tokens it will become.
+
+    part -> load (decoded, as little of it as is needed) -> call -> encoder inputs, number of tokens
 
 Each class is made from the ``preprocessing`` part of a modality in the processor's configuration.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 
+from unimoe.data.media import load_audio, load_image
+from unimoe.data.sample import Part
+from unimoe.data.video import load_video
 from unimoe.encoders import num_tokens
 
+from .configuration import MEDIA_INPUTS
 from .errors import UserError
+
+Inputs = dict[str, list[Tensor]]
+"""Each of the encoder's inputs: one tensor for each of the encoder's items that a medium becomes."""
+
+_ROOM = 8
+"""Pictures are decoded to at most so many times the encoder's side, which bounds the memory of huge ones."""
 
 
 class ImagePreprocessor:
@@ -22,9 +36,8 @@ class ImagePreprocessor:
     ``interpolation`` (PIL's name), ``positions`` (encoder positions of a picture).
     """
 
-    outputs = ("pixel_values",)
-
-    def __init__(self, config: dict, connector: dict):
+    def __init__(self, kind: str, config: dict, connector: dict):
+        self.outputs = MEDIA_INPUTS[kind]
         size = config["image_size"]
         resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[
             config.get("interpolation", "bicubic")
@@ -36,21 +49,52 @@ class ImagePreprocessor:
             image_mean=config["mean"],
             image_std=config["std"],
         )
-        self.tokens = num_tokens(connector, config["positions"])
+        self.longest = _ROOM * size
+        self.positions = config["positions"]
+        self.connector = connector
 
-    def __call__(self, image) -> tuple[dict[str, list[Tensor]], int]:
-        """``image``: a PIL picture. Returns the encoder inputs of this item and its number of tokens."""
-        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": [pixels]}, self.tokens
+    def load(self, part: Part, where: str) -> Image.Image:
+        return load_image(part, where, self.longest)
+
+    def __call__(self, image: Image.Image) -> tuple[Inputs, int]:
+        """The encoder inputs of a picture and its number of tokens."""
+        return {self.outputs[0]: [self.pixels(image)]}, num_tokens(self.connector, self.positions)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """[3, S, S]"""
+        return self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 
-class SpeechPreprocessor:
-    """Mono sound at 16 kHz to log-mel windows of at most 30 s [mel bins, frames], 100 frames a second.
+class VideoPreprocessor(ImagePreprocessor):
+    """Frames to [frames, 3, S, S], each as a picture.
 
-    A window is as long as its sound: a short clip costs little. Args of ``config``: ``mel_bins``.
+    Further args of ``config``: ``frames`` and ``rate`` as of :func:`unimoe.data.video.load_video`;
+    ``positions`` are those of a frame.
     """
 
-    outputs = ("speech_features", "speech_frames")
+    def __init__(self, kind: str, config: dict, connector: dict):
+        super().__init__(kind, config, connector)
+        self.frames, self.rate = config["frames"], config.get("rate")
+
+    def load(self, part: Part, where: str) -> list[Image.Image]:  # type: ignore[override]
+        return load_video(part, where, self.frames, self.rate, self.longest)
+
+    def __call__(self, image: list[Image.Image]) -> tuple[Inputs, int]:  # type: ignore[override]
+        """``image``: the frames of one video, in order."""
+        if not 1 <= len(image) <= self.frames:
+            raise UserError(f"a video has {len(image)} frames, expected 1 to {self.frames}")
+        pixels = torch.stack([self.pixels(frame) for frame in image])
+        tokens = num_tokens(self.connector, len(image) * self.positions)
+        return dict(zip(self.outputs, ([pixels], [torch.tensor(len(image))]), strict=True)), tokens
+
+
+class SoundPreprocessor:
+    """Mono sound at 16 kHz to log-mel windows of at most 30 s [mel bins, frames], 100 frames a second.
+
+    A window is as long as its sound: a short clip costs little. Args of ``config``: ``mel_bins``,
+    ``max_windows`` (None: as many as there are).
+    """
+
     rate = 16_000
     """Samples a second."""
     window = 30 * 16_000
@@ -60,11 +104,17 @@ class SpeechPreprocessor:
     shortest = 1_600
     """Samples (0.1 s) to which shorter clips are padded with silence."""
 
-    def __init__(self, config: dict, connector: dict):
+    def __init__(self, kind: str, config: dict, connector: dict):
+        self.outputs = MEDIA_INPUTS[kind]
         self.extractor = WhisperFeatureExtractor(feature_size=config["mel_bins"])
         self.connector = connector
+        most = config.get("max_windows")
+        self.longest = most and most * self.window / self.rate
 
-    def __call__(self, sound: np.ndarray) -> tuple[dict[str, list[Tensor]], int]:
+    def load(self, part: Part, where: str) -> np.ndarray:
+        return load_audio(part, where, self.rate, self.longest)
+
+    def __call__(self, sound: np.ndarray) -> tuple[Inputs, int]:
         """``sound``: [samples] float in -1..1.
 
         Returns the encoder inputs of each window and the number of tokens of all.
@@ -72,7 +122,7 @@ class SpeechPreprocessor:
         sound = np.asarray(sound, dtype=np.float32)
         if sound.ndim != 1 or not len(sound):
             raise UserError(
-                f"speech must be one channel of at least one sample, found an array of shape {sound.shape}"
+                f"sound must be one channel of at least one sample, found an array of shape {sound.shape}"
             )
         features, frames, tokens = [], [], 0
         for start in range(0, len(sound), self.window):
@@ -87,7 +137,12 @@ class SpeechPreprocessor:
             features.append(mel["input_features"][0])
             frames.append(torch.tensor(features[-1].shape[-1]))
             tokens += num_tokens(self.connector, math.ceil(features[-1].shape[-1] / 2))
-        return {"speech_features": features, "speech_frames": frames}, tokens
+        return dict(zip(self.outputs, (features, frames), strict=True)), tokens
 
 
-PREPROCESSORS = {"image": ImagePreprocessor, "speech": SpeechPreprocessor}
+PREPROCESSORS: dict[str, Any] = {
+    "image": ImagePreprocessor,
+    "video": VideoPreprocessor,
+    "speech": SoundPreprocessor,
+    "audio": SoundPreprocessor,
+}

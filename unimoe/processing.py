@@ -14,14 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
-from unimoe.data.media import load_audio, load_image
-
 from .configuration import MEDIA, PLACEHOLDERS
 from .errors import UserError
 from .preprocessing import PREPROCESSORS
 from .prompt import ANSWER, ANSWER_END, CHATML, control_pattern, mark_typed, tokenize, unmark
-
-LOADERS = {"image": load_image, "speech": load_audio}
 
 
 class UniMoeProcessor(ProcessorMixin):
@@ -37,7 +33,7 @@ class UniMoeProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHATML)
         self.modalities = modalities or {}
         self.preprocessors = {
-            kind: PREPROCESSORS[kind](parts["preprocessing"], parts["connector"])
+            kind: PREPROCESSORS[kind](kind, parts["preprocessing"], parts["connector"])
             for kind, parts in self.modalities.items()
         }
         self._control = control_pattern(tokenizer)
@@ -49,8 +45,8 @@ class UniMoeProcessor(ProcessorMixin):
 
         Args:
             messages: ``{"role", "content"}``; content is a string or parts
-                ``{"type": "text" | "image" | "speech", ...}`` with the medium under its own type (decoded)
-                or under ``path``, ``url`` (a data URL) or ``bytes``.
+                ``{"type": "text" | "image" | "video" | "speech" | "audio", ...}``, media in any order, each
+                under its own type (decoded) or under ``path``, ``url`` (a data URL) or ``bytes``.
             add_generation_prompt: end with the opening of an assistant turn.
             where: what errors call this conversation (file and line).
 
@@ -113,26 +109,37 @@ class UniMoeProcessor(ProcessorMixin):
         return batch if return_dict else batch["input_ids"]
 
     def __call__(
-        self, text=None, images=None, speech=None, padding_side: str = "right", **kwargs
+        self,
+        text=None,
+        images=None,
+        videos=None,
+        speech=None,
+        audio=None,
+        padding_side: str = "right",
+        **kwargs,
     ) -> BatchFeature:
         """Prompts that already hold placeholders, with their media in the order of the placeholders.
 
         Args:
             text: a string or a list of strings.
             images: PIL pictures of all prompts in order.
+            videos: lists of PIL pictures, of all prompts in order.
             speech: [samples] arrays at 16 kHz of all prompts in order.
+            audio: the same of environmental sound.
             padding_side: ``left`` for generation.
         """
         if text is None:
-            raise UserError(
-                "the processor needs text; pictures and speech have their places in it (<image>, <speech>)"
-            )
+            places = ", ".join(PLACEHOLDERS.values())
+            raise UserError(f"the processor needs text; media have their places in it ({places})")
         texts = [text] if isinstance(text, str) else list(text)
-        waiting = {"image": _as_list(images), "speech": _as_list(speech)}
+        given = {"image": images, "video": videos, "speech": speech, "audio": audio}
+        waiting = {kind: _as_list(items) for kind, items in given.items()}
         for kind, token in PLACEHOLDERS.items():
-            found, given = sum(one.count(token) for one in texts), len(waiting.get(kind, []))
-            if found != given:
-                raise UserError(f"the text holds {found} {token}, but {given} {kind} inputs were given")
+            found = sum(one.count(token) for one in texts)
+            if found != len(waiting[kind]):
+                raise UserError(
+                    f"the text holds {found} {token}, but {len(waiting[kind])} {kind} inputs were given"
+                )
         start = self.tokenizer.bos_token or ""
         if not start or self.tokenizer("")["input_ids"][:1] != [self.tokenizer.bos_token_id]:
             start = ""  # this tokenizer does not begin texts with a token of its own
@@ -179,9 +186,7 @@ class UniMoeProcessor(ProcessorMixin):
             raise UserError(
                 f"{where}: this model takes no {kind}; it takes {', '.join(['text', *self.preprocessors])}"
             )
-        media.setdefault(kind, []).append(
-            part[kind] if part.get(kind) is not None else LOADERS[kind](part, where)
-        )
+        media.setdefault(kind, []).append(self.preprocessors[kind].load(part, where))
         return PLACEHOLDERS[kind]
 
     def _expand(self, text: str, media: dict[str, list]) -> dict[str, Any]:
@@ -204,8 +209,9 @@ def _as_list(items) -> list:
 
 
 def _stack(items: list[Tensor]) -> Tensor:
-    """Stack one tensor an item, padded with zeros at the end of the last axis where they differ in length."""
-    if len({item.shape for item in items}) == 1:
-        return torch.stack(items)
-    longest = max(item.shape[-1] for item in items)
-    return torch.stack([torch.nn.functional.pad(item, (0, longest - item.shape[-1])) for item in items])
+    """Stack one tensor an item, padded with zeros at the end of each axis where they differ in length."""
+    shape = [max(sizes) for sizes in zip(*(item.shape for item in items), strict=True)]
+    stacked = items[0].new_zeros(len(items), *shape)
+    for row, item in zip(stacked, items, strict=True):
+        row[tuple(map(slice, item.shape))] = item
+    return stacked

@@ -28,6 +28,17 @@ SPEECH = {
 """A second of speech becomes 10 tokens."""
 
 
+VIDEO = {
+    "encoder": {"type": "frames", "image": IMAGE["encoder"], "frames": 4},
+    "connector": {"type": "pooled_mlp", "pool": 1},
+}
+"""A video becomes a token for each of at most 4 frames."""
+
+AUDIO = {"encoder": SPEECH["encoder"], "connector": {"type": "qformer", "num_queries": 3, "num_layers": 1,
+                                                     "num_heads": 2, "hidden_size": 16}}  # fmt: skip
+"""A sound becomes 3 tokens for each 30 s."""
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and ChatML's control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

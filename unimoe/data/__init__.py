@@ -7,6 +7,7 @@ from .readers import read_samples
 from .records import parse_record
 from .sample import Message, Part, Sample
 from .sampler import ModalityBatchSampler
+from .video import load_video
 from .writers import write_samples
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Sample",
     "load_audio",
     "load_image",
+    "load_video",
     "parse_record",
     "read_samples",
     "write_samples",

@@ -26,8 +26,9 @@ IGNORED = -100
 
 class Collator:
     """Makes a batch: ``input_ids``, ``attention_mask``, ``labels`` [B, T] padded on the right, and for the
-    modalities present ``pixel_values`` [M, 3, H, W], ``speech_features`` [M, mel bins, frames] and
-    ``speech_frames`` [M]. Media of the kinds in ``features`` come as ``encoded_media`` instead, kind ->
+    modalities present ``pixel_values`` [M, 3, H, W], ``video_pixels`` [M, frames, 3, H, W] and
+    ``video_frames`` [M], ``speech_features`` [M, mel bins, frames] and ``speech_frames`` [M], and the same of
+    ``audio``. Media of the kinds in ``features`` come as ``encoded_media`` instead, kind ->
     (features [M, S, D], lengths [M] or None), read from the cache without being decoded.
 
     ``labels`` equal ``input_ids`` on assistant text with its end-of-turn token, and are -100 everywhere else.
@@ -140,17 +141,20 @@ class _StoredFeatures:
     """Stands in for a preprocessor of the processor: takes the list of features [S, D] of one medium."""
 
     def __init__(self, kind: str, connector: dict[str, Any], has_lengths: bool) -> None:
+        self.kind = kind
         self.outputs = (f"{kind}_encoded", f"{kind}_lengths")
         self.connector = connector
         self.has_lengths = has_lengths
 
+    def load(self, part: Part, where: str) -> list[Tensor]:
+        return part[self.kind]
+
     def __call__(self, windows: list[Tensor]) -> tuple[dict[str, list[Tensor]], int]:
-        # The processor pads the last axis, so the positions go there.
-        values = [window.T for window in windows], [torch.tensor(len(window)) for window in windows]
+        values = windows, [torch.tensor(len(window)) for window in windows]
         tokens = sum(num_tokens(self.connector, len(window)) for window in windows)
         return dict(zip(self.outputs, values, strict=True)), tokens
 
     def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Remove this kind from ``batch``: what the encoder would have returned."""
-        features_MDS, lengths_M = (batch.pop(name) for name in self.outputs)
-        return features_MDS.transpose(1, 2), lengths_M if self.has_lengths else None
+        features_MSD, lengths_M = (batch.pop(name) for name in self.outputs)
+        return features_MSD, lengths_M if self.has_lengths else None

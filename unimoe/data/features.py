@@ -23,7 +23,7 @@ from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 
-from .media import LOADERS, media_bytes
+from .media import media_bytes
 from .sample import Part, Sample
 
 logger = logging.getLogger(__name__)
@@ -126,9 +126,9 @@ class FeatureCache:
         preprocessor, encoder = self.processor.preprocessors[kind], self.encoders[kind]
         rows, owners = [], []
         for key, (part, where) in media.items():
-            inputs, _ = preprocessor(LOADERS[kind](part, where))
+            inputs, _ = preprocessor(preprocessor.load(part, where))
             rows.append({"input_ids": [0], **inputs})
-            owners += [key] * len(inputs[preprocessor.outputs[0]])
+            owners += [key] * len(inputs[preprocessor.outputs[-1]])
         batch = self.processor.pad(rows)
         device = next(encoder.parameters()).device
         features_MSD, lengths_M = encoder(*(batch[name].to(device) for name in preprocessor.outputs))

@@ -1,9 +1,14 @@
-"""Decoding pictures and sound. What is wrong with a file becomes a UserError that begins with ``where``."""
+"""Decoding pictures and sound; moving pictures are in video.py.
+
+What is wrong with a file becomes a UserError that begins with ``where``.
+"""
 
 import base64
 import binascii
 import io
+import logging
 import urllib.parse
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -14,29 +19,47 @@ from unimoe.errors import UserError
 
 from .sample import Part
 
+logger = logging.getLogger(__name__)
+
 _BLOCK = 1 << 16  # sound frames decoded at a time
+_RATES = (100, 1_000_000)  # Hz; what resampling can do
 
 
-def load_image(part: Part, where: str) -> Image.Image:
+def load_image(part: Part, where: str, longest: int | None = None) -> Image.Image:
     """Decode an image part to RGB, upright (EXIF orientation applied), transparency laid on white.
 
     ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already opened ``image``. Of an animation
-    the first frame is taken; 16-bit grey is scaled to 8 bits. Raises UserError when it cannot be read or
-    decoded.
+    the first frame is taken, with a warning; 16-bit grey is scaled to 8 bits. A picture with a side of more
+    than ``longest`` pixels is scaled down to that, a JPEG while it is decoded. Raises UserError when it
+    cannot be read or decoded, or has more pixels than Pillow deems safe (179 million).
     """
     try:
         picture = part.get("image")
         if picture is None:
-            picture = Image.open(io.BytesIO(media_bytes(part, where)))
-        return _rgb(ImageOps.exif_transpose(picture))
+            with open_media(part, where) as file:
+                picture = Image.open(file)
+                if getattr(picture, "is_animated", False):
+                    found = f"{where}: the image {describe(part)} is an animation"
+                    logger.warning("%s; its first frame is taken (as a video its time would count)", found)
+                if longest:  # of a JPEG only every 2nd, 4th or 8th pixel has to be decoded
+                    picture.draft(picture.mode, (longest, longest))
+                picture.load()
+        picture = ImageOps.exif_transpose(picture)
+        if longest and max(picture.size) > longest:
+            if picture.mode == "P":
+                picture = picture.convert("RGBA")  # a palette's indices have no mean
+            picture.thumbnail((longest, longest), reducing_gap=2.0)
+        return _rgb(picture)
     except UserError:
         raise
     except Exception as error:  # on broken files Pillow raises nearly anything, also SyntaxError
         raise UserError(f"{where}: cannot decode the image {describe(part)}: {_first_line(error)}") from error
 
 
-def load_audio(part: Part, where: str, rate: int = 16000) -> np.ndarray:
+def load_audio(part: Part, where: str, rate: int = 16000, longest: float | None = None) -> np.ndarray:
     """Decode a speech or audio part to mono float32 [samples] at ``rate`` Hz; channels are averaged.
+
+    What comes after ``longest`` seconds is left out, with a warning, and not decoded.
 
     ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already decoded array under its own type
     (``[samples]`` or ``[samples, channels]``, in Hz by ``sampling_rate``, else taken as ``rate``). Files
@@ -45,57 +68,77 @@ def load_audio(part: Part, where: str, rate: int = 16000) -> np.ndarray:
     """
     array = part.get(part["type"])
     if array is not None:
-        samples, found_rate = np.asarray(array), int(part.get("sampling_rate", rate))
+        samples, found_rate = np.asarray(array), part.get("sampling_rate", rate)
+        if samples.ndim not in (1, 2):
+            found = f"{where}: a sound has the shape {list(samples.shape)}"
+            raise UserError(f"{found}, expected [samples] or [samples, channels]")
         if np.issubdtype(samples.dtype, np.signedinteger):
             samples = samples / -float(np.iinfo(samples.dtype).min)
+        whole = len(samples) / max(found_rate, 1)
+        samples = samples[: _most(longest, found_rate)]
     else:
-        content = media_bytes(part, where)
         try:
-            samples, found_rate = _decode_sound(content)
+            with open_media(part, where) as file:
+                samples, found_rate, whole = _decode_sound(file, longest)
         except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
             message = f"{where}: cannot decode the sound {describe(part)}: {_first_line(error)}"
             raise UserError(f"{message}; expected wav, flac, ogg or mp3") from error
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)
-    if found_rate != rate and samples.size:
-        samples = soxr.resample(samples, found_rate, rate)
+    if not _RATES[0] <= found_rate <= _RATES[1]:
+        found = f"{where}: the sound {describe(part)} has {found_rate} samples a second"
+        raise UserError(f"{found}, expected {_RATES[0]} to {_RATES[1]:,}")
     if not samples.size:
         raise UserError(f"{where}: the sound {describe(part)} holds no samples")
+    if longest and whole > longest:
+        found = f"{where}: the sound {describe(part)} lasts {whole:.0f} s"
+        logger.warning("%s; what comes after %.0f s is left out (max_windows)", found, longest)
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
     if not np.isfinite(samples).all():
         raise UserError(f"{where}: the sound {describe(part)} holds values that are not finite numbers")
+    if found_rate != rate:
+        resampled = soxr.resample(samples, found_rate, rate)
+        samples = resampled if resampled.size else samples[:1]  # a few samples at a high rate
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-LOADERS = {"image": load_image, "speech": load_audio, "audio": load_audio}
-"""How each kind of medium is decoded; what is not here cannot be decoded yet."""
+def open_media(part: Part, where: str) -> BinaryIO:
+    """The encoded file behind a part, from its ``path``, ``bytes``, data URL or place in a larger file.
+
+    Raises UserError if it is empty."""
+    try:
+        if "path" in part:
+            file: BinaryIO = open(part["path"], "rb")  # noqa: SIM115  (the caller closes it)
+        elif "url" in part:
+            file = io.BytesIO(_data_url_bytes(part["url"], where))
+        elif "bytes" in part:
+            file = io.BytesIO(part["bytes"])
+        elif "stored" in part:
+            file = io.BytesIO(part["stored"].read())
+        else:
+            expected = "expected path, bytes or a data URL"
+            raise UserError(f"{where}: the {part['type']} part has no medium; {expected}")
+        empty = not file.read(1)
+        file.seek(0)
+    except OSError as error:
+        raise UserError(f"{where}: cannot read {describe(part)}: {error.strerror}") from error
+    if empty:
+        file.close()
+        raise UserError(f"{where}: the {part['type']} {describe(part)} is empty (0 bytes)")
+    return file
 
 
 def media_bytes(part: Part, where: str) -> bytes:
-    """The encoded file behind a part, from its ``path``, ``bytes`` or data URL. UserError if it is empty."""
-    if "path" in part:
-        try:
-            with open(part["path"], "rb") as file:
-                content = file.read()
-        except OSError as error:
-            raise UserError(f"{where}: cannot read {describe(part)}: {error.strerror}") from error
-    elif "url" in part:
-        content = _data_url_bytes(part["url"], where)
-    elif "bytes" in part:
-        content = part["bytes"]
-    elif "stored" in part:
-        try:
-            content = part["stored"].read()
-        except OSError as error:
-            raise UserError(f"{where}: cannot read {describe(part)}: {error.strerror}") from error
-    else:
-        raise UserError(f"{where}: the {part['type']} part has no medium; expected path, bytes or a data URL")
-    if not content:
-        raise UserError(f"{where}: the {part['type']} {describe(part)} is empty (0 bytes)")
-    return content
+    """All of the encoded file behind a part; of a list of frames, one after another."""
+    if isinstance(part.get("path"), list):
+        return b"".join(media_bytes({"type": "image", "path": path}, where) for path in part["path"])
+    with open_media(part, where) as file:
+        return file.read()
 
 
 def describe(part: Part) -> str:
     """What to call a medium in a message to the user: its path, else what it was given as."""
+    if isinstance(part.get("path"), list):
+        return f"of {len(part['path'])} frames from {part['path'][0]}"
     if "path" in part:
         return str(part["path"])
     if "stored" in part:
@@ -105,13 +148,25 @@ def describe(part: Part) -> str:
     return "given as bytes" if "bytes" in part else "given in memory"
 
 
-def _decode_sound(content: bytes) -> tuple[np.ndarray, int]:
-    """Mono samples and rate, read in blocks: the length that a broken header claims is never allocated."""
-    with soundfile.SoundFile(io.BytesIO(content)) as file:
-        blocks = [np.zeros(0, dtype=np.float32)]
-        while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+def _decode_sound(encoded: BinaryIO, longest: float | None) -> tuple[np.ndarray, int, float]:
+    """Mono samples up to ``longest`` seconds, rate, and the seconds of the whole file.
+
+    Read in blocks: the length that a broken header claims is never allocated.
+    """
+    with soundfile.SoundFile(encoded) as file:
+        blocks, count, most = [np.zeros(0, dtype=np.float32)], 0, _most(longest, file.samplerate)
+        while (most is None or count < most) and len(
+            block := file.read(_BLOCK, dtype="float32", always_2d=True)
+        ):
             blocks.append(block.mean(axis=1))
-        return np.concatenate(blocks), file.samplerate
+            count += len(block)
+        whole = file.frames if most is not None and count >= most else count
+        return np.concatenate(blocks)[:most], file.samplerate, whole / file.samplerate
+
+
+def _most(longest: float | None, rate: float) -> int | None:
+    """The samples in ``longest`` seconds."""
+    return None if longest is None else round(longest * rate)
 
 
 def _data_url_bytes(url: str, where: str) -> bytes:

@@ -1,0 +1,140 @@
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from unimoe.data import load_video
+from unimoe.data.video import spread
+from unimoe.errors import UserError
+
+av = pytest.importorskip("av")
+
+
+def encode(frames, format="mp4", codec="mpeg4", rate=10, gop=12, **options):
+    """A video whose n-th frame is ``frames[n]`` grey."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=format, options=options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.gop_size, stream.pix_fmt = 64, 48, gop, "yuv420p"
+        for grey in frames:
+            picture = Image.new("RGB", (64, 48), (grey, grey, grey))
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+GREYS = list(range(0, 250, 5))
+"""50 frames, 5 s, growing brighter."""
+
+
+def greys(pictures):
+    return [round(float(np.asarray(picture)[24, 32].mean())) for picture in pictures]
+
+
+def video(content, where="f:1", **options):
+    return load_video({"type": "video", "bytes": content}, where, **options)
+
+
+def fault(part, **options):
+    with pytest.raises(UserError) as caught:
+        load_video({"type": "video", **part}, "data.jsonl:4", **options)
+    message = str(caught.value)
+    assert message.startswith("data.jsonl:4: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("format", "codec", "gop"),
+    [("mp4", "mpeg4", 12), ("mp4", "libx264", 50), ("matroska", "libvpx-vp9", 5), ("avi", "mjpeg", 1)],
+)
+def test_frames_by_count_are_spread_from_first_to_last(format, codec, gop):
+    pictures = video(encode(GREYS, format, codec, gop=gop), frames=8)
+    wanted = [GREYS[index] for index in (0, 7, 14, 21, 28, 35, 42, 49)]
+    assert np.abs(np.array(greys(pictures)) - wanted).max() <= 4
+    assert pictures[0].size == (64, 48) and pictures[0].mode == "RGB"
+
+
+def test_frames_by_rate():
+    content = encode(GREYS)
+    found = greys(video(content, frames=32, rate=2))  # 10 frames a second: every fifth
+    assert np.abs(np.array(found) - GREYS[::5]).max() <= 4
+    assert len(video(content, frames=4, rate=2)) == 4  # the cap
+    assert len(video(content, frames=99, rate=1000)) == 50  # there are no more
+
+
+def test_a_short_video_gives_what_it_has():
+    assert np.abs(np.array(greys(video(encode([10, 200]), frames=8))) - [10, 200]).max() <= 4
+    assert len(video(encode([99]), frames=8, rate=1.0)) == 1
+
+
+def test_lists_of_frames_keep_their_order(tmp_path):
+    paths = []
+    for index, grey in enumerate((9, 200, 50, 120, 70)):
+        paths.append(str(tmp_path / f"{9 - index}.png"))
+        Image.new("RGB", (8, 8), (grey, grey, grey)).save(paths[-1])
+    part = {"type": "video", "path": paths}
+    assert [picture.getpixel((0, 0))[0] for picture in load_video(part, "f:1", 3)] == [9, 50, 70]
+    memory = {"type": "video", "video": [Image.open(path) for path in paths]}
+    assert len(load_video(memory, "f:1", 8)) == 5
+
+
+def test_an_animation_is_a_video():
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (16, 16), (grey, grey, grey)) for grey in (0, 80, 160, 240)]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=100)
+    found = [round(float(np.asarray(picture).mean())) for picture in video(buffer.getvalue(), frames=4)]
+    assert np.abs(np.array(found) - [0, 80, 160, 240]).max() <= 6
+
+
+def test_frames_are_scaled_down():
+    assert video(encode(GREYS[:3]), frames=1, longest=16)[0].size == (16, 12)
+
+
+def test_the_nearest_frames_are_taken_when_time_is_uneven():
+    assert spread([0.0, 0.1, 0.2, 5.0], 3) == [0, 2, 3]
+    assert spread([0.0, 0.9, 1.1, 2.0], 8, rate=1.0) == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("format", "options"), [("mp4", {"movflags": "faststart"}), ("matroska", {}), ("avi", {}), ("mp4", {})]
+)
+def test_a_truncated_video_is_an_error(format, options, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, 100).tolist()
+    whole = encode(noise, format, rate=10, **options)
+    path = tmp_path / f"half.{format}"
+    path.write_bytes(whole[: len(whole) // 2])
+    message = fault({"path": str(path)}, frames=4)
+    assert str(path) in message and ("cut off" in message or "cannot decode" in message)
+
+
+def test_a_video_without_frames(tmp_path):
+    assert "holds no frames" in fault({"video": []})
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert "holds no pictures; it holds audio" in fault({"path": str(path)})
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(160), 16000, format="WAV")
+    assert "holds no pictures" in fault({"bytes": buffer.getvalue()})
+
+
+def test_what_is_no_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"not a video at all" * 50)
+    assert "cannot decode the video" in fault({"path": str(path)})
+    path.write_bytes(b"")
+    assert "is empty (0 bytes)" in fault({"path": str(path)})
+    assert "cannot read" in fault({"path": str(tmp_path / "gone.mp4")})
+
+
+def test_a_playlist_opens_no_other_file(tmp_path):
+    (tmp_path / "real.mp4").write_bytes(encode(GREYS[:5]))
+    real = tmp_path / "real.mp4"
+    for text in (f"ffconcat version 1.0\nfile {real}\n", f"#EXTM3U\n#EXTINF:1,\n{real}\n"):
+        assert "cannot decode the video" in fault({"bytes": text.encode()})

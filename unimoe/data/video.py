@@ -1,0 +1,128 @@
+"""Decoding moving pictures: a few frames, in order, out of a file or a list of pictures.
+
+    file -> times of all its frames (nothing decoded) -> which ones -> decoded, from the key frame before each
+"""
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from unimoe.errors import UserError
+
+from .media import describe, load_image, open_media
+from .sample import Part
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+_WHOLE = 0.9
+"""Share of the frames that a file announces which must be there, or it is called cut off."""
+
+
+def load_video(
+    part: Part, where: str, frames: int = 8, rate: float | None = None, longest: int | None = None
+) -> list[Image.Image]:
+    """Decode a video part to RGB frames in the order of time, upright.
+
+    ``part`` holds ``path`` (a file, or a list of pictures' paths), ``bytes``, a data URL ``url``, or pictures
+    under ``video``.
+
+    Args:
+        where: what errors begin with.
+        frames: as many, at even distances from the first to the last; of a shorter video all.
+        rate: take so many a second instead, and ``frames`` at even distances where these are more. A list of
+            pictures has no clock: of it ``frames`` are taken.
+        longest: scale frames down to so many pixels on the longer side.
+
+    Raises UserError for a video that cannot be decoded, is cut off, or holds no frames.
+    """
+    pictures: Any = part.get("video")
+    if pictures is None and isinstance(part.get("path"), list):
+        pictures = [{"type": "image", "path": path} for path in part["path"]]
+    elif pictures is not None:
+        pictures = [{"type": "image", "image": picture} for picture in pictures]
+    if pictures is None:
+        return _decode(part, where, frames, rate, longest)
+    if not pictures:
+        raise UserError(f"{where}: the video {describe(part)} holds no frames")
+    return [load_image(pictures[index], where, longest) for index in spread(range(len(pictures)), frames)]
+
+
+def spread(times: Any, frames: int, rate: float | None = None) -> list[int]:
+    """Indices of the frames to take, rising and each once.
+
+    ``times``: when each frame is shown, rising; in seconds if there is a ``rate``.
+    """
+    first, last = times[0], times[-1]
+    wanted = np.arange(first, last + 1e-6, 1 / rate) if rate else np.linspace(first, last, frames)
+    if len(wanted) > frames:
+        wanted = np.linspace(first, last, frames)
+    places = (_nearest(times, time) for time in wanted)
+    return list(dict.fromkeys(places))
+
+
+def _nearest(times: Any, time: float) -> int:
+    right = min(bisect_left(times, time), len(times) - 1)
+    return right - 1 if right and time - times[right - 1] <= times[right] - time else right
+
+
+def _decode(
+    part: Part, where: str, frames: int, rate: float | None, longest: int | None
+) -> list[Image.Image]:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"{where}: video files need PyAV: pip install 'unimoe[video]'") from error
+    what = f"{where}: the video {describe(part)}"
+    with open_media(part, where) as file:
+        try:
+            with av.open(file) as container:
+                return _frames(container, what, frames, rate, longest)
+        except (av.error.FFmpegError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{where}: cannot decode the video {describe(part)}: {reason}") from error
+
+
+def _frames(
+    container: "InputContainer", what: str, frames: int, rate: float | None, longest: int | None
+) -> list[Image.Image]:
+    if not container.streams.video:
+        held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise UserError(f"{what} holds no pictures; it holds {held}")
+    stream = container.streams.video[0]
+    shown = [
+        (packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.pts is not None
+    ]
+    if not shown:
+        raise UserError(f"{what} holds no frames")
+    times, keys = sorted(pts for pts, _ in shown), sorted(pts for pts, is_key in shown if is_key)
+    tick = float(stream.time_base or 1)
+    if stream.frames and len(times) < _WHOLE * stream.frames:
+        raise UserError(f"{what} is cut off: it announces {stream.frames} frames and holds {len(times)}")
+    seconds, alone = (container.duration or 0) / 1e6, len(container.streams) == 1  # a sound may last longer
+    if alone and (times[-1] - times[0]) * tick < _WHOLE * seconds - 1:
+        end = times[-1] * tick
+        raise UserError(f"{what} is cut off: it announces {seconds:.1f} s and ends at {end:.1f} s")
+    chosen = [times[index] for index in spread([time * tick for time in times], frames, rate)]
+
+    pictures: list[Image.Image] = []
+    container.seek(0)
+    at, decoded = None, iter(())
+    for time in chosen:
+        before = keys[max(bisect_right(keys, time) - 1, 0)] if keys else times[0]
+        if at is None or before > at:  # a key frame lies between: everything before it can be skipped
+            container.seek(before, stream=stream, backward=True)
+            decoded = container.decode(stream)
+        frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= time), None)
+        if frame is None:
+            raise UserError(f"{what} is cut off: its frame at {time * tick:.2f} s cannot be decoded")
+        at = frame.pts
+        picture = frame.to_image()
+        if frame.rotation:
+            picture = picture.rotate(frame.rotation, expand=True)
+        if longest:
+            picture.thumbnail((longest, longest))
+        pictures.append(picture)
+    return pictures
