@@ -62,11 +62,15 @@ VERBS = {
     "continual report": Verb("unimoe.continual.report:report", "tables and figures over finished runs"),
     "continual theory": Verb("unimoe.continual.theory_report:theory", "exact errors of the linear model"),
     "chat": Verb("unimoe.chat:chat", "talk to a model in the terminal", {"prompt": "-p"}),
+    "inspect": Verb("unimoe.inspect:inspect", "parameters, and which experts the tokens of a file visit"),
+    "serve": Verb("unimoe.serve.command:serve", "put a model behind an address, for any OpenAI client"),
     "data check": Verb("unimoe.check:check", "what is wrong with a file of boxes, and where"),
     "data scenes": Verb(
         "unimoe.detection.generate:scenes", "write a COCO-format set of emoji on photographs"
     ),
     "evaluate coco": Verb("unimoe.detection.evaluate:evaluate_files", "COCO or LVIS scores of detections"),
+    "evaluate detector": Verb("unimoe.measure:detector", "COCO or LVIS scores of a detector on a set"),
+    "evaluate latency": Verb("unimoe.measure:latency", "how long a detector takes, and its parts"),
     "detect": Verb("unimoe.detect:detect", "look for things, named in words, in pictures", {"prompt": "-p"}),
     "export onnx": Verb("unimoe.export:onnx", "a detector as one ONNX file, compared with the model"),
     "demo detection": Verb("unimoe.demo.detection:detection", "a detector, its experts and a dense control"),
@@ -111,7 +115,9 @@ def _dispatch(args: list[str]) -> int:
     if VERBS[name].raw:
         function(args)
         return 0
-    status = function(**vars(build_parser(name, function).parse_args(rest)))
+    given = vars(build_parser(name, function).parse_args(rest))
+    leading = [given.pop(word) for word in _positional_only(function) if word in given]
+    status = function(*leading, **given)
     return status if isinstance(status, int) else 0
 
 
@@ -175,6 +181,11 @@ def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPa
             flags.insert(0, short[parameter.name])
         parser.add_argument(*flags, dest=parameter.name, **settings)
     return parser
+
+
+def _positional_only(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
 
 
 class _Parser(argparse.ArgumentParser):

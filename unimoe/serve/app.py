@@ -1,0 +1,306 @@
+"""HTTP: routes, errors, streaming, and clients that leave."""
+
+import asyncio
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from jinja2 import TemplateError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from unimoe.errors import UserError
+from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.processing import UniMoeProcessor
+
+from .answer import Answer, Piece
+from .engine import Busy, Engine, EngineConfig
+from .media import MediaLimits, MediaReader
+from .metrics import Metrics
+from .protocol import ChatRequest, Completion, error_body, usage
+
+LOOK_AGAIN = 0.2
+"""Seconds between two looks whether a client that gets nothing is still there."""
+
+LONGEST_TOKEN = 32
+"""Characters; text of more than so many a token that fits is refused before it is tokenized."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server allows."""
+
+    name: str
+    """What the model is called in requests and answers."""
+    api_key: str | None = None
+    """Bearer token that ``/v1`` asks for; None for none."""
+    trusted_hosts: list[str] = field(default_factory=lambda: ["*"])
+    """Names that the Host header may have. On localhost this keeps web pages of others from asking through
+    a name of theirs that points here."""
+    body_bytes: int = 48 << 20
+    """Longest request body."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt, media counted; None for what the LLM can see."""
+    max_new_tokens: int = 1024
+    """Longest answer, and what a request that names no length gets."""
+    media: MediaLimits = field(default_factory=MediaLimits)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+class EngineError(Exception):
+    """The model failed on this request."""
+
+
+class Service:
+    """Model, engine and limits, as the routes use them."""
+
+    def __init__(
+        self, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, config: ServerConfig
+    ):
+        self.model = model
+        self.processor = processor
+        self.config = config
+        self.media = MediaReader(list(processor.modalities), config.media)
+        self.engine = Engine(model, config.engine)
+        self.metrics = Metrics(self.engine)
+        self.context: int = getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
+
+    def check(self, request: ChatRequest):
+        """Raises what is wrong with a request, before anything is computed."""
+        if request.model not in (None, self.config.name):
+            found = f"the model {request.model!r} is not served here, only {self.config.name!r}"
+            raise HTTPException(404, {"message": found, "code": "model_not_found", "param": "model"})
+        request.check()
+
+    async def start(self, request: ChatRequest, tell) -> Answer:
+        """Read the request and hand it to the engine. Raises Busy, or UserError for bad input."""
+        self.engine.reserve()
+        try:
+            answer = await run_in_threadpool(self._prepare, request, tell)
+        except BaseException:
+            self.engine.release()
+            raise
+        self.engine.submit(answer)
+        return answer
+
+    def _prepare(self, request: ChatRequest, tell) -> Answer:
+        most = min(self.config.max_prompt_tokens or self.context, self.context)
+        messages = self.media.read(request.messages)
+        texts = [
+            part["text"]
+            for message in messages
+            if isinstance(message["content"], list)
+            for part in message["content"]
+            if part["type"] == "text"
+        ] + [message["content"] for message in messages if isinstance(message["content"], str)]
+        self._check_length(sum(map(len, texts)) // LONGEST_TOKEN, most)
+        try:
+            encoded = self.processor.encode(messages, add_generation_prompt=True, where="messages")
+        except TemplateError as error:
+            raise UserError(f"messages: the model's chat template refuses them: {error}") from error
+        length = len(encoded["input_ids"])
+        self._check_length(length, most)
+        defaults = self.model.generation_config
+        wish = request.wish(defaults, self.config.max_new_tokens, self.context - length)
+        return Answer(self.model, self.processor.tokenizer, self.processor.pad([encoded], "left"), wish, tell)
+
+    def _check_length(self, tokens: int, most: int):
+        if tokens > most:
+            found = f"the prompt has {tokens} tokens or more; at most {most} are taken"
+            code = "context_length_exceeded"
+            raise HTTPException(400, {"message": found, "code": code, "param": "messages"})
+
+
+class Client:
+    """Pieces of one answer on their way from the engine's thread to the event loop."""
+
+    def __init__(self, request: Request, metrics: Metrics):
+        self.request = request
+        self.metrics = metrics
+        self.begin = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Piece] = asyncio.Queue()
+
+    def tell(self, piece: Piece):
+        """Called by the engine."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+        except RuntimeError:
+            pass  # the loop has ended, and the client with it
+
+    async def pieces(self, answer: Answer) -> AsyncIterator[Piece]:
+        """Until the last. Cancels the answer when the client leaves, or the caller stops to listen."""
+        how, first = "cancelled", True
+        try:
+            while True:
+                try:
+                    piece = await asyncio.wait_for(self._queue.get(), LOOK_AGAIN)
+                except TimeoutError:
+                    piece = None
+                if await self.request.is_disconnected():
+                    answer.cancel()
+                if piece is None:
+                    continue
+                if first:
+                    self.metrics.first.observe(time.monotonic() - self.begin)
+                    first = False
+                if piece.error:
+                    how = "error"
+                    raise EngineError from piece.error
+                how = piece.finish_reason or how
+                yield piece
+                if piece.finish_reason:
+                    return
+        finally:
+            answer.cancel()
+            self.metrics.answers.labels(how).inc()
+            self.metrics.prompt_tokens.inc(answer.prompt_tokens)
+            self.metrics.answer_tokens.inc(len(answer.tokens))
+            self.metrics.whole.observe(time.monotonic() - self.begin)
+
+
+def build_app(
+    model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, config: ServerConfig
+) -> FastAPI:
+    """The application. Its lifespan ends the engine."""
+    service = Service(model, processor, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI):
+        yield
+        await run_in_threadpool(service.engine.close)
+
+    app = FastAPI(
+        title="unimoe", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=config.body_bytes
+    )
+    app.state.service = service
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.trusted_hosts)
+    _add_error_handlers(app, service.metrics)
+
+    async def authorized(request: Request):
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if config.api_key is not None and not secrets.compare_digest(given, config.api_key.encode()):
+            raise HTTPException(401, {"message": "wrong or missing API key", "code": "invalid_api_key"})
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok", "model": config.name}
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", dependencies=[Depends(authorized)])
+    async def models():
+        card = {"id": config.name, "object": "model", "created": int(time.time()), "owned_by": "unimoe"}
+        return {"object": "list", "data": [card]}
+
+    @app.post("/load_model")
+    async def load_model():
+        """`transformers chat` calls this before it begins; the model is there already."""
+        ready = json.dumps({"status": "ready", "cached": True})
+        return Response(f"data: {ready}\n\n", media_type="text/event-stream")
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(authorized)])
+    async def chat(body: ChatRequest, request: Request):
+        service.check(body)
+        client = Client(request, service.metrics)
+        answer = await service.start(body, client.tell)
+        completion = Completion(f"chatcmpl-{uuid.uuid4().hex}", config.name, processor.tokenizer)
+        pieces = client.pieces(answer)
+        if body.stream:
+            first = await anext(pieces)  # what fails before has a status of its own
+            return StreamingResponse(
+                _events(first, pieces, answer, completion, body),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            )
+        parts = [piece async for piece in pieces]
+        reason = parts[-1].finish_reason or "stop"
+        if reason == "cancelled":
+            raise HTTPException(503, "the answer was cancelled")
+        choices = [choice for piece in parts for choice in piece.choices] if body.logprobs else None
+        text = "".join(piece.text for piece in parts)
+        return completion.whole(text, choices, reason, _usage(answer))
+
+    return app
+
+
+async def _events(
+    first: Piece, pieces: AsyncIterator[Piece], answer: Answer, completion: Completion, body: ChatRequest
+) -> AsyncIterator[str]:
+    """Server-sent events of a streamed answer."""
+    yield _event(completion.chunk({"role": "assistant", "content": ""}, []))
+    piece: Piece | None = first
+    try:
+        while piece:
+            if piece.text or piece.choices:
+                yield _event(completion.chunk({"content": piece.text}, piece.choices))
+            if piece.finish_reason:
+                yield _event(completion.chunk({}, [], piece.finish_reason))
+            piece = await anext(pieces, None)
+    except EngineError:
+        yield _event(_ENGINE_ERROR)
+        return
+    if body.stream_options and body.stream_options.include_usage:
+        yield _event(completion.usage_chunk(_usage(answer)))
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    return usage(answer.prompt_tokens, len(answer.tokens))
+
+
+_ENGINE_ERROR = error_body("the model failed on this request", "server_error", "engine_error")
+
+_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+          413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+
+
+def _add_error_handlers(app: FastAPI, metrics: Metrics):
+    """Every error in OpenAI's shape."""
+
+    def refuse(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
+        metrics.answers.labels("refused").inc()
+        return JSONResponse(body, status, headers)
+
+    @app.exception_handler(UserError)
+    async def user_error(_: Request, error: UserError):
+        return refuse(400, error_body(str(error), _KINDS[400]))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError):
+        found = error.errors()[0]
+        where = ".".join(str(place) for place in found["loc"] if place != "body")
+        return refuse(400, error_body(f"{where or 'body'}: {found['msg']}", _KINDS[400], param=where or None))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(_: Request, error: StarletteHTTPException):
+        detail: Any = error.detail if isinstance(error.detail, dict) else {"message": error.detail}
+        status = error.status_code
+        kind = _KINDS.get(status, "server_error" if status >= 500 else _KINDS[400])
+        body = error_body(detail["message"], kind, detail.get("code"), detail.get("param"))
+        return refuse(status, body, dict(error.headers or {}))
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy):
+        body = error_body("the queue is full; try again later", _KINDS[429], "server_busy")
+        return refuse(429, body, {"Retry-After": "1"})
+
+    @app.exception_handler(EngineError)
+    async def engine_error(_: Request, error: EngineError):
+        return JSONResponse(_ENGINE_ERROR, 500)

@@ -1,0 +1,114 @@
+"""Prompts in pieces, and the running batch: one KV cache that rows join and leave between two steps.
+
+Shapes: B rows, T tokens of a prompt, L cached positions of the longest row, H hidden, V vocabulary. Rows end
+at the same place and are padded on the left:
+
+    . . a b c | d      L = 5, lengths (3, 5, 4)
+    e f g h i | j
+    . k l m n | o
+
+Why not transformers' continuous batching (``generate_batch``): it takes token ids only, so no media;
+shares the cache between prompts of equal ids, which two prompts with different pictures have; and has one
+seed for all.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from unimoe.generate import to_device
+from unimoe.modeling import UniMoeForConditionalGeneration
+
+
+def can_batch(model: UniMoeForConditionalGeneration) -> bool:
+    """Whether every layer has a plain cache, in which rows can be padded (no window, no recurrence)."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+class Prompt:
+    """One prompt on its way into a cache of its own, a piece at a time. Its media are encoded first.
+
+    Alone, so that what a row begins with does not depend on its neighbours.
+    """
+
+    def __init__(self, model: UniMoeForConditionalGeneration, inputs: Mapping[str, Any]):
+        inputs = {name: to_device(value, model.device) for name, value in inputs.items()}
+        self.model = model
+        self.ids_1T: Tensor = inputs.pop("input_ids")
+        inputs.pop("attention_mask", None)
+        self.embeds_1TH = model.model.embed(self.ids_1T, **inputs)
+        self.cache = DynamicCache(config=model.config)
+        self.done = 0
+
+    def advance(self, tokens: int) -> tuple[int, Tensor | None]:
+        """Read on by at most ``tokens``. How many were read, and at the end of the prompt the logits [V]."""
+        piece = slice(self.done, min(self.done + tokens, self.ids_1T.shape[1]))
+        output = self.model(
+            input_ids=self.ids_1T[:, piece],
+            inputs_embeds=self.embeds_1TH[:, piece],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.done = piece.stop
+        return piece.stop - piece.start, output.logits[0, -1] if self.done == self.ids_1T.shape[1] else None
+
+
+class RunningBatch:
+    """Rows that are past their prompts; each :meth:`step` makes all of them one token longer."""
+
+    def __init__(self, model: UniMoeForConditionalGeneration):
+        self.model = model
+        self.cache: DynamicCache | None = None
+        self.lengths: list[int] = []
+        """Cached positions of each row, without padding."""
+
+    def join(self, cache: DynamicCache):
+        """Add a row [1, heads, length, width in each layer]."""
+        length = cache.get_seq_length()
+        longest = max([length, *self.lengths])
+        for ours, new in zip(self.cache.layers if self.cache else [], cache.layers, strict=False):
+            new.keys = torch.cat([_pad_left(ours.keys, longest), _pad_left(new.keys, longest)])
+            new.values = torch.cat([_pad_left(ours.values, longest), _pad_left(new.values, longest)])
+        self.cache = cache
+        self.lengths.append(length)
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Append one token to each row. Returns the logits [B, V] of the next ones."""
+        device = self.model.device
+        lengths_B1 = torch.tensor(self.lengths, device=device)[:, None]
+        past = max(self.lengths)
+        mask_BL = torch.arange(past + 1, device=device) >= past - lengths_B1
+        output = self.model(
+            input_ids=torch.tensor(tokens, device=device)[:, None],
+            attention_mask=mask_BL.long(),
+            position_ids=lengths_B1,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.lengths = [length + 1 for length in self.lengths]
+        return output.logits[:, -1]
+
+    def keep(self, rows: list[int]):
+        """Go on with these rows only, in this order."""
+        if rows == list(range(len(self.lengths))):
+            return
+        before = max(self.lengths)
+        self.lengths = [self.lengths[row] for row in rows]
+        if not rows or self.cache is None:
+            self.cache = None
+            return
+        padding = before - max(self.lengths)
+        for layer in self.cache.layers:
+            layer.keys = layer.keys[rows, :, padding:]
+            layer.values = layer.values[rows, :, padding:]
+
+
+def _pad_left(states: Tensor, length: int) -> Tensor:
+    """[B, heads, length, width] with zeros before the cached positions, which the mask hides."""
+    return torch.nn.functional.pad(states, (0, 0, length - states.shape[2], 0))
