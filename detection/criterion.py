@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
+from unimoe.training.ranks import mean_over_ranks
+
 from .matching import MatchingCost, match
 from .output import DynamicDinoOutput, Target
-from .ranks import mean_over_ranks
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers import AutoBackbone, AutoModel
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
 
 from unimoe.moe import Context, LayerRecord, MoEConfig, load, load_balance, record, routing_context
+from unimoe.training.ranks import mean_over_ranks
 
 from .configuration import DynamicDinoConfig
 from .decoder import Decoder
@@ -20,7 +21,6 @@ from .denoising import DenoisingQueries
 from .enhancer import EdgeEnhancer, FullEnhancer
 from .output import DynamicDinoOutput
 from .pyramid import Pyramid, Text
-from .ranks import mean_over_ranks
 from .selection import Proposals, QuerySelection
 
 ENHANCERS = {"edge": EdgeEnhancer, "full": FullEnhancer}

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from unimoe.training.ranks import union_over_ranks
+
 from .batches import Question
 from .dataset import DetectionSample, DetectionSet
 from .evaluation import Evaluation, Style, evaluate_coco
 from .inference import Detections, NameChunks, detect
 from .modeling import DynamicDinoForObjectDetection
-from .ranks import union_over_ranks
 from .text_cache import TextFeatureCache
 
 LVIS_NAMES = 40

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from unimoe.detection import ranks
 from unimoe.detection.criterion import CriterionConfig, Denoising, DetectionCriterion
 from unimoe.detection.matching import MatchingCost, match
 from unimoe.detection.output import DynamicDinoOutput, Target
+from unimoe.training import ranks
 
 LAYERS, QUERIES, TOKENS = 2, 5, 9
 # two prompts of different lengths and names: (token spans of the names, real tokens)

@@ -6,7 +6,7 @@ from .experts import Experts, FFNExperts, Origin, SwiGLUExperts
 from .install import build_router, install_moe
 from .layer import MoELayer
 from .lora import LoRAExperts
-from .losses import load, load_balance, pair_counts, z_loss
+from .losses import auxiliary_loss, load, load_balance, pair_counts, z_loss
 from .records import Context, LayerRecord, current_context, record, routing_context
 from .router import OneExpert, Router, TopK
 from .routing import Routing
@@ -34,6 +34,7 @@ __all__ = [
     "Routing",
     "SwiGLUExperts",
     "TopK",
+    "auxiliary_loss",
     "build_router",
     "combine_weights",
     "copy_experts",

@@ -12,38 +12,63 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .config import MoEConfig
 from .records import LayerRecord
 
 
-def load_balance(records: LayerRecord | Sequence[LayerRecord], load_LE: Tensor | None = None) -> Tensor:
+def auxiliary_loss(
+    moe: MoEConfig,
+    records: Sequence[LayerRecord],
+    load_LE: Tensor | None = None,
+    tokens: Tensor | float | None = None,
+) -> Tensor:
+    """The configured auxiliary losses, weighted and summed over the recorded layers (at least one): 0-d.
+
+    ``load_LE`` and ``tokens`` as in ``load_balance``.
+    """
+    total = records[0].routing.logits_TE.new_zeros(())
+    if moe.balance_coef:
+        total = total + moe.balance_coef * load_balance(records, load_LE, tokens).sum()
+    if moe.z_coef:
+        total = total + moe.z_coef * z_loss(records, tokens).sum()
+    return total
+
+
+def load_balance(
+    records: LayerRecord | Sequence[LayerRecord],
+    load_LE: Tensor | None = None,
+    tokens: Tensor | float | None = None,
+) -> Tensor:
     """Load-balance loss E * sum_i f_i P_i (Fedus et al., arXiv 2101.03961, eq. 4); 1 at uniform routing,
     differentiable in P.
 
     Args:
         records: one record, or one per layer.
         load_LE: [L, E] shares f to use in place of this batch's, for balance over a global batch.
+        tokens: what P is divided by in place of this batch's tokens. With the mean number of tokens of a
+            rank, and f of all ranks, the mean over the ranks is the loss of the global batch.
 
     Returns:
         [L], or a scalar for a single record. Zero where every token is padding.
     """
     if isinstance(records, LayerRecord):
-        return _balance(records, None if load_LE is None else load_LE.reshape(-1))
+        return _balance(records, None if load_LE is None else load_LE.reshape(-1), tokens)
     if not records:
         return torch.zeros(0)
     return torch.stack(
-        [_balance(one, None if load_LE is None else load_LE[i]) for i, one in enumerate(records)]
+        [_balance(one, None if load_LE is None else load_LE[i], tokens) for i, one in enumerate(records)]
     )
 
 
-def z_loss(records: LayerRecord | Sequence[LayerRecord]) -> Tensor:
+def z_loss(records: LayerRecord | Sequence[LayerRecord], tokens: Tensor | float | None = None) -> Tensor:
     """Router z-loss, mean of logsumexp(logits)^2 (Zoph et al., arXiv 2202.08906, eq. 5): [L], or a scalar for
-    a single record."""
+    a single record. ``tokens`` as in ``load_balance``."""
     if isinstance(records, LayerRecord):
         z_T = records.routing.logits_TE.logsumexp(dim=-1).square()
-        return _mean(z_T[:, None], _real(records))[0]
+        return _mean(z_T[:, None], _real(records), tokens)[0]
     if not records:
         return torch.zeros(0)
-    return torch.stack([z_loss(one) for one in records])
+    return torch.stack([z_loss(one, tokens) for one in records])
 
 
 @overload
@@ -90,9 +115,10 @@ def pair_counts(record: LayerRecord, by_modality: bool = False) -> Tensor | dict
     }
 
 
-def _balance(record: LayerRecord, load_E: Tensor | None) -> Tensor:
+def _balance(record: LayerRecord, load_E: Tensor | None, tokens: Tensor | float | None) -> Tensor:
     share_E = load(record) if load_E is None else load_E
-    return record.routing.num_experts * (share_E * _mean(record.routing.probs_TE, _real(record))).sum()
+    mean_E = _mean(record.routing.probs_TE, _real(record), tokens)
+    return record.routing.num_experts * (share_E * mean_E).sum()
 
 
 def _real(record: LayerRecord) -> Tensor | None:
@@ -100,11 +126,11 @@ def _real(record: LayerRecord) -> Tensor | None:
     return None if pad_T is None else ~pad_T.reshape(-1).bool()
 
 
-def _mean(values_TX: Tensor, real_T: Tensor | None) -> Tensor:
+def _mean(values_TX: Tensor, real_T: Tensor | None, tokens: Tensor | float | None = None) -> Tensor:
     if real_T is None:
-        return values_TX.sum(dim=0) / max(values_TX.shape[0], 1)
+        return values_TX.sum(dim=0) / (max(values_TX.shape[0], 1) if tokens is None else tokens)
     real_T1 = real_T[:, None].to(values_TX.dtype)
-    return (values_TX * real_T1).sum(dim=0) / real_T1.sum().clamp(min=1)
+    return (values_TX * real_T1).sum(dim=0) / (real_T1.sum().clamp(min=1) if tokens is None else tokens)
 
 
 def _shares(count_E: Tensor) -> Tensor:

@@ -2,8 +2,15 @@
 
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed import all_gather_object, all_reduce, get_world_size, is_available, is_initialized
+
+
+def data_ranks(trainer: Trainer) -> tuple[int, int]:
+    """How many processes take batches of their own, and which of them this one is."""
+    sharing = getattr(trainer.strategy, "ranks_per_batch", 1)
+    return trainer.world_size // sharing, trainer.global_rank // sharing
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
