@@ -161,3 +161,13 @@ def test_the_command_as_a_process():
     done = subprocess.run([sys.executable, "-m", "unimoe", "chta"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("unimoe: error: unknown verb 'chta'") and done.stderr.count("\n") == 1
+
+
+def test_what_needs_no_model_does_not_wait_for_torch():
+    code = """
+import sys
+from unimoe import cli
+print(*[cli.main([word]) for word in ("--help", "--version", "chta")], "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 0 2 False", done.stderr

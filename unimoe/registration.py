@@ -1,4 +1,4 @@
-"""Making our classes known to transformers."""
+"""The model's classes, made known to the Auto classes; imported when one of them is first asked for."""
 
 from transformers import (
     AutoConfig,
@@ -12,11 +12,10 @@ from .configuration import UniMoeConfig
 from .modeling import UniMoeForConditionalGeneration, UniMoeModel
 from .processing import UniMoeProcessor
 
+__all__ = ["UniMoeConfig", "UniMoeForConditionalGeneration", "UniMoeModel", "UniMoeProcessor"]
 
-def register() -> None:
-    """Register the model with the Auto classes. Safe to call twice."""
-    AutoConfig.register("unimoe", UniMoeConfig, exist_ok=True)
-    AutoModel.register(UniMoeConfig, UniMoeModel, exist_ok=True)
-    AutoModelForImageTextToText.register(UniMoeConfig, UniMoeForConditionalGeneration, exist_ok=True)
-    AutoModelForMultimodalLM.register(UniMoeConfig, UniMoeForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(UniMoeConfig, UniMoeProcessor, exist_ok=True)
+AutoConfig.register("unimoe", UniMoeConfig, exist_ok=True)
+AutoModel.register(UniMoeConfig, UniMoeModel, exist_ok=True)
+AutoModelForImageTextToText.register(UniMoeConfig, UniMoeForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(UniMoeConfig, UniMoeForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(UniMoeConfig, UniMoeProcessor, exist_ok=True)
