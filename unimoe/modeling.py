@@ -169,6 +169,8 @@ class UniMoeModel(UniMoePreTrainedModel):
         Args:
             input_ids: [B, T], media placeholders expanded to one for each media token.
             attention_mask: [B, T], 0 on padding (with a cache: [B, past + T]).
+            position_ids: [B, T]; without an ``attention_mask`` a sample begins wherever they do not go on by
+                one, and attends to itself only (packing).
             inputs_embeds: [B, T, H], from :meth:`embed`, with the media in their places; ``input_ids`` beside
                 them only tell the modality of each token.
             pixel_values: [M, 3, height, width], the pictures of all rows in order.
@@ -194,6 +196,8 @@ class UniMoeModel(UniMoePreTrainedModel):
             inputs_embeds = self.embed(input_ids, encoded_media, **raw)
         elif encoded_media or any(value is not None for value in raw.values()):
             raise ValueError("media need input_ids alone: their placeholders say where the media tokens go")
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            kwargs.setdefault("use_cache", False)  # only without a cache are packed samples told apart
         with routing_context(self.token_context(input_ids, attention_mask, inputs_embeds)):
             outputs = self.language_model(
                 attention_mask=attention_mask,

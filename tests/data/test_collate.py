@@ -8,6 +8,9 @@ from torch.utils.data import DataLoader
 from unimoe.data import Collator, ModalityBatchSampler, parse_record
 from unimoe.data.collate import IGNORED
 from unimoe.errors import UserError
+from unimoe.moe import record
+from unimoe.moe.records import join
+from unimoe.stages.module import StageModule
 from unimoe.testing import tiny_model
 
 
@@ -107,7 +110,7 @@ def test_over_long_samples(built, samples):
     message = rf"^data\.json\[1\]: the sample has {length} tokens, more than max_length 40"
     with pytest.raises(UserError, match=message):
         Collator(processor, max_length=40)([sample])
-    cut = Collator(processor, max_length=60, truncate=True)([sample])
+    cut = Collator(processor, max_length=60, too_long="cut")([sample])
     whole = Collator(processor)([sample])
     for name in ("input_ids", "labels", "attention_mask"):
         assert torch.equal(cut[name], whole[name][:, :60])
@@ -116,7 +119,17 @@ def test_over_long_samples(built, samples):
 @pytest.mark.parametrize(("index", "length"), [(1, 10), (0, 20)])
 def test_truncation_never_takes_media_or_all_answers(built, samples, index, length):
     with pytest.raises(UserError, match="would take away media or all assistant text"):
-        Collator(built[1], max_length=length, truncate=True)([samples[index]])
+        Collator(built[1], max_length=length, too_long="cut")([samples[index]])
+
+
+def test_long_samples_may_be_left_out(built, samples, caplog):
+    collator = Collator(built[1], max_length=70, too_long="drop")
+    batch = collator([*samples, samples[1]])
+    lengths = [len(built[1].encode(sample.messages)["input_ids"]) for sample in samples]
+    assert max(lengths) > 70 and len(batch["input_ids"]) == sum(length <= 70 for length in lengths)
+    (warning,) = caplog.messages  # once a sample
+    assert warning.startswith("data.json[1]: the sample has") and "it is left out (1 so far)" in warning
+    assert collator.packed(samples[1:2], 100) == collator.by_length(samples[1:2]) == []
 
 
 def test_nothing_to_learn(built):
@@ -147,3 +160,47 @@ def test_parts_of_like_length_hold_every_sample_once_and_little_padding(built, s
     assert sorted(rows) == sorted(alone) and len(parts) > 1
     for part in parts:
         assert part["attention_mask"].float().mean() >= 0.7
+
+
+@pytest.mark.parametrize("moe", [None, {"num_experts": 4, "top_k": 2, "balance_coef": 0.01, "z_coef": 1e-3}])
+def test_packed_rows_have_the_loss_and_gradients_of_the_padded_batch(tmp_path, samples, moe):
+    model, processor = tiny_model(tmp_path, moe)
+    stage = StageModule(llm="unused")
+    stage.model = model.eval()  # batch statistics of the image tower would differ
+    collator = Collator(processor)
+    lengths = [len(row[1]) for row in collator._encode(samples)]
+    results = []
+    for parts in ([collator(samples)], collator.packed(samples, sum(lengths) - 1)):
+        model.zero_grad()
+        with record() as records:
+            loss, count = stage.batch_loss(parts)
+        (loss + model.aux_loss(join(records))).backward()
+        results.append((loss, count, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (padded, supervised, grads), (packed, again, packed_grads) = results
+    assert len(parts) == 2 and {part["input_ids"].shape[0] for part in parts} == {1}
+    assert supervised == again and len(grads) == len(packed_grads) > 20
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+    for found, expected in zip(packed_grads, grads, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_sample_does_not_see_its_neighbours(built, samples):
+    model, processor = built
+    collator = Collator(processor)
+    (together,) = collator.packed(samples, 1000)
+    assert model(**together).loss.isfinite()
+    starts = (together["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) == len(samples) and (together["labels"][0, starts] == IGNORED).all()
+    embeds = model.get_input_embeddings()(together["input_ids"]).detach().requires_grad_()
+    states = model.model(inputs_embeds=embeds, position_ids=together["position_ids"]).last_hidden_state
+    states[0, starts[1] : starts[2]].sum().backward()
+    seen = embeds.grad[0].abs().sum(-1).nonzero().flatten()
+    assert (seen.min(), seen.max() + 1) == (starts[1], starts[2])
+
+
+def test_rows_are_filled(built, samples):
+    collator = Collator(built[1])
+    parts = collator.packed(samples * 8, 256)
+    lengths = [part["input_ids"].shape[1] for part in parts]
+    assert max(lengths) <= 256 and sum(lengths) > 0.85 * 256 * len(lengths)
+    assert sum((part["position_ids"] == 0).sum() for part in parts) == 8 * len(samples)

@@ -6,8 +6,9 @@ Shapes: B rows, T tokens, M encoder items (pictures, speech windows), S encoder 
 """
 
 import copy
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +21,13 @@ from .features import FeatureCache
 from .media import describe
 from .sample import Message, Part, Sample
 
+log = logging.getLogger(__name__)
+
 IGNORED = -100
 """The label of a position that is not learned."""
+
+
+TooLong = Literal["error", "cut", "drop"]
 
 
 class Collator:
@@ -39,14 +45,16 @@ class Collator:
         processor: Any,
         max_length: int | None = None,
         features: FeatureCache | None = None,
-        truncate: bool = False,
+        too_long: TooLong = "error",
     ) -> None:
-        """``processor`` is a UniMoeProcessor. A sample of more than ``max_length`` tokens is a UserError, or
-        with ``truncate`` is cut on the right, which must leave all its media and something to learn."""
+        """``processor`` is a UniMoeProcessor. A sample of more than ``max_length`` tokens is a UserError
+        ("error"), is left out of its batch with a warning ("drop"), or is cut on the right ("cut"), which
+        must leave all its media and something to learn: one of which it would not is an error."""
         self.processor = copy.copy(processor)
         self.max_length = max_length
         self.features = features
-        self.truncate = truncate
+        self.too_long: TooLong = too_long
+        self._left_out: set[str] = set()
         self._media_ids = set(processor.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values())))
         self._stored: dict[str, _StoredFeatures] = {}
         if features is not None:
@@ -76,6 +84,23 @@ class Collator:
             tokens += length
         return [self._batch(part) for part in parts]
 
+    def packed(self, samples: Sequence[Sample], length: int) -> list[dict[str, Any]]:
+        """The samples one after another in rows of up to ``length`` tokens, each row a batch [1, T] of its own.
+
+        There is no padding and no ``attention_mask``: ``position_ids`` [1, T] begin at 0 with every sample, by
+        which transformers keeps the attention inside it. A sample of more than ``length`` has its own row.
+        """
+        rows: list[list[tuple[dict[str, Any], list[int]]]] = []
+        room: list[int] = []
+        for row in sorted(self._encode(samples), key=lambda row: -len(row[1])):  # first fit, longest first
+            fits = next((index for index, left in enumerate(room) if len(row[1]) <= left), len(rows))
+            if fits == len(rows):
+                rows.append([])
+                room.append(length)
+            rows[fits].append(row)
+            room[fits] -= len(row[1])
+        return [self._join(row) for row in rows]
+
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Conversations that wait for an answer as one batch, padded on the left, without labels."""
         rows = [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]
@@ -87,7 +112,8 @@ class Collator:
         for sample in samples:
             one = self.processor.encode(self._messages(sample), where=sample.source)
             mask = one.pop("assistant_mask")
-            self._fit(one["input_ids"], mask, sample)
+            if not self._fit(one["input_ids"], mask, sample):
+                continue
             if not any(mask):
                 raise UserError(f"{sample.source}: there is no assistant text to learn from")
             pairs = zip(one["input_ids"], mask, strict=True)
@@ -100,6 +126,19 @@ class Collator:
         batch["labels"] = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
         return batch
 
+    def _join(self, rows: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
+        """One row out of several, with the media of all."""
+        joined: dict[str, Any] = {}
+        for encoded, _ in rows:
+            for name, items in encoded.items():
+                joined.setdefault(name, []).extend(items)
+        batch = self._pad([joined], "right")
+        del batch["attention_mask"]
+        batch["position_ids"] = torch.cat([torch.arange(len(labels)) for _, labels in rows])[None]
+        # the last token of a sample does not foretell the first of the next
+        batch["labels"] = torch.tensor([sum(([IGNORED, *labels[1:]] for _, labels in rows), [])])
+        return batch
+
     def _pad(self, rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
         batch = dict(self.processor.pad(rows, side))
         present = [kind for kind, stored in self._stored.items() if stored.outputs[0] in batch]
@@ -107,16 +146,23 @@ class Collator:
             batch["encoded_media"] = {kind: self._stored[kind].take(batch) for kind in present}
         return batch
 
-    def _fit(self, input_ids: list[int], mask: list[int], sample: Sample) -> None:
+    def _fit(self, input_ids: list[int], mask: list[int], sample: Sample) -> bool:
+        """Apply the policy for long samples, in place; False leaves the sample out."""
         if self.max_length is None or len(input_ids) <= self.max_length:
-            return
+            return True
         length = len(input_ids)
         found = f"{sample.source}: the sample has {length} tokens, more than max_length {self.max_length}"
-        if not self.truncate:
-            raise UserError(f"{found}; raise max_length, set truncate, or leave the sample out")
+        if self.too_long == "error":
+            raise UserError(f"{found}; raise max_length, or set too_long to cut or drop")
+        if self.too_long == "drop":
+            if sample.source not in self._left_out:
+                self._left_out.add(sample.source)
+                log.warning("%s; it is left out (%d so far)", found, len(self._left_out))
+            return False
         if self._media_ids.intersection(input_ids[self.max_length :]) or not any(mask[: self.max_length]):
             raise UserError(f"{found}, and cutting it would take away media or all assistant text")
         del input_ids[self.max_length :], mask[self.max_length :]
+        return True
 
     def _messages(self, sample: Sample) -> list[Message]:
         """The messages with stored features, where there is a cache, in the place of media."""
