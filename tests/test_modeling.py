@@ -9,13 +9,20 @@ from transformers import AutoModelForMultimodalLM
 
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoELayer, record
-from unimoe.testing import IMAGE, tiny_model
+from unimoe.testing import AUDIO, IMAGE, SPEECH, VIDEO, tiny_model
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def built(request, tmp_path_factory):
     moe = {"num_experts": 4, "top_k": 2, "placement": "interval"} if request.param == "moe" else None
     return tiny_model(tmp_path_factory.mktemp(request.param), moe)
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    """A mixture that takes all media."""
+    media = {"image": IMAGE, "video": VIDEO, "speech": SPEECH, "audio": AUDIO}
+    return tiny_model(tmp_path_factory.mktemp("every"), {"num_experts": 4, "top_k": 2}, **media)
 
 
 def image(color):
@@ -25,6 +32,14 @@ def image(color):
 def speech(seconds, seed=0):
     sound = np.random.default_rng(seed).normal(0, 0.1, int(16_000 * seconds)).astype(np.float32)
     return {"type": "speech", "speech": sound}
+
+
+def audio(seconds, seed=0):
+    return {"type": "audio", "audio": speech(seconds, seed)["speech"]}
+
+
+def video(*colors):
+    return {"type": "video", "video": [image(color)["image"] for color in colors]}
 
 
 def text(value):
@@ -39,6 +54,22 @@ CONVERSATIONS = [
 ]
 
 
+EVERY = [
+    [{"role": "user", "content": [video("red", "blue"), text("what first?")]}],
+    [{"role": "user", "content": [audio(31), text("what is heard?")]}],
+    [
+        {
+            "role": "user",
+            "content": [
+                image("red"), audio(0.4, 2), text("and"), video("green", "red", "blue"),
+                image("blue"), speech(0.6, 3), video("blue"), audio(0.9, 4),
+            ],
+        }
+    ],
+    *CONVERSATIONS[2:],
+]  # fmt: skip
+
+
 def batch(processor, rows):
     return processor.apply_chat_template(rows, tokenize=True, add_generation_prompt=True)
 
@@ -50,6 +81,39 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(built):
         for row, conversation in enumerate(CONVERSATIONS):
             alone = model(**batch(processor, [conversation])).logits[0]
             torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_all_media_in_one_batch_equal_their_samples_one_by_one(every):
+    model, processor = every
+    with torch.no_grad():
+        together = model(**batch(processor, EVERY)).logits
+        for row, conversation in enumerate(EVERY):
+            alone = model(**batch(processor, [conversation])).logits[0]
+            torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_order_of_frames_and_of_media_matters(every):
+    model, processor = every
+    first, last = EVERY[2][0]["content"], []
+    with torch.no_grad():
+        for content in (
+            first,
+            [*first[:3], video("blue", "red", "green"), *first[4:]],
+            [first[4], *first[1:4], first[0], *first[5:]],
+        ):
+            last.append(model(**batch(processor, [[{"role": "user", "content": content}]])).logits[0, -1])
+    assert (last[0] - last[1]).abs().max() > 1e-4 and (last[0] - last[2]).abs().max() > 1e-4
+
+
+def test_several_answers_see_the_same_media_of_every_kind(every):
+    model, processor = every
+    inputs = batch(processor, EVERY[:3])
+    settings = {"do_sample": True, "output_logits": True, "return_dict_in_generate": True}
+    logits = model.generate(**inputs, num_return_sequences=2, max_new_tokens=1, **settings).logits[0]
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+    torch.testing.assert_close(logits[::2], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[1::2], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_generation_in_a_batch_equals_generation_alone(built):

@@ -6,12 +6,19 @@ from transformers import AutoProcessor
 import unimoe  # noqa: F401  (registers the processor)
 from unimoe.errors import UserError
 from unimoe.processing import UniMoeProcessor
-from unimoe.testing import tiny_model
+from unimoe.testing import AUDIO, IMAGE, SPEECH, VIDEO, tiny_model
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))[1]
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    """A processor of all media."""
+    media = {"image": IMAGE, "video": VIDEO, "speech": SPEECH, "audio": AUDIO}
+    return tiny_model(tmp_path_factory.mktemp("every"), **media)[1]
 
 
 def picture(color="red", size=(90, 60)):
@@ -96,6 +103,60 @@ def test_long_speech_is_cut_in_windows(processor):
     assert [tensor.shape[-1] for tensor in encoded["speech_features"]] == [3000, 100]
     speech = processor.tokenizer.convert_tokens_to_ids("<speech>")
     assert encoded["input_ids"].count(speech) == 300 + 10
+
+
+def test_media_stand_where_the_conversation_has_them(every):
+    parts = [
+        {"type": "audio", "audio": sound(0.5)},
+        text("a"),
+        {"type": "image", "image": picture()},
+        {"type": "video", "video": [picture("blue"), picture("green")]},
+        {"type": "image", "image": picture("green")},
+        text("b"),
+        {"type": "speech", "speech": sound(0.2)},
+        {"type": "video", "video": [picture()] * 9},
+    ]
+    encoded = every.encode(user(*parts))
+    expected = "<audio>" * 3 + "a" + "<image>" * 4 + "<video>" * 2 + "<image>" * 4 + "b" + "<speech>" * 2
+    assert f"user\n{expected}{'<video>' * 4}<|im_end|>" in every.tokenizer.decode(encoded["input_ids"])
+    assert [tuple(video.shape) for video in encoded["video_pixels"]] == [(2, 3, 64, 64), (4, 3, 64, 64)]
+    prompt = "<video>a<speech><image>"
+    given = {"images": [picture()], "videos": [[picture()] * 2], "speech": sound(0.2)}
+    assert every.tokenizer.decode(every(prompt, **given)["input_ids"][0]) == (
+        "<video>" * 2 + "a" + "<speech>" * 2 + "<image>" * 4
+    )
+
+
+def test_videos_of_different_lengths_share_a_batch(every):
+    rows = [user({"type": "video", "video": [picture()] * count}) for count in (1, 3)]
+    batch = every.apply_chat_template(rows, tokenize=True)
+    assert batch["video_pixels"].shape == (2, 3, 3, 64, 64) and batch["video_frames"].tolist() == [1, 3]
+    assert not batch["video_pixels"][0, 1:].any()
+
+
+@pytest.mark.parametrize(("seconds", "windows"), [(30, 1), (31, 2), (65, 3)])
+def test_a_q_former_gives_its_queries_for_each_window(every, seconds, windows):
+    """Uni-MoE's 50, 100 and 150 tokens with 50 queries (here 3)."""
+    encoded = every.encode(user({"type": "audio", "audio": sound(seconds)}))
+    assert every.tokenizer.decode(encoded["input_ids"]).count("<audio>") == 3 * windows
+
+
+def test_the_longest_sound_is_announced(every, caplog):
+    encoded = every.encode(user({"type": "audio", "audio": np.zeros(11 * 60 * 16_000)}), where="x.json:3")
+    assert len(encoded["audio_features"]) == 20
+    assert (
+        "x.json:3: the sound given in memory lasts 660 s; what comes after 600 s is left out" in caplog.text
+    )
+
+
+def test_a_sound_in_memory_is_resampled(every):
+    part = {"type": "audio", "audio": sound(2)[: 2 * 8000], "sampling_rate": 8000}
+    assert every.encode(user(part))["audio_frames"][0] == 200
+
+
+def test_one_sample_is_heard(every):
+    encoded = every.encode(user({"type": "speech", "speech": np.zeros(1)}))
+    assert encoded["speech_frames"][0] == 10 and "<speech>" in every.tokenizer.decode(encoded["input_ids"])
 
 
 def test_batches_pad_left_for_answers_and_right_for_learning(processor):

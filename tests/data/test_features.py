@@ -9,7 +9,7 @@ from PIL import Image
 
 from unimoe.data import Collator, FeatureCache, parse_record
 from unimoe.errors import UserError
-from unimoe.testing import tiny_model
+from unimoe.testing import AUDIO, SPEECH, VIDEO, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,25 @@ def test_the_model_computes_the_same_from_stored_features(built, folder, samples
         expected, found = model(**live), model(**stored)
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_videos_and_a_sound_of_two_kinds(folder, tmp_path):
+    media = {"video": VIDEO, "speech": SPEECH, "audio": AUDIO}
+    model, processor = tiny_model(tmp_path, **media)
+    turns = [{"role": "user", "content": "<video><video>"}, {"role": "assistant", "content": "A fox."}]
+    videos = [["a.png", "b.png", "c.png"], ["b.png"]]
+    heard = [{"role": "user", "content": "<audio><speech>"}, {"role": "assistant", "content": "A fox."}]
+    samples = [
+        parse_record({"videos": videos, "messages": turns}, "f[0]", folder),
+        parse_record({"audio": "short.wav", "speech": "short.wav", "messages": heard}, "f[1]", folder),
+    ]
+    cache = make((model, processor), folder)
+    assert cache.fill(samples) == 4
+    live, stored = Collator(processor)(samples), Collator(processor, features=cache)(samples)
+    features, lengths = stored["encoded_media"]["video"]
+    assert features.shape[:2] == (2, 12) and lengths.tolist() == [12, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**stored).logits, model(**live).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_stored_media_are_not_decoded(built, folder, samples, monkeypatch):

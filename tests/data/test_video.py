@@ -1,4 +1,6 @@
 import io
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +16,17 @@ av = pytest.importorskip("av")
 
 def encode(frames, format="mp4", codec="mpeg4", rate=10, gop=12, **options):
     """A video whose n-th frame is ``frames[n]`` grey."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=format, options=options) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.gop_size, stream.pix_fmt = 64, 48, gop, "yuv420p"
-        for grey in frames:
-            picture = Image.new("RGB", (64, 48), (grey, grey, grey))
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+    with tempfile.TemporaryDirectory() as folder:  # faststart needs a file
+        file = Path(folder) / "video"
+        with av.open(str(file), "w", format=format, options=options) as container:
+            stream = container.add_stream(codec, rate=rate)
+            stream.width, stream.height, stream.gop_size = 64, 48, gop
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            for grey in frames:
+                picture = Image.new("RGB", (64, 48), (grey, grey, grey))
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode())
+        return file.read_bytes()
 
 
 GREYS = list(range(0, 250, 5))

@@ -96,13 +96,14 @@ class FeatureCache:
         Raises UserError, naming the sample, for a medium that cannot be decoded.
         """
         waiting: dict[str, tuple[Part, str]] = {}
-        seen: set[str] = set()
+        seen: set[tuple[str, str]] = set()
         for sample in samples:
             for part in sample.media():
-                if part["type"] not in self.kinds or part.get("path") in seen:
+                place = (part["type"], str(part.get("path")))
+                if part["type"] not in self.kinds or place in seen:
                     continue
                 if "path" in part:
-                    seen.add(part["path"])
+                    seen.add(place)
                 key = self.key(part, sample.source)
                 if key not in self._places:
                     waiting.setdefault(key, (part, sample.source))

@@ -29,9 +29,9 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
     """Decode an image part to RGB, upright (EXIF orientation applied), transparency laid on white.
 
     ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already opened ``image``. Of an animation
-    the first frame is taken, with a warning; 16-bit grey is scaled to 8 bits. A picture with a side of more
-    than ``longest`` pixels is scaled down to that, a JPEG while it is decoded. Raises UserError when it
-    cannot be read or decoded, or has more pixels than Pillow deems safe (179 million).
+    the first frame is taken, with a warning; grey of 16 bits or floats is scaled to 8 bits. A picture with a
+    side of more than ``longest`` pixels is scaled down to that, a JPEG while it is decoded. Raises UserError
+    when it cannot be read or decoded, or has more pixels than Pillow deems safe (179 million).
     """
     try:
         picture = part.get("image")
@@ -46,8 +46,8 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
                 picture.load()
         picture = ImageOps.exif_transpose(picture)
         if longest and max(picture.size) > longest:
-            if picture.mode == "P":
-                picture = picture.convert("RGBA")  # a palette's indices have no mean
+            if picture.mode not in ("L", "RGB", "RGBA", "CMYK"):
+                picture = _rgb(picture)  # of a palette's indices there is no mean
             picture.thumbnail((longest, longest), reducing_gap=2.0)
         return _rgb(picture)
     except UserError:
@@ -185,6 +185,9 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255
         grey = np.asarray(picture).astype(np.int64)
         picture = Image.fromarray((grey // 256 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+    elif picture.mode == "F":  # 0 to 1, or what else its numbers go up to
+        grey = np.nan_to_num(np.asarray(picture))
+        picture = Image.fromarray((255 * grey / max(1.0, float(grey.max()))).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
