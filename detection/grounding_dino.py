@@ -19,6 +19,9 @@ from .modeling import DynamicDinoForObjectDetection
 
 MODEL_TYPES = ("grounding-dino", "mm-grounding-dino")
 
+IMAGE_SIZE = [800, 1333]
+"""What every public checkpoint is evaluated at: shorter side, limit of the longer one."""
+
 RENAMED = {
     r"^model\.decoder\.(bbox|class)_embed\..*": None,  # the heads once more
     r"^model\.backbone\.conv_encoder\.model\.": "backbone.",
@@ -120,7 +123,7 @@ def convert_config(config: Any) -> DynamicDinoConfig:
         share_class_bias=not scaled or config.decoder_cls_embed_share,
         max_text_tokens=config.max_text_len,
         text_sees_start=False,
-        image_size=[800, 1333],
+        image_size=IMAGE_SIZE,
         **{name: getattr(config, name) for name in same},
     )
 

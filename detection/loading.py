@@ -1,4 +1,4 @@
-"""A finished detector: a folder from ``unimoe fit``, or one on the hub."""
+"""A finished detector: a folder of ``unimoe fit``, or public Grounding DINO weights, here or on the hub."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from unimoe.loading import HUB_ID
 
 from .build import Built
 from .configuration import DynamicDinoConfig
+from .grounding_dino import MODEL_TYPES, load_grounding_dino
 from .modeling import DynamicDinoForObjectDetection
 
 
@@ -28,6 +29,8 @@ def load_detector(model: str | Path, setting: str = "MODEL") -> Built:
     source = str(path if path.exists() else model)
     try:
         config = AutoConfig.from_pretrained(source)
+        if config.model_type in MODEL_TYPES:
+            return load_grounding_dino(source)
         if not isinstance(config, DynamicDinoConfig):
             raise UserError(f"{setting} {model} is a {config.model_type} model, expected a detector of ours")
         loaded, info = DynamicDinoForObjectDetection.from_pretrained(source, output_loading_info=True)

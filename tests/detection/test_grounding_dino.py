@@ -1,14 +1,20 @@
 """transformers' own classes are the oracle."""
 
+import json
+from importlib.resources import files
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from torch.testing import assert_close
 from transformers import BertConfig, GroundingDinoConfig
 from transformers.models.grounding_dino.modeling_grounding_dino import (
     generate_masks_with_special_tokens_and_transfer_map,
 )
 
-from unimoe.detection import DynamicDinoForObjectDetection
+from unimoe import cli
+from unimoe.detection import DynamicDinoForObjectDetection, grounding_dino
 from unimoe.detection.grounding_dino import convert, convert_config
 from unimoe.errors import UserError
 
@@ -77,6 +83,36 @@ def test_a_converted_model_is_saved_and_loaded(hf_detector, tmp_path):
     given = as_ours(inputs())
     with torch.no_grad():
         assert_close(again(**given).logits, ours(**given).logits)
+
+
+@pytest.fixture
+def public(hf_detector, tokenizer, tmp_path, monkeypatch):
+    """A folder as the hub has them; pictures are made small."""
+    monkeypatch.setattr(grounding_dino, "IMAGE_SIZE", [128, 192])
+    hf_detector("mm", num_queries=6).save_pretrained(tmp_path / "public")
+    tokenizer.save_pretrained(tmp_path / "public")
+    return tmp_path / "public"
+
+
+def test_public_weights_are_used_and_tuned_by_the_command_line(public, world, tmp_path, capsys):
+    """``configs/dynamic_dino/full_moe.yaml`` with other files, and ``unimoe detect`` before and after."""
+    shipped = Path(str(files("unimoe.configs").joinpath("dynamic_dino"))) / "full_moe.yaml"
+    run = yaml.safe_load(shipped.read_text())
+    run |= {"output": str(tmp_path / "tuned"), "trainer": {"gradient_clip_val": 0.1}}
+    run["model"]["init_from"] = str(public)
+    run["data"] |= {"train": str(world / "train.json"), "images": None, "steps": 1, "num_workers": 0}
+    run["data"]["augment"] = {"sizes": [64], "longest": 96, "crop": 0.0}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    assert cli.main(["fit", "-c", str(path)]) == 0
+    config = DynamicDinoForObjectDetection.from_pretrained(tmp_path / "tuned").config
+    assert config.moe["num_experts"] == 16 and config.enhancer == "full"
+    for model in (public, tmp_path / "tuned"):
+        capsys.readouterr()
+        args = [str(model), str(world / "0.png"), "--prompt", "cat, tree", "--threshold", "0", "--json"]
+        assert cli.main(["detect", *args]) == 0
+        (image,) = json.loads(capsys.readouterr().out)["images"]
+        assert len(image["detections"]) == 12 and image["detections"][0]["label"] in ("cat", "tree")
 
 
 def test_other_models_are_refused():

@@ -144,13 +144,14 @@ class RunCLI(LightningCLI):
             self.data_hashes |= data_hashes([files] if isinstance(files, str) else files)
         flat["content of data"] = self.data_hashes
         init_from = nested["model"].get("init_from")
-        flat["content of init_from"] = None if init_from is None else folder_hash(init_from)
+        local = init_from is not None and Path(init_from).is_dir()  # else None, or an id on the hub
+        flat["content of init_from"] = folder_hash(init_from) if local else init_from
         return flat
 
     def _compare(self) -> None:
         """Go on, begin, or stop, depending on what lies in the output folder."""
-        if self._get(self.config, "overwrite"):
-            clear(self.output)
+        if self._get(self.config, "overwrite") and not rank_zero_only.rank:
+            clear(self.output)  # before the other ranks are started
         done = read_record(self.output)
         if done is not None:
             check_same(self.output, done.settings, self.settings)
