@@ -25,6 +25,7 @@ _ENCODERS = {
     "siglip": ("transformers_image", "SiglipImageEncoder"),
     "frames": ("video", "FramesEncoder"),
     "whisper": ("whisper_speech", "WhisperSpeechEncoder"),
+    "beats": ("beats", "BeatsEncoder"),
 }
 
 C = TypeVar("C")
@@ -159,8 +160,8 @@ class SpeechEncoder(Encoder):
 def build_encoder(config: dict[str, Any]) -> Encoder:
     """Build the encoder that ``config`` describes, with random weights and without files or network.
 
-    ``config["type"]`` is one of timm, open_clip, clip, siglip, frames, whisper; the other keys are that
-    class's ``Config``. Raises UserError for an unknown type, key or model name.
+    ``config["type"]`` is one of timm, open_clip, clip, siglip, frames, whisper, beats; the other keys are
+    that class's ``Config``. Raises UserError for an unknown type, key or model name.
     """
     encoder = encoder_class(config)
     return encoder(parse_config(encoder.Config, config))

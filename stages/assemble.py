@@ -14,6 +14,7 @@ Paths are taken from the working directory, as in the stages' configurations.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,19 @@ class Manifest:
     """Folder of the result."""
 
 
-def assemble(manifest: str, output: str | None = None, overwrite: bool = False) -> None:
+def assemble(
+    manifest: str, output: str | None = None, overwrite: bool = False, moe: Sequence[str] = ()
+) -> None:
     """Build one mixture of experts out of a base model and expert folders.
 
     Args:
         manifest: YAML file that names the base, the expert of each slot, the connectors and the routing.
         output: folder of the result; default what the manifest says.
         overwrite: throw away what an earlier run left in the output.
+        moe: settings of the mixture in place of the manifest's, such as placement=all.
     """
     parsed = read_manifest(manifest)
+    parsed.moe |= _overrides(moe)
     target = output or parsed.output
     if target is None:
         raise UserError(f"{manifest}: say where the result goes: output: FOLDER, or --output")
@@ -183,6 +188,17 @@ def read_manifest(path: str | Path) -> Manifest:
     _check_keys(f"{path}: routers:", routers, _names(RouterStart))
     slots = _slots(path, content.get("experts"))
     return Manifest(**{**content, "experts": slots, "routers": RouterStart(**routers)})
+
+
+def _overrides(moe: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings of the mixture, values read as YAML."""
+    settings = {}
+    for text in moe:
+        key, equals, value = text.partition("=")
+        if not equals or key == "num_experts":
+            raise UserError(f"--moe {text}: expected KEY=VALUE, such as placement=all (not num_experts)")
+        settings[key] = yaml.safe_load(value)
+    return settings
 
 
 def _slots(path: str | Path, experts: Any) -> list[Slot]:

@@ -18,6 +18,7 @@ from unimoe.data.media import load_audio, load_image
 from unimoe.data.sample import Part
 from unimoe.data.video import load_video
 from unimoe.encoders import num_tokens
+from unimoe.encoders.beats import BeatsEncoder, fbank
 
 from .configuration import MEDIA_INPUTS
 from .errors import UserError
@@ -89,24 +90,20 @@ class VideoPreprocessor(ImagePreprocessor):
 
 
 class SoundPreprocessor:
-    """Mono sound at 16 kHz to log-mel windows of at most 30 s [mel bins, frames], 100 frames a second.
+    """Mono sound at 16 kHz to windows of at most 30 s as the encoder's spectrum [mel bins, frames].
 
-    A window is as long as its sound: a short clip costs little. Args of ``config``: ``mel_bins``,
-    ``max_windows`` (None: as many as there are).
+    A window is as long as its sound: a short clip costs little. Args of ``config``: ``spectrum`` (a key of
+    SPECTRA, default ``whisper``), ``mel_bins``, ``max_windows`` (None: as many as there are).
     """
 
     rate = 16_000
     """Samples a second."""
     window = 30 * 16_000
-    """Samples of the longest window that Whisper's encoder has positions for."""
-    hop = 160
-    """Samples from one mel frame to the next."""
-    shortest = 1_600
-    """Samples (0.1 s) to which shorter clips are padded with silence."""
+    """Samples of the longest window that the encoders have positions for."""
 
     def __init__(self, kind: str, config: dict, connector: dict):
         self.outputs = MEDIA_INPUTS[kind]
-        self.extractor = WhisperFeatureExtractor(feature_size=config["mel_bins"])
+        self.spectrum = SPECTRA[config.get("spectrum", "whisper")](config["mel_bins"])
         self.connector = connector
         most = config.get("max_windows")
         self.longest = most and most * self.window / self.rate
@@ -124,21 +121,57 @@ class SoundPreprocessor:
             raise UserError(
                 f"sound must be one channel of at least one sample, found an array of shape {sound.shape}"
             )
-        features, frames, tokens = [], [], 0
-        for start in range(0, len(sound), self.window):
-            window = sound[start : start + self.window]
-            samples = max(
-                self.shortest, math.ceil(len(window) / (2 * self.hop)) * 2 * self.hop
-            )  # an even number of frames
-            padded = np.pad(window, (0, samples - len(window)))
-            mel = self.extractor(
-                padded, sampling_rate=self.rate, padding="do_not_pad", truncation=False, return_tensors="pt"
-            )
-            features.append(mel["input_features"][0])
-            frames.append(torch.tensor(features[-1].shape[-1]))
-            tokens += num_tokens(self.connector, math.ceil(features[-1].shape[-1] / 2))
+        windows = [sound[start : start + self.window] for start in range(0, len(sound), self.window)]
+        features = [self.spectrum(window) for window in windows]
+        frames = [torch.tensor(one.shape[-1]) for one in features]
+        tokens = sum(num_tokens(self.connector, self.spectrum.positions(one.shape[-1])) for one in features)
         return dict(zip(self.outputs, (features, frames), strict=True)), tokens
 
+
+class WhisperSpectrum:
+    """Whisper's log-mel, 100 frames a second, an even number of them."""
+
+    step = 2 * 160
+    """Samples of two frames, which make one position."""
+    shortest = 1_600
+    """Samples (0.1 s) to which shorter clips are padded with silence."""
+
+    def __init__(self, mel_bins: int):
+        self.extractor = WhisperFeatureExtractor(feature_size=mel_bins)
+
+    def __call__(self, window: np.ndarray) -> Tensor:
+        """[mel bins, frames] of [samples]."""
+        samples = max(self.shortest, math.ceil(len(window) / self.step) * self.step)
+        padded = np.pad(window, (0, samples - len(window)))
+        mel = self.extractor(
+            padded, sampling_rate=16_000, padding="do_not_pad", truncation=False, return_tensors="pt"
+        )
+        return mel["input_features"][0]
+
+    @staticmethod
+    def positions(frames: int) -> int:
+        """Encoder positions of so many frames."""
+        return math.ceil(frames / 2)
+
+
+class BeatsSpectrum:
+    """Kaldi's filter bank as BEATs wants it; see :func:`unimoe.encoders.beats.fbank`."""
+
+    shortest = 2_800
+    """Samples of 16 frames, one patch, to which shorter clips are padded with silence."""
+    positions = staticmethod(BeatsEncoder.num_tokens)
+    """Encoder positions of so many frames."""
+
+    def __init__(self, mel_bins: int):
+        if mel_bins != BeatsEncoder.num_mel_bins:
+            raise UserError(f"mel_bins is {mel_bins}, expected {BeatsEncoder.num_mel_bins} for BEATs")
+
+    def __call__(self, window: np.ndarray) -> Tensor:
+        """[mel bins, frames] of [samples]."""
+        return fbank(torch.from_numpy(np.pad(window, (0, max(0, self.shortest - len(window))))))
+
+
+SPECTRA: dict[str, Any] = {"whisper": WhisperSpectrum, "beats": BeatsSpectrum}
 
 PREPROCESSORS: dict[str, Any] = {
     "image": ImagePreprocessor,

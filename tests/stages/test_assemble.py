@@ -63,6 +63,17 @@ def test_copies_answer_as_the_dense_model(aligned, tmp_path):
     torch.testing.assert_close(sparse(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_the_command_line_overrides_the_mixture(manifest, tmp_path):
+    path = write(tmp_path / "m.yaml", **manifest)
+    assemble(path, moe=["placement=[1]", "gating=softmax_topk", "renormalize=false"])
+    model, _ = load_model(tmp_path / "assembled")
+    assert list(moe_layers(model)) == [1]
+    routing = model.config.moe or {}
+    assert (routing["gating"], routing["renormalize"], routing["top_k"]) == ("softmax_topk", False, 2)
+    with pytest.raises(UserError, match="--moe num_experts=2: expected KEY=VALUE"):
+        assemble(path, moe=["num_experts=2"])
+
+
 def test_what_no_layer_takes_up_is_said(manifest, tmp_path, caplog):
     assemble(write(tmp_path / "m.yaml", **manifest))
     assert "left out" not in caplog.text

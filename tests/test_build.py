@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from unimoe.build import add_modalities
+from unimoe.errors import UserError
+from unimoe.loading import load_model
+from unimoe.testing import IMAGE, SPEECH, tiny_model
+
+
+def test_a_finished_model_gets_a_further_medium(tmp_path):
+    model, processor = tiny_model(tmp_path, image=IMAGE)
+    with pytest.raises(UserError, match="takes no speech"):
+        encode_speech(processor)
+    ids = torch.arange(10, 40)[None]
+    before = model(input_ids=ids).logits
+    processor = add_modalities(model, processor, {"speech": SPEECH})
+    assert torch.equal(model(input_ids=ids).logits, before)
+    model.save_pretrained(tmp_path / "both")
+    processor.save_pretrained(tmp_path / "both")
+    loaded, processor = load_model(tmp_path / "both", device="cpu", hub=False)
+    batch = processor.pad([encode_speech(processor)])
+    assert (batch["input_ids"] == loaded.config.speech_token_id).sum() == 10
+    assert loaded(**batch).logits.shape[1] == batch["input_ids"].shape[1]
+
+
+def test_a_medium_is_added_once(tmp_path):
+    model, processor = tiny_model(tmp_path, image=IMAGE)
+    with pytest.raises(UserError, match="modalities.image: the model has image already"):
+        add_modalities(model, processor, {"image": IMAGE})
+
+
+def encode_speech(processor):
+    sound = {"type": "speech", "speech": torch.zeros(16000).numpy()}
+    return processor.encode([{"role": "user", "content": [sound, {"type": "text", "text": "What?"}]}])
