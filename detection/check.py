@@ -7,7 +7,8 @@ from typing import Any
 from unimoe.errors import UserError
 
 from .dataset import DetectionSet, Fault
-from .formats import read_detection, yolo_file, yolo_splits
+from .formats import read_detection
+from .yolo import yolo_file, yolo_splits
 
 
 @dataclass

@@ -4,7 +4,8 @@ Shapes: M objects of an image.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from unimoe.data.media import load_image
 from unimoe.errors import UserError
+
+from .prompt import clean_name
 
 _ORIENTATION = 0x0112  # EXIF
 
@@ -103,8 +106,8 @@ class DetectionSet:
     """The images of one file."""
 
     path: Path
-    samples: list[DetectionSample]
-    categories: list[Category]
+    samples: list[DetectionSample] = field(default_factory=list)
+    categories: list[Category] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -150,6 +153,38 @@ class DetectionSet:
                 **facts,
             )
         )
+
+    @contextmanager
+    def entry(self, where: str) -> Iterator[None]:
+        """What is wrong with the shape of an entry becomes a fault."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            self.fault("malformed", where, what)
+
+    def rows_by_id(self) -> dict[int, int]:
+        """Category id -> its row; faults for ids that are used twice and names that are empty."""
+        row_of: dict[int, int] = {}
+        for row, category in enumerate(self.categories):
+            where = f"category {category.id}"
+            if category.id in row_of:
+                other = self.categories[row_of[category.id]].name
+                self.fault("duplicate category id", where, f"{category.name!r} has the id of {other!r}")
+            if not clean_name(category.name):
+                self.fault("empty name", where, f"found the name {category.name!r}, expected words")
+            row_of[category.id] = row
+        return row_of
+
+    def find(self, name: str, images: Path | None, where: str) -> Path:
+        """Where a picture lies: in ``images``, or else near the file; a fault if nowhere."""
+        near = [self.path.parent, self.path.parent / "images", self.path.parent.parent]
+        roots = [images] if images else near
+        for root in roots:
+            if (root / name).is_file():
+                return root / name
+        self.fault("missing image", where, f"no picture {roots[0] / name}; is the folder of images right?")
+        return roots[0] / name
 
     def ground_truth(self) -> dict[str, Any]:
         """The COCO dictionary to evaluate against: the file's own if it is one, else made of the samples.

@@ -93,6 +93,26 @@ def test_odvg(folder: Path):
         data.ground_truth()
 
 
+@pytest.mark.parametrize("name", ["set_label_map.json", "label_map.json"])
+def test_odvg_with_a_label_map(folder: Path, name):
+    """Classes that no object has are there too, to be asked for as absent; ids may have gaps."""
+    (folder / name).write_text('{"0": "cat", "3": "red car", "9": "dog"}')
+    line = {"filename": "a.png", "detection": {"instances": [{"bbox": [1, 2, 3, 4], "label": 3}]}}
+    path = folder / "set.jsonl"
+    path.write_text(json.dumps(line))
+    data = read_detection(path)
+    assert [(one.id, one.name) for one in data.categories] == [(0, "cat"), (3, "red car"), (9, "dog")]
+    assert data.samples[0].category_M.tolist() == [1]
+    path.write_text(json.dumps(line).replace('"label": 3', '"label": 4'))
+    with pytest.raises(
+        UserError, match="line 1: an object has no category, and its label 4 is in no label map"
+    ):
+        read_detection(path)
+    (folder / name).write_text("[1]")
+    with pytest.raises(UserError, match="label_map.json: expected a label map such as"):
+        read_detection(path)
+
+
 def test_yolo(folder: Path):
     """Boxes and polygons, an image without labels, and a path of another machine."""
     (folder / "labels").mkdir()
