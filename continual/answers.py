@@ -8,6 +8,7 @@ import torch
 from unimoe.continual.strategies import Strategy
 from unimoe.continual.strategies.dymoe import IncMoELoRA
 from unimoe.generate import generate, to_device
+from unimoe.training.loss import last_hidden
 
 from .guidance import TYPES
 from .questions import Question
@@ -57,7 +58,7 @@ def routing_of(strategy: IncMoELoRA, task: Experience, samples: int = 32) -> dic
     for question in task.questions[:samples]:
         batch = to_device(learner.collator.prompts([question.sample]), learner.device)
         with guide.collect(None):
-            learner.hidden(batch)
+            last_hidden(learner.model, batch)
     return by_block(guide.take(), TYPES)
 
 

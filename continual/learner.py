@@ -1,6 +1,6 @@
 """The model that learns: a frozen base with adapters on its decoder, and what strategies ask of it.
 
-Shapes: B rows, T tokens of a row, S supervised tokens, H hidden size, V vocabulary.
+Shapes: B rows, T tokens of a row.
 """
 
 import logging
@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from unimoe.data import Collator, FeatureCache, Sample
-from unimoe.data.collate import IGNORED
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.modeling import UniMoeForConditionalGeneration
@@ -154,27 +152,6 @@ class Learner:
         for block in self.decoder.modules():
             if hasattr(block, "gradient_checkpointing"):
                 block.training = on  # blocks recompute in training mode only; their parts stay as they are
-
-    def hidden(self, part: dict[str, Any]) -> Tensor:
-        """[B, T, H] last hidden states of a batch."""
-        inputs = {name: value for name, value in part.items() if name != "labels"}
-        return self.model.model(**inputs, use_cache=False).last_hidden_state
-
-    def answer_logits(self, part: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits [S, V] in float32 and labels [S] at the supervised positions alone."""
-        labels_BT = part["labels"]
-        keep_BT = labels_BT[:, 1:] != IGNORED
-        logits_SV = self.model.head(self.hidden(part)[:, :-1][keep_BT]).float()
-        return logits_SV, labels_BT[:, 1:][keep_BT]
-
-    def cross_entropy(self, batch: list[dict[str, Any]]) -> Tensor:
-        """Mean over the supervised tokens of all parts of a batch."""
-        total, count = torch.zeros((), device=self.device), 0
-        for part in batch:
-            logits_SV, labels_S = self.answer_logits(part)
-            total = total + F.cross_entropy(logits_SV, labels_S, reduction="sum")
-            count += len(labels_S)
-        return total / max(count, 1)
 
 
 def real_tokens(part: dict[str, Any]) -> Tensor | None:

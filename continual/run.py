@@ -1,10 +1,10 @@
 """A continual run: every task in order, an accuracy-matrix row after each, resumable at any moment.
 
-    OUTPUT/run.json              settings, identity of stream and base; a run goes on with the same
-    OUTPUT/01-animals/           last.ckpt while it trains; then state.pt, metrics.csv, routing.jsonl,
-                                 row.json
-    OUTPUT/matrix.json, .csv     accuracy matrix, rows as they come
-    OUTPUT/result.json           metrics, parameters, seconds; written last
+OUTPUT/run.json              settings, identity of stream and base; a run goes on with the same
+OUTPUT/01-animals/           last.ckpt while it trains; then state.pt, metrics.csv, routing.jsonl,
+                             row.json
+OUTPUT/matrix.json, .csv     accuracy matrix, rows as they come
+OUTPUT/result.json           metrics, parameters, seconds; written last
 """
 
 import json

@@ -9,6 +9,7 @@ from torch import Tensor
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
+from unimoe.training.loss import answer_loss
 
 
 class Strategy:
@@ -58,7 +59,8 @@ class Strategy:
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """What is minimised at a step (0-based) out of ``steps``."""
-        return self.learner.cross_entropy(batch)
+        total, count = answer_loss(self.learner.model, batch)
+        return total / max(count, 1)
 
     def before_step(self) -> None:
         """Between backward and the optimizer's step."""

@@ -10,6 +10,7 @@ from unimoe.continual.learner import Learner, real_tokens
 from unimoe.continual.router import CosineTopK
 from unimoe.continual.routing_log import by_block
 from unimoe.continual.stream import Experience
+from unimoe.training.loss import answer_logits, last_hidden
 
 from .base import Strategy
 
@@ -55,7 +56,7 @@ class IncMoELoRA(Strategy):
         routing = torch.zeros((), device=self.learner.device)
         for part in batch:
             with self.guide.collect(real_tokens(part)) as terms:
-                logits_SV, labels_S = self.learner.answer_logits(part)
+                logits_SV, labels_S = answer_logits(self.learner.model, part)
             total = total + nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum")
             count += len(labels_S)
             if terms:
@@ -128,7 +129,7 @@ class DyMoE(IncMoELoRA):
         handles = [layer.register_forward_pre_hook(note(name)) for name, layer in self.learner.layers.items()]
         for sample in task.samples[:samples]:
             for part in self.learner.collate([sample]):
-                self.learner.hidden(part)
+                last_hidden(self.learner.model, part)
         for handle in handles:
             handle.remove()
         return {name: total_D / min(len(task.samples), samples) for name, total_D in sums.items()}

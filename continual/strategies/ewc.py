@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
+from unimoe.training.loss import answer_logits
 
 from .base import Strategy
 
@@ -63,7 +64,7 @@ class EWC(Strategy):
         count = min(self.samples, len(task.samples))
         for sample in random.Random(f"{self.seed}:{task.name}").sample(task.samples, count):
             (part,) = self.learner.collate([sample])
-            logits_SV, labels_S = self.learner.answer_logits(part)
+            logits_SV, labels_S = answer_logits(self.learner.model, part)
             likelihood = logits_SV.log_softmax(-1).gather(-1, labels_S[:, None]).sum()
             for name, slope in zip(
                 total,
