@@ -3,13 +3,16 @@
 unimoe fit -c configs/dynamic_dino/base.yaml [--output runs/base] [--data.steps 400] ...
 """
 
+import json
 from typing import Any
 
+from unimoe.files import atomic_write
 from unimoe.training.cli import RunCLI, run_cli
 from unimoe.training.curve import read_curve
 from unimoe.training.result import StageRecord, write_model
 
 from .datamodule import DetectionData
+from .evaluate import present
 from .loading import load_detector
 from .module import DetectionModule
 
@@ -17,7 +20,7 @@ from .module import DetectionModule
 class DetectionCLI(RunCLI):
     """:class:`~unimoe.training.cli.RunCLI` for DetectionModule and DetectionData."""
 
-    harmless_keys = ("data.num_workers", "data.cache_features")
+    harmless_keys = ("data.num_workers", "data.cache_features", "model.evaluation")
 
     def find_start(self, init_from: str) -> None:
         load_detector(init_from, "init_from")
@@ -45,6 +48,14 @@ class DetectionCLI(RunCLI):
         )
         write_model(self.output, model, module.tokenizer, record)
         return record.metrics.get("train/loss", float("nan"))
+
+    def _evaluate(self, results: Any) -> None:
+        """Also leave the detections, all numbers and the curves in ``logs/validate`` or ``logs/test``."""
+        super()._evaluate(results)
+        if self.trainer.is_global_zero:
+            module, folder = self.model, self.output / "logs" / str(self.subcommand)
+            atomic_write(folder / "detections.json", json.dumps(module.judge.results) + "\n")
+            present(module.scores, module.evaluation, folder / "scores.json", folder)
 
 
 def main(args: list[str]) -> None:

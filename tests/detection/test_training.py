@@ -42,7 +42,7 @@ def test_eight_pictures_are_learned_by_heart(settings, capsys, caplog):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_run_leaves_a_model_and_goes_on_to_experts(settings, world, tmp_path, cached):
+def test_a_run_leaves_a_model_and_goes_on_to_experts(settings, world, tmp_path, capsys, cached):
     settings["data"] |= {"steps": 2, "cache_features": cached, "copies": 2 if cached else 1}
     settings["model"]["freeze_encoders"] = True
     assert cli.main(command(settings)) == 0
@@ -63,6 +63,13 @@ def test_a_run_leaves_a_model_and_goes_on_to_experts(settings, world, tmp_path, 
         load_file(folder / "model.safetensors"),
         load_file(tmp_path / "experts" / "model.safetensors"),
     )
+    capsys.readouterr()
+    assert cli.main([*command(tuned, "validate"), "--model.evaluation", "lvis-fixed"]) == 0
+    assert "APr" in capsys.readouterr().out
+    left = tmp_path / "experts" / "logs" / "validate"
+    assert json.loads((left / "scores.json").read_text())["style"] == "lvis-fixed"
+    assert len(json.loads((left / "detections.json").read_text())) == 8 * 12 * 4
+
     changed = {name for name in before.keys() & after.keys() if not before[name].equal(after[name])}
     assert any("decoder.box_heads" in name for name in changed)
     assert not any(name.startswith(("backbone", "text_", "selection")) for name in changed)
@@ -87,7 +94,7 @@ def test_mistakes_are_errors(settings, capsys, tmp_path):
     assert cli.main([*command(settings), "--system", "detector"]) == 2
     assert "expected one of stages, detection" in capsys.readouterr().err
     assert cli.main([*command(settings), "--data.train", str(tmp_path / "no.json")]) == 2
-    assert "no.json is not there" in capsys.readouterr().err
+    assert "there is no data file" in capsys.readouterr().err
     assert not Path(settings["output"]).exists()
 
 
