@@ -1,6 +1,6 @@
 """Encoders of images and speech, and the connectors that lead into the language model."""
 
-from .connector import Connector, ConnectorConfig, build_connector, fill_connector, num_tokens
+from .connector import Connector, ConnectorConfig, build_connector, copy_connector, fill_connector, num_tokens
 from .encoder import Encoder, ImageEncoder, SpeechEncoder, build_encoder, load_encoder
 from .ridge import ridge_init, ridge_map
 
@@ -12,6 +12,7 @@ __all__ = [
     "SpeechEncoder",
     "build_connector",
     "build_encoder",
+    "copy_connector",
     "fill_connector",
     "load_encoder",
     "num_tokens",

@@ -219,6 +219,20 @@ def connector_of(config: ConnectorConfig, in_features: int, out_features: int) -
     return MLPConnector(config, in_features, out_features)
 
 
+def copy_connector(connector: Connector, source: Connector) -> None:
+    """Let ``connector`` start as ``source``; over the frames of a video, each frame starts as a picture.
+
+    Raises UserError when they are of another shape.
+    """
+    target = getattr(connector, "frame", connector)
+    own, found = (
+        {name: list(tensor.shape) for name, tensor in one.state_dict().items()} for one in (target, source)
+    )
+    if own != found:
+        raise UserError(f"connector {connector.config.type}: weights have shapes {found}, expected {own}")
+    target.load_state_dict(source.state_dict())
+
+
 def fill_connector(connector: Connector, weights: str) -> None:
     """Give a fresh connector the weights that its configuration names: a Whisper decoder's, for a causal
     Q-Former (:func:`~.whisper_qformer.load_whisper_decoder`). Raises UserError for any other connector."""

@@ -29,6 +29,25 @@ def test_a_medium_is_added_once(tmp_path):
         add_modalities(model, processor, {"image": IMAGE})
 
 
+def test_frames_start_as_pictures(tmp_path):
+    model, processor = tiny_model(tmp_path, image=IMAGE)
+    video = {
+        "encoder": {"type": "frames", "image": IMAGE["encoder"], "frames": 8},
+        "connector": {**IMAGE["connector"], "time": "mean", "weights": "image"},
+    }
+    add_modalities(model, processor, {"video": video})
+    assert "weights" not in (model.config.modalities or {})["video"]["connector"]
+    features = torch.randn(1, 8, 4, model.model.encoders["image"].hidden_size)
+    with torch.no_grad():
+        tokens = model.model.connectors["video"](features.flatten(1, 2))[0]
+        frames = model.model.connectors["image"](features[0])[0]
+    torch.testing.assert_close(tokens[0], frames.mean(0))
+    other = {**video, "connector": {"type": "mlp", "time": "mean", "weights": "image"}}
+    del model.model.encoders["video"]
+    with pytest.raises(UserError, match="weights have shapes"):
+        add_modalities(model, processor, {"video": other})
+
+
 def encode_speech(processor):
     sound = {"type": "speech", "speech": torch.zeros(16000).numpy()}
     return processor.encode([{"role": "user", "content": [sound, {"type": "text", "text": "What?"}]}])

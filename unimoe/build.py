@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from unimoe.encoders import Encoder, ImageEncoder, build_connector, fill_connector, load_encoder
+from unimoe.encoders import (
+    Encoder,
+    ImageEncoder,
+    build_connector,
+    copy_connector,
+    fill_connector,
+    load_encoder,
+)
 from unimoe.encoders.video import FramesEncoder
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import install_moe
@@ -38,8 +45,8 @@ def build_model(
         llm: ``default``, a folder or a hub id of a causal LM.
         modalities: for each medium ``{"encoder": {"type", ..., "weights"}, "connector": {"type", ...}}``;
             ``weights`` is ``default``, a folder, a file, or what :func:`unimoe.encoders.load_encoder`
-            understands (None: random). A connector's ``weights`` name a Whisper decoder, for a causal
-            Q-Former.
+            understands (None: random). A connector's ``weights`` name a medium of the model, whose
+            connector it starts as, or a Whisper decoder, for a causal Q-Former.
         moe: fields of :class:`unimoe.moe.MoEConfig`, to copy the FFNs into experts at once; None keeps the
             LLM dense.
         chat_template: ``chatml``, ``vicuna``, a Jinja template, or None for the tokenizer's own.
@@ -121,7 +128,10 @@ def _attach(
             frames = {"frames": encoder.preprocessing["frames"], "frame_positions": encoder.positions}
             settings = {"time": "keep", **settings, **frames}
         connector = build_connector(settings, encoder.hidden_size, width)
-        if weights is not None:
+        if weights in model.model.connectors:
+            source: Any = model.model.connectors[weights]
+            copy_connector(connector, source)
+        elif weights is not None:
             fill_connector(connector, weights)
         model.model.encoders[kind] = encoder
         model.model.connectors[kind] = connector

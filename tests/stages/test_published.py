@@ -41,10 +41,15 @@ def stage(name: str) -> dict[str, Any]:
 def build(moe: dict[str, Any] | None, media: bool = True) -> UniMoeForConditionalGeneration:
     """The system on the meta device, as conversion, alignment and assembly would leave it."""
     llava = LlavaConfig()  # the defaults are LLaVA-1.5-7B
-    modalities = {"image": image_modality(llava), **stage("align")["model"]["modalities"]} if media else {}
+    modalities: dict[str, Any] = {}
+    if media:
+        modalities = {"image": image_modality(llava), **stage("align")["model"]["modalities"]}
+        modalities |= stage("moe")["model"]["modalities"]
     for parts in modalities.values():
         for part in parts.values():
             part.pop("weights", None)
+    if media:  # as a model's builder does
+        modalities["video"]["connector"] |= {"frames": 8, "frame_positions": 576}
     llava.text_config.vocab_size = 32064  # of the published checkpoint
     with torch.device("meta"):
         return UniMoeForConditionalGeneration(
@@ -100,6 +105,8 @@ def test_towers_connectors_and_what_they_give():
     assert encoders["image"].num_tokens == 576 and encoders["image"].hidden_size == 1024
     assert len(encoders["image"].body.encoder.layers) == 23
     assert count(connectors["image"]) == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    # 8 frames give as many tokens as a picture
+    assert connectors["video"].num_tokens(encoders["video"].num_tokens(8)) == 576
     # whisper-small: 80 mel bins, 1500 positions of 768 in 30 s
     speech = encoders["speech"]
     assert (speech.num_mel_bins, speech.num_tokens(3000), speech.hidden_size) == (80, 1500, 768)
@@ -170,7 +177,7 @@ def test_the_last_stage_trains_what_the_paper_trains():
     projector = count(model.model.connectors["image"])
     routers, connectors, attention, experts = (group.size() for group in trained(model, settings))
     assert routers == 16 * 4 * 4096
-    assert connectors == projector + 2 * 769 * 4096
+    assert connectors == 2 * projector + 2 * 769 * 4096  # pictures and frames, speech and sound
     assert attention == 32 * 4 * 8 * 2 * 4096
     gate_up, down = 8 * (4096 + 2 * 11008), 8 * (11008 + 4096)  # gate and up share their A
     assert experts == 16 * 4 * (gate_up + down)
