@@ -148,6 +148,31 @@ def expert_maps(use: Mapping[str, Any]) -> str:
     return _svg(figure)
 
 
+def expert_history(curve: Curve) -> str:
+    """Over the steps of a run, running means by layer (light: shallow, dark: deep): how full the fullest
+    expert is, with how many others an expert works, and which share of the pairs are twins of the start."""
+    titles = {
+        "load_max_over_mean": "fullest expert over the mean",
+        "effective_partners": "effective partners",
+        "twins": "share of unmoved twins",
+    }
+    layers = sorted({key.split("/")[1] for row in curve for key in row if key.endswith("/twins")})
+    figure = Figure(figsize=(3.7 * len(titles), 2.5), layout="constrained")
+    for panel, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        for place, layer in enumerate(layers):
+            steps, values = _column(curve, f"moe/{layer}/{name}")
+            color = HEAT(0.35 + 0.65 * (place + 1) / len(layers))
+            panel.plot(steps, _running_mean(values), color=color, linewidth=1.8, label=layer)
+        panel.set_title(title, fontsize=10, color=INK, loc="left")
+        panel.set_xlabel("step", fontsize=8, color=INK)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.set_ylim(bottom=0)
+        _plain(panel)
+        panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+    panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _svg(figure)
+
+
 def _column(curve: Curve, name: str) -> tuple[np.ndarray, np.ndarray]:
     rows = [(row["step"], row[name]) for row in curve if name in row]
     steps, values = zip(*rows, strict=True) if rows else ((), ())

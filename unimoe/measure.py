@@ -25,8 +25,9 @@ from unimoe.detection.loading import load_detector
 from unimoe.detection.prompt import Prompt, PromptBatch
 from unimoe.detection.scoring import Judge
 from unimoe.errors import UserError
-from unimoe.figures import expert_maps
+from unimoe.figures import expert_history, expert_maps
 from unimoe.files import atomic_write
+from unimoe.training.curve import read_curve
 
 
 def detector(
@@ -54,7 +55,8 @@ def detector(
         batch_size: pictures at a time.
         dt: where to write the detections, as ``unimoe evaluate coco --dt`` reads them.
         json: where to write all numbers.
-        plots: folder for the precision-recall curves, the bars of the classes, and what the experts do.
+        plots: folder for the precision-recall curves and the bars of the classes; of a detector with experts
+            also what they do, by layer, and over the steps of its training.
     """
     for name, value in (("top", top), ("batch-size", batch_size)):
         if value < 1:
@@ -73,7 +75,10 @@ def detector(
     if plots and found.config.moe:
         again = (batch.to(found.device) for batch in _shown(batches, "counting experts"))
         use = expert_use(found, tokenizer, data.names, again).to_json()
-        for name, content in (("experts.svg", expert_maps(use)), ("experts.json", json_format.dumps(use))):
+        drawn = {"experts.svg": expert_maps(use), "experts.json": json_format.dumps(use)}
+        if curve := read_curve(Path(model) / "logs" / "metrics.csv"):
+            drawn["experts_by_step.svg"] = expert_history(curve)
+        for name, content in drawn.items():
             atomic_write(Path(plots) / name, content)
             Console().print(f"wrote {Path(plots) / name}")
 

@@ -18,6 +18,12 @@ def experts(folder):
 
 @pytest.mark.parametrize("style", ["coco", "lvis-fixed"])
 def test_what_a_detector_finds_is_scored_as_a_file_of_detections_is(experts, world, tmp_path, style):
+    rows = [f"{step},{1 + step},1.5,{1 - step / 9}" for step in range(9)]
+    header = "step," + ",".join(
+        f"moe/layer01/{c}" for c in ("load_max_over_mean", "effective_partners", "twins")
+    )
+    (experts / "logs").mkdir()
+    (experts / "logs" / "metrics.csv").write_text("\n".join([header, *rows]))
     found, scores, again, plots = (tmp_path / name for name in ("dt.json", "1.json", "2.json", "plots"))
     truth = ["--gt", str(world / "train.json"), "--style", style]
     args = [str(experts), *truth, "--dt", str(found), "--json", str(scores), "--plots", str(plots)]
@@ -25,9 +31,10 @@ def test_what_a_detector_finds_is_scored_as_a_file_of_detections_is(experts, wor
     assert cli.main(["evaluate", "coco", *truth, "--dt", str(found), "--json", str(again)]) == 0
     assert json.loads(scores.read_text()) == json.loads(again.read_text())
     assert len(json.loads(found.read_text())) == 8 * 12 * 4  # pictures, queries, names
-    drawn = {file.name for file in plots.iterdir()}
-    assert drawn == {"precision_recall.png", "classes.png", "experts.svg", "experts.json"}
+    drawn = {file.name for file in plots.iterdir()} - {"precision_recall.png", "classes.png"}
+    assert drawn == {"experts.svg", "experts.json", "experts_by_step.svg"}
     assert json.loads((plots / "experts.json").read_text())["twins"] == [1.0, 1.0]
+    assert "layer01" in (plots / "experts_by_step.svg").read_text()
 
 
 def test_latency_by_part_with_and_without_text(experts, tmp_path, capsys):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unimoe import __version__
 from unimoe.detection.drawing import draw_boxes
-from unimoe.figures import expert_maps, loss_curves
+from unimoe.figures import expert_history, expert_maps, loss_curves
 from unimoe.files import atomic_write
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock
@@ -115,6 +115,7 @@ def render(run: Run, report: dict[str, Any], found: dict[str, dict[str, Any]]) -
         names=run.models,
         curves=_svg(loss_curves({name: curve for name, curve in curves.items() if curve})),
         experts={name: _svg(expert_maps(use)) for name, use in report["experts"].items()},
+        history={name: _svg(expert_history(curves[name])) for name in report["experts"] if curves[name]},
         pictures=[row for split in KEYS.values() for row in _pictures(run, split, found)],
     )
 
