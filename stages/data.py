@@ -1,8 +1,10 @@
 """The one LightningDataModule of all stages: files of samples in, batches of like with like out.
 
 files -> Samples -> ModalityBatchSampler (steps) -> Collator (cached features) -> batches
+files -> SampleStream (steps)                    -> Collator                   -> batches
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,11 +13,14 @@ from lightning.pytorch import LightningDataModule
 from torch.nn import functional as nnf
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
+from unimoe.data.collate import TooLong
 from unimoe.data.mix import MixedBatchSampler
+from unimoe.data.stream import SampleStream
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.modeling import MEDIA_INPUTS, Encoded
 from unimoe.training.loader import ResumableLoader, StepSampler
+from unimoe.training.ranks import data_ranks
 
 if TYPE_CHECKING:
     from .module import StageModule
@@ -26,7 +31,7 @@ class StageData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | dict[str, int],
+        train: str | list[str] | dict[str, int | float],
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         steps: int = 1000,
@@ -34,14 +39,20 @@ class StageData(LightningDataModule):
         cache_features: bool | str = False,
         media_root: str | None = None,
         max_length: int | None = None,
+        too_long: TooLong = "error",
+        pack: int | None = None,
+        stream: bool = False,
+        buffer: int = 1024,
         num_workers: int = 0,
         seed: int = 0,
     ):
         """
         Args:
-            train: file(s) of training samples: LLaVA JSON, messages JSON or JSONL. A list is one pool, whose
-                batches hold samples of the same modalities. ``{file: number}`` says how many samples of each
-                file every batch holds; ``batch_size`` is then their sum.
+            train: file(s) of training samples: LLaVA JSON, messages JSON or JSONL, parquet or arrow,
+                WebDataset shards (``set-{000..099}.tar``). A list is one pool, whose batches hold samples of
+                the same modalities. ``{file: weight}`` with fractions (0.7) says what share of the samples
+                each file gives. ``{file: number}`` with whole numbers says how many samples of each file
+                every batch holds; ``batch_size`` is then their sum.
             val: file(s) for the validation loss.
             test: file(s) for ``unimoe test``.
             steps: optimizer steps of the stage; the data is gone through as often as that takes.
@@ -50,19 +61,35 @@ class StageData(LightningDataModule):
                 where (true: ``features`` beside the stage's output folder).
             media_root: folder that relative media paths start from (default: that of the samples' file).
             max_length: longest sample in tokens.
+            too_long: what becomes of a longer one: ``error`` stops and names it, ``cut`` takes its end away
+                (never media, nor all answers), ``drop`` leaves it out with a warning.
+            pack: put the samples of a batch one after another into rows of up to so many tokens, without
+                padding, where they do not see one another (default: one sample a row, in parts of like
+                length).
+            stream: read the training files while training, and hold only ``buffer`` samples.
+            buffer: samples among which the next is drawn, with ``stream``.
             num_workers: processes that prepare batches.
             seed: of the order of samples.
         """
         super().__init__()
-        self.mix = list(train.values()) if isinstance(train, dict) else None
+        numbers = list(train.values()) if isinstance(train, dict) else []
+        self.mix = numbers if numbers and all(isinstance(number, int) for number in numbers) else None
+        self.weights = numbers if self.mix is None and numbers else None
         self.files = {"train": _files(train), "val": _files(val), "test": _files(test)}
         if steps < 1 or batch_size < 1:
             raise UserError(
                 f"data.steps and data.batch_size must be at least 1, found {steps} and {batch_size}"
             )
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        if pack is not None and pack < 1:
+            raise UserError(f"data.pack must be at least 1, found {pack}")
+        if stream and (cache_features or self.mix is not None):
+            found = "cache_features" if cache_features else "whole numbers of each file"
+            raise UserError(f"data.stream reads samples as they come, which does not go with {found}")
         if self.mix is not None:
             self.batch_size = sum(self.mix)
+        self.too_long: TooLong = too_long
+        self.pack, self.stream, self.buffer = pack, stream, buffer
         self.cache_features, self.media_root = cache_features, media_root
         self.max_length, self.num_workers = max_length, num_workers
         self.samples: dict[str, list[Sample]] = {}
@@ -74,12 +101,14 @@ class StageData(LightningDataModule):
         """Read the samples (not their media). Raises UserError naming file and line of a bad one."""
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in splits:
+            if split == "train" and self.stream:
+                continue
             if split not in self.samples:
                 read = [read_samples(file, media_root=self.media_root) for file in self.files[split]]
                 self.samples[split] = [sample for samples in read for sample in samples]
                 self.sizes[split] = [len(samples) for samples in read]
-        if stage == "fit" and not self.samples["train"]:
-            raise UserError(f"{', '.join(self.files['train'])}: there are no samples to train on")
+        if stage == "fit" and not self.files["train"]:
+            raise UserError("data.train names no files")
         if stage != "fit" and not self.samples[splits[0]]:
             raise UserError(f"data.{splits[0]} names no samples; `unimoe {stage}` needs some")
 
@@ -90,7 +119,7 @@ class StageData(LightningDataModule):
             features = None
             if self.cache_features:
                 features = self._fill_cache(module)
-            self._collator = Collator(module.processor, self.max_length, features=features)
+            self._collator = Collator(module.processor, self.max_length, features, self.too_long)
         return self._collator
 
     def _fill_cache(self, module: "StageModule") -> FeatureCache:
@@ -108,18 +137,25 @@ class StageData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         assert self.trainer is not None
+        world_size, rank = data_ranks(self.trainer)
         settings: dict[str, Any] = {
             "seed": self.seed,
             "steps": self.steps * self.trainer.accumulate_grad_batches,
-            "world_size": self.trainer.world_size,
-            "rank": self.trainer.global_rank,
+            "world_size": world_size,
+            "rank": rank,
         }
+        if self.stream:
+            shuffle = {"buffer": self.buffer, "weights": self.weights, "media_root": self.media_root}
+            stream = SampleStream(self.files["train"], self.batch_size, **shuffle, **settings)
+            return self._loader(stream, batch_size=None)
         if self.mix is not None:
-            sampler: StepSampler = MixedBatchSampler(self.sizes["train"], self.mix, **settings)
+            counts = [int(number) for number in self.mix]
+            sampler: StepSampler = MixedBatchSampler(self.sizes["train"], counts, **settings)
         else:
             kinds = [sample.kind for sample in self.samples["train"]]
+            settings |= {"sizes": self.sizes["train"], "weights": self.weights}
             sampler = ModalityBatchSampler(kinds, self.batch_size, **settings)
-        return self._loader("train", sampler)
+        return self._loader(self.samples["train"], batch_sampler=sampler)
 
     def val_dataloader(self) -> ResumableLoader | list:
         return self._in_order("val")
@@ -131,22 +167,25 @@ class StageData(LightningDataModule):
         assert self.trainer is not None
         if not self.samples.get(split):
             return []
+        world_size, rank = data_ranks(self.trainer)
         sampler = ModalityBatchSampler(
             [sample.kind for sample in self.samples[split]],
             self.batch_size,
             shuffle=False,
-            world_size=self.trainer.world_size,
-            rank=self.trainer.global_rank,
+            world_size=world_size,
+            rank=rank,
         )
-        return self._loader(split, sampler)
+        return self._loader(self.samples[split], batch_sampler=sampler)
 
-    def _loader(self, split: str, sampler: StepSampler) -> ResumableLoader:
+    def _loader(self, samples: Any, **order: Any) -> ResumableLoader:
+        """Batches of ``samples`` (a list, or a SampleStream) in the order that is given as to DataLoader."""
+        collator = self.collator()
         return ResumableLoader(
-            self.samples[split],  # type: ignore[arg-type]  # a list is a map-style data set
-            batch_sampler=sampler,
-            collate_fn=self.collator().by_length,
+            samples,
+            collate_fn=partial(collator.packed, length=self.pack) if self.pack else collator.by_length,
             num_workers=self.num_workers,
             persistent_workers=False,
+            **order,
         )
 
     @torch.no_grad()
@@ -154,10 +193,11 @@ class StageData(LightningDataModule):
         """The frozen encoder's features of one medium of each sample: features_nSD, and lengths_n or None."""
         module = cast("StageModule", self.trainer.lightning_module)  # type: ignore[union-attr]
         encoder = module.model.model.encoders[kind]
+        collator = Collator(module.processor, features=self.collator().features)  # of whatever length
         features: list[torch.Tensor] = []
         lengths: list[torch.Tensor] = []
         for start in range(0, len(samples), 16):
-            batch = self.collator()(samples[start : start + 16])
+            batch = collator(samples[start : start + 16])
             encoded = batch.get("encoded_media", {}).get(kind)
             if encoded is None:
                 encoded = encoder(*(batch[name].to(module.device) for name in MEDIA_INPUTS[kind]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from unimoe.build import add_modalities, build_model
-from unimoe.data.collate import IGNORED
+from unimoe.data.collate import IGNORED, real_tokens
 from unimoe.errors import UserError
 from unimoe.loading import load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
@@ -199,7 +199,7 @@ class StageModule(ResumableModule):
         if self._began is not None:
             began, tokens = self._began
             rates["train/tokens_per_second"] = tokens / (now - began)
-        self._began = (now, sum(int(part["attention_mask"].sum()) for part in batch))
+        self._began = (now, sum(map(real_tokens, batch)))
         return rates
 
     def _load(self, records: list[LayerRecord]) -> dict[str, float]:

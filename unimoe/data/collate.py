@@ -23,11 +23,11 @@ from .sample import Message, Part, Sample
 
 log = logging.getLogger(__name__)
 
+TooLong = Literal["error", "cut", "drop"]
+"""What becomes of a sample of too many tokens."""
+
 IGNORED = -100
 """The label of a position that is not learned."""
-
-
-TooLong = Literal["error", "cut", "drop"]
 
 
 class Collator:
@@ -85,10 +85,10 @@ class Collator:
         return [self._batch(part) for part in parts]
 
     def packed(self, samples: Sequence[Sample], length: int) -> list[dict[str, Any]]:
-        """The samples one after another in rows of up to ``length`` tokens, each row a batch [1, T] of its own.
+        """The samples one after another in rows of up to ``length`` tokens, each row a batch [1, T].
 
-        There is no padding and no ``attention_mask``: ``position_ids`` [1, T] begin at 0 with every sample, by
-        which transformers keeps the attention inside it. A sample of more than ``length`` has its own row.
+        There is no padding and no ``attention_mask``: ``position_ids`` [1, T] begin at 0 with every sample,
+        by which transformers keeps the attention inside it. A longer sample has a row of its own.
         """
         rows: list[list[tuple[dict[str, Any], list[int]]]] = []
         room: list[int] = []
@@ -118,6 +118,8 @@ class Collator:
                 raise UserError(f"{sample.source}: there is no assistant text to learn from")
             pairs = zip(one["input_ids"], mask, strict=True)
             rows.append((one, [token if learned else IGNORED for token, learned in pairs]))
+        if samples and not rows:  # all were too long: a step that learns nothing
+            rows.append(({"input_ids": [self.processor.tokenizer.eos_token_id]}, [IGNORED]))
         return rows
 
     def _batch(self, rows: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
@@ -181,6 +183,12 @@ class Collator:
             return {"type": kind, kind: windows}
 
         return [{**turn, "content": [stored(part) for part in turn["content"]]} for turn in sample.messages]
+
+
+def real_tokens(batch: dict[str, Any]) -> int:
+    """The tokens of a batch that are not padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 class _StoredFeatures:

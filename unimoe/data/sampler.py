@@ -1,14 +1,16 @@
 """Batches of like with like: every batch holds samples of one modality set, and no sample is dropped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from unimoe.errors import UserError
+
+T = TypeVar("T")
 
 _BUCKET_BATCHES = 32
 """How many batches are sorted by length among themselves: more means less padding and less shuffling."""
@@ -131,35 +133,50 @@ class ModalityBatchSampler(Sampler[list[int]]):
     def _batches(self, epoch: int) -> list[list[int]]:
         generator = np.random.default_rng([self.seed, epoch])
         size = self.batch_size * self.world_size
-        batches: list[np.ndarray] = []
-        rest = np.zeros(0, dtype=np.int64)
+        groups = []
         for kind, members in enumerate(self._members):
             if self._strata is not None:
                 members = np.concatenate([stratum.draw(self.seed, epoch) for stratum in self._strata[kind]])
             order = generator.permutation(members) if self.shuffle else members
             if self._lengths is not None:
                 order = self._sort_in_buckets(order, self._lengths, size * _BUCKET_BATCHES)
-            cut = _cut(order, size)
-            if len(cut[-1]) < self.world_size:
-                rest = np.concatenate([rest, cut.pop()])
-            batches += cut
-        batches += _cut(rest, size)
-        if len(batches) > 1 and len(batches[-1]) < self.world_size:
-            last = batches.pop()
-            shortest = min(range(len(batches)), key=lambda number: len(batches[number]))
-            batches[shortest] = np.concatenate([batches[shortest], last])
+            groups.append(order.tolist())
+        batches = cut_batches(groups, size, self.world_size)
         if self.shuffle:
             batches = [batches[i] for i in generator.permutation(len(batches))]
-        # only if there are fewer samples than ranks must one be repeated
-        filled = [
-            batch if len(batch) >= self.world_size else np.resize(batch, self.world_size) for batch in batches
-        ]
-        return [batch[self.rank :: self.world_size].tolist() for batch in filled]
+        return [batch[self.rank :: self.world_size] for batch in batches]
 
     @staticmethod
     def _sort_in_buckets(order: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
-        buckets = _cut(order, size)
+        buckets = [order[start : start + size] for start in range(0, len(order), size)]
         return np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
+
+
+def cut_batches(groups: Iterable[list[T]], size: int, ranks: int) -> list[list[T]]:
+    """Every group cut in batches of ``size``, none of fewer than ``ranks``.
+
+    A group's last batch may be shorter. What is too little for the ranks is put together with that of other
+    groups, and in the end added to the shortest batch. Only if there is no other is it repeated.
+    """
+    batches: list[list[T]] = []
+    rest: list[T] = []
+    for group in groups:
+        cut = _cut(group, size)
+        if cut and len(cut[-1]) < ranks:
+            rest += cut.pop()
+        batches += cut
+    batches += _cut(rest, size)
+    if batches and len(batches[-1]) < ranks:
+        last = batches.pop()
+        if batches:
+            min(batches, key=len).extend(last)
+        else:
+            batches = [(last * ranks)[:ranks]]
+    return batches
+
+
+def _cut(group: list[T], size: int) -> list[list[T]]:
+    return [group[start : start + size] for start in range(0, len(group), size)]
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,3 @@ def _strata(
             share = weights[source] / sum(weights) * len(own) / sizes[source]
             strata[-1].append(_Stratum(own, source, max(1, round(share * total))))
     return strata
-
-
-def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
-    return [order[start : start + size] for start in range(0, len(order), size)]

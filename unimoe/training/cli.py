@@ -141,7 +141,8 @@ class RunCLI(LightningCLI):
         flat = {key: value for key, value in flatten(nested).items() if key not in self.harmless_keys}
         for split in self.data_splits:
             files = nested["data"].get(split) or []
-            self.data_hashes |= data_hashes([files] if isinstance(files, str) else files)
+            quick = split == "train" and bool(nested["data"].get("stream"))
+            self.data_hashes |= data_hashes([files] if isinstance(files, str) else files, quick)
         flat["content of data"] = self.data_hashes
         init_from = nested["model"].get("init_from")
         local = init_from is not None and Path(init_from).is_dir()  # else None, or an id on the hub

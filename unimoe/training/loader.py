@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from unimoe.data import ModalityBatchSampler
 from unimoe.data.mix import MixedBatchSampler
+from unimoe.data.stream import SampleStream
 
 StepSampler = ModalityBatchSampler | MixedBatchSampler
 
@@ -22,10 +23,15 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning stores: the sampler's order and the batches delivered."""
-        return cast(StepSampler, self.batch_sampler).state_dict(consumed=self.delivered)
+        """What Lightning stores: the order of the samples and the batches delivered."""
+        return self._order().state_dict(consumed=self.delivered)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the delivered batches. Raises UserError when the data or its order changed."""
-        cast(StepSampler, self.batch_sampler).load_state_dict(state)
+        self._order().load_state_dict(state)
         self.delivered = state["consumed"]
+
+    def _order(self) -> StepSampler | SampleStream:
+        return (
+            self.dataset if isinstance(self.dataset, SampleStream) else cast(StepSampler, self.batch_sampler)
+        )

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
+from unimoe.data.collate import real_tokens
+
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +72,7 @@ class PlainProgress(Callback):
 
 
 def _tokens(batch: Any) -> float:
-    return sum(float(part["attention_mask"].sum()) for part in batch)
+    return sum(map(real_tokens, batch))
 
 
 def clock(seconds: float) -> str:
