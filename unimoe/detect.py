@@ -33,6 +33,7 @@ def detect(
     prompt: str,
     threshold: float = 0.3,
     top: int = 300,
+    rate: float | None = None,
     json: bool = False,
     draw: str | None = None,
 ) -> None:
@@ -44,6 +45,7 @@ def detect(
         prompt: what to look for, separated by commas.
         threshold: lowest score, from 0 to 1.
         top: most detections of a picture for each 256 tokens of the prompt.
+        rate: frames of a film to look at per second (default: all).
         json: print one JSON object instead of lines.
         draw: folder for copies of the pictures with the boxes drawn in.
     """
@@ -52,11 +54,13 @@ def detect(
         raise UserError(f"--threshold is {threshold}, expected a number from 0 to 1")
     if top < 1:
         raise UserError(f"--top is {top}, expected at least 1")
+    if rate is not None and rate <= 0:
+        raise UserError(f"--rate is {rate}, expected a positive number")
     files = find_files(images)
     kind = OnnxDetector if Path(model).suffix == ".onnx" else Detector
     detector = kind.load(model, names)
     answers = []
-    for name, picture in pictures_of(files):
+    for name, picture in pictures_of(files, rate):
         (found,) = detector([picture], threshold, top)
         boxes, labels = found.boxes_K4.tolist(), found.labels_K.tolist()
         rows = [
@@ -113,25 +117,34 @@ def find_files(places: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def pictures_of(files: Sequence[Path]) -> Iterator[tuple[str, Image.Image]]:
-    """(name, upright RGB picture) of every file; of a film every frame, named file:number."""
+def pictures_of(files: Sequence[Path], rate: float | None = None) -> Iterator[tuple[str, Image.Image]]:
+    """(name, upright RGB picture) of every file; of a film its frames, named file:number."""
     for file in files:
         if file.suffix.lower() in FILMS:
-            yield from frames(file)
+            yield from frames(file, rate)
         else:
             yield str(file), load_image({"type": "image", "path": str(file)}, str(file))
 
 
-def frames(file: Path) -> Iterator[tuple[str, Image.Image]]:
-    """The frames of a film. Raises UserError where PyAV is missing or cannot read it."""
+def frames(file: Path, rate: float | None = None) -> Iterator[tuple[str, Image.Image]]:
+    """The frames of a film as they are decoded, ``rate`` a second (None: all).
+
+    Raises UserError where PyAV is missing or cannot read the film.
+    """
     try:
         av: Any = importlib.import_module("av")
     except ImportError as error:
-        raise UserError(f"{file}: films need the package av; pip install av") from error
+        raise UserError(f"{file}: films need PyAV: pip install 'unimoe[video]'") from error
+    due = 0.0  # seconds
     try:
         with av.open(str(file)) as film:
             for number, frame in enumerate(film.decode(video=0)):
-                yield f"{file}:{number:06d}", frame.to_image()
+                if rate is not None and frame.time is not None:
+                    if frame.time < due - 1e-6:
+                        continue
+                    due += 1 / rate
+                picture = frame.to_image()
+                yield f"{file}:{number:06d}", picture.rotate(frame.rotation, expand=True)
     except (av.FFmpegError, IndexError) as error:
         raise UserError(f"{file}: cannot decode the film: {error}") from error
 
