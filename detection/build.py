@@ -11,7 +11,7 @@ from timm.data.config import resolve_model_data_config
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from unimoe.encoders.encoder import nearest
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 from unimoe.prepare.cache import default_part, resolve_part
 
 from .configuration import DynamicDinoConfig
@@ -45,7 +45,7 @@ def build_detector(
         text = AutoModel.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"text encoder '{text_encoder}' cannot be loaded: {reason}") from error
     config = DynamicDinoConfig(text_config=text.config, **{**image_settings, **settings})
     model = DynamicDinoForObjectDetection(config)
@@ -81,7 +81,7 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str,
         levels = [strides.index(stride) for stride in STRIDES]
         model = timm.create_model(name, features_only=True, out_indices=levels, **keywords)
     except (RuntimeError, ValueError, AttributeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"backbone {name} cannot be used: {reason}; needs maps at strides 8, 16, 32"
         ) from error

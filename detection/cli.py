@@ -13,7 +13,7 @@ from unimoe.training.result import StageRecord, write_model
 
 from .datamodule import DetectionData
 from .evaluate import present
-from .loading import load_detector
+from .loading import DETECTOR
 from .module import DetectionModule
 
 
@@ -23,7 +23,7 @@ class DetectionCLI(RunCLI):
     harmless_keys = ("data.num_workers", "data.cache_features", "model.evaluation")
 
     def find_start(self, init_from: str) -> None:
-        load_detector(init_from, "init_from")
+        DETECTOR.find(init_from, "init_from")
 
     def use_result(self, model_settings: dict[str, Any]) -> None:
         model_settings["init_from"] = str(self.output)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer, PreTrainedModel
 
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 
 from .build import Built
 from .configuration import DynamicDinoConfig
@@ -70,7 +70,7 @@ def load_grounding_dino(path: str | Path) -> Built:
         theirs = AutoModelForZeroShotObjectDetection.from_pretrained(str(path), dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"Grounding DINO '{path}' cannot be loaded: {reason}") from error
     return convert(theirs), tokenizer
 

@@ -13,7 +13,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 
 from .encoder import ImageEncoder, nearest
 from .weights import fill, read_tensors, select_prefix
@@ -72,7 +72,7 @@ class TimmImageEncoder(ImageEncoder):
             try:
                 filled = create(config, pretrained=True)[0]
             except (OSError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"timm: cannot have the weights of {config.name} ({reason})") from error
             self.model.load_state_dict(filled.state_dict())
         else:
@@ -148,7 +148,7 @@ def describe(run: Any, name: str) -> tuple[tuple[int, int], int]:
     try:
         features_1SD = run()
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"{name} does not take this image size: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} does not take this image size: {first_line(error)}") from error
     side = math.isqrt(features_1SD.shape[1])
     if side * side != features_1SD.shape[1]:
         raise UserError(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def hub_file(name: str, *files: str) -> str:
             except EntryNotFoundError:
                 continue
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{name}: no file or folder here, and not to be had from the hub ({reason})"
         ) from error
@@ -78,7 +78,7 @@ def read_file(file: Path) -> Any:
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{file}: cannot be read as weights ({reason})") from error
 
 

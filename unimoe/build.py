@@ -19,7 +19,7 @@ from unimoe.moe.install import install_moe
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, PLACEHOLDERS, UniMoeConfig
-from .errors import UserError
+from .errors import UserError, first_line
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 from .prompt import CHATML, CHATML_TOKENS, VICUNA
@@ -153,18 +153,23 @@ def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
         causal: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"llm '{llm}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"llm '{llm}' cannot be loaded: {first_line(error)}") from error
     add_placeholders(causal, tokenizer, chat_template)
     return causal, tokenizer
 
 
-def add_placeholders(causal: Any, tokenizer: Any, chat_template: str | None = None) -> None:
-    """Give a causal LM and its tokenizer the media placeholders and the chat template, in place."""
+def prepare_tokenizer(tokenizer: Any, chat_template: str | None = None) -> int:
+    """Give a tokenizer the media placeholders and the chat template, in place; returns how many are new."""
     if chat_template is None and not tokenizer.chat_template:
         chat_template = "chatml"
     tokenizer.chat_template = TEMPLATES.get(chat_template or "", chat_template) or tokenizer.chat_template
     needed = [*PLACEHOLDERS.values(), *(CHATML_TOKENS if tokenizer.chat_template == CHATML else ())]
-    new = tokenizer.add_special_tokens({"extra_special_tokens": needed}, replace_extra_special_tokens=False)
+    return tokenizer.add_special_tokens({"extra_special_tokens": needed}, replace_extra_special_tokens=False)
+
+
+def add_placeholders(causal: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+    """Give a causal LM and its tokenizer the media placeholders and the chat template, in place."""
+    new = prepare_tokenizer(tokenizer, chat_template)
     rows = causal.get_input_embeddings().weight.shape[0]
     if new and len(tokenizer) > rows:
         causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -17,7 +17,7 @@ from transformers import (
 from unimoe.build import Built, add_placeholders, assemble_model
 from unimoe.encoders import build_encoder
 from unimoe.encoders.weights import fill, select_prefix
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 from unimoe.training.result import StageRecord, folder_hash, write_model
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def read_llava(source: str, chat_template: str = "vicuna") -> Built:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
-        raise UserError(f"SOURCE {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"SOURCE {source} cannot be read: {first_line(error)}") from error
     settings = {
         **image["encoder"],
         "mean": list(pictures.image_mean),

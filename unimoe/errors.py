@@ -8,3 +8,8 @@ class UserError(ValueError):
     change. The command line prints it after ``unimoe: error:`` and exits with code 2; from Python it is a
     ``ValueError``.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for a UserError's one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -97,7 +97,7 @@ def test_bad_files(folder, pictures, tmp_path, capsys):
     assert cli.main(["detect", str(tmp_path / "no-model"), str(pictures), "--prompt", "cat"]) == 2
     assert "does not exist; expected a model folder" in capsys.readouterr().err
     assert cli.main(["detect", str(pictures), str(pictures), "--prompt", "cat"]) == 2
-    assert "expected a folder with config.json" in capsys.readouterr().err
+    assert "has no config.json; expected a model folder" in capsys.readouterr().err
 
 
 def test_files_folders_and_patterns(pictures, caplog):

@@ -15,7 +15,7 @@ import soundfile
 import soxr
 from PIL import Image, ImageOps
 
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 
 from .sample import Part
 
@@ -53,7 +53,7 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
     except UserError:
         raise
     except Exception as error:  # on broken files Pillow raises nearly anything, also SyntaxError
-        raise UserError(f"{where}: cannot decode the image {describe(part)}: {_first_line(error)}") from error
+        raise UserError(f"{where}: cannot decode the image {describe(part)}: {first_line(error)}") from error
 
 
 def load_audio(part: Part, where: str, rate: int = 16000, longest: float | None = None) -> np.ndarray:
@@ -81,7 +81,7 @@ def load_audio(part: Part, where: str, rate: int = 16000, longest: float | None 
             with open_media(part, where) as file:
                 samples, found_rate, whole = _decode_sound(file, longest)
         except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
-            message = f"{where}: cannot decode the sound {describe(part)}: {_first_line(error)}"
+            message = f"{where}: cannot decode the sound {describe(part)}: {first_line(error)}"
             raise UserError(f"{message}; expected wav, flac, ogg or mp3") from error
     if not _RATES[0] <= found_rate <= _RATES[1]:
         found = f"{where}: the sound {describe(part)} has {found_rate} samples a second"
@@ -193,7 +193,3 @@ def _rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
