@@ -59,8 +59,7 @@ class Strategy:
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """What is minimised at a step (0-based) out of ``steps``."""
-        total, count = answer_loss(self.learner.model, batch)
-        return total / max(count, 1)
+        return answer_loss(self.learner.model, batch)[0]
 
     def before_step(self) -> None:
         """Between backward and the optimizer's step."""

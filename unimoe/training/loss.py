@@ -28,10 +28,10 @@ def answer_logits(model: UniMoeForConditionalGeneration, part: dict[str, Any]) -
 
 
 def answer_loss(model: UniMoeForConditionalGeneration, parts: Sequence[dict[str, Any]]) -> tuple[Tensor, int]:
-    """Sum over the supervised tokens of several collated batches, and their number."""
+    """Mean over the supervised tokens of several collated batches together, and their number."""
     total, count = torch.zeros((), device=model.device), 0
     for part in parts:
         logits_SV, labels_S = answer_logits(model, part)
         total = total + nnf.cross_entropy(logits_SV, labels_S, reduction="sum")
         count += len(labels_S)
-    return total, count
+    return total / max(count, 1), count
