@@ -8,7 +8,7 @@ import time
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from unimoe.build import add_modalities, build_model
@@ -16,10 +16,12 @@ from unimoe.data.collate import IGNORED, real_tokens
 from unimoe.errors import UserError
 from unimoe.loading import load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import LayerRecord, load, load_balance, record
+from unimoe.moe import LayerRecord, load_balance, pair_counts, record
 from unimoe.moe.records import join
 from unimoe.processing import UniMoeProcessor
 from unimoe.training.module import ResumableModule, Schedule
+from unimoe.training.ranks import data_ranks, mean_over_ranks
+from unimoe.training.sharding import shard
 
 from .data import StageData
 from .experts_file import base_fingerprint
@@ -37,6 +39,9 @@ class StageModule(ResumableModule):
     1. the decoder's hidden states, by parts of like length, with a record of every MoE layer's routing;
     2. the LM head at supervised positions only, mean cross-entropy;
     3. plus the model's auxiliary losses (``balance_coef`` and ``z_coef`` of its MoE configuration).
+
+    Means, and the load behind the balance loss, are over the batches of all processes: what N processes do
+    with batches of B samples is what one does with N * B.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class StageModule(ResumableModule):
         warmup: float = 0.03,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
         """
@@ -75,6 +81,8 @@ class StageModule(ResumableModule):
             warmup: share of all steps in which the learning rates rise from zero.
             weight_decay: of AdamW, on matrices only.
             betas: of AdamW.
+            gradient_checkpointing: compute the LLM's blocks again in the backward pass instead of keeping
+                their activations.
             seed: of everything random; each step's numbers follow from it and the step alone.
         """
         super().__init__()
@@ -90,13 +98,13 @@ class StageModule(ResumableModule):
         self.trainable, self.lora = trainable or [], lora or []
         self.save, self.task = save, task
         self.schedule, self.warmup, self.weight_decay, self.betas = schedule, warmup, weight_decay, betas
-        self.seed = seed
+        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
         self.model: UniMoeForConditionalGeneration
         self.processor: UniMoeProcessor
         self.groups: list[Group] = []
         self.base_llm = ""
         """Fingerprint of the LLM before training, for expert folders."""
-        self._began: tuple[float, int] | None = None
+        self._began: tuple[float, float] | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -131,6 +139,21 @@ class StageModule(ResumableModule):
         for tower in self.model.model.encoders.values():
             if not any(p.requires_grad for p in tower.parameters()):
                 tower.eval()  # a frozen tower must not move its batch statistics
+        if self.gradient_checkpointing:  # the reentrant form would lose what routers add to the loss
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.device_mesh is not None:
+            self._warm_start()  # while the weights are whole
+            shard(self, *self.blocks())
+            sharded = dict(self.model.named_parameters())
+            for group in self.groups:
+                group.parameters = {name: sharded[name] for name in group.parameters}
+
+    def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """What FSDP2 gathers one after the other, and what it leaves whole: towers that do not train, which
+        may have something to do on one process and nothing on another."""
+        towers = self.model.model.encoders.values()
+        frozen = [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]
+        return list(self.model.model.language_model.layers), frozen  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
         """AdamW; matrices and vectors of each entry of ``trainable`` and ``lora`` are parameter groups."""
@@ -149,6 +172,10 @@ class StageModule(ResumableModule):
         groups = ", ".join(f"{group.name} {group.size():,} (lr {group.lr:g})" for group in self.groups)
         total = sum(parameter.numel() for parameter in self.model.parameters())
         log.info("trains %s of %s parameters", groups, f"{total:,}")
+        if self.device_mesh is None:
+            self._warm_start()
+
+    def _warm_start(self) -> None:
         if self.trainer.ckpt_path is not None:
             return
         for kind, settings in self.warm_start.items():
@@ -179,43 +206,49 @@ class StageModule(ResumableModule):
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         with record() as parts:
-            loss, _ = self.batch_loss(batch)
+            loss, supervised = self.batch_loss(batch)
         records = join(parts)
-        self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
-        row = {"train/loss": loss.item(), **self._rates(batch)}
-        if self.trainer.world_size > 1 or not loss.requires_grad:
-            loss = loss + self._touch()
+        # over what a process has on average: then the mean over the processes is the loss of all tokens
+        real = sum(map(real_tokens, batch))
+        counts = [loss.new_tensor([supervised, real]), *map(pair_counts, records)]
+        mean = mean_over_ranks(torch.cat(counts))
+        tokens, pairs_LE = mean[1], mean[2:].reshape(max(len(records), 1), -1)
+        load_LE = pairs_LE / pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        loss = loss * (supervised / mean[0].clamp(min=1e-9))
+        balance_L = load_balance(records, load_LE, tokens)
+        aux = self.model.aux_loss(records, load_LE=load_LE, tokens=tokens)
+        shown = mean_over_ranks(torch.cat([torch.stack([loss, aux]), balance_L.to(loss)]).detach())
+        self.log("train/loss", shown[0], prog_bar=True, logger=False)
+        row = {"train/loss": float(shown[0]), **self._rates(float(tokens) * data_ranks(self.trainer)[0])}
         if records:
-            aux = self.model.aux_loss(records)
-            row |= {"train/aux_loss": aux.item(), **self._load(records)}
-            loss = loss + aux
+            row |= {"train/aux_loss": float(shown[1]), **self._load(records, load_LE, shown[2:])}
         self.log_row(row, batch_idx)
-        return loss
+        return loss + aux + self._touch()
 
-    def _rates(self, batch: list[dict[str, Any]]) -> dict[str, float]:
+    def _rates(self, tokens: float) -> dict[str, float]:
         """Learning rates of this step, and tokens a second from the last step's beginning to this one's."""
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
         now = time.perf_counter()
         if self._began is not None:
-            began, tokens = self._began
-            rates["train/tokens_per_second"] = tokens / (now - began)
-        self._began = (now, sum(map(real_tokens, batch)))
+            began, earlier = self._began
+            rates["train/tokens_per_second"] = earlier / (now - began)
+        self._began = (now, tokens)
         return rates
 
-    def _load(self, records: list[LayerRecord]) -> dict[str, float]:
+    def _load(self, records: list[LayerRecord], load_LE: Tensor, balance_L: Tensor) -> dict[str, float]:
         """Fullest expert over the mean and balance loss of each MoE layer, and the floor of both."""
         row = {"moe/floor": 1.0}
-        for entry in records:
+        for entry, share_E, balance in zip(records, load_LE, balance_L, strict=True):
             name = f"moe/layer{entry.layer:02d}"
-            share_E = cast(Tensor, load(entry))
             row[f"{name}/load_max_over_mean"] = float(share_E.max() / share_E.mean().clamp(min=1e-9))
-            row[f"{name}/balance_loss"] = load_balance(entry).item()
+            row[f"{name}/balance_loss"] = float(balance)
         return row
 
     def _touch(self) -> Tensor:
-        """Zero, by way of every trained connector: ranks agree on the gradients whatever their batches hold,
-        and a batch of text alone has a gradient when only connectors train."""
-        trained = [p for p in self.model.model.connectors.parameters() if p.requires_grad]
+        """Zero, by way of everything that trains before the LLM: a medium that a batch lacks gives gradients
+        of zero, on one process as on many, and a batch of text has some when only connectors train."""
+        parts = (self.model.model.encoders, self.model.model.connectors)
+        trained = [p for part in parts for p in part.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
 
     def validation_step(self, batch: list[dict[str, Any]], batch_idx: int) -> None:

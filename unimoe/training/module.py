@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule
 
 from unimoe.errors import UserError
 
+from .sharding import clip_norm
+
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -42,6 +44,18 @@ class ResumableModule(LightningModule):
             "linear": max(1 - done, 0.0),
             "constant": 1.0,
         }[self.schedule]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, and over the norm of all shards where weights are divided."""
+        if self.device_mesh is None or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_norm((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def log_row(self, row: dict[str, float], batch_idx: int) -> None:
         """Write one row to the loggers at once: Lightning would do so after the checkpoint of the same step,

@@ -1,0 +1,154 @@
+"""FSDP2: weights, gradients and optimizer states divided among the devices, by ``trainer.strategy: fsdp2``.
+
+Each block of the model gathers its weights when it runs and lets go of them afterwards; what belongs to no
+block is gathered for the whole step.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+META = "meta.pt"
+"""What a sharded checkpoint holds beside tensors, as Lightning calls it."""
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, over all processes, for modules whose ``configure_model`` calls
+    :func:`shard`.
+
+    A checkpoint is a folder with a file from each process, and resumes at any number of processes; those of
+    other strategies are files, and resume here too.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None):
+        """
+        Args:
+            save_distributed_checkpoint: false gathers checkpoints into one file, which every strategy reads.
+            process_group_backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
+        """
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        self._tensor_parallel_size = 1
+        self._data_parallel_size = self.world_size
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Model and optimizer take their shards; returns the rest, and the names of what was loaded."""
+        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
+        assert module is not None
+        if path.is_file():
+            return self._load_file(path, module, weights_only)
+        trained = module.trained_names()  # type: ignore[operator]
+        weights = {name: t for name, t in get_model_state_dict(module).items() if name in trained}
+        state: dict[str, Any] = {"state_dict": weights}
+        for index, optimizer in enumerate(self.optimizers):
+            state[f"optimizer_{index}"] = get_optimizer_state_dict(module, optimizer)
+        dcp.load(state, checkpoint_id=path)
+        set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
+        for index, optimizer in enumerate(self.optimizers):
+            set_optimizer_state_dict(module, optimizer, state[f"optimizer_{index}"])
+        rest = torch.load(path / META, map_location="cpu", weights_only=weights_only)
+        return {**rest, "state_dict": weights}
+
+    def _load_file(self, path: Path, module: LightningModule, weights_only: bool | None) -> dict[str, Any]:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        whole = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(module, found["state_dict"], options=whole)
+        for optimizer, state in zip(self.optimizers, found["optimizer_states"], strict=True):
+            set_optimizer_state_dict(module, optimizer, by_name(state, optimizer, module), options=whole)
+        return found
+
+
+StrategyRegistry.register("fsdp2", Sharded, description="FSDP2 over all processes")
+
+
+def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimizer's state dict whose parameters have their names in ``module`` in place of numbers."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbered = [names[parameter] for parameter in parameters]
+    groups = [{**g, "params": [numbered[number] for number in g["params"]]} for g in state["param_groups"]]
+    return {
+        "state": {numbered[number]: values for number, values in state["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Iterable[nn.Module] = ()) -> None:
+    """Divide a Lightning module's weights among the processes of its ``device_mesh``.
+
+    Args:
+        module: the module, its model built and what trains chosen. Its steps become the forward passes of
+            what belongs to no block.
+        blocks: modules that are called as such, by all processes equally often.
+        whole: modules that every process keeps as they are: frozen ones, which may run on one and not on
+            another.
+    """
+    assert module.device_mesh is not None
+    data = module.device_mesh["data_parallel"]
+    for block in blocks:
+        fully_shard(block, mesh=data)
+    kept = {parameter for part in whole for parameter in part.parameters()}
+    fully_shard(module, mesh=data, ignored_params=kept)
+    for step in ("training_step", "validation_step", "test_step"):
+        register_fsdp_forward_method(module, step)
+
+
+@torch.no_grad()
+def unshard(module: nn.Module) -> None:
+    """Put whole weights in the place of sharded ones; all processes take part, the first one gets them.
+
+    The module cannot run afterwards, only be saved.
+    """
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for owner, name, parameter in list(_parameters(module)):
+        if not isinstance(parameter, DTensor):
+            continue
+        if parameter not in whole:
+            full = parameter.full_tensor()
+            whole[parameter] = nn.Parameter(full.cpu() if first else full.new_empty(0), requires_grad=False)
+        owner._parameters[name] = whole[parameter]
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every place that holds a parameter; tied ones have several."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield owner, name, parameter
+
+
+def clip_norm(parameters: Iterable[Tensor], largest: float) -> None:
+    """Scale the gradients, sharded ones and whole ones together, to a norm of at most ``largest``."""
+    grown = [parameter for parameter in parameters if parameter.grad is not None]
+    meshes: dict[Any, list[Tensor]] = {}
+    for parameter in grown:
+        assert parameter.grad is not None
+        mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+        meshes.setdefault(mesh, []).append(parameter.grad)
+    norms = [get_total_norm(gradients) for gradients in meshes.values()]
+    total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for mesh in meshes:
+        own = [p for p in grown if getattr(p.grad, "device_mesh", None) == mesh]
+        clip_grads_with_norm_(own, largest, total)
