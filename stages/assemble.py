@@ -5,7 +5,8 @@
       - {name: words, from: base, data: text.jsonl}
       - {name: image, from: runs/expert_image, data: [names.jsonl, questions.jsonl]}
     connectors: {image: runs/expert_image}   # default: the base's own
-    moe: {top_k: 2, placement: interval}     # unimoe.moe.MoEConfig without num_experts
+    moe: {top_k: 2, placement: interval}     # unimoe.moe.MoEConfig without num_experts; slices: 2 cuts each
+                                             # slot's FFNs in two experts
     routers: {scale: 6}               # how they start where slots name data, see router_start.py
     seed: 0                           # of the fresh routers, and of the choice of their samples
     output: runs/assembled
@@ -27,7 +28,7 @@ from unimoe.errors import UserError
 from unimoe.files import file_hash
 from unimoe.loading import find_model, load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import MoEConfig, SwiGLUExperts, install_moe
+from unimoe.moe import MoEConfig, SwiGLUExperts, cut_swiglu, install_moe
 from unimoe.moe.install import moe_layers
 from unimoe.processing import UniMoeProcessor
 from unimoe.training.result import (
@@ -102,6 +103,8 @@ def assemble(
     """
     parsed = read_manifest(manifest)
     parsed.moe |= _overrides(moe)
+    if parsed.moe.get("slices", 1) != 1 and parsed.experts[0].data:
+        raise UserError(f"{manifest}: routers that start from data need moe.slices 1; leave out the data")
     target = output or parsed.output
     if target is None:
         raise UserError(f"{manifest}: say where the result goes: output: FOLDER, or --output")
@@ -152,7 +155,8 @@ def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, Un
         raise UserError(f"base: {manifest.base} is a mixture of experts already; expected a dense model")
     dense = ffn_tensors(model)
     fingerprint = base_fingerprint(model)
-    moe = MoEConfig.from_dict({**manifest.moe, "num_experts": len(manifest.experts)})
+    slices = manifest.moe.get("slices", 1)
+    moe = MoEConfig.from_dict({**manifest.moe, "num_experts": len(manifest.experts) * slices})
     with torch.random.fork_rng():
         torch.manual_seed(manifest.seed)
         install_moe(model.model.language_model, moe)  # copies in every slot, fresh routers
@@ -244,12 +248,16 @@ def _fill_slot(
         raise UserError(
             f"experts[{slot}]: {source} was trained from another LLM: fingerprint {found}, expected {wanted}"
         )
+    slices = MoEConfig(**(model.config.moe or {})).slices
     for index, layer in moe_layers(model).items():
         experts = layer.experts
         assert isinstance(experts, SwiGLUExperts)
+        names = (f"layers.{index}.gate_up_proj", f"layers.{index}.down_proj")
+        cuts = cut_swiglu(*(expert.tensors[name] for name in names), slices)
         with torch.no_grad():
-            experts.gate_up_proj[slot].copy_(expert.tensors[f"layers.{index}.gate_up_proj"])
-            experts.down_proj[slot].copy_(expert.tensors[f"layers.{index}.down_proj"])
+            for place, (gate_up, down) in enumerate(cuts, slot * slices):
+                experts.gate_up_proj[place].copy_(gate_up)
+                experts.down_proj[place].copy_(down)
     places = {f"layers.{index}" for index in moe_layers(model)}
     learned = {
         name.rpartition(".")[0] for name, own in dense.items() if not torch.equal(own, expert.tensors[name])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from unimoe.data import Collator, FeatureCache, Sample, read_samples
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import OneExpert, TopK, current_context
+from unimoe.moe import OneExpert, TopK, TopP, current_context
 from unimoe.moe.install import moe_layers
 from unimoe.processing import UniMoeProcessor
 
@@ -118,7 +118,7 @@ def _show(see: Callable[[Tensor], None], router: nn.Module, inputs: tuple[Tensor
 class _Moments:
     """Second moments of one router's inputs and their means by group, summed as batches come, in float64."""
 
-    def __init__(self, router: TopK, num_experts: int):
+    def __init__(self, router: TopK | TopP, num_experts: int):
         width = router.weight.shape[1]
         self.router = router
         self.square_DD = torch.zeros(width, width, dtype=torch.float64)
@@ -146,4 +146,5 @@ class _Moments:
         penalty = settings.penalty * self.square_DD.diagonal().mean()
         eye_DD = torch.eye(len(self.square_DD), dtype=torch.float64)
         rows_DE = torch.linalg.solve(self.square_DD + penalty * eye_DD, self.target_DE)
-        self.router.weight += (settings.scale * rows_DE.T).to(self.router.weight)
+        rows_ED = (settings.scale * rows_DE.T).to(self.router.weight)
+        self.router.weight[: len(rows_ED)] += rows_ED  # null and shared experts have rows behind these

@@ -11,6 +11,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from unimoe.errors import UserError
 from unimoe.moe import (
     MoELayer,
+    Routing,
     TopK,
     copy_experts,
     from_dense,
@@ -19,7 +20,9 @@ from unimoe.moe import (
     repeat_router,
     slice_experts,
     slice_ffn,
+    split_experts,
 )
+from unimoe.moe.upcycle import leading_slices
 
 H, I = 32, 48  # noqa: E741
 
@@ -120,6 +123,28 @@ def test_different_dense_models_become_different_experts():
             moe.router.weight[slot] = 1.0
         x = torch.rand(5, H)
         torch.testing.assert_close(moe(x), dense(x))
+
+
+def test_specialists_split_in_more_experts():
+    """4 specialists, 2 slices: the two slices of one are that one (UniMoE-Audio)."""
+    dense, x = [mlp() for _ in range(4)], torch.randn(9, H)
+    experts: Any = split_experts(dense, 2)
+    assert (experts.num_experts, experts.intermediate_size, experts.origin.exact) == (8, I // 2, False)
+    for model, one in enumerate(dense):
+        slices = torch.tensor([2 * model, 2 * model + 1]).repeat(9, 1)
+        routing = Routing.from_topk(slices, torch.ones(9, 2), torch.zeros(9, 8), torch.zeros(9, 8), 8)
+        torch.testing.assert_close(experts.mix(x, routing, routing.weight_N), one(x), rtol=0, atol=2e-6)
+
+
+def test_shared_experts_start_as_the_first_slices():
+    dense = mlp()
+    shared = leading_slices(dense, 2, 6)
+    assert torch.equal(shared.down_proj[1], dense.down_proj.weight[:, 6:12])
+    assert torch.equal(
+        shared.gate_up_proj[1], torch.cat([dense.gate_proj.weight[6:12], dense.up_proj.weight[6:12]])
+    )
+    with pytest.raises(UserError, match="2 shared experts of width 30 need more than the FFN's 48"):
+        leading_slices(dense, 2, 30)
 
 
 def test_noise_ends_exactness_and_says_so():

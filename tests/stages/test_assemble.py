@@ -74,6 +74,30 @@ def test_the_command_line_overrides_the_mixture(manifest, tmp_path):
         assemble(path, moe=["num_experts=2"])
 
 
+def test_specialists_are_split(manifest, expert_folder, tmp_path):
+    """Two slots in two slices, top-p with a null and a shared expert, saved and loaded."""
+    manifest["moe"] |= {
+        "slices": 2,
+        "router": "top_p",
+        "null_experts": 1,
+        "shared_experts": 1,
+        "shared_size": 8,
+    }
+    path = write(tmp_path / "m.yaml", **manifest)
+    assemble(path)
+    model, _ = load_model(tmp_path / "assembled")
+    learned = load_expert(expert_folder).tensors
+    layer: Any = moe_layers(model)[1]
+    assert (layer.experts.num_experts, layer.router.num_experts, len(layer.router.weight)) == (4, 5, 6)
+    down = torch.cat([layer.experts.down_proj[2], layer.experts.down_proj[3]], dim=1)
+    assert torch.equal(down, learned["layers.1.down_proj"])
+    assert model(IDS).logits.isfinite().all()
+    for slot in manifest["experts"]:
+        slot["data"] = "words.jsonl"
+    with pytest.raises(UserError, match="need moe.slices 1"):
+        assemble(write(tmp_path / "m.yaml", **manifest))
+
+
 def test_what_no_layer_takes_up_is_said(manifest, tmp_path, caplog):
     assemble(write(tmp_path / "m.yaml", **manifest))
     assert "left out" not in caplog.text

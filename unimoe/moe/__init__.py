@@ -10,14 +10,17 @@ from .losses import auxiliary_loss, load, load_balance, pair_counts, z_loss
 from .records import Context, LayerRecord, current_context, record, routing_context
 from .router import OneExpert, Router, TopK
 from .routing import Routing
+from .top_p import TopP, sparse_mixer
 from .upcycle import (
     copy_experts,
+    cut_swiglu,
     from_dense,
     read_ffn,
     read_swiglu,
     repeat_router,
     slice_experts,
     slice_ffn,
+    split_experts,
 )
 
 __all__ = [
@@ -34,11 +37,13 @@ __all__ = [
     "Routing",
     "SwiGLUExperts",
     "TopK",
+    "TopP",
     "auxiliary_loss",
     "build_router",
     "combine_weights",
     "copy_experts",
     "current_context",
+    "cut_swiglu",
     "from_dense",
     "install_moe",
     "load",
@@ -51,5 +56,7 @@ __all__ = [
     "routing_context",
     "slice_experts",
     "slice_ffn",
+    "sparse_mixer",
+    "split_experts",
     "z_loss",
 ]

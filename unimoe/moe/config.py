@@ -14,8 +14,22 @@ class MoEConfig:
 
     num_experts: int = 4
     """Experts per MoE layer."""
+    slices: int = 1
+    """Parts that each FFN is cut in, an expert each: 4 specialists in 2 slices are 8 of half width."""
+    router: Literal["top_k", "top_p"] = "top_k"
+    """How many experts a token visits: as many as ``top_k`` says, or as hold the probability ``top_p``."""
     top_k: int = 2
     """Experts that each token visits, 1..num_experts."""
+    top_p: float = 0.7
+    """For top_p: probability that the experts of a token hold together, above 0 and at most 1."""
+    null_experts: int = 0
+    """Experts that return zero, so that a token may skip compute; they stand last among those to choose."""
+    shared_experts: int = 0
+    """Experts that every token visits; top_p gives them weights, top_k adds them as they are."""
+    shared_size: int | None = None
+    """Intermediate size of a shared expert; None is that of the others."""
+    mixer: Literal["paper", "code"] | None = None
+    """For top_p: the gradient estimator of Uni-MoE-2.0-Omni, with its paper's or UniMoE-Audio's constants."""
     placement: Literal["interval", "all", "first_half", "second_half", "none"] | list[int] = "interval"
     """Decoder layers whose FFN becomes an MoE layer: every even layer (0, 2, ...), all, one half, none, or a
     list of indices."""
@@ -37,6 +51,17 @@ class MoEConfig:
             raise UserError(f"moe.num_experts is {self.num_experts}, expected at least 1")
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(f"moe.top_k is {self.top_k}, expected 1..{self.num_experts} (moe.num_experts)")
+        for name, least in (("slices", 1), ("null_experts", 0), ("shared_experts", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"moe.{name} is {getattr(self, name)}, expected at least {least}")
+        if self.num_experts % self.slices:
+            raise UserError(
+                f"moe.num_experts is {self.num_experts}, expected a multiple of {self.slices} (moe.slices)"
+            )
+        if self.router not in ("top_k", "top_p"):
+            raise UserError(f"moe.router is {self.router!r}, expected top_k or top_p")
+        if self.mixer and self.router != "top_p":
+            raise UserError(f"moe.mixer is {self.mixer!r}, which belongs to moe.router: top_p")
         if isinstance(self.placement, str) and self.placement not in PLACEMENTS:
             choices = ", ".join(PLACEMENTS)
             raise UserError(

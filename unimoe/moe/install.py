@@ -9,7 +9,8 @@ from unimoe.errors import UserError
 from .config import MoEConfig
 from .layer import MoELayer
 from .router import TopK
-from .upcycle import copy_experts, from_dense
+from .top_p import TopP
+from .upcycle import leading_slices, split_experts
 
 
 def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
@@ -26,11 +27,22 @@ def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
     return mlp
 
 
-def build_router(hidden_size: int, moe: MoEConfig) -> TopK:
+def build_router(hidden_size: int, moe: MoEConfig) -> TopK | TopP:
     """The fresh router that ``moe`` describes."""
+    if moe.router == "top_p":
+        return TopP(
+            hidden_size,
+            moe.num_experts,
+            moe.top_p,
+            moe.null_experts,
+            moe.shared_experts,
+            renormalize=moe.renormalize,
+            mixer=moe.mixer,
+            init_std=moe.router_init_std,
+        )
     return TopK(
         hidden_size,
-        moe.num_experts,
+        moe.num_experts + moe.null_experts,
         moe.top_k,
         gating=moe.gating,
         renormalize=moe.renormalize,
@@ -44,24 +56,24 @@ def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module]
     Args:
         decoder: a transformers decoder (``AutoModel`` of a causal LM) with dense SwiGLU FFNs.
         moe: how many experts, where, and how they are routed. Routers start from N(0, ``router_init_std``).
-        sources: one dense decoder for each expert slot, whose FFNs become that expert; None copies the
-            decoder's own.
+        sources: one dense decoder for each expert slot, whose FFNs become that expert, or ``moe.slices`` of
+            them; None copies the decoder's own. Shared experts start as slices of the decoder's own.
     """
-    if sources is not None and len(sources) != moe.num_experts:
-        raise UserError(
-            f"{len(sources)} models for the expert slots, but moe.num_experts is {moe.num_experts}"
-        )
+    slots = moe.num_experts // moe.slices
+    if sources is not None and len(sources) != slots:
+        raise UserError(f"{len(sources)} models for the expert slots, but moe.num_experts makes it {slots}")
     for layer in moe.layers(len(decoder.layers)):  # type: ignore[arg-type]
         mlp = dense_mlp(decoder, layer)
         if isinstance(mlp, MoELayer):
             raise UserError(f"layer {layer} is an MoE layer already; expected a dense model")
-        if sources is None:
-            experts = copy_experts(mlp, moe.num_experts)
-        else:
-            experts = from_dense([dense_mlp(source, layer) for source in sources])
+        mlps = [mlp] * slots if sources is None else [dense_mlp(source, layer) for source in sources]
+        experts = split_experts(mlps, moe.slices)
         weight = experts.down_proj
         router = build_router(weight.shape[1], moe).to(weight.device)
-        moe_layer = MoELayer(router, experts.to(weight.dtype), combine=moe.combine, layer_index=layer)
+        shared = None
+        if moe.shared_experts:
+            shared = leading_slices(mlp, moe.shared_experts, moe.shared_size or weight.shape[2])
+        moe_layer = MoELayer(router, experts.to(weight.dtype), moe.combine, shared, layer)
         decoder.layers[layer].mlp = moe_layer  # type: ignore[index, union-attr]
 
 

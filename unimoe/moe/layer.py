@@ -3,12 +3,14 @@
 Shapes: T tokens (all leading dimensions flattened), D hidden, N (token, expert) pairs.
 """
 
+import torch
 from torch import Tensor, nn
 
 from . import records
 from .combine import combine_weights
 from .experts import Experts
 from .router import Router
+from .routing import Routing
 
 
 class MoELayer(nn.Module):
@@ -16,8 +18,9 @@ class MoELayer(nn.Module):
 
     1. the router chooses experts for each token
     2. the experts run on the chosen pairs, weighted as ``combine`` says (combine.py), and are summed per
-       token
-    3. ``shared``, an FFN that every token visits, is added
+       token; experts that the router knows and ``experts`` does not have are null experts: they return zero
+    3. ``shared``, an FFN that every token visits, is added; shared ``Experts`` with the weights that the
+       router gives them (``extra["shared_TS"]``), or with 1
     4. the routing goes to the active ``record()``
     """
 
@@ -36,8 +39,20 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, records.current_context())
-        y_TD = self.experts.mix(x_TD, routing, combine_weights(self.combine, routing).to(x.dtype))
-        if self.shared is not None:
+        real = routing.first(self.experts.num_experts)
+        weight_N = combine_weights(self.combine, routing)[: len(real.token_N)]
+        y_TD = self.experts.mix(x_TD, real, weight_N.to(x.dtype))
+        if isinstance(self.shared, Experts):
+            y_TD = y_TD + self._visit_shared(self.shared, x_TD, routing)
+        elif self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         records.append(self.layer_index, routing)
         return y_TD.reshape(x.shape)
+
+    def _visit_shared(self, shared: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
+        logits_TS = routing.logits_TE.new_zeros(len(x_TD), shared.num_experts)
+        weight_TS = routing.extra.get("shared_TS", torch.ones_like(logits_TS))
+        every = Routing.from_mask(
+            torch.ones_like(logits_TS, dtype=torch.bool), weight_TS, logits_TS, logits_TS
+        )
+        return shared.mix(x_TD, every, every.weight_N.to(x_TD.dtype))

@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, K slots per token, N (token, expert) pairs sorted b
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,6 +37,24 @@ class Routing:
         slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(index_TK, num_experts)
         weight_N = weight_TK.reshape(-1).index_select(0, slot_N)
         return cls(token_N, expert_N, weight_N, offsets_E1, logits_TE, probs_TE)
+
+    @classmethod
+    def from_mask(
+        cls, chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, probs_TE: Tensor
+    ) -> "Routing":
+        """A pair wherever ``chosen_TE`` is true, as many for a token as there are."""
+        expert_N, token_N = chosen_TE.T.nonzero(as_tuple=True)
+        offsets_E1 = F.pad(chosen_TE.sum(dim=0).cumsum(dim=0), (1, 0))
+        return cls(token_N, expert_N, weight_TE[token_N, expert_N], offsets_E1, logits_TE, probs_TE)
+
+    def first(self, num_experts: int) -> "Routing":
+        """The pairs of the first ``num_experts`` experts; those of the rest, null experts, give nothing."""
+        if num_experts == self.num_experts:
+            return self
+        offsets_E1 = self.offsets_E1[: num_experts + 1]
+        end = int(offsets_E1[-1])
+        pairs = (self.token_N[:end], self.expert_N[:end], self.weight_N[:end])
+        return Routing(*pairs, offsets_E1, self.logits_TE, self.probs_TE, self.extra)
 
     @property
     def num_tokens(self) -> int:

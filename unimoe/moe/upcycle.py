@@ -45,9 +45,20 @@ def read_swiglu(mlp: nn.Module) -> tuple[Tensor, Tensor]:
 
 def from_dense(mlps: Sequence[nn.Module], noise: float = 0.0) -> SwiGLUExperts:
     """One expert per dense FFN, all of one shape; ``noise``: see ``copy_experts``."""
+    return split_experts(mlps, 1, noise)
+
+
+def split_experts(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) -> SwiGLUExperts:
+    """Each of several dense FFNs of one shape cut in ``slices`` equal parts, an expert each (UniMoE-Audio,
+    arXiv 2510.13344: 4 specialists, 2 slices, 8 experts).
+
+    Expert m*slices + s is slice s of model m. One model many times over is exact as ``copy_experts`` or
+    ``slice_experts`` say; ``noise``: see there.
+    """
     if not mlps:
         raise UserError("no dense FFN to make experts from, expected at least one")
-    weights = [read_swiglu(mlp) for mlp in mlps]
+    read = {mlp: read_swiglu(mlp) for mlp in mlps}  # once, where one model stands in every slot
+    weights = [read[mlp] for mlp in mlps]
     shape = weights[0][1].shape
     for slot, (_, down) in enumerate(weights):
         if down.shape != shape:
@@ -55,8 +66,34 @@ def from_dense(mlps: Sequence[nn.Module], noise: float = 0.0) -> SwiGLUExperts:
             raise UserError(
                 f"the FFN for expert {slot} has down_proj {found}, expected {expected} as expert 0 has"
             )
-    origin = Origin("dense", False, "the experts differ") if len(mlps) > 1 else _copied(noise)
-    return _stack([gate_up for gate_up, _ in weights], [down for _, down in weights], noise, origin)
+    if len(read) > 1:
+        origin = Origin("dense", False, "the experts differ")
+    else:
+        origin = _copied(noise) if slices == 1 else _sliced(noise)
+    cuts = [cut for gate_up, down in weights for cut in cut_swiglu(gate_up, down, slices)]
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], noise, origin)
+
+
+def cut_swiglu(gate_up: Tensor, down: Tensor, slices: int) -> list[tuple[Tensor, Tensor]]:
+    """(gate_up [2I/slices, H], down [H, I/slices]) of each slice of an FFN's hidden dimension."""
+    if slices == 1:
+        return [(gate_up, down)]
+    gate, up = gate_up.chunk(2)
+    width = _slice_width(down.shape[1], slices)
+    parts = zip(gate.split(width), up.split(width), down.split(width, dim=1), strict=True)
+    return [(torch.cat([gate, up]), down) for gate, up, down in parts]
+
+
+def leading_slices(mlp: nn.Module, count: int, width: int) -> SwiGLUExperts:
+    """The first ``count`` slices of ``width`` of one FFN: shared experts narrower than the others."""
+    gate_up, down = read_swiglu(mlp)
+    inner = down.shape[1]
+    if width < 1 or count * width > inner:
+        raise UserError(f"{count} shared experts of width {width} need more than the FFN's {inner}")
+    (gate, up), kept = gate_up.chunk(2), count * width
+    cuts = cut_swiglu(torch.cat([gate[:kept], up[:kept]]), down[:, :kept], count)
+    origin = Origin("slice", False, f"{inner - kept} of {inner} hidden units are left out")
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], 0.0, origin)
 
 
 def copy_experts(mlp: nn.Module, num_experts: int, noise: float = 0.0) -> SwiGLUExperts:
@@ -64,8 +101,7 @@ def copy_experts(mlp: nn.Module, num_experts: int, noise: float = 0.0) -> SwiGLU
 
     ``noise`` adds normal noise of that many standard deviations of each weight matrix, which ends exactness.
     """
-    gate_up, down = read_swiglu(mlp)
-    return _stack([gate_up] * num_experts, [down] * num_experts, noise, _copied(noise))
+    return split_experts([mlp] * num_experts, 1, noise)
 
 
 def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> SwiGLUExperts:
@@ -76,11 +112,7 @@ def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0
     "straight_through", or "k_weight" with equal weights). Expert c*slices + s is slice s of copy c;
     ``repeat_router`` makes a router that picks whole copies.
     """
-    gate_up, down = read_swiglu(mlp)
-    gate, up = gate_up.chunk(2)
-    width = _slice_width(down.shape[1], slices)
-    cuts = [torch.cat(pair) for pair in zip(gate.split(width), up.split(width), strict=True)]
-    return _stack(cuts * copies, list(down.split(width, dim=1)) * copies, noise, _sliced(noise))
+    return split_experts([mlp] * copies, slices, noise)
 
 
 def slice_ffn(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> FFNExperts:

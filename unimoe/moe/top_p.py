@@ -1,0 +1,134 @@
+"""Routing by probability mass, and the gradient estimator that may come with it (Uni-MoE's successors).
+
+Shapes: T tokens, D hidden, E experts to choose from (null ones included, last), S shared experts, K slots.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+
+from .records import Context
+from .router import Router
+from .routing import Routing
+
+MIXERS = {"paper": (5 / 8, 2.0), "code": (1 / 4, 1.0)}
+"""Chance that a pick other than the best keeps its whole weight, and the factor of the weight's gradient: as
+Uni-MoE-2.0-Omni (2511.12609) writes, and as UniMoE-Audio's code has."""
+
+
+class TopP(Router):
+    """Keeps as many of the best experts of each token as hold the probability ``p`` together.
+
+    1. float32 logits of the E experts to choose from, of which the last ``null_experts`` return zero (a token
+       that chooses one skips compute), and of the S shared ones, which every token visits
+    2. the smallest number of experts, sorted by probability, whose sum reaches ``p``; at least one
+    3. weights: softmax over the chosen and the shared, so that they sum to 1; without ``renormalize`` the
+       probabilities over all as they are
+    4. with a ``mixer``, in training, the chosen are drawn instead, see :func:`sparse_mixer`; their weights
+       are divided by their sum and share what step 3 gives the chosen
+
+    The shared experts' weights are ``Routing.extra["shared_TS"]``. Sources: DCMoE and UniMoE-Audio
+    (2510.13344); without null and shared experts and ``renormalize``: Huang et al., 2403.07652.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        p: float = 0.7,
+        null_experts: int = 0,
+        shared_experts: int = 0,
+        renormalize: bool = True,
+        mixer: Literal["paper", "code"] | None = None,
+        jitter: float = 0.01,
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        if not 0 < p <= 1:
+            raise UserError(f"top-p router got p = {p}, expected above 0 and at most 1")
+        if mixer is not None and mixer not in MIXERS:
+            raise UserError(f"mixer is {mixer!r}, expected one of {', '.join(MIXERS)}")
+        self.num_experts, self.shared_experts = num_experts + null_experts, shared_experts
+        self.p, self.renormalize, self.mixer, self.jitter = p, renormalize, mixer, jitter
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(self.num_experts + shared_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)
+
+    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            all_TX = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = all_TX[:, : self.num_experts]
+            probs_TE = logits_TE.softmax(dim=-1)
+            k_T = self.counts(probs_TE)
+            order_TE = logits_TE.argsort(dim=-1, descending=True)
+            rank_TE = torch.arange(self.num_experts, device=x_TD.device).expand_as(order_TE)
+            chosen_TE = torch.zeros_like(order_TE).scatter(1, order_TE, rank_TE) < k_T[:, None]
+            mixed_TE = None
+            if self.mixer is not None and self.training:
+                mixed_TE = sparse_mixer(logits_TE, k_T, self.jitter, *MIXERS[self.mixer])
+                chosen_TE = mixed_TE.detach() > 0
+            shared_TS = chosen_TE.new_ones(len(x_TD), self.shared_experts)
+            kept_TX = torch.cat([chosen_TE, shared_TS], dim=1)
+            if self.renormalize:
+                weight_TX = all_TX.masked_fill(~kept_TX, -torch.inf).softmax(dim=-1)
+            else:
+                weight_TX = all_TX.softmax(dim=-1) * kept_TX
+            weight_TE, shared_TS = weight_TX.split([self.num_experts, self.shared_experts], dim=1)
+            if mixed_TE is not None:
+                weight_TE = mixed_TE / mixed_TE.sum(1, keepdim=True) * weight_TE.sum(1, keepdim=True)
+        routing = Routing.from_mask(chosen_TE, weight_TE, logits_TE, probs_TE)
+        if self.shared_experts:
+            routing.extra["shared_TS"] = shared_TS
+        return routing
+
+    def counts(self, probs_TE: Tensor) -> Tensor:
+        """[T] experts that each token keeps."""
+        below_TE = probs_TE.sort(dim=-1, descending=True).values.cumsum(dim=-1) < self.p
+        return (below_TE.sum(dim=-1) + 1).clamp(
+            max=self.num_experts
+        )  # rounding may leave the whole sum below 1
+
+    def extra_repr(self) -> str:
+        shared = f", shared={self.shared_experts}" if self.shared_experts else ""
+        return f"experts={self.num_experts}, p={self.p}, mixer={self.mixer}{shared}"
+
+
+def sparse_mixer(logits_TE: Tensor, k_T: Tensor, jitter: float, whole: float, slope: float) -> Tensor:
+    """[T, E] random weights of the ``k_T`` experts that each token draws, 0 elsewhere (SparseMixer,
+    2310.00811; GRIN, 2409.12136).
+
+    Slot by slot:
+
+    1. of the experts not drawn yet, those whose logit is below the best one by more than 2 ``jitter`` of its
+       size are left out; o is the softmax over the rest
+    2. one expert is drawn from o (Gumbel noise)
+    3. its weight is o, or o / 3 when it is not the best one and a coin of probability ``whole`` fails
+    4. the gradient is that of ``slope`` * o, whatever the weight
+
+    A midpoint of the way from 0 to o, so that the router learns from experts that it did not think best.
+    """
+    weight_TE = torch.zeros_like(logits_TE)
+    left_TE = logits_TE
+    for slot in range(int(k_T.max()) if len(k_T) else 0):
+        best_T1 = left_TE.max(dim=-1, keepdim=True).values
+        size_TE = torch.maximum(logits_TE.abs(), best_T1.abs()).detach()
+        near_TE = (best_T1 - left_TE).detach() <= 2 * jitter * size_TE
+        gates_TE = left_TE.masked_fill(~near_TE, -torch.inf).softmax(dim=-1)
+        noise_TE = -torch.empty_like(gates_TE).exponential_().log()
+        pick_T1 = (left_TE.masked_fill(~near_TE, -torch.inf) + noise_TE).argmax(dim=-1, keepdim=True).detach()
+        o_T1 = gates_TE.gather(1, pick_T1)
+        is_best_T1 = o_T1 == gates_TE.max(dim=-1, keepdim=True).values
+        keeps_T1 = is_best_T1 | (torch.rand_like(o_T1) < whole)
+        value_T1 = o_T1.detach() * torch.where(keeps_T1, 1.0, 1 / 3)
+        o_T1 = value_T1 + slope * (o_T1 - o_T1.detach())
+        used_T1 = slot < k_T[:, None]
+        weight_TE = weight_TE.scatter_add(1, pick_T1, o_T1 * used_T1)
+        left_TE = left_TE.scatter(1, pick_T1, -torch.inf)
+    return weight_TE
