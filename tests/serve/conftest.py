@@ -1,6 +1,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -19,31 +20,35 @@ def tiny(tmp_path_factory):
     return model.eval(), processor
 
 
-@contextmanager
-def running(model, processor, **settings: Any):
-    """A server at a free port of this machine, for the length of the block; its ``url`` and ``service``."""
-    app = build_app(model, processor, ServerConfig(**{"name": "tiny", **settings}))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.service = app.state.service
-    try:
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join()
+@pytest.fixture(scope="session")
+def serving(tiny):
+    """``with serving(**settings) as server``: at a free port; it has ``url``, ``client`` and ``service``."""
+
+    @contextmanager
+    def run(**settings: Any):
+        app = build_app(*tiny, ServerConfig(**{"name": "tiny", **settings}))
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        try:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                yield SimpleNamespace(url=url, client=client, service=app.state.service)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def server(tiny):
-    with running(*tiny) as server:
+def server(serving):
+    with serving() as server:
         yield server
 
 
 @pytest.fixture
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
+    return server.client

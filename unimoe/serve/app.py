@@ -16,8 +16,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unimoe.errors import UserError
 from unimoe.modeling import UniMoeForConditionalGeneration
@@ -180,10 +182,9 @@ def build_app(
         yield
         await run_in_threadpool(service.engine.close)
 
-    app = FastAPI(
-        title="unimoe", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=config.body_bytes
-    )
+    app = FastAPI(title="unimoe", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.add_middleware(BodyLimit, most=config.body_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.trusted_hosts)
     _add_error_handlers(app, service.metrics)
 
@@ -236,6 +237,25 @@ def build_app(
     return app
 
 
+class BodyLimit:
+    """Refuses bodies that are too long, by the length that they must announce, before any of it is read."""
+
+    def __init__(self, app: ASGIApp, most: int):
+        self.app = app
+        self.most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send):
+        if scope["type"] == "http" and scope["method"] == "POST":
+            length = Headers(scope=scope).get("content-length")
+            status = 411 if length is None else 413 if int(length) > self.most else None
+            if status:
+                found = f"the body must announce its length, of at most {self.most:,} bytes; found {length}"
+                body = error_body(found, _KINDS[400])
+                await JSONResponse(body, status, {"Connection": "close"})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
 async def _events(
     first: Piece, pieces: AsyncIterator[Piece], answer: Answer, completion: Completion, body: ChatRequest
 ) -> AsyncIterator[str]:
@@ -267,8 +287,12 @@ def _usage(answer: Answer) -> dict[str, int]:
 
 _ENGINE_ERROR = error_body("the model failed on this request", "server_error", "engine_error")
 
-_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-          413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics):

@@ -107,7 +107,10 @@ class MediaReader:
                 return load_image({"type": "image", "image": picture}, where)
         except UserError:
             raise
-        except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        except Image.DecompressionBombError as error:  # Pillow's own limit, before ours is looked at
+            most = f"at most {self.limits.image_pixels:,}"
+            raise UserError(f"{where}: the image has too many pixels; this server takes {most}") from error
+        except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{where}: no image in one of the formats {', '.join(IMAGE_FORMATS)}") from error
 
     def _sound(self, content: bytes, kind: str, where: str):

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from transformers import GenerationConfig
 
 from unimoe.errors import UserError
@@ -41,6 +41,14 @@ SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_p
 """What is taken from the ``generation_config`` that ``transformers chat`` sends along."""
 
 
+def whole_characters(text: str) -> str:
+    """``text`` with a question mark for each half of a character: JSON can hold those, tokenizers cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+Text = Annotated[str, AfterValidator(whole_characters)]
+
+
 class Url(BaseModel):
     """A medium by its address: a data URL, or what the server's flags allow."""
 
@@ -58,7 +66,7 @@ class InputAudio(BaseModel):
 
 class TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImagePart(BaseModel):
@@ -90,7 +98,7 @@ class Message(BaseModel):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(max_length=256)]
+    content: Text | Annotated[list[ContentPart], Field(max_length=256)]
 
 
 class StreamOptions(BaseModel):
@@ -227,4 +235,4 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict:
     """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": whole_characters(message), "type": kind, "param": param, "code": code}}
