@@ -40,13 +40,12 @@ def ask(
 ) -> dict[str, str]:
     """The model's answer to each question by id; prompts of like length share a batch."""
     learner, answers = strategy.learner, {}
-    order = sorted(questions, key=lambda question: _length(question))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = to_device(learner.collator.prompts([question.sample for question in chosen]), learner.device)
+    samples = [question.sample for question in questions]
+    for chosen, batch in learner.collator.prompt_batches(samples, batch_size):
+        batch = to_device(batch, learner.device)
         with torch.no_grad(), strategy.answering(batch):
             said = generate(learner.model, learner.processor, batch, max_new_tokens)
-        answers |= {question.id: answer for question, answer in zip(chosen, said, strict=True)}
+        answers |= {questions[index].id: answer for index, answer in zip(chosen, said, strict=True)}
     return {question.id: answers[question.id] for question in questions}
 
 
@@ -60,9 +59,3 @@ def routing_of(strategy: IncMoELoRA, task: Experience, samples: int = 32) -> dic
         with guide.collect(None):
             last_hidden(learner.model, batch)
     return by_block(guide.take(), TYPES)
-
-
-def _length(question: Question) -> int:
-    """Characters of the text; media of one task are much alike."""
-    parts = (part for message in question.sample.messages for part in message["content"])
-    return sum(len(part.get("text", "")) for part in parts)

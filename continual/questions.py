@@ -5,7 +5,7 @@ CoIN, UCIT, MLLM-CL items    {"question_id", "image", "text", "answer"}; the ans
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ def _question(record: Any, source: str, root: Path) -> Question:
     name = str(record.get("question_id", record.get("id", source)))
     if "conversations" in record or "messages" in record:
         sample = parse_record(record, source, root)
-        *asked, last = sample.messages
-        found: Any = record.get("answers", "".join(part.get("text", "") for part in last["content"]))
-        sample = replace(sample, messages=asked)
+        sample, answer = sample.split_answer()
+        found: Any = record.get("answers", answer)
     else:
         text = record.get("text", record.get("question"))
         if not isinstance(text, str) or "answer" not in record:

@@ -24,6 +24,7 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.loading import load_model
 from unimoe.training.progress import clock
+from unimoe.training.result import differences, flatten
 
 from .answers import evaluate, routing_of
 from .export import fingerprint
@@ -273,14 +274,14 @@ class Run:
             if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
                 raise UserError(f"--output {self.output} is there and is no continual run; choose another")
             return
-        found, wanted = _flat(there["identity"]), _flat(json.loads(json.dumps(self.identity)))
-        different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        ours = json.loads(json.dumps(self.identity))
+        different = differences(flatten(there["identity"], lists=True), flatten(ours, lists=True))
         if different:
-            key = different[0]
+            key, values = next(iter(different.items()))
             what = "the stream changed" if key.startswith("stream") else "the settings changed"
             raise UserError(
-                f"{self.output} was begun otherwise, {what}: {key} was {found.get(key)!r}, now it is "
-                f"{wanted.get(key)!r} ({len(different)} such); set it back or choose another --output"
+                f"{self.output} was begun otherwise, {what}: {key}: {values} ({len(different)} such); "
+                "set it back or choose another --output"
             )
 
     def _note(self, base: str) -> None:
@@ -297,18 +298,6 @@ class Run:
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in names}
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as one level of dotted keys."""
-    if isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
-        settings = dict(enumerate(settings))
-    if not isinstance(settings, dict):
-        return {prefix: settings}
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _line(metrics: dict[str, float | None]) -> str:

@@ -207,7 +207,7 @@ def test_a_stream_that_changed(config, command, tmp_path, capsys):
 
 def test_other_settings(config, command, capsys):
     assert main(command(config, "run", "--strategy", "lora")) == 0
-    assert "adapters.rank was 2, now it is 3" in refused(
+    assert "adapters.rank: there 2, now 3" in refused(
         command(config, "run", "--strategy", "lora", "--adapters.rank", "3"), capsys
     )
 

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, M encoder items (pictures, speech windows), S encoder 
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -105,6 +105,16 @@ class Collator:
         """Conversations that wait for an answer as one batch, padded on the left, without labels."""
         rows = [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]
         return self._pad(rows, "left")
+
+    def prompt_batches(
+        self, samples: Sequence[Sample], batch_size: int
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """The :meth:`prompts` of all samples, those of like length together: their indices, and the batch."""
+        lengths = [self.prompts([sample])["input_ids"].shape[1] for sample in samples]
+        order = sorted(range(len(samples)), key=lengths.__getitem__)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            yield chosen, self.prompts([samples[index] for index in chosen])
 
     def _encode(self, samples: Sequence[Sample]) -> list[tuple[dict[str, Any], list[int]]]:
         """Inputs and labels of each sample."""

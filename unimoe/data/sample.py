@@ -3,7 +3,7 @@
 import base64
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class Sample:
         """The set of its modalities as one word, such as ``image+speech``; ``text`` if there are none."""
         present = {part["type"] for part in self.media()}
         return "+".join(name for name in MEDIA if name in present) or "text"
+
+    def split_answer(self) -> tuple["Sample", str]:
+        """The conversation without its last turn, and the text of that turn."""
+        *asked, last = self.messages
+        return replace(self, messages=asked), "".join(part.get("text", "") for part in last["content"])
 
     def to_record(self, root: str | Path) -> dict[str, Any]:
         """As an object of messages JSONL: paths relative to ``root`` if inside it, bytes as data URLs."""

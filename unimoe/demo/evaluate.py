@@ -4,22 +4,20 @@
     prose            -> perplexity                    MoE: questions -> record() -> load by layer and modality
 
 Everything found is in one JSON file that grows set by set, so that a killed run goes on with the next set.
-Shapes: L MoE layers, E experts, S encoder positions, D encoder width.
+Shapes: L MoE layers, E experts.
 """
 
 import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from unimoe.data import FeatureCache, Sample
+from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.data.readers import read_records
 from unimoe.data.records import parse_record
 from unimoe.demo.progress import progress
@@ -42,8 +40,15 @@ TITLES = {
     "spoken_questions": "the same questions, spoken",
     "unseen_voice": "the same, spoken by an unseen voice",
     "held_out": "things never trained on",
+    "speech": "spoken questions alone, written down",
+    "films": "short films",
+    "sounds": "environmental sounds",
+    "sounds_asked": "the same sounds, asked about aloud",
 }
 """The test sets, in the order in which they are asked; a set whose file is not there is left out."""
+
+EXTENDED = ("speech", "films", "sounds", "sounds_asked")
+"""Those of the extended demo."""
 
 LONGEST_ANSWER = 12
 """Tokens; the longest right answer has about six."""
@@ -74,9 +79,7 @@ def read_questions(path: str | Path) -> list[Question]:
     for source, line in read_records(path):
         facts = {key: value for key, value in line.items() if key not in ("id", "messages")}
         sample = parse_record(line, source, Path(path).parent)
-        *asked, last = sample.messages
-        answer = "".join(part.get("text", "") for part in last["content"])
-        questions.append(Question(replace(sample, messages=asked), answer, facts))
+        questions.append(Question(*sample.split_answer(), facts))
     if not questions:
         raise UserError(f"{path}: the file holds no questions")
     return questions
@@ -142,47 +145,15 @@ def ask(
     batch_size: int = 16,
 ) -> list[str]:
     """Greedy answers, in order; prompts of like length share a batch. The media must be in the cache."""
-    rows = [processor.encode(q.sample.messages, True, q.sample.source)["input_ids"] for q in questions]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    answers = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad_left(
-            processor, [rows[index] for index in chosen], [questions[i] for i in chosen], features
-        )
+    collator = Collator(processor, features=features)
+    answers = [""] * len(questions)
+    done = 0
+    for chosen, batch in collator.prompt_batches([question.sample for question in questions], batch_size):
         for index, answer in zip(chosen, generate(model, processor, batch, LONGEST_ANSWER), strict=True):
             answers[index] = answer
-        advance(start + len(chosen))
+        done += len(chosen)
+        advance(done)
     return answers
-
-
-def pad_left(
-    processor: UniMoeProcessor,
-    rows: Sequence[list[int]],
-    questions: Sequence[Question],
-    features: FeatureCache,
-) -> dict[str, Any]:
-    """One batch out of the ids of prompts, with what the encoders said about their media from the cache."""
-    batch: dict[str, Any] = dict(processor.pad([{"input_ids": row} for row in rows], "left"))
-    windows: dict[str, list[Tensor]] = {}
-    for question in questions:
-        for part in question.sample.media():
-            stored = features.get(features.key(part, question.sample.source))
-            if stored is None:
-                raise UserError(f"{question.sample.source}: its {part['type']} is not in {features.folder}")
-            windows.setdefault(part["type"], []).extend(stored)
-    batch["encoded_media"] = {
-        kind: (pad_sequence(several, True), _lengths(several, kind, processor))
-        for kind, several in windows.items()
-    }
-    return batch
-
-
-def _lengths(windows: Sequence[Tensor], kind: str, processor: UniMoeProcessor) -> Tensor | None:
-    """Of items that may differ in length; an encoder with one input (pictures) says None."""
-    if len(processor.preprocessors[kind].outputs) == 1:
-        return None
-    return torch.tensor([len(window_SD) for window_SD in windows])
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
@@ -239,15 +210,12 @@ def expert_load(
     Returns ``layers`` (indices of the decoder layers, L), and for ``all`` tokens and those of each modality
     that occurs a matrix [L][E] whose rows sum to 1.
     """
-    traffic = Traffic()
+    traffic, collator = Traffic(), Collator(processor, features=features)
     if moe_layers(model):
         for several in questions.values():
             for start in range(0, min(len(several), most), batch_size):
                 chosen = several[start : start + batch_size]
-                rows = [
-                    processor.encode(q.sample.messages, True, q.sample.source)["input_ids"] for q in chosen
-                ]
-                batch = pad_left(processor, rows, chosen, features)
+                batch = collator.prompts([question.sample for question in chosen])
                 with record() as records:
                     model.model(**to_device(batch, model.device))
                 traffic.add(records)

@@ -114,22 +114,30 @@ def folder_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of dotted keys; lists stay whole."""
+def flatten(settings: Any, prefix: str = "", lists: bool = False) -> dict[str, Any]:
+    """Nested settings as one level of dotted keys; lists stay whole, but with ``lists`` those of dicts."""
+    if lists and isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
+        settings = dict(enumerate(settings))
     if not isinstance(settings, dict) or (not settings and prefix):
         return {prefix: settings}
     flat = {}
     for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key), lists)
     return flat
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """What each setting is in which the two differ, in words."""
+    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    return {key: f"there {found.get(key)!r}, now {wanted.get(key)!r}" for key in keys}
 
 
 def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]):
     """Raises UserError naming the settings in which what lies in ``output`` differs from what is wanted."""
-    different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    different = [f"{key}: {values}" for key, values in differences(found, wanted).items()]
     if not different:
         return
-    shown = "; ".join(f"{key}: there {found.get(key)!r}, now {wanted.get(key)!r}" for key in different[:4])
+    shown = "; ".join(different[:4])
     more = f" and {len(different) - 4} more" if len(different) > 4 else ""
     raise UserError(
         f"{output} was made with other settings ({shown}{more}); "
