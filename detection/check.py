@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from unimoe.data.faults import Fault
 from unimoe.errors import UserError
 
-from .dataset import DetectionSet, Fault
+from .dataset import DetectionSet
 from .formats import read_detection
 from .yolo import yolo_file, yolo_splits
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimoe.data.faults import Fault
 from unimoe.data.media import load_image
 from unimoe.errors import UserError
 
@@ -31,18 +32,6 @@ class Category:
     name: str
     frequency: str | None = None
     """LVIS: ``r``, ``c`` or ``f`` (rare, common, frequent)."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something wrong with a file of annotations."""
-
-    kind: str
-    """A key of FAULTS."""
-    where: str
-    """The file and the entry."""
-    message: str
-    """What was found and what was expected."""
 
 
 FAULTS = {

@@ -64,7 +64,7 @@ VERBS = {
     "chat": Verb("unimoe.chat:chat", "talk to a model in the terminal", {"prompt": "-p"}),
     "inspect": Verb("unimoe.inspect:inspect", "parameters, and which experts the tokens of a file visit"),
     "serve": Verb("unimoe.serve.command:serve", "put a model behind an address, for any OpenAI client"),
-    "data check": Verb("unimoe.check:check", "what is wrong with a file of boxes, and where"),
+    "data check": Verb("unimoe.check:check", "what is wrong with a data file, and where"),
     "data scenes": Verb(
         "unimoe.detection.generate:scenes", "write a COCO-format set of emoji on photographs"
     ),

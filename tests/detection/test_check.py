@@ -73,4 +73,4 @@ def test_all_splits_of_yolo(tmp_path: Path):
 
 def test_not_a_file_of_boxes(tmp_path: Path, capsys):
     assert cli.main(["data", "check", str(tmp_path / "nothing.json")]) == 2
-    assert "there is no file" in capsys.readouterr().err
+    assert "there is no data file" in capsys.readouterr().err

@@ -32,6 +32,7 @@ FAULTS = {
     "undecodable": "a medium cannot be decoded",
     "duplicate": "a sample says the same as one before",
     "too long": "a sample has more tokens than the limit",
+    "not for the model": "a sample cannot be made into inputs of the model",
 }
 """What can be wrong with a file of conversations."""
 

@@ -113,8 +113,12 @@ def scan_records(path: Path, convert: bool = True) -> Iterator[tuple[str, Any]]:
 
 
 def line_numbers(path: Path) -> list[int]:
-    """The line on which each element of a JSON list begins."""
+    """The line on which each element of a JSON list begins; nothing for any other file."""
+    if path.suffix in (*tables.SUFFIXES, ".tar"):
+        return []
     text = _read_text(path)
+    if not text.lstrip().startswith("[") or not _is_json(text):
+        return []
     decoder, lines, line, seen = json.JSONDecoder(), [], 1, 0
     at = text.index("[") + 1
     while match := re.compile(r"[\s,]*(?=[^\s,\]])").match(text, at):

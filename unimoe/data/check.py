@@ -1,0 +1,160 @@
+"""What is wrong with a file of conversations, and where."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimoe.errors import UserError
+
+from .faults import DataError, Fault
+from .media import load_audio, load_image, media_bytes, open_media
+from .readers import data_files, line_numbers, scan_records
+from .records import parse_record
+from .sample import Part, Sample
+from .video import load_video
+
+LOADERS: dict[str, Callable[[Part, str], Any]] = {
+    "image": load_image,
+    "video": load_video,
+    "speech": load_audio,
+    "audio": load_audio,
+}
+
+
+@dataclass
+class ConversationReport:
+    """What is in a file of conversations, and what is wrong with it."""
+
+    samples: int = 0
+    """Records, the faulty ones included."""
+    turns: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Samples of each set of modalities."""
+    media: Counter[str] = field(default_factory=Counter)
+    """Pictures, sounds, ... of each modality."""
+    tokens: dict[str, int] | None = None
+    """Percentiles of the samples' lengths, and their sum, if lengths were asked for."""
+    faults: list[Fault] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "faults": [asdict(fault) for fault in self.faults]}
+
+
+def check_conversations(
+    path: str | Path,
+    media_root: str | Path | None = None,
+    decode: bool = True,
+    training: bool = True,
+    length: Callable[[Sample], int] | None = None,
+    max_length: int | None = None,
+) -> ConversationReport:
+    """Read every record and collect all faults: the first of each record's form, and that of each medium.
+
+    Args:
+        path: as :func:`data_files` takes it.
+        media_root: folder that relative paths start from, by default that of the file.
+        decode: also decode every medium.
+        training: each sample must end in an answer.
+        length: the tokens of a sample; may raise a UserError, which is then its fault.
+        max_length: the most tokens a sample may have.
+
+    Raises UserError when there is no such file.
+    """
+    report, media, said, lengths = ConversationReport(), _Media(decode), dict[str, str](), []
+    for file in data_files(path):
+        root = file.parent if media_root is None else media_root
+        for source, where, record in _records(file):
+            try:
+                report.samples += not (isinstance(record, DataError) and record.kind == "cut")
+                if isinstance(record, DataError):
+                    raise record
+                sample = parse_record(record, source, root, training=training)
+            except DataError as error:
+                report.faults.append(Fault(error.kind, where, error.message))
+                continue
+            report.turns += len(sample.messages)
+            report.kinds[sample.kind] += 1
+            report.media.update(part["type"] for part in sample.media())
+            faults = [Fault(kind, where, message) for kind, message in media.faults(sample)]
+            if not faults:
+                first = said.setdefault(_signature(sample), where)
+                if first != where:
+                    faults.append(Fault("duplicate", where, f"the sample is the same as {first}"))
+            if length and not faults:
+                faults += _too_long(sample, where, length, max_length, lengths)
+            report.faults += faults
+    if lengths:
+        names = {"shortest": 0, "median": 50, "90 %": 90, "99 %": 99, "longest": 100}
+        report.tokens = {name: int(np.percentile(lengths, share)) for name, share in names.items()}
+        report.tokens["sum"] = sum(lengths)
+    return report
+
+
+def _records(file: Path) -> Iterator[tuple[str, str, Any]]:
+    """The source of each record, how a person finds it, and its value or fault."""
+    try:
+        lines = line_numbers(file)
+        for index, (source, record) in enumerate(scan_records(file)):
+            yield source, f"{source} (line {lines[index]})" if lines else source, record
+    except UserError as error:  # the file cannot be read at all
+        yield str(file), str(file), DataError("cut", str(file), str(error).removeprefix(f"{file}: "))
+
+
+def _too_long(
+    sample: Sample, where: str, length: Callable[[Sample], int], most: int | None, lengths: list[int]
+) -> list[Fault]:
+    try:
+        lengths.append(length(sample))
+    except UserError as error:
+        return [Fault("not for the model", where, str(error).removeprefix(f"{sample.source}: "))]
+    if most is not None and lengths[-1] > most:
+        return [Fault("too long", where, f"found {lengths[-1]} tokens, expected at most {most}")]
+    return []
+
+
+class _Media:
+    """Reads and decodes every medium, those that are files only once."""
+
+    def __init__(self, decode: bool) -> None:
+        self.decode = decode
+        self.known: dict[str, tuple[str, str] | None] = {}
+
+    def faults(self, sample: Sample) -> Iterator[tuple[str, str]]:
+        """Kind and message of what is wrong with the media of a sample."""
+        for part in sample.media():
+            name = f"{part['type']} {part['path']}" if "path" in part else ""
+            if name not in self.known or not name:
+                self.known[name] = self._fault(part, sample.source)
+            found = self.known[name]
+            if found:
+                yield found
+
+    def _fault(self, part: Part, where: str) -> tuple[str, str] | None:
+        kind = "data URL" if "url" in part else "empty medium"
+        try:
+            if isinstance(part.get("path"), str) or "url" in part or "stored" in part or "bytes" in part:
+                open_media(part, where).close()
+            kind = "undecodable"
+            if self.decode:
+                LOADERS[part["type"]](part, where)
+        except UserError as error:
+            return kind, str(error).removeprefix(f"{where}: ")
+        return None
+
+
+def _signature(sample: Sample) -> str:
+    """The same for samples that say the same about the same media."""
+
+    def medium(part: Part) -> Any:
+        if "stored" in part or "bytes" in part:
+            return hashlib.sha256(media_bytes(part, sample.source)).hexdigest()
+        return part
+
+    turns = [(turn["role"], [medium(part) for part in turn["content"]]) for turn in sample.messages]
+    return hashlib.sha256(json.dumps(turns, sort_keys=True).encode()).hexdigest()
