@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
@@ -16,7 +15,7 @@ from .dataset import DetectionSample, DetectionSet
 from .output import Target
 from .prompt import Prompt, PromptBatch
 from .sampling import PromptSampler
-from .transforms import Augment, Resize
+from .transforms import Augment, Resize, padded, picture_masks
 
 _SIDES = {"left", "right"}
 
@@ -38,11 +37,9 @@ class ImageBatch:
         cls, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], samples: Sequence[DetectionSample]
     ) -> "ImageBatch":
         height, width = (max(picture.shape[side] for picture in pixels) for side in (1, 2))
-        values, mask = [], torch.zeros(len(pixels), height, width, dtype=torch.int64)
-        for row, picture in enumerate(pixels):
-            values.append(pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])))
-            mask[row, : picture.shape[1], : picture.shape[2]] = 1
-        return cls(torch.stack(values), mask, list(sizes), list(samples))
+        values = torch.stack([padded(picture, height, width) for picture in pixels])
+        mask = picture_masks([picture.shape[1:] for picture in pixels], height, width)
+        return cls(values, mask, list(sizes), list(samples))
 
 
 @dataclass

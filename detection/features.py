@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.nn.functional import pad
 
 from unimoe.files import atomic_folder
 
 from .data import View
 from .dataset import DetectionSample
 from .modeling import DynamicDinoForObjectDetection
+from .transforms import padded, picture_masks
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,10 @@ class FeatureStore:
 
     def pixel_masks(self, indices: Sequence[int]) -> Tensor | None:
         """[B, S, S] int64, 1 on the pictures; None where nothing is padded."""
-        if all(self.sizes[index] == (self.side, self.side) for index in indices):
+        sizes = [self.sizes[index] for index in indices]
+        if all(size == (self.side, self.side) for size in sizes):
             return None
-        mask = torch.zeros(len(indices), self.side, self.side, dtype=torch.int64)
-        for row, index in enumerate(indices):
-            height, width = self.sizes[index]
-            mask[row, :height, :width] = 1
-        return mask
+        return picture_masks(sizes, self.side, self.side)
 
     @classmethod
     def of(
@@ -103,7 +100,7 @@ def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[Vi
     stores: list[np.memmap] = []
     boxes, kept, sizes = [], [], []
     for start, batch in _batches(views):
-        pixels_B3SS = torch.stack([padded(view.pixels, side) for view in batch])
+        pixels_B3SS = torch.stack([padded(view.pixels, side, side) for view in batch])
         for level, features in enumerate(model.encode_image(pixels_B3SS.to(model.device))):
             if start == 0:
                 shape = (len(views), *features.shape[1:])
@@ -122,11 +119,6 @@ def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[Vi
         store.flush()
     torch.save({"boxes": boxes, "kept": kept, "sizes": sizes, "side": side}, folder / "views.pt")
     model.train(training)
-
-
-def padded(pixels: Tensor, side: int) -> Tensor:
-    """[3, h, w] with zeros at the right and below up to a square."""
-    return pad(pixels, (0, side - pixels.shape[2], 0, side - pixels.shape[1]))
 
 
 def _batches(views: Sequence[View]) -> Iterator[tuple[int, list[View]]]:

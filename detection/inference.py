@@ -126,15 +126,23 @@ def postprocess(
     (cx, cy, w, h) on a 0..1 scale.
     """
     results = []
-    for logits_QL, boxes_Q4, tokens_CL, (width, height) in zip(
+    for logits_QL, boxes_Q4, tokens_CL, size in zip(
         logits_BQL.float(), boxes_BQ4.float(), name_tokens, sizes, strict=True
     ):
         weights_CL = tokens_CL.to(logits_QL) / tokens_CL.sum(dim=1, keepdim=True).clamp(min=1)
-        scores_QC = logits_QL.sigmoid() @ weights_CL.T
-        scores_K, place_K = scores_QC.flatten().topk(min(top, scores_QC.numel()))
-        kept_K = scores_K >= threshold
-        scores_K, place_K = scores_K[kept_K], place_K[kept_K]
-        query_K, label_K = place_K // scores_QC.shape[1], place_K % scores_QC.shape[1]
-        boxes_K4 = box_convert(boxes_Q4[query_K], "cxcywh", "xyxy") * boxes_Q4.new_tensor([width, height] * 2)
-        results.append(Detections(clip_boxes_to_image(boxes_K4, (height, width)), scores_K, label_K))
+        results.append(best_pairs(logits_QL.sigmoid() @ weights_CL.T, boxes_Q4, size, top, threshold))
     return results
+
+
+def best_pairs(
+    scores_QC: Tensor, boxes_Q4: Tensor, size: tuple[int, int], top: int, threshold: float
+) -> Detections:
+    """The ``top`` best pairs of a query and a name that reach ``threshold``, in a picture of (width, height)
+    ``size``; boxes are (cx, cy, w, h) on a 0..1 scale."""
+    width, height = size
+    scores_K, place_K = scores_QC.flatten().topk(min(top, scores_QC.numel()))
+    kept_K = scores_K >= threshold
+    scores_K, place_K = scores_K[kept_K], place_K[kept_K]
+    query_K, label_K = place_K // scores_QC.shape[1], place_K % scores_QC.shape[1]
+    boxes_K4 = box_convert(boxes_Q4[query_K], "cxcywh", "xyxy") * boxes_Q4.new_tensor([width, height] * 2)
+    return Detections(clip_boxes_to_image(boxes_K4, (height, width)), scores_K, label_K)

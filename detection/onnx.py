@@ -12,21 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.ops import box_convert, clip_boxes_to_image
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 
-from .features import padded
-from .inference import Detections
+from .inference import Detections, best_pairs
 from .modeling import DynamicDinoForObjectDetection
 from .prompt import Prompt, PromptBatch
 from .text_cache import TextFeatureCache
-from .transforms import Resize
+from .transforms import Resize, padded, picture_masks
 
 TOLERANCE = 1e-3
 """How far scores and boxes (on a 0..1 scale) may be from torch's."""
@@ -168,17 +165,12 @@ class OnnxDetector:
         results = []
         for picture in pictures:
             pixels = self.resize(picture)
-            mask = np.zeros((1, self.side, self.side), np.int64)
-            mask[:, : pixels.shape[1], : pixels.shape[2]] = 1
-            inputs = {"pixel_values": padded(pixels, self.side)[None].numpy(), "pixel_mask": mask}
+            inputs = {
+                "pixel_values": padded(pixels, self.side, self.side)[None].numpy(),
+                "pixel_mask": picture_masks([pixels.shape[1:]], self.side, self.side).numpy(),
+            }
             scores_QC, boxes_Q4 = (torch.from_numpy(found[0]) for found in self.run(inputs))
-            scores_K, place_K = scores_QC.flatten().topk(min(top, scores_QC.numel()))
-            kept_K = scores_K >= threshold
-            scores_K, place_K = scores_K[kept_K], place_K[kept_K]
-            size = torch.tensor([picture.width, picture.height] * 2)
-            boxes_K4 = box_convert(boxes_Q4[place_K // len(self.names)], "cxcywh", "xyxy") * size
-            boxes_K4 = clip_boxes_to_image(boxes_K4, (picture.height, picture.width))
-            results.append(Detections(boxes_K4, scores_K, place_K % len(self.names)))
+            results.append(best_pairs(scores_QC, boxes_Q4, picture.size, top, threshold))
         return results
 
 

@@ -132,3 +132,16 @@ def fitted(width: int, height: int, short: int, longest: int) -> list[int]:
     is smaller."""
     scale = min(short / min(width, height), longest / max(width, height))
     return [max(1, round(height * scale)), max(1, round(width * scale))]
+
+
+def padded(pixels: Tensor, height: int, width: int) -> Tensor:
+    """[3, h, w] with zeros at the right and below, up to [3, height, width]."""
+    return F.pad(pixels, [0, 0, width - pixels.shape[2], height - pixels.shape[1]])
+
+
+def picture_masks(sizes: Sequence[Sequence[int]], height: int, width: int) -> Tensor:
+    """[B, height, width] int64, 1 on pictures of (height, width) ``sizes`` and 0 on their padding."""
+    masks = torch.zeros(len(sizes), height, width, dtype=torch.int64)
+    for mask, (rows, columns) in zip(masks, sizes, strict=True):
+        mask[:rows, :columns] = 1
+    return masks

@@ -4,10 +4,9 @@ import logging
 
 from unimoe.data.media import load_image
 from unimoe.detect import find_files, split_prompt
-from unimoe.detection.features import padded
 from unimoe.detection.loading import load_detector
 from unimoe.detection.onnx import export_onnx
-from unimoe.detection.transforms import resize_for
+from unimoe.detection.transforms import padded, resize_for
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +22,9 @@ def onnx(model: str, path: str, *, prompt: str, images: list[str] | None = None)
     """
     detector, tokenizer = load_detector(model)
     resize = resize_for(detector.config)
+    side = resize.longest
     pictures = [
-        padded(resize(load_image({"type": "image", "path": str(file)}, str(file))), resize.longest)
+        padded(resize(load_image({"type": "image", "path": str(file)}, str(file))), side, side)
         for file in (find_files(images) if images else [])
     ]
     worst = export_onnx(detector, tokenizer, split_prompt(prompt), path, pictures)
