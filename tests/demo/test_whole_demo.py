@@ -15,9 +15,11 @@ from unimoe import cli
 from unimoe.data.concepts import HELD_OUT, TRAINED
 from unimoe.demo import run as subject
 from unimoe.demo.build import BuildConfig, build_data
-from unimoe.testing import IMAGE, SPEECH, save_tiny_llm
+from unimoe.testing import IMAGE, SPEECH, VIDEO, save_tiny_llm
 
-SMALL = BuildConfig(views=1, counts=4, pairs=4, test_views=1, test_questions=1, speeds=(1.0,))
+SMALL = BuildConfig(
+    views=1, counts=4, pairs=4, test_views=1, test_questions=1, speeds=(1.0,), films=4, sounds=12
+)
 
 
 @pytest.fixture
@@ -26,13 +28,18 @@ def miniature(tmp_path, monkeypatch):
     llm = save_tiny_llm(tmp_path / "llm")
     shipped = Path(str(subject.files("unimoe.configs").joinpath("uni_moe")))
     (tmp_path / "configs" / "uni_moe").mkdir(parents=True)
-    for path in shipped.glob("*.yaml"):
+    (tmp_path / "configs" / "uni_moe" / "extended").mkdir()
+    for path in (*shipped.glob("*.yaml"), *shipped.glob("extended/*.yaml")):
         content = yaml.safe_load(path.read_text())
         if "llm" in content.get("model", {}):
             content["model"] |= {"llm": str(llm), "modalities": {"image": IMAGE, "speech": SPEECH}}
+        if path.stem == "align_more":
+            video = {**VIDEO, "connector": {**IMAGE["connector"], "weights": "image"}}
+            audio = {**SPEECH, "connector": {**SPEECH["connector"], "depth": 1}}
+            content["model"]["modalities"] = {"video": video, "audio": audio}
         if "data" in content:
             content["data"] |= {"steps": 2, "train": dict.fromkeys(content["data"]["train"], 1)}
-        (tmp_path / "configs" / "uni_moe" / path.name).write_text(yaml.safe_dump(content))
+        (tmp_path / "configs" / "uni_moe" / path.relative_to(shipped)).write_text(yaml.safe_dump(content))
 
     noise = np.random.default_rng(0)
     (tmp_path / "sprites").mkdir()
@@ -56,8 +63,9 @@ def miniature(tmp_path, monkeypatch):
     }
     BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(tmp_path / "text")
 
-    def build(folder, seed, unseen_artist):
-        build_data(folder, seed, SMALL, tmp_path / "sprites", tmp_path / "photos", unseen_artist)
+    def build(folder, seed, unseen_artist, extended):
+        parts = (tmp_path / "sprites", tmp_path / "photos", unseen_artist)
+        build_data(folder, seed, SMALL, *parts, extended)
         for file in folder.glob("*.jsonl"):
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
 
@@ -94,3 +102,22 @@ def test_the_whole_demo_in_miniature(miniature, capsys, monkeypatch):
     assert cli.main(["demo", "--output", str(output), "--control"]) == 0
     assert set(json.loads((output / "report.json").read_text())["models"]) == {"moe", "dense", "start"}
     assert before.items() <= {path: path.stat().st_mtime for path in output.rglob("stage.json")}.items()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_extended_demo_in_miniature(miniature, capsys):
+    pytest.importorskip("av")
+    output = miniature / "extended"
+    assert cli.main(["demo", "--extended", "--control", "--output", str(output)]) == 0
+    report = json.loads((output / "report.json").read_text())
+    for model in ("moe", "dense", "start"):
+        for key in ("new_backgrounds", "speech", "films", "sounds", "sounds_asked", "spoken_questions"):
+            assert isinstance(report["models"][model][key], float)
+    assert {"text", "image", "video", "speech", "audio"} <= set(report["load"])
+    assert len(report["load"]["all"][0]) == 5
+    out = capsys.readouterr().out
+    commands = [line.split()[2:] for line in out.splitlines() if line.strip().startswith("unimoe chat")]
+    film = next(command for command in commands if "--video" in command)
+    assert cli.main(["chat", *film[:3], "-p", "What?", "--max-new-tokens", "4"]) == 0
+    assert cli.main(["demo", "--output", str(output)]) == 2  # begun as the extended one

@@ -32,6 +32,27 @@ def test_manifest():
     assert sources - {"base"} <= {f"runs/demo/{stage}" for stage in STAGES}
 
 
+@pytest.mark.parametrize("stage", ["align_more", "expert_video", "expert_audio", "moe", "dense"])
+def test_stage_of_the_extended_demo(stage, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "-c", str(FOLDER / "extended" / f"{stage}.yaml"), "--print_config"])
+    assert done.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["output"] == f"runs/demo/{stage}"
+
+
+def test_the_extended_control_has_as_many_steps_and_the_same_data():
+    def data(name):
+        return yaml.safe_load((FOLDER / name).read_text())["data"]
+
+    more = ("extended/expert_video.yaml", "extended/expert_audio.yaml")
+    before = ("expert_image.yaml", "expert_speech.yaml", *more)
+    mixture, dense = data("extended/moe.yaml"), data("extended/dense.yaml")
+    assert dense["steps"] == mixture["steps"] + sum(data(name)["steps"] for name in before)
+    assert dense["train"] == mixture["train"]
+    manifest = read_manifest(FOLDER / "extended" / "assemble.yaml")
+    assert set(manifest.connectors) == {"image", "speech", "video", "audio"}
+
+
 def test_the_control_has_as_many_steps_as_the_mixture():
     steps = {
         stage: yaml.safe_load((FOLDER / f"{stage}.yaml").read_text())["data"]["steps"] for stage in STAGES

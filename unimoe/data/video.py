@@ -4,6 +4,9 @@
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,10 +74,7 @@ def _nearest(times: Any, time: float) -> int:
 def _decode(
     part: Part, where: str, frames: int, rate: float | None, longest: int | None
 ) -> list[Image.Image]:
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(f"{where}: video files need PyAV: pip install 'unimoe[video]'") from error
+    av = _av(f"{where}: a video file")
     what = f"{where}: the video {describe(part)}"
     with open_media(part, where) as file:
         try:
@@ -126,3 +126,26 @@ def _frames(
             picture.thumbnail((longest, longest))
         pictures.append(picture)
     return pictures
+
+
+def write_video(path: str | Path, frames: Sequence[Image.Image], rate: float) -> None:
+    """Encode RGB pictures of one size (of even sides), ``rate`` a second, as MPEG-4.
+
+    Raises UserError when PyAV is not installed.
+    """
+    av = _av("writing a video")
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(rate))
+        stream.width, stream.height = frames[0].size
+        stream.bit_rate = 1_000_000
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def _av(what: str) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"{what} needs PyAV: pip install 'unimoe[video]'") from error
+    return av

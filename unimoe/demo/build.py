@@ -8,21 +8,21 @@ every view; the sets ``unseen_artist`` and ``held_out`` differ in the artist and
 import json
 import random
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import soundfile
 from PIL import Image
 
 from unimoe.data.concepts import HELD_OUT, TRAINED, Concept
 from unimoe.data.sprites import Artist, load_photos, open_artist, split_photos
 from unimoe.demo.clips import ASSETS, Clip, load_clips
+from unimoe.demo.extended import WRITE, add_extended
 from unimoe.demo.questions import SPOKEN_CONCEPTS, ask
 from unimoe.demo.scenes import Scene, pair, several, single
+from unimoe.demo.writer import Writer, media_part, text_part
 from unimoe.files import atomic_folder
 from unimoe.prepare.cache import default_part
 
-TRANSCRIBE = "Write down what was said."
 _OTHER_KINDS = ("group", "colour", "yes_no")
 
 
@@ -49,59 +49,11 @@ class BuildConfig:
     """Speeds at which recordings are heard in training."""
     test_speed: float = 1.06
     """Speed of the trained voices in the tests, so that no test clip was heard in training."""
+    films: int = 480
+    """Training films of the extended demo."""
+    sounds: int = 360
+    """Training sounds of the extended demo."""
     seed: int = 0
-
-
-@dataclass
-class _Writer:
-    """Collects samples by file and writes media as they come."""
-
-    folder: Path
-    lines: dict[str, list[str]] = field(default_factory=dict)
-    pictures: int = 0
-    spoken: dict[str, Path] = field(default_factory=dict)
-
-    def picture(self, image: Image.Image, group: str) -> str:
-        path = Path("media") / group / f"{self.pictures:05d}.jpg"
-        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(self.folder / path, quality=92)
-        self.pictures += 1
-        return path.as_posix()
-
-    def clip(self, clip: Clip, speed: float) -> str:
-        words = "".join(c if c.isalnum() else "-" for c in clip.text.lower()).strip("-")
-        name = f"{clip.voice}-{words}-{round(100 * speed)}"
-        path = Path("media") / "speech" / f"{name}.flac"
-        if name not in self.spoken:
-            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(self.folder / path, clip.at_speed(speed).samples, 16000, subtype="PCM_16")
-            self.spoken[name] = path
-        return path.as_posix()
-
-    def add(self, file: str, turns: list[tuple[list[dict], str]], **facts: object) -> None:
-        """One conversation: (user parts, assistant text) pairs; ``facts`` are extra keys for whoever
-        evaluates."""
-        messages = []
-        for parts, reply in turns:
-            messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": [_text(reply)]}]
-        lines = self.lines.setdefault(file, [])
-        lines.append(json.dumps({"id": f"{file}-{len(lines)}", "messages": messages, **facts}))
-
-    def close(self) -> None:
-        for file, lines in self.lines.items():
-            (self.folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _text(text: str) -> dict:
-    return {"type": "text", "text": text}
-
-
-def _image(path: str) -> dict:
-    return {"type": "image", "path": path}
-
-
-def _speech(path: str) -> dict:
-    return {"type": "speech", "path": path}
 
 
 def build_data(
@@ -111,6 +63,7 @@ def build_data(
     sprites: str | Path | None = None,
     photos: str | Path | None = None,
     unseen_artist: str | Path | None = None,
+    extended: bool = False,
 ) -> Path:
     """Write the demo's data set to ``folder`` and return it.
 
@@ -125,6 +78,7 @@ def build_data(
     * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names;
       ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` are the same questions on
       the same pictures three ways.
+    * with ``extended`` what :mod:`unimoe.demo.extended` adds.
     * ``manifest.json``: concepts, photos, voices and artists of the splits, and how many samples each file
       has.
     """
@@ -133,10 +87,14 @@ def build_data(
     artist = open_artist(sprites or default_part("sprites"))
     train_photos, test_photos = split_photos(load_photos(photos or default_part("photos")))
     with atomic_folder(folder) as temporary:
-        writer = _Writer(temporary)
+        writer = Writer(temporary)
         _train(writer, config, artist, list(train_photos.values()))
         other = open_artist(unseen_artist) if unseen_artist else None
         _tests(writer, config, artist, other, list(test_photos.values()))
+        if extended:
+            grounds = {"train": list(train_photos.values()), "test": list(test_photos.values())}
+            numbers = (config.films, config.sounds, 2 * config.test_questions, config.test_speed)
+            add_extended(writer, seed, artist, grounds, *numbers)
         writer.close()
         manifest = {
             "config": asdict(config),
@@ -162,7 +120,7 @@ def _rng(config: BuildConfig, *key: object) -> random.Random:
     return random.Random(":".join(map(str, (config.seed, *key))))
 
 
-def _train(writer: _Writer, config: BuildConfig, artist: Artist, photos: list[Image.Image]) -> None:
+def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Image.Image]) -> None:
     clips, test_voices = load_clips()
     by_text: dict[str, list[Clip]] = {}
     for clip in clips:
@@ -176,12 +134,12 @@ def _train(writer: _Writer, config: BuildConfig, artist: Artist, photos: list[Im
         asked = kind if kind in ("count", "left", "right") else "name"
         question, reply = ask(asked, scene, rng)
         file = "train.questions" if part == "train" and asked != "name" else f"{part}.image"
-        writer.add(file, [([_image(path), _text(question)], reply)], kind=asked)
+        writer.add(file, [([media_part("image", path), text_part(question)], reply)], kind=asked)
         if asked == "name":
             asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
             question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))
             file = "train.questions" if part == "train" else "val.image"
-            writer.add(file, [([_image(path), _text(question)], reply)], kind=asked)
+            writer.add(file, [([media_part("image", path), text_part(question)], reply)], kind=asked)
         asked = (
             kind
             if kind != "single"
@@ -194,7 +152,7 @@ def _train(writer: _Writer, config: BuildConfig, artist: Artist, photos: list[Im
         clip, speed = rng.choice(by_text[question]), rng.choice(config.speeds)
         writer.add(
             f"{part}.spoken",
-            [([_image(path), _speech(writer.clip(clip, speed))], reply)],
+            [([media_part("image", path), media_part("speech", writer.clip(clip, speed))], reply)],
             kind=asked,
             question=question,
         )
@@ -229,13 +187,13 @@ def _train(writer: _Writer, config: BuildConfig, artist: Artist, photos: list[Im
             for speed in config.speeds:
                 rng = _rng(config, "transcribe", text, clip.voice, speed)
                 part = "val" if rng.random() < 0.05 else "train"
-                parts = [_speech(writer.clip(clip, speed)), _text(TRANSCRIBE)]
+                parts = [media_part("speech", writer.clip(clip, speed)), text_part(WRITE)]
                 ends = [round(end / 16000, 3) for end in clip.at_speed(speed).word_ends]
                 words = [list(pair) for pair in zip(text.strip("?.").split(), ends, strict=True)]
                 writer.add(f"{part}.transcribe", [(parts, text)], kind="transcribe", words=words)
     dialogues = (ASSETS / "dialogue.jsonl").read_text(encoding="utf-8").splitlines()
     for i, line in enumerate(dialogues):
-        turns = [([_text(user)], reply) for user, reply in json.loads(line)["turns"]]
+        turns = [([text_part(user)], reply) for user, reply in json.loads(line)["turns"]]
         writer.add("val.text" if i % 20 == 7 else "train.text", turns, kind="text")
 
 
@@ -245,7 +203,7 @@ def _likely(shown: Concept, rng: random.Random) -> list[Concept]:
 
 
 def _tests(
-    writer: _Writer, config: BuildConfig, artist: Artist, other: Artist | None, photos: list[Image.Image]
+    writer: Writer, config: BuildConfig, artist: Artist, other: Artist | None, photos: list[Image.Image]
 ) -> None:
     sets = [("new_backgrounds", TRAINED, artist), ("held_out", HELD_OUT, artist)]
     for name, concepts, hand in [*sets, *([("unseen_artist", TRAINED, other)] if other else [])]:
@@ -257,7 +215,7 @@ def _tests(
                 question, reply = ask("name", scene, rng)
                 writer.add(
                     f"test.{name}",
-                    [([_image(path), _text(question)], reply)],
+                    [([media_part("image", path), text_part(question)], reply)],
                     kind="name",
                     concept=concept.name,
                 )
@@ -282,16 +240,16 @@ def _tests(
                 continue
             question, reply = ask(kind, scene, rng, list(SPOKEN_CONCEPTS))
             made[kind] += 1
-            image = _image(writer.picture(scene.image, "questions"))
+            image = media_part("image", writer.picture(scene.image, "questions"))
             facts = {"kind": kind, "question": question}
-            writer.add("test.text_questions", [([image, _text(question)], reply)], **facts)
+            writer.add("test.text_questions", [([image, text_part(question)], reply)], **facts)
             heard = recorded[rng.choice(voices), question]
-            spoken = _speech(writer.clip(heard, config.test_speed))
+            spoken = media_part("speech", writer.clip(heard, config.test_speed))
             writer.add("test.spoken_questions", [([image, spoken], reply)], speaker=heard.voice, **facts)
             heard = recorded[rng.choice(test_voices), question]
             writer.add(
                 "test.unseen_voice",
-                [([image, _speech(writer.clip(heard, 1.0))], reply)],
+                [([image, media_part("speech", writer.clip(heard, 1.0))], reply)],
                 speaker=heard.voice,
                 **facts,
             )

@@ -48,10 +48,14 @@ def show_results(report: dict[str, Any]):
 
 
 def show_commands(folder: Path):
-    """Two commands that talk to the model, with the files that were written for them."""
+    """Commands that talk to the model, with the files that were written for them."""
     files = {path.stem: path for path in sorted((folder / "try").iterdir())}
     chat = f"  unimoe chat {folder / 'moe'} --image {files['picture']}"
     say(f'Try next:\n{chat} -p "What is this?"\n{chat} --audio {files["question"]}')
+    if "film" in files:
+        chat = f"  unimoe chat {folder / 'moe'}"
+        say(f'{chat} --video {files["film"]} -p "What comes first?"')
+        say(f'{chat} --sound {files["sound"]} -p "What do you hear?"')
 
 
 def _lead(models: dict[str, dict[str, Any]], key: str) -> float:

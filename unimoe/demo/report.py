@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from unimoe import __version__
-from unimoe.demo.evaluate import TITLES, read_questions
+from unimoe.demo.evaluate import EXTENDED, TITLES, read_questions
 from unimoe.figures import load_maps, loss_curves
 from unimoe.files import atomic_write
 from unimoe.loading import expert_names
@@ -68,10 +68,11 @@ def summarise(
     evaluations: Mapping[str, dict[str, Any]], floors: dict[str, Any], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The content of ``report.json``."""
+    asked = [one for one in TITLES if one not in EXTENDED or one in evaluations["moe"]["sets"]]
     models: dict[str, dict[str, Any]] = {}
     for name, evaluation in evaluations.items():
         sets = evaluation["sets"]
-        models[name] = {KEYS.get(one, one): sets[one]["accuracy"] if one in sets else None for one in TITLES}
+        models[name] = {KEYS.get(one, one): sets[one]["accuracy"] if one in sets else None for one in asked}
         models[name]["perplexity"] = evaluation["perplexity"]
     moe = evaluations["moe"]
     floors = {reader: {one: floors[reader].get(one) for one in PICTURE_SETS} for reader in FLOORS}

@@ -41,6 +41,7 @@ from unimoe.training.result import STAGE_FILE
 
 DEFAULT_OUTPUT = "runs/demo"
 """The folder that the configurations name."""
+EXTENDED_OUTPUT = "runs/extended"
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,21 @@ class Demo:
     control: bool
     unseen_artist: str
     """``default``, or a path."""
+    extended: bool = False
+    """With films and environmental sounds."""
 
     @property
     def data(self) -> Path:
         return self.folder / "data"
 
 
-def demo(control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, unseen_artist: str = "default"):
+def demo(
+    control: bool = False,
+    extended: bool = False,
+    output: str | None = None,
+    seed: int = 0,
+    unseen_artist: str = "default",
+):
     """Train a mixture of experts that sees and hears from real pretrained parts, test it, and write a report.
 
     The same command goes on where a run was cut off. Ends with report.json and report.html in the output
@@ -66,16 +75,18 @@ def demo(control: bool = False, output: str = DEFAULT_OUTPUT, seed: int = 0, uns
 
     Args:
         control: also train the dense control: the same language model, data and steps without experts.
-        output: folder of everything that the run makes.
+        extended: short films and environmental sounds too, with an expert for each (about twice as long).
+        output: folder of everything that the run makes (default: runs/demo, extended: runs/extended).
         seed: of the data, the training and the tests.
         unseen_artist: emoji font, or folder of emoji pictures named by code point, by another artist than the
             training pictures; for a test set only (default: what ``unimoe prepare`` made).
     """
     begun = time.monotonic()
     disable_progress_bar()  # transformers' own, for each model that is loaded
-    run = Demo(Path(output), seed, control, unseen_artist)
+    folder = output or (EXTENDED_OUTPUT if extended else DEFAULT_OUTPUT)
+    run = Demo(Path(folder), seed, control, unseen_artist, extended)
     _note_settings(run)
-    steps = [step for step in STEPS if control or not step.control]
+    steps = [s for s in STEPS if (control or not s.control) and (extended or not s.extended)]
     run_steps(
         run,
         steps,
@@ -103,7 +114,7 @@ def _prepared(run: Demo) -> bool:
 
 def _build(run: Demo):
     artist = default_part("artist") if run.unseen_artist == "default" else run.unseen_artist
-    build_data(run.data, seed=run.seed, unseen_artist=artist)
+    build_data(run.data, seed=run.seed, unseen_artist=artist, extended=run.extended)
 
 
 def _fit(stage: str, run: Demo):
@@ -157,8 +168,9 @@ def _never(run: Demo) -> bool:
     return False
 
 
-def _stage(name: str, about: str, minutes: float, control: bool = False) -> Step:
-    return Step(name, about, minutes, partial(_fit, name), partial(_exists, f"{name}/{STAGE_FILE}"), control)
+def _stage(name: str, about: str, minutes: float, control: bool = False, extended: bool = False) -> Step:
+    done = partial(_exists, f"{name}/{STAGE_FILE}")
+    return Step(name, about, minutes, partial(_fit, name), done, control, extended)
 
 
 def _test(name: str, minutes: float, control: bool = False) -> Step:
@@ -174,6 +186,9 @@ STEPS = (
     _stage("align", "the connectors learn to speak the language model's language", 2.0),
     _stage("expert_image", "a copy of the language model specialises in pictures", 4.5),
     _stage("expert_speech", "another one in speech", 4.0),
+    _stage("align_more", "connectors of films and environmental sounds join them", 1.0, extended=True),
+    _stage("expert_video", "a copy of the language model specialises in films", 3.0, extended=True),
+    _stage("expert_audio", "and one in environmental sounds", 1.5, extended=True),
     Step(
         "assemble",
         "their feed-forward layers become the experts of one model, and routers learn who knows what",
@@ -196,7 +211,10 @@ STEPS = (
 
 def _configuration(stage: str, run: Demo) -> Path:
     """The YAML file of a stage; for another folder or seed a copy of it that says so."""
-    path = Path(str(files("unimoe.configs").joinpath("uni_moe"))) / f"{stage}.yaml"
+    shipped = Path(str(files("unimoe.configs").joinpath("uni_moe")))
+    path = shipped / "extended" / f"{stage}.yaml"
+    if not (run.extended and path.is_file()):
+        path = shipped / f"{stage}.yaml"
     if run.folder == Path(DEFAULT_OUTPUT) and run.seed == 0:
         return path
     text = path.read_text(encoding="utf-8").replace(DEFAULT_OUTPUT, run.folder.as_posix())
@@ -212,6 +230,9 @@ def _model(name: str, run: Demo) -> Built:
     if name != "start":
         return load_model(run.folder / name)
     settings = yaml.safe_load(_configuration("align", run).read_text(encoding="utf-8"))["model"]
+    if run.extended:
+        more = yaml.safe_load(_configuration("align_more", run).read_text(encoding="utf-8"))["model"]
+        settings["modalities"] |= more["modalities"]
     torch.manual_seed(run.seed)
     chosen = {key: settings[key] for key in ("llm", "modalities", "chat_template") if key in settings}
     return build_model(**chosen)
@@ -235,13 +256,16 @@ def _made_of(name: str, run: Demo) -> str:
 
 
 def _write_examples(run: Demo):
-    """A picture and a spoken question about it, for the commands at the end."""
+    """A picture and a spoken question about it, for the commands at the end; a film and a sound too."""
     with atomic_folder(run.folder / "try") as folder:
         questions = read_questions(run.data / "test.spoken_questions.jsonl")
         chosen = next((one for one in questions if one.facts.get("kind") == "name"), questions[0])
         for part in chosen.sample.media():
             name = {"image": "picture", "speech": "question"}[part["type"]] + Path(part["path"]).suffix
             shutil.copyfile(part["path"], folder / name)
+        for name, test in (("film", "films"), ("sound", "sounds")) if run.extended else ():
+            (part,) = read_questions(run.data / f"test.{test}.jsonl")[0].sample.media()
+            shutil.copyfile(part["path"], folder / f"{name}{Path(part['path']).suffix}")
 
 
 def _note_settings(run: Demo):
@@ -250,4 +274,4 @@ def _note_settings(run: Demo):
         raise UserError(f"--seed must be between 0 and 4294967295, found {run.seed}")
     if artist != "default" and not Path(artist).exists():
         raise UserError(f"--unseen-artist {artist}: there is no such font or folder")
-    note_settings(run.folder, {"seed": run.seed, "unseen_artist": artist})
+    note_settings(run.folder, {"seed": run.seed, "unseen_artist": artist, "extended": run.extended})

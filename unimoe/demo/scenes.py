@@ -18,6 +18,9 @@ from unimoe.errors import UserError
 SIZE = 160
 """Side of every composed picture in pixels: 5 x 5 cells of an EfficientNet."""
 
+FRAMES = 8
+"""Pictures of every composed film."""
+
 
 @dataclass
 class Scene:
@@ -77,6 +80,42 @@ def pair(
         y = rng.randint(0, SIZE - view.height)
         ground.paste(view, (x, y), view)
     return Scene(ground, [left, right], None)
+
+
+def one_after_another(
+    first: Concept, second: Concept, artist: Artist, photo: Image.Image, rng: random.Random
+) -> list[Image.Image]:
+    """The FRAMES pictures of a film: one thing is there, then another in another place."""
+    ground = background(photo, rng, SIZE)
+    change = rng.randint(3, FRAMES - 3)
+    frames = []
+    for concept, count in ((first, change), (second, FRAMES - change)):
+        view = _fit(vary(_sprite(artist, concept), rng, SIZE * rng.uniform(0.55, 0.9)), SIZE)
+        x, y = rng.randint(0, SIZE - view.width), rng.randint(0, SIZE - view.height)
+        frames += [_paste(ground, view, x + rng.randint(-3, 3), y + rng.randint(-3, 3)) for _ in range(count)]
+    return frames
+
+
+def moving(
+    concept: Concept, direction: str, artist: Artist, photo: Image.Image, rng: random.Random
+) -> list[Image.Image]:
+    """The FRAMES pictures of a film in which a thing goes ``left``, ``right``, ``up`` or ``down``."""
+    ground = background(photo, rng, SIZE)
+    view = _fit(vary(_sprite(artist, concept), rng, SIZE * rng.uniform(0.4, 0.55)), SIZE * 6 // 10)
+    room_x, room_y = SIZE - view.width, SIZE - view.height
+    frames = []
+    for index in range(FRAMES):
+        way = index / (FRAMES - 1)
+        way = 1 - way if direction in ("left", "up") else way
+        x, y = (way * room_x, room_y / 2) if direction in ("left", "right") else (room_x / 2, way * room_y)
+        frames.append(_paste(ground, view, round(x) + rng.randint(-2, 2), round(y) + rng.randint(-2, 2)))
+    return frames
+
+
+def _paste(ground: Image.Image, view: Image.Image, x: int, y: int) -> Image.Image:
+    frame = ground.copy()
+    frame.paste(view, (x, y), view)
+    return frame
 
 
 def _sprite(artist: Artist, concept: Concept) -> Image.Image:

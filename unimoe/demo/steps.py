@@ -37,6 +37,8 @@ class Step:
     """Whether the result is there."""
     control: bool = False
     """Belongs to the dense control."""
+    extended: bool = False
+    """Belongs to the extended demo."""
 
 
 def run_steps(run: Run, steps: Sequence[Step], purpose: str):
@@ -77,7 +79,7 @@ def note_settings(folder: Path, settings: dict[str, Any]):
     path = folder / "demo.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     for key, value in settings.items():
-        if found.get(key) != value:
-            there = f"{folder} was begun with {key} {found.get(key)}, found {value}"
+        if found.get(key, False) != value:  # a switch that is not noted was off
+            there = f"{folder} was begun with {key} {found.get(key, False)}, found {value}"
             raise UserError(f"{there}; choose another --output, or delete {folder}")
     atomic_write(path, json.dumps(settings, indent=1) + "\n")

@@ -1,0 +1,193 @@
+"""``make bench ARGS="video_order"``: which came first? A question that only time can answer.
+
+A video shows one thing for some of its 8 frames and then another; every frame is another view on another
+photograph. The tower is the real one (EfficientNet-Lite0, frozen, ``unimoe prepare``); the connector and a
+small language model of bytes learn from scratch, once with the frames' tokens kept in time and once with
+Uni-MoE's mean over frames, on the same videos. Test videos have views and photographs that were never trained
+on.
+
+- ``right``: share of test questions answered with the right name. Who sees both things but not their order
+  gets 0.5.
+- ``either``: share answered with one of the two things shown: that the model sees them at all.
+
+Shapes: P pictures, S positions of a frame, D tower width.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from unimoe.build import Built, build_model
+from unimoe.data.collate import IGNORED
+from unimoe.data.concepts import BY_NAME, Concept
+from unimoe.data.sprites import load_photos, open_artist, split_photos
+from unimoe.demo.questions import normalise
+from unimoe.demo.scenes import SIZE, single
+from unimoe.generate import generate
+from unimoe.prepare.cache import default_part
+from unimoe.testing import tiny_tokenizer
+
+NAMES = ("dog", "owl", "bee", "apple", "pizza", "cactus", "bus", "rocket", "key", "gift")
+THINGS = [BY_NAME[name] for name in NAMES]
+QUESTIONS = {"Which came first?": 0, "Which came last?": -1}
+FRAMES = 8
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+"""No more than is needed: every byte is a token of the small language model."""
+
+Pool = dict[str, Tensor]
+"""Name of a thing -> features [P, S, D] of its pictures."""
+
+
+def fresh_model(time_: str, seed: int, folder: Path) -> Built:
+    """The real tower, a fresh connector over time, a fresh language model of 0.4 million parameters."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    sizes = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=end, bos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tower = {"type": "timm", "name": "tf_efficientnet_lite0", "image_size": SIZE}
+    encoder = {"type": "frames", "image": tower, "frames": FRAMES, "weights": "default"}
+    connector = {"type": "pooled_mlp", "pool": 1, "depth": 2, "time": time_}
+    video = {"encoder": encoder, "connector": connector}
+    return build_model(str(folder), {"video": video}, chat_template=TEMPLATE)
+
+
+@torch.no_grad()
+def picture_pool(built: Built, views: int, test: bool) -> Pool:
+    """Features of ``views`` pictures of each thing, on the photographs of one split."""
+    model, processor = built
+    artist = open_artist(default_part("sprites"))
+    photos = list(split_photos(load_photos(default_part("photos")))[test].values())
+    pool = {}
+    for thing in THINGS:
+        rng = random.Random(f"{thing.name}:{test}")
+        scenes = [single(thing, artist, rng.choice(photos), rng).image for _ in range(views)]
+        pixels = torch.stack([processor.preprocessors["video"].pixels(scene) for scene in scenes])
+        tower: Any = model.model.encoders["video"]
+        pool[thing.name] = tower.image(pixels)[0]
+    return pool
+
+
+def draw(pool: Pool, rng: random.Random) -> tuple[Tensor, list[Concept]]:
+    """A video's features [FRAMES * S, D], and the two things it shows, in order."""
+    pair = rng.sample(THINGS, 2)
+    first = rng.randint(2, FRAMES - 2)
+    shown = [pair[0]] * first + [pair[1]] * (FRAMES - first)
+    return torch.cat([rng.choice(list(pool[thing.name])) for thing in shown]), pair
+
+
+class Asker:
+    """Batches of questions about drawn videos. All videos are of one length, so each text is made once."""
+
+    def __init__(self, built: Built):
+        self.model, self.processor = built
+        self.rows: dict[tuple[str, str | None], dict[str, Any]] = {}
+
+    def row(self, question: str, answer: str | None) -> dict[str, Any]:
+        if (question, answer) not in self.rows:
+            blank = [Image.new("RGB", (8, 8))] * FRAMES  # the features take the pictures' place
+            parts = [{"type": "video", "video": blank}, {"type": "text", "text": question}]
+            messages: list[dict] = [{"role": "user", "content": parts}]
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+            row = self.processor.encode(messages, add_generation_prompt=answer is None)
+            kept = {name: row[name] for name in ("input_ids", "assistant_mask")}
+            self.rows[question, answer] = kept
+        return self.rows[question, answer]
+
+    def batch(self, pool: Pool, size: int, rng: random.Random, asking: bool) -> tuple[dict[str, Any], list]:
+        """The model's inputs (labels unless ``asking``), and (right answer, things shown) of each row."""
+        videos, rows, truths = [], [], []
+        for _ in range(size):
+            features, pair = draw(pool, rng)
+            question = rng.choice(list(QUESTIONS))
+            answer = pair[QUESTIONS[question]].name
+            videos.append(features)
+            rows.append(self.row(question, None if asking else answer))
+            truths.append((answer, [thing.name for thing in pair]))
+        batch = dict(self.processor.pad(rows, "left"))
+        if not asking:
+            width = batch["input_ids"].shape[1]
+            masks = [[0] * (width - len(row["input_ids"])) + row["assistant_mask"] for row in rows]
+            batch["labels"] = batch["input_ids"].masked_fill(torch.tensor(masks) == 0, IGNORED)
+        stacked = torch.stack(videos)
+        batch["encoded_media"] = {"video": (stacked, torch.full((size,), stacked.shape[1]))}
+        return batch, truths
+
+
+def train(built: Built, pool: Pool, steps: int, batch_size: int, seed: int) -> float:
+    """Train everything but the tower; returns the mean loss of the last tenth of the steps."""
+    model, _ = built
+    model.train()
+    model.model.encoders.requires_grad_(False).eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    asker, rng, losses = Asker(built), random.Random(f"train:{seed}"), []
+    for _ in range(steps):
+        batch, _ = asker.batch(pool, batch_size, rng, asking=False)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def score(built: Built, pool: Pool, questions: int) -> dict[str, float]:
+    """Shares of answers that are right, and that are one of the things shown."""
+    model, processor = built
+    model.eval()
+    batch, truths = Asker(built).batch(pool, questions, random.Random("test"), asking=True)
+    answers = [normalise(answer) for answer in generate(model, processor, batch, 10)]
+    right = sum(answer == truth for answer, (truth, _) in zip(answers, truths, strict=True))
+    either = sum(answer in shown for answer, (_, shown) in zip(answers, truths, strict=True))
+    return {"right": round(right / questions, 3), "either": round(either / questions, 3)}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="Which came first? Time kept against the mean over frames.")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--views", type=int, default=24, help="training pictures of each thing")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"settings": {**vars(options), "json": None}, "runs": []}
+    pools: tuple[Pool, Pool] | None = None
+    for seed in range(options.seeds):
+        for time_ in ("keep", "mean"):
+            with tempfile.TemporaryDirectory() as folder:
+                built = fresh_model(time_, seed, Path(folder))
+            if pools is None:
+                pools = picture_pool(built, options.views, False), picture_pool(built, 12, True)
+            began = time.monotonic()
+            loss = train(built, pools[0], options.steps, options.batch_size, seed)
+            seconds = round(time.monotonic() - began, 1)
+            scores = score(built, pools[1], options.questions)
+            run = {"time": time_, "seed": seed, "loss": round(loss, 3), **scores, "seconds": seconds}
+            found["runs"].append(run)
+            print("  ".join(f"{name} {value}" for name, value in run.items()), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+if __name__ == "__main__":
+    main()
