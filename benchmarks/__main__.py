@@ -5,6 +5,7 @@ cuda       the Triton forms on a GPU: checks and figures in one call
 detection  the experts' decoder beside the dense one, whole detectors at 640 pixels
 experts    the experts' kernels beside every implementation a user could pick instead (the default)
 model      what the kernels do to a training step and to decoding
+serve      many clients of one server, beside one at a time
 """
 
 import runpy

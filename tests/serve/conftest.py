@@ -9,13 +9,14 @@ import pytest
 import uvicorn
 
 from unimoe.serve.app import ServerConfig, build_app
-from unimoe.testing import tiny_model
+from unimoe.testing import IMAGE, SPEECH, VIDEO, tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A random model that sees and hears, and its processor; it has never heard of ending an answer."""
-    model, processor = tiny_model(tmp_path_factory.mktemp("parts"), {"num_experts": 4, "top_k": 2})
+    """A random model of three media, and its processor; it has never heard of ending an answer."""
+    moe, media = {"num_experts": 4, "top_k": 2}, {"image": IMAGE, "video": VIDEO, "speech": SPEECH}
+    model, processor = tiny_model(tmp_path_factory.mktemp("parts"), moe, **media)
     model.generation_config.eos_token_id = None
     return model.eval(), processor
 

@@ -13,6 +13,7 @@ import soundfile
 from PIL import Image
 
 from unimoe.data.media import load_audio, load_image
+from unimoe.data.video import write_video
 from unimoe.generate import generate
 from unimoe.serve.answer import Answer
 from unimoe.serve.batch import RunningBatch
@@ -142,6 +143,18 @@ def test_picture_and_sound(client, tiny):
     asked = [{"role": "user", "content": decoded}]
     assert answer.choices[0].message.content.strip() == alone(tiny, asked, 12)
     assert answer.usage.prompt_tokens == len(tiny[1].encode(asked, True)["input_ids"])
+
+
+def test_video(client, tiny, tmp_path):
+    frames = [Image.new("RGB", (48, 32), (40 * index, 0, 0)) for index in range(6)]
+    write_video(tmp_path / "a.mp4", frames, 2)
+    part = {
+        "type": "video_url",
+        "video_url": {"url": data_url((tmp_path / "a.mp4").read_bytes(), "video/mp4")},
+    }
+    asked = [{"role": "user", "content": [{"type": "video", "path": str(tmp_path / "a.mp4")}]}]
+    answer = say(client, [{"role": "user", "content": [part]}])
+    assert answer.choices[0].message.content.strip() == alone(tiny, asked, 12)
 
 
 def test_twenty_at_once_are_answered_as_one_by_one(serving):

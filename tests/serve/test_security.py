@@ -19,7 +19,8 @@ from PIL import Image
 
 from unimoe.errors import UserError
 from unimoe.loading import load_model
-from unimoe.serve.media import MediaLimits
+from unimoe.serve.media import MediaLimits, MediaReader
+from unimoe.serve.protocol import Message, Url, VideoPart
 
 ASK = [{"role": "user", "content": "What is this?"}]
 
@@ -125,14 +126,27 @@ def test_pictures_that_are_too_large_are_not_decoded(client, size, monkeypatch):
 
     content = png(*size, mode="1")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
-    assert "pixels; this server takes at most" in refusal(client, "image_url", data_url(content))
+    assert "pixels; at most 50,000,000" in refusal(client, "image_url", data_url(content))
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"no picture", png(8, 8)[:40], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
 )
 def test_what_is_no_picture(client, content):
-    assert "messages[0].content[0]" in refusal(client, "image_url", data_url(content))
+    assert "messages" in refusal(client, "image_url", data_url(content))
+
+
+def test_playlists_do_not_make_the_server_fetch(tmp_path):
+    """FFmpeg would follow them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/a.ts"
+        content = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n".encode()
+        part = VideoPart(type="video_url", video_url=Url(url=data_url(content, "video/mp4")))
+        with pytest.raises(UserError, match="expected mp4, webm or avi"):
+            MediaReader(["video"], MediaLimits()).read([Message(role="user", content=[part])])
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 def test_base64_that_is_none(client):
@@ -153,8 +167,10 @@ def test_sound_that_is_none_and_sound_without_end(client):
     assert "cannot decode" in refusal(client, "input_audio", base64.b64encode(b"RIFF").decode(), "data")
 
 
-def test_a_kind_of_media_that_the_model_does_not_take(client):
-    assert "takes no video" in refusal(client, "video_url", data_url(b"x", "video/mp4"))
+def test_a_kind_of_media_that_the_model_does_not_take():
+    parts = [VideoPart(type="video_url", video_url=Url(url=data_url(b"x", "video/mp4")))]
+    with pytest.raises(UserError, match="takes no video; it takes text, image"):
+        MediaReader(["image"], MediaLimits()).read([Message(role="user", content=parts)])
 
 
 def test_more_media_than_one_request_may_hold(client):

@@ -1,4 +1,4 @@
-"""From content parts to decoded media, within limits.
+"""From content parts to what the processor takes, within limits.
 
 Nothing is fetched, or read from the disk, unless a flag allows it.
 """
@@ -13,13 +13,16 @@ from typing import Any
 
 from PIL import Image
 
-from unimoe.data.media import load_audio, load_image, media_bytes
+from unimoe.data.media import load_audio, media_bytes
 from unimoe.errors import UserError
 
 from .protocol import ContentPart, Message
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Pillow's other readers are many, old, and one of them runs Ghostscript."""
+
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,ogg,mpeg,mpegts,gif"
+"""FFmpeg's other readers include playlists, which name further addresses and files."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class MediaLimits:
     media_bytes: int = 32 << 20
     """Encoded size of one picture, sound or video."""
     image_pixels: int = 50_000_000
-    """Width times height."""
+    """Width times height of a picture, or of a video's frames."""
     image_side: int = 16_384
     """Longest side, in pixels."""
     audio_seconds: float = 300.0
@@ -52,7 +55,7 @@ class MediaReader:
         self.limits = limits
 
     def read(self, messages: list[Message]) -> list[dict[str, Any]]:
-        """Messages with decoded media. Raises UserError that names the part."""
+        """Messages with media that were looked at. Raises UserError that names the part."""
         lists = [message.content for message in messages if not isinstance(message.content, str)]
         items = sum(part.type != "text" for parts in lists for part in parts)
         if items > self.limits.items:
@@ -75,17 +78,17 @@ class MediaReader:
             return {"type": "text", "text": part.text}
         if part.type == "image_url":
             kind = self._kind(("image",), where)
-            return {"type": kind, kind: self._image(self._content(part.image_url.url, kind, where), where)}
+            return self._image(self._content(part.image_url.url, kind, where), where)
         if part.type == "video_url":
             kind = self._kind(("video",), where)
-            return {"type": kind, "bytes": self._content(part.video_url.url, kind, where)}
+            return self._video(self._content(part.video_url.url, kind, where), where)
         if part.type == "input_audio":  # somebody speaks
             kind = self._kind(("speech", "audio"), where)
-            content = self._content(f"data:;base64,{part.input_audio.data}", kind, where)
-        else:
-            kind = self._kind(("audio", "speech"), where)
-            content = self._content(part.audio_url.url, kind, where)
-        return {"type": kind, kind: self._sound(content, kind, where)}
+            return self._sound(
+                self._content(f"data:;base64,{part.input_audio.data}", kind, where), kind, where
+            )
+        kind = self._kind(("audio", "speech"), where)
+        return self._sound(self._content(part.audio_url.url, kind, where), kind, where)
 
     def _kind(self, kinds: tuple[str, ...], where: str) -> str:
         """The first of ``kinds`` that the model takes."""
@@ -95,31 +98,48 @@ class MediaReader:
         takes = ", ".join(["text", *self.modalities])
         raise UserError(f"{where}: this model takes no {kinds[0]}; it takes {takes}")
 
-    def _image(self, content: bytes, where: str) -> Image.Image:
+    def _image(self, content: bytes, where: str) -> dict[str, Any]:
+        expected = f"expected one of the formats {', '.join(IMAGE_FORMATS)}"
         try:
             with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as picture:
                 width, height = picture.size  # from the header: nothing is decoded yet
-                if width * height > self.limits.image_pixels or max(width, height) > self.limits.image_side:
-                    raise UserError(
-                        f"{where}: the image has {width} x {height} pixels; this server takes at most "
-                        f"{self.limits.image_pixels:,} and {self.limits.image_side:,} on a side"
-                    )
-                return load_image({"type": "image", "image": picture}, where)
-        except UserError:
-            raise
         except Image.DecompressionBombError as error:  # Pillow's own limit, before ours is looked at
-            most = f"at most {self.limits.image_pixels:,}"
-            raise UserError(f"{where}: the image has too many pixels; this server takes {most}") from error
+            raise UserError(f"{where}: the image has too many pixels; {self._most_pixels()}") from error
         except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{where}: no image in one of the formats {', '.join(IMAGE_FORMATS)}") from error
+            raise UserError(f"{where}: the image cannot be read; {expected}") from error
+        self._check_size("image", width, height, where)
+        return {"type": "image", "bytes": content}
 
-    def _sound(self, content: bytes, kind: str, where: str):
-        """[samples] at 16 kHz."""
+    def _video(self, content: bytes, where: str) -> dict[str, Any]:
+        try:
+            import av
+        except ImportError as error:
+            raise UserError(
+                f"{where}: videos need PyAV on the server: pip install 'unimoe[video]'"
+            ) from error
+        options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "none"}
+        try:
+            with av.open(io.BytesIO(content), options=options) as container:
+                sizes = [(stream.width, stream.height) for stream in container.streams.video]
+        except (av.error.FFmpegError, ValueError) as error:
+            raise UserError(f"{where}: the video cannot be read; expected mp4, webm or avi") from error
+        for width, height in sizes:
+            self._check_size("video", width, height, where)
+        return {"type": "video", "bytes": content}
+
+    def _check_size(self, kind: str, width: int, height: int, where: str):
+        if width * height > self.limits.image_pixels or max(width, height) > self.limits.image_side:
+            raise UserError(f"{where}: the {kind} has {width} x {height} pixels; {self._most_pixels()}")
+
+    def _most_pixels(self) -> str:
+        return f"at most {self.limits.image_pixels:,} are taken, and {self.limits.image_side:,} on a side"
+
+    def _sound(self, content: bytes, kind: str, where: str) -> dict[str, Any]:
         rate, most = 16_000, self.limits.audio_seconds
         samples = load_audio({"type": kind, "bytes": content}, where, rate, longest=most + 1)
         if len(samples) > most * rate:
-            raise UserError(f"{where}: the sound is longer than the {most:g} seconds that this server takes")
-        return samples
+            raise UserError(f"{where}: the sound is longer than the {most:g} seconds that are taken")
+        return {"type": kind, kind: samples}
 
     def _content(self, url: str, kind: str, where: str) -> bytes:
         """The encoded medium behind an address."""
