@@ -23,6 +23,7 @@ from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.ranks import data_ranks, mean_over_ranks
 from unimoe.training.sharding import shard
 
+from .anneal import Anneal, check_anneal, set_coefficients
 from .data import StageData
 from .experts_file import base_fingerprint
 from .trainable import Group, LoRA, Trainable, choose
@@ -61,6 +62,7 @@ class StageModule(ResumableModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         gradient_checkpointing: bool = False,
+        anneal: dict[str, Anneal] | None = None,
         seed: int = 0,
     ):
         """
@@ -83,6 +85,7 @@ class StageModule(ResumableModule):
             betas: of AdamW.
             gradient_checkpointing: compute the LLM's blocks again in the backward pass instead of keeping
                 their activations.
+            anneal: coefficients of auxiliary losses (``balance_coef``, ``z_coef``) that change on the way.
             seed: of everything random; each step's numbers follow from it and the step alone.
         """
         super().__init__()
@@ -98,7 +101,7 @@ class StageModule(ResumableModule):
         self.trainable, self.lora = trainable or [], lora or []
         self.save, self.task = save, task
         self.schedule, self.warmup, self.weight_decay, self.betas = schedule, warmup, weight_decay, betas
-        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
+        self.gradient_checkpointing, self.anneal, self.seed = gradient_checkpointing, anneal or {}, seed
         self.model: UniMoeForConditionalGeneration
         self.processor: UniMoeProcessor
         self.groups: list[Group] = []
@@ -128,6 +131,7 @@ class StageModule(ResumableModule):
                 raise UserError(f"{self.init_from} is a mixture of experts; save: expert needs a dense model")
             self.base_llm = base_fingerprint(model)
         check_kinds(self.warm_start, model)
+        check_anneal(self.anneal, model)
         self.model, self.processor = model, processor
         if self._trainer is not None and not self.trainer.training:
             self.model.requires_grad_(False)
@@ -203,6 +207,10 @@ class StageModule(ResumableModule):
             loss, supervised = self.answer_loss(self.model.model(**inputs).last_hidden_state, part["labels"])
             total, count = total + loss, count + supervised
         return total / max(count, 1), count
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        set_coefficients(self.anneal, self.model, self.trainer.global_step)
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         with record() as parts:

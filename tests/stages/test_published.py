@@ -31,6 +31,7 @@ from unimoe.stages.trainable import LoRA, Trainable, choose
 
 FOLDER = Path(str(files("unimoe.configs").joinpath("uni_moe/published")))
 STAGES = ("align", "expert_task2", "expert_task3", "expert_task7", "expert_task8", "moe")
+SUCCESSOR = ("audio_warmup", "audio_joint")
 FFN = 3 * 4096 * 11008
 
 
@@ -63,7 +64,8 @@ def count(*modules: Any) -> int:
 
 def mixture(manifest: str, **changes: Any) -> dict[str, Any]:
     parsed = read_manifest(FOLDER / f"{manifest}.yaml")
-    return MoEConfig(**{**parsed.moe, **changes, "num_experts": len(parsed.experts)}).to_dict()
+    experts = len(parsed.experts) * parsed.moe.get("slices", 1)
+    return MoEConfig(**{**parsed.moe, **changes, "num_experts": experts}).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_towers_connectors_and_what_they_give():
     assert connectors["speech"].num_tokens(1500) == connectors["audio"].num_tokens(1496) == 50
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, *SUCCESSOR])
 def test_stages_are_read_by_the_command(name, capsys):
     with pytest.raises(SystemExit) as done:
         main(["fit", "-c", str(FOLDER / "base.yaml"), "-c", str(FOLDER / f"{name}.yaml"), "--print_config"])
@@ -187,3 +189,14 @@ def trained(model: Any, settings: dict[str, Any]) -> list[Any]:
     full = [Trainable(**entry) for entry in settings["trainable"]]
     with torch.device("meta"):
         return choose(model, full, [LoRA(**entry) for entry in settings.get("lora", [])])
+
+
+def test_the_successors_mixture_and_its_warm_up():
+    """8 routed experts of half width, a null one, 2 shared ones; first only what is new learns."""
+    model = build(mixture("audio_assemble"), media=False)
+    layer = moe_layers(model)[0]
+    assert (layer.experts.num_experts, layer.experts.intermediate_size) == (8, 5504)
+    assert layer.router.weight.shape == (8 + 1 + 2, 4096)
+    assert layer.shared.gate_up_proj.shape == (2, 2 * 2752, 4096)
+    (group,) = trained(model, stage("audio_warmup")["model"])
+    assert group.size() == 32 * (11 * 4096 + 2 * 3 * 2752 * 4096)
