@@ -84,7 +84,8 @@ class Served:
 def serving(model: str, *flags: str) -> Iterator[Served]:
     """``unimoe serve``, until the block ends."""
     command = [sys.executable, "-P", "-m", "unimoe", "serve", model, "--port", "0", "--name", "model", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    quiet = subprocess.DEVNULL  # where the server logs each request
+    with subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         said = []
         for line in process.stderr:
