@@ -2,6 +2,7 @@
 
 continual  every strategy on a stream in miniature
 cuda       the Triton forms on a GPU: checks and figures in one call
+data       what packing and stored features are worth on the demo's data
 detection  the experts' decoder beside the dense one, whole detectors at 640 pixels
 experts    the experts' kernels beside every implementation a user could pick instead (the default)
 model      what the kernels do to a training step and to decoding

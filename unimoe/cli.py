@@ -65,6 +65,7 @@ VERBS = {
     "inspect": Verb("unimoe.inspect:inspect", "parameters, and which experts the tokens of a file visit"),
     "serve": Verb("unimoe.serve.command:serve", "put a model behind an address, for any OpenAI client"),
     "data check": Verb("unimoe.check:check", "what is wrong with a data file, and where"),
+    "data show": Verb("unimoe.show:show", "a page of drawn samples with their tokens and labels"),
     "data scenes": Verb(
         "unimoe.detection.generate:scenes", "write a COCO-format set of emoji on photographs"
     ),

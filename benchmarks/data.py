@@ -1,0 +1,160 @@
+"""``python -m benchmarks.data``: what packing and stored features are worth, on the demo's data and parts.
+
+packing  a training step of the LLM on short dialogues: one padded batch, parts of like length, packed rows
+cache    an epoch of the alignment stage on pictures and clips, the towers' features being stored in the first
+
+Needs ``unimoe prepare`` and the data of ``unimoe demo``. Seconds are of the processor (one thread) unless the
+model is on a GPU, so that a busy machine does not change them. Prints a table, and JSON with ``--json FILE``.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional as nnf
+
+from unimoe.build import Built, build_model
+from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
+from unimoe.data.collate import IGNORED, real_tokens
+
+MODALITIES = {
+    "image": {
+        "encoder": {"type": "timm", "name": "tf_efficientnet_lite0", "image_size": 160, "weights": "default"},
+        "connector": {"type": "pooled_mlp", "depth": 1, "pool": 2, "pooling": "max"},
+    },
+    "speech": {
+        "encoder": {"type": "whisper", "weights": "default"},
+        "connector": {"type": "pooled_mlp", "depth": 1, "stack": 5},
+    },
+}
+"""Those of configs/uni_moe/align.yaml."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "what", nargs="*", default=["packing", "cache"], help="packing, cache (default: both)"
+    )
+    parser.add_argument("--data", default="runs/demo/data", help="folder of the demo's data")
+    parser.add_argument("--batch", type=int, default=32, help="dialogues of a batch (packing)")
+    parser.add_argument("--pack", type=int, default=512, help="tokens of a packed row")
+    parser.add_argument("--samples", type=int, default=48, help="samples of an epoch (cache)")
+    parser.add_argument("--repeat", type=int, default=3, help="batches that are timed, the median counts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"device": args.device, "torch": torch.__version__}
+    if "packing" in args.what:
+        report["packing"] = packing(args)
+    if "cache" in args.what:
+        report["cache"] = cache(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Tokens per second of forward and backward passes over the whole LLM, padding not counted."""
+    model, processor = build_model("default", chat_template="chatml")
+    model.to(args.device).train()
+    samples = read_samples(Path(args.data) / "train.text.jsonl")
+    torch.manual_seed(0)
+    chosen = [samples[i] for i in torch.randperm(len(samples))[: args.batch * (args.repeat + 1)]]
+    batches = [chosen[start : start + args.batch] for start in range(0, len(chosen), args.batch)]
+    collator = Collator(processor)
+    ways: dict[str, Callable[[list[Sample]], list[dict[str, Any]]]] = {
+        "one padded batch": lambda batch: [collator(batch)],
+        "parts of like length": collator.by_length,
+        f"rows of {args.pack}": partial(collator.packed, length=args.pack),
+    }
+    print(f"{'packing':<24}{'rows':>6}{'padding':>10}{'tokens/s':>12}{'gain':>8}")
+    found: dict[str, dict[str, float]] = {}
+    for name, collate in ways.items():
+        rates, rows, share = [], [], []
+        for batch in batches:
+            parts = collate(batch)
+            tokens, places = sum(map(real_tokens, parts)), sum(p["input_ids"].numel() for p in parts)
+            rates.append(tokens / seconds(partial(step, model, parts, args.device), args.device))
+            rows.append(sum(len(part["input_ids"]) for part in parts))
+            share.append(1 - tokens / places)
+        found[name] = {"rows": median(rows), "padding": median(share), "tokens_per_second": median(rates[1:])}
+        gain = found[name]["tokens_per_second"] / found["one padded batch"]["tokens_per_second"]
+        found[name]["gain"] = gain
+        line = f"{name:<24}{median(rows):>6.0f}{median(share):>10.2f}{median(rates[1:]):>12.1f}{gain:>8.2f}"
+        print(line, flush=True)
+    return found
+
+
+def cache(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of epochs of the alignment stage: the towers run in the first, later ones read the store."""
+    built = build_model("default", MODALITIES, chat_template="chatml")
+    model, processor = built
+    model.to(args.device).requires_grad_(False)
+    model.model.connectors.requires_grad_(True)
+    names = ("train.image.jsonl", "train.transcribe.jsonl", "train.spoken.jsonl")
+    read = [read_samples(Path(args.data) / name)[: -(-args.samples // len(names))] for name in names]
+    samples = [sample for part in read for sample in part][: args.samples]
+    print(f"{'cache':<24}{'media':>10}{'training':>10}{'epoch':>10}{'gain':>8}   (seconds)")
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        stored = FeatureCache(Path(folder), processor, dict(model.model.encoders))
+        for epoch in ("first epoch", "second epoch"):
+            media = seconds(partial(stored.fill, samples), args.device)
+            training = seconds(partial(align_epoch, built, samples, stored, args.device), args.device)
+            whole = media + training
+            gain = found["first epoch"]["epoch"] / whole if found else 1.0
+            found[epoch] = {"media": media, "training": training, "epoch": whole, "gain": gain}
+            print(f"{epoch:<24}{media:>10.1f}{training:>10.1f}{whole:>10.1f}{gain:>8.2f}", flush=True)
+    return found
+
+
+def align_epoch(built: Built, samples: list[Sample], stored: FeatureCache, device: str) -> None:
+    """Every sample once, forward and backward."""
+    collator = Collator(built[1], features=stored)
+    for batch in ModalityBatchSampler([sample.kind for sample in samples], 8):
+        step(built[0], collator.by_length([samples[index] for index in batch]), device)
+
+
+def step(model: Any, parts: list[dict[str, Any]], device: str) -> None:
+    """Forward and backward, with the head at supervised positions only, as the stages do."""
+    total = torch.zeros((), device=device)
+    for part in parts:
+        inputs = {name: _to(value, device) for name, value in part.items()}
+        labels_BT = inputs.pop("labels")
+        hidden_BTH = model.model(**inputs).last_hidden_state
+        keep_BT = labels_BT[:, 1:] != IGNORED
+        total = total + nnf.cross_entropy(
+            model.head(hidden_BTH[:, :-1][keep_BT]).float(), labels_BT[:, 1:][keep_BT], reduction="sum"
+        )
+    total.backward()
+    model.zero_grad()
+
+
+def _to(value: Any, device: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(None if item is None else item.to(device) for item in value)
+    return value.to(device)
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """Processor seconds of a call; on a GPU those of the clock."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    began = clock()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+if __name__ == "__main__":
+    main()
