@@ -7,6 +7,7 @@ detection  the experts' decoder beside the dense one, whole detectors at 640 pix
 experts    the experts' kernels beside every implementation a user could pick instead (the default)
 model      what the kernels do to a training step and to decoding
 serve      many clients of one server, beside one at a time
+video_order  what came first: frames kept in time beside Uni-MoE's mean over frames
 """
 
 import runpy

@@ -16,6 +16,7 @@ Shapes: P pictures, S positions of a frame, D tower width.
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -135,7 +136,7 @@ def train(built: Built, pool: Pool, steps: int, batch_size: int, seed: int) -> f
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     asker, rng, losses = Asker(built), random.Random(f"train:{seed}"), []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         batch, _ = asker.batch(pool, batch_size, rng, asking=False)
         loss = model(**batch).loss
         optimizer.zero_grad()
@@ -144,6 +145,8 @@ def train(built: Built, pool: Pool, steps: int, batch_size: int, seed: int) -> f
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        if step % 50 == 0:
+            print(f"step {step} of {steps}: loss {sum(losses[-50:]) / 50:.3f}", file=sys.stderr, flush=True)
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
@@ -161,10 +164,10 @@ def score(built: Built, pool: Pool, questions: int) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Which came first? Time kept against the mean over frames.")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--views", type=int, default=24, help="training pictures of each thing")
+    parser.add_argument("--views", type=int, default=16, help="training pictures of each thing")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
@@ -176,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 built = fresh_model(time_, seed, Path(folder))
             if pools is None:
-                pools = picture_pool(built, options.views, False), picture_pool(built, 12, True)
+                pools = picture_pool(built, options.views, False), picture_pool(built, 8, True)
             began = time.monotonic()
             loss = train(built, pools[0], options.steps, options.batch_size, seed)
             seconds = round(time.monotonic() - began, 1)
