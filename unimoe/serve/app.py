@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -97,15 +97,8 @@ class Service:
 
     def _prepare(self, request: ChatRequest, tell) -> Answer:
         most = min(self.config.max_prompt_tokens or self.context, self.context)
+        self._check_length(request.characters() // LONGEST_TOKEN, most)
         messages = self.media.read(request.messages)
-        texts = [
-            part["text"]
-            for message in messages
-            if isinstance(message["content"], list)
-            for part in message["content"]
-            if part["type"] == "text"
-        ] + [message["content"] for message in messages if isinstance(message["content"], str)]
-        self._check_length(sum(map(len, texts)) // LONGEST_TOKEN, most)
         try:
             encoded = self.processor.encode(messages, add_generation_prompt=True, where="messages")
         except TemplateError as error:
@@ -184,14 +177,9 @@ def build_app(
 
     app = FastAPI(title="unimoe", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(BodyLimit, most=config.body_bytes)
+    app.add_middleware(Gate, config=config)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.trusted_hosts)
     _add_error_handlers(app, service.metrics)
-
-    async def authorized(request: Request):
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if config.api_key is not None and not secrets.compare_digest(given, config.api_key.encode()):
-            raise HTTPException(401, {"message": "wrong or missing API key", "code": "invalid_api_key"})
 
     @app.get("/health")
     async def health():
@@ -201,7 +189,7 @@ def build_app(
     async def metrics():
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", dependencies=[Depends(authorized)])
+    @app.get("/v1/models")
     async def models():
         card = {"id": config.name, "object": "model", "created": int(time.time()), "owned_by": "unimoe"}
         return {"object": "list", "data": [card]}
@@ -212,7 +200,7 @@ def build_app(
         ready = json.dumps({"status": "ready", "cached": True})
         return Response(f"data: {ready}\n\n", media_type="text/event-stream")
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorized)])
+    @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request):
         service.check(body)
         client = Client(request, service.metrics)
@@ -229,7 +217,7 @@ def build_app(
         parts = [piece async for piece in pieces]
         reason = parts[-1].finish_reason or "stop"
         if reason == "cancelled":
-            raise HTTPException(503, "the answer was cancelled")
+            raise HTTPException(503, _CANCELLED)
         choices = [choice for piece in parts for choice in piece.choices] if body.logprobs else None
         text = "".join(piece.text for piece in parts)
         return completion.whole(text, choices, reason, _usage(answer))
@@ -237,23 +225,34 @@ def build_app(
     return app
 
 
-class BodyLimit:
-    """Refuses bodies that are too long, by the length that they must announce, before any of it is read."""
+class Gate:
+    """Refuses, before it is read, what has no key, is too long, or does not say how long it is."""
 
-    def __init__(self, app: ASGIApp, most: int):
+    def __init__(self, app: ASGIApp, config: ServerConfig):
         self.app = app
-        self.most = most
+        self.config = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        if scope["type"] == "http" and scope["method"] == "POST":
-            length = Headers(scope=scope).get("content-length")
-            status = 411 if length is None else 413 if int(length) > self.most else None
-            if status:
-                found = f"the body must announce its length, of at most {self.most:,} bytes; found {length}"
-                body = error_body(found, _KINDS[400])
-                await JSONResponse(body, status, {"Connection": "close"})(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] == "http" and (refusal := self._refusal(scope, Headers(scope=scope))):
+            await refusal(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        end = {"Connection": "close"}  # what the client still sends is not read either
+        key, given = self.config.api_key, headers.get("authorization", "").removeprefix("Bearer ")
+        if (
+            key
+            and scope["path"].startswith("/v1")
+            and not secrets.compare_digest(given.encode(), key.encode())
+        ):
+            body = error_body("wrong or missing API key", "authentication_error", "invalid_api_key")
+            return JSONResponse(body, 401, end)
+        length, most = headers.get("content-length"), self.config.body_bytes
+        if scope["method"] == "POST" and (length is None or int(length) > most):
+            found = f"the body must say its length, of at most {most:,} bytes; found {length}"
+            return JSONResponse(error_body(found, _KINDS[400]), 411 if length is None else 413, end)
+        return None
 
 
 async def _events(
@@ -266,6 +265,9 @@ async def _events(
         while piece:
             if piece.text or piece.choices:
                 yield _event(completion.chunk({"content": piece.text}, piece.choices))
+            if piece.finish_reason == "cancelled":
+                yield _event(error_body(_CANCELLED, "server_error", "cancelled"))
+                return
             if piece.finish_reason:
                 yield _event(completion.chunk({}, [], piece.finish_reason))
             piece = await anext(pieces, None)
@@ -285,11 +287,11 @@ def _usage(answer: Answer) -> dict[str, int]:
     return usage(answer.prompt_tokens, len(answer.tokens))
 
 
+_CANCELLED = "the answer was cancelled: the server is ending"
 _ENGINE_ERROR = error_body("the model failed on this request", "server_error", "engine_error")
 
 _KINDS = {
     400: "invalid_request_error",
-    401: "authentication_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }

@@ -143,6 +143,13 @@ class ChatRequest(BaseModel):
         if self.top_logprobs is not None and not self.logprobs:
             raise UserError("top_logprobs: needs logprobs to be true")
 
+    def characters(self) -> int:
+        """Length of all its text."""
+        contents = [message.content for message in self.messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        whole = sum(len(content) for content in contents if isinstance(content, str))
+        return whole + sum(len(part.text) for part in parts if part.type == "text")
+
     def wish(self, defaults: GenerationConfig | None, max_new_tokens: int, room: int) -> Wish:
         """Settings of the answer; what the request leaves out is as in the model's generation_config.json.
 
