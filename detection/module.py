@@ -4,7 +4,6 @@ Shapes: B images, L text tokens, W width of the text encoder.
 """
 
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unimoe.errors import UserError
 from unimoe.moe import LayerRecord, MoEConfig, load, load_balance, record
-from unimoe.training.module import ResumableModule, Schedule
+from unimoe.training.module import ResumableModule, Schedule, load_columns
 
 from .analysis import effective_partners, together, unmoved_twins, visits
 from .batches import Batch, Question
@@ -115,7 +114,6 @@ class DetectionModule(ResumableModule):
         self.scores: Evaluation
         """Of the latest evaluation."""
         self._text: TextFeatureCache | None = None
-        self._began: tuple[float, int] | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -191,21 +189,16 @@ class DetectionModule(ResumableModule):
         self.log("train/loss", losses["loss"].detach(), prog_bar=True, logger=False)
         row = {f"train/{name}": value.item() for name, value in losses.items()}
         row["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        now = time.perf_counter()
-        if self._began is not None:
-            row["train/pictures_per_second"] = self._began[1] / (now - self._began[0])
-        self._began = (now, len(batch.targets))
-        self.log_row({**row, **self._expert_use(records)}, batch_idx)
+        speed = self.speed(self.batch_amount(batch))
+        self.log_row({**row, **speed, **self._expert_use(records)}, batch_idx)
         return losses["loss"]
 
     def _expert_use(self, records: list[LayerRecord]) -> dict[str, float]:
         """What the experts of each layer did in a step, by name of the column."""
-        row = {}
+        row = load_columns(records, [load(entry) for entry in records], load_balance(records))
         for entry in records:
-            share_E, pairs_EE = load(entry), together(visits(entry))
+            pairs_EE = together(visits(entry))
             found = {
-                "load_max_over_mean": share_E.max() / share_E.mean(),
-                "balance_loss": load_balance(entry),
                 "effective_partners": effective_partners(pairs_EE),
                 "twins": unmoved_twins(pairs_EE, MoEConfig(**self.model.config.moe).top_k),
             }

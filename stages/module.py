@@ -1,25 +1,24 @@
 """The one LightningModule of all stages: a stage is what it starts from, what trains, and how fast.
 
-Shapes: B rows, T tokens of a row, H hidden size, V vocabulary, S supervised tokens of the batch.
+Shapes: L MoE layers, E experts.
 """
 
 import logging
-import time
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from unimoe.build import add_modalities, build_model
-from unimoe.data.collate import IGNORED, real_tokens
+from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
 from unimoe.loading import load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import LayerRecord, load_balance, pair_counts, record
+from unimoe.moe import load_balance, pair_counts, record
 from unimoe.moe.records import join
 from unimoe.processing import UniMoeProcessor
-from unimoe.training.module import ResumableModule, Schedule
+from unimoe.training.loss import answer_loss
+from unimoe.training.module import ResumableModule, Schedule, load_columns
 from unimoe.training.ranks import data_ranks, mean_over_ranks
 from unimoe.training.sharding import shard
 
@@ -107,7 +106,6 @@ class StageModule(ResumableModule):
         self.groups: list[Group] = []
         self.base_llm = ""
         """Fingerprint of the LLM before training, for expert folders."""
-        self._began: tuple[float, float] | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -190,23 +188,9 @@ class StageModule(ResumableModule):
 
     # ---------------------------------------------------------------- steps
 
-    def answer_loss(self, hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
-        """Sum of the cross-entropy over the supervised tokens, and their number."""
-        keep_BT = labels_BT[:, 1:] != IGNORED
-        hidden_SH = hidden_BTH[:, :-1][keep_BT]
-        loss = nnf.cross_entropy(
-            self.model.head(hidden_SH).float(), labels_BT[:, 1:][keep_BT], reduction="sum"
-        )
-        return loss, len(hidden_SH)
-
     def batch_loss(self, batch: list[dict[str, Any]]) -> tuple[Tensor, int]:
         """Mean cross-entropy over the supervised tokens of all parts of a batch, and their number."""
-        total, count = torch.zeros((), device=self.device), 0
-        for part in batch:
-            inputs = {name: value for name, value in part.items() if name != "labels"}
-            loss, supervised = self.answer_loss(self.model.model(**inputs).last_hidden_state, part["labels"])
-            total, count = total + loss, count + supervised
-        return total / max(count, 1), count
+        return answer_loss(self.model, batch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -227,30 +211,13 @@ class StageModule(ResumableModule):
         aux = self.model.aux_loss(records, load_LE=load_LE, tokens=tokens)
         shown = mean_over_ranks(torch.cat([torch.stack([loss, aux]), balance_L.to(loss)]).detach())
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
-        row = {"train/loss": float(shown[0]), **self._rates(float(tokens) * data_ranks(self.trainer)[0])}
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        speed = self.speed(float(tokens) * data_ranks(self.trainer)[0])
+        row = {"train/loss": float(shown[0]), **rates, **speed}
         if records:
-            row |= {"train/aux_loss": float(shown[1]), **self._load(records, load_LE, shown[2:])}
+            row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load_LE, shown[2:])}
         self.log_row(row, batch_idx)
         return loss + aux + self._touch()
-
-    def _rates(self, tokens: float) -> dict[str, float]:
-        """Learning rates of this step, and tokens a second from the last step's beginning to this one's."""
-        rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
-        now = time.perf_counter()
-        if self._began is not None:
-            began, earlier = self._began
-            rates["train/tokens_per_second"] = earlier / (now - began)
-        self._began = (now, tokens)
-        return rates
-
-    def _load(self, records: list[LayerRecord], load_LE: Tensor, balance_L: Tensor) -> dict[str, float]:
-        """Fullest expert over the mean and balance loss of each MoE layer, and the floor of both."""
-        row = {"moe/floor": 1.0}
-        for entry, share_E, balance in zip(records, load_LE, balance_L, strict=True):
-            name = f"moe/layer{entry.layer:02d}"
-            row[f"{name}/load_max_over_mean"] = float(share_E.max() / share_E.mean().clamp(min=1e-9))
-            row[f"{name}/balance_loss"] = float(balance)
-        return row
 
     def _touch(self) -> Tensor:
         """Zero, by way of everything that trains before the LLM: a medium that a batch lacks gives gradients
@@ -267,5 +234,6 @@ class StageModule(ResumableModule):
 
     def _evaluate(self, batch: list[dict[str, Any]], name: str) -> None:
         loss, count = self.batch_loss(batch)
+        total, tokens = mean_over_ranks(torch.stack([loss * count, loss.new_tensor(count)]))
         # the number of tokens is each batch's weight in the mean over batches
-        self.log(name, loss, batch_size=count, prog_bar=True, sync_dist=True)
+        self.log(name, total / tokens.clamp(min=1), batch_size=int(2 * tokens), prog_bar=True)

@@ -1,12 +1,16 @@
 """What the Lightning modules of the suite share: learning rates, logs, and steps that repeat after a kill."""
 
 import math
+import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.moe import LayerRecord
 
 from .sharding import clip_norm
 
@@ -22,10 +26,13 @@ class ResumableModule(LightningModule):
     seed: int
     schedule: Schedule
     warmup: float
+    batch_unit = "tokens"
+    """What the speed is counted in."""
 
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False  # checkpoints hold what trains; on_load_checkpoint checks their names
+        self._began: tuple[float, float] | None = None
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
         """What ``configure_optimizers`` returns: the optimizer, with ``rate`` on its learning rates."""
@@ -57,6 +64,13 @@ class ResumableModule(LightningModule):
         elif gradient_clip_val:
             clip_norm((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
+    def speed(self, amount: float) -> dict[str, float]:
+        """Units a second since the last step began, as a column; ``amount`` is this step's."""
+        began, self._began = self._began, (time.perf_counter(), amount)
+        if began is None:
+            return {}
+        return {f"train/{self.batch_unit}_per_second": began[1] / (self._began[0] - began[0])}
+
     def log_row(self, row: dict[str, float], batch_idx: int) -> None:
         """Write one row to the loggers at once: Lightning would do so after the checkpoint of the same step,
         and a run that is stopped in between would lack the row when it goes on."""
@@ -86,3 +100,16 @@ class ResumableModule(LightningModule):
     def trained_names(self) -> set[str]:
         """Names, in this module's state_dict, of the parameters that train."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def load_columns(
+    records: Sequence[LayerRecord], load_LE: Sequence[Tensor] | Tensor, balance_L: Sequence[Tensor] | Tensor
+) -> dict[str, float]:
+    """Fullest expert over the mean and balance loss of each MoE layer, and the floor of both; nothing for a
+    dense model."""
+    columns = {"moe/floor": 1.0} if records else {}
+    for entry, share_E, balance in zip(records, load_LE, balance_L, strict=True):
+        name = f"moe/layer{entry.layer:02d}"
+        columns[f"{name}/load_max_over_mean"] = float(share_E.max() / share_E.mean().clamp(min=1e-9))
+        columns[f"{name}/balance_loss"] = float(balance)
+    return columns
