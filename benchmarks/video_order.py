@@ -53,7 +53,8 @@ def fresh_model(time_: str, seed: int, folder: Path) -> Built:
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    sizes = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 384}
+    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=end, bos_token_id=None, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

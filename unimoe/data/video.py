@@ -59,8 +59,9 @@ def spread(times: Any, frames: int, rate: float | None = None) -> list[int]:
     ``times``: when each frame is shown, rising; in seconds if there is a ``rate``.
     """
     first, last = times[0], times[-1]
-    wanted = np.arange(first, last + 1e-6, 1 / rate) if rate else np.linspace(first, last, frames)
-    if len(wanted) > frames:
+    if rate and (last - first) * rate < frames:
+        wanted = np.arange(first, last + 1e-6, 1 / rate)
+    else:
         wanted = np.linspace(first, last, frames)
     places = (_nearest(times, time) for time in wanted)
     return list(dict.fromkeys(places))

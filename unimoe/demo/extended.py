@@ -7,7 +7,7 @@ spoken   the recorded questions alone, to be written down
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -35,7 +35,7 @@ def add_extended(
     writer: Writer,
     seed: int,
     artist: Artist,
-    photos: dict[str, Sequence[Image.Image]],
+    photos: Mapping[str, Sequence[Image.Image]],
     films: int,
     sounds: int,
     questions: int,

@@ -6,6 +6,7 @@ sounds would sketch them. What is learned from them says that a model hears, not
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def _alarm(t, rng, noise):
     return np.sign(np.sin(2 * np.pi * rng.uniform(1500, 2300) * t)) * beeps
 
 
-_KINDS: dict[str, Callable[..., np.ndarray]] = {
+_KINDS: dict[str, Callable[..., Any]] = {
     "rain": _rain,
     "wind": _wind,
     "bell": _bell,
