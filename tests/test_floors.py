@@ -25,6 +25,7 @@ FLOORS = {
     "unimoe.build": 3,
     "unimoe.configuration": 3,
     "unimoe.modeling": 3,
+    "unimoe.positions": 3,
     "unimoe.preprocessing": 3,
     "unimoe.processing": 3,
     "unimoe.prompt": 3,

@@ -43,6 +43,10 @@ class UniMoeConfig(PreTrainedConfig):
     moe: dict[str, Any] | None = None
     """Fields of :class:`unimoe.moe.MoEConfig`; None keeps the language model dense."""
 
+    rope_sections: list[int] | None = None
+    """Frequencies that turn with time, height and width where ``position_ids`` are [3, B, T]
+    (:mod:`unimoe.positions`); together half a head, such as 16, 24, 24. None: positions are a sequence."""
+
     image_token_id: int | None = None
     """Id of ``<image>``; None where the model has no images. The same for the three below."""
 

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M med
 windows of sound), S encoder positions of an item, D encoder width, N media tokens over the whole batch.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, routing_conte
 from unimoe.moe.install import install_moe
 
 from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
+from .positions import TimeRotary, time_ids
 
 Encoded = tuple[Tensor, Tensor | None]
 """Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
@@ -92,6 +94,11 @@ class UniMoeModel(UniMoePreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         if config.moe:
             install_moe(self.language_model, MoEConfig(**config.moe))
+        if config.rope_sections:
+            text = config.get_text_config()
+            head = getattr(text, "head_dim", None) or hidden_size // text.num_attention_heads
+            rotary: Any = self.language_model.rotary_emb
+            self.language_model.rotary_emb = TimeRotary(rotary, config.rope_sections, head // 2)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -170,7 +177,8 @@ class UniMoeModel(UniMoePreTrainedModel):
             input_ids: [B, T], media placeholders expanded to one for each media token.
             attention_mask: [B, T], 0 on padding (with a cache: [B, past + T]).
             position_ids: [B, T]; without an ``attention_mask`` a sample begins wherever they do not go on by
-                one, and attends to itself only (packing).
+                one, and attends to itself only (packing). With ``rope_sections`` they may be [3, B, T]: time,
+                height and width (:func:`unimoe.positions.time_positions`).
             inputs_embeds: [B, T, H], from :meth:`embed`, with the media in their places; ``input_ids`` beside
                 them only tell the modality of each token.
             pixel_values: [M, 3, height, width], the pictures of all rows in order.
@@ -196,9 +204,18 @@ class UniMoeModel(UniMoePreTrainedModel):
             inputs_embeds = self.embed(input_ids, encoded_media, **raw)
         elif encoded_media or any(value is not None for value in raw.values()):
             raise ValueError("media need input_ids alone: their placeholders say where the media tokens go")
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        packed = position_ids is not None and position_ids.dim() == 2
+        if packed and attention_mask is None and past_key_values is None:
             kwargs.setdefault("use_cache", False)  # only without a cache are packed samples told apart
-        with routing_context(self.token_context(input_ids, attention_mask, inputs_embeds)):
+        with ExitStack() as around:
+            around.enter_context(
+                routing_context(self.token_context(input_ids, attention_mask, inputs_embeds))
+            )
+            if position_ids is not None and position_ids.dim() == 3:
+                if not self.config.rope_sections:
+                    raise ValueError("position_ids [3, B, T] need a model with config.rope_sections")
+                around.enter_context(time_ids(position_ids))
+                position_ids = None  # the order of the tokens, for the attention mask, is that of the row
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
