@@ -13,7 +13,7 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup native demo test check bench clean
+.PHONY: help setup native demo test check docs bench clean
 
 help:
 	@echo "make setup   install unimoe and its tools in $(VENV)"
@@ -21,6 +21,7 @@ help:
 	@echo "make demo    the whole path on real weights (ARGS=\"--control\" adds the dense control)"
 	@echo "make test    the tests"
 	@echo "make check   lint, types, import floors"
+	@echo "make docs    the documentation, in build/site"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove build/ and caches (not $(VENV), not runs/)"
 
@@ -61,6 +62,10 @@ check: $(READY)
 	@$(PY) tests/tools/link_view.py
 	$(PY) -m pyright
 	$(PY) -P -m pytest -q tests/test_floors.py
+
+docs: $(READY)
+	@$(PY) tests/tools/link_view.py
+	$(PY) -m mkdocs build --strict $(ARGS)
 
 bench: $(READY)
 	@$(PY) -P benchmarks $(ARGS)

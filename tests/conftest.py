@@ -43,3 +43,34 @@ def tiny_folder(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_detector_folder(tmp_path_factory) -> Path:
+    """A saved detector of random weights that knows the words cat, red and car."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, PreTrainedTokenizerFast, TimmBackboneConfig
+
+    from unimoe.detection import DynamicDinoConfig, DynamicDinoForObjectDetection
+
+    folder = tmp_path_factory.mktemp("tiny_detector")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "cat", "red", "car"]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    text = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    backbone = TimmBackboneConfig(backbone="test_efficientnet", out_indices=[2, 3, 4])
+    sizes = {"d_model": 32, "ffn_dim": 32, "num_heads": 4, "decoder_layers": 2, "num_queries": 10}
+    torch.manual_seed(0)
+    config = DynamicDinoConfig(
+        backbone_config=backbone, text_config=text, csp_blocks=1, csp_expansion=0.5, **sizes
+    )
+    DynamicDinoForObjectDetection(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return folder

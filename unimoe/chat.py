@@ -178,7 +178,8 @@ class Terminal:
         if not traffic.pairs:
             raise UserError("!experts: no answer yet" if not self.talk.turns else "!experts: none took part")
         load = traffic.load()
-        names = expert_names(self.name, len(load["all"][0]))
+        moe = self.talk.model.config.moe or {}
+        names = expert_names(self.name, len(load["all"][0]), moe.get("null_experts", 0))
         counts = ", ".join(f"{count} {kind}" for kind, count in traffic.tokens().items())
         print(f"  tokens of the last prompt and its answer: {counts}")
         if rest:

@@ -54,6 +54,7 @@ VERBS = {
     "fit": Verb(LIGHTNING, "train one stage: unimoe fit -c configs/uni_moe/align.yaml", raw=True),
     "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
     "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
+    "plan": Verb("unimoe.plan:plan", "memory and traffic of a stage on many devices", {"config": "-c"}),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
     "convert llava": Verb("unimoe.convert:llava", "a LLaVA-1.5 checkpoint as a model of ours"),
     "continual run": Verb("unimoe.continual.cli:run", "one strategy on a stream of tasks", raw=True),
@@ -64,6 +65,7 @@ VERBS = {
     "chat": Verb("unimoe.chat:chat", "talk to a model in the terminal", {"prompt": "-p"}),
     "inspect": Verb("unimoe.inspect:inspect", "parameters, and which experts the tokens of a file visit"),
     "serve": Verb("unimoe.serve.command:serve", "put a model behind an address, for any OpenAI client"),
+    "web": Verb("unimoe.web:web", "a page to talk to a model and watch its experts, with a detector beside"),
     "data check": Verb("unimoe.check:check", "what is wrong with a data file, and where"),
     "data show": Verb("unimoe.show:show", "a page of drawn samples with their tokens and labels"),
     "data scenes": Verb(

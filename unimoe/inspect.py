@@ -100,13 +100,13 @@ def describe_model(model: UniMoeForConditionalGeneration, folder: str | Path) ->
     sparse = moe_layers(model)
     moe: dict[str, Any] = {}
     if sparse:
-        first = next(iter(sparse.values()))
+        first, null = next(iter(sparse.values())), (model.config.moe or {}).get("null_experts", 0)
         sizes["experts"] = sum(w.numel() for layer in sparse.values() for w in layer.experts.parameters())
         sizes["routers"] = sum(w.numel() for layer in sparse.values() for w in layer.router.parameters())
         moe = {
             "layers": sorted(sparse),
             "of": model.config.get_text_config().num_hidden_layers,
-            "experts": expert_names(folder, first.experts.num_experts),
+            "experts": expert_names(folder, first.experts.num_experts + null, null),
             "experts_per_token": getattr(first.router, "k", None),
             "router": type(first.router).__name__,
         }

@@ -29,7 +29,9 @@ class UniMoeProcessor(ProcessorMixin):
         chat_template: Jinja template over messages whose content is a string; default the tokenizer's own.
     """
 
-    def __init__(self, tokenizer, modalities: dict[str, Any] | None = None, chat_template: str | None = None):
+    def __init__(
+        self, tokenizer: Any, modalities: dict[str, Any] | None = None, chat_template: str | None = None
+    ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHATML)
         self.modalities = modalities or {}
         self.preprocessors = {

@@ -82,7 +82,7 @@ class Traffic:
     def load(self) -> dict[str, Any]:
         """Share of the tokens' places that each expert got; empty when nothing was counted.
 
-        ``layers`` holds the indices of the MoE layers, ``all`` and every kind a table [L][E] whose rows
+        ``layers`` holds the indices of the MoE layers, ``all`` and every kind a table [L, E] whose rows
         sum to 1.
         """
         if not self.pairs:
@@ -113,7 +113,7 @@ class Traffic:
         return found
 
     def flow(self) -> dict[str, list[list[list[float]]]]:
-        """For every kind [L-1][E][E]: the share of its tokens that expert i leads in one MoE layer and expert
+        """For every kind [L-1, E, E]: the share of its tokens that expert i leads in one MoE layer and expert
         j in the next."""
         experts = max(len(count_E) for layers in self.pairs.values() for count_E in layers.values())
         found = {}

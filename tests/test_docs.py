@@ -1,0 +1,250 @@
+"""Every command and code block of the documents runs on tiny models, or at least says what is known here.
+
+python    runs, one document's blocks after one another; those that need a server are compiled
+bash      chat, inspect and detect run, fit and continual print their configuration, others parse their flags
+yaml      a stage prints its configuration, a manifest is read, other pieces are YAML
+json      a conversation is read, other pieces are JSON
+"""
+
+import ast
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from PIL import Image
+
+from unimoe import cli
+from unimoe.data.records import parse_record
+from unimoe.stages.assemble import read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
+]
+MADE_BY_RUNNING = ("runs/", "build/", "~/", "path/to/")
+RUNS = ("chat", "inspect", "detect", "continual theory")
+"""Verbs that run here; the others load hundreds of megabytes, serve for ever, or train."""
+PRINTS = ("fit", "validate", "test", "continual run", "continual compare", "continual diagnose")
+"""Verbs that can print what they would do."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self):
+        return f"{self.document}:{self.line}"
+
+
+def blocks_of(document: str) -> list[Block]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.M | re.S)
+    return [Block(document, text[: m.start()].count("\n") + 1, m[1], m[2]) for m in found]
+
+
+def spans_of(document: str) -> list[str]:
+    text = re.sub(
+        r"^```\w*[^\n]*\n.*?^```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
+LINES = [
+    pytest.param(line, id=f"{block}: {line}"[:110])
+    for block in BLOCKS
+    if block.language == "bash"
+    for line in block.text.splitlines()
+    if shlex.split(line, comments=True)
+]
+
+
+def of(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
+    """A folder that holds what the documents name: models, pictures, a recording, a conversation."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_folder, place / "runs/demo/moe")
+    shutil.copytree(tiny_detector_folder, place / "runs/demo-detection/base")
+    (place / "configs").symlink_to(ROOT / "configs")
+    for name in ("cat.png", "street.jpg"):
+        Image.new("RGB", (60, 40), "red").save(place / name)
+    soundfile.write(place / "question.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    talk = next(
+        block.text for block in BLOCKS if block.document == "docs/talk.md" and block.language == "json"
+    )
+    (place / "talk.json").write_text(talk)
+    (place / "runs/demo/data").mkdir()
+    (place / "runs/demo/data/val.image.jsonl").write_text(
+        json.dumps(json.loads(talk)).replace("cat.png", "../../../cat.png")
+    )
+    return place
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    return place
+
+
+def test_every_block_says_its_language():
+    wrong = [str(block) for block in BLOCKS if block.language not in ("bash", "python", "yaml", "json")]
+    assert not wrong and len(BLOCKS) > 30
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command(line, here, capsys):
+    words = shlex.split(line, comments=True)
+    while "|" in words:
+        before, words = words[: words.index("|")], words[words.index("|") + 1 :]
+        assert before[0] == "echo"
+    program, *rest = words
+    if program == "make":
+        check_make(rest)
+    elif program == "pip":
+        extras = re.findall(r"\[(.*?)\]", " ".join(rest))
+        assert rest[0] == "install" and set(extras) <= set(optional_dependencies())
+    elif program == "python":
+        assert rest[0] == "-m" and (ROOT / rest[1].replace(".", "/")).with_suffix(".py").is_file()
+    elif program == "unimoe":
+        check_unimoe(rest)
+    else:
+        assert words == ["source", ".venv/bin/activate"], f"nobody knows {program}"
+
+
+def check_unimoe(words: list[str]):
+    verb, rest = cli.split_verb(words)
+    if verb in RUNS:
+        assert cli.main(words) == 0
+    elif verb in PRINTS:
+        with pytest.raises(SystemExit) as done:
+            cli.main([*words, "--print_config"])
+        assert done.value.code == 0
+    else:
+        assert not cli.VERBS[verb].raw, f"{verb}: neither run nor parsed"
+        cli.build_parser(verb, cli.load(cli.VERBS[verb].target)).parse_args(rest)
+
+
+def check_make(words: list[str]):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert words[0] in targets
+    flags = next((word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")), "")
+    if words[0] == "demo":
+        cli.build_parser("demo", cli.load(cli.VERBS["demo"].target)).parse_args(flags.split())
+
+
+def optional_dependencies():
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("document", sorted({block.document for block in of("python")}))
+def test_python(document, here):
+    names: dict = {}
+    for block in of("python"):
+        if block.document == document:
+            padded = "\n" * block.line + block.text  # so that errors name the line of the document
+            ast.parse(padded)
+            if "OpenAI(" not in block.text:  # tests/serve has a server
+                exec(compile(padded, document, "exec"), names)
+
+
+@pytest.mark.parametrize("block", of("yaml"), ids=str)
+def test_yaml(block, here, capsys):
+    content = yaml.safe_load(block.text)
+    assert isinstance(content, dict)
+    (here / "piece.yaml").write_text(block.text)
+    if "stage" in content:
+        with pytest.raises(SystemExit) as done:
+            cli.main(["fit", "-c", "piece.yaml", "--print_config"])
+        assert done.value.code == 0
+    elif "experts" in content:
+        read_manifest(here / "piece.yaml")
+
+
+@pytest.mark.parametrize("block", of("json"), ids=str)
+def test_json(block, here):
+    content = json.loads(block.text)
+    if "messages" in content:
+        assert parse_record(content, str(block), here).kind == "image"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_in_the_text(document):
+    for span in spans_of(document):
+        words = span.split()
+        if words[0] == "unimoe" and len(words) > 1 and words[1] not in ("VERB", "--help", "--version"):
+            verb, rest = cli.split_verb(words[1:])
+            if not cli.VERBS[verb].raw:
+                known = cli.build_parser(verb, cli.load(cli.VERBS[verb].target))._option_string_actions
+                unknown = [word for word in rest if word.startswith("-") and word not in known]
+                assert not unknown, f"{document}: unimoe {verb} has no {unknown}"
+        elif words[0] == "make" and len(words) > 1:
+            check_make(shlex.split(span)[1:])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_and_links(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    missing = [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
+    if not document.startswith("docs/"):
+        code = [line for block in blocks_of(document) for line in block.text.splitlines()] + spans_of(
+            document
+        )
+        words = {word.strip("\"'`,;") for line in code for word in line.split()}
+        paths = {word for word in words if re.fullmatch(r"[\w.]+(/[\w.]*)+|\w+\.(py|toml|txt|md)", word)}
+        missing += [
+            path
+            for path in paths
+            if not path.startswith(MADE_BY_RUNNING)
+            and not any((ROOT / top / path).exists() for top in (".", "unimoe"))
+        ]
+    assert not missing, f"{document}: {missing}"
+
+
+def test_every_verb_is_in_the_readme():
+    lines = [line for block in blocks_of("README.md") for line in block.text.splitlines()] + spans_of(
+        "README.md"
+    )
+    named = [line.split()[1:] for line in lines if line.startswith("unimoe ")]
+    assert set(cli.VERBS) <= {" ".join(words[:count]) for words in named for count in (1, 2)}
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    if shutil.which("mkdocs", path=os.path.dirname(sys.executable)) is None:
+        warnings.warn("THE DOCUMENTATION IS NOT BUILT: no mkdocs", stacklevel=1)
+        pytest.skip("NO MKDOCS: pip install 'unimoe[docs]'")
+    subprocess.run([sys.executable, "tests/tools/link_view.py"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert built.returncode == 0, built.stderr[-3000:]
+    page = (tmp_path / "site" / "index.html").read_text()
+    assert not re.search(
+        r'<(script|link)[^>]+(src|href)="https?://', page
+    )  # nothing is fetched from elsewhere
