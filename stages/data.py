@@ -132,7 +132,11 @@ class StageData(LightningDataModule):
         if not isinstance(folder, str):
             folder = Path(self.trainer.default_root_dir) / ".." / "features"  # type: ignore[union-attr]
         cache = FeatureCache(Path(folder).resolve(), module.processor, towers)
-        cache.fill([s for samples in self.samples.values() for s in samples])
+        samples = [sample for split in self.samples.values() for sample in split]
+        trainer = module.trainer
+        cache.fill(samples[trainer.global_rank :: trainer.world_size])
+        trainer.strategy.barrier("features")
+        cache.refresh()
         return cache
 
     def train_dataloader(self) -> ResumableLoader:

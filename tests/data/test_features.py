@@ -179,3 +179,35 @@ def test_faults_name_the_sample(built, folder, samples):
     (folder / "cache" / "x.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="not a whole safetensors file"):
         make(built, folder)
+
+
+def test_a_changed_file_is_noticed(built, folder, samples):
+    cache = make(built, folder)
+    cache.fill(samples[:1])
+    part = next(samples[0].media())
+    before = cache.key(part, "f")
+    content = bytearray((folder / "a.png").read_bytes())
+    other = Image.fromarray(np.asarray(Image.open(folder / "a.png")) ^ 1)
+    other.save(folder / "a.png")
+    assert cache.key(part, "f") != before
+    with pytest.raises(UserError, match="not in the feature cache"):
+        Collator(built[1], features=cache)(samples[:1])
+    assert cache.fill(samples[:1]) == 1 and "encoded_media" in Collator(built[1], features=cache)(samples[:1])
+    (folder / "a.png").write_bytes(content)
+    assert cache.key(part, "f") == before  # what was stored then is found again
+
+
+def test_an_unchanged_file_is_read_once(built, folder, samples, monkeypatch):
+    cache = make(built, folder)
+    cache.fill(samples)
+    read = []
+    monkeypatch.setattr("unimoe.data.features.media_bytes", lambda part, where: read.append(part) or b"x")
+    Collator(built[1], features=cache)(samples)
+    assert not read
+
+
+def test_processes_share_what_they_store(built, folder, samples):
+    mine, theirs = make(built, folder), make(built, folder)
+    assert (mine.fill(samples[::2]), theirs.fill(samples[1::2])) == (2, 4)  # both met a.png
+    mine.refresh()
+    assert mine.fill(samples) == 0

@@ -8,6 +8,7 @@ Shapes: M encoder items (pictures, speech windows), S encoder positions, D encod
 import hashlib
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -53,8 +54,9 @@ class FeatureCache:
         self._open: dict[Path, Any] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         """Key -> its shard and the number of its windows."""
-        for shard in sorted(self.folder.glob("*.safetensors")):
-            self._register(shard)
+        self._keys: dict[tuple[Any, ...], str] = {}
+        """Kind, path, size and time of change of a file -> its key."""
+        self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}, "encoders": {}}  # for loader workers: they only read
@@ -65,8 +67,18 @@ class FeatureCache:
         return frozenset(self._context)
 
     def key(self, part: Part, where: str) -> str:
-        """The key of a medium. Raises UserError when the file cannot be read."""
-        return hashlib.sha256(self._context[part["type"]].encode() + media_bytes(part, where)).hexdigest()
+        """The key of a medium. Raises UserError when the file cannot be read.
+
+        A file is read again only when its size or its time of change differ from those it was read with.
+        """
+        stamp = _stamp(part)
+        key = self._keys.get(stamp) if stamp else None
+        if key is None:
+            content = media_bytes(part, where)
+            key = hashlib.sha256(self._context[part["type"]].encode() + content).hexdigest()
+            if stamp:
+                self._keys[stamp] = key
+        return key
 
     def get(self, key: str) -> list[Tensor] | None:
         """The features [S, D] of each encoder item of a medium: a picture has one, long speech several."""
@@ -76,6 +88,12 @@ class FeatureCache:
         if shard not in self._open:
             self._open[shard] = safe_open(shard, "pt")
         return [self._open[shard].get_tensor(f"{key}.{number}").float() for number in range(windows)]
+
+    def refresh(self) -> None:
+        """Take in the shards that other processes wrote."""
+        known = {shard for shard, _ in self._places.values()}
+        for shard in sorted(set(self.folder.glob("*.safetensors")) - known):
+            self._register(shard)
 
     def add(self, entries: Mapping[str, list[Tensor]]) -> None:
         """Write key -> features [S, D] of each item as one shard, which appears whole or not at all."""
@@ -147,6 +165,17 @@ class FeatureCache:
             raise UserError(f"{shard} is not a whole safetensors file: {error}; delete it") from error
         windows = Counter(name.partition(".")[0] for name in names)
         self._places.update({key: (shard, count) for key, count in windows.items()})
+
+
+def _stamp(part: Part) -> tuple[Any, ...] | None:
+    """What changes when the file behind a part does; None for what is no single file."""
+    if not isinstance(part.get("path"), str):
+        return None
+    try:
+        found = os.stat(part["path"])
+    except OSError:
+        return None  # reading it says what is wrong
+    return part["type"], part["path"], found.st_size, found.st_mtime_ns
 
 
 def fingerprint(encoder: Encoder, preprocessing: Mapping[str, Any], dtype: torch.dtype) -> str:
