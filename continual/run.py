@@ -25,6 +25,7 @@ from unimoe.files import atomic_write
 from unimoe.loading import load_model
 from unimoe.training.progress import clock
 from unimoe.training.result import differences, flatten
+from unimoe.training.resume import remove
 
 from .answers import evaluate, routing_of
 from .export import fingerprint
@@ -146,7 +147,7 @@ class Run:
         temporary = folder / "state.tmp"
         torch.save(state, temporary)
         temporary.replace(folder / "state.pt")
-        (folder / "last.ckpt").unlink(missing_ok=True)
+        remove(folder / "last.ckpt")
 
     def _load(self, index: int) -> None:
         """Adapters and memory as the task left them."""

@@ -18,7 +18,7 @@ from unimoe.training.curve import CurveLogger
 from unimoe.training.loader import ResumableLoader
 from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.progress import PlainProgress
-from unimoe.training.resume import LastCheckpoint, saved_step
+from unimoe.training.resume import LastCheckpoint, newest
 
 from .stream import Experience
 
@@ -107,8 +107,7 @@ def train_task(
     module = TaskModule(strategy, config, steps, seed * 1009 + task.index, routing_log)
     curve = CurveLogger(folder)
     checkpoint = LastCheckpoint(folder / "last.ckpt", config.checkpoint_every)
-    resume = checkpoint.path if checkpoint.path.is_file() else None
-    done = saved_step(resume) if resume else 0
+    resume, done = newest(checkpoint.path) or (None, 0)
     curve.cut(done)
     _cut_routing(routing_log, done)
     if resume:

@@ -110,7 +110,7 @@ def add_modalities(
         if kind in model.model.encoders:
             raise UserError(f"modalities.{kind}: the model has {kind} already; name only media to add")
     _attach(model, processor.tokenizer, load_encoders(modalities), modalities)
-    return UniMoeProcessor(processor.tokenizer, processor_parts(model), processor.chat_template)
+    return UniMoeProcessor(processor.tokenizer, processor_parts(model), processor.chat_template)  # type: ignore[arg-type]
 
 
 def _attach(
@@ -122,11 +122,8 @@ def _attach(
     config = model.config
     width = config.get_text_config().hidden_size
     for kind, encoder in encoders.items():
-        settings = dict(modalities[kind]["connector"])
-        weights = settings.pop("weights", None)
-        if isinstance(encoder, FramesEncoder):
-            frames = {"frames": encoder.preprocessing["frames"], "frame_positions": encoder.positions}
-            settings = {"time": "keep", **settings, **frames}
+        settings = connector_settings(encoder, modalities[kind]["connector"])
+        weights = modalities[kind]["connector"].get("weights")
         connector = build_connector(settings, encoder.hidden_size, width)
         if weights in model.model.connectors:
             source: Any = model.model.connectors[weights]
@@ -140,6 +137,15 @@ def _attach(
             kind: {"encoder": encoder.config, "connector": settings},
         }
         setattr(config, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]))
+
+
+def connector_settings(encoder: Encoder, given: dict[str, Any]) -> dict[str, Any]:
+    """What a connector is built from: the settings that were given, and what it must know of its encoder."""
+    settings = {name: value for name, value in given.items() if name != "weights"}
+    if isinstance(encoder, FramesEncoder):
+        frames = {"frames": encoder.preprocessing["frames"], "frame_positions": encoder.positions}
+        settings = {"time": "keep", **settings, **frames}
+    return settings
 
 
 def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:

@@ -1,9 +1,13 @@
 """Tiny random models for tests: every part of the real ones, nothing to download, milliseconds to run."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -84,3 +88,14 @@ def tiny_model(folder: str | Path, moe: dict[str, Any] | None = None, **modaliti
     if not llm.exists():
         save_tiny_llm(llm)
     return build_model(str(llm), modalities or {"image": IMAGE, "speech": SPEECH}, moe)
+
+
+class StopAfter(Callback):
+    """Asks a run to stop, as Ctrl-C does, after so many optimizer steps."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGINT)

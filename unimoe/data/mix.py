@@ -71,7 +71,6 @@ class MixedBatchSampler(Sampler[list[int]]):
     def _settings(self) -> dict[str, Any]:
         return {
             "samples of each file": self.sizes,
-            "mix": self.counts,
+            "mix": [count * self.world_size for count in self.counts],
             "seed": self.seed,
-            "world_size": self.world_size,
         }

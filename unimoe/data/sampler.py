@@ -120,10 +120,14 @@ class ModalityBatchSampler(Sampler[list[int]]):
         self.yielded = self._start
 
     def _order(self) -> dict[str, Any]:
+        """What the order of the global batches follows from; ranks may be more or fewer with as many samples
+        in all."""
+        size = self.batch_size * self.world_size
+        left = [len(members) % size for members in self._members]
         return {
             "samples of each kind": [len(members) for members in self._members],
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
+            "samples of a step": size,
+            "samples too few for every rank": sum(few for few in left if few < self.world_size),
             "seed": self.seed,
             "shuffle": self.shuffle,
             "sorting by length": self._lengths is not None,

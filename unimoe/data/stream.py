@@ -89,9 +89,12 @@ class SampleStream(IterableDataset):
         self._start = state["consumed"]
 
     def _order(self) -> dict[str, Any]:
-        names = ("batch_size", "world_size", "seed", "buffer")
-        weights = None if self.weights is None else list(self.weights)
-        return {**{name: getattr(self, name) for name in names}, "weights": weights}
+        return {
+            "samples of a step": self.batch_size * self.world_size,
+            "seed": self.seed,
+            "buffer": self.buffer,
+            "weights": None if self.weights is None else list(self.weights),
+        }
 
     def _epoch(self, epoch: int) -> Iterator[Sample]:
         """All samples of all sources once."""

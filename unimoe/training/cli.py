@@ -27,8 +27,10 @@ from unimoe.kernels.allocator import keep_memory
 
 from .curve import CurveLogger
 from .progress import PlainProgress, StageBar, clock
+from .ranks import data_ranks
 from .result import SETTINGS_FILE, check_same, clear, flatten, folder_hash, read_record
-from .resume import Interrupted, LastCheckpoint, saved_step
+from .resume import Interrupted, LastCheckpoint, newest, remove
+from .sharding import AnyCheckpoint, Sharded, unshard
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class Finished(Exception):
 class RunCLI(LightningCLI):
     """LightningCLI whose output folder holds all that a run leaves.
 
-    ``checkpoints/last.ckpt``  to go on after an interruption (removed at the end)
+    ``checkpoints/``           the last two, to go on after an interruption (removed at the end)
     ``logs/``                  metrics.csv, and the same for TensorBoard
     ``settings.json``          what decides the result
     ``stage.json``             written last: the run is finished
@@ -128,16 +130,22 @@ class RunCLI(LightningCLI):
         init_from = self._get(self.config, "model.init_from")
         if init_from is not None:
             self.find_start(init_from)
-        self.settings = self._settings()
-        self._compare()
 
-    def _settings(self) -> dict[str, Any]:
-        """Everything that decides the result, by dotted key, contents of files included."""
+    def _settings(self, ranks: int) -> dict[str, Any]:
+        """Everything that decides the result, by dotted key, contents of files included.
+
+        Samples are counted over all ``ranks`` that take batches of their own: with half as many, and batches
+        twice as large, a run is the same and may go on.
+        """
         verb = str(self.subcommand)
         nested: dict[str, Any] = json.loads(self._parser(verb).dump(self.config[verb], format="json"))
         nested["trainer"] = {key: nested["trainer"].get(key) for key in RESULT_KEYS}
         for key in ("system", "output", "overwrite", "checkpoint_every", "config"):
             nested.pop(key, None)
+        data = nested["data"]
+        data["batch_size"] *= ranks
+        if isinstance(data["train"], dict):  # so many samples of each file, or shares of the whole
+            data["train"] = {k: v * ranks if isinstance(v, int) else v for k, v in data["train"].items()}
         flat = {key: value for key, value in flatten(nested).items() if key not in self.harmless_keys}
         for split in self.data_splits:
             files = nested["data"].get(split) or []
@@ -151,8 +159,10 @@ class RunCLI(LightningCLI):
 
     def _compare(self) -> None:
         """Go on, begin, or stop, depending on what lies in the output folder."""
-        if self._get(self.config, "overwrite") and not rank_zero_only.rank:
-            clear(self.output)  # before the other ranks are started
+        if self._get(self.config, "overwrite"):
+            if not rank_zero_only.rank:
+                clear(self.output)
+            return
         done = read_record(self.output)
         if done is not None:
             check_same(self.output, done.settings, self.settings)
@@ -160,7 +170,7 @@ class RunCLI(LightningCLI):
                 f"{self.output} is finished: {done.stage}, {done.steps} steps, {clock(done.seconds)}"
             )
         begun = self.output / SETTINGS_FILE
-        if begun.is_file() and (self.output / "checkpoints" / "last.ckpt").is_file():
+        if begun.is_file() and (self.output / "checkpoints").is_dir():
             check_same(self.output, json.loads(begun.read_text(encoding="utf-8")), self.settings)
 
     # ---------------------------------------------------------------- trainer
@@ -184,17 +194,24 @@ class RunCLI(LightningCLI):
         elif settings["enable_progress_bar"] is not False:
             callbacks.append(StageBar(self._get(self.config, "stage")))
         kwargs["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if not isinstance(trainer.strategy, Sharded):
+            trainer.strategy.checkpoint_io = AnyCheckpoint()
+        if training:
+            self.settings = self._settings(data_ranks(trainer)[0])
+            self._compare()
+        return trainer
 
     # ---------------------------------------------------------------- verbs
 
     def fit(self, model: LightningModule, datamodule: Any, **kwargs: Any) -> None:
         """Train, or go on training, and write the result."""
         name = self._get(self.config, "stage")
-        atomic_write(self.output / SETTINGS_FILE, json.dumps(self.settings, indent=2) + "\n")
-        begun = 0
-        if self.last.path.is_file():
-            begun = saved_step(self.last.path)
+        found = None if self._get(self.config, "overwrite") else newest(self.last.path)
+        checkpoint, begun = found or (None, 0)
+        if self.trainer.is_global_zero:
+            atomic_write(self.output / SETTINGS_FILE, json.dumps(self.settings, indent=2) + "\n")
+        if checkpoint is not None:
             log.info("%s: going on after step %d of %d", name, begun, datamodule.steps)
         else:
             log.info(
@@ -205,16 +222,16 @@ class RunCLI(LightningCLI):
                 self.output,
             )
         self.curve.cut(begun)
-        checkpoint = str(self.last.path) if begun else None
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         except BaseException:
-            if self.trainer.is_global_zero and not self.last.path.is_file():
+            if self.trainer.is_global_zero and not self.last.path.exists() and checkpoint is None:
                 clear(self.output)  # nothing to go on from: the next run begins anew, with whatever settings
             raise
+        unshard(model)
         if self.trainer.is_global_zero:
             loss = self.write(model, name)
-            self.last.path.unlink(missing_ok=True)
+            remove(self.last.path)
             log.info(
                 "%s: finished after %s, loss %.4f, in %s", name, clock(self.last.seconds), loss, self.output
             )

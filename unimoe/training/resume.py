@@ -1,6 +1,8 @@
-"""Going on after an interruption: the last checkpoint of a stage, written whole or not at all."""
+"""Going on after an interruption: the last two checkpoints of a stage, written whole or not at all."""
 
+import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,8 +12,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.distributed.checkpoint import FileSystemReader
 
 from unimoe.errors import UserError
+
+from .sharding import META
+
+log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -21,9 +28,10 @@ class Interrupted(Exception):
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` every so many optimizer steps, at the end, and when the run is asked to stop.
 
-    The file is written under another name and renamed, so that a kill at any moment leaves a whole one. On
-    the first Ctrl-C or SIGTERM the current step is finished and saved, then ``Interrupted`` is raised; a
-    second one stops at once.
+    The file (or folder, where weights are sharded) is written under another name and renamed, so that a kill
+    at any moment leaves a whole one; the one before is kept beside it. On the first Ctrl-C or SIGTERM, of any
+    process, the current step is finished and saved, then ``Interrupted`` is raised; a second one stops at
+    once.
     """
 
     def __init__(self, path: Path, every: int):
@@ -57,9 +65,10 @@ class LastCheckpoint(Checkpoint):
     ):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of an optimizer step
-        if self._stop or trainer.global_step % self.every == 0:
+        stop = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+        if stop or trainer.global_step % self.every == 0:
             self.save(trainer)
-        if self._stop:
+        if stop:
             raise Interrupted(f"stopped after step {trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,10 +85,16 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint now."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)  # of a kill in the middle
+        trainer.strategy.barrier()
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
+            if self.path.exists():
+                _remove(before(self.path))
+                os.replace(self.path, before(self.path))
             os.replace(temporary, self.path)
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
@@ -88,10 +103,63 @@ class LastCheckpoint(Checkpoint):
         self._stop = True
 
 
+def before(path: Path) -> Path:
+    """Where the checkpoint before the one at ``path`` lies."""
+    return path.with_name("previous.ckpt")
+
+
+def newest(path: Path) -> tuple[Path, int] | None:
+    """The checkpoint to go on from and the optimizer steps behind it, None where there is none.
+
+    When the one at ``path`` is damaged, that is the one before it, and a warning says so. Raises UserError
+    when none is whole.
+    """
+    problem = None
+    for candidate in (path, before(path)):
+        if candidate.exists():
+            try:
+                found = candidate, saved_step(candidate)
+            except UserError as error:
+                problem = error
+                continue
+            if problem is not None:
+                log.warning("%s; going on from the one before it, of step %d", problem, found[1])
+            return found
+    if problem is not None:
+        raise problem
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove the checkpoint at ``path`` and the one before it."""
+    for one in (path, before(path)):
+        _remove(one)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 def saved_step(path: Path) -> int:
     """The optimizer steps behind a checkpoint. Raises UserError when the file is damaged."""
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+        if path.is_dir():
+            _check_shards(path)
+        state = torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True)
+        return int(state["global_step"])
     except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged ({reason}); delete it to begin this stage again") from error
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises EOFError when a file of a sharded checkpoint is shorter than its index says."""
+    ends: dict[str, int] = {}
+    for piece in FileSystemReader(folder).read_metadata().storage_data.values():
+        ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
+    for name, end in ends.items():
+        size = (folder / name).stat().st_size
+        if size < end:
+            raise EOFError(f"{name} has {size} of {end} bytes")

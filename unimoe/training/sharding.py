@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
@@ -79,6 +81,17 @@ class Sharded(ModelParallelStrategy):
         return found
 
 
+class AnyCheckpoint(TorchCheckpointIO):
+    """Reads the folders that :class:`Sharded` leaves where one process holds all: whole, in memory."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if not Path(path).is_dir():
+            return super().load_checkpoint(path, *args, **kwargs)
+        found = _load_distributed_checkpoint(Path(path))
+        shards = [found.pop(f"optimizer_{index}") for index in range(len(found["lr_schedulers"]))]
+        return {**found, "optimizer_states": [by_number(state) for state in shards]}
+
+
 StrategyRegistry.register("fsdp2", Sharded, description="FSDP2 over all processes")
 
 
@@ -90,6 +103,17 @@ def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.
     groups = [{**g, "params": [numbered[number] for number in g["params"]]} for g in state["param_groups"]]
     return {
         "state": {numbered[number]: values for number, values in state["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def by_number(state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`by_name`."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    groups = [{**g, "params": [numbers[name] for name in g["params"]]} for g in state["param_groups"]]
+    return {
+        "state": {numbers[name]: values for name, values in state["state"].items()},
         "param_groups": groups,
     }
 

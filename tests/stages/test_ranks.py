@@ -1,0 +1,135 @@
+"""Two processes (gloo) are as one with the same global batch, however they share weights and work."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from unimoe.testing import IMAGE, SPEECH
+from unimoe.training.curve import read_curve
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+STEPS = 20
+FIT = """
+import sys
+from unimoe.stages.cli import main
+for path in sys.argv[1:]:
+    try:
+        main(["fit", "-c", path])
+    except KeyboardInterrupt:
+        print("stopped", path)
+"""
+
+
+def settings(world: Path, output: Path, ranks: int, strategy, **model) -> dict:
+    """Connectors, routers, one layer's experts and adapters train; 4 samples a step; every auxiliary loss."""
+    return {
+        "stage": "moe",
+        "output": str(output),
+        "checkpoint_every": 5,
+        "model": {
+            "llm": str(world / "llm"),
+            "modalities": {"image": IMAGE, "speech": SPEECH},
+            "moe": {"num_experts": 4, "placement": "all", "balance_coef": 0.1, "z_coef": 0.001},
+            "trainable": [
+                {"match": ["model.connectors.*", "*.mlp.router.*"], "lr": 1e-3},
+                {"match": "*.layers.1.mlp.experts.*", "lr": 1e-3},
+            ],
+            "lora": [{"layers": "attention", "rank": 2, "lr": 1e-2}],
+            **model,
+        },
+        "data": {
+            "train": str(world / "train.jsonl"),
+            "val": str(world / "train.jsonl"),
+            "steps": STEPS,
+            "batch_size": 4 // ranks,
+        },
+        "trainer": {"accelerator": "cpu", "devices": ranks, "strategy": strategy},
+    }
+
+
+def fit(ranks: int, *runs: dict) -> str:
+    """Run several stages one after the other in as many processes; returns what they said."""
+    paths = []
+    for run in runs:
+        paths.append(Path(run["output"] + ".yaml"))
+        paths[-1].write_text(yaml.safe_dump(run))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = []
+    for rank in range(ranks):
+        placed = {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        said.append(
+            subprocess.Popen(
+                [sys.executable, "-c", FIT, *map(str, paths)],
+                env=environment | {key: str(value) for key, value in placed.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=1200)[0] for process in said]
+    assert all(process.returncode == 0 for process in said), "\n".join(outputs)
+    return outputs[0]
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory) -> Path:
+    """The folder of a run by one process."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    fit(1, settings(world, output, 1, "auto"))
+    return output
+
+
+def assert_equal(output: Path, alone: Path):
+    """Curve and weights within 1e-5."""
+    curves = [read_curve(folder / "logs" / "metrics.csv") for folder in (output, alone)]
+    assert len(curves[0]) == len(curves[1])
+    for one, other in zip(*curves, strict=True):
+        for key in one.keys() - {"train/tokens_per_second"}:
+            assert abs(one[key] - other[key]) <= 1e-5 * max(1, abs(other[key])), (key, one["step"])
+    weights = [load_file(folder / "model.safetensors") for folder in (output, alone)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_two_processes_train_as_one(world, alone, tmp_path):
+    """Each with the whole model, and with half of it, its blocks run again in the backward pass."""
+    runs = {
+        "ddp": settings(world, tmp_path / "ddp", 2, "ddp"),
+        "fsdp2": settings(world, tmp_path / "fsdp2", 2, "fsdp2", gradient_checkpointing=True),
+    }
+    fit(2, *runs.values())
+    for run in runs.values():
+        assert_equal(Path(run["output"]), alone)
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["2 to 1", "1 to 2"])
+def test_a_sharded_checkpoint_goes_on_with_other_ranks(world, alone, tmp_path, ranks):
+    output = tmp_path / "run"
+    run = settings(world, output, ranks[0], "fsdp2")
+    stop = {"class_path": "unimoe.testing.StopAfter", "init_args": {"step": 12}}
+    run["trainer"]["callbacks"] = [stop]
+    assert "stopped" in fit(ranks[0], run)
+    assert (output / "checkpoints" / "last.ckpt").is_dir()
+    damaged = ranks[0] == 2
+    if (
+        damaged
+    ):  # the newest is cut short: the one before it, of step 10, takes its place
+        piece = max((output / "checkpoints" / "last.ckpt").glob("*.distcp"))
+        piece.write_bytes(piece.read_bytes()[:-100])
+    strategy = "fsdp2" if ranks[1] > 1 else "auto"
+    said = fit(ranks[1], settings(world, output, ranks[1], strategy))
+    assert f"going on after step {10 if damaged else 12} of {STEPS}" in said
+    assert ("is damaged" in said) == damaged
+    assert_equal(output, alone)
