@@ -176,7 +176,8 @@ class Terminal:
         if rest not in ("", "layers"):
             raise UserError(f"!experts {rest}: expected nothing or the word layers after it")
         if not traffic.pairs:
-            raise UserError("!experts: no answer yet" if not self.talk.turns else "!experts: none took part")
+            dense = not self.talk.model.config.moe
+            raise UserError(f"!experts: {'this model is dense, it has none' if dense else 'no answer yet'}")
         load = traffic.load()
         moe = self.talk.model.config.moe or {}
         names = expert_names(self.name, len(load["all"][0]), moe.get("null_experts", 0))

@@ -166,7 +166,7 @@ def as_text(report: dict[str, Any]) -> str:
             "\n  commonest pathways: the leading expert of each MoE layer, by number",
         ]
         for kind, found in report["pathways"].items():
-            lines.append(f"  {kind}: {found['distinct']:,} pathways of {found['tokens']:,} tokens")
+            lines.append(f"  {kind}: {found['tokens']:,} tokens on {found['distinct']:,} different pathways")
             lines += [
                 f"    {100 * path['share']:5.1f} %  {' '.join(_number(expert) for expert in path['experts'])}"
                 for path in found["top"]
