@@ -1,4 +1,4 @@
-"""Encoders of images and speech, and the connectors that lead into the language model."""
+"""Encoders of images, videos and sound, and the connectors that lead into the language model."""
 
 from .connector import Connector, ConnectorConfig, build_connector, copy_connector, fill_connector, num_tokens
 from .encoder import Encoder, ImageEncoder, SpeechEncoder, build_encoder, load_encoder

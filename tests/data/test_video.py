@@ -1,4 +1,5 @@
 import io
+import struct
 import tempfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import soundfile
 from PIL import Image
 
 from unimoe.data import load_video
-from unimoe.data.video import spread
+from unimoe.data.video import spread, write_video
 from unimoe.errors import UserError
 
 av = pytest.importorskip("av")
@@ -94,6 +95,19 @@ def test_an_animation_is_a_video():
 
 def test_frames_are_scaled_down():
     assert video(encode(GREYS[:3]), frames=1, longest=16)[0].size == (16, 12)
+
+
+def test_a_video_from_a_turned_camera_is_upright():
+    left = Image.new("RGB", (64, 48))
+    left.paste((255, 255, 255), (0, 0, 32, 48))
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        write_video(file.name, [left] * 3, rate=5)
+        content = bytearray(Path(file.name).read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    (upright,) = video(bytes(content), frames=1)
+    assert upright.size == (48, 64)  # a quarter turn clockwise: what was left is above
+    assert upright.getpixel((24, 10))[0] > 200 and upright.getpixel((24, 54))[0] < 50
 
 
 def test_the_nearest_frames_are_taken_when_time_is_uneven():
