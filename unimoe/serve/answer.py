@@ -83,7 +83,9 @@ class Answer:
         self.longest: int = wish.generation.max_new_tokens or 1
         self._text = TextStream(tokenizer, wish.stops)
         self._wish = wish
-        self._process: Any = model._get_logits_processor(wish.generation)  # type: ignore[operator]
+        self._process: Any = model._get_logits_processor(  # type: ignore[operator]
+            wish.generation, device=str(model.device)
+        )
         self._generator = torch.Generator(model.device)
         if wish.seed is None:
             self._generator.seed()

@@ -71,7 +71,7 @@ class RunningBatch:
         """Add a row [1, heads, length, width in each layer]."""
         length = cache.get_seq_length()
         longest = max([length, *self.lengths])
-        for ours, new in zip(self.cache.layers if self.cache else [], cache.layers, strict=False):
+        for ours, new in zip(_layers(self.cache), _layers(cache), strict=False):
             new.keys = torch.cat([_pad_left(ours.keys, longest), _pad_left(new.keys, longest)])
             new.values = torch.cat([_pad_left(ours.values, longest), _pad_left(new.values, longest)])
         self.cache = cache
@@ -100,13 +100,18 @@ class RunningBatch:
             return
         before = max(self.lengths)
         self.lengths = [self.lengths[row] for row in rows]
-        if not rows or self.cache is None:
+        if not rows:
             self.cache = None
             return
         padding = before - max(self.lengths)
-        for layer in self.cache.layers:
+        for layer in _layers(self.cache):
             layer.keys = layer.keys[rows, :, padding:]
             layer.values = layer.values[rows, :, padding:]
+
+
+def _layers(cache: DynamicCache | None) -> list[Any]:
+    """Each with ``keys`` and ``values`` [B, heads, L, width]."""
+    return [] if cache is None else cache.layers
 
 
 def _pad_left(states: Tensor, length: int) -> Tensor:

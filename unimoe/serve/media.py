@@ -113,6 +113,7 @@ class MediaReader:
     def _video(self, content: bytes, where: str) -> dict[str, Any]:
         try:
             import av
+            from av.error import FFmpegError
         except ImportError as error:
             raise UserError(
                 f"{where}: videos need PyAV on the server: pip install 'unimoe[video]'"
@@ -121,7 +122,7 @@ class MediaReader:
         try:
             with av.open(io.BytesIO(content), options=options) as container:
                 sizes = [(stream.width, stream.height) for stream in container.streams.video]
-        except (av.error.FFmpegError, ValueError) as error:
+        except (FFmpegError, ValueError) as error:
             raise UserError(f"{where}: the video cannot be read; expected mp4, webm or avi") from error
         for width, height in sizes:
             self._check_size("video", width, height, where)

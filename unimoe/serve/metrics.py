@@ -1,5 +1,7 @@
 """Counters for Prometheus."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from .engine import Engine
@@ -13,7 +15,7 @@ class Metrics:
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        more = {"registry": self.registry}
+        more: dict[str, Any] = {"registry": self.registry}
         running = Gauge("unimoe_answers_running", "Answers in the running batch", **more)
         running.set_function(lambda: engine.running)
         waiting = Gauge("unimoe_answers_waiting", "Answers that wait for their first token", **more)
