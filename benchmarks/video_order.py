@@ -167,7 +167,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Which came first? Time kept against the mean over frames.")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--times", nargs="+", choices=("keep", "mean"), default=["keep", "mean"])
     parser.add_argument("--views", type=int, default=16, help="training pictures of each thing")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -175,8 +176,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"settings": {**vars(options), "json": None}, "runs": []}
     pools: tuple[Pool, Pool] | None = None
-    for seed in range(options.seeds):
-        for time_ in ("keep", "mean"):
+    for seed in options.seeds:
+        for time_ in options.times:
             with tempfile.TemporaryDirectory() as folder:
                 built = fresh_model(time_, seed, Path(folder))
             if pools is None:
