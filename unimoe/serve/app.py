@@ -183,6 +183,8 @@ def build_app(
 
     @app.get("/health")
     async def health():
+        if not service.engine.alive:
+            raise HTTPException(503, "the engine has ended")
         return {"status": "ok", "model": config.name}
 
     @app.get("/metrics")

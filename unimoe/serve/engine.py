@@ -77,6 +77,11 @@ class Engine:
         """Answers that have none yet."""
         return len(self._waiting) + (self._reading is not None)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def reserve(self):
         """Take a place for an answer. Raises Busy when there is none."""
         with self._changed:
@@ -122,7 +127,8 @@ class Engine:
 
     def _all(self) -> list[Answer]:
         reading = [self._reading[0]] if self._reading else []
-        return [*self._waiting, *reading, *self._rows]
+        with self._changed:  # others append to what waits
+            return [*self._waiting, *reading, *self._rows]
 
     def _drop_cancelled(self):
         for answer in self._all():
