@@ -74,3 +74,33 @@ def tiny_detector_folder(tmp_path_factory) -> Path:
     DynamicDinoForObjectDetection(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory) -> Path:
+    """What ``unimoe prepare`` makes, in small: red and blue squares for sprites, grey photos, a random text
+    encoder that knows the concepts' names."""
+    from PIL import Image
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from unimoe.data.concepts import HELD_OUT, TRAINED
+
+    root = tmp_path_factory.mktemp("tiny_parts")
+    for name in ("sprites", "photos"):
+        (root / name).mkdir()
+    for i, concept in enumerate(TRAINED + HELD_OUT):
+        colour = (255, 0, 0, 255) if i % 2 else (0, 0, 255, 255)
+        Image.new("RGBA", (72, 40), colour).save(root / "sprites" / f"{ord(concept.char):x}.png")
+    for i in range(6):
+        Image.new("RGB", (140, 120), (90 + i, 90 + i, 90 + i)).save(root / "photos" / f"p{i}.png")
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    words = [word for concept in TRAINED + HELD_OUT for word in concept.name.split()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*marks.values(), ".", *words]))}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(root / "text")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(root / "text")
+    return root

@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from unimoe.data.concepts import HELD_OUT, TRAINED
+from unimoe.data.concepts import HELD_OUT
 from unimoe.data.readers import read_samples
 from unimoe.demo.build import BuildConfig, build_data
 from unimoe.demo.questions import normalise
@@ -16,33 +14,18 @@ from unimoe.errors import UserError
 SMALL = BuildConfig(views=1, counts=4, pairs=4, test_views=1, test_questions=2)
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sprites (one coloured square per concept) and six photos (noise)."""
-    root = tmp_path_factory.mktemp("parts")
-    noise = np.random.default_rng(0)
-    (root / "sprites").mkdir()
-    (root / "photos").mkdir()
-    for i, concept in enumerate(TRAINED + HELD_OUT):
-        colour = (255, 0, 0, 255) if i % 2 else (0, 0, 255, 255)
-        Image.new("RGBA", (72, 40), colour).save(root / "sprites" / f"{ord(concept.char):x}.png")
-    for i in range(6):
-        pixels = noise.integers(0, 255, (120, 140, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "photos" / f"p{i}.png")
-    return root
+def build(folder: Path, parts: Path) -> Path:
+    artist = parts / "sprites"
+    return build_data(folder, 3, SMALL, artist, parts / "photos", unseen_artist=artist)
 
 
 @pytest.fixture(scope="module")
-def built(parts: Path) -> Path:
-    return build_data(
-        parts / "data", 3, SMALL, parts / "sprites", parts / "photos", unseen_artist=parts / "sprites"
-    )
+def built(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("demo") / "data", tiny_parts)
 
 
-def test_same_seed_same_bytes(parts: Path, built: Path) -> None:
-    again = build_data(
-        parts / "again", 3, SMALL, parts / "sprites", parts / "photos", unseen_artist=parts / "sprites"
-    )
+def test_same_seed_same_bytes(tiny_parts: Path, built: Path, tmp_path: Path) -> None:
+    again = build(tmp_path / "again", tiny_parts)
     first = {p.relative_to(built): p.read_bytes() for p in built.rglob("*") if p.is_file()}
     second = {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()}
     assert first == second
@@ -90,8 +73,8 @@ def test_colours_are_read_off_the_pixels(built: Path) -> None:
     assert found <= {"Red.", "Blue."}
 
 
-def test_too_few_photos(parts: Path, tmp_path: Path) -> None:
+def test_too_few_photos(tiny_parts: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(UserError, match="at least 4"):
-        build_data(tmp_path / "out", 0, SMALL, parts / "sprites", tmp_path / "photos")
+        build_data(tmp_path / "out", 0, SMALL, tiny_parts / "sprites", tmp_path / "photos")
     assert not (tmp_path / "out").exists()

@@ -3,16 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from unimoe import cli
-from unimoe.data.concepts import HELD_OUT, TRAINED
 from unimoe.demo import detection as subject
+from unimoe.demo import steps
 from unimoe.demo.detection_report import summarise
 from unimoe.detection.generate import SceneConfig, build_scenes
 
@@ -45,9 +41,9 @@ def test_means_and_gaps():
 
 
 @pytest.fixture
-def miniature(tmp_path, monkeypatch):
-    """Tiny parts, two steps a run, sprites that are squares, photos that are noise."""
-    shipped = Path(str(subject.files("unimoe.configs").joinpath("dynamic_dino")))
+def miniature(tiny_parts, tmp_path, monkeypatch):
+    """Tiny parts, two steps a run, sprites that are squares, photos that are grey."""
+    shipped = Path(str(steps.files("unimoe.configs").joinpath("dynamic_dino")))
     (tmp_path / "configs" / "dynamic_dino").mkdir(parents=True)
     small = {"image_size": 64, "d_model": 32, "ffn_dim": 32, "num_heads": 4, "num_queries": 10}
     for path in [shipped / f"{name}.yaml" for name in ("base", "moe", "dense")]:
@@ -55,37 +51,16 @@ def miniature(tmp_path, monkeypatch):
         content["data"] |= {"steps": 2, "batch_size": 2}
         content["data"]["augment"] |= {"sizes": [64], "longest": 64}
         if "detector" in content["model"]:
-            parts = {"backbone": "test_efficientnet", "text_encoder": str(tmp_path / "text"), **small}
+            parts = {"backbone": "test_efficientnet", "text_encoder": str(tiny_parts / "text"), **small}
             content["model"]["detector"] |= parts
         (tmp_path / "configs" / "dynamic_dino" / path.name).write_text(yaml.safe_dump(content))
 
-    noise = np.random.default_rng(0)
-    (tmp_path / "sprites").mkdir()
-    (tmp_path / "photos").mkdir()
-    for concept in TRAINED + HELD_OUT:
-        color = tuple(noise.integers(0, 255, 3).tolist())
-        Image.new("RGBA", (72, 40), (*color, 255)).save(tmp_path / "sprites" / f"{ord(concept.char):x}.png")
-    for index in range(6):
-        pixels = noise.integers(0, 255, (120, 140, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"p{index}.png")
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "."]
-    words = [word for concept in TRAINED + HELD_OUT for word in concept.name.split()]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(tmp_path / "text")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path / "text")
-
     def build(folder, config):
         tiny = SceneConfig(images=4, test_images=3, size=64, concepts=5, seed=config.seed)
-        return build_scenes(folder, tiny, tmp_path / "sprites", tmp_path / "photos")
+        return build_scenes(folder, tiny, tiny_parts / "sprites", tiny_parts / "photos")
 
-    monkeypatch.setattr(subject, "files", lambda package: tmp_path / "configs")
-    monkeypatch.setattr(subject, "fault", lambda part, cache: None)
+    monkeypatch.setattr(steps, "files", lambda package: tmp_path / "configs")
+    monkeypatch.setattr(steps, "fault", lambda part, cache: None)
     monkeypatch.setattr(subject, "build_scenes", build)
     return tmp_path
 

@@ -1,11 +1,7 @@
 """The simple readers on made-up features."""
 
-from typing import Any
-
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from unimoe.data import FeatureCache, Sample
 from unimoe.demo.evaluate import Question
@@ -32,23 +28,6 @@ class Features(FeatureCache):
         return [centre + 0.3 * torch.randn(9, 8, generator=generator)]
 
 
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "dog", "cat", "hot", "owl"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]").save_pretrained(folder)
-    size: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(folder)
-    return folder
-
-
 def question(label, number, kind="name", pictures=1):
     parts = [{"type": "image", "path": f"{label}-{number}"}] * pictures + [{"type": "text", "text": "What?"}]
     return Question(
@@ -56,15 +35,15 @@ def question(label, number, kind="name", pictures=1):
     )
 
 
-def test_separable_names_are_read_by_all(text_encoder):
+def test_separable_names_are_read_by_all(tiny_parts):
     train = [question(label, number) for label in range(4) for number in range(12)]
     train += [question(0, 99, kind="count")]
     tests = {"new_backgrounds": [question(label, 50 + label) for label in range(4)]}
-    floors = measure_floors(train, tests, Features(), text_encoder)
+    floors = measure_floors(train, tests, Features(), tiny_parts / "text")
     assert floors == {
         reader: {"new_backgrounds": 1.0} for reader in ("nearest_neighbour", "linear_pair", "linear_probe")
     }
-    assert measure_floors(train, tests, Features(), text_encoder) == floors
+    assert measure_floors(train, tests, Features(), tiny_parts / "text") == floors
 
 
 def test_the_probe_starts_at_chance_and_learns():
@@ -74,11 +53,11 @@ def test_the_probe_starts_at_chance_and_learns():
     assert (probe(z_nD).argmax(1) == labels_n).float().mean() > 0.9
 
 
-def test_name_embeddings_do_not_depend_on_the_batch(text_encoder):
-    together = embed_names(NAMES, text_encoder)
+def test_name_embeddings_do_not_depend_on_the_batch(tiny_parts):
+    together = embed_names(NAMES, tiny_parts / "text")
     assert together.shape == (4, 16)
     for name, row_H in zip(NAMES, together, strict=True):
-        torch.testing.assert_close(embed_names([name], text_encoder)[0], row_H, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(embed_names([name], tiny_parts / "text")[0], row_H, atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_read_is_named():

@@ -2,18 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from unimoe import cli
-from unimoe.data.concepts import HELD_OUT, TRAINED
 from unimoe.demo import run as subject
+from unimoe.demo import steps
 from unimoe.demo.build import BuildConfig, build_data
 from unimoe.testing import IMAGE, SPEECH, VIDEO, save_tiny_llm
 
@@ -23,10 +18,10 @@ SMALL = BuildConfig(
 
 
 @pytest.fixture
-def miniature(tmp_path, monkeypatch):
-    """Tiny parts, two steps a stage, sprites that are squares, photos that are noise, and few samples."""
+def miniature(tiny_parts, tmp_path, monkeypatch):
+    """Tiny parts, two steps a stage, sprites that are squares, photos that are grey, and few samples."""
     llm = save_tiny_llm(tmp_path / "llm")
-    shipped = Path(str(subject.files("unimoe.configs").joinpath("uni_moe")))
+    shipped = Path(str(steps.files("unimoe.configs").joinpath("uni_moe")))
     (tmp_path / "configs" / "uni_moe").mkdir(parents=True)
     (tmp_path / "configs" / "uni_moe" / "extended").mkdir()
     for path in (*shipped.glob("*.yaml"), *shipped.glob("extended/*.yaml")):
@@ -41,38 +36,16 @@ def miniature(tmp_path, monkeypatch):
             content["data"] |= {"steps": 2, "train": dict.fromkeys(content["data"]["train"], 1)}
         (tmp_path / "configs" / "uni_moe" / path.relative_to(shipped)).write_text(yaml.safe_dump(content))
 
-    noise = np.random.default_rng(0)
-    (tmp_path / "sprites").mkdir()
-    (tmp_path / "photos").mkdir()
-    for concept in TRAINED + HELD_OUT:
-        color = tuple(noise.integers(0, 255, 3).tolist())
-        Image.new("RGBA", (72, 40), (*color, 255)).save(tmp_path / "sprites" / f"{ord(concept.char):x}.png")
-    for index in range(6):
-        pixels = noise.integers(0, 255, (120, 140, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"p{index}.png")
-
-    words = {"[PAD]": 0, "[UNK]": 1}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]").save_pretrained(tmp_path / "text")
-    size: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(tmp_path / "text")
-
     def build(folder, seed, unseen_artist, extended):
-        parts = (tmp_path / "sprites", tmp_path / "photos", unseen_artist)
+        parts = (tiny_parts / "sprites", tiny_parts / "photos", unseen_artist)
         build_data(folder, seed, SMALL, *parts, extended)
         for file in folder.glob("*.jsonl"):
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
 
-    monkeypatch.setattr(subject, "files", lambda package: tmp_path / "configs")
-    monkeypatch.setattr(subject, "fault", lambda part, cache: None)
+    monkeypatch.setattr(steps, "files", lambda package: tmp_path / "configs")
+    monkeypatch.setattr(steps, "fault", lambda part, cache: None)
     monkeypatch.setattr(
-        subject, "default_part", lambda part: tmp_path / {"artist": "sprites"}.get(part, part)
+        subject, "default_part", lambda part: tiny_parts / {"artist": "sprites"}.get(part, part)
     )
     monkeypatch.setattr(subject, "build_data", build)
     return tmp_path

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from unimoe.data.concepts import HELD_OUT, TRAINED
+from unimoe.data.concepts import TRAINED
 from unimoe.data.sprites import FolderArtist
 from unimoe.detection.generate import SceneConfig, build_scenes, compose
 from unimoe.errors import UserError
@@ -18,26 +18,13 @@ SMALL = SceneConfig(images=6, test_images=3, size=96, concepts=8, crowded=0.5)
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sprites (one red or blue shape per concept) and six grey photos."""
-    root = tmp_path_factory.mktemp("parts")
-    (root / "sprites").mkdir()
-    (root / "photos").mkdir()
-    for i, concept in enumerate(TRAINED + HELD_OUT):
-        colour = (255, 0, 0, 255) if i % 2 else (0, 0, 255, 255)
-        Image.new("RGBA", (72, 40), colour).save(root / "sprites" / f"{ord(concept.char):x}.png")
-    for i in range(6):
-        Image.new("RGB", (140, 120), (90 + i, 90 + i, 90 + i)).save(root / "photos" / f"p{i}.png")
-    return root
+def built(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    return build_scenes(folder / "set", SMALL, tiny_parts / "sprites", tiny_parts / "photos")
 
 
-@pytest.fixture(scope="module")
-def built(parts: Path) -> Path:
-    return build_scenes(parts / "set", SMALL, parts / "sprites", parts / "photos")
-
-
-def test_same_seed_same_bytes(parts: Path, built: Path):
-    again = build_scenes(parts / "again", SMALL, parts / "sprites", parts / "photos")
+def test_same_seed_same_bytes(tiny_parts: Path, built: Path, tmp_path: Path):
+    again = build_scenes(tmp_path / "again", SMALL, tiny_parts / "sprites", tiny_parts / "photos")
     first = {p.relative_to(built): p.read_bytes() for p in built.rglob("*") if p.is_file()}
     second = {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()}
     assert first == second and len(first) == 6 + 3 * 3 + 5
@@ -59,9 +46,9 @@ def test_boxes_are_the_extents_of_masks_that_do_not_overlap(built: Path, capsys)
             assert cover.max() == 1
 
 
-def test_masks_follow_the_pixels_and_hide_little(parts: Path):
+def test_masks_follow_the_pixels_and_hide_little(tiny_parts: Path):
     """Everything coloured is inside a mask, everything inside a mask is coloured (up to the soft edge)."""
-    artist, photo = FolderArtist(parts / "sprites"), Image.new("RGB", (128, 128), (128, 128, 128))
+    artist, photo = FolderArtist(tiny_parts / "sprites"), Image.new("RGB", (128, 128), (128, 128, 128))
     config = SceneConfig(size=128, crowded=1.0, scale=(0.4, 0.6))
     for seed in range(5):
         picture, objects = compose(TRAINED, artist, photo, config, random.Random(seed))

@@ -8,16 +8,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.demo import console
 from unimoe.demo.detection_report import SPLITS, make_report
-from unimoe.demo.steps import Step, note_settings, run_steps
+from unimoe.demo.steps import PREPARE, Step, configuration, exists, never, note_settings, run_steps, shipped
 from unimoe.detection.analysis import expert_use
 from unimoe.detection.cli import main as fit
 from unimoe.detection.datamodule import questions
@@ -29,9 +27,6 @@ from unimoe.detection.loading import load_detector
 from unimoe.detection.scoring import score
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.prepare import prepare
-from unimoe.prepare.cache import cache_folder, fault
-from unimoe.prepare.parts import PARTS
 from unimoe.training.result import STAGE_FILE
 
 DEFAULT_OUTPUT = "runs/demo-detection"
@@ -89,8 +84,14 @@ def detection(output: str = DEFAULT_OUTPUT, seed: int = 0, seeds: int = 3):
 def plan(run: DetectionDemo) -> list[Step]:
     """Every step of the run."""
     steps = [
-        Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared),
-        Step("data", "emoji on photographs, with exact boxes", 1.0, _build, _built),
+        PREPARE,
+        Step(
+            "data",
+            "emoji on photographs, with exact boxes",
+            1.0,
+            _build,
+            partial(exists, "data/manifest.json"),
+        ),
         Step(
             "base", "the dense detector learns from scratch", 10.0, partial(_fit, "base", 0), _stage("base")
         ),
@@ -112,42 +113,26 @@ def plan(run: DetectionDemo) -> list[Step]:
     ]
     return [
         *steps,
-        Step("latency", "experts beside the dense decoder", 0.5, _latency, partial(_exists, "latency.json")),
-        Step("report", "figures and pages", 0.2, make_report, lambda run: False),
+        Step("latency", "experts beside the dense decoder", 0.5, _latency, partial(exists, "latency.json")),
+        Step("report", "figures and pages", 0.2, make_report, never),
     ]
 
 
 # -------------------------------------------------------------------- steps
 
 
-def _prepare(run: DetectionDemo):
-    prepare()
-
-
-def _prepared(run: DetectionDemo) -> bool:
-    return all(fault(part, cache_folder()) is None for part in PARTS.values())
-
-
 def _build(run: DetectionDemo):
     build_scenes(run.data, SceneConfig(**{**vars(SCENES), "seed": run.seed}))
-
-
-def _built(run: DetectionDemo) -> bool:
-    return (run.data / "manifest.json").is_file()
 
 
 def _fit(kind: str, seed: int, run: DetectionDemo):
     name = kind if kind == "base" else f"{kind}-{seed}"
     args = ["--output", str(run.folder / name), "--seed_everything", str(run.seed + seed)]
-    fit(["fit", "-c", str(_configuration(kind, run)), *args])
+    fit(["fit", "-c", str(configuration(shipped(f"dynamic_dino/{kind}"), run, DEFAULT_OUTPUT)), *args])
 
 
 def _stage(name: str):
-    return partial(_exists, f"{name}/{STAGE_FILE}")
-
-
-def _exists(name: str, run: DetectionDemo) -> bool:
-    return (run.folder / name).is_file()
+    return partial(exists, f"{name}/{STAGE_FILE}")
 
 
 def _evaluate(name: str, run: DetectionDemo):
@@ -183,18 +168,6 @@ def _latency(run: DetectionDemo):
 
 
 # -------------------------------------------------------------------- parts of steps
-
-
-def _configuration(kind: str, run: DetectionDemo) -> Path:
-    """The YAML file of a kind of run; for another folder a copy that says so."""
-    path = Path(str(files("unimoe.configs").joinpath("dynamic_dino"))) / f"{kind}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    text = path.read_text(encoding="utf-8").replace(
-        content["output"].rsplit("/", 1)[0], run.folder.as_posix()
-    )
-    copy = run.folder / "configs" / path.name
-    atomic_write(copy, text)
-    return copy
 
 
 def _evaluation(name: str, run: DetectionDemo) -> Path:

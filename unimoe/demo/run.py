@@ -11,7 +11,6 @@ import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,20 @@ from unimoe.demo.clips import ASSETS
 from unimoe.demo.evaluate import evaluate, read_questions
 from unimoe.demo.floors import measure_floors
 from unimoe.demo.report import FLOORS, MODELS, PICTURE_SETS, make_report
-from unimoe.demo.steps import Step, note_settings, run_steps
+from unimoe.demo.steps import (
+    PREPARE,
+    Step,
+    configuration,
+    exists,
+    never,
+    note_settings,
+    run_steps,
+    shipped,
+)
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder, atomic_write
 from unimoe.loading import load_model
-from unimoe.prepare import default_part, prepare
-from unimoe.prepare.cache import cache_folder, fault
-from unimoe.prepare.parts import PARTS
+from unimoe.prepare import default_part
 from unimoe.stages.assemble import assemble
 from unimoe.stages.cli import main as stages_cli
 from unimoe.training.progress import clock
@@ -104,14 +110,6 @@ def demo(
 # -------------------------------------------------------------------- steps
 
 
-def _prepare(run: Demo):
-    prepare()
-
-
-def _prepared(run: Demo) -> bool:
-    return all(fault(part, cache_folder()) is None for part in PARTS.values())
-
-
 def _build(run: Demo):
     artist = default_part("artist") if run.unseen_artist == "default" else run.unseen_artist
     build_data(run.data, seed=run.seed, unseen_artist=artist, extended=run.extended)
@@ -152,10 +150,6 @@ def _report(run: Demo):
     make_report(run.folder, run.control)
 
 
-def _exists(name: str, run: Demo) -> bool:
-    return (run.folder / name).is_file()
-
-
 def _evaluated(name: str, run: Demo) -> bool:
     path = _evaluation(name, run)
     if not path.is_file():
@@ -164,12 +158,8 @@ def _evaluated(name: str, run: Demo) -> bool:
     return found.get("complete", False) and found["made_of"] == _made_of(name, run)
 
 
-def _never(run: Demo) -> bool:
-    return False
-
-
 def _stage(name: str, about: str, minutes: float, control: bool = False, extended: bool = False) -> Step:
-    done = partial(_exists, f"{name}/{STAGE_FILE}")
+    done = partial(exists, f"{name}/{STAGE_FILE}")
     return Step(name, about, minutes, partial(_fit, name), done, control, extended)
 
 
@@ -181,8 +171,8 @@ def _test(name: str, minutes: float, control: bool = False) -> Step:
 
 
 STEPS = (
-    Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared),
-    Step("data", "pictures, questions and clips", 0.5, _build, partial(_exists, "data/manifest.json")),
+    PREPARE,
+    Step("data", "pictures, questions and clips", 0.5, _build, partial(exists, "data/manifest.json")),
     _stage("align", "the connectors learn to speak the language model's language", 2.0),
     _stage("expert_image", "a copy of the language model specialises in pictures", 4.5),
     _stage("expert_speech", "another one in speech", 4.0),
@@ -194,15 +184,15 @@ STEPS = (
         "their feed-forward layers become the experts of one model, and routers learn who knows what",
         0.5,
         _assemble,
-        partial(_exists, f"assembled/{STAGE_FILE}"),
+        partial(exists, f"assembled/{STAGE_FILE}"),
     ),
     _stage("moe", "routers, experts and attention learn to work together", 8.0),
-    Step("floors", "what simple readers reach", 0.5, _floors, partial(_exists, "floors.json")),
+    Step("floors", "what simple readers reach", 0.5, _floors, partial(exists, "floors.json")),
     _test("start", 1.5),
     _test("moe", 1.5),
     _stage("dense", "the dense control: same data, same number of steps, no experts", 14.0, control=True),
     _test("dense", 1.5, control=True),
-    Step("report", "figures and pages", 0.2, _report, _never),
+    Step("report", "figures and pages", 0.2, _report, never),
 )
 
 
@@ -210,19 +200,11 @@ STEPS = (
 
 
 def _configuration(stage: str, run: Demo) -> Path:
-    """The YAML file of a stage; for another folder or seed a copy of it that says so."""
-    shipped = Path(str(files("unimoe.configs").joinpath("uni_moe")))
-    path = shipped / "extended" / f"{stage}.yaml"
-    if not (run.extended and path.is_file()):
-        path = shipped / f"{stage}.yaml"
-    if run.folder == Path(DEFAULT_OUTPUT) and run.seed == 0:
-        return path
-    text = path.read_text(encoding="utf-8").replace(DEFAULT_OUTPUT, run.folder.as_posix())
-    if stage == "assemble":
-        text = yaml.safe_dump({**yaml.safe_load(text), "seed": run.seed}, sort_keys=False)
-    copy = run.folder / "configs" / path.name
-    atomic_write(copy, text)
-    return copy
+    """The YAML file of a stage, with the run's folder and seed."""
+    extended = shipped(f"uni_moe/extended/{stage}")
+    path = extended if run.extended and extended.is_file() else shipped(f"uni_moe/{stage}")
+    seed = {"seed": run.seed} if stage == "assemble" and run.seed else {}
+    return configuration(path, run, DEFAULT_OUTPUT, **seed)
 
 
 def _model(name: str, run: Demo) -> Built:

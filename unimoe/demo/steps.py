@@ -5,12 +5,18 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
+
+import yaml
 
 from unimoe.demo import console
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.prepare import prepare
+from unimoe.prepare.cache import cache_folder, fault
+from unimoe.prepare.parts import PARTS
 from unimoe.training.progress import clock
 from unimoe.training.result import read_record
 
@@ -39,6 +45,46 @@ class Step:
     """Belongs to the dense control."""
     extended: bool = False
     """Belongs to the extended demo."""
+
+
+def _prepare(run: Run):
+    prepare()
+
+
+def _prepared(run: Run) -> bool:
+    return all(fault(part, cache_folder()) is None for part in PARTS.values())
+
+
+PREPARE = Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared)
+"""The first step of every demo."""
+
+
+def exists(name: str, run: Run) -> bool:
+    """Whether a file or folder of the run is there."""
+    return (run.folder / name).exists()
+
+
+def never(run: Run) -> bool:
+    """For a step that is done every time."""
+    return False
+
+
+def shipped(name: str) -> Path:
+    """A file of configs/, without its suffix."""
+    return Path(str(files("unimoe.configs").joinpath(f"{name}.yaml")))
+
+
+def configuration(path: Path, run: Run, default: str, **settings: Any) -> Path:
+    """A YAML file that names the folder ``default``; for another one, or other ``settings``, a copy in the
+    run's folder that says so."""
+    if run.folder == Path(default) and not settings:
+        return path
+    text = path.read_text(encoding="utf-8").replace(default, run.folder.as_posix())
+    if settings:
+        text = yaml.safe_dump({**yaml.safe_load(text), **settings}, sort_keys=False)
+    copy = run.folder / "configs" / path.name
+    atomic_write(copy, text)
+    return copy
 
 
 def run_steps(run: Run, steps: Sequence[Step], purpose: str):
