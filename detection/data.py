@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
+from .batches import Batch, Question
 from .dataset import DetectionSample, DetectionSet
 from .output import Target
 from .prompt import Prompt, PromptBatch
@@ -18,28 +19,6 @@ from .sampling import PromptSampler
 from .transforms import Augment, Resize, padded, picture_masks
 
 _SIDES = {"left", "right"}
-
-
-@dataclass
-class ImageBatch:
-    """Pictures padded at the right and below to the largest."""
-
-    pixel_values: Tensor
-    """[B, 3, H, W]"""
-    pixel_mask: Tensor
-    """[B, H, W] int64, 1 on the picture."""
-    sizes: list[tuple[int, int]]
-    """(width, height) of each picture as its boxes mean it, before resizing."""
-    samples: list[DetectionSample]
-
-    @classmethod
-    def stack(
-        cls, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], samples: Sequence[DetectionSample]
-    ) -> "ImageBatch":
-        height, width = (max(picture.shape[side] for picture in pixels) for side in (1, 2))
-        values = torch.stack([padded(picture, height, width) for picture in pixels])
-        mask = picture_masks([picture.shape[1:] for picture in pixels], height, width)
-        return cls(values, mask, list(sizes), list(samples))
 
 
 @dataclass
@@ -54,18 +33,8 @@ class View:
     """int64, which of the sample's single objects they are."""
 
 
-@dataclass
-class TrainingBatch:
-    """Pictures, what each is asked, and the answers."""
-
-    images: ImageBatch
-    prompts: list[Prompt]
-    prompt_batch: PromptBatch
-    targets: list[Target]
-
-
 class TrainingData(Dataset):
-    """Augmented pictures, each with a prompt drawn for it: (pixels [3, H, W], prompt, target, sample).
+    """Augmented pictures with a prompt drawn for each: (index, seed) -> (pixels [3, H, W], prompt, target).
 
     Crowds are not trained on, and their classes are not asked for as absent. Captions are taken as they are.
     """
@@ -76,10 +45,13 @@ class TrainingData(Dataset):
     def __len__(self) -> int:
         return len(self.data.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Prompt, Target, DetectionSample]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Prompt, Target]:
+        index, seed = key
         sample = self.data.samples[index]
-        view = self.view(sample)
-        return view.pixels, *self.ask(sample, view.boxes_K4, view.kept_K, view.pixels.shape[1:]), sample
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            view = self.view(sample)
+            return view.pixels, *self.ask(sample, view.boxes_K4, view.kept_K, view.pixels.shape[1:])
 
     def view(self, sample: DetectionSample) -> View:
         """The picture and the boxes of its single objects, augmented."""
@@ -102,12 +74,10 @@ class TrainingData(Dataset):
         return prompt, Target(scaled_K4[names_K >= 0], names_K[names_K >= 0])
 
     @staticmethod
-    def collate(items: Sequence[tuple[Tensor, Prompt, Target, DetectionSample]]) -> TrainingBatch:
-        pixels, prompts, targets, samples = zip(*items, strict=True)
-        sizes = [(picture.shape[2], picture.shape[1]) for picture in pixels]
-        return TrainingBatch(
-            ImageBatch.stack(pixels, sizes, samples), list(prompts), PromptBatch.stack(prompts), list(targets)
-        )
+    def collate(items: Sequence[tuple[Tensor, Prompt, Target]]) -> Batch:
+        pixels, prompts, targets = zip(*items, strict=True)
+        values, mask = stack(pixels)
+        return Batch(mask, list(prompts), PromptBatch.stack(prompts), list(targets), pixel_values=values)
 
 
 class EvaluationData(Dataset):
@@ -124,6 +94,16 @@ class EvaluationData(Dataset):
         picture = sample.load()
         return self.resize(picture), picture.size, sample
 
-    @staticmethod
-    def collate(items: Sequence[tuple[Tensor, tuple[int, int], DetectionSample]]) -> ImageBatch:
-        return ImageBatch.stack(*zip(*items, strict=True))
+    def collate(self, items: Sequence[tuple[Tensor, tuple[int, int], DetectionSample]]) -> Question:
+        pixels, sizes, samples = zip(*items, strict=True)
+        values, mask = stack(pixels, self.resize.square)
+        return Question(list(samples), list(sizes), mask, pixel_values=values)
+
+
+def stack(pixels: Sequence[Tensor], side: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Pictures [3, h, w] padded at the right and below to a square of ``side`` (None: to the largest), and
+    their mask [B, H, W] int64, 1 on the pictures; None where nothing is padded."""
+    height, width = (side or max(picture.shape[axis] for picture in pixels) for axis in (1, 2))
+    sizes = [tuple(picture.shape[1:]) for picture in pixels]
+    values = torch.stack([padded(picture, height, width) for picture in pixels])
+    return values, None if set(sizes) == {(height, width)} else picture_masks(sizes, height, width)

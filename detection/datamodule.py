@@ -5,23 +5,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from unimoe.data import ModalityBatchSampler
 from unimoe.errors import UserError
 from unimoe.training.loader import ResumableLoader
 
-from .batches import Batch, Question
 from .cached import CachedPictures, CachedTraining
-from .data import EvaluationData, ImageBatch, TrainingData
-from .dataset import DetectionSample, DetectionSet
+from .data import EvaluationData, TrainingData
+from .dataset import DetectionSet
 from .formats import read_detection
 from .modeling import DynamicDinoForObjectDetection
-from .output import Target
-from .prompt import Prompt
 from .sampling import PromptSampler, SamplingConfig
 from .transforms import Augment, AugmentConfig, resize_for
 
@@ -118,13 +113,13 @@ class DetectionData(LightningDataModule):
             Augment(self.augment, config.image_mean, config.image_std),
             PromptSampler(data.names, module.tokenizer, self.prompts),
         )
-        items: Dataset = Drawn(training)
+        items: Any = training
         if self.features is not None:
             if any(parameter.requires_grad for parameter in module.model.backbone.parameters()):
                 raise UserError("data.cache_features needs a frozen backbone; set model.freeze_encoders")
             items = CachedTraining.of(training, self.copies, self.features, module.model)
         sampler = SeededSampler(
-            ["image"] * len(cast(Any, items)),
+            ["image"] * len(items),
             self.batch_size,
             seed=self.seed,
             world_size=self.trainer.world_size,
@@ -132,7 +127,7 @@ class DetectionData(LightningDataModule):
             steps=self.steps * self.trainer.accumulate_grad_batches,
         )
         return ResumableLoader(
-            items, batch_sampler=sampler, collate_fn=cast(Any, items).collate, num_workers=self.num_workers
+            items, batch_sampler=sampler, collate_fn=items.collate, num_workers=self.num_workers
         )
 
     @property
@@ -182,43 +177,8 @@ def questions(
     pictures = EvaluationData(data, resize_for(model.config))
     sampler = chosen if chosen is not None else range(len(pictures))
     if features is None:
-        return DataLoader(pictures, batch_size, sampler=sampler, collate_fn=asked, num_workers=num_workers)
+        return DataLoader(
+            pictures, batch_size, sampler=sampler, collate_fn=pictures.collate, num_workers=num_workers
+        )
     cached = CachedPictures.of(pictures, features, model)
     return DataLoader(cached, batch_size, sampler=sampler, collate_fn=cached.collate)
-
-
-class Drawn(Dataset):
-    """Training pictures augmented anew each time: (index, seed) -> item of TrainingData."""
-
-    def __init__(self, data: TrainingData):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Prompt, Target, DetectionSample]:
-        index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.data[index]
-
-    @staticmethod
-    def collate(items: Sequence[Any]) -> Batch:
-        batch = TrainingData.collate(items)
-        return Batch(
-            _needed(batch.images),
-            batch.prompts,
-            batch.prompt_batch,
-            batch.targets,
-            pixel_values=batch.images.pixel_values,
-        )
-
-
-def asked(items: Sequence[Any]) -> Question:
-    """Items of EvaluationData as a Question."""
-    images = EvaluationData.collate(items)
-    return Question(images.samples, images.sizes, _needed(images), images.pixel_values)
-
-
-def _needed(images: ImageBatch) -> Tensor | None:
-    return None if bool(images.pixel_mask.all()) else images.pixel_mask

@@ -9,15 +9,18 @@ Shapes: B = 1 picture, S pixels of a side, Q queries, C names.
 import importlib
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.moe import MoELayer, Routing, combine_weights
 
 from .inference import Detections, best_pairs
 from .modeling import DynamicDinoForObjectDetection
@@ -27,6 +30,33 @@ from .transforms import Resize, padded, picture_masks
 
 TOLERANCE = 1e-3
 """How far scores and boxes (on a 0..1 scale) may be from torch's."""
+
+
+class StaticExperts(nn.Module):
+    """A MoE layer by products of fixed shapes: every expert runs on every token, and those that the router
+    did not choose have the weight zero. ONNX has nothing that runs ragged groups.
+
+    Shapes: T tokens, D hidden, E experts, I their inner width, K experts of a token, N = T*K pairs.
+    """
+
+    def __init__(self, layer: MoELayer):
+        super().__init__()
+        self.router: Any = layer.router
+        self.experts: Any = layer.experts
+        self.combine, self.act = layer.combine, ACT2FN[self.experts.act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TD, experts = x.reshape(-1, x.shape[-1]), self.experts
+        expert_TK, weight_TK, logits_TE, probs_TE = self.router.choose(x_TD)
+        token_N = torch.arange(len(x_TD), device=x.device).repeat_interleave(expert_TK.shape[1])
+        unsorted = token_N.new_zeros(experts.num_experts + 1)  # no expert has its pairs together
+        routing = Routing(token_N, expert_TK.flatten(), weight_TK.flatten(), unsorted, logits_TE, probs_TE)
+        weight_N = combine_weights(self.combine, routing).to(x.dtype)
+        weight_TE = x_TD.new_zeros(len(x_TD), experts.num_experts)
+        weight_TE = weight_TE.index_put((routing.token_N, routing.expert_N), weight_N)
+        h_TEI = self.act(torch.einsum("td,eid->tei", x_TD, experts.up_proj) + experts.up_bias)
+        y_TD = torch.einsum("tei,edi->td", h_TEI * weight_TE[..., None], experts.down_proj)
+        return (y_TD + weight_TE @ experts.down_bias).reshape(x.shape)
 
 
 class ForExport(nn.Module):
@@ -70,7 +100,11 @@ def export_onnx(
     if path.suffix != ".onnx":
         raise UserError(f"{path}: expected a file name that ends with .onnx")
     prompt = Prompt.from_names(names, tokenizer, model.config.max_text_tokens)
-    exported = ForExport(model.cpu(), prompt).eval()
+    wanted = ForExport(model.cpu(), prompt).eval()
+    exported = deepcopy(wanted)
+    for layer in exported.model.decoder.layers:
+        if isinstance(layer.ffn, MoELayer):
+            layer.ffn = StaticExperts(layer.ffn)
     size = model.config.image_size
     side = size if isinstance(size, int) else size[1]
     example = (torch.randn(1, 3, side, side), torch.ones(1, side, side, dtype=torch.int64))
@@ -96,7 +130,7 @@ def export_onnx(
         "std": model.config.image_std,
     }
     atomic_write(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-    return check_parity(exported, path, pictures or [torch.randn(3, side, side)])
+    return check_parity(wanted, path, pictures or [torch.randn(3, side, side)])
 
 
 def _drop_checks(graph: torch.fx.Graph) -> None:
@@ -109,7 +143,7 @@ def _drop_checks(graph: torch.fx.Graph) -> None:
 
 
 @torch.no_grad()
-def check_parity(exported: ForExport, path: Path, pictures: Sequence[Tensor]) -> float:
+def check_parity(wanted: ForExport, path: Path, pictures: Sequence[Tensor]) -> float:
     """The greatest difference of scores and boxes over pictures [3, S, S]; UserError if over TOLERANCE.
 
     Queries are compared as sets, best first: among equal scores the two may choose in another order.
@@ -118,9 +152,9 @@ def check_parity(exported: ForExport, path: Path, pictures: Sequence[Tensor]) ->
     worst = 0.0
     for pixels in pictures:
         mask = torch.ones(1, *pixels.shape[1:], dtype=torch.int64)
-        wanted = exported(pixels[None], mask)
+        expected = wanted(pixels[None], mask)
         found = run({"pixel_values": pixels[None].numpy(), "pixel_mask": mask.numpy()})
-        for one, other in zip(_ordered(*wanted), _ordered(*map(torch.from_numpy, found)), strict=True):
+        for one, other in zip(_ordered(*expected), _ordered(*map(torch.from_numpy, found)), strict=True):
             worst = max(worst, float((one - other).abs().max()))
     if worst > TOLERANCE:
         raise UserError(f"{path}: differs from the model by {worst:.1e}, expected at most {TOLERANCE}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from .data import stack
 from .inference import Detections, NameChunks, detect
 from .loading import load_detector
 from .modeling import DynamicDinoForObjectDetection
@@ -40,9 +41,17 @@ class Detector:
         """What is in each RGB picture, best first; they are looked at one by one, whatever their sizes."""
         found = []
         for picture in pictures:
-            pixels = self.resize(picture)[None].to(self.model.device)
+            pixels, mask = stack([self.resize(picture)], self.resize.square)
+            mask = None if mask is None else mask.to(self.model.device)
             found += detect(
-                self.model, self.chunks, pixels, None, [picture.size], self.text, top=top, threshold=threshold
+                self.model,
+                self.chunks,
+                pixels.to(self.model.device),
+                mask,
+                [picture.size],
+                self.text,
+                top=top,
+                threshold=threshold,
             )
         return [_sorted(one) for one in found]
 

@@ -103,6 +103,8 @@ class Resize:
         std: Sequence[float] = IMAGENET_STD,
     ):
         self.size, self.longest = size, longest
+        self.square = longest if size == longest else None
+        """Side of the square that a picture is padded to, whatever its shape; None where there is none."""
         self.normalise = Normalise(mean, std)
 
     def __call__(self, picture: Image.Image) -> Tensor:

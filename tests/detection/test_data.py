@@ -115,9 +115,9 @@ def data(tmp_path) -> DetectionSet:
 def test_training_batches(data, tokenizer):
     augment = Augment(AugmentConfig(sizes=[60], crop=0.0, flip=0.0))
     dataset = TrainingData(data, augment, PromptSampler(NAMES, tokenizer))
-    batch = TrainingData.collate([dataset[i] for i in range(3)])
-    assert batch.images.pixel_values.shape == (3, 3, 90, 90)
-    assert batch.images.pixel_mask.sum(dim=(1, 2)).tolist() == [90 * 60, 60 * 60, 60 * 90]
+    batch = TrainingData.collate([dataset[i, 7] for i in range(3)])
+    assert batch.pixel_values.shape == (3, 3, 90, 90)
+    assert batch.pixel_mask.sum(dim=(1, 2)).tolist() == [90 * 60, 60 * 60, 60 * 90]
     crowded, caption, empty = batch.targets
     torch.testing.assert_close(crowded.boxes_M4, torch.tensor([[35 / 90, 25 / 60, 30 / 90, 0.5]]))
     assert batch.prompts[0].names[crowded.names_M[0]] == "red car" and "dog" not in batch.prompts[0].names
@@ -130,6 +130,6 @@ def test_training_batches(data, tokenizer):
 
 def test_evaluation_batches(data):
     dataset = EvaluationData(data, Resize(30, 100))
-    batch = EvaluationData.collate([dataset[i] for i in range(3)])
+    batch = dataset.collate([dataset[i] for i in range(3)])
     assert batch.sizes == [(90, 60), (60, 60), (60, 90)] and batch.pixel_values.shape == (3, 3, 45, 45)
     assert batch.pixel_mask[0].sum() == 45 * 30 and [s.image_id for s in batch.samples] == [0, 1, 2]

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from unimoe.detection import DynamicDinoOutput, Prompt, PromptBatch, Target
 from unimoe.detection.build import build_detector
+from unimoe.detection.criterion import DetectionCriterion
 from unimoe.detection.denoising import DenoisingConfig, make_denoising
 from unimoe.detection.output import DynamicDinoOutput as Output
 from unimoe.detection.text_cache import TextFeatureCache
@@ -42,6 +43,25 @@ def test_every_weight_receives_a_gradient(tiny_detector, prompts, pixels, settin
     # which BERT never looks up: words that are not in the prompt
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == [] or without == ["text_encoder.embeddings.token_type_embeddings.weight"], without
+
+
+@pytest.mark.parametrize("settings", [{}, {"moe": {"num_experts": 4, "top_k": 2, "placement": "all"}}])
+def test_the_criterion_trains_every_weight(tiny_detector, prompts, pixels, settings):
+    """Query selection among them, which transformers' own Grounding DINO leaves without a gradient."""
+    model = tiny_detector(**settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("box_head", "sampling_offsets", "attention_weights")):
+                parameter.normal_(std=0.1)
+    targets = [
+        Target(torch.tensor([[0.5, 0.5, 0.3, 0.3], [0.3, 0.4, 0.2, 0.5]]), torch.tensor([0, 1])),
+        Target(torch.tensor([[0.6, 0.4, 0.5, 0.2]]), torch.tensor([0])),
+    ]
+    queries = make_denoising(targets, prompts.name_tokens, DenoisingConfig(queries=8))
+    output = model(pixels, **prompts.inputs(), denoising=queries)
+    DetectionCriterion()(output, targets, prompts.name_tokens, queries.labels)["loss"].backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without <= {"text_encoder.embeddings.token_type_embeddings.weight"}, without
 
 
 def test_special_values_at_the_start(tiny_detector):

@@ -73,6 +73,7 @@ def test_pictures_do_not_depend_on_one_another(folder):
         (["--prompt", "cat", "--threshold", "2"], "--threshold is 2.0, expected a number from 0 to 1"),
         (["--prompt", "cat", "--top", "0"], "--top is 0, expected at least 1"),
         (["--promt", "cat"], "--prompt"),
+        (["--prompt", "cat " * 300], "name 0 has 301 tokens, expected at most 254"),
         ([], "--prompt"),
     ],
 )
