@@ -252,12 +252,12 @@ def _fill_slot(
     for index, layer in moe_layers(model).items():
         experts = layer.experts
         assert isinstance(experts, SwiGLUExperts)
-        names = (f"layers.{index}.gate_up_proj", f"layers.{index}.down_proj")
-        cuts = cut_swiglu(*(expert.tensors[name] for name in names), slices)
+        gate_up, down = (expert.tensors[f"layers.{index}.{name}"] for name in ("gate_up_proj", "down_proj"))
+        cuts = cut_swiglu(gate_up, down, slices)
         with torch.no_grad():
-            for place, (gate_up, down) in enumerate(cuts, slot * slices):
-                experts.gate_up_proj[place].copy_(gate_up)
-                experts.down_proj[place].copy_(down)
+            for place, (upper, lower) in enumerate(cuts, slot * slices):
+                experts.gate_up_proj[place].copy_(upper)
+                experts.down_proj[place].copy_(lower)
     places = {f"layers.{index}" for index in moe_layers(model)}
     learned = {
         name.rpartition(".")[0] for name, own in dense.items() if not torch.equal(own, expert.tensors[name])

@@ -68,11 +68,13 @@ def start_routers(
     for slot, paths in enumerate(slots):
         groups.setdefault(tuple(paths), []).append(slot)
     chosen = {paths: _choose(paths, settings.samples, seed) for paths in groups}
-    features = FeatureCache(cache, processor, model.model.encoders)
+    towers: Any = model.model.encoders
+    features = FeatureCache(cache, processor, towers)
     features.fill([sample for samples in chosen.values() for sample in samples])
     collator = Collator(processor, features=features)
 
-    moments = {layer: _Moments(moe.router, len(slots)) for layer, moe in moe_layers(model).items()}
+    layers: dict[int, Any] = moe_layers(model)  # type: ignore[assignment]
+    moments = {layer: _Moments(moe.router, len(slots)) for layer, moe in layers.items()}
     for paths, members in groups.items():
         batches = collator.by_length(chosen[paths])
         with _through(model, members[0], {layer: entry.add for layer, entry in moments.items()}):
