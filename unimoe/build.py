@@ -110,12 +110,8 @@ def add_modalities(
         if kind in model.model.encoders:
             raise UserError(f"modalities.{kind}: the model has {kind} already; name only media to add")
     _attach(model, processor.tokenizer, load_encoders(modalities), modalities)
-<<<<<<< Updated upstream
-    return UniMoeProcessor(processor.tokenizer, processor_parts(model), processor.chat_template)  # type: ignore[arg-type]
-=======
     template: Any = processor.chat_template  # one string; other processors may have several
     return UniMoeProcessor(processor.tokenizer, processor_parts(model), template)
->>>>>>> Stashed changes
 
 
 def _attach(
