@@ -92,6 +92,17 @@ def test_all_media_in_one_batch_equal_their_samples_one_by_one(every):
             torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_all_windows_of_all_rows_are_one_batch(every):
+    model, processor = every
+    batches = []
+    encoder = model.model.encoders["audio"]
+    handle = encoder.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    with torch.no_grad():
+        model(**batch(processor, EVERY[1:3]))
+    handle.remove()
+    assert batches == [4]  # two windows of 31 s, and two short sounds
+
+
 def test_the_order_of_frames_and_of_media_matters(every):
     model, processor = every
     first, last = EVERY[2][0]["content"], []

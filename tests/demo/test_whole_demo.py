@@ -89,6 +89,7 @@ def test_the_extended_demo_in_miniature(miniature, capsys):
             assert isinstance(report["models"][model][key], float)
     assert {"text", "image", "video", "speech", "audio"} <= set(report["load"])
     assert len(report["load"]["all"][0]) == 5
+    assert "data:video/mp4" in (output / "report.html").read_text()
     out = capsys.readouterr().out
     commands = [line.split()[2:] for line in out.splitlines() if line.strip().startswith("unimoe chat")]
     film = next(command for command in commands if "--video" in command)

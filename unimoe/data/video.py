@@ -130,14 +130,17 @@ def _frames(
 
 
 def write_video(path: str | Path, frames: Sequence[Image.Image], rate: float) -> None:
-    """Encode RGB pictures of one size (of even sides), ``rate`` a second, as MPEG-4.
+    """Encode RGB pictures of one size (of even sides), ``rate`` a second, as MP4.
 
-    Raises UserError when PyAV is not installed.
+    H.264, which browsers play, where this PyAV has an encoder for it, else MPEG-4. Raises UserError when PyAV
+    is not installed.
     """
     av = _av("writing a video")
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(rate))
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=Fraction(rate))
         stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
         stream.bit_rate = 1_000_000
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))

@@ -101,7 +101,8 @@ def _sound(
     spoken = media_part("speech", writer.clip(clip, test_speed if part == "test" else 1.0))
     if part == "test":
         writer.add("test.sounds", [([file, question], ANSWERS[name])], kind=name)
-        writer.add("test.sounds_asked", [([spoken, file], ANSWERS[name])], kind=name, speaker=clip.voice)
+        facts = {"kind": name, "speaker": clip.voice, "question": SPOKEN}
+        writer.add("test.sounds_asked", [([spoken, file], ANSWERS[name])], **facts)
         return
     parts = [file, question] if part == "val" or rng.random() < 0.5 else [spoken, file]
     writer.add(f"{part}.sounds", [(parts, ANSWERS[name])], kind=name)

@@ -160,8 +160,8 @@ def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, di
         kinds=list(report["by_kind"]["moe"].get("text_questions", {})),
         curves=_data_url("image/svg+xml", loss_curves({s: c for s, c in curves.items() if c}).encode()),
         load=_data_url("image/svg+xml", load_maps(report["load"], experts).encode()),
-        seen=_samples(folder, evaluations, ("new_backgrounds", "unseen_artist"), 8),
-        heard=_samples(folder, evaluations, ("spoken_questions", "unseen_voice"), 6),
+        seen=_samples(folder, evaluations, ("new_backgrounds", "unseen_artist", "films"), 8),
+        heard=_samples(folder, evaluations, ("spoken_questions", "unseen_voice", "sounds_asked"), 6),
         titles=TITLES,
     )
 
