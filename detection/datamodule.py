@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from unimoe.data import ModalityBatchSampler
 from unimoe.errors import UserError
 from unimoe.training.loader import ResumableLoader
+from unimoe.training.ranks import data_ranks
 
 from .cached import CachedPictures, CachedTraining
 from .data import EvaluationData, TrainingData
@@ -45,7 +46,7 @@ class DetectionData(LightningDataModule):
         train: str,
         val: str | None = None,
         test: str | None = None,
-        images: str | None = None,
+        images: str | dict[str, str] | None = None,
         steps: int = 1000,
         batch_size: int = 16,
         augment: AugmentConfig | None = None,
@@ -60,7 +61,8 @@ class DetectionData(LightningDataModule):
             train: COCO or LVIS .json, ODVG .jsonl, or a YOLO data.yaml.
             val: the same, for the average precision after training.
             test: the same, for ``unimoe test``.
-            images: folder of the pictures, where it is not the files' own.
+            images: folder of the pictures, where it is not the files' own; or one for each of train, val and
+                test.
             steps: optimizer steps; the data is gone through as often as that takes.
             batch_size: pictures of a batch on each device.
             augment: random changes of training pictures.
@@ -80,7 +82,10 @@ class DetectionData(LightningDataModule):
         if copies > 1 and not cache_features:
             logger.warning("data.copies is %d, which means nothing without data.cache_features", copies)
         self.files = {"train": train, "val": val, "test": test}
-        self.images, self.steps, self.batch_size, self.seed = images, steps, batch_size, seed
+        self.images = images if isinstance(images, dict) else dict.fromkeys(self.files, images)
+        if unknown := sorted(self.images.keys() - self.files.keys()):
+            raise UserError(f"data.images has {unknown[0]!r}, expected train, val and test")
+        self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.augment, self.prompts = augment or AugmentConfig(), prompts or SamplingConfig()
         self.cache_features, self.copies, self.num_workers = cache_features, copies, num_workers
         self.sets: dict[str, DetectionSet] = {}
@@ -91,7 +96,7 @@ class DetectionData(LightningDataModule):
         for split in wanted:
             file = self.files[split]
             if file is not None and split not in self.sets:
-                self.sets[split] = read_detection(file, self.images, split=split)
+                self.sets[split] = read_detection(file, self.images.get(split), split=split)
         if stage == "fit" and not self.sets["train"].samples:
             raise UserError(f"{self.files['train']}: there are no pictures to train on")
         if stage != "fit" and wanted and wanted[0] not in self.sets:
@@ -118,12 +123,13 @@ class DetectionData(LightningDataModule):
             if any(parameter.requires_grad for parameter in module.model.backbone.parameters()):
                 raise UserError("data.cache_features needs a frozen backbone; set model.freeze_encoders")
             items = CachedTraining.of(training, self.copies, self.features, module.model)
+        ranks, rank = data_ranks(self.trainer)
         sampler = SeededSampler(
             ["image"] * len(items),
             self.batch_size,
             seed=self.seed,
-            world_size=self.trainer.world_size,
-            rank=self.trainer.global_rank,
+            world_size=ranks,
+            rank=rank,
             steps=self.steps * self.trainer.accumulate_grad_batches,
         )
         return ResumableLoader(
@@ -149,8 +155,8 @@ class DetectionData(LightningDataModule):
     def _questions(self, split: str) -> DataLoader:
         """This rank's share of the pictures."""
         assert self.trainer is not None
-        count = len(self.sets[split].samples)
-        share = range(self.trainer.global_rank % count, count, self.trainer.world_size)
+        count, (ranks, rank) = len(self.sets[split].samples), data_ranks(self.trainer)
+        share = range(rank % count, count, ranks)
         return questions(
             self.sets[split], self.module.model, self.features, self.batch_size, self.num_workers, share
         )

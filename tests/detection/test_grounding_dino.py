@@ -100,7 +100,13 @@ def test_public_weights_are_used_and_tuned_by_the_command_line(public, world, tm
     run = yaml.safe_load(shipped.read_text())
     run |= {"output": str(tmp_path / "tuned"), "trainer": {"gradient_clip_val": 0.1}}
     run["model"]["init_from"] = str(public)
-    run["data"] |= {"train": str(world / "train.json"), "images": None, "steps": 1, "num_workers": 0}
+    run["data"] |= {
+        "train": str(world / "train.json"),
+        "val": None,
+        "images": None,
+        "steps": 1,
+        "num_workers": 0,
+    }
     run["data"]["augment"] = {"sizes": [64], "longest": 96, "crop": 0.0}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
