@@ -111,5 +111,5 @@ def load_columns(
     for entry, share_E, balance in zip(records, load_LE, balance_L, strict=True):
         name = f"moe/layer{entry.layer:02d}"
         columns[f"{name}/load_max_over_mean"] = float(share_E.max() / share_E.mean().clamp(min=1e-9))
-        columns[f"{name}/balance_loss"] = float(balance)
+        columns[f"{name}/balance_loss"] = balance.item()
     return columns
