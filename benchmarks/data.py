@@ -1,6 +1,7 @@
 """``python -m benchmarks.data``: what packing and stored features are worth, on the demo's data and parts.
 
-packing  a training step of the LLM on short dialogues: one padded batch, parts of like length, packed rows
+packing  a training step of the LLM on the words of the demo's samples: one padded batch, parts of like
+         length, packed rows
 cache    an epoch of the alignment stage on pictures and clips, the towers' features being stored in the first
 
 Needs ``unimoe prepare`` and the data of ``unimoe demo``. Seconds are of the processor (one thread) unless the
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional as nnf
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from unimoe.build import Built, build_model
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
 from unimoe.data.collate import IGNORED, real_tokens
+from unimoe.prepare.cache import default_part
 
 MODALITIES = {
     "image": {
@@ -43,6 +46,7 @@ def main() -> None:
         "what", nargs="*", default=["packing", "cache"], help="packing, cache (default: both)"
     )
     parser.add_argument("--data", default="runs/demo/data", help="folder of the demo's data")
+    parser.add_argument("--llm", default="default", help="packing: an LLM, or small: 14 M random weights")
     parser.add_argument("--batch", type=int, default=32, help="dialogues of a batch (packing)")
     parser.add_argument("--pack", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--samples", type=int, default=48, help="samples of an epoch (cache)")
@@ -63,9 +67,14 @@ def main() -> None:
 
 def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Tokens per second of forward and backward passes over the whole LLM, padding not counted."""
-    model, processor = build_model("default", chat_template="chatml")
+    with tempfile.TemporaryDirectory() as folder:
+        llm = save_small_llm(folder) if args.llm == "small" else args.llm
+        model, processor = build_model(llm, chat_template="chatml")
     model.to(args.device).train()
-    samples = read_samples(Path(args.data) / "train.text.jsonl")
+    names = ("image", "questions", "transcribe", "text")
+    samples = [
+        without_media(s) for name in names for s in read_samples(Path(args.data) / f"train.{name}.jsonl")
+    ]
     torch.manual_seed(0)
     chosen = [samples[i] for i in torch.randperm(len(samples))[: args.batch * (args.repeat + 1)]]
     batches = [chosen[start : start + args.batch] for start in range(0, len(chosen), args.batch)]
@@ -91,6 +100,29 @@ def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         line = f"{name:<24}{median(rows):>6.0f}{median(share):>10.2f}{median(rates[1:]):>12.1f}{gain:>8.2f}"
         print(line, flush=True)
     return found
+
+
+def save_small_llm(folder: str) -> str:
+    """A LLaMA of 8 layers and 14 M random weights beside its embedding, with the default LLM's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(default_part("llm"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def without_media(sample: Sample) -> Sample:
+    """The words alone."""
+    kept = [[part for part in turn["content"] if part["type"] == "text"] for turn in sample.messages]
+    messages = [{**turn, "content": parts} for turn, parts in zip(sample.messages, kept, strict=True)]
+    return Sample(messages, sample.source)
 
 
 def cache(args: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -24,8 +24,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from unimoe.data.readers import data_files, data_hashes
 from unimoe.errors import UserError
-from unimoe.files import file_hash
 from unimoe.loading import find_model, load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoEConfig, SwiGLUExperts, cut_swiglu, install_moe
@@ -112,7 +112,7 @@ def assemble(
     find_model(parsed.base, "base", hub=False)
     parents = [{"folder": path, "sha256": folder_hash(path)} for path in _sources(parsed)]
     files = _data(parsed)
-    content = {"content of parents": parents, "content of data": {path: file_hash(path) for path in files}}
+    content = {"content of parents": parents, "content of data": data_hashes(files)}
     settings = {**flatten({**asdict(parsed), "output": None}), **content}
     if overwrite:
         clear(folder)
@@ -300,8 +300,7 @@ def _data(manifest: Manifest) -> list[str]:
     """Every file of samples that slots name, once; missing ones are reported here."""
     files = sorted({file for slot in manifest.experts for file in slot.data})
     for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"the manifest names {file} as data, which is not a file")
+        data_files(file)
     return files
 
 

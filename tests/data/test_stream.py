@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from unimoe.data import read_samples, write_samples
+from unimoe.data import ModalityBatchSampler, read_samples, write_samples
 from unimoe.data.stream import SampleStream
 from unimoe.errors import UserError
 
@@ -60,6 +60,30 @@ def epoch(files, size, world_size):
         seen += len(batch)
         if seen == 37:
             return
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_ten_thousand_mixed_samples_each_once_an_epoch(tmp_path, world_size, streamed):
+    share = {"text": 0.4, "image": 0.3, "speech": 0.2, "image+speech": 0.0995, "image+video": 0.0005}
+    kinds = np.random.default_rng(0).choice(list(share), 10_000, p=list(share.values())).tolist()
+    path = write(tmp_path / "a.jsonl", kinds)
+    if streamed:
+        stream = SampleStream([path], 7, 1, world_size=world_size)
+        seen: list[int] = []
+        for batch in stream.global_batches():
+            seen += map(number, batch)
+            assert len(batch) >= world_size
+            if len(seen) >= 10_000:
+                break
+    else:
+        samples = read_samples(path)
+        kinds = [sample.kind for sample in samples]
+        ranks = [
+            ModalityBatchSampler(kinds, 7, world_size=world_size, rank=rank) for rank in range(world_size)
+        ]
+        seen = [number(samples[index]) for sampler in ranks for batch in sampler for index in batch]
+    assert sorted(seen) == list(range(10_000))
 
 
 def test_resumes_where_it_was_and_refuses_another_order(files):

@@ -146,7 +146,7 @@ def test_data_of_some_slots_only(manifest, world, tmp_path):
     with pytest.raises(UserError, match="slot image names no data"):
         assemble(write(tmp_path / "m.yaml", **manifest))
     manifest["experts"][1]["data"] = "nowhere.jsonl"
-    with pytest.raises(UserError, match=r"nowhere\.jsonl as data, which is not a file"):
+    with pytest.raises(UserError, match=r"there is no data file nowhere\.jsonl"):
         assemble(write(tmp_path / "m.yaml", **manifest))
 
 
