@@ -6,7 +6,7 @@ Shapes: B images, S = grid positions, D = width.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
@@ -40,6 +40,9 @@ class VisionConfig:
     """Per-channel deviation on a 0..1 scale; None takes that of the weights, or the family's."""
     interpolation: str | None = None
     """Resampling filter; None takes that of the weights, or bicubic."""
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    """How a picture becomes square: stretched; cut at its longer sides, as CLIP and LLaVA-1.5 in transformers
+    do; or with bars of the mean colour, as LLaVA-1.5 was trained."""
 
 
 @dataclass
@@ -62,6 +65,8 @@ class TransformersImageEncoder(ImageEncoder):
 
     def __init__(self, config: VisionConfig):
         super().__init__(config)
+        if config.fit not in ("stretch", "crop", "pad"):
+            raise UserError(f"{self.kind}: fit is {config.fit!r}, expected stretch, crop or pad")
         settings = self.settings_class(**config.config)
         layers, layer = settings.num_hidden_layers, config.features_layer
         if layer is not None and not -layers - 1 <= layer <= layers:
@@ -78,6 +83,7 @@ class TransformersImageEncoder(ImageEncoder):
             "mean": list(config.mean or self.default_mean),
             "std": list(config.std or self.default_std),
             "interpolation": config.interpolation or "bicubic",
+            "fit": config.fit,
         }
 
     @property

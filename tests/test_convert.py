@@ -1,8 +1,10 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -54,9 +56,13 @@ def llava(tmp_path):
     folder = tmp_path / "llava"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, image_mean=[0.1, 0.2, 0.3], resample=3).save_pretrained(
-        folder
+    pictures = CLIPImageProcessor(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_mean=[0.1, 0.2, 0.3],
+        resample=3,
     )
+    pictures.save_pretrained(folder)
     return folder, model, image_id
 
 
@@ -74,7 +80,9 @@ def test_converted_llava_gives_identical_logits(llava, tmp_path):
         blind = ours(input_ids=ids, pixel_values=torch.zeros_like(pixels)).logits
     assert torch.equal(found, expected)
     assert not torch.allclose(blind, expected, atol=1e-2)  # the pictures count
-    assert processor.modalities["image"]["preprocessing"]["mean"] == [0.1, 0.2, 0.3]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
+    prepared = CLIPImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(processor(text="<image>", images=[picture])["pixel_values"], prepared)
 
 
 def test_the_prompt_is_vicunas(llava, tmp_path):

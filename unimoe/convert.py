@@ -70,6 +70,11 @@ def read_llava(source: str, chat_template: str = "vicuna") -> Built:
         "mean": list(pictures.image_mean),
         "std": list(pictures.image_std),
         "interpolation": RESAMPLING[int(pictures.resample)],
+        "fit": "crop"
+        if pictures.do_center_crop
+        else "pad"
+        if getattr(pictures, "do_pad", False)
+        else "stretch",
     }
     encoder: Any = build_encoder(settings).to(model.dtype)
     tower = model.model.vision_tower.state_dict()

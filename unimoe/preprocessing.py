@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 
@@ -31,21 +31,24 @@ _ROOM = 8
 
 
 class ImagePreprocessor:
-    """RGB pictures to [3, S, S]: resized to the encoder's square (all of it stays in view), normalised.
+    """RGB pictures to [3, S, S]: resized to the encoder's square, normalised.
 
     Args of ``config``: ``image_size`` (pixels), ``mean`` and ``std`` (3 numbers each, of pixels in 0..1),
-    ``interpolation`` (PIL's name), ``positions`` (encoder positions of a picture).
+    ``interpolation`` (PIL's name), ``positions`` (encoder positions of a picture), ``fit``: ``stretch``
+    (default; all of it stays in view), ``crop`` (its longer sides are cut) or ``pad`` (bars of the mean).
     """
 
     def __init__(self, kind: str, config: dict, connector: dict):
         self.outputs = MEDIA_INPUTS[kind]
-        size = config["image_size"]
+        size, self.fit = config["image_size"], config.get("fit", "stretch")
+        self.mean = tuple(int(255 * channel) for channel in config["mean"])
         resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[
             config.get("interpolation", "bicubic")
         ]
         self.processor = CLIPImageProcessor(
-            size={"height": size, "width": size},
-            do_center_crop=False,
+            size={"shortest_edge": size} if self.fit == "crop" else {"height": size, "width": size},
+            do_center_crop=self.fit == "crop",
+            crop_size={"height": size, "width": size},
             resample=resample,
             image_mean=config["mean"],
             image_std=config["std"],
@@ -63,7 +66,10 @@ class ImagePreprocessor:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """[3, S, S]"""
-        return self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        image = image.convert("RGB")
+        if self.fit == "pad":
+            image = ImageOps.pad(image, (max(image.size), max(image.size)), color=self.mean)
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 class VideoPreprocessor(ImagePreprocessor):

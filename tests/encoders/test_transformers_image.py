@@ -82,6 +82,7 @@ def test_whole_clip_folder_with_its_preprocessing(tmp_path):
     encoder: Any = load_encoder({"type": "clip"}, tmp_path).eval()
     assert encoder.preprocessing == {
         "image_size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "interpolation": "bilinear",
+        "fit": "stretch",
     }  # fmt: skip
     pixels = torch.randn(1, 3, 32, 32)
     hidden = model.vision_model(pixels, output_hidden_states=True).hidden_states
