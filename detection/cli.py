@@ -8,8 +8,7 @@ from typing import Any
 
 from unimoe.files import atomic_write
 from unimoe.training.cli import RunCLI, run_cli
-from unimoe.training.curve import read_curve
-from unimoe.training.result import StageRecord, write_model
+from unimoe.training.result import write_model
 
 from .datamodule import DetectionData
 from .evaluate import present
@@ -32,20 +31,9 @@ class DetectionCLI(RunCLI):
 
     def write(self, module: DetectionModule, name: str) -> float:
         model = module.model.eval()
-        curve = read_curve(self.curve.path)
-        record = StageRecord(
-            stage=name,
-            settings=self.settings,
-            parents=self.parents(module.init_from),
-            data=self.data_hashes,
-            metrics={key: value for row in curve for key, value in row.items()},
-            parameters={
-                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "total": sum(p.numel() for p in model.parameters()),
-            },
-            steps=self.trainer.global_step,
-            seconds=round(self.last.seconds, 1),
-        )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        record = self.record(name, module.init_from, {"trained": trained, "total": total})
         write_model(self.output, model, module.tokenizer, record)
         return record.metrics.get("train/loss", float("nan"))
 

@@ -195,7 +195,7 @@ class DetectionModule(ResumableModule):
 
     def _expert_use(self, records: list[LayerRecord]) -> dict[str, float]:
         """What the experts of each layer did in a step, by name of the column."""
-        row = load_columns(records, [load(entry) for entry in records], load_balance(records))
+        row = load_columns(records, [load(entry) for entry in records], load_balance(records).detach())
         for entry in records:
             pairs_EE = together(visits(entry))
             found = {

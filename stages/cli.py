@@ -10,8 +10,7 @@ from typing import Any
 
 from unimoe.loading import find_model
 from unimoe.training.cli import RunCLI, run_cli
-from unimoe.training.curve import read_curve
-from unimoe.training.result import StageRecord, write_model, write_result
+from unimoe.training.result import write_model, write_result
 
 from .data import StageData
 from .experts_file import save_expert
@@ -39,22 +38,13 @@ class StageCLI(RunCLI):
 
     def write(self, module: StageModule, name: str) -> float:
         model = module.model
-        record = StageRecord(
-            stage=name,
-            settings=self.settings,
-            parents=self.parents(module.init_from),
-            data=self.data_hashes,
-            metrics={key: value for row in read_curve(self.curve.path) for key, value in row.items()},
-            parameters={
-                "trained": sum(group.size() for group in module.groups),
-                **{f"trained.{group.name}": group.size() for group in module.groups},
-            },
-            steps=self.trainer.global_step,
-            seconds=round(self.last.seconds, 1),
-        )
+        sizes = {f"trained.{group.name}": group.size() for group in module.groups}
+        trained = sum(group.size() for group in module.groups)
         merge_lora(model)
         model.eval()
-        record.parameters["total"] = sum(p.numel() for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
+        parameters = {"trained": trained, **sizes, "total": total}
+        record = self.record(name, module.init_from, parameters)
         if module.save == "expert":
             kept = (".mlp.", ".connectors.")
             lost = {n.rsplit(".lora_", 1)[0] for n in module.trained_names() if not any(k in n for k in kept)}

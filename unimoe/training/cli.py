@@ -25,10 +25,10 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.kernels.allocator import keep_memory
 
-from .curve import CurveLogger
+from .curve import CurveLogger, read_curve
 from .progress import PlainProgress, StageBar, clock
 from .ranks import data_ranks
-from .result import SETTINGS_FILE, check_same, clear, flatten, folder_hash, read_record
+from .result import SETTINGS_FILE, StageRecord, check_same, clear, flatten, folder_hash, read_record
 from .resume import Interrupted, LastCheckpoint, newest, remove
 from .sharding import AnyCheckpoint, Sharded, unshard
 
@@ -236,13 +236,24 @@ class RunCLI(LightningCLI):
                 "%s: finished after %s, loss %.4f, in %s", name, clock(self.last.seconds), loss, self.output
             )
 
-    def parents(self, init_from: str | None) -> list[dict[str, str]]:
-        """What ``stage.json`` says of the folder that the run started from."""
-        if init_from is None:
-            return []
-        parent = read_record(init_from)
-        stage = parent.stage if parent else ""
-        return [{"folder": init_from, "stage": stage, "sha256": self.settings["content of init_from"]}]
+    def record(self, name: str, init_from: str | None, parameters: dict[str, int]) -> StageRecord:
+        """What ``stage.json`` says of the run that ends, ``name`` being the stage's."""
+        parents = []
+        if init_from is not None:
+            parent = read_record(init_from)
+            stage = parent.stage if parent else ""
+            sha256 = self.settings["content of init_from"]
+            parents.append({"folder": init_from, "stage": stage, "sha256": sha256})
+        return StageRecord(
+            stage=name,
+            settings=self.settings,
+            parents=parents,
+            data=self.data_hashes,
+            metrics={key: value for row in read_curve(self.curve.path) for key, value in row.items()},
+            parameters=parameters,
+            steps=self.trainer.global_step,
+            seconds=round(self.last.seconds, 1),
+        )
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """The finished result on ``data.val``."""
