@@ -81,7 +81,7 @@ def demo(
 
     Args:
         control: also train the dense control: the same language model, data and steps without experts.
-        extended: short films and environmental sounds too, with an expert for each (about twice as long).
+        extended: short films and environmental sounds too, an expert for each; half as many steps again.
         output: folder of everything that the run makes (default: runs/demo, extended: runs/extended).
         seed: of the data, the training and the tests.
         unseen_artist: emoji font, or folder of emoji pictures named by code point, by another artist than the
