@@ -6,6 +6,7 @@ data       what packing and stored features are worth on the demo's data
 detection  the experts' decoder beside the dense one, whole detectors at 640 pixels
 experts    the experts' kernels beside every implementation a user could pick instead (the default)
 model      what the kernels do to a training step and to decoding
+scale      tokens a second and memory by strategy on one and two processes
 serve      many clients of one server, beside one at a time
 video_order  what came first: frames kept in time beside Uni-MoE's mean over frames
 """

@@ -167,7 +167,11 @@ class StageModule(ResumableModule):
                 if parameters:
                     entry = {"params": parameters, "lr": group.lr, "weight_decay": decay, "name": group.name}
                     settings.append(entry)
-        return self.scheduled(torch.optim.AdamW(settings, betas=self.betas))
+        # where experts and the rest are sharded differently, they cannot be updated in one operation
+        together = (
+            None if self.device_mesh is None or self.device_mesh["tensor_parallel"].size() == 1 else False
+        )
+        return self.scheduled(torch.optim.AdamW(settings, betas=self.betas, foreach=together))
 
     def on_fit_start(self) -> None:
         """Say what trains, and give fresh connectors their head start unless the run resumes."""
@@ -236,4 +240,5 @@ class StageModule(ResumableModule):
         loss, count = self.batch_loss(batch)
         total, tokens = mean_over_ranks(torch.stack([loss * count, loss.new_tensor(count)]))
         # the number of tokens is each batch's weight in the mean over batches
-        self.log(name, total / tokens.clamp(min=1), batch_size=int(2 * tokens), prog_bar=True)
+        ranks = data_ranks(self.trainer)[0]
+        self.log(name, total / tokens.clamp(min=1), batch_size=round(float(tokens) * ranks), prog_bar=True)

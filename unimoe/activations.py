@@ -32,13 +32,18 @@ class Saved:
     logits: int = 0
     """The logits in float32, whose gradient is the largest passing tensor."""
 
+    largest: int = 0
+    """The largest tensor of a block."""
+
     def peak(self, recompute: bool) -> int:
-        """Most bytes of activations at a time: what is kept, and the logits' gradient beside it. With
-        ``recompute`` blocks leave their input, and one of them at a time lives again."""
+        """Most bytes of activations at a time: what is kept, and the logits' gradient beside it.
+
+        With ``recompute`` blocks leave their input; one of them at a time lives again, with the gradient of
+        its largest tensor."""
         if not recompute:
             return sum(self.blocks) + self.others + self.logits
         kept = len(self.blocks) * self.block_input + self.others
-        return kept + max(self.logits, max(self.blocks, default=0))
+        return kept + max(self.logits, max(self.blocks, default=0) + self.largest)
 
 
 class SavedBytes:
@@ -47,7 +52,7 @@ class SavedBytes:
     def __init__(self, known: Iterator[Tensor]):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
         self._held: list[Any] = []
-        self.bytes = 0
+        self.bytes = self.largest = 0
         self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> "SavedBytes":
@@ -63,6 +68,7 @@ class SavedBytes:
             self._seen.add(storage._cdata)
             self._held.append(storage)  # or its address would be given to another
             self.bytes += storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
         return tensor
 
 
@@ -92,6 +98,7 @@ def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, l
         output_BTH = decoder(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
         for hook in hooks:
             hook.remove()
+        saved.largest = counted.largest
         answers_SH = output_BTH.reshape(-1, hidden)[:learned].clone()
         loss = nnf.cross_entropy(model.head(answers_SH).float(), labels_S)
         saved.blocks = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,37 @@ def tiny_model(folder: str | Path, moe: dict[str, Any] | None = None, **modaliti
     if not llm.exists():
         save_tiny_llm(llm)
     return build_model(str(llm), modalities or {"image": IMAGE, "speech": SPEECH}, moe)
+
+
+def run_together(ranks: int, code: str, *arguments: str, timeout: float = 1200) -> list[str]:
+    """Run Python code in so many processes of one run, each on one thread; returns what each of them said.
+
+    Raises RuntimeError with all of it when one fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env={
+                **os.environ,
+                **place,
+                "OMP_NUM_THREADS": "1",
+                "WORLD_SIZE": str(ranks),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    said = [process.communicate(timeout=timeout)[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("\n".join(said))
+    return said
 
 
 class StopAfter(Callback):

@@ -1,9 +1,5 @@
 """Two processes (gloo) are as one with the same global batch, however they share weights and work."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from unimoe.testing import IMAGE, SPEECH
+from unimoe.testing import IMAGE, SPEECH, run_together
 from unimoe.training.curve import read_curve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -61,25 +57,7 @@ def fit(ranks: int, *runs: dict) -> str:
     for run in runs:
         paths.append(Path(run["output"] + ".yaml"))
         paths[-1].write_text(yaml.safe_dump(run))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said = []
-    for rank in range(ranks):
-        placed = {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-        said.append(
-            subprocess.Popen(
-                [sys.executable, "-c", FIT, *map(str, paths)],
-                env=environment | {key: str(value) for key, value in placed.items()},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=1200)[0] for process in said]
-    assert all(process.returncode == 0 for process in said), "\n".join(outputs)
-    return outputs[0]
+    return run_together(ranks, FIT, *map(str, paths))[0]
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +81,21 @@ def assert_equal(output: Path, alone: Path):
         torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=1e-5)
 
 
+def divided(exchange: str) -> dict:
+    init = {"expert_parallel": 2, "exchange": exchange}
+    return {"class_path": "unimoe.training.sharding.Sharded", "init_args": init}
+
+
 def test_two_processes_train_as_one(world, alone, tmp_path):
-    """Each with the whole model, and with half of it, its blocks run again in the backward pass."""
+    """Each with the whole model; with half of it, its blocks run again in the backward pass; with half of the
+    experts, tokens of its own and the same tokens."""
     runs = {
         "ddp": settings(world, tmp_path / "ddp", 2, "ddp"),
         "fsdp2": settings(world, tmp_path / "fsdp2", 2, "fsdp2", gradient_checkpointing=True),
+        "all_to_all": settings(world, tmp_path / "all_to_all", 2, divided("all_to_all")),
+        "all_reduce": settings(world, tmp_path / "all_reduce", 2, divided("all_reduce")),
     }
+    runs["all_reduce"]["data"]["batch_size"] = 4  # both see the same
     fit(2, *runs.values())
     for run in runs.values():
         assert_equal(Path(run["output"]), alone)
@@ -123,9 +110,7 @@ def test_a_sharded_checkpoint_goes_on_with_other_ranks(world, alone, tmp_path, r
     assert "stopped" in fit(ranks[0], run)
     assert (output / "checkpoints" / "last.ckpt").is_dir()
     damaged = ranks[0] == 2
-    if (
-        damaged
-    ):  # the newest is cut short: the one before it, of step 10, takes its place
+    if damaged:  # the newest is cut short: the one before it, of step 10, takes its place
         piece = max((output / "checkpoints" / "last.ckpt").glob("*.distcp"))
         piece.write_bytes(piece.read_bytes()[:-100])
     strategy = "fsdp2" if ranks[1] > 1 else "auto"

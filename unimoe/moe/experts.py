@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unimoe.errors import UserError
 from unimoe.kernels.ffn import ACTS, ffn_experts, ffn_mix
@@ -46,6 +47,11 @@ class Experts(nn.Module):
         return torch.zeros_like(x_TD, dtype=y_ND.dtype).index_add(0, routing.token_N, y_ND)
 
 
+def local(stack: Tensor) -> Tensor:
+    """This process's experts of a stack that is divided among several, else the stack as it is."""
+    return stack.to_local() if isinstance(stack, DTensor) else stack
+
+
 class SwiGLUExperts(Experts):
     """E bias-free SwiGLU FFNs (Shazeer, arXiv 2002.05202) as two stacked parameters in transformers' layout.
 
@@ -79,11 +85,11 @@ class SwiGLUExperts(Experts):
         nn.init.normal_(self.down_proj, std=self.init_std)
 
     def forward(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        return swiglu_experts(x_ND, offsets_E1, self.gate_up_proj, self.down_proj, weight_N)
+        return swiglu_experts(x_ND, offsets_E1, local(self.gate_up_proj), local(self.down_proj), weight_N)
 
     def mix(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
-        offsets_E1 = routing.offsets_E1
-        return swiglu_mix(x_TD, routing.token_N, offsets_E1, self.gate_up_proj, self.down_proj, weight_N)
+        stacks = local(self.gate_up_proj), local(self.down_proj)
+        return swiglu_mix(x_TD, routing.token_N, routing.offsets_E1, *stacks, weight_N)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"
@@ -133,7 +139,7 @@ class FFNExperts(Experts):
         return ffn_mix(x_TD, routing.token_N, routing.offsets_E1, *self._stacks(), self.act, weight_N)
 
     def _stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.up_proj, self.up_bias, self.down_proj, self.down_bias
+        return local(self.up_proj), local(self.up_bias), local(self.down_proj), local(self.down_bias)
 
     def extra_repr(self) -> str:
         sizes = (

@@ -3,12 +3,15 @@
 Shapes: T tokens (all leading dimensions flattened), D hidden, N (token, expert) pairs.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from . import records
 from .combine import combine_weights
 from .experts import Experts
+from .parallel import ExpertParallel
 from .router import Router
 from .routing import Routing
 
@@ -35,13 +38,16 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router, self.experts, self.combine, self.shared = router, experts, combine, shared
         self.layer_index = layer_index
+        self.parallel: ExpertParallel | None = None
+        """Set where the experts are divided among processes."""
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, records.current_context())
         real = routing.first(self.experts.num_experts)
         weight_N = combine_weights(self.combine, routing)[: len(real.token_N)]
-        y_TD = self.experts.mix(x_TD, real, weight_N.to(x.dtype))
+        mix = self.experts.mix if self.parallel is None else partial(self.parallel.mix, self.experts)
+        y_TD = mix(x_TD, real, weight_N.to(x.dtype))
         if isinstance(self.shared, Experts):
             y_TD = y_TD + self._visit_shared(self.shared, x_TD, routing)
         elif self.shared is not None:

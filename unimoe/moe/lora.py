@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unimoe.errors import UserError
 from unimoe.kernels.lora import Adapters, lora_experts, lora_mix, shared_lora_experts
 
-from .experts import Experts, SwiGLUExperts
+from .experts import Experts, SwiGLUExperts, local
 from .routing import Routing
 from .upcycle import read_swiglu
 
@@ -58,11 +58,12 @@ class LoRAExperts(Experts):
 
     @property
     def adapters(self) -> Adapters:
-        return Adapters(self.lora_A_gate_up, self.lora_B_gate_up, self.lora_A_down, self.lora_B_down)
+        stacks = (self.lora_A_gate_up, self.lora_B_gate_up, self.lora_A_down, self.lora_B_down)
+        return Adapters(*map(local, stacks))
 
     def forward(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:
         if isinstance(self.base, SwiGLUExperts):
-            gate_up, down = self.base.gate_up_proj, self.base.down_proj
+            gate_up, down = local(self.base.gate_up_proj), local(self.base.down_proj)
             return lora_experts(x_ND, offsets_E1, gate_up, down, self.adapters, self.scale, weight_N)
         row_N = torch.arange(x_ND.shape[0], device=x_ND.device)
         return self._share(x_ND, row_N, offsets_E1, weight_N)
@@ -70,7 +71,7 @@ class LoRAExperts(Experts):
     def mix(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         if isinstance(self.base, SwiGLUExperts):
             base, routed = (
-                (self.base.gate_up_proj, self.base.down_proj),
+                (local(self.base.gate_up_proj), local(self.base.down_proj)),
                 (routing.token_N, routing.offsets_E1),
             )
             return lora_mix(x_TD, *routed, *base, self.adapters, self.scale, weight_N)

@@ -22,9 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from unimoe.errors import UserError
+from unimoe.moe import MoELayer, Router
+from unimoe.moe.parallel import Exchange, divide_experts
 
 META = "meta.pt"
 """What a sharded checkpoint holds beside tensors, as Lightning calls it."""
@@ -38,9 +42,18 @@ class Sharded(ModelParallelStrategy):
     other strategies are files, and resume here too.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None):
+    def __init__(
+        self,
+        expert_parallel: int = 1,
+        exchange: Exchange = "all_to_all",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ):
         """
         Args:
+            expert_parallel: processes that divide the experts of every MoE layer among themselves.
+            exchange: ``all_to_all`` gives each of them batches of its own, and tokens travel to their
+                experts; with ``all_reduce`` they see the same batch, and experts' outputs are summed.
             save_distributed_checkpoint: false gathers checkpoints into one file, which every strategy reads.
             process_group_backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
         """
@@ -48,11 +61,20 @@ class Sharded(ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
         )
+        self.expert_parallel, self.exchange = expert_parallel, exchange
+
+    @property
+    def ranks_per_batch(self) -> int:
+        """Processes that see the same batch."""
+        return self.expert_parallel if self.exchange == "all_reduce" else 1
 
     def _setup_distributed(self) -> None:
         super()._setup_distributed()
-        self._tensor_parallel_size = 1
-        self._data_parallel_size = self.world_size
+        if self.world_size % self.expert_parallel:
+            found = f"found {self.expert_parallel} and {self.world_size}"
+            raise UserError(f"expert_parallel must divide the number of processes, {found}")
+        self._tensor_parallel_size = self.expert_parallel
+        self._data_parallel_size = self.world_size // self.expert_parallel
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Model and optimizer take their shards; returns the rest, and the names of what was loaded."""
@@ -128,12 +150,27 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Iterable[
         whole: modules that every process keeps as they are: frozen ones, which may run on one and not on
             another.
     """
-    assert module.device_mesh is not None
-    data = module.device_mesh["data_parallel"]
+    strategy = module.trainer.strategy
+    assert isinstance(strategy, Sharded)
+    mesh = strategy.device_mesh
+    data = others = mesh["data_parallel"]
+    # autocast alone would keep a half-precision copy of every weight until the backward pass
+    half = torch.bfloat16 if module.trainer.precision == "bf16-mixed" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if strategy.expert_parallel > 1:
+        layers = [layer for layer in module.modules() if isinstance(layer, MoELayer)]
+        for layer in layers:
+            divide_experts(layer, mesh["tensor_parallel"], strategy.exchange)
+        if strategy.exchange == "all_to_all":  # all else is shared by all processes
+            others = mesh._flatten("all")
+            for layer in layers:
+                fully_shard(layer.experts, mesh=data, mp_policy=policy)
+    for router in [part for part in module.modules() if isinstance(part, Router)]:
+        fully_shard(router, mesh=others)  # in float32, whatever the rest is gathered in
     for block in blocks:
-        fully_shard(block, mesh=data)
+        fully_shard(block, mesh=others, mp_policy=policy)
     kept = {parameter for part in whole for parameter in part.parameters()}
-    fully_shard(module, mesh=data, ignored_params=kept)
+    fully_shard(module, mesh=others, mp_policy=policy, ignored_params=kept)
     for step in ("training_step", "validation_step", "test_step"):
         register_fsdp_forward_method(module, step)
 

@@ -1,0 +1,93 @@
+"""``make bench ARGS="scale"``: tokens a second and memory of training by strategy, on one and two processes.
+
+The processes share this machine (one thread each, gloo), so that the figures show what a strategy costs, not
+what many machines would gain. The model is random: a LLaMA of ``--layers`` and ``--hidden`` with 4 experts in
+every second layer. On a machine with GPUs the runs take those (``--accelerator gpu``). Prints a table.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from unimoe.testing import run_together, save_tiny_llm
+from unimoe.training.curve import read_curve
+
+RUN = """
+import resource, sys
+from unimoe.stages.cli import main
+main(["fit", "-c", sys.argv[1]])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def sharded(**settings) -> dict:
+    return {"class_path": "unimoe.training.sharding.Sharded", "init_args": settings}
+
+
+STRATEGIES = {
+    "alone": (1, "auto"),
+    "ddp": (2, "ddp"),
+    "fsdp2": (2, "fsdp2"),
+    "experts, all_to_all": (2, sharded(expert_parallel=2, exchange="all_to_all")),
+    "experts, all_reduce": (2, sharded(expert_parallel=2, exchange="all_reduce")),
+}
+
+
+def write_world(folder: Path, layers: int, hidden: int) -> None:
+    """A random LLM and a file of dialogues."""
+    save_tiny_llm(folder / "llm", layers, hidden)
+    turns = [
+        {"role": "user", "content": "count " * 20},
+        {"role": "assistant", "content": "one two three " * 10},
+    ]
+    (folder / "train.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 64))
+
+
+def measure(folder: Path, name: str, steps: int, accelerator: str) -> tuple[float, float]:
+    """Tokens a second (median over the steps) and the largest process's memory in MB."""
+    ranks, strategy = STRATEGIES[name]
+    output = folder / name.replace(", ", "_")
+    batch = 8 if name.endswith("all_reduce") else 8 // ranks
+    run = {
+        "stage": "scale",
+        "output": str(output),
+        "model": {
+            "llm": str(folder / "llm"),
+            "moe": {"num_experts": 4, "placement": "interval"},
+            "trainable": [{"match": "*.mlp.*", "lr": 1e-4}],
+        },
+        "data": {"train": str(folder / "train.jsonl"), "steps": steps, "batch_size": batch},
+        "trainer": {"accelerator": accelerator, "devices": ranks, "strategy": strategy},
+    }
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(run))
+    said = run_together(ranks, RUN, str(file))
+    peak = max(int(text.rsplit("peak", 1)[1].split()[0]) for text in said) / 1024
+    speeds = [row.get("train/tokens_per_second") for row in read_curve(output / "logs" / "metrics.csv")]
+    return median(speed for speed in speeds if speed is not None), peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    given = parser.parse_args()
+    print(f"{'strategy':22}{'processes':>10}{'tokens/s':>10}{'MB each':>10}")
+    with tempfile.TemporaryDirectory() as temporary:
+        write_world(Path(temporary), given.layers, given.hidden)
+        for name in given.strategies:
+            speed, peak = measure(Path(temporary), name, given.steps, given.accelerator)
+            print(f"{name:22}{STRATEGIES[name][0]:10}{speed:10.0f}{peak:10.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Experts divided among processes: each holds some of every MoE layer's experts, and computes for all.
+
+Shapes: T tokens, N (token, expert) pairs sorted by expert, M pairs that came here, D hidden, E experts, P
+processes, F = E / P experts of each.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from unimoe.errors import UserError
+
+from .experts import Experts
+from .routing import Routing
+
+Exchange = Literal["all_to_all", "all_reduce"]
+
+
+class ExpertParallel:
+    """What ``MoELayer.parallel`` calls in place of ``experts.mix``; experts hold their shard as DTensors.
+
+    ``all_reduce``: the processes of the group see the same tokens. Each runs those of its own experts, and
+    the outputs are summed. Tokens and weights enter by :class:`_SumGradients` and outputs leave by
+    :class:`_SumOutputs`: with torch's differentiable all-reduce in their place, expert gradients would be P
+    times too large.
+
+    ``all_to_all``: each process sees tokens of its own. A token's rows travel to the processes of its
+    experts, and their outputs travel back.
+    """
+
+    def __init__(self, group: ProcessGroup, exchange: Exchange):
+        self.group, self.exchange = group, exchange
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def mix(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        """[T, D] tokens -> [T, D]: every token's experts, weighted and summed."""
+        form = self._all_to_all if self.exchange == "all_to_all" else self._all_reduce
+        return form(experts, x_TD, routing, weight_N)
+
+    def _all_reduce(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        own = routing.num_experts // self.size
+        offsets_F1 = routing.offsets_E1[self.rank * own : (self.rank + 1) * own + 1]
+        pairs = slice(int(offsets_F1[0]), int(offsets_F1[-1]))
+        mine = Routing(
+            routing.token_N[pairs],
+            routing.expert_N[pairs] - self.rank * own,
+            routing.weight_N[pairs],
+            offsets_F1 - offsets_F1[0],
+            routing.logits_TE,
+            routing.probs_TE,
+        )
+        x_TD, weight_N = _SumGradients.apply(self.group, x_TD, weight_N)
+        return _SumOutputs.apply(self.group, experts.mix(x_TD, mine, weight_N[pairs]))
+
+    def _all_to_all(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        # (1) how many rows of each expert go where
+        sent_E = routing.offsets_E1.diff()
+        came_E = torch.empty_like(sent_E)
+        dist.all_to_all_single(came_E, sent_E, group=self.group)
+        came_PF = came_E.reshape(self.size, -1)
+        sent_P, came_P = sent_E.reshape(self.size, -1).sum(1).tolist(), came_PF.sum(1).tolist()
+        # (2) pairs are sorted by expert, so each process's lie together
+        x_ND = x_TD.index_select(0, routing.token_N)
+        x_MD = all_to_all_single_autograd(x_ND, came_P, sent_P, self.group)
+        # an expert's gradient is the mean over the processes whose tokens it saw, as of all other weights
+        x_MD = _ScaleGradient.apply(x_MD, float(self.size))
+        # (3) what came is sorted by sender, then by expert: sort it by expert
+        expert_M = torch.arange(came_PF.shape[1], device=x_TD.device).repeat(self.size)
+        order_M = expert_M.repeat_interleave(came_E).argsort(stable=True)
+        offsets_F1 = torch.cat([came_E.new_zeros(1), came_PF.sum(0).cumsum(0)])
+        y_MD = _ScaleGradient.apply(experts(x_MD.index_select(0, order_M), offsets_F1), 1 / self.size)
+        back_MD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD)
+        # (4) home again, in the order in which they left
+        y_ND = all_to_all_single_autograd(back_MD, sent_P, came_P, self.group)
+        zeros_TD = torch.zeros_like(x_TD, dtype=y_ND.dtype)
+        return zeros_TD.index_add(0, routing.token_N, y_ND * weight_N[:, None].to(y_ND.dtype))
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """A tensor as it is; its gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+class _SumGradients(torch.autograd.Function):
+    """Tensors as they are; their gradients are summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        summed = [gradient.contiguous().clone() for gradient in gradients]
+        for gradient in summed:
+            dist.all_reduce(gradient, group=ctx.group)
+        return None, *summed
+
+
+class _SumOutputs(torch.autograd.Function):
+    """The sum of the group's tensors; gradients go back as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, tensor: Tensor) -> Tensor:
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def divide_experts(layer: nn.Module, mesh: DeviceMesh, exchange: Exchange) -> None:
+    """Keep this process's share of an MoE layer's experts, in place.
+
+    Raises UserError where the experts cannot be shared out evenly.
+    """
+    experts = layer.experts
+    assert isinstance(experts, Experts)
+    if experts.num_experts % mesh.size():
+        raise UserError(
+            f"{experts.num_experts} experts cannot be divided among {mesh.size()} processes; set "
+            "expert_parallel to a divisor"
+        )
+    for module in experts.modules():
+        for name, stack in list(module.named_parameters(recurse=False)):
+            if stack.shape[0] != experts.num_experts:
+                raise UserError(f"experts that share {name} cannot be divided; leave expert_parallel at 1")
+            shared = distribute_tensor(stack.detach(), mesh, [Shard(0)], src_data_rank=None)
+            setattr(module, name, nn.Parameter(shared, requires_grad=stack.requires_grad))
+    layer.parallel = ExpertParallel(mesh.get_group(), exchange)  # type: ignore[assignment]
