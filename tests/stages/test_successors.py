@@ -1,0 +1,99 @@
+"""The stages of configs/uni_moe/published/audio_*.yaml in miniature, by their commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from unimoe.loading import load_model
+from unimoe.moe.install import moe_layers
+from unimoe.stages.assemble import assemble
+
+BEATS = {
+    "encoder": {
+        "type": "beats",
+        "embed_dim": 8,
+        "encoder_layers": 1,
+        "encoder_embed_dim": 16,
+        "encoder_ffn_embed_dim": 16,
+        "encoder_attention_heads": 2,
+        "conv_pos": 4,
+        "conv_pos_groups": 2,
+    },
+    "connector": {"type": "qformer", "num_queries": 3, "num_layers": 1, "num_heads": 2, "hidden_size": 16},
+}
+
+
+@pytest.fixture
+def hearing(world, aligned, fit, tmp_path) -> Path:
+    """A further stage of the aligned model, which gets a sound tower and trains its connector."""
+    lines = []
+    for index in range(3):
+        heard = {"role": "user", "content": [{"type": "audio", "path": str(world / f"{index}.wav")}]}
+        lines.append(json.dumps({"messages": [heard, {"role": "assistant", "content": "rain"}]}))
+    (tmp_path / "sounds.jsonl").write_text("\n".join(lines))
+    fit(
+        {
+            "stage": "align_audio",
+            "output": str(tmp_path / "hearing"),
+            "model": {
+                "init_from": str(aligned),
+                "modalities": {"audio": BEATS},
+                "trainable": [{"match": "model.connectors.audio.*", "lr": 1e-2}],
+            },
+            "data": {"train": str(tmp_path / "sounds.jsonl"), "steps": 2, "batch_size": 2},
+        }
+    )
+    return tmp_path / "hearing"
+
+
+def test_a_medium_is_added_between_stages(aligned, hearing):
+    before, _ = load_model(aligned, device="cpu")
+    after, processor = load_model(hearing, device="cpu")
+    assert set(processor.modalities) == {"image", "speech", "audio"}
+    old, new = before.state_dict(), after.state_dict()
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+    assert {name.split(".")[2] for name in new.keys() - old.keys()} == {"audio"}
+
+
+def test_warm_up_trains_what_is_new_and_the_balance_loss_fades(world, aligned, expert_folder, fit, tmp_path):
+    manifest = {
+        "base": str(aligned),
+        "experts": [{"name": "own", "from": "base"}, {"name": "image", "from": str(expert_folder)}],
+        "moe": {
+            "slices": 2,
+            "router": "top_p",
+            "null_experts": 1,
+            "shared_experts": 2,
+            "shared_size": 8,
+            "placement": "all",
+            "mixer": "code",
+        },
+        "output": str(tmp_path / "start"),
+    }
+    (tmp_path / "assemble.yaml").write_text(yaml.safe_dump(manifest))
+    assemble(str(tmp_path / "assemble.yaml"))
+    fit(
+        {
+            "stage": "warmup",
+            "output": str(tmp_path / "warmup"),
+            "model": {
+                "init_from": str(tmp_path / "start"),
+                "trainable": [{"match": ["*.mlp.router.*", "*.mlp.shared.*"], "lr": 1e-2}],
+                "anneal": {"balance_coef": {"start": 0.025, "end": 0.001, "steps": 2}},
+            },
+            "data": {"train": str(world / "train.jsonl"), "steps": 3, "batch_size": 3},
+        }
+    )
+    before, _ = load_model(tmp_path / "start", device="cpu")
+    after, _ = load_model(tmp_path / "warmup", device="cpu")
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name for name, tensor in old.items() if not torch.equal(tensor, new[name])}
+    assert changed == {name for name in old if ".mlp.router." in name or ".mlp.shared." in name}
+    moe: Any = after.config.moe
+    assert moe["balance_coef"] == 0.001
+    layer: Any = moe_layers(after)[0]
+    assert layer.router.mixer == "code" and layer.router.num_experts == layer.experts.num_experts + 1 == 5
