@@ -7,10 +7,11 @@ from torch.utils.data import DataLoader
 
 from unimoe.data import Collator, ModalityBatchSampler, parse_record
 from unimoe.data.collate import IGNORED, real_tokens
+from unimoe.data.video import write_video
 from unimoe.errors import UserError
 from unimoe.moe import record
 from unimoe.moe.records import join
-from unimoe.testing import tiny_model
+from unimoe.testing import AUDIO, SPEECH, VIDEO, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,22 @@ def test_rows_are_filled(built, samples):
     lengths = [part["input_ids"].shape[1] for part in parts]
     assert max(lengths) <= 256 and sum(lengths) > 0.85 * 256 * len(lengths)
     assert sum((part["position_ids"] == 0).sum() for part in parts) == 8 * len(samples)
+
+
+def test_records_of_films_and_both_kinds_of_sound_become_a_batch(tmp_path):
+    pytest.importorskip("av")
+    model, processor = tiny_model(tmp_path / "model", video=VIDEO, speech=SPEECH, audio=AUDIO)
+    write_video(tmp_path / "a.mp4", [Image.new("RGB", (32, 32), (10 * i, 0, 0)) for i in range(9)], rate=3)
+    soundfile.write(tmp_path / "s.wav", np.zeros(8000), 8000)
+    columns = {"videos": ["a.mp4"], "speeches": ["s.wav"], "audios": ["s.wav"]}
+    record = {**columns, "messages": turns("<video>First? <audio> <speech>", "A fox.")}
+    batch = Collator(processor)([parse_record(record, "data.json[0]", tmp_path)])
+    assert batch["video_pixels"].shape == (1, 4, 3, 64, 64) and batch["video_frames"].tolist() == [4]
+    assert batch["speech_frames"].tolist() == batch["audio_frames"].tolist() == [100]
+    learned = batch["labels"][batch["labels"] != IGNORED]
+    assert processor.tokenizer.decode(learned) == "A fox.<|im_end|>"
+    model(**batch).loss.backward()
+    assert model.model.connectors["video"].positions.grad.abs().sum(1).gt(0).tolist() == [True] * 4
+    record["videos"] = ["s.wav"]
+    with pytest.raises(UserError, match=r"data.json\[1\]: the video .*s.wav holds no pictures"):
+        Collator(processor)([parse_record(record, "data.json[1]", tmp_path)])

@@ -78,7 +78,7 @@ def test_the_whole_demo_in_miniature(miniature, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_extended_demo_in_miniature(miniature, capsys):
     pytest.importorskip("av")
     output = miniature / "extended"
