@@ -27,7 +27,9 @@ from PIL import Image
 
 from unimoe import cli
 from unimoe.data.records import parse_record
+from unimoe.data.video import write_video
 from unimoe.stages.assemble import read_manifest
+from unimoe.testing import VIDEO, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -84,10 +86,14 @@ def of(language: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
-    """A folder that holds what the documents name: models, pictures, a recording, a conversation."""
+    """A folder that holds what the documents name: models, pictures, a film, a recording, a conversation."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_folder, place / "runs/demo/moe")
     shutil.copytree(tiny_detector_folder, place / "runs/demo-detection/base")
+    sees_films, processor = tiny_model(place / "parts", {"num_experts": 4}, video=VIDEO)
+    sees_films.save_pretrained(place / "runs/extended/moe")
+    processor.save_pretrained(place / "runs/extended/moe")
+    write_video(place / "film.mp4", [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")], 2)
     (place / "configs").symlink_to(ROOT / "configs")
     for name in ("cat.png", "street.jpg"):
         Image.new("RGB", (60, 40), "red").save(place / name)

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import shutil
-import time
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from unimoe import cli, web
+from unimoe.session import Conversation
 from unimoe.traffic import Traffic
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -77,28 +78,53 @@ def picture(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_question_about_a_picture(page, address, picture):
-    tab, answers = page.page, set()
+    tab = page.page
     tab.get_by_text("Settings").click()
-    tab.get_by_label("longest answer").first.fill("100")
+    tab.get_by_label("longest answer").first.fill("400")
     tab.get_by_label("temperature").first.fill("1")
     tab.set_input_files("input[type=file] >> nth=0", picture)
     tab.wait_for_selector(".multimodal-textbox img")
     tab.fill(BOX, "What is this?")
     tab.keyboard.press("Enter")
-    end = time.monotonic() + 120
-    while not tab.query_selector("#experts img") and time.monotonic() < end:
-        bubbles = tab.query_selector_all("#turns .bot")
-        answers |= {bubble.inner_text() for bubble in bubbles}
+    word = "document.querySelector('#turns .bot')?.innerText.trim().length > 20"
+    tab.wait_for_function(
+        f"{word} && !document.querySelector('#experts img')"
+    )  # words before the answer's end
+    tab.wait_for_selector("#experts img")
     first = tab.get_attribute("#experts img", "src")
     assert "4 image" in tab.inner_text("#experts") and first.startswith("data:image/svg+xml")
     assert tab.query_selector("#turns .user img")  # the picture is among the turns
-    assert len(answers) > 2  # it came word by word
     tab.fill(BOX, "And now, without a picture?")
     tab.keyboard.press("Enter")
     tab.wait_for_function("old => document.querySelector('#experts img').src != old", arg=first)
     assert tab.locator("#turns .bot").count() == 2
     outside = [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
     assert len(page.asked) > 10 and outside == []
+
+
+@needs_gradio
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_answer_is_stopped(page, monkeypatch):
+    stopped, tab, ask = threading.Event(), page.page, Conversation.ask
+
+    def watched(self, *args):
+        try:
+            return ask(self, *args)
+        finally:
+            stopped.set()
+
+    monkeypatch.setattr(Conversation, "ask", watched)
+    tab.get_by_text("Settings").click()
+    tab.get_by_label("longest answer").first.fill("1024")
+    tab.get_by_label("temperature").first.fill("1")
+    tab.fill(BOX, "Tell me all.")
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("document.querySelector('#turns .bot')?.innerText.length > 20")
+    assert not stopped.is_set()
+    tab.locator(".stop-button").click()
+    tab.wait_for_selector(".submit-button")
+    assert stopped.wait(60) and not tab.query_selector("#experts img")  # it would have gone on for a while
 
 
 @needs_gradio
@@ -132,9 +158,11 @@ def test_the_server_keeps_to_itself(address):
 
 
 @needs_gradio
-def test_what_cannot_be_answered_is_said(tiny_folder, tmp_path):
+def test_what_cannot_be_answered_is_said(tiny_folder, tmp_path, monkeypatch):
     import gradio
 
+    said: list[str] = []
+    monkeypatch.setattr(gradio, "Warning", said.append)
     chat = web.ChatTab(str(tiny_folder))
     (tmp_path / "broken.png").write_bytes(b"nothing")
     for files, text, says in (
@@ -144,8 +172,8 @@ def test_what_cannot_be_answered_is_said(tiny_folder, tmp_path):
         (["notes.txt"], "what?", "found text by its name"),
         ([], "x" * 5000, "more than the 4096"),
     ):
-        with pytest.raises(gradio.Error, match=says):
-            list(chat.answer({"text": text, "files": files}, [], 8, 0, 0, ""))
+        assert list(chat.answer({"text": text, "files": files}, [], 8, 0, 0, "")) == []
+        assert says in said.pop()
     assert "is dense" in chat.panel(Traffic())
 
 
@@ -158,6 +186,9 @@ def test_the_turns_before_are_taken_from_the_page(tiny_folder, picture):
     ]
     *_, (said, panel) = chat.answer({"text": "why?", "files": []}, history, 8, 0, 0, "")
     assert said and "4 image" in panel  # the earlier picture is still seen
+    unanswered = {"role": "user", "content": [{"type": "text", "text": "who?"}]}
+    *_, (same, _) = chat.answer({"text": "why?", "files": []}, [*history, unanswered], 8, 0, 0, "")
+    assert same == said
     *_, (again, _) = chat.answer({"text": "why?", "files": []}, [], 8, 0, 0, "")
     assert again != said
 

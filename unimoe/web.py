@@ -155,6 +155,7 @@ class ChatTab:
                         file_count="multiple",
                         sources=sources or None,
                         placeholder="Ask about a picture, or just ask",
+                        stop_btn=True,
                         show_label=False,
                         render=False,
                     ),
@@ -185,7 +186,7 @@ class ChatTab:
             settings = Settings(int(max_new_tokens), float(temperature), int(seed or 0), opening)
             settings.check()
             talk = Conversation(self.model, self.processor, settings)
-            for turn in history:
+            for turn in _answered(history):
                 self._attach(talk, [part["file"] for part in turn["content"] if part["type"] == "file"])
                 texts = [{"type": "text", "text": p["text"]} for p in turn["content"] if p["type"] == "text"]
                 talk.turns.append({"role": turn["role"], "content": [*talk.attached, *texts]})
@@ -199,7 +200,7 @@ class ChatTab:
                 yield said, gr.skip()
             yield said or "(the model said nothing)", self.panel(talk.traffic)
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            gr.Warning(str(error))  # the question stays, without an answer
 
     def _attach(self, talk: Conversation, files: Sequence[dict[str, Any]]):
         for file in files:
@@ -256,9 +257,7 @@ class DetectorTab:
         button.click(**asked, api_name="detect", concurrency_limit=1)
         words.submit(**asked, api_name=False, concurrency_limit=1)
 
-    def look(
-        self, picture: Image.Image | None, words: str, threshold: float
-    ) -> tuple[Image.Image, list[list[Any]]]:
+    def look(self, picture: Image.Image | None, words: str, threshold: float) -> tuple[Any, Any]:
         """The picture with boxes, and a row for each, best first."""
         gr = _gradio()
         try:
@@ -269,7 +268,8 @@ class DetectorTab:
                 self.detector = Detector(self.model, self.tokenizer, names)
             (found,) = self.detector([picture.convert("RGB")], threshold)
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            gr.Warning(str(error))
+            return gr.skip(), gr.skip()
         if not len(found.boxes_K4):
             gr.Info(f"Nothing of that scores {threshold:g} or more.")
         boxes, labels, scores = found.boxes_K4.tolist(), found.labels_K.tolist(), found.scores_K.tolist()
@@ -279,6 +279,13 @@ class DetectorTab:
             for label, score, box in zip(labels, scores, boxes, strict=True)
         ]
         return draw_boxes(picture, boxes, labels, texts), rows
+
+
+def _answered(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns without questions that got no answer."""
+    roles = [turn["role"] for turn in history]
+    nexts = zip(history, [*roles[1:], "user"], strict=False)
+    return [turn for turn, after in nexts if turn["role"] != after]
 
 
 class _Policy:
