@@ -292,8 +292,8 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, T], -100 where a token is not learned; adds ``loss`` and ``aux_loss``.
-            logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions
-                with these indices.
+            logits_to_keep: compute the logits of the last so many positions only (0: all), or of the
+                positions with these indices.
             output_router_logits: return the router logits of every MoE layer.
         """
         with record() as records:
