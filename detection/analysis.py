@@ -9,7 +9,7 @@ partner. Pairs that are still twins after tuning are counted: fixed partners may
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def expert_use(
     for batch in batches:
         finals: list[Tensor] = []
         handle = model.register_forward_hook(
-            lambda _, __, output, finals=finals: finals.append(output.boxes[-1])
+            lambda _, __, output, finals=finals: finals.append(cast(Any, output).boxes[-1])
         )
         try:
             with record() as records:

@@ -112,7 +112,7 @@ class DetectionData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         assert self.trainer is not None
         module, data = self.module, self.sets["train"]
-        config = module.model.config
+        config: Any = module.model.config
         training = TrainingData(
             data,
             Augment(self.augment, config.image_mean, config.image_std),

@@ -200,7 +200,7 @@ class DetectionModule(ResumableModule):
             pairs_EE = together(visits(entry))
             found = {
                 "effective_partners": effective_partners(pairs_EE),
-                "twins": unmoved_twins(pairs_EE, MoEConfig(**self.model.config.moe).top_k),
+                "twins": unmoved_twins(pairs_EE, MoEConfig.from_dict(self.model.config.moe or {}).top_k),
             }
             row |= {f"moe/layer{entry.layer:02d}/{name}": value.item() for name, value in found.items()}
         return row

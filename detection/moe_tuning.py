@@ -72,7 +72,7 @@ def moe_tuning(
     for index, layer in enumerate(model.decoder.layers):
         dense: Any = layer.ffn
         experts = slice_ffn(dense, slices, copies)
-        router = build_router(model.config.d_model, moe).to(experts.up_proj.device)
+        router: Any = build_router(model.config.d_model, moe).to(experts.up_proj.device)
         repeat_router(router, slices)
         layer.ffn = MoELayer(router, experts, combine=moe.combine, layer_index=index)
     model.config.moe = moe.to_dict()

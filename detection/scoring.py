@@ -46,7 +46,8 @@ class Judge:
             top: most detections of a picture for each prompt.
             text: features of the model's text encoder, if some are there already.
         """
-        self.model, self.data, self.style, self.top = model, data, style, top
+        self.model, self.data, self.top = model, data, top
+        self.style: Style = style
         most = LVIS_NAMES if style == "lvis-fixed" else None
         self.asked = NameChunks.of(names or data.names, tokenizer, model.config.max_text_tokens, most)
         self.text = text or TextFeatureCache(model)

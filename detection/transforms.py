@@ -5,6 +5,7 @@ Shapes: M objects of an image, H x W pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,8 +13,6 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-
-from .configuration import DynamicDinoConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -113,8 +112,8 @@ class Resize:
         return self.normalise(F.resize(F.to_image(picture), size, antialias=True))
 
 
-def resize_for(config: DynamicDinoConfig) -> Resize:
-    """How a model with this configuration wants its pictures."""
+def resize_for(config: Any) -> Resize:
+    """How a model with this DynamicDinoConfig wants its pictures."""
     size = config.image_size
     shorter, longest = (size, size) if isinstance(size, int) else size
     return Resize(shorter, longest, config.image_mean, config.image_std)
