@@ -72,11 +72,13 @@ def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         model, processor = build_model(llm, chat_template="chatml")
     model.to(args.device).train()
     names = ("image", "questions", "transcribe", "text")
-    samples = [
-        without_media(s) for name in names for s in read_samples(Path(args.data) / f"train.{name}.jsonl")
-    ]
-    torch.manual_seed(0)
-    chosen = [samples[i] for i in torch.randperm(len(samples))[: args.batch * (args.repeat + 1)]]
+    each = -(-args.batch * (args.repeat + 1) // len(names))
+    random = torch.Generator().manual_seed(0)
+    chosen = []
+    for name in names:  # as many of each file
+        samples = read_samples(Path(args.data) / f"train.{name}.jsonl")
+        chosen += [without_media(samples[i]) for i in torch.randperm(len(samples), generator=random)[:each]]
+    chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=random)]
     batches = [chosen[start : start + args.batch] for start in range(0, len(chosen), args.batch)]
     collator = Collator(processor)
     ways: dict[str, Callable[[list[Sample]], list[dict[str, Any]]]] = {
@@ -137,14 +139,14 @@ def cache(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     print(f"{'cache':<24}{'media':>10}{'training':>10}{'epoch':>10}{'gain':>8}   (seconds)")
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        stored = FeatureCache(Path(folder), processor, dict(model.model.encoders))
+        stored = FeatureCache(Path(folder), processor, dict(model.model.encoders))  # type: ignore[arg-type]
         for epoch in ("first epoch", "second epoch"):
             media = seconds(partial(stored.fill, samples), args.device)
             training = seconds(partial(align_epoch, built, samples, stored, args.device), args.device)
             whole = media + training
             gain = found["first epoch"]["epoch"] / whole if found else 1.0
             found[epoch] = {"media": media, "training": training, "epoch": whole, "gain": gain}
-            print(f"{epoch:<24}{media:>10.1f}{training:>10.1f}{whole:>10.1f}{gain:>8.2f}", flush=True)
+            print(f"{epoch:<24}{media:>10.3f}{training:>10.2f}{whole:>10.2f}{gain:>8.2f}", flush=True)
     return found
 
 

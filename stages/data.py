@@ -73,8 +73,9 @@ class StageData(LightningDataModule):
         """
         super().__init__()
         numbers = list(train.values()) if isinstance(train, dict) else []
-        self.mix = numbers if numbers and all(isinstance(number, int) for number in numbers) else None
-        self.weights = numbers if self.mix is None and numbers else None
+        counts = [number for number in numbers if isinstance(number, int)]
+        self.mix = counts if counts and len(counts) == len(numbers) else None
+        self.weights = [float(number) for number in numbers] if self.mix is None and numbers else None
         self.files = {"train": _files(train), "val": _files(val), "test": _files(test)}
         if steps < 1 or batch_size < 1:
             raise UserError(
@@ -155,8 +156,7 @@ class StageData(LightningDataModule):
             stream = SampleStream(self.files["train"], self.batch_size, **shuffle, **settings)
             return self._loader(stream, batch_size=None)
         if self.mix is not None:
-            counts = [int(number) for number in self.mix]
-            sampler: StepSampler = MixedBatchSampler(self.sizes["train"], counts, **settings)
+            sampler: StepSampler = MixedBatchSampler(self.sizes["train"], self.mix, **settings)
         else:
             kinds = [sample.kind for sample in self.samples["train"]]
             settings |= {"sizes": self.sizes["train"], "weights": self.weights}
@@ -215,7 +215,7 @@ class StageData(LightningDataModule):
         return whole, torch.cat(lengths) if lengths else None
 
 
-def _files(files: str | list[str] | dict[str, int] | None) -> list[str]:
+def _files(files: str | list[str] | dict[str, int | float] | None) -> list[str]:
     if files is None:
         return []
     return [files] if isinstance(files, str) else list(files)
