@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -22,7 +22,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -46,7 +51,6 @@ class Sharded(ModelParallelStrategy):
         self,
         expert_parallel: int = 1,
         exchange: Exchange = "all_to_all",
-        save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
     ):
         """
@@ -54,13 +58,9 @@ class Sharded(ModelParallelStrategy):
             expert_parallel: processes that divide the experts of every MoE layer among themselves.
             exchange: ``all_to_all`` gives each of them batches of its own, and tokens travel to their
                 experts; with ``all_reduce`` they see the same batch, and experts' outputs are summed.
-            save_distributed_checkpoint: false gathers checkpoints into one file, which every strategy reads.
             process_group_backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
         """
-        super().__init__(
-            save_distributed_checkpoint=save_distributed_checkpoint,
-            process_group_backend=process_group_backend,
-        )
+        super().__init__(process_group_backend=process_group_backend)
         self.expert_parallel, self.exchange = expert_parallel, exchange
 
     @property
@@ -75,6 +75,12 @@ class Sharded(ModelParallelStrategy):
             raise UserError(f"expert_parallel must divide the number of processes, {found}")
         self._tensor_parallel_size = self.expert_parallel
         self._data_parallel_size = self.world_size // self.expert_parallel
+
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.training and not isinstance(self.lightning_module, FSDPModule):
+            found = type(self.lightning_module).__name__
+            raise UserError(f"trainer.strategy fsdp2 divides the models of stages, found {found}; set ddp")
+        super().setup(trainer)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Model and optimizer take their shards; returns the rest, and the names of what was loaded."""
