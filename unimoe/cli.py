@@ -71,6 +71,7 @@ VERBS = {
     "data scenes": Verb(
         "unimoe.detection.generate:scenes", "write a COCO-format set of emoji on photographs"
     ),
+    "evaluate": Verb("unimoe.evaluate:evaluate", "score a model's answers: vqa, choice, caption, asr, ..."),
     "evaluate coco": Verb("unimoe.detection.evaluate:evaluate_files", "COCO or LVIS scores of detections"),
     "evaluate detector": Verb("unimoe.measure:detector", "COCO or LVIS scores of a detector on a set"),
     "evaluate latency": Verb("unimoe.measure:latency", "how long a detector takes, and its parts"),

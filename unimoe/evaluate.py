@@ -1,0 +1,231 @@
+"""``unimoe evaluate``: a model's answers to a file of questions, scored the way its task is.
+
+    questions (conversations whose last turn is the answer, or items with "text" and "answer")
+      -> batches of like length -> greedy answers, appended to OUTPUT/predictions.jsonl as they come
+      -> OUTPUT/scores.json: the task's metrics over all questions and by the media in them
+
+==================  ===========================================================================
+task                metrics
+==================  ===========================================================================
+``vqa``             accuracy over annotators (Antol et al., 2015), exact match
+``choice``          accuracy of the chosen letter or option
+``classification``  exact match; ``known``: the right name is in the answer, and no other
+``caption``         CIDEr-D (pycocoevalcap), ROUGE-L
+``asr``             word and character error rate (jiwer) over all recordings, lower-cased, no punctuation
+==================  ===========================================================================
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.continual.questions import Question, read_questions
+from unimoe.continual.scorers import VERSION, grade_all, scorer, words
+from unimoe.data import Collator
+from unimoe.files import atomic_write, file_hash
+
+from .errors import UserError
+from .generate import generate
+from .loading import find_model, load_model
+
+Answers = dict[str, str]
+"""Id of a question -> what the model said."""
+Metric = Callable[[Sequence[Question], Answers], dict[str, float]]
+
+
+def evaluate(
+    model: str,
+    data: str,
+    /,
+    *,
+    task: Literal["vqa", "choice", "classification", "caption", "asr"],
+    output: str = "runs/evaluation",
+    media_root: str | None = None,
+    limit: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> None:
+    """Ask a model every question of a file and score its answers.
+
+    The same command goes on where it was cut off.
+
+    Args:
+        model: folder of a finished stage (or a hub id of a unimoe model).
+        data: questions as JSON or JSONL; "answers" and "options" of an item are read where a task has them.
+        task: how answers are scored.
+        output: folder for predictions.jsonl and scores.json.
+        media_root: folder that the data's relative paths begin in (default: the data's own).
+        limit: ask the first questions only; 0 asks all.
+        batch_size: questions at a time; does not change the answers beyond rounding.
+        max_new_tokens: longest answer.
+    """
+    for name, value, least in (
+        ("limit", limit, 0),
+        ("batch-size", batch_size, 1),
+        ("max-new-tokens", max_new_tokens, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{name} is {value}, expected at least {least}")
+    metrics = METRICS[task]()
+    questions = read_questions(data, media_root)[: limit or None]
+    _check_answers(task, questions)
+    find_model(model)
+    identity = {"model": _identity(model), "data": file_hash(data), "max_new_tokens": max_new_tokens}
+    answers = _ask(model, questions, Path(output), identity, batch_size, max_new_tokens)
+    scores = {"task": task, "model": model, "data": data, "scorers": VERSION}
+    scores |= score(metrics, questions, answers)
+    atomic_write(Path(output) / "scores.json", json.dumps(scores, indent=1) + "\n")
+    for kind, found in {"all": scores["all"], **scores["by_media"]}.items():
+        values = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if name != "count")
+        print(f"{kind:<16}{found['count']:>7} questions  {values}")
+
+
+def score(metrics: Metric, questions: Sequence[Question], answers: Answers) -> dict[str, Any]:
+    """``all`` and ``by_media`` (``image``, ``image+speech``, ...): the metrics and ``count``."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.sample.kind, []).append(question)
+    found = {kind: {"count": len(group), **metrics(group, answers)} for kind, group in sorted(groups.items())}
+    return {"all": {"count": len(questions), **metrics(questions, answers)}, "by_media": found}
+
+
+# -------------------------------------------------------------------- asking
+
+
+def _ask(
+    model: str,
+    questions: Sequence[Question],
+    folder: Path,
+    identity: dict[str, Any],
+    batch_size: int,
+    max_new_tokens: int,
+) -> Answers:
+    """Answers to all questions; those that the folder has are not asked again."""
+    path = folder / "predictions.jsonl"
+    answers = _read(path, identity)
+    left = [question for question in questions if question.id not in answers]
+    if not left:
+        return answers
+    if not answers:
+        atomic_write(path, json.dumps(identity) + "\n")
+    else:
+        print(f"{len(questions) - len(left)} of {len(questions)} questions were answered before")
+    disable_progress_bar()
+    loaded, processor = load_model(model)
+    collator, done = Collator(processor), 0
+    with path.open("a", encoding="utf-8") as file:
+        for chosen, batch in collator.prompt_batches([question.sample for question in left], batch_size):
+            for index, said in zip(chosen, generate(loaded, processor, batch, max_new_tokens), strict=True):
+                question = left[index]
+                answers[question.id] = said
+                row = {"id": question.id, "said": said, "right": list(question.truth.answers)}
+                file.write(json.dumps({**row, "media": question.sample.kind}) + "\n")
+            file.flush()
+            done += len(chosen)
+            print(f"{done} of {len(left)} questions", flush=True)
+    return answers
+
+
+def _read(path: Path, identity: dict[str, Any]) -> Answers:
+    """The answers in a file of predictions. A last line that a kill cut short is dropped.
+
+    Raises UserError when they are another model's, or to other questions.
+    """
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        atomic_write(path, "".join(lines := lines[:-1]))
+    try:
+        found, *rows = (json.loads(line) for line in lines)
+        answers = {row["id"]: row["said"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no predictions ({error}); choose another --output") from error
+    different = [key for key in identity if found.get(key) != identity[key]]
+    if different:
+        raise UserError(
+            f"{path} was made with another {different[0]}; choose another --output or delete the file"
+        )
+    return answers
+
+
+def _identity(model: str) -> str:
+    """Changes with the model's weights, for a folder; a hub id stands for itself."""
+    weights = sorted(Path(model).glob("*.safetensors"))
+    return "+".join(file_hash(path) for path in weights) or model
+
+
+def _check_answers(task: str, questions: Sequence[Question]) -> None:
+    rule = scorer(RULES[task])
+    for question in questions:
+        if reason := rule.fits(question.truth):
+            raise UserError(f"{question.sample.source}: {reason}, which --task {task} cannot score")
+
+
+# -------------------------------------------------------------------- metrics
+
+
+def _graded(*names: str) -> Metric:
+    """Means of scorers' grades by name; ``known`` is the lenient grade beside the first."""
+
+    def metrics(questions: Sequence[Question], answers: Answers) -> dict[str, float]:
+        said = {question.id: answers[question.id] for question in questions}
+        truths = {question.id: question.truth for question in questions}
+        found = {}
+        for name in names:
+            rule = "exact" if name == "known" else name
+            grades = grade_all(scorer(rule), said, truths, "evaluate").values()
+            found[name] = fmean(grade.known if name == "known" else grade.score for grade in grades)
+        return found
+
+    return metrics
+
+
+def _caption() -> Metric:
+    cider, rouge = _package("pycocoevalcap.cider.cider").Cider(), _graded("rouge")
+
+    def metrics(questions: Sequence[Question], answers: Answers) -> dict[str, float]:
+        # our own words instead of the Penn Treebank's, which would need Java
+        right = {q.id: [" ".join(words(answer)) for answer in q.truth.answers] for q in questions}
+        said = {q.id: [" ".join(words(answers[q.id]))] for q in questions}
+        return {"CIDEr": float(cider.compute_score(right, said)[0]), **rouge(questions, answers)}
+
+    return metrics
+
+
+def _asr() -> Metric:
+    jiwer = _package("jiwer")
+    plain = jiwer.Compose(
+        [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
+    )
+
+    def metrics(questions: Sequence[Question], answers: Answers) -> dict[str, float]:
+        right = [plain(question.truth.answers[0]) for question in questions]
+        said = [plain(answers[question.id]) for question in questions]
+        return {"WER": jiwer.wer(right, said), "CER": jiwer.cer(right, said)}
+
+    return metrics
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise UserError(f"this task needs {package}: pip install 'unimoe[evaluate]' ({error})") from error
+
+
+METRICS: dict[str, Callable[[], Metric]] = {
+    "vqa": lambda: _graded("vqa", "exact"),
+    "choice": lambda: _graded("choice"),
+    "classification": lambda: _graded("exact", "known"),
+    "caption": _caption,
+    "asr": _asr,
+}
+RULES = {"vqa": "vqa", "choice": "choice", "classification": "exact", "caption": "rouge", "asr": "exact"}
+"""The scorer that says which answers a task can use."""
