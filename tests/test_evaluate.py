@@ -1,4 +1,4 @@
-"""``unimoe evaluate``: answers of a tiny model, scored, resumed and refused; metrics against hand-worked values."""
+"""``unimoe evaluate``: answers of a tiny model, scored, resumed and refused; metrics by hand."""
 
 import json
 
