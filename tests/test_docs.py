@@ -71,13 +71,14 @@ def spans_of(document: str) -> list[str]:
 
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
-LINES = [
-    pytest.param(line, id=f"{block}: {line}"[:110])
+COMMANDS = {
+    tuple(words): f"{block}: {line}"[:110]
     for block in BLOCKS
     if block.language == "bash"
     for line in block.text.splitlines()
-    if shlex.split(line, comments=True)
-]
+    if (words := shlex.split(line, comments=True))
+}
+"""Words of each command -> where it stands, the last time."""
 
 
 def of(language: str) -> list[Block]:
@@ -121,9 +122,8 @@ def test_every_block_says_its_language():
     assert not wrong and len(BLOCKS) > 30
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_command(line, here, capsys):
-    words = shlex.split(line, comments=True)
+@pytest.mark.parametrize("words", [pytest.param(list(words), id=where) for words, where in COMMANDS.items()])
+def test_command(words, here, capsys):
     while "|" in words:
         before, words = words[: words.index("|")], words[words.index("|") + 1 :]
         assert before[0] == "echo"

@@ -20,7 +20,8 @@ def built(tiny_folder):
 
 @pytest.fixture
 def talk(built):
-    return Conversation(*built, Settings(max_new_tokens=6))
+    model, processor = built
+    return Conversation(model, processor, Settings(max_new_tokens=6))
 
 
 @pytest.fixture
@@ -102,7 +103,8 @@ def test_a_saved_conversation_is_taken_up_where_it_was(talk, built, files):
     assert told[1]["content"][0] == {"type": "image", "path": "a b.png"}
     assert read_samples(files / "talk.json")[0].kind == "image"  # training could read it
 
-    other = Conversation(*built, Settings(max_new_tokens=6))
+    model, processor = built
+    other = Conversation(model, processor, Settings(max_new_tokens=6))
     other.load(str(files / "talk.json"))
     assert other.settings.system == "Be short." and len(other.turns) == 2
     assert other.ask("and now?", silent) == talk.ask("and now?", silent)
