@@ -94,7 +94,7 @@ class Sharded(ModelParallelStrategy):
         for index, optimizer in enumerate(self.optimizers):
             state[f"optimizer_{index}"] = get_optimizer_state_dict(module, optimizer)
         dcp.load(state, checkpoint_id=path)
-        set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
+        set_model_state_dict(module, dict(weights), options=StateDictOptions(strict=False))  # it adds to them
         for index, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(module, optimizer, state[f"optimizer_{index}"])
         rest = torch.load(path / META, map_location="cpu", weights_only=weights_only)
@@ -103,7 +103,7 @@ class Sharded(ModelParallelStrategy):
     def _load_file(self, path: Path, module: LightningModule, weights_only: bool | None) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         whole = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(module, found["state_dict"], options=whole)
+        set_model_state_dict(module, dict(found["state_dict"]), options=whole)
         for optimizer, state in zip(self.optimizers, found["optimizer_states"], strict=True):
             set_optimizer_state_dict(module, optimizer, by_name(state, optimizer, module), options=whole)
         return found
