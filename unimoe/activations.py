@@ -141,7 +141,7 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
         return _Experts.apply(x_TD, routing.token_N, weight_N, down.shape[-1], trained)
 
     kinds = {type(module.experts) for module in model.modules() if isinstance(module, MoELayer)}
-    patches = [patch.object(kind, "mix", mix) for kind in kinds]
+    patches: list[Any] = [patch.object(kind, "mix", mix) for kind in kinds]
     patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None))
     attend = patch.object(nnf, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))
     patches.append(attend)

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -61,7 +61,8 @@ class Sharded(ModelParallelStrategy):
             process_group_backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
         """
         super().__init__(process_group_backend=process_group_backend)
-        self.expert_parallel, self.exchange = expert_parallel, exchange
+        self.expert_parallel = expert_parallel
+        self.exchange: Exchange = exchange
 
     @property
     def ranks_per_batch(self) -> int:
@@ -93,7 +94,7 @@ class Sharded(ModelParallelStrategy):
         state: dict[str, Any] = {"state_dict": weights}
         for index, optimizer in enumerate(self.optimizers):
             state[f"optimizer_{index}"] = get_optimizer_state_dict(module, optimizer)
-        dcp.load(state, checkpoint_id=path)
+        load(state, checkpoint_id=path)
         set_model_state_dict(module, dict(weights), options=StateDictOptions(strict=False))  # it adds to them
         for index, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(module, optimizer, state[f"optimizer_{index}"])
