@@ -150,7 +150,8 @@ def plan(
         + (", blocks run again in the backward pass" if recompute else "")
     )
     dtype = torch.bfloat16 if half else torch.float32
-    activations = count_saved(model.to(dtype=dtype), rows, tokens, rows * tokens // 2).peak(recompute)
+    nn.Module.to(model, dtype)
+    activations = count_saved(model, rows, tokens, rows * tokens // 2).peak(recompute)
     batch = Batch(rows * tokens, accumulate, 2 if half else 4, activations)
     plans = [make_plan(model, sizes, name, gpus, batch) for name in STRATEGIES]
     print(f"\n{'GB on each device':18}" + "".join(f"{name:>17}" for name in STRATEGIES))
