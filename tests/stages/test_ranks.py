@@ -14,8 +14,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 STEPS = 20
 FIT = """
+import logging
 import sys
 from unimoe.stages.cli import main
+logging.basicConfig(format="%(message)s")
+logging.getLogger("unimoe").setLevel(logging.INFO)
 for path in sys.argv[1:]:
     try:
         main(["fit", "-c", path])
