@@ -24,6 +24,7 @@ from unimoe.continual.learner import AdapterConfig, Learner
 from unimoe.continual.strategies import strategies
 from unimoe.data import Collator
 from unimoe.data.records import parse_record
+from unimoe.loading import load_model
 from unimoe.testing import tiny_tokenizer
 
 ANIMALS = ["dog", "cat", "owl", "fox", "bee", "cow", "pig", "hen", "ant", "bat", "elk", "emu"]
@@ -160,16 +161,18 @@ def compare(output: Path, names: list[str], seeds: list[int], steps: int, overri
         raise SystemExit(1)
 
 
-def cost(output: Path, banks: int, repeats: int) -> None:
-    """Seconds of a step (forward and backward) of DyMoE over those of sequential LoRA, by number of tasks."""
+def cost(model: str | None, output: Path, banks: int, repeats: int) -> None:
+    """CPU seconds of a step (forward, backward) of DyMoE over those of sequential LoRA, by number of tasks,
+    on ``model`` (the folder of a stage) or on the miniature."""
     base = output / "base"
-    if not (base / "model.safetensors").is_file():
+    if model is None and not (base / "model.safetensors").is_file():
         make_base(base, 1)
     samples = [sample(*tasks(random.Random(index))["animals"]) for index in range(16)]
     config = AdapterConfig(experts=16, rank=4)
     rows = []
     for name in ("lora", "incmoelora", "dymoe"):
-        learner = Learner(*build_model(str(base), {}, None, "chatml"), config)
+        built = load_model(model) if model else build_model(str(base), {}, None, "chatml")
+        learner = Learner(*built, config)
         strategy = strategies()[name]()
         strategy.attach(learner)
         batch = learner.collate(samples)
@@ -177,6 +180,7 @@ def cost(output: Path, banks: int, repeats: int) -> None:
             strategy.grow(task)
             learner.freeze_banks(but=-1)
             if name != "lora":
+                strategy.guide.take()  # type: ignore[attr-defined]
                 strategy.guide.guided = task > 0  # type: ignore[attr-defined]
             seconds = []
             for step in range(repeats):
@@ -196,10 +200,11 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60, help="of each task")
     parser.add_argument("--set", type=yaml.safe_load, default={}, help="settings to change, as YAML")
-    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--cost", action="store_true", help="measure the time of a step instead")
+    parser.add_argument("--model", help="with --cost: folder of a finished stage instead of the miniature")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.cost:
-        cost(given.output, banks=8, repeats=9)
+        cost(given.model, given.output, banks=8, repeats=5 if given.model else 9)
     else:
         compare(given.output, given.strategies, given.seeds, given.steps, given.set)
