@@ -6,6 +6,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests have a quarter of an hour each, where they name no limit: the machine may be busy."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """One thread (tests side by side would fight for the cores) and the same random numbers in every test."""
