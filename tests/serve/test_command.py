@@ -40,7 +40,8 @@ def test_bad_flags(folder, flags, message, capsys):
 
 @pytest.mark.slow
 def test_sigterm_lets_answers_end_refuses_new_ones_and_exits_with_0(folder):
-    command = [sys.executable, "-m", "unimoe", "serve", str(folder), "--port", "0", "--api-key", "k"]
+    flags = ["--port", "0", "--api-key", "k", "--drain-seconds", "250"]  # the machine may be busy
+    command = [sys.executable, "-m", "unimoe", "serve", str(folder), *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = iter(process.stderr.readline, "")
         url = next(found[1] for line in lines if (found := re.search(r"running on (http://127\S+)", line)))
