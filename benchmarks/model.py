@@ -15,10 +15,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -30,25 +31,22 @@ from unimoe.moe.hf import register
 from unimoe.stages.trainable import LoRA, choose
 
 EXPERTS, TOP_K = 4, 2
-Form = Callable[[], Any]
+Form = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
     """Environment variables for a while; which loop the kernels run is asked anew."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    native.ops.cache_clear()
     try:
-        yield
+        with patch.dict(os.environ, values):
+            native.ops.cache_clear()
+            yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
         native.ops.cache_clear()
 
 
 def mixtral() -> tuple[Any, dict[str, Form]]:
-    """The stock model, and what makes each form current."""
+    """The stock model, and what makes each form current for a while."""
     register()
     config = MixtralConfig(
         vocab_size=49152,
@@ -64,8 +62,10 @@ def mixtral() -> tuple[Any, dict[str, Form]]:
     model: Any = MixtralForCausalLM(config).eval()
     names = {"transformers eager": "eager", "transformers grouped_mm": "grouped_mm", "unimoe": "unimoe"}
 
-    def use(name: str) -> None:
+    @contextmanager
+    def use(name: str) -> Iterator[None]:
         model.config._experts_implementation = name
+        yield
 
     return model, {title: partial(use, name) for title, name in names.items()}
 
@@ -112,8 +112,7 @@ def race(model: Any, forms: dict[str, Form], work: Callable[[], int], rounds: in
     rates: dict[str, list[float]] = {title: [] for title in forms}
     for _ in range(rounds + 1):
         for title, form in forms.items():
-            current = form()
-            with current if current is not None else environment():
+            with form():
                 began = time.perf_counter()
                 tokens = work()
                 rates[title].append(tokens / (time.perf_counter() - began))

@@ -10,7 +10,6 @@ compared with the one that the same question got alone.
 """
 
 import argparse
-import base64
 import io
 import json
 import re
@@ -34,6 +33,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from unimoe.files import data_url
 from unimoe.testing import tiny_model
 
 QUESTIONS = (
@@ -108,7 +108,7 @@ def questions(count: int, pictures: bool) -> list[list[Any]]:
         if pictures and index % 3 == 0:
             file = io.BytesIO()
             Image.new("RGB", (64, 64), (13 * index % 256, 90, 160)).save(file, "PNG")
-            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            url = data_url("image/png", file.getvalue())
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         asked.append([{"role": "user", "content": content}])
     return asked

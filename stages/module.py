@@ -138,14 +138,14 @@ class StageModule(ResumableModule):
             torch.manual_seed(self.seed)
             self.groups = choose(self.model, self.trainable, self.lora)
         self.model.train()
-        for tower in self.model.model.encoders.values():
-            if not any(p.requires_grad for p in tower.parameters()):
-                tower.eval()  # a frozen tower must not move its batch statistics
+        blocks, frozen = self.blocks()
+        for tower in frozen:
+            tower.eval()  # a frozen tower must not move its batch statistics
         if self.gradient_checkpointing:  # the reentrant form would lose what routers add to the loss
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.device_mesh is not None:
             self._warm_start()  # while the weights are whole
-            shard(self, *self.blocks())
+            shard(self, blocks, frozen)
             sharded = dict(self.model.named_parameters())
             for group in self.groups:
                 group.parameters = {name: sharded[name] for name in group.parameters}

@@ -5,7 +5,7 @@ intermediate.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -88,13 +88,12 @@ def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, l
     decoder: Any = model.model.language_model
     with SavedBytes(iter([*model.parameters(), *model.buffers()])) as counted, _stand_ins(model):
         marks: list[int] = []
-        hooks = [
-            block.register_forward_pre_hook(lambda *_: marks.append(counted.bytes))
-            for block in decoder.layers
-        ]
-        hooks += [
-            block.register_forward_hook(lambda *_: marks.append(counted.bytes)) for block in decoder.layers
-        ]
+
+        def mark(*_: Any) -> None:
+            marks.append(counted.bytes)
+
+        hooks = [block.register_forward_pre_hook(mark) for block in decoder.layers]
+        hooks += [block.register_forward_hook(mark) for block in decoder.layers]
         output_BTH = decoder(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
         for hook in hooks:
             hook.remove()
@@ -146,10 +145,7 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
     attend = patch.object(nnf, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))
     patches.append(attend)
     patches.append(patch("torch.autocast", lambda *_, **__: nullcontext()))
-    for one in patches:
-        one.start()
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for one in patches:
-            one.stop()
+            stack.enter_context(one)
+        yield

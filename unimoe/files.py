@@ -1,5 +1,6 @@
-"""Writing files so that an interrupted run leaves either the old result or the new one, never a half."""
+"""Files: written so that an interrupted run leaves either the old result or the new one, never a half."""
 
+import base64
 import errno
 import hashlib
 import os
@@ -57,6 +58,11 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_url(kind: str, content: bytes) -> str:
+    """``content`` of the MIME type ``kind`` as an address that holds it whole."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 @contextmanager

@@ -38,13 +38,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from unimoe.encoders import build_encoder
 from unimoe.moe import MoEConfig, MoELayer
+from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import resolve_part
 from unimoe.stages.trainable import LoRA, Trainable, choose
 
 from .activations import count_saved
 from .build import add_placeholders, connector_settings
 from .configuration import UniMoeConfig
-from .errors import UserError
+from .errors import UserError, first_line
 from .modeling import UniMoeForConditionalGeneration
 
 Strategy = Literal["ddp", "fsdp2", "expert_parallel"]
@@ -181,15 +182,13 @@ def make_plan(
         copies = 2 * (sizes.total - sizes.towers[0]) if width == 2 else 0
         weights, trained = 4.0 * sizes.total, 4.0 * sizes.trained
         return Plan(weights, trained, 2 * trained, copies, activations, 2 * trained * send, 0)
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    layers = list(moe_layers(model).values())
     share = 1
     if strategy == "expert_parallel" and layers:
         experts = layers[0].router.num_experts
         share = max(e for e in range(1, min(gpus, experts) + 1) if experts % e == 0 and gpus % e == 0)
     whole = [a + b for a, b in zip(sizes.blocks, sizes.others, strict=True)]
-    weights = 4 * (
-        sum(pair[0] for pair in (sizes.experts, sizes.blocks, sizes.others)) / gpus + sizes.towers[0]
-    )
+    weights = 4 * ((sizes.total - sizes.towers[0]) / gpus + sizes.towers[0])
     trained = 4 * sizes.trained / gpus
     block = sizes.largest_block - sizes.largest_experts + sizes.largest_experts / share
     gathered = width * (sizes.others[0] + 2 * block)
@@ -283,7 +282,7 @@ def read_settings(files: list[str]) -> dict[str, Any]:
         try:
             found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"--config {file} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--config {file} cannot be read: {first_line(error)}") from error
         if not isinstance(found, dict):
             raise UserError(f"--config {file} holds no settings")
         _merge(merged, found)

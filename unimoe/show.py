@@ -1,6 +1,5 @@
 """``unimoe data show``: drawn samples as a page, with a model's tokens and what it learns of them."""
 
-import base64
 import io
 import random
 from collections import Counter
@@ -20,7 +19,7 @@ from unimoe.data.readers import read_samples
 from unimoe.data.sample import Part, Sample
 from unimoe.data.tokens import open_processor
 from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, data_url
 
 _THUMB = 320  # pixels
 _FRAMES = 4  # of a video
@@ -155,7 +154,8 @@ def _medium(part: Part, where: str) -> Medium:
         return Medium(kind, name, pictures=tuple(map(_thumbnail, frames)))
     buffer = io.BytesIO()
     soundfile.write(buffer, decoded[: int(_SECONDS * _RATE)], _RATE, format="OGG", subtype="VORBIS")
-    return Medium(kind, f"{name}, {len(decoded) / _RATE:.1f} s", sound=_data_url("audio/ogg", buffer))
+    sound = data_url("audio/ogg", buffer.getvalue())
+    return Medium(kind, f"{name}, {len(decoded) / _RATE:.1f} s", sound=sound)
 
 
 def _thumbnail(picture: Any) -> str:
@@ -163,8 +163,4 @@ def _thumbnail(picture: Any) -> str:
     small.thumbnail((_THUMB, _THUMB))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
-    return _data_url("image/jpeg", buffer)
-
-
-def _data_url(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url("image/jpeg", buffer.getvalue())

@@ -7,7 +7,6 @@ The page comes from this machine whole: no analytics, no fonts and no scripts fr
 fetches no addresses.
 """
 
-import base64
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -25,6 +24,7 @@ from unimoe.detection.predictor import Detector
 
 from .errors import UserError
 from .figures import load_maps
+from .files import data_url
 from .loading import expert_names, load_model
 from .session import Conversation, Settings, kind_of
 from .traffic import Traffic
@@ -215,10 +215,10 @@ class ChatTab:
         counts = ", ".join(f"{count} {kind}" for kind, count in traffic.tokens().items())
         null = (self.model.config.moe or {}).get("null_experts", 0)
         picture = load_maps(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
-        source = base64.b64encode(picture.encode()).decode()
+        source = data_url("image/svg+xml", picture.encode())
         text = "Where the tokens of the last prompt and its answer went, in per cent of each layer's row"
         return _note(f"{text}: {counts} tokens.") + (
-            f'<img alt="expert load by layer and kind of token" src="data:image/svg+xml;base64,{source}">'
+            f'<img alt="expert load by layer and kind of token" src="{source}">'
         )
 
 

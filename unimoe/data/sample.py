@@ -1,6 +1,5 @@
 """The one form in which the suite holds a conversation, whatever file it came from."""
 
-import base64
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unimoe.configuration import MEDIA
+from unimoe.files import data_url
 
 Part = dict[str, Any]
 """``{"type": "text", "text": str}`` or ``{"type": one of MEDIA, ...}`` with the medium under one of ``path``
@@ -61,8 +61,8 @@ class Sample:
 
 def _portable(part: Part, root: Path) -> Part:
     if "bytes" in part or "stored" in part:
-        data = base64.b64encode(part["bytes"] if "bytes" in part else part["stored"].read()).decode()
-        return {"type": part["type"], "url": f"data:application/octet-stream;base64,{data}"}
+        content = part["bytes"] if "bytes" in part else part["stored"].read()
+        return {"type": part["type"], "url": data_url("application/octet-stream", content)}
     if "path" not in part:
         return part
     if isinstance(part["path"], list):

@@ -1,6 +1,6 @@
 """Decoding moving pictures: a few frames, in order, out of a file or a list of pictures.
 
-    file -> times of all its frames (nothing decoded) -> which ones -> decoded, from the key frame before each
+file -> times of all its frames (nothing decoded) -> which ones -> decoded, from the key frame before each
 """
 
 from bisect import bisect_left, bisect_right
@@ -93,9 +93,7 @@ def _frames(
         held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise UserError(f"{what} holds no pictures; it holds {held}")
     stream = container.streams.video[0]
-    shown = [
-        (packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.pts is not None
-    ]
+    shown = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.pts is not None]
     if not shown:
         raise UserError(f"{what} holds no frames")
     times, keys = sorted(pts for pts, _ in shown), sorted(pts for pts, is_key in shown if is_key)

@@ -1,6 +1,5 @@
 """``report.json`` and ``report.html`` of the detection demo, out of what its steps left behind."""
 
-import base64
 import json
 import platform
 import statistics
@@ -17,7 +16,7 @@ from PIL import Image
 from unimoe import __version__
 from unimoe.detection.drawing import draw_boxes
 from unimoe.figures import expert_history, expert_maps, loss_curves
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, data_url
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock
 
@@ -165,8 +164,8 @@ def _read(path: Path) -> Any:
 def _jpeg(picture: Image.Image) -> str:
     content = BytesIO()
     picture.save(content, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return data_url("image/jpeg", content.getvalue())
 
 
 def _svg(text: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"
+    return data_url("image/svg+xml", text.encode())

@@ -1,6 +1,5 @@
 """``report.json`` for programs and ``report.html`` for people, out of what the demo's steps left behind."""
 
-import base64
 import json
 import mimetypes
 import platform
@@ -15,7 +14,7 @@ import jinja2
 from unimoe import __version__
 from unimoe.demo.evaluate import EXTENDED, TITLES, read_questions
 from unimoe.figures import load_maps, loss_curves
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, data_url
 from unimoe.loading import expert_names
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock
@@ -158,8 +157,8 @@ def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, di
         sets={KEYS.get(one, one): title for one, title in TITLES.items()},
         picture_sets=PICTURE_SETS,
         kinds=list(report["by_kind"]["moe"].get("text_questions", {})),
-        curves=_data_url("image/svg+xml", loss_curves({s: c for s, c in curves.items() if c}).encode()),
-        load=_data_url("image/svg+xml", load_maps(report["load"], experts).encode()),
+        curves=data_url("image/svg+xml", loss_curves({s: c for s, c in curves.items() if c}).encode()),
+        load=data_url("image/svg+xml", load_maps(report["load"], experts).encode()),
         seen=_samples(folder, evaluations, ("new_backgrounds", "unseen_artist", "films"), 8),
         heard=_samples(folder, evaluations, ("spoken_questions", "unseen_voice", "sounds_asked"), 6),
         titles=TITLES,
@@ -205,8 +204,4 @@ def _share(value: float | None) -> str:
 
 def _file_url(path: str) -> str:
     kind = {".flac": "audio/flac"}.get(Path(path).suffix) or mimetypes.guess_type(path)[0] or ""
-    return _data_url(kind, Path(path).read_bytes())
-
-
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return data_url(kind, Path(path).read_bytes())

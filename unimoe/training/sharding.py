@@ -128,23 +128,19 @@ def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.
     """An optimizer's state dict whose parameters have their names in ``module`` in place of numbers."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbered = [names[parameter] for parameter in parameters]
-    groups = [{**g, "params": [numbered[number] for number in g["params"]]} for g in state["param_groups"]]
-    return {
-        "state": {numbered[number]: values for number, values in state["state"].items()},
-        "param_groups": groups,
-    }
+    return _renamed(state, dict(enumerate(names[parameter] for parameter in parameters)))
 
 
 def by_number(state: dict[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`by_name`."""
     names = [name for group in state["param_groups"] for name in group["params"]]
-    numbers = {name: number for number, name in enumerate(names)}
-    groups = [{**g, "params": [numbers[name] for name in g["params"]]} for g in state["param_groups"]]
-    return {
-        "state": {numbers[name]: values for name, values in state["state"].items()},
-        "param_groups": groups,
-    }
+    return _renamed(state, {name: number for number, name in enumerate(names)})
+
+
+def _renamed(state: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state dict whose parameters are called otherwise."""
+    groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {new[key]: values for key, values in state["state"].items()}, "param_groups": groups}
 
 
 def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Iterable[nn.Module] = ()) -> None:
@@ -209,14 +205,12 @@ def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramete
 
 def clip_norm(parameters: Iterable[Tensor], largest: float) -> None:
     """Scale the gradients, sharded ones and whole ones together, to a norm of at most ``largest``."""
-    grown = [parameter for parameter in parameters if parameter.grad is not None]
     meshes: dict[Any, list[Tensor]] = {}
-    for parameter in grown:
-        assert parameter.grad is not None
-        mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-        meshes.setdefault(mesh, []).append(parameter.grad)
-    norms = [get_total_norm(gradients) for gradients in meshes.values()]
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            meshes.setdefault(mesh, []).append(parameter)
+    norms = [get_total_norm([p.grad for p in own if p.grad is not None]) for own in meshes.values()]
     total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    for mesh in meshes:
-        own = [p for p in grown if getattr(p.grad, "device_mesh", None) == mesh]
+    for own in meshes.values():
         clip_grads_with_norm_(own, largest, total)
