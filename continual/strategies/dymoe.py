@@ -101,16 +101,16 @@ class DyMoE(IncMoELoRA):
 
     @torch.no_grad()
     def _point_at(self, task: Experience) -> None:
-        """Scatter the new rows around what sets the task's mean token at each projection apart from earlier
-        ones, and remember it."""
+        """Scatter the new rows around the part of the task's mean token at each projection that is
+        orthogonal to those of earlier tasks, and remember it."""
         means, past = self._mean_token(task), self.memory.setdefault("mean_token", {})
         for name, layer in self.learner.layers.items():
             if past:
                 row_ED = layer.gating.rows[-1]  # type: ignore[union-attr, index]
-                direction_D = means[name] - past[name].mean(0)
-                row_ED.copy_(
-                    nn.functional.normalize(direction_D, dim=0) + nn.functional.normalize(row_ED, dim=-1)
-                )
+                seen_DO = torch.linalg.qr(past[name].T).Q
+                apart_ED = torch.cat([means[name][None], row_ED])
+                apart_ED = nn.functional.normalize(apart_ED - apart_ED @ seen_DO @ seen_DO.T, dim=-1)
+                row_ED.copy_(apart_ED[:1] + apart_ED[1:])
         earlier = {name: past.get(name, mean_D.new_empty(0, len(mean_D))) for name, mean_D in means.items()}
         self.memory["mean_token"] = {name: torch.cat([earlier[name], means[name][None]]) for name in means}
 

@@ -5,12 +5,12 @@
     food       "What is this?"          food: apple       the question of animals, another form of answer
     words      "What do you see?"       "cat"             a word is written over a picture of something else
     commands   (spoken)                 asks: colour      the kind of question that was asked, not its answer
+    sounds     "What is this?"          hear: rain        one of twelve environmental sounds
     position   "Where is the dog?"      top left          one thing, in one of four corners
     text       "More than one: dog"     DOGS              plurals and first letters, no picture
 
-Animals and food ask the same and want it said differently; words asks what a picture shows and wants what is
-written on it; commands wants a question named that other tasks want answered. Environmental sounds are not
-among them: the default parts have no tower for them.
+Animals, food and sounds ask the same and want it said differently; words asks what a picture shows and wants
+what is written on it; commands wants a question named that other tasks want answered.
 """
 
 import json
@@ -27,6 +27,7 @@ from unimoe.data.sprites import Artist, background, load_photos, open_artist, sp
 from unimoe.demo.clips import load_clips
 from unimoe.demo.questions import FORMS, name_answer
 from unimoe.demo.scenes import SIZE, several, single
+from unimoe.demo.sounds import ANSWERS, sound
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
 from unimoe.prepare.cache import default_part
@@ -84,7 +85,7 @@ def _line(folder: Path, file: str, index: int, item: Item) -> str:
         if part["type"] == "image":
             part["image"].save(folder / path, quality=92)
         else:
-            soundfile.write(folder / path, part["speech"], 16000, subtype="PCM_16")
+            soundfile.write(folder / path, part[part["type"]], 16000, subtype="PCM_16")
         saved.append({"type": part["type"], "path": path.as_posix()})
     messages = [
         {"role": "user", "content": saved},
@@ -147,6 +148,13 @@ def _commands(artist: Artist, photos: list[Image.Image], rng: random.Random, tes
             yield [{"type": "speech", "speech": clip.samples}], f"asks: {kind}"
 
 
+def _sounds(artist: Artist, photos: list[Image.Image], rng: random.Random, test: bool) -> Iterator[Item]:
+    while True:
+        for kind in rng.sample(sorted(ANSWERS), len(ANSWERS)):
+            question = {"type": "text", "text": FORMS["name"][0]}
+            yield [{"type": "audio", "audio": sound(kind, rng)}, question], f"hear: {kind}"
+
+
 def _position(artist: Artist, photos: list[Image.Image], rng: random.Random, test: bool) -> Iterator[Item]:
     half = SIZE // 2
     while True:
@@ -181,6 +189,7 @@ TASKS: dict[str, Make] = {
     "food": _named("food", lambda concept: f"food: {concept.name}"),
     "words": _words,
     "commands": _commands,
+    "sounds": _sounds,
     "position": _position,
     "text": _text,
 }
