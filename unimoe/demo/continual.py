@@ -24,7 +24,7 @@ DEFAULT_OUTPUT = "runs/continual"
 """The folder that the configurations name."""
 SHORT = ("lora", "incmoelora", "dymoe", "joint")
 ALIGN_DATA = BuildConfig(views=12, counts=4, pairs=4, test_views=1, test_questions=2, films=0, sounds=180)
-"""Named pictures and sounds and written-down speech for the connectors; the rest of that folder is not used."""
+"""Named pictures, named sounds and written-down speech for the connectors; the rest there is not used."""
 
 
 @dataclass(frozen=True)
