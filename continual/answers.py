@@ -7,7 +7,7 @@ import torch
 
 from unimoe.continual.strategies import Strategy
 from unimoe.continual.strategies.dymoe import IncMoELoRA
-from unimoe.generate import generate, to_device
+from unimoe.generate import ask_all, to_device
 from unimoe.training.loss import last_hidden
 
 from .guidance import TYPES
@@ -41,11 +41,9 @@ def ask(
     """The model's answer to each question by id; prompts of like length share a batch."""
     learner, answers = strategy.learner, {}
     samples = [question.sample for question in questions]
-    for chosen, batch in learner.collator.prompt_batches(samples, batch_size):
-        batch = to_device(batch, learner.device)
-        with torch.no_grad(), strategy.answering(batch):
-            said = generate(learner.model, learner.processor, batch, max_new_tokens)
-        answers |= {questions[index].id: answer for index, answer in zip(chosen, said, strict=True)}
+    around = strategy.answering
+    for said in ask_all(learner.model, learner.collator, samples, batch_size, max_new_tokens, around):
+        answers |= {questions[index].id: answer for index, answer in said.items()}
     return {question.id: answers[question.id] for question in questions}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from unimoe import cli, evaluate
+from unimoe import cli, evaluate, generate
 from unimoe.continual.questions import read_questions
 
 
@@ -53,9 +53,9 @@ def test_a_run_that_was_cut_asks_only_the_rest(command, tmp_path, capsys, monkey
     whole = predictions(tmp_path)
     (tmp_path / "out" / "predictions.jsonl").write_text("\n".join(whole[:3]) + "\n" + whole[3][:9])
     asked = []
-    generate = evaluate.generate
+    answer = generate.generate
     monkeypatch.setattr(
-        evaluate, "generate", lambda *args: asked.append(len(args[2]["input_ids"])) or generate(*args)
+        generate, "generate", lambda *args: asked.append(len(args[2]["input_ids"])) or answer(*args)
     )
     assert command("--task", "vqa") == 0
     assert sum(asked) == 3 and sorted(predictions(tmp_path)) == sorted(whole)

@@ -30,19 +30,9 @@ from transformers import LlamaConfig, LlamaModel
 from unimoe.data.collate import IGNORED
 from unimoe.encoders import num_tokens
 from unimoe.moe import Context, MoEConfig, MoELayer, TopK, install_moe
-from unimoe.testing import SPEECH, tiny_model
+from unimoe.testing import BEATS, SPEECH, tiny_model
 
 QFORMER = {"type": "qformer", "num_queries": 50, "num_layers": 1, "num_heads": 2, "hidden_size": 16}
-BEATS = {
-    "type": "beats",
-    "embed_dim": 8,
-    "encoder_layers": 1,
-    "encoder_embed_dim": 16,
-    "encoder_ffn_embed_dim": 16,
-    "encoder_attention_heads": 2,
-    "conv_pos": 4,
-    "conv_pos_groups": 2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def hearing(tmp_path_factory) -> Any:
     return tiny_model(
         tmp_path_factory.mktemp("hearing"),
         speech={"encoder": SPEECH["encoder"], "connector": {**QFORMER, "causal": True}},
-        audio={"encoder": BEATS, "connector": QFORMER},
+        audio={"encoder": BEATS["encoder"], "connector": QFORMER},
     )
 
 

@@ -30,7 +30,7 @@ from unimoe.data import Collator
 from unimoe.files import atomic_write, file_hash
 
 from .errors import UserError
-from .generate import generate
+from .generate import ask_all
 from .loading import find_model, load_model
 
 Answers = dict[str, str]
@@ -119,14 +119,15 @@ def _ask(
     loaded, processor = load_model(model)
     collator, done = Collator(processor), 0
     with path.open("a", encoding="utf-8") as file:
-        for chosen, batch in collator.prompt_batches([question.sample for question in left], batch_size):
-            for index, said in zip(chosen, generate(loaded, processor, batch, max_new_tokens), strict=True):
+        samples = [question.sample for question in left]
+        for batch in ask_all(loaded, collator, samples, batch_size, max_new_tokens):
+            for index, said in batch.items():
                 question = left[index]
                 answers[question.id] = said
                 row = {"id": question.id, "said": said, "right": list(question.truth.answers)}
                 file.write(json.dumps({**row, "media": question.sample.kind}) + "\n")
             file.flush()
-            done += len(chosen)
+            done += len(batch)
             print(f"{done} of {len(left)} questions", flush=True)
     return answers
 

@@ -1,12 +1,14 @@
 """Asking a model: one conversation as a stream, or many as batches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.generation.streamers import TextStreamer
 
+from unimoe.data import Collator, Sample
 from unimoe.moe.install import moe_layers
 
 from .modeling import UniMoeForConditionalGeneration
@@ -43,6 +45,25 @@ def generate(
         ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [answer.strip() for answer in answers]
+
+
+def ask_all(
+    model: UniMoeForConditionalGeneration,
+    collator: Collator,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    around: Callable[[Any], AbstractContextManager] = nullcontext,
+) -> Iterator[dict[int, str]]:
+    """Greedy answers to conversations that wait for one, by index, as many at a time as share a batch.
+
+    ``around`` makes of each batch, on the model's device, the context in which it is answered.
+    """
+    for chosen, prompts in collator.prompt_batches(samples, batch_size):
+        batch = to_device(prompts, model.device)
+        with torch.no_grad(), around(batch):
+            answers = generate(model, collator.processor, batch, max_new_tokens)
+        yield dict(zip(chosen, answers, strict=True))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

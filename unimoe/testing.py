@@ -45,6 +45,14 @@ AUDIO = {"encoder": SPEECH["encoder"], "connector": {"type": "qformer", "num_que
                                                      "num_heads": 2, "hidden_size": 16}}  # fmt: skip
 """A sound becomes 3 tokens for each 30 s."""
 
+BEATS = {
+    "encoder": {"type": "beats", "embed_dim": 8, "encoder_layers": 1, "encoder_embed_dim": 16,
+                "encoder_ffn_embed_dim": 16, "encoder_attention_heads": 2, "conv_pos": 4,
+                "conv_pos_groups": 2},
+    "connector": AUDIO["connector"],
+}  # fmt: skip
+"""The same with Uni-MoE's tower for sounds."""
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and ChatML's control tokens."""

@@ -163,6 +163,22 @@ def test_parts_of_like_length_hold_every_sample_once_and_little_padding(built, s
         assert part["attention_mask"].float().mean() >= 0.7
 
 
+def test_prompts_of_like_length_share_a_batch_and_each_is_encoded_once(built, samples, monkeypatch):
+    _, processor = built
+    asked = [sample.split_answer()[0] for sample in samples] * 9  # 36: more than are in memory at a time
+    collator, encoded = Collator(processor), []
+    encode = collator.processor.encode
+    monkeypatch.setattr(collator.processor, "encode", lambda *args: encoded.append(args) or encode(*args))
+    batches = list(collator.prompt_batches(asked, 2))
+    assert len(encoded) == len(asked)
+    assert sorted(index for chosen, _ in batches for index in chosen) == list(range(36))
+    for chosen, batch in batches[:4]:
+        expected = collator.prompts([asked[index] for index in chosen])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    widths = [batch["input_ids"].shape[1] for _, batch in batches]
+    assert widths[:16] == sorted(widths[:16])
+
+
 def mean_loss(model, parts):
     logits, labels = [], []
     for part in parts:

@@ -11,20 +11,7 @@ import yaml
 from unimoe.loading import load_model
 from unimoe.moe.install import moe_layers
 from unimoe.stages.assemble import assemble
-
-BEATS = {
-    "encoder": {
-        "type": "beats",
-        "embed_dim": 8,
-        "encoder_layers": 1,
-        "encoder_embed_dim": 16,
-        "encoder_ffn_embed_dim": 16,
-        "encoder_attention_heads": 2,
-        "conv_pos": 4,
-        "conv_pos_groups": 2,
-    },
-    "connector": {"type": "qformer", "num_queries": 3, "num_layers": 1, "num_heads": 2, "hidden_size": 16},
-}
+from unimoe.testing import BEATS
 
 
 @pytest.fixture

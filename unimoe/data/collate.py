@@ -103,18 +103,22 @@ class Collator:
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Conversations that wait for an answer as one batch, padded on the left, without labels."""
-        rows = [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]
-        return self._pad(rows, "left")
+        return self._pad(self._prompts(samples), "left")
 
     def prompt_batches(
         self, samples: Sequence[Sample], batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """The :meth:`prompts` of all samples, those of like length together: their indices, and the batch."""
-        lengths = [self.prompts([sample])["input_ids"].shape[1] for sample in samples]
-        order = sorted(range(len(samples)), key=lengths.__getitem__)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            yield chosen, self.prompts([samples[index] for index in chosen])
+        """The :meth:`prompts` of all samples, of neighbours those of like length together: their indices, and
+        the batch. As many as 16 batches are in memory."""
+        for start in range(0, len(samples), 16 * batch_size):
+            rows = self._prompts(samples[start : start + 16 * batch_size])
+            order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+            for first in range(0, len(rows), batch_size):
+                chosen = order[first : first + batch_size]
+                yield [start + index for index in chosen], self._pad([rows[i] for i in chosen], "left")
+
+    def _prompts(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        return [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]
 
     def _encode(self, samples: Sequence[Sample]) -> list[tuple[dict[str, Any], list[int]]]:
         """Inputs and labels of each sample."""

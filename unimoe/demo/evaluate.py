@@ -24,7 +24,7 @@ from unimoe.demo.progress import progress
 from unimoe.demo.questions import normalise
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.generate import count_parameters, generate, to_device
+from unimoe.generate import ask_all, count_parameters, to_device
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
@@ -146,14 +146,12 @@ def ask(
 ) -> list[str]:
     """Greedy answers, in order; prompts of like length share a batch. The media must be in the cache."""
     collator = Collator(processor, features=features)
-    answers = [""] * len(questions)
-    done = 0
-    for chosen, batch in collator.prompt_batches([question.sample for question in questions], batch_size):
-        for index, answer in zip(chosen, generate(model, processor, batch, LONGEST_ANSWER), strict=True):
-            answers[index] = answer
-        done += len(chosen)
-        advance(done)
-    return answers
+    answers: dict[int, str] = {}
+    samples = [question.sample for question in questions]
+    for said in ask_all(model, collator, samples, batch_size, LONGEST_ANSWER):
+        answers |= said
+        advance(len(answers))
+    return [answers[index] for index in range(len(questions))]
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
