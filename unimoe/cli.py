@@ -55,6 +55,7 @@ VERBS = {
     "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
     "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
     "plan": Verb("unimoe.plan:plan", "memory and traffic of a stage on many devices", {"config": "-c"}),
+    "consolidate": Verb("unimoe.consolidate:consolidate", "an unfinished run's checkpoint as a model"),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
     "convert llava": Verb("unimoe.convert:llava", "a LLaVA-1.5 checkpoint as a model of ours"),
     "continual run": Verb("unimoe.continual.cli:run", "one strategy on a stream of tasks", raw=True),

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .build import Built, build_model
 from .prompt import CHATML
+from .training.curve import read_curve
 
 IMAGE = {
     "encoder": {"type": "timm", "name": "test_efficientnet", "image_size": 64},
@@ -52,6 +54,9 @@ BEATS = {
     "connector": AUDIO["connector"],
 }  # fmt: skip
 """The same with Uni-MoE's tower for sounds."""
+
+SPEED = {"train/tokens_per_second"}
+"""Differs from run to run, and the first step after a start has none."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -141,3 +146,30 @@ class StopAfter(Callback):
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step - 1:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class DieAt(Callback):
+    """Ends a process of a run as ``kill -9`` does, at the beginning of a step, unless torchrun has started it
+    again."""
+
+    def __init__(self, step: int, rank: int):
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if trainer.global_rank == self.rank and trainer.global_step == self.step - 1 and not again:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def assert_same_run(output: Path, other: Path) -> None:
+    """Two finished stages have the same curve and weights, within 1e-5."""
+    curves = [read_curve(folder / "logs" / "metrics.csv") for folder in (output, other)]
+    assert len(curves[0]) == len(curves[1])
+    for one, two in zip(*curves, strict=True):
+        assert one.keys() - SPEED == two.keys() - SPEED
+        for key in one.keys() - SPEED:
+            assert abs(one[key] - two[key]) <= 1e-5 * max(1, abs(two[key])), (key, one["step"])
+    weights = [load_file(folder / "model.safetensors") for folder in (output, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=1e-5)

@@ -3,12 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
-from unimoe.testing import IMAGE, SPEECH, run_together
-from unimoe.training.curve import read_curve
+from unimoe.testing import IMAGE, SPEECH, assert_same_run, run_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -71,19 +68,6 @@ def alone(world, tmp_path_factory) -> Path:
     return output
 
 
-def assert_equal(output: Path, alone: Path):
-    """Curve and weights within 1e-5."""
-    curves = [read_curve(folder / "logs" / "metrics.csv") for folder in (output, alone)]
-    assert len(curves[0]) == len(curves[1])
-    for one, other in zip(*curves, strict=True):
-        for key in one.keys() - {"train/tokens_per_second"}:
-            assert abs(one[key] - other[key]) <= 1e-5 * max(1, abs(other[key])), (key, one["step"])
-    weights = [load_file(folder / "model.safetensors") for folder in (output, alone)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[1].items():
-        torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=1e-5)
-
-
 def divided(exchange: str) -> dict:
     init = {"expert_parallel": 2, "exchange": exchange}
     return {"class_path": "unimoe.training.sharding.Sharded", "init_args": init}
@@ -101,7 +85,7 @@ def test_two_processes_train_as_one(world, alone, tmp_path):
     runs["all_reduce"]["data"]["batch_size"] = 4  # both see the same
     fit(2, *runs.values())
     for run in runs.values():
-        assert_equal(Path(run["output"]), alone)
+        assert_same_run(Path(run["output"]), alone)
 
 
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["2 to 1", "1 to 2"])
@@ -120,4 +104,4 @@ def test_a_sharded_checkpoint_goes_on_with_other_ranks(world, alone, tmp_path, r
     said = fit(ranks[1], settings(world, output, ranks[1], strategy))
     assert f"going on after step {10 if damaged else 12} of {STEPS}" in said
     assert ("is damaged" in said) == damaged
-    assert_equal(output, alone)
+    assert_same_run(output, alone)

@@ -1,5 +1,6 @@
 """A stage that is killed goes on where it was, and ends as one that was not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
+from unimoe.consolidate import consolidate
 from unimoe.errors import UserError
+from unimoe.loading import load_model
 from unimoe.stages.cli import main
-from unimoe.testing import IMAGE, SPEECH
+from unimoe.testing import IMAGE, SPEECH, assert_same_run
 from unimoe.training.curve import read_curve
 from unimoe.training.resume import saved_step
 
 STEPS = 40
-SPEED = {"train/tokens_per_second"}
-"""Differs from run to run, and the first step after a start has none."""
+STOP = {"class_path": "unimoe.testing.StopAfter", "init_args": {"step": 4}}
 
 
 def settings(world: Path, output: Path) -> dict:
@@ -97,15 +98,7 @@ def test_kill_9_changes_nothing(world, tmp_path):
     assert process.returncode == 0, said
     assert f"going on after step {begun} of {STEPS}" in said
 
-    curves = [read_curve(folder / "logs" / "metrics.csv") for folder in (whole, killed)]
-    assert [row["step"] for row in curves[1]] == [row["step"] for row in curves[0]]
-    for one, other in zip(*curves, strict=True):
-        assert one.keys() - SPEED == other.keys() - SPEED
-        for key in one.keys() - SPEED:
-            assert abs(one[key] - other[key]) <= 1e-5, (key, one["step"])
-    weights = [load_file(folder / "model.safetensors") for folder in (whole, killed)]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+    assert_same_run(killed, whole)
 
 
 @pytest.mark.slow
@@ -120,6 +113,29 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(world, tmp_path):
     assert step == len(read_curve(output / "logs" / "metrics.csv"))
     assert f"stopped after step {step}; the same command goes on from there" in said
     assert "Traceback" not in said
+
+
+def test_the_checkpoint_of_an_unfinished_run_becomes_a_model(world, tmp_path):
+    run, model = tmp_path / "run", tmp_path / "model"
+    unfinished = settings(world, run) | {"trainer": {"callbacks": [STOP]}}
+    path = tmp_path / "unfinished.yaml"
+    path.write_text(yaml.safe_dump(unfinished))
+    with pytest.raises(KeyboardInterrupt):
+        main(["fit", "-c", str(path)])
+    before = sorted(run.rglob("*"))
+    consolidate(str(run), str(model))
+    record = json.loads((model / "stage.json").read_text())
+    assert record["steps"] == 4 and record["settings"] == json.loads((run / "settings.json").read_text())
+    held = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    found = load_model(model)[0].state_dict()
+    trained = [name for name in held if name.removeprefix("model.") in found]
+    assert len(trained) > 4
+    for name in trained:
+        torch.testing.assert_close(found[name.removeprefix("model.")], held[name], rtol=0, atol=0)
+    assert sorted(run.rglob("*")) == before
+    for wrong, message in (([run, model], "is there already"), ([model, run / "x"], "holds no checkpoints")):
+        with pytest.raises(UserError, match=message):
+            consolidate(*map(str, wrong))
 
 
 def test_a_damaged_checkpoint_is_named(world, tmp_path):

@@ -1,11 +1,20 @@
 import logging
+import multiprocessing
+import os
+import resource
+import signal
+import threading
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from unimoe.errors import UserError
-from unimoe.training.resume import newest, remove
+from unimoe.testing import StopAfter
+from unimoe.training import sharding
+from unimoe.training.resume import Interrupted, LastCheckpoint, newest, remove, saved_step
 from unimoe.training.sharding import by_name, by_number
 
 
@@ -46,3 +55,111 @@ def test_optimizer_states_by_name_and_by_number():
     assert named["param_groups"][0]["params"] == ["1.weight", "0.bias"]
     assert named["state"]["0.weight"]["exp_avg"].shape == (3, 2)
     assert by_number(named) == state
+
+
+class Line(LightningModule):
+    """Weights that change with every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+class At(Callback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments):
+        if trainer.global_step == self.step:
+            self.act(trainer)
+
+
+def train(folder, *callbacks):
+    """Six steps, with checkpoints after every second one; returns where the newest is."""
+    path = folder / "last.ckpt"
+    trainer = Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[LastCheckpoint(path, 2), *callbacks],
+    )
+    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(6, 2)))
+    return path
+
+
+def test_training_goes_on_while_the_state_as_it_was_is_written(tmp_path, monkeypatch):
+    write, go_on, found = sharding._write, threading.Event(), {}
+
+    def held(checkpoint, path):
+        found["in time"] = go_on.wait(60)
+        write(checkpoint, path)
+        found.setdefault("written", checkpoint)
+
+    monkeypatch.setattr(sharding, "_write", held)
+    weights = At(2, lambda trainer: found.update(there=trainer.model.layer.weight.detach().clone()))
+    train(tmp_path, weights, At(3, lambda trainer: go_on.set()))
+    assert found["in time"], "step 3 waited for the checkpoint of step 2"
+    assert found["written"]["global_step"] == 2
+    torch.testing.assert_close(found["written"]["state_dict"]["layer.weight"], found["there"], rtol=0, atol=0)
+    assert saved_step(tmp_path / "last.ckpt") == 6
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog):
+    """No file may grow beyond 100 bytes from step 3 on, which the writer meets as it would a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(trainer):
+        trainer.checkpoint_callback.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+
+    try:
+        path = train(tmp_path, At(3, fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [message for message in caplog.messages if "cannot be written" in message]
+    assert said[0].startswith("the checkpoint of step 4") and said[-1].startswith("the checkpoint of step 6")
+    assert "too large" in said[-1] and said[-1].endswith("GB are free); the one before it stays")
+    assert newest(path) == (path, 2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt"]
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    write = sharding._write
+
+    def killed(checkpoint, path):
+        write(checkpoint, path)
+        if checkpoint["global_step"] == 4:
+            path.write_bytes(path.read_bytes()[:500])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(sharding, "_write", killed)
+    process = multiprocessing.get_context("fork").Process(target=train, args=(tmp_path,))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "last.ckpt.tmp").stat().st_size == 500
+    assert newest(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
+
+
+def test_who_stops_a_run_waits_for_its_checkpoint(tmp_path, monkeypatch):
+    write, asked = sharding._write, threading.Event()
+
+    def late(checkpoint, path):
+        asked.wait(0.3)
+        write(checkpoint, path)
+
+    monkeypatch.setattr(sharding, "_write", late)
+    with pytest.raises(Interrupted, match="^stopped after step 3$"):
+        train(tmp_path, StopAfter(3))
+    assert newest(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 3)

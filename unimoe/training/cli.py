@@ -5,12 +5,14 @@ The systems of the suite give it their module and their data: ``unimoe fit -c FI
 
 import json
 import logging
+import shutil
 import sys
 import warnings
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -21,16 +23,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from unimoe.data.readers import data_hashes
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
 from unimoe.kernels.allocator import keep_memory
 
 from .curve import CurveLogger, read_curve
+from .elastic import check_overwrite, own_store
 from .progress import PlainProgress, StageBar, clock
 from .ranks import data_ranks
 from .result import SETTINGS_FILE, StageRecord, check_same, clear, flatten, folder_hash, read_record
-from .resume import Interrupted, LastCheckpoint, newest, remove
-from .sharding import AnyCheckpoint, Sharded, unshard
+from .resume import Interrupted, LastCheckpoint, newest
+from .sharding import unshard
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the modality sampler divides the work among the ranks itself
 }
+CONFIG_FILE = "config.yaml"
+"""Beside the checkpoints: what the run was called with."""
 RESULT_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 """The trainer's settings that change the result; with others a run may be resumed."""
 
@@ -52,7 +57,8 @@ class Finished(Exception):
 class RunCLI(LightningCLI):
     """LightningCLI whose output folder holds all that a run leaves.
 
-    ``checkpoints/``           the last two, to go on after an interruption (removed at the end)
+    ``checkpoints/``           the last two, to go on after an interruption, and what the run was called with
+                               (removed at the end)
     ``logs/``                  metrics.csv, and the same for TensorBoard
     ``settings.json``          what decides the result
     ``stage.json``             written last: the run is finished
@@ -96,6 +102,12 @@ class RunCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every", type=int, default=50, help="Optimizer steps between checkpoints."
         )
+        parser.add_argument(
+            "--consolidate",
+            type=str | None,
+            default=None,
+            help="Train nothing; write what the newest checkpoint holds into this folder, by one process.",
+        )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.steps", "trainer.max_steps")
@@ -130,6 +142,13 @@ class RunCLI(LightningCLI):
         init_from = self._get(self.config, "model.init_from")
         if init_from is not None:
             self.find_start(init_from)
+        self.target = self._get(self.config, "consolidate")
+        if self.target is not None:
+            if Path(self.target).exists():
+                raise UserError(f"{self.target} is there already; choose a new folder")
+            alone = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            for key, value in {**alone, "callbacks": None, "limit_train_batches": 0}.items():
+                self.config["fit"]["trainer"][key] = value
 
     def _settings(self, ranks: int) -> dict[str, Any]:
         """Everything that decides the result, by dotted key, contents of files included.
@@ -140,7 +159,7 @@ class RunCLI(LightningCLI):
         verb = str(self.subcommand)
         nested: dict[str, Any] = json.loads(self._parser(verb).dump(self.config[verb], format="json"))
         nested["trainer"] = {key: nested["trainer"].get(key) for key in RESULT_KEYS}
-        for key in ("system", "output", "overwrite", "checkpoint_every", "config"):
+        for key in ("system", "output", "overwrite", "checkpoint_every", "consolidate", "config"):
             nested.pop(key, None)
         data = nested["data"]
         data["batch_size"] *= ranks
@@ -160,6 +179,7 @@ class RunCLI(LightningCLI):
     def _compare(self) -> None:
         """Go on, begin, or stop, depending on what lies in the output folder."""
         if self._get(self.config, "overwrite"):
+            check_overwrite()
             if not rank_zero_only.rank:
                 clear(self.output)
             return
@@ -170,7 +190,7 @@ class RunCLI(LightningCLI):
                 f"{self.output} is finished: {done.stage}, {done.steps} steps, {clock(done.seconds)}"
             )
         begun = self.output / SETTINGS_FILE
-        if begun.is_file() and (self.output / "checkpoints").is_dir():
+        if begun.is_file() and any((self.output / "checkpoints").glob("*.ckpt")):
             check_same(self.output, json.loads(begun.read_text(encoding="utf-8")), self.settings)
 
     # ---------------------------------------------------------------- trainer
@@ -183,7 +203,8 @@ class RunCLI(LightningCLI):
         callbacks: list[Callback] = given if isinstance(given, list) else [given] if given else []
         if training:
             self.curve = CurveLogger(self.output / "logs")
-            kwargs["logger"] = [self.curve, TensorBoardLogger(self.output, name="", version="logs")]
+            if self.target is None:
+                kwargs["logger"] = [self.curve, TensorBoardLogger(self.output, name="", version="logs")]
             self.last = LastCheckpoint(
                 self.output / "checkpoints" / "last.ckpt", self._get(self.config, "checkpoint_every")
             )
@@ -194,10 +215,12 @@ class RunCLI(LightningCLI):
         elif settings["enable_progress_bar"] is not False:
             callbacks.append(StageBar(self._get(self.config, "stage")))
         kwargs["callbacks"] = callbacks
-        trainer = super().instantiate_trainer(**kwargs)
-        if not isinstance(trainer.strategy, Sharded):
-            trainer.strategy.checkpoint_io = AnyCheckpoint()
-        if training:
+        self.store = own_store()
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # other numbers of processes than torchrun or Slurm started
+            raise UserError(f"trainer: {first_line(error)}") from error
+        if training and self.target is None:
             self.settings = self._settings(data_ranks(trainer)[0])
             self._compare()
         return trainer
@@ -207,10 +230,15 @@ class RunCLI(LightningCLI):
     def fit(self, model: LightningModule, datamodule: Any, **kwargs: Any) -> None:
         """Train, or go on training, and write the result."""
         name = self._get(self.config, "stage")
+        if self.target is not None:
+            return self._consolidate(model, name, Path(self.target))
         found = None if self._get(self.config, "overwrite") else newest(self.last.path)
         checkpoint, begun = found or (None, 0)
         if self.trainer.is_global_zero:
             atomic_write(self.output / SETTINGS_FILE, json.dumps(self.settings, indent=2) + "\n")
+            dumped = self._parser("fit").dump(self.config["fit"], format="json", skip_unset=False)
+            called = {key: value for key, value in json.loads(dumped).items() if key != "config"}
+            atomic_write(self.last.path.with_name(CONFIG_FILE), yaml.safe_dump(called))
         if checkpoint is not None:
             log.info("%s: going on after step %d of %d", name, begun, datamodule.steps)
         else:
@@ -231,10 +259,22 @@ class RunCLI(LightningCLI):
         unshard(model)
         if self.trainer.is_global_zero:
             loss = self.write(model, name)
-            remove(self.last.path)
+            shutil.rmtree(self.last.path.parent)
             log.info(
                 "%s: finished after %s, loss %.4f, in %s", name, clock(self.last.seconds), loss, self.output
             )
+
+    def _consolidate(self, model: LightningModule, name: str, folder: Path) -> None:
+        """Write what the newest checkpoint holds into ``folder``, by way of a run of no steps."""
+        found = newest(self.last.path)
+        if found is None or not (self.output / SETTINGS_FILE).is_file():
+            raise UserError(f"{self.output} holds no checkpoint")
+        self.settings = json.loads((self.output / SETTINGS_FILE).read_text(encoding="utf-8"))
+        self.data_hashes = self.settings["content of data"]
+        self.trainer.fit(model, train_dataloaders=[], ckpt_path=found[0], weights_only=True)
+        self.output = folder
+        self.write(model, name)
+        log.info("%s: the model after step %d is in %s", name, found[1], folder)
 
     def record(self, name: str, init_from: str | None, parameters: dict[str, int]) -> StageRecord:
         """What ``stage.json`` says of the run that ends, ``name`` being the stage's."""
@@ -244,12 +284,13 @@ class RunCLI(LightningCLI):
             stage = parent.stage if parent else ""
             sha256 = self.settings["content of init_from"]
             parents.append({"folder": init_from, "stage": stage, "sha256": sha256})
+        rows = [row for row in read_curve(self.curve.path) if row["step"] <= self.trainer.global_step]
         return StageRecord(
             stage=name,
             settings=self.settings,
             parents=parents,
             data=self.data_hashes,
-            metrics={key: value for row in read_curve(self.curve.path) for key, value in row.items()},
+            metrics={key: value for row in rows for key, value in row.items()},
             parameters=parameters,
             steps=self.trainer.global_step,
             seconds=round(self.last.seconds, 1),

@@ -6,17 +6,20 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 
-from .sharding import META
+from .sharding import META, AnyCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +31,11 @@ class Interrupted(Exception):
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` every so many optimizer steps, at the end, and when the run is asked to stop.
 
-    The file (or folder, where weights are sharded) is written under another name and renamed, so that a kill
-    at any moment leaves a whole one; the one before is kept beside it. On the first Ctrl-C or SIGTERM, of any
-    process, the current step is finished and saved, then ``Interrupted`` is raised; a second one stops at
-    once.
+    Training waits until the state is copied to the CPU's memory; a thread writes the copy. The file (or
+    folder, where weights are sharded) is written under another name and renamed, so that a kill at any moment
+    leaves a whole one; the one before is kept beside it. When it cannot be written, a warning says so, the
+    one before stays, and training goes on. On the first Ctrl-C or SIGTERM, of any process, the current step
+    is finished and saved, then ``Interrupted`` is raised; a second one stops without saving.
     """
 
     def __init__(self, path: Path, every: int):
@@ -39,6 +43,9 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every = every
         self.seconds_before = 0.0
+        self._io = AnyCheckpoint()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._written: Future[bool] | None = None
         self._stop = False
         self._began = time.monotonic()
         self._handlers: dict[signal.Signals, Any] = {}
@@ -53,6 +60,9 @@ class LastCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds_before = state_dict["seconds"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = self._io
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
@@ -69,14 +79,17 @@ class LastCheckpoint(Checkpoint):
         if stop or trainer.global_step % self.every == 0:
             self.save(trainer)
         if stop:
-            raise Interrupted(f"stopped after step {trainer.global_step}")
+            saved = "" if self.wait() else ", with the checkpoint before it"
+            raise Interrupted(f"stopped after step {trainer.global_step}{saved}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+        self.wait()
         self._restore_handlers()  # before Lightning restores its own, or its handler would keep the trainer
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+        self.wait()
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -84,23 +97,55 @@ class LastCheckpoint(Checkpoint):
         self._handlers = {}
 
     def save(self, trainer: Trainer) -> None:
-        """Write the checkpoint now."""
+        """Copy the state now, for a thread to write; wait before that until the copy before is written."""
+        self.wait()
         temporary = self.path.with_name(self.path.name + ".tmp")
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove(temporary)  # of a kill in the middle
         trainer.strategy.barrier()
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            if self.path.exists():
-                _remove(before(self.path))
-                os.replace(self.path, before(self.path))
-            os.replace(temporary, self.path)
+        with self._io.deferred() as writes:
+            trainer.save_checkpoint(temporary)
+        step = trainer.global_step if trainer.is_global_zero else None
+        self._written = self._thread.submit(self._complete, writes, temporary, step)
+
+    def wait(self) -> bool:
+        """Until the last checkpoint is written; whether it could be."""
+        return self._written is None or self._written.result()
+
+    def _complete(self, writes: list[Callable[[], object]], temporary: Path, step: int | None) -> bool:
+        """Write what was copied, and on the first process (``step`` is None on others) give it its name."""
+        try:
+            for write in writes:
+                write()
+            if step is not None:
+                if self.path.exists():
+                    _remove(before(self.path))
+                    os.replace(self.path, before(self.path))
+                os.replace(temporary, self.path)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if step is not None:
+                free = shutil.disk_usage(self.path.parent).free / 1e9
+                left = "the one before it stays" if self.path.exists() else "there is none yet"
+                reason = f"{first_line(_cause(error))}; {free:.1f} GB are free"
+                log.warning("the checkpoint of step %d cannot be written (%s); %s", step, reason, left)
+                _remove(temporary)
+            return False
+        return True
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first, on the first process where something did."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = error.failures[min(error.failures)][0]
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def before(path: Path) -> Path:

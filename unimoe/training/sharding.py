@@ -4,7 +4,9 @@ Each block of the model gathers its weights when it runs and lets go of them aft
 block is gathered for the whole step.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, new_group
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -63,6 +68,8 @@ class Sharded(ModelParallelStrategy):
         super().__init__(process_group_backend=process_group_backend)
         self.expert_parallel = expert_parallel
         self.exchange: Exchange = exchange
+        self._writers: ProcessGroup | None = None
+        """For what writing threads tell each other, apart from what training does."""
 
     @property
     def ranks_per_batch(self) -> int:
@@ -82,6 +89,23 @@ class Sharded(ModelParallelStrategy):
             found = type(self.lightning_module).__name__
             raise UserError(f"trainer.strategy fsdp2 divides the models of stages, found {found}; set ddp")
         super().setup(trainer)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Each process writes its shards; in the background where :meth:`AnyCheckpoint.deferred` says so."""
+        later = getattr(self.checkpoint_io, "later", None)
+        if later is None:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        path = Path(self.broadcast(filepath))
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {"state_dict": checkpoint.pop("state_dict")}
+        for index, state in enumerate(checkpoint.pop("optimizer_states")):
+            tensors[f"optimizer_{index}"] = state
+        self._writers = self._writers or new_group(backend="gloo")
+        later.append(async_save(tensors, checkpoint_id=path, process_group=self._writers).result)
+        if self.global_rank == 0:
+            later.append(partial(_write, _copy(checkpoint), path / META))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Model and optimizer take their shards; returns the rest, and the names of what was loaded."""
@@ -111,7 +135,27 @@ class Sharded(ModelParallelStrategy):
 
 
 class AnyCheckpoint(TorchCheckpointIO):
-    """Reads the folders that :class:`Sharded` leaves where one process holds all: whole, in memory."""
+    """Reads the folders that :class:`Sharded` leaves where one process holds all: whole, in memory. Leaves
+    the writing to a thread of the caller, if asked to."""
+
+    later: list[Callable[[], object]] | None = None
+    """What is left to the caller, inside ``deferred``."""
+
+    @contextmanager
+    def deferred(self) -> Iterator[list[Callable[[], object]]]:
+        """Inside, what is saved is copied to the CPU's memory; the list gets functions that write it."""
+        self.later = writes = []
+        try:
+            yield writes
+        finally:
+            self.later = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        if self.later is None:
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        self.later.append(partial(_write, _copy(checkpoint), Path(path)))
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not Path(path).is_dir():
@@ -119,6 +163,16 @@ class AnyCheckpoint(TorchCheckpointIO):
         found = _load_distributed_checkpoint(Path(path))
         shards = [found.pop(f"optimizer_{index}") for index in range(len(found["lr_schedulers"]))]
         return {**found, "optimizer_states": [by_number(state) for state in shards]}
+
+
+def _copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The state as it is now, on the CPU."""
+    return apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # its errors say more than those of torch's own files
+        torch.save(checkpoint, file)
 
 
 StrategyRegistry.register("fsdp2", Sharded, description="FSDP2 over all processes")

@@ -1,0 +1,49 @@
+"""Runs under torchrun, which starts all processes again when one dies."""
+
+import os
+import socket
+import time
+
+from torch.distributed import TCPStore
+
+from unimoe.errors import UserError
+
+PORT = "unimoe/port"
+
+
+def own_store() -> TCPStore | None:
+    """Let the processes of this start meet in a store of their own, which the first one holds: keep it.
+
+    torchrun's own store outlives a restart, and so do the addresses in it of processes that died, which the
+    first ones to come then try to reach (https://github.com/pytorch/pytorch/issues/135712). None where
+    torchrun did not start this process, or has no such store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address = os.environ["MASTER_ADDR"]
+    outliving = TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False)
+    own = None
+    if os.environ["RANK"] == "0":
+        own = TCPStore(address, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        outliving.set(PORT, str(own.port))
+    while not _listens(address, port := int(outliving.get(PORT))):  # that of an earlier start
+        time.sleep(0.1)
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return own
+
+
+def _listens(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def check_overwrite() -> None:
+    """Raises UserError where a restart by torchrun would throw away what the run has come to."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise UserError(
+            "--overwrite true does not go with torchrun's --max-restarts, since every restart would begin "
+            "anew; delete the output folder instead"
+        )
