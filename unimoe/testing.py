@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from unimoe.training.curve import read_curve
+
 from .build import Built, build_model
 from .prompt import CHATML
-from .training.curve import read_curve
 
 IMAGE = {
     "encoder": {"type": "timm", "name": "test_efficientnet", "image_size": 64},

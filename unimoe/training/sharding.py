@@ -15,7 +15,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, new_group
 from torch.distributed.checkpoint.state_dict import (
@@ -35,6 +34,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_map_only
 
 from unimoe.errors import UserError
 from unimoe.moe import MoELayer, Router
@@ -167,7 +167,7 @@ class AnyCheckpoint(TorchCheckpointIO):
 
 def _copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The state as it is now, on the CPU."""
-    return apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
