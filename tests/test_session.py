@@ -150,5 +150,6 @@ def test_media_that_lie_in_no_file_cannot_be_saved(talk, files):
 def test_kinds_by_name(built):
     processor = built[1]
     assert [kind_of(name, processor) for name in ("a.png", "b.MP4", "c.wav")] == ["image", "video", "speech"]
+    assert kind_of("c.wav", processor, speech=False) == "audio"
     with pytest.raises(UserError, match="expected a picture, film or sound, found text"):
         kind_of("notes.txt", processor)

@@ -126,7 +126,8 @@ def expert_names(model: str | Path, width: int, null: int = 0) -> list[str]:
         done = read_record(folder)
         if done is None or not done.parents:
             break
-        folder = Path(done.parents[0]["folder"])
+        parent = Path(done.parents[0]["folder"])
+        folder = parent if parent.exists() else folder.parent / parent.name  # a run that was moved whole
     else:
         slots = [str(slot["name"]) for slot in yaml.safe_load(manifest.read_text("utf-8"))["experts"]]
     names = [str(number) for number in range(real)]

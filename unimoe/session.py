@@ -217,13 +217,14 @@ class Conversation:
             )
 
 
-def kind_of(path: str, processor: UniMoeProcessor) -> str:
-    """What kind of medium a file is, by its name; a sound is speech where the model takes that.
+def kind_of(path: str, processor: UniMoeProcessor, speech: bool = True) -> str:
+    """What kind of medium a file is, by its name; a sound is speech where the model takes that, unless told
+    otherwise.
 
     Raises UserError for the name of something else.
     """
     family = (mimetypes.guess_type(path)[0] or "nothing known").partition("/")[0]
-    if family == "audio" and "speech" in processor.modalities:
+    if family == "audio" and speech and "speech" in processor.modalities:
         return "speech"
     if family not in MEDIA:
         raise UserError(f"{path}: expected a picture, film or sound, found {family} by its name")

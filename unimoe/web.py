@@ -137,6 +137,8 @@ class ChatTab:
             gr.Number(0, precision=0, minimum=0, label="seed", render=False),
             gr.Textbox(label="instructions the conversation opens with", render=False),
         ]
+        if {"speech", "audio"} <= set(kinds):
+            settings.append(gr.Checkbox(label="what is heard here is no speech", render=False))
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 gr.ChatInterface(
@@ -178,6 +180,7 @@ class ChatTab:
         temperature: float,
         seed: int,
         system: str,
+        no_speech: bool = False,
     ) -> Iterator[tuple[str, Any]]:
         """The answer so far and the panel, again and again, as Gradio's ChatInterface asks for it."""
         gr = _gradio()
@@ -187,11 +190,12 @@ class ChatTab:
             settings.check()
             talk = Conversation(self.model, self.processor, settings)
             for turn in _answered(history):
-                self._attach(talk, [part["file"] for part in turn["content"] if part["type"] == "file"])
+                files = [part["file"] for part in turn["content"] if part["type"] == "file"]
+                self._attach(talk, files, not no_speech)
                 texts = [{"type": "text", "text": p["text"]} for p in turn["content"] if p["type"] == "text"]
                 talk.turns.append({"role": turn["role"], "content": [*talk.attached, *texts]})
                 talk.attached = []
-            self._attach(talk, [{"path": path} for path in message["files"]])
+            self._attach(talk, [{"path": path} for path in message["files"]], not no_speech)
             if not message["text"].strip() and not talk.attached:
                 raise UserError("the message is empty; write, speak or attach something")
             said = ""
@@ -202,10 +206,10 @@ class ChatTab:
         except UserError as error:
             gr.Warning(str(error))  # the question stays, without an answer
 
-    def _attach(self, talk: Conversation, files: Sequence[dict[str, Any]]):
+    def _attach(self, talk: Conversation, files: Sequence[dict[str, Any]], speech: bool):
         for file in files:
             name = Path(file["path"]).name
-            talk.attach(kind_of(name, self.processor), file["path"], name)
+            talk.attach(kind_of(name, self.processor, speech), file["path"], name)
 
     def panel(self, traffic: Traffic) -> str:
         """The expert load of an exchange by layer and kind of token, as HTML."""
