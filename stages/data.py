@@ -120,8 +120,6 @@ class StageData(LightningDataModule):
             features = None
             if self.cache_features:
                 features = self._fill_cache(module)
-            if self.pack and module.model.config.rope_sections:
-                raise UserError("data.pack does not go with a model whose media have times (rope_sections)")
             self._collator = Collator(module.processor, self.max_length, features, self.too_long)
         return self._collator
 

@@ -21,6 +21,7 @@ from unimoe.prepare.cache import resolve_part
 from .configuration import MEDIA, PLACEHOLDERS, UniMoeConfig
 from .errors import UserError, first_line
 from .modeling import UniMoeForConditionalGeneration
+from .positions import install_time_rotary
 from .processing import UniMoeProcessor
 from .prompt import CHATML, CHATML_TOKENS, VICUNA
 
@@ -38,6 +39,7 @@ def build_model(
     modalities: dict[str, dict[str, Any]] | None = None,
     moe: dict[str, Any] | None = None,
     chat_template: str | None = None,
+    rope_sections: list[int] | None = None,
 ) -> Built:
     """Put a model and its processor together; connectors start at random, all else as its maker left it.
 
@@ -50,9 +52,15 @@ def build_model(
         moe: fields of :class:`unimoe.moe.MoEConfig`, to copy the FFNs into experts at once; None keeps the
             LLM dense.
         chat_template: ``chatml``, ``vicuna``, a Jinja template, or None for the tokenizer's own.
+        rope_sections: how many of a head's frequencies turn with time, height and width of a medium
+            (:mod:`unimoe.positions`); None keeps positions a sequence.
     """
     encoders = load_encoders(modalities or {})
-    return assemble_model(*load_llm(llm, chat_template), encoders, modalities or {}, moe)
+    model, processor = assemble_model(*load_llm(llm, chat_template), encoders, modalities or {}, moe)
+    if rope_sections:
+        install_time_rotary(model.model.language_model, rope_sections)
+        model.config.rope_sections, processor.rope_rate = rope_sections, model.config.rope_rate
+    return model, processor
 
 
 def load_encoders(modalities: dict[str, dict[str, Any]]) -> dict[str, Encoder]:
@@ -111,7 +119,7 @@ def add_modalities(
             raise UserError(f"modalities.{kind}: the model has {kind} already; name only media to add")
     _attach(model, processor.tokenizer, load_encoders(modalities), modalities)
     template: Any = processor.chat_template  # one string; other processors may have several
-    return UniMoeProcessor(processor.tokenizer, processor_parts(model), template)
+    return UniMoeProcessor(processor.tokenizer, processor_parts(model), template, processor.rope_rate)
 
 
 def _attach(

@@ -47,6 +47,9 @@ class UniMoeConfig(PreTrainedConfig):
     """Frequencies that turn with time, height and width where ``position_ids`` are [3, B, T]
     (:mod:`unimoe.positions`); together half a head, such as 16, 24, 24. None: positions are a sequence."""
 
+    rope_rate: float = 2.0
+    """With ``rope_sections``: by how much the time of a film or a sound advances in a second."""
+
     image_token_id: int | None = None
     """Id of ``<image>``; None where the model has no images. The same for the three below."""
 

@@ -19,7 +19,7 @@ from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, routing_conte
 from unimoe.moe.install import install_moe
 
 from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
-from .positions import TimeRotary, time_ids
+from .positions import install_time_rotary, time_ids
 
 Encoded = tuple[Tensor, Tensor | None]
 """Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
@@ -95,10 +95,7 @@ class UniMoeModel(UniMoePreTrainedModel):
         if config.moe:
             install_moe(self.language_model, MoEConfig(**config.moe))
         if config.rope_sections:
-            text = config.get_text_config()
-            head = getattr(text, "head_dim", None) or hidden_size // text.num_attention_heads
-            rotary: Any = self.language_model.rotary_emb
-            self.language_model.rotary_emb = TimeRotary(rotary, config.rope_sections, head // 2)
+            install_time_rotary(self.language_model, config.rope_sections)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -178,7 +175,7 @@ class UniMoeModel(UniMoePreTrainedModel):
             attention_mask: [B, T], 0 on padding (with a cache: [B, past + T]).
             position_ids: [B, T]; without an ``attention_mask`` a sample begins wherever they do not go on by
                 one, and attends to itself only (packing). With ``rope_sections`` they may be [3, B, T]: time,
-                height and width (:func:`unimoe.positions.time_positions`).
+                height and width (:mod:`unimoe.positions`), or [4, B, T]: these behind the others.
             inputs_embeds: [B, T, H], from :meth:`embed`, with the media in their places; ``input_ids`` beside
                 them only tell the modality of each token.
             pixel_values: [M, 3, height, width], the pictures of all rows in order.
@@ -204,18 +201,19 @@ class UniMoeModel(UniMoePreTrainedModel):
             inputs_embeds = self.embed(input_ids, encoded_media, **raw)
         elif encoded_media or any(value is not None for value in raw.values()):
             raise ValueError("media need input_ids alone: their placeholders say where the media tokens go")
-        packed = position_ids is not None and position_ids.dim() == 2
-        if packed and attention_mask is None and past_key_values is None:
+        axes = None
+        if position_ids is not None and position_ids.dim() == 3:
+            if not self.config.rope_sections:
+                raise ValueError("position_ids of three axes need a model with config.rope_sections")
+            axes, position_ids = position_ids[-3:], position_ids[0] if len(position_ids) == 4 else None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
             kwargs.setdefault("use_cache", False)  # only without a cache are packed samples told apart
         with ExitStack() as around:
             around.enter_context(
                 routing_context(self.token_context(input_ids, attention_mask, inputs_embeds))
             )
-            if position_ids is not None and position_ids.dim() == 3:
-                if not self.config.rope_sections:
-                    raise ValueError("position_ids [3, B, T] need a model with config.rope_sections")
-                around.enter_context(time_ids(position_ids))
-                position_ids = None  # the order of the tokens, for the attention mask, is that of the row
+            if axes is not None:
+                around.enter_context(time_ids(axes))
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,

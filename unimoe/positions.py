@@ -1,20 +1,23 @@
 """Positions with a clock: time, height and width of every token (Omni-Modality 3D RoPE of Uni-MoE-2.0-Omni,
 2511.12609), so that the sound and the frames of one clip lie at the same time.
 
-    film = [Span("video", 32, (4, 4), (0.0, 0.5)), Span("audio", 20, seconds=(3.0,), with_previous=True)]
-    ids = time_positions([Span("text", 5), *film, Span("text", 7)], theta=2)
-    model(input_ids, video_pixels=..., position_ids=ids[:, None])     # config.rope_sections: [16, 24, 24]
+    model, processor = build_model(llm, modalities, rope_sections=[8, 12, 12])
 
-Nothing computes them by itself yet: whoever wants them passes them.
+The processor of such a model writes ``position_ids`` [4, B, T]: a token's place in its row, by which packed
+samples are told apart, and its time, height and width. Training and generation take them as they are.
+
+    film = [Span("video", 32, (4, 4), (0.0, 0.5)), Span("audio", 20, seconds=(3.0,), with_previous=True)]
+    time_positions([Span("text", 5), *film, Span("text", 7)], theta=2)     # by hand
 
 Shapes: B rows, T tokens, d width of a head.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +46,39 @@ class Span:
 
     with_previous: bool = False
     """Starts at the time at which the span before it started: the sound of a video."""
+
+
+def picture_span(tokens: int) -> Span:
+    """An image of so many tokens: a square of them, or where they are none (queries) a line."""
+    side = math.isqrt(tokens)
+    return Span("image", tokens, (side, side) if side * side == tokens else (1, tokens))
+
+
+def row_positions(
+    input_ids: Sequence[int], kinds: Mapping[int, str], media: Mapping[str, Sequence[Span]], theta: float
+) -> list[list[int]]:
+    """[T][4] of a row of tokens: place in the row, time, height, width.
+
+    Args:
+        input_ids: placeholders expanded to one for each media token.
+        kinds: which medium a placeholder stands for.
+        media: the spans of each medium, in order.
+        theta: as of :func:`time_positions`.
+    """
+    waiting = {kind: iter(spans) for kind, spans in media.items()}
+    row: list[Span] = []
+    at = 0
+    while at < len(input_ids):
+        kind = kinds.get(input_ids[at])
+        if kind is None:
+            text = at
+            while at < len(input_ids) and input_ids[at] not in kinds:
+                at += 1
+            row.append(Span("text", at - text))
+        else:
+            row.append(next(waiting[kind]))
+            at += row[-1].tokens
+    return torch.cat([torch.arange(at)[None], time_positions(row, theta)]).T.tolist()
 
 
 def time_positions(spans: Sequence[Span], theta: float) -> Tensor:
@@ -104,6 +140,13 @@ def time_ids(ids_3BT: Tensor) -> Iterator[None]:
         yield
     finally:
         _ids.reset(token)
+
+
+def install_time_rotary(decoder: Any, sections: Sequence[int]) -> None:
+    """Let the rotary embedding of a transformers decoder turn with time, height and width, in place."""
+    text = decoder.config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    decoder.rotary_emb = TimeRotary(decoder.rotary_emb, sections, head // 2)
 
 
 class TimeRotary(nn.Module):

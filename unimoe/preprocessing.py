@@ -22,6 +22,7 @@ from unimoe.encoders.beats import BeatsEncoder, fbank
 
 from .configuration import MEDIA_INPUTS
 from .errors import UserError
+from .positions import Span, picture_span
 
 Inputs = dict[str, list[Tensor]]
 """Each of the encoder's inputs: one tensor for each of the encoder's items that a medium becomes."""
@@ -64,6 +65,10 @@ class ImagePreprocessor:
         """The encoder inputs of a picture and its number of tokens."""
         return {self.outputs[0]: [self.pixels(image)]}, num_tokens(self.connector, self.positions)
 
+    def span(self, image: Image.Image, tokens: int) -> Span:
+        """Where the tokens of a picture are, for models whose positions have a clock."""
+        return picture_span(tokens)
+
     def pixels(self, image: Image.Image) -> Tensor:
         """[3, S, S]"""
         image = image.convert("RGB")
@@ -94,6 +99,13 @@ class VideoPreprocessor(ImagePreprocessor):
         tokens = num_tokens(self.connector, len(image) * self.positions)
         return dict(zip(self.outputs, ([pixels], [torch.tensor(len(image))]), strict=True)), tokens
 
+    def span(self, image: list[Image.Image], tokens: int) -> Span:  # type: ignore[override]
+        """Pictures without a clock of their own are taken for one a second."""
+        if self.connector.get("time") == "mean":
+            return picture_span(tokens)
+        seconds = [frame.info.get("seconds", float(index)) for index, frame in enumerate(image)]
+        return Span("video", tokens, picture_span(tokens // len(image)).grid, seconds)
+
 
 class SoundPreprocessor:
     """Mono sound at 16 kHz to windows of at most 30 s as the encoder's spectrum [mel bins, frames].
@@ -108,7 +120,7 @@ class SoundPreprocessor:
     """Samples of the longest window that the encoders have positions for."""
 
     def __init__(self, kind: str, config: dict, connector: dict):
-        self.outputs = MEDIA_INPUTS[kind]
+        self.kind, self.outputs = kind, MEDIA_INPUTS[kind]
         self.spectrum = SPECTRA[config.get("spectrum", "whisper")](config["mel_bins"])
         self.connector = connector
         most = config.get("max_windows")
@@ -132,6 +144,9 @@ class SoundPreprocessor:
         frames = [torch.tensor(one.shape[-1]) for one in features]
         tokens = sum(num_tokens(self.connector, self.spectrum.positions(one.shape[-1])) for one in features)
         return dict(zip(self.outputs, (features, frames), strict=True)), tokens
+
+    def span(self, sound: np.ndarray, tokens: int) -> Span:
+        return Span(self.kind, tokens, seconds=(len(sound) / self.rate,))
 
 
 class WhisperSpectrum:

@@ -16,6 +16,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .configuration import MEDIA, PLACEHOLDERS
 from .errors import UserError
+from .positions import Span, row_positions
 from .preprocessing import PREPROCESSORS
 from .prompt import ANSWER, ANSWER_END, CHATML, control_pattern, mark_typed, tokenize, unmark
 
@@ -27,13 +28,18 @@ class UniMoeProcessor(ProcessorMixin):
         tokenizer: the LLM's, with the placeholders added as special tokens.
         modalities: for each medium the ``preprocessing`` and ``connector`` configuration.
         chat_template: Jinja template over messages whose content is a string; default the tokenizer's own.
+        rope_rate: of a model with ``rope_sections``, whose ``position_ids`` are written too; None: of others.
     """
 
     def __init__(
-        self, tokenizer: Any, modalities: dict[str, Any] | None = None, chat_template: str | None = None
+        self,
+        tokenizer: Any,
+        modalities: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        rope_rate: float | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHATML)
-        self.modalities = modalities or {}
+        self.modalities, self.rope_rate = modalities or {}, rope_rate
         self.preprocessors = {
             kind: PREPROCESSORS[kind](kind, parts["preprocessing"], parts["connector"])
             for kind, parts in self.modalities.items()
@@ -53,14 +59,16 @@ class UniMoeProcessor(ProcessorMixin):
             where: what errors call this conversation (file and line).
 
         Returns ``input_ids`` and ``assistant_mask`` (1 on what the assistant said and the token that ends its
-        turn), both lists, and for each medium present the encoder inputs of its items as lists of tensors.
+        turn), both lists, and for each medium present the encoder inputs of its items as lists of tensors;
+        with ``rope_rate`` also ``position_ids``, four of each token.
         """
         return self._expand(*self._render(messages, add_generation_prompt, where))
 
     def pad(self, encoded: list[dict[str, Any]], side: str = "right") -> BatchFeature:
         """Conversations from :meth:`encode` as one batch.
 
-        Returns ``input_ids`` and ``attention_mask`` [B, T], and the media of all rows.
+        Returns ``input_ids`` and ``attention_mask`` [B, T], ``position_ids`` [4, B, T] where rows have them,
+        and the media of all rows.
         """
         ids = [torch.tensor(row["input_ids"]) for row in encoded]
         pad_id = self.tokenizer.pad_token_id
@@ -69,6 +77,9 @@ class UniMoeProcessor(ProcessorMixin):
             "input_ids": pad_sequence(ids, True, pad_id, side),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0, side),
         }
+        if all("position_ids" in row for row in encoded):
+            rows_T4 = [torch.tensor(row["position_ids"]) for row in encoded]
+            batch["position_ids"] = pad_sequence(rows_T4, True, 0, side).permute(2, 0, 1)
         for preprocessor in self.preprocessors.values():
             for name in preprocessor.outputs:
                 items = [item for row in encoded for item in row.get(name, [])]
@@ -194,13 +205,19 @@ class UniMoeProcessor(ProcessorMixin):
     def _expand(self, text: str, media: dict[str, list]) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
         counts: dict[str, list[int]] = {}
+        spans: dict[str, list[Span]] = {}
         for kind, items in media.items():
             for item in items:
                 features, tokens = self.preprocessors[kind](item)
                 counts.setdefault(kind, []).append(tokens)
+                if self.rope_rate:
+                    spans.setdefault(kind, []).append(self.preprocessors[kind].span(item, tokens))
                 for name, tensors in features.items():
                     inputs.setdefault(name, []).extend(tensors)
         ids, said = tokenize(text, self.tokenizer, counts)
+        if self.rope_rate:
+            kinds = {self.tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]): kind for kind in media}
+            inputs["position_ids"] = row_positions(ids, kinds, spans, self.rope_rate)
         return {"input_ids": ids, "assistant_mask": said, **inputs}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from unimoe.configuration import PLACEHOLDERS
 from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
+from unimoe.positions import Span, picture_span
 
 from .features import FeatureCache
 from .media import describe
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 TooLong = Literal["error", "cut", "drop"]
 """What becomes of a sample of too many tokens."""
+
+SOUND_POSITIONS = 50
+"""Encoder positions in a second of sound, of Whisper as of BEATs."""
 
 IGNORED = -100
 """The label of a position that is not learned."""
@@ -58,6 +62,9 @@ class Collator:
         self._media_ids = set(processor.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values())))
         self._stored: dict[str, _StoredFeatures] = {}
         if features is not None:
+            if processor.rope_rate and "video" in features.kinds:
+                needed = "which this model's positions (rope_sections) need"
+                raise UserError(f"stored features of films have no times, {needed}; leave cache_features out")
             for kind in sorted(features.kinds):
                 has_lengths = len(processor.preprocessors[kind].outputs) > 1
                 connector = processor.modalities[kind]["connector"]
@@ -126,7 +133,7 @@ class Collator:
         for sample in samples:
             one = self.processor.encode(self._messages(sample), where=sample.source)
             mask = one.pop("assistant_mask")
-            if not self._fit(one["input_ids"], mask, sample):
+            if not self._fit(one, mask, sample):
                 continue
             if not any(mask):
                 raise UserError(f"{sample.source}: there is no assistant text to learn from")
@@ -150,7 +157,8 @@ class Collator:
                 joined.setdefault(name, []).extend(items)
         batch = self._pad([joined], "right")
         del batch["attention_mask"]
-        batch["position_ids"] = torch.cat([torch.arange(len(labels)) for _, labels in rows])[None]
+        if "position_ids" not in batch:
+            batch["position_ids"] = torch.cat([torch.arange(len(labels)) for _, labels in rows])[None]
         # the last token of a sample does not foretell the first of the next
         batch["labels"] = torch.tensor([sum(([IGNORED, *labels[1:]] for _, labels in rows), [])])
         return batch
@@ -162,8 +170,9 @@ class Collator:
             batch["encoded_media"] = {kind: self._stored[kind].take(batch) for kind in present}
         return batch
 
-    def _fit(self, input_ids: list[int], mask: list[int], sample: Sample) -> bool:
+    def _fit(self, row: dict[str, Any], mask: list[int], sample: Sample) -> bool:
         """Apply the policy for long samples, in place; False leaves the sample out."""
+        input_ids = row["input_ids"]
         if self.max_length is None or len(input_ids) <= self.max_length:
             return True
         length = len(input_ids)
@@ -177,7 +186,8 @@ class Collator:
             return False
         if self._media_ids.intersection(input_ids[self.max_length :]) or not any(mask[: self.max_length]):
             raise UserError(f"{found}, and cutting it would take away media or all assistant text")
-        del input_ids[self.max_length :], mask[self.max_length :]
+        for tokens in (input_ids, mask, row.get("position_ids", [])):
+            del tokens[self.max_length :]
         return True
 
     def _messages(self, sample: Sample) -> list[Message]:
@@ -221,6 +231,11 @@ class _StoredFeatures:
         values = windows, [torch.tensor(len(window)) for window in windows]
         tokens = sum(num_tokens(self.connector, len(window)) for window in windows)
         return dict(zip(self.outputs, values, strict=True)), tokens
+
+    def span(self, windows: list[Tensor], tokens: int) -> Span:
+        if self.kind == "image":
+            return picture_span(tokens)
+        return Span(self.kind, tokens, seconds=(sum(map(len, windows)) / SOUND_POSITIONS,))
 
     def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Remove this kind from ``batch``: what the encoder would have returned."""

@@ -27,7 +27,8 @@ _WHOLE = 0.9
 def load_video(
     part: Part, where: str, frames: int = 8, rate: float | None = None, longest: int | None = None
 ) -> list[Image.Image]:
-    """Decode a video part to RGB frames in the order of time, upright.
+    """Decode a video part to RGB frames in the order of time, upright; ``info["seconds"]`` of each says when
+    it is shown, where the video has a clock.
 
     ``part`` holds ``path`` (a file, or a list of pictures' paths), ``bytes``, a data URL ``url``, or pictures
     under ``video``.
@@ -123,6 +124,7 @@ def _frames(
             picture = picture.rotate(frame.rotation, expand=True)
         if longest:
             picture.thumbnail((longest, longest))
+        picture.info["seconds"] = (time - times[0]) * tick
         pictures.append(picture)
     return pictures
 

@@ -40,6 +40,12 @@ class Prompt:
         self.model = model
         self.ids_1T: Tensor = inputs.pop("input_ids")
         inputs.pop("attention_mask", None)
+        self.positions_41T: Tensor | None = inputs.pop("position_ids", None)
+        """Of models with a clock."""
+        self.ahead = 0
+        """By how much the position of the first answered token exceeds its place."""
+        if self.positions_41T is not None:
+            self.ahead = int(self.positions_41T[1:].max()) + 1 - self.ids_1T.shape[1]
         self.embeds_1TH = model.model.embed(self.ids_1T, **inputs)
         self.cache = DynamicCache(config=model.config)
         self.done = 0
@@ -50,6 +56,7 @@ class Prompt:
         output = self.model(
             input_ids=self.ids_1T[:, piece],
             inputs_embeds=self.embeds_1TH[:, piece],
+            position_ids=None if self.positions_41T is None else self.positions_41T[..., piece],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -66,8 +73,10 @@ class RunningBatch:
         self.cache: DynamicCache | None = None
         self.lengths: list[int] = []
         """Cached positions of each row, without padding."""
+        self.ahead: list[int] = []
+        """See :class:`Prompt`."""
 
-    def join(self, cache: DynamicCache):
+    def join(self, cache: DynamicCache, ahead: int = 0):
         """Add a row [1, heads, length, width in each layer]."""
         length = cache.get_seq_length()
         longest = max([length, *self.lengths])
@@ -76,6 +85,7 @@ class RunningBatch:
             new.values = torch.cat([_pad_left(ours.values, longest), _pad_left(new.values, longest)])
         self.cache = cache
         self.lengths.append(length)
+        self.ahead.append(ahead)
 
     def step(self, tokens: list[int]) -> Tensor:
         """Append one token to each row. Returns the logits [B, V] of the next ones."""
@@ -83,10 +93,14 @@ class RunningBatch:
         lengths_B1 = torch.tensor(self.lengths, device=device)[:, None]
         past = max(self.lengths)
         mask_BL = torch.arange(past + 1, device=device) >= past - lengths_B1
+        positions = lengths_B1
+        if self.model.config.rope_sections:
+            positions = lengths_B1 + torch.tensor(self.ahead, device=device)[:, None]
+            positions = torch.stack([lengths_B1, positions, positions, positions])
         output = self.model(
             input_ids=torch.tensor(tokens, device=device)[:, None],
             attention_mask=mask_BL.long(),
-            position_ids=lengths_B1,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -100,6 +114,7 @@ class RunningBatch:
             return
         before = max(self.lengths)
         self.lengths = [self.lengths[row] for row in rows]
+        self.ahead = [self.ahead[row] for row in rows]
         if not rows:
             self.cache = None
             return

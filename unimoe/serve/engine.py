@@ -161,7 +161,7 @@ class Engine:
                 if answer.finish_reason:
                     self._end(answer)
                 else:
-                    self._batch.join(prompt.cache)
+                    self._batch.join(prompt.cache, prompt.ahead)
                     self._rows.append(answer)
             except Exception as error:
                 logger.exception("a prompt failed")
