@@ -1,7 +1,7 @@
 """The class for lmms-eval, on its own base class where it is installed, else on one of the same signatures.
 
 lmms-eval 0.7.3 cannot be installed beside our pins (it wants av < 16); to try the real one, make an
-environment with `pip install lmms-eval pytest -e .`.
+environment with `pip install pytest -e '.[lmms-eval]'`.
 """
 
 import abc

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
-from tqdm import tqdm
+from rich.progress import Progress
 
-from .data import Collator, Sample
-from .data.sample import Part
+from unimoe.data import Collator, Sample
+from unimoe.data.sample import Part
+
 from .errors import UserError
 from .generate import ask_all
 from .loading import load_model
@@ -72,7 +73,8 @@ class UniMoe(lmms):
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[2]), []).append(index)
         collator, window = Collator(self.processor), 16 * self.batch_size  # pictures of all do not fit
-        with tqdm(total=len(requests), desc="unimoe", disable=self.rank != 0) as bar:
+        with Progress(disable=self.rank != 0) as bar:
+            shown = bar.add_task("unimoe", total=len(requests))
             for group in groups.values():
                 most, until = self._settings(requests[group[0]].args[2])
                 for start in range(0, len(group), window):
@@ -84,7 +86,7 @@ class UniMoe(lmms):
                             answers[chosen[place]] = cut(answer, until)
                             key = (request.args[0], request.args[2])
                             self.cache_hook.add_partial("generate_until", key, cut(answer, until))
-                        bar.update(len(said))
+                        bar.advance(shown, len(said))
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
