@@ -42,7 +42,7 @@ class DyMoEApart(DyMoE):
         scale: float = 1.0,
         temperature: float = 0.01,
         guidance: GuidanceConfig | None = None,
-        directions: int = 32,
+        energy: float = 0.9,
         samples: int = 32,
     ):
         """
@@ -51,15 +51,16 @@ class DyMoEApart(DyMoE):
             scale: gamma, on the cosines.
             temperature: of the softmax over the kept.
             guidance: the two parts of DyMoE and their switches.
-            directions: of each task, at every projection; never more than half of the room that is left.
+            energy: share of the squared length of a task's tokens that its directions and those before it
+                cover, at every projection: more keeps more of the old, and leaves less room for the new.
             samples: of each task, whose tokens they are taken from.
         """
         super().__init__(k, scale, temperature, guidance)
-        if directions < 1 or samples < 1:
+        if not 0 < energy < 1 or samples < 1:
             raise UserError(
-                f"dymoe_apart needs directions and samples above 0, found {directions} and {samples}"
+                f"dymoe_apart needs energy between 0 and 1 and samples above 0, found {energy} and {samples}"
             )
-        self.directions, self.samples = directions, samples
+        self.energy, self.samples = energy, samples
 
     @torch.no_grad()
     def begin(self, task: Experience) -> None:
@@ -81,9 +82,7 @@ class DyMoEApart(DyMoE):
         basis = self._basis()
         for name, tokens_TD in self._tokens(task).items():
             seen_OD = basis.get(name, tokens_TD[:0])
-            room = (tokens_TD.shape[1] - len(seen_OD)) // 2
-            main_TD = torch.linalg.svd(_outside(tokens_TD, seen_OD), full_matrices=False).Vh
-            basis[name] = torch.cat([seen_OD, main_TD[: min(self.directions, room)]])
+            basis[name] = torch.cat([seen_OD, _principal(tokens_TD, seen_OD, self.energy)])
         self.memory["basis"] = basis
 
     def _basis(self) -> dict[str, Tensor]:
@@ -122,6 +121,14 @@ class DyMoEApart(DyMoE):
         for handle in handles:
             handle.remove()
         return {name: torch.cat(parts) for name, parts in tokens.items()}
+
+
+def _principal(tokens_TD: Tensor, seen_OD: Tensor, energy: float) -> Tensor:
+    """[P, D] the fewest directions that, with those seen before, cover ``energy`` of the tokens."""
+    _, length_P, direction_PD = torch.linalg.svd(_outside(tokens_TD, seen_OD), full_matrices=False)
+    total = tokens_TD.square().sum()
+    missing_P = length_P.square().flip(0).cumsum(0).flip(0)  # of the tokens, before each direction joins
+    return direction_PD[missing_P > (1 - energy) * total]
 
 
 def _outside(x_D: Tensor, basis_OD: Tensor) -> Tensor:

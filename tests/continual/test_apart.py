@@ -1,24 +1,22 @@
 """DyMoE whose new rows keep out of the span of earlier tasks' tokens."""
 
-import pytest
 import torch
 
 from unimoe.cli import main
+from unimoe.continual.strategies.apart import _principal
 
 
 def remembered(folder):
     return torch.load(folder / "state.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("directions, kept", [(3, [3, 6, 9]), (32, [8, 12, 14])])
-def test_new_rows_stay_outside_of_what_earlier_tasks_look_like(config, command, tmp_path, directions, kept):
-    config["settings"] = {"dymoe_apart": {"k": 4, "temperature": 0.1, "directions": directions}}
+def test_new_rows_stay_outside_of_what_earlier_tasks_look_like(config, command, tmp_path):
+    config["settings"] = {"dymoe_apart": {"k": 4, "temperature": 0.1, "energy": 0.8}}
     assert main(command(config, "run", "--strategy", "dymoe_apart")) == 0
     states = [remembered(tmp_path / "run" / task) for task in ("01-upper", "02-twice", "03-last")]
     for index, found in enumerate(states):
         for name, basis_OD in found["memory"]["basis"].items():
-            if basis_OD.shape[1] == 16:  # never more than half of the room that is left
-                assert len(basis_OD) == kept[index]
+            assert 0 < len(basis_OD) < basis_OD.shape[1]
             torch.testing.assert_close(basis_OD @ basis_OD.T, torch.eye(len(basis_OD)), atol=1e-4, rtol=0)
             if index:
                 seen_OD = states[index - 1]["memory"]["basis"][name]
@@ -28,7 +26,15 @@ def test_new_rows_stay_outside_of_what_earlier_tasks_look_like(config, command, 
                 assert cosine_EO.abs().max() < 1e-4
 
 
-def test_directions_must_be_some(config, command, capsys):
-    config["settings"] = {"dymoe_apart": {"directions": 0}}
+def test_the_fewest_directions_that_cover_enough():
+    tokens_TD = torch.diag(torch.tensor([8.0, 4, 2, 1]))  # energies 64, 16, 4 and 1 of 85
+    nothing, first = torch.empty(0, 4), torch.eye(4)[:1]
+    assert [len(_principal(tokens_TD, nothing, share)) for share in (0.7, 0.9, 0.95, 0.99)] == [1, 2, 3, 4]
+    assert [len(_principal(tokens_TD, first, share)) for share in (0.7, 0.9)] == [0, 1]
+    torch.testing.assert_close(_principal(tokens_TD, first, 0.9).abs(), torch.eye(4)[1:2])
+
+
+def test_energy_is_a_share(config, command, capsys):
+    config["settings"] = {"dymoe_apart": {"energy": 1.0}}
     assert main(command(config, "run", "--strategy", "dymoe_apart")) == 2
-    assert "directions" in capsys.readouterr().err
+    assert "energy" in capsys.readouterr().err
