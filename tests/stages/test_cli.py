@@ -178,3 +178,13 @@ def test_a_stage_streams_mixes_and_drops(align, fit, world, caplog):
     assert "more than max_length 35; it is left out" in caplog.text
     with pytest.raises(UserError, match="does not go with cache_features"):
         fit(align, "--data.cache_features", "true", "--overwrite", "true")
+
+
+def test_torchrun_starts_as_many_processes_as_the_trainer_has(align, fit, monkeypatch):
+    torchrun = {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    for devices in (1, 3):
+        with pytest.raises(UserError, match=rf"started 2 processes, but trainer\.devices .* is {devices}"):
+            fit(align, "--trainer.accelerator", "cpu", "--trainer.devices", str(devices))
+    assert not Path(align["output"]).exists()

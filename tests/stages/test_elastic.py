@@ -1,6 +1,7 @@
 """Runs under torchrun whose processes die end as those that were left alone."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS, EVERY = 60, 7
 
 
-def run(world: Path, output: Path, strategy: str, restarts: int = 0, die: tuple[int, int] | None = None):
+def run(world: Path, output: Path, restarts: int = 0, die: tuple[int, int] | None = None):
     """``unimoe fit`` in two processes, of which one dies at the given step; status and what they said."""
     settings = {
         "stage": "moe",
@@ -25,12 +26,12 @@ def run(world: Path, output: Path, strategy: str, restarts: int = 0, die: tuple[
         "model": {
             "llm": str(world / "llm"),
             "modalities": {"image": IMAGE, "speech": SPEECH},
-            "moe": {"num_experts": 2, "placement": "all"},
+            "moe": {"num_experts": 2, "placement": "all", "balance_coef": 0.1},
             "trainable": [{"match": ["model.connectors.*", "*.mlp.router.*"], "lr": 1e-3}],
             "lora": [{"layers": "attention", "rank": 2, "lr": 1e-2}],
         },
         "data": {"train": str(world / "train.jsonl"), "steps": STEPS, "batch_size": 2},
-        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": strategy},
+        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "fsdp2"},
     }
     if die:
         init = {"step": die[0], "rank": die[1]}
@@ -53,27 +54,27 @@ def run(world: Path, output: Path, strategy: str, restarts: int = 0, die: tuple[
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    status, said = run(world, output, "ddp")
+    status, said = run(world, output)
     assert status == 0, said
     return output
 
 
 def test_a_process_that_is_killed_is_started_again(world, undisturbed, tmp_path):
-    status, said = run(world, tmp_path / "run", "ddp", restarts=1, die=(30, 1))
+    status, said = run(world, tmp_path / "run", restarts=1, die=(30, 1))
     assert status == 0, said
-    assert f"moe: going on after step 28 of {STEPS}" in said
+    assert re.search(f"moe: going on after step (21|28) of {STEPS}", said), said  # 28 may be in the making
     assert_same_run(tmp_path / "run", undisturbed)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_without_its_newest_checkpoint_goes_on_from_the_one_before(world, undisturbed, tmp_path):
-    status, said = run(world, tmp_path / "run", "fsdp2", die=(30, 0))
+    status, said = run(world, tmp_path / "run", die=(30, 0))
     assert status != 0 and "exitcode: -9" in said, said
     newest = tmp_path / "run" / "checkpoints" / "last.ckpt"
     begun = saved_step(newest) - EVERY
     piece = max(newest.glob("*.distcp"))
     piece.write_bytes(piece.read_bytes()[:-100])
-    status, said = run(world, tmp_path / "run", "fsdp2")
+    status, said = run(world, tmp_path / "run")
     assert status == 0, said
     assert f"last.ckpt is damaged ({piece.name} has" in said
     assert f"going on from the one before it, of step {begun}" in said

@@ -70,7 +70,7 @@ def start(args: list[str]) -> subprocess.Popen:
 
 def wait_for_step(process: subprocess.Popen, output: Path, step: int):
     """Until the curve shows that a step is over."""
-    end = time.monotonic() + 200
+    end = time.monotonic() + 500
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()[0]
         rows = read_curve(output / "logs" / "metrics.csv")
@@ -94,7 +94,7 @@ def test_kill_9_changes_nothing(world, tmp_path):
     begun = saved_step(killed / "checkpoints" / "last.ckpt")
     assert 15 <= begun < STEPS
     process = start(args)
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=500)
     assert process.returncode == 0, said
     assert f"going on after step {begun} of {STEPS}" in said
 
@@ -107,7 +107,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(world, tmp_path):
     process = start(command(world, tmp_path, output))
     wait_for_step(process, output, 1)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=500)
     assert process.returncode == 130, said
     step = saved_step(output / "checkpoints" / "last.ckpt")
     assert step == len(read_curve(output / "logs" / "metrics.csv"))

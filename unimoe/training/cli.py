@@ -23,12 +23,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from unimoe.data.readers import data_hashes
-from unimoe.errors import UserError, first_line
+from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.kernels.allocator import keep_memory
 
 from .curve import CurveLogger, read_curve
-from .elastic import check_overwrite, own_store
+from .elastic import check_overwrite, check_processes, own_store
 from .progress import PlainProgress, StageBar, clock
 from .ranks import data_ranks
 from .result import SETTINGS_FILE, StageRecord, check_same, clear, flatten, folder_hash, read_record
@@ -216,10 +216,8 @@ class RunCLI(LightningCLI):
             callbacks.append(StageBar(self._get(self.config, "stage")))
         kwargs["callbacks"] = callbacks
         self.store = own_store()
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # other numbers of processes than torchrun or Slurm started
-            raise UserError(f"trainer: {first_line(error)}") from error
+        trainer = super().instantiate_trainer(**kwargs)
+        check_processes(trainer.num_devices * trainer.num_nodes)
         if training and self.target is None:
             self.settings = self._settings(data_ranks(trainer)[0])
             self._compare()

@@ -4,7 +4,7 @@ import os
 import socket
 import time
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore, is_torchelastic_launched
 
 from unimoe.errors import UserError
 
@@ -38,6 +38,15 @@ def _listens(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def check_processes(expected: int) -> None:
+    """Raises UserError where torchrun started more or fewer processes than the trainer ``expected``: each
+    would train for itself."""
+    if is_torchelastic_launched() and (started := int(os.environ["WORLD_SIZE"])) != expected:
+        raise UserError(
+            f"torchrun started {started} processes, but trainer.devices times trainer.num_nodes is {expected}"
+        )
 
 
 def check_overwrite() -> None:

@@ -79,8 +79,10 @@ class LastCheckpoint(Checkpoint):
         if stop or trainer.global_step % self.every == 0:
             self.save(trainer)
         if stop:
-            saved = "" if self.wait() else ", with the checkpoint before it"
-            raise Interrupted(f"stopped after step {trainer.global_step}{saved}")
+            # of all processes together: torchrun ends the others when one leaves
+            saved = trainer.strategy.reduce_boolean_decision(self.wait())
+            what = "" if saved else ", with the checkpoint before it"
+            raise Interrupted(f"stopped after step {trainer.global_step}{what}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
