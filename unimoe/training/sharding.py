@@ -103,7 +103,8 @@ class Sharded(ModelParallelStrategy):
         for index, state in enumerate(checkpoint.pop("optimizer_states")):
             tensors[f"optimizer_{index}"] = state
         self._writers = self._writers or new_group(backend="gloo")
-        later.append(async_save(tensors, checkpoint_id=path, process_group=self._writers).result)
+        saving: Any = async_save(tensors, checkpoint_id=path, process_group=self._writers)
+        later.append(saving.result)
         if self.global_rank == 0:
             later.append(partial(_write, _copy(checkpoint), path / META))
 
