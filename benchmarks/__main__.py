@@ -8,6 +8,7 @@ experts    the experts' kernels beside every implementation a user could pick in
 model      what the kernels do to a training step and to decoding
 scale      tokens a second and memory by strategy on one and two processes
 serve      many clients of one server, beside one at a time
+uni_moe_study  specialised experts against copies and a dense control, placement, top-k, balance, modalities
 video_order  what came first: frames kept in time beside Uni-MoE's mean over frames
 """
 
