@@ -153,10 +153,10 @@ class DetectionData(LightningDataModule):
         return self._questions("test")
 
     def _questions(self, split: str) -> DataLoader:
-        """This rank's share of the pictures."""
+        """This rank's share of the pictures: as many as any other's, so that all take the same steps."""
         assert self.trainer is not None
         count, (ranks, rank) = len(self.sets[split].samples), data_ranks(self.trainer)
-        share = range(rank % count, count, ranks)
+        share = [place % count for place in range(rank, count + -count % ranks, ranks)]
         return questions(
             self.sets[split], self.module.model, self.features, self.batch_size, self.num_workers, share
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
 
-from unimoe.moe import Context, LayerRecord, MoEConfig, load, load_balance, record, routing_context
+from unimoe.moe import Context, LayerRecord, MoEConfig, load_balance, pair_counts, record, routing_context
 from unimoe.training.ranks import mean_over_ranks
 
 from .configuration import DynamicDinoConfig
@@ -207,10 +207,12 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         """The weighted load-balance loss, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
         if not records or not self.config.moe:
             return torch.zeros((), device=self.device)
-        load_LE = torch.stack([load(entry) for entry in records])
+        moe, pairs_LE = MoEConfig(**self.config.moe), torch.stack([pair_counts(entry) for entry in records])
         if self.training:  # over all ranks, which take training steps together, but not those of evaluation
-            load_LE = mean_over_ranks(load_LE)
-        return MoEConfig(**self.config.moe).balance_coef * load_balance(records, load_LE).sum()
+            pairs_LE = mean_over_ranks(pairs_LE)
+        pairs_L1 = pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        balance_L = load_balance(records, pairs_LE / pairs_L1, pairs_L1[0] / moe.top_k)
+        return moe.balance_coef * balance_L.sum()
 
 
 def _projections(channels: Sequence[int], config: DynamicDinoConfig) -> nn.ModuleList:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from unimoe.errors import UserError
-from unimoe.moe import LayerRecord, MoEConfig, load, load_balance, record
+from unimoe.moe import LayerRecord, MoEConfig, load_balance, record
 from unimoe.training.module import ResumableModule, Schedule, load_columns
+from unimoe.training.ranks import data_ranks, mean_over_ranks
+from unimoe.training.sharding import foreach, shard
 
 from .analysis import effective_partners, together, unmoved_twins, visits
 from .batches import Batch, Question
@@ -138,6 +140,15 @@ class DetectionModule(ResumableModule):
         self.model, self.tokenizer = model.train(), tokenizer
         if not any(p.requires_grad for p in model.text_encoder.parameters()):
             self._text = TextFeatureCache(model)
+        if self.device_mesh is not None and self.trainer.training:
+            shard(self, *self.blocks())
+
+    def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """What FSDP2 gathers one after the other, and what it leaves whole: encoders that do not train, which
+        run outside of steps too."""
+        encoders: list[nn.Module] = [self.model.backbone, self.model.text_encoder]
+        frozen = [part for part in encoders if not any(p.requires_grad for p in part.parameters())]
+        return [*self.model.enhancer.layers, *self.model.decoder.layers], frozen
 
     def configure_optimizers(self) -> Any:
         """AdamW; matrices and vectors, of the encoders and of the rest, are parameter groups."""
@@ -154,7 +165,7 @@ class DetectionModule(ResumableModule):
             }
             for (encoder, matrix), parameters in groups.items()
         ]
-        return self.scheduled(torch.optim.AdamW(settings))
+        return self.scheduled(torch.optim.AdamW(settings, foreach=foreach(self.device_mesh)))
 
     def on_fit_start(self) -> None:
         """Say what trains."""
@@ -186,23 +197,33 @@ class DetectionModule(ResumableModule):
         # (3)
         labels = queries.labels if queries else None
         losses = self.criterion(output, batch.targets, prompts.name_tokens, labels)
-        self.log("train/loss", losses["loss"].detach(), prog_bar=True, logger=False)
-        row = {f"train/{name}": value.item() for name, value in losses.items()}
+        if self.denoising.queries:  # no object in any picture of this rank
+            losses.setdefault("denoising", torch.zeros_like(losses["loss"]))
+        shown = mean_over_ranks(torch.stack(list(losses.values())).detach())
+        self.log("train/loss", shown[0], prog_bar=True, logger=False)
+        row = {f"train/{name}": value for name, value in zip(losses, shown.tolist(), strict=True)}
         row["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        speed = self.speed(self.batch_amount(batch))
+        speed = self.speed(self.batch_amount(batch) * data_ranks(self.trainer)[0])
         self.log_row({**row, **speed, **self._expert_use(records)}, batch_idx)
         return losses["loss"]
 
+    @torch.no_grad()
     def _expert_use(self, records: list[LayerRecord]) -> dict[str, float]:
-        """What the experts of each layer did in a step, by name of the column."""
-        row = load_columns(records, [load(entry) for entry in records], load_balance(records).detach())
-        for entry in records:
-            pairs_EE = together(visits(entry))
-            found = {
-                "effective_partners": effective_partners(pairs_EE),
-                "twins": unmoved_twins(pairs_EE, MoEConfig.from_dict(self.model.config.moe or {}).top_k),
-            }
-            row |= {f"moe/layer{entry.layer:02d}/{name}": value.item() for name, value in found.items()}
+        """What the experts of each layer did in a step on all ranks, by name of the column."""
+        if not records:
+            return {}
+        slices = MoEConfig.from_dict(self.model.config.moe or {}).top_k
+        chosen = [visits(entry) for entry in records]
+        pairs_LE = mean_over_ranks(torch.stack([visits_QE.sum(0) for visits_QE in chosen]))
+        together_LEE = mean_over_ranks(torch.stack([together(visits_QE) for visits_QE in chosen]))
+        together_LEE = together_LEE * data_ranks(self.trainer)[0]
+        load_LE = pairs_LE / pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        balance_L = mean_over_ranks(load_balance(records, load_LE, pairs_LE[0].sum() / slices))
+        row = load_columns(records, load_LE, balance_L)
+        partners_L, twins_L = effective_partners(together_LEE), unmoved_twins(together_LEE, slices)
+        for entry, partners, twins in zip(records, partners_L.tolist(), twins_L.tolist(), strict=True):
+            name = f"moe/layer{entry.layer:02d}"
+            row |= {f"{name}/effective_partners": partners, f"{name}/twins": twins}
         return row
 
     # ---------------------------------------------------------------- average precision

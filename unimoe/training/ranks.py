@@ -1,10 +1,20 @@
 """What the processes of one run tell each other; a process alone keeps what it has."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.distributed import all_gather_object, all_reduce, get_world_size, is_available, is_initialized
+from torch.distributed import (
+    all_gather_object,
+    all_reduce,
+    get_rank,
+    get_world_size,
+    is_available,
+    is_initialized,
+)
+
+T = TypeVar("T")
 
 
 def data_ranks(trainer: Trainer) -> tuple[int, int]:
@@ -20,6 +30,17 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     all_reduce(total)
     return total / get_world_size()
+
+
+def weighed(mean: Tensor, count: int) -> Tensor:
+    """A rank's mean over ``count`` things, weighted so that the mean over the ranks is that over all things;
+    every rank calls it."""
+    return mean * (count / mean_over_ranks(mean.new_tensor(float(count))).clamp(min=1e-9))
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """The items that fall to this rank where all ranks share them out."""
+    return items[get_rank() :: get_world_size()] if is_available() and is_initialized() else items
 
 
 def union_over_ranks(found: dict[Any, Any]) -> dict[Any, Any]:

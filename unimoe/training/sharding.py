@@ -4,7 +4,7 @@ Each block of the model gathers its weights when it runs and lets go of them aft
 block is gathered for the whole step.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, new_group
+from torch.distributed import ProcessGroup, broadcast, new_group
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
-    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -39,6 +39,8 @@ from torch.utils._pytree import tree_map_only
 from unimoe.errors import UserError
 from unimoe.moe import MoELayer, Router
 from unimoe.moe.parallel import Exchange, divide_experts
+
+from .ranks import mean_over_ranks
 
 META = "meta.pt"
 """What a sharded checkpoint holds beside tensors, as Lightning calls it."""
@@ -83,12 +85,6 @@ class Sharded(ModelParallelStrategy):
             raise UserError(f"expert_parallel must divide the number of processes, {found}")
         self._tensor_parallel_size = self.expert_parallel
         self._data_parallel_size = self.world_size // self.expert_parallel
-
-    def setup(self, trainer: Trainer) -> None:
-        if trainer.training and not isinstance(self.lightning_module, FSDPModule):
-            found = type(self.lightning_module).__name__
-            raise UserError(f"trainer.strategy fsdp2 divides the models of stages, found {found}; set ddp")
-        super().setup(trainer)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
@@ -198,8 +194,11 @@ def _renamed(state: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
     return {"state": {new[key]: values for key, values in state["state"].items()}, "param_groups": groups}
 
 
-def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Iterable[nn.Module] = ()) -> None:
+def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[nn.Module] = ()) -> None:
     """Divide a Lightning module's weights among the processes of its ``device_mesh``.
+
+    What is on the meta device (on all processes but the first, which has all of it) is sent by the first
+    process, tensor by tensor: only that one needs memory for a whole model.
 
     Args:
         module: the module, its model built and what trains chosen. Its steps become the forward passes of
@@ -212,9 +211,13 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Iterable[
     assert isinstance(strategy, Sharded)
     mesh = strategy.device_mesh
     data = others = mesh["data_parallel"]
-    # autocast alone would keep a half-precision copy of every weight until the backward pass
-    half = torch.bfloat16 if module.trainer.precision == "bf16-mixed" else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = gathered_in(module.trainer.precision)
+    frames = strategy.reduce_boolean_decision(any(p.is_meta for p in module.parameters()), all=False)
+    kept = {parameter for part in whole for parameter in part.parameters()}
+    state: dict[str, Any] = {}
+    if frames and strategy.global_rank == 0:
+        there = {name for name, parameter in module.named_parameters() if parameter in kept}
+        state = {name: tensor for name, tensor in module.state_dict().items() if name not in there}
     if strategy.expert_parallel > 1:
         layers = [layer for layer in module.modules() if isinstance(layer, MoELayer)]
         for layer in layers:
@@ -225,12 +228,52 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Iterable[
                 fully_shard(layer.experts, mesh=data, mp_policy=policy)
     for router in [part for part in module.modules() if isinstance(part, Router)]:
         fully_shard(router, mesh=others)  # in float32, whatever the rest is gathered in
+    numbers = {parameter for parameter in module.parameters() if parameter.ndim == 0}  # cannot be divided
     for block in blocks:
-        fully_shard(block, mesh=others, mp_policy=policy)
-    kept = {parameter for part in whole for parameter in part.parameters()}
-    fully_shard(module, mesh=others, mp_policy=policy, ignored_params=kept)
+        fully_shard(block, mesh=others, mp_policy=policy, ignored_params=numbers)
+    fully_shard(module, mesh=others, mp_policy=policy, ignored_params=kept | numbers)
+    if frames:
+        for part in whole:
+            part.to(strategy.root_device)  # beside the shards
+        sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        set_model_state_dict(module, state, options=sent)
+        send(module, strategy.root_device, parameters=False)  # buffers that are in no state dict
+    for parameter in module.parameters():
+        if parameter.ndim == 0 and parameter.requires_grad:
+            parameter.register_hook(mean_over_ranks)
     for step in ("training_step", "validation_step", "test_step"):
         register_fsdp_forward_method(module, step)
+
+
+def gathered_in(precision: Any) -> MixedPrecisionPolicy:
+    """What weights are gathered in under a precision of Lightning's: autocast alone would keep a
+    half-precision copy of every one until the backward pass."""
+    half = torch.bfloat16 if precision == "bf16-mixed" else None
+    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def foreach(mesh: DeviceMesh | None) -> bool | None:
+    """Optimizers' ``foreach`` on a module's ``device_mesh``: experts that are divided otherwise than the rest
+    cannot be updated in one operation with it."""
+    return None if mesh is None or mesh["tensor_parallel"].size() == 1 else False
+
+
+@torch.no_grad()
+def send(module: nn.Module, device: torch.device, parameters: bool = True) -> None:
+    """Give a module's buffers and, unless they are divided, its ``parameters`` the values that they have on
+    the first process, where they are on the meta device. All processes call it; ``device`` is that on which
+    they tell each other something."""
+    for owner in module.modules():
+        for table in (owner._buffers, owner._parameters) if parameters else (owner._buffers,):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                broadcast(value, 0)
+                if tensor.is_meta:
+                    whole = value.to("cpu")
+                    fresh = nn.Parameter(whole, tensor.requires_grad)
+                    table[name] = fresh if table is owner._parameters else whole
 
 
 @torch.no_grad()
@@ -246,7 +289,8 @@ def unshard(module: nn.Module) -> None:
             continue
         if parameter not in whole:
             full = parameter.full_tensor()
-            whole[parameter] = nn.Parameter(full.cpu() if first else full.new_empty(0), requires_grad=False)
+            full = full.cpu() if first else full.new_empty(0)
+            whole[parameter] = nn.Parameter(full, parameter.requires_grad)
         owner._parameters[name] = whole[parameter]
 
 
