@@ -56,7 +56,7 @@ BEATS = {
 }  # fmt: skip
 """The same with Uni-MoE's tower for sounds."""
 
-SPEED = {"train/tokens_per_second"}
+SPEED = {"train/tokens_per_second", "train/pictures_per_second"}
 """Differs from run to run, and the first step after a start has none."""
 
 
