@@ -4,7 +4,7 @@ import os
 import socket
 import time
 
-from torch.distributed import TCPStore, is_torchelastic_launched
+from torch.distributed import TCPStore, is_torchelastic_launched  # type: ignore[attr-defined]
 
 from unimoe.errors import UserError
 

@@ -70,7 +70,7 @@ class Sharded(ModelParallelStrategy):
         super().__init__(process_group_backend=process_group_backend)
         self.expert_parallel = expert_parallel
         self.exchange: Exchange = exchange
-        self._writers: ProcessGroup | None = None
+        self._writers: Any = None
         """For what writing threads tell each other, apart from what training does."""
 
     @property
