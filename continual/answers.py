@@ -9,6 +9,7 @@ from unimoe.continual.strategies import Strategy
 from unimoe.continual.strategies.dymoe import IncMoELoRA
 from unimoe.generate import ask_all, to_device
 from unimoe.training.loss import last_hidden
+from unimoe.training.ranks import own_share, union_over_ranks
 
 from .guidance import TYPES
 from .questions import Question
@@ -38,12 +39,17 @@ def evaluate(strategy: Strategy, task: Experience, batch_size: int = 16) -> dict
 def ask(
     strategy: Strategy, questions: Sequence[Question], max_new_tokens: int, batch_size: int = 16
 ) -> dict[str, str]:
-    """The model's answer to each question by id; prompts of like length share a batch."""
+    """The model's answer to each question by id; prompts of like length share a batch.
+
+    Several processes share out the questions, unless they share the base.
+    """
     learner, answers = strategy.learner, {}
-    samples = [question.sample for question in questions]
+    own = questions if learner.divided else own_share(questions)
+    samples = [question.sample for question in own]
     around = strategy.answering
     for said in ask_all(learner.model, learner.collator, samples, batch_size, max_new_tokens, around):
-        answers |= {questions[index].id: answer for index, answer in said.items()}
+        answers |= {own[index].id: answer for index, answer in said.items()}
+    answers = union_over_ranks(answers)
     return {question.id: answers[question.id] for question in questions}
 
 

@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.continual.strategies import Strategy, strategies
@@ -49,7 +50,7 @@ def compare(args: list[str]) -> None:
     folders = [f"{output}/{name}-{seed}" for name, seed in runs]
     for (name, seed), folder in zip(runs, folders, strict=True):
         _run(replace(config, seed=seed), name, found.settings, folder)
-    report(folders, output)
+    rank_zero_only(report)(folders, output)
 
 
 def diagnose(args: list[str]) -> None:
@@ -73,7 +74,8 @@ def diagnose(args: list[str]) -> None:
         (first, ahead), (kept, second) = result["matrix"]["scores"]
         table[kind] = {"gain on the second": second - ahead, "loss on the first": first - kept}
         log.info("%-10s gain %6.2f   loss %6.2f", kind, *table[kind].values())
-    atomic_write(f"{output}/diagnosis.json", json.dumps({"tasks": names, "tokens": table}, indent=1) + "\n")
+    text = json.dumps({"tasks": names, "tokens": table}, indent=1) + "\n"
+    rank_zero_only(atomic_write)(f"{output}/diagnosis.json", text)
 
 
 def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:
@@ -91,7 +93,10 @@ def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str
 
 
 def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> dict[str, Any]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if rank_zero_only.rank:  # only one process speaks
+        logging.getLogger("unimoe").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     disable_progress_bar()  # transformers' own, for each model that is loaded
     made, noted = strategy_of(strategy, settings)

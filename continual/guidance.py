@@ -51,7 +51,8 @@ class GuidanceConfig:
     loss_start: float = 0.5
     """Share of a task's steps before the losses begin; their weight then rises linearly."""
     balance: float = 0.0
-    """Weight of a load-balance loss over the new experts: in the paper (1e-2), not in its code."""
+    """Weight of a load-balance loss over the new experts, of one process's rows of like length at a time: in
+    the paper (1e-2), not in its code."""
     mean_direction: bool = False
     """Start a later task's rows around the part of its mean token that is orthogonal to those of the tasks
     before, instead of at random; off in the paper. Mean tokens of tasks are nearly parallel (cosines of 0.92
@@ -133,7 +134,7 @@ def new_expert_balance(gate_TE: Tensor, scores_TE: Tensor, old: int, temperature
 class Observation:
     """What one router did with the valid tokens of the forward passes since the last :meth:`Guide.take`."""
 
-    tokens: int = 0
+    tokens: float = 0
     types: Tensor = field(default_factory=lambda: torch.zeros(3))
     """Tokens of each type, in the order of TYPES; zeros on the first task."""
     mass: Tensor = field(default_factory=lambda: torch.zeros(1))

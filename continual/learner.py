@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
+from unimoe.generate import to_device
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.processing import UniMoeProcessor
 
@@ -68,11 +71,21 @@ class Learner:
             self.decoder, config.targets, config.layers, config.scale
         )
         self.recomputes = False
+        self.divided = False
+        """Whether processes share the base, and must run it together."""
         self.features: FeatureCache | None = None
         if features is not None and len(model.model.encoders):
             towers: dict[str, Encoder] = dict(model.model.encoders.items())  # type: ignore[arg-type]
             self.features = FeatureCache(features, processor, towers)
         self.collator = Collator(processor, max_length, self.features)
+
+    def divide(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        """Keep this process's share of the base's blocks, which gather their weights when they run (FSDP2).
+        Adapters, which come later, and all outside the blocks stay whole on every process."""
+        for block in self.decoder.layers:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self.decoder, mesh=mesh, ignored_params=set(self.decoder.parameters()))
+        self.divided = True
 
     # ---------------------------------------------------------------- adapters
 
@@ -135,9 +148,8 @@ class Learner:
     def collate(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """Batches of rows of like length; one batch where layers run again in the backward pass, so that what
         the routers know about padding is that of the same rows."""
-        if self.recomputes:
-            return [self.collator(samples)]
-        return self.collator.by_length(samples)
+        parts = [self.collator(samples)] if self.recomputes else self.collator.by_length(samples)
+        return [to_device(part, self.device) for part in parts]
 
     def recompute(self, on: bool) -> None:
         """Gradient checkpointing: blocks run again in the backward pass (never in the reentrant form, which

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unimoe.training.ranks import mean_over_ranks
+
 from .adapters import block_of
 from .guidance import Observation
 
@@ -37,6 +39,21 @@ def by_block(seen: Mapping[str, Observation], types: Sequence[str]) -> dict[str,
         log["target_mean"] = _plain(mean_O)
         log["target_std"] = _plain((squares_O / tokens_O - mean_O.square()).clamp(min=0).sqrt())
     return log
+
+
+def over_ranks(seen: Mapping[str, Observation], device: torch.device) -> dict[str, Observation]:
+    """What the ranks saw on average; every rank calls it, each with the same routers."""
+    if not seen:
+        return {}
+    rows = [
+        torch.cat([torch.tensor([float(one.tokens)]), one.types, one.target, one.mass])
+        for one in seen.values()
+    ]
+    mean = mean_over_ranks(torch.stack(rows).to(device)).cpu()
+    return {
+        name: Observation(float(row[0]), row[1:4], row[7:], row[4:7])
+        for name, row in zip(seen, mean, strict=True)
+    }
 
 
 def drift(mass: Sequence[Sequence[float]], task: int) -> list[float]:

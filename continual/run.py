@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.distributed.device_mesh import init_device_mesh
 
 from unimoe.build import build_model
 from unimoe.continual.strategies import Strategy
@@ -24,8 +27,10 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.loading import load_model
 from unimoe.training.progress import clock
+from unimoe.training.ranks import own_share
 from unimoe.training.result import differences, flatten
 from unimoe.training.resume import remove
+from unimoe.training.sharding import gathered_in
 
 from .answers import evaluate, routing_of
 from .export import fingerprint
@@ -33,9 +38,12 @@ from .learner import AdapterConfig, Learner
 from .metrics import AccuracyMatrix
 from .routing_log import drift
 from .stream import Experience, Stream, StreamConfig
-from .training import TrainingConfig, train_task
+from .training import TrainingConfig, launch, train_task
 
 log = logging.getLogger(__name__)
+
+HARMLESS = ("checkpoint_every", "log_every", "accelerator", "devices", "num_nodes", "strategy")
+"""Settings of the training that do not change the result."""
 
 
 @dataclass
@@ -75,7 +83,14 @@ class RunConfig:
 
 
 class Run:
-    """One strategy on one stream."""
+    """One strategy on one stream.
+
+    With several processes (``training.devices``) each calls all of this. They share out the samples of every
+    step and, unless they share the base, the questions; the first one writes the files.
+    """
+
+    fabric: Fabric
+    """The processes of the run, once it is called."""
 
     def __init__(self, config: RunConfig, strategy: Strategy, settings: dict[str, Any], output: str | Path):
         """Reads and checks everything before anything is built or written.
@@ -91,7 +106,7 @@ class Run:
             "stream": self.stream.identity(),
             "model": _without(asdict(config.model), "features"),
             "adapters": asdict(config.adapters),
-            "training": _without(asdict(config.training), "checkpoint_every", "log_every", "accelerator"),
+            "training": _without(asdict(config.training), *HARMLESS),
             "seed": config.seed,
         }
         self._compare()
@@ -101,11 +116,16 @@ class Run:
         if (result := self._read("result.json")) is not None:
             log.info("%s: finished before", self.output)
             return result
+        self.fabric = launch(self.config.training)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             learner = self._learner()
+            self._note(fingerprint(learner.layers))
+            learner.model.to(self.fabric.device)
+            if self.config.training.processes > 1 and self.config.training.strategy == "fsdp2":
+                mesh = init_device_mesh(self.fabric.device.type, (self.fabric.world_size,))
+                learner.divide(mesh, gathered_in(self.config.training.precision))
             self.strategy.attach(learner)
-        self._note(fingerprint(learner.layers))
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
         done = [*trained, False].index(False)
         for index, task in enumerate(self.tasks):
@@ -136,13 +156,20 @@ class Run:
             strategy.learner.recompute(self.config.training.gradient_checkpointing)
             seconds = train_task(strategy, task, self.config.training, folder, self.config.seed, label)
             strategy.learner.recompute(False)
+            strategy.learner.model.to(self.fabric.device)  # the trainer leaves it on the CPU
             began = time.monotonic()
             strategy.end(task)
+        self._keep(folder, trained, seconds + time.monotonic() - began)
+
+    @rank_zero_only
+    def _keep(self, folder: Path, trained: int, seconds: float) -> None:
+        """Adapters and memory, in the place of the checkpoint."""
+        strategy = self.strategy
         state = {
             "adapters": {name: p.detach().cpu().clone() for name, p in strategy.learner.adapters().items()},
             "memory": strategy.memory,
             "trained": trained,
-            "seconds": seconds + time.monotonic() - began,
+            "seconds": seconds,
         }
         temporary = folder / "state.tmp"
         torch.save(state, temporary)
@@ -174,13 +201,14 @@ class Run:
                 routing[task.name] = {**found, "drift": drift(found["mass"], task.index)}
             log.info("      %-20s %5.1f", task.name, scores[task.name]["accuracy"])
         row = {"scores": scores, "routing": routing, "seconds": time.monotonic() - began}
-        atomic_write(self._folder(index) / "row.json", json.dumps(row) + "\n")
-        self.matrix().save(self.output)
+        self._save(f"{self._folder(index).name}/row.json", row)
+        if self.fabric.is_global_zero:
+            self.matrix().save(self.output)
 
     def _untrained(self) -> None:
         if self._read("untrained.json") is None:
             scores = {task.name: evaluate(self.strategy, task)["accuracy"] for task in self.stream}
-            atomic_write(self.output / "untrained.json", json.dumps(scores) + "\n")
+            self._save("untrained.json", scores)
 
     # ---------------------------------------------------------------- the whole
 
@@ -198,6 +226,7 @@ class Run:
         return AccuracyMatrix(self.stream.names, scores_TT, base_T if entry == "accuracy" else None)
 
     def _finish(self) -> dict[str, Any]:
+        self.fabric.barrier()
         states = [
             torch.load(self._folder(i) / "state.pt", map_location="cpu", weights_only=True)
             for i in range(len(self.tasks))
@@ -225,8 +254,9 @@ class Run:
                 "evaluate": [round(row["seconds"], 2) for row in rows],
             },
         }
-        matrix.save(self.output)
-        atomic_write(self.output / "result.json", json.dumps(result, indent=1) + "\n")
+        if self.fabric.is_global_zero:
+            matrix.save(self.output)
+        self._save("result.json", result, indent=1)
         spent = sum(result["seconds"]["train"]) + sum(result["seconds"]["evaluate"])
         log.info("%s: done in %s; %s", self.output, clock(spent), _line(result["metrics"]))
         return result
@@ -243,7 +273,9 @@ class Run:
         features = model.features or self.output.parent / "features"
         learner = Learner(*built, self.config.adapters, features, model.max_length)
         if learner.features is not None:
-            learner.features.fill(self.stream.samples())
+            learner.features.fill(own_share(list(self.stream.samples())))
+            self.fabric.barrier()
+            learner.features.refresh()
         return learner
 
     def _all_at_once(self) -> Experience:
@@ -292,9 +324,11 @@ class Run:
                 f"{self.output}: its banks were trained on another model (base {there['base'][:12]}, now "
                 f"{base[:12]}); set model back or choose another --output"
             )
-        atomic_write(
-            self.output / "run.json", json.dumps({"identity": self.identity, "base": base}, indent=1) + "\n"
-        )
+        self._save("run.json", {"identity": self.identity, "base": base}, indent=1)
+
+    @rank_zero_only
+    def _save(self, name: str, content: Any, indent: int | None = None) -> None:
+        atomic_write(self.output / name, json.dumps(content, indent=indent) + "\n")
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

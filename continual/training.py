@@ -5,19 +5,24 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed import all_reduce
 
 from unimoe.continual.strategies import Strategy
 from unimoe.data.mix import MixedBatchSampler
 from unimoe.errors import UserError
 from unimoe.training.curve import CurveLogger
+from unimoe.training.elastic import check_processes
 from unimoe.training.loader import ResumableLoader
 from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.progress import PlainProgress
+from unimoe.training.ranks import mean_over_ranks
 from unimoe.training.resume import LastCheckpoint, newest
 
 from .stream import Experience
@@ -32,7 +37,7 @@ class TrainingConfig:
     """How each task is trained; the same for every strategy."""
 
     batch_size: int = 16
-    """New samples of a step."""
+    """New samples of a step, on all devices together."""
     lr: float = 2e-4
     """Peak learning rate of AdamW (CoIN's scripts)."""
     router_lr: float | None = None
@@ -55,13 +60,53 @@ class TrainingConfig:
     """Lightning's; routing is float32 in any case."""
     accelerator: str = "auto"
     """Lightning's."""
+    devices: int = 1
+    """Of each machine; each has a process that takes its share of every step's samples."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Of several processes: each holds the whole base, or a share of each of its blocks; adapters are whole
+    on all."""
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.num_nodes
 
     def __post_init__(self) -> None:
+        if not 1 <= self.processes <= self.batch_size:
+            raise UserError(
+                f"training: a step of {self.batch_size} samples (batch_size) cannot be shared out among "
+                f"{self.processes} processes (devices, num_nodes)"
+            )
         if self.batch_size < 1 or self.lr <= 0 or self.checkpoint_every < 1 or self.log_every < 1:
             raise UserError(
                 "training: batch_size, lr, checkpoint_every and log_every must be above 0, found "
                 f"{self.batch_size}, {self.lr}, {self.checkpoint_every} and {self.log_every}"
             )
+
+
+def launch(config: TrainingConfig) -> Fabric:
+    """The processes of a run, begun here unless they are there; knows this one's rank and device."""
+    settings: dict[str, Any] = {"accelerator": config.accelerator, "devices": config.devices}
+    several = "ddp" if config.processes > 1 else "auto"
+    check_processes(config.processes)
+    fabric = Fabric(num_nodes=config.num_nodes, strategy=several, **settings)
+    fabric.launch()
+    return fabric
+
+
+class Averaging(DDPStrategy):
+    """DDP of what trains, around a base that is divided: gradients are averaged when the backward pass is
+    over. In its midst, ranks whose tokens reach different experts would meet in a different order."""
+
+    def configure_ddp(self) -> None:
+        """No wrapper."""
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        assert self.lightning_module is not None
+        for parameter in self.lightning_module.parameters():
+            if parameter.grad is not None:
+                all_reduce(parameter.grad.div_(self.world_size))
 
 
 class TaskModule(ResumableModule):
@@ -85,10 +130,12 @@ class TaskModule(ResumableModule):
         step = self.global_step
         self.strategy.watched = step % self.config.log_every == 0
         loss = self.strategy.loss(batch, step, self.steps)
-        if not loss.requires_grad:  # guidance may keep every token of a batch from everything that trains
-            loss = loss + sum(0.0 * p.sum() for p in self.strategy.learner.trainable().values())
-        self.log_row({"loss": loss.item(), "lr": self.config.lr * self.rate(step, self.steps)}, batch_idx)
-        if self.strategy.watched and (seen := self.strategy.observed()):
+        # guidance may keep every token of a process from what trains: gradients are then zero, not missing
+        loss = loss + sum(0.0 * p.sum() for p in self.strategy.learner.trainable().values())
+        shown = mean_over_ranks(loss).item()
+        self.log_row({"loss": shown, "lr": self.config.lr * self.rate(step, self.steps)}, batch_idx)
+        seen = self.strategy.observed() if self.strategy.watched else {}
+        if seen and self.trainer.is_global_zero:
             with self.routing_log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **seen}) + "\n")
         return loss
@@ -97,25 +144,35 @@ class TaskModule(ResumableModule):
         self.strategy.before_step()
 
 
+class SharedSampler(MixedBatchSampler):
+    """Gives each rank its share of the batches that one would take alone."""
+
+    def __init__(self, ranks: int, rank: int, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.share = slice(rank, None, ranks)
+
+    def batch(self, step: int) -> list[int]:
+        return super().batch(step)[self.share]
+
+
 def train_task(
     strategy: Strategy, task: Experience, config: TrainingConfig, folder: Path, seed: int, label: str
 ) -> float:
     """Train ``task``, going on from the checkpoint in ``folder`` if there is one; returns the seconds spent,
-    those of interrupted runs included."""
+    those of interrupted runs included. All processes of the run call it."""
     steps = task.steps(config.batch_size)
     routing_log = folder / ROUTING_LOG
     module = TaskModule(strategy, config, steps, seed * 1009 + task.index, routing_log)
     curve = CurveLogger(folder)
     checkpoint = LastCheckpoint(folder / "last.ckpt", config.checkpoint_every)
     resume, done = newest(checkpoint.path) or (None, 0)
-    curve.cut(done)
-    _cut_routing(routing_log, done)
-    if resume:
-        log.info("%s  goes on after step %d of %d", label, done, steps)
+    several = Averaging() if strategy.learner.divided else "ddp"
     trainer = Trainer(
         max_steps=steps,
         accelerator=config.accelerator,
-        devices=1,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=several if config.processes > 1 else "auto",
         precision=config.precision,  # type: ignore[arg-type]
         logger=curve,
         callbacks=[checkpoint, PlainProgress(label)],
@@ -127,19 +184,27 @@ def train_task(
         log_every_n_steps=config.log_every,
         default_root_dir=folder,
     )
-    trainer.fit(
-        module, _loader(strategy, task, config.batch_size, steps, seed), ckpt_path=resume, weights_only=True
-    )
+    curve.cut(done)
+    if trainer.is_global_zero:
+        _cut_routing(routing_log, done)
+    if resume:
+        log.info("%s  goes on after step %d of %d", label, done, steps)
+    ranks = (trainer.world_size, trainer.global_rank)
+    batches = _loader(strategy, task, config.batch_size, steps, seed, ranks)
+    trainer.fit(module, batches, ckpt_path=resume, weights_only=True)
     return checkpoint.seconds
 
 
-def _loader(strategy: Strategy, task: Experience, batch_size: int, steps: int, seed: int) -> ResumableLoader:
-    """Batches of the task's samples, joined by what the strategy rehearses; a function of seed and step."""
+def _loader(
+    strategy: Strategy, task: Experience, batch_size: int, steps: int, seed: int, ranks: tuple[int, int]
+) -> ResumableLoader:
+    """A rank's share of batches of the task's samples, joined by what the strategy rehearses; a function of
+    seed and step."""
     past, joined = strategy.rehearsed(task, batch_size)
     sizes, counts = [len(task.samples)], [batch_size]
     if joined:
         sizes, counts = [*sizes, len(past)], [*counts, joined]
-    sampler = MixedBatchSampler(sizes, counts, steps, seed=seed * 1009 + task.index)
+    sampler = SharedSampler(*ranks, sizes, counts, steps, seed=seed * 1009 + task.index)
     samples: Sequence[Any] = [*task.samples, *past]
     return ResumableLoader(samples, batch_sampler=sampler, collate_fn=strategy.learner.collate)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
 from unimoe.training.loss import answer_loss
+from unimoe.training.ranks import weighed
 
 
 class Strategy:
@@ -27,6 +28,9 @@ class Strategy:
 
     Between tasks everything a strategy knows lies in the learner's adapters and in ``memory``, a dict of
     tensors and plain values, which is what a run saves and loads.
+
+    Where several processes train, each calls every hook. All but ``loss`` see and do the same on all of them,
+    and the mean of their losses is that of the whole batch (:func:`unimoe.training.ranks.weighed`).
     """
 
     name: ClassVar[str] = ""
@@ -59,7 +63,7 @@ class Strategy:
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """What is minimised at a step (0-based) out of ``steps``."""
-        return answer_loss(self.learner.model, batch)[0]
+        return weighed(*answer_loss(self.learner.model, batch))
 
     def before_step(self) -> None:
         """Between backward and the optimizer's step."""

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from unimoe.continual.guidance import TYPES, GuidanceConfig, Guide
 from unimoe.continual.learner import Learner, real_tokens
 from unimoe.continual.router import CosineTopK
-from unimoe.continual.routing_log import by_block
+from unimoe.continual.routing_log import by_block, over_ranks
 from unimoe.continual.stream import Experience
+from unimoe.data.collate import real_tokens as count_tokens
 from unimoe.training.loss import answer_logits, last_hidden
+from unimoe.training.ranks import weighed
 
 from .base import Strategy
 
@@ -50,26 +52,29 @@ class IncMoELoRA(Strategy):
         self.guide.guided = task.index > 0
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
-        """Cross-entropy plus the mean over routers of the guide's losses."""
+        """Cross-entropy plus the mean over routers and tokens of the guide's losses."""
         self.guide.step, self.guide.steps, self.guide.watching = step, steps, self.watched
         total, count = torch.zeros((), device=self.learner.device), 0
-        routing = torch.zeros((), device=self.learner.device)
+        routing, tokens = torch.zeros((), device=self.learner.device), 0
         for part in batch:
             with self.guide.collect(real_tokens(part)) as terms:
                 logits_SV, labels_S = answer_logits(self.learner.model, part)
             total = total + nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum")
             count += len(labels_S)
+            real = count_tokens(part)
+            tokens += real
             if terms:
-                routing = routing + sum(terms) / (len(self.learner.layers) * len(batch))
-        return total / max(count, 1) + routing
+                routing = routing + real * sum(terms) / len(self.learner.layers)
+        return weighed(total / max(count, 1), count) + weighed(routing / max(tokens, 1), tokens)
 
     def end(self, task: Experience) -> None:
         super().end(task)
         self.guide.guided, self.guide.watching = False, True
 
     def observed(self) -> dict[str, Any]:
-        """Shares of token types, target of the losses and mass of each bank, by block of the decoder."""
-        return by_block(self.guide.take(), TYPES)
+        """Shares of token types, target of the losses and mass of each bank, by block of the decoder and over
+        all processes."""
+        return by_block(over_ranks(self.guide.take(), self.learner.device), TYPES)
 
 
 class DyMoE(IncMoELoRA):

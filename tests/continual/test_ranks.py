@@ -1,0 +1,76 @@
+"""Two processes (gloo) go through a stream as one does: losses, adapters, answers, whatever the strategy."""
+
+import json
+
+import pytest
+import torch
+
+from unimoe.cli import main
+from unimoe.testing import run_together
+from unimoe.training.curve import read_curve
+
+HOOKS = ("ewc", "hide", "lwf", "olora", "replay")
+
+RUN = """
+import logging, sys
+from unimoe.cli import main
+logging.basicConfig(format="%(message)s")
+logging.getLogger("unimoe").setLevel(logging.INFO)
+for path in sys.argv[1:]:
+    name, strategy, output = path.split(":")
+    assert main(["continual", "run", "-c", name, "--strategy", strategy, "--output", output]) == 0
+"""
+
+
+def assert_same(one, other):
+    """Curves, adapters, routing and matrices of two runs."""
+    tasks = sorted(path.name for path in other.glob("0*"))
+    for task in tasks:
+        ours, theirs = (read_curve(run / task / "metrics.csv") for run in (one, other))
+        assert len(ours) == len(theirs) > 0
+        for mine, alone in zip(ours, theirs, strict=True):
+            assert abs(mine["loss"] - alone["loss"]) <= 1e-5 * max(1, alone["loss"]), (one, task)
+        states = [torch.load(run / task / "state.pt", weights_only=True)["adapters"] for run in (one, other)]
+        torch.testing.assert_close(*states, rtol=0, atol=1e-5)
+        if (other / task / "routing.jsonl").exists():
+            logs = [map(json.loads, (run / task / "routing.jsonl").open()) for run in (one, other)]
+            for row, expected in zip(*logs, strict=True):
+                assert row.keys() == expected.keys()
+                for mine, alone in zip(row["mass"], expected["mass"], strict=True):
+                    assert mine == pytest.approx(alone, abs=2e-5)
+    results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
+    assert results[0]["matrix"] == results[1]["matrix"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_two_processes_learn_as_one(config, command, tmp_path):
+    """Three samples a step, two for the one process and one for the other; 20 steps a task for the two
+    strategies at the ends, with the base whole or divided, and 3 for those that do something of their own
+    between tasks, or to the batches."""
+    config["stream"]["tasks"] = config["stream"]["tasks"][:2]
+    config["training"] |= {"checkpoint_every": 20, "lr": 2e-3}
+    runs = []
+    for name in ("dymoe", "lora", *HOOKS):
+        ends = name in ("dymoe", "lora")
+        for task in config["stream"]["tasks"]:
+            task["steps"] = 20 if ends else 3
+        config["training"] |= {"devices": 1}
+        assert main(command(config, f"{name}-alone", "--strategy", name)) == 0
+        for kind in ("ddp", "fsdp2") if ends else ("ddp",):
+            config["training"] |= {"devices": 2, "strategy": kind}
+            output = f"{name}-{kind}"
+            command(config, output)
+            runs.append((output, f"{tmp_path / output}.yaml:{name}:{tmp_path / output}"))
+    said = run_together(2, RUN, *(argument for _, argument in runs))
+    assert said[0].count("done in") == len(runs) and "done in" not in said[1], "only one process speaks"
+    for output, _ in runs:
+        assert_same(tmp_path / output, tmp_path / f"{output.rsplit('-', 1)[0]}-alone")
+
+
+def test_more_devices_than_samples(config, command, capsys):
+    config["training"] |= {"devices": 4}
+    assert main(command(config, "run")) == 2
+    assert (
+        "a step of 3 samples (batch_size) cannot be shared out among 4 processes" in capsys.readouterr().err
+    )
