@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from unimoe.build import add_modalities, build_model
+from unimoe.build import Built, add_modalities, build_model
 from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
 from unimoe.loading import load_model
@@ -20,7 +20,7 @@ from unimoe.processing import UniMoeProcessor
 from unimoe.training.loss import answer_loss
 from unimoe.training.module import ResumableModule, Schedule, load_columns
 from unimoe.training.ranks import data_ranks, mean_over_ranks
-from unimoe.training.sharding import shard
+from unimoe.training.sharding import foreach, send, shard
 
 from .anneal import Anneal, check_anneal, set_coefficients
 from .data import StageData
@@ -113,6 +113,51 @@ class StageModule(ResumableModule):
         """Build the model and choose what trains, once; Lightning calls this before every verb."""
         if hasattr(self, "model"):
             return
+        divided = self.device_mesh is not None and self.trainer.training
+        self.model, self.processor = self._frame() if divided else self._build()
+        check_kinds(self.warm_start, self.model)
+        check_anneal(self.anneal, self.model)
+        if self._trainer is not None and not self.trainer.training:
+            self.model.requires_grad_(False)
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.groups = choose(self.model, self.trainable, self.lora)
+        self.model.train()
+        blocks, frozen = self.blocks()
+        for tower in frozen:
+            tower.eval()  # a frozen tower must not move its batch statistics
+        if self.gradient_checkpointing:  # the reentrant form would lose what routers add to the loss
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if divided:
+            for tower in frozen:
+                send(tower, self.trainer.strategy.root_device)
+            self._warm_start()  # while the weights are whole
+            shard(self, blocks, frozen)
+            self.model.tie_weights()
+            sharded = dict(self.model.named_parameters())
+            for group in self.groups:
+                group.parameters = {name: sharded[name] for name in group.parameters}
+
+    def _frame(self) -> Built:
+        """The model, whole on the first process; on all others what it looks like, on the meta device. What
+        stops the first process is raised on all."""
+        built = problem = None
+        if self.global_rank == 0:
+            try:
+                built = self._build()
+            except UserError as error:
+                problem = error
+        told = self.trainer.strategy.broadcast(problem or (built and (built[0].config, built[1])))
+        if isinstance(told, UserError):
+            raise told
+        if built is None:
+            with torch.device("meta"):
+                built = UniMoeForConditionalGeneration(told[0]).float(), told[1]
+        return built
+
+    def _build(self) -> Built:
+        """The model with its weights, and its processor."""
         if self.init_from is not None:
             model, processor = load_model(self.init_from, "init_from", torch.float32, "cpu", hub=False)
             if self.modalities:
@@ -128,27 +173,7 @@ class StageModule(ResumableModule):
             if model.config.moe:
                 raise UserError(f"{self.init_from} is a mixture of experts; save: expert needs a dense model")
             self.base_llm = base_fingerprint(model)
-        check_kinds(self.warm_start, model)
-        check_anneal(self.anneal, model)
-        self.model, self.processor = model, processor
-        if self._trainer is not None and not self.trainer.training:
-            self.model.requires_grad_(False)
-            return
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            self.groups = choose(self.model, self.trainable, self.lora)
-        self.model.train()
-        blocks, frozen = self.blocks()
-        for tower in frozen:
-            tower.eval()  # a frozen tower must not move its batch statistics
-        if self.gradient_checkpointing:  # the reentrant form would lose what routers add to the loss
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.device_mesh is not None:
-            self._warm_start()  # while the weights are whole
-            shard(self, blocks, frozen)
-            sharded = dict(self.model.named_parameters())
-            for group in self.groups:
-                group.parameters = {name: sharded[name] for name in group.parameters}
+        return model, processor
 
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """What FSDP2 gathers one after the other, and what it leaves whole: towers that do not train, which
@@ -167,11 +192,9 @@ class StageModule(ResumableModule):
                 if parameters:
                     entry = {"params": parameters, "lr": group.lr, "weight_decay": decay, "name": group.name}
                     settings.append(entry)
-        # where experts and the rest are sharded differently, they cannot be updated in one operation
-        together = (
-            None if self.device_mesh is None or self.device_mesh["tensor_parallel"].size() == 1 else False
+        return self.scheduled(
+            torch.optim.AdamW(settings, betas=self.betas, foreach=foreach(self.device_mesh))
         )
-        return self.scheduled(torch.optim.AdamW(settings, betas=self.betas, foreach=together))
 
     def on_fit_start(self) -> None:
         """Say what trains, and give fresh connectors their head start unless the run resumes."""
@@ -182,10 +205,13 @@ class StageModule(ResumableModule):
             self._warm_start()
 
     def _warm_start(self) -> None:
-        if self.trainer.ckpt_path is not None:
+        if self.trainer.ckpt_path is not None or not self.warm_start:
             return
+        data = cast(StageData, self.trainer.datamodule)  # type: ignore[attr-defined]
+        data.collator()  # all processes fill the cache of features
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            return  # the first process does it, and sends all weights afterwards
         for kind, settings in self.warm_start.items():
-            data = cast(StageData, self.trainer.datamodule)  # type: ignore[attr-defined]
             examples = read_examples(data.files["train"], data.media_root, kind, settings)
             encoded = data.encode([example.sample for example in examples], kind)
             warm_start(self.model, self.processor, kind, encoded, examples, settings)
