@@ -9,9 +9,11 @@ import shutil
 import sys
 import warnings
 from abc import abstractmethod
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -215,6 +217,7 @@ class RunCLI(LightningCLI):
         elif settings["enable_progress_bar"] is not False:
             callbacks.append(StageBar(self._get(self.config, "stage")))
         kwargs["callbacks"] = callbacks
+        check_deepspeed(settings["strategy"])
         self.store = own_store()
         trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer.num_devices * trainer.num_nodes)
@@ -306,6 +309,18 @@ class RunCLI(LightningCLI):
         for metrics in results:
             for key, value in metrics.items():
                 log.info("%s  %s  %.4f", self._get(self.config, "stage"), key, value)
+
+
+def check_deepspeed(strategy: Any) -> None:
+    """Raises UserError where ``strategy``, as in the settings, is DeepSpeed's and cannot run here."""
+    if not str(strategy).startswith("deepspeed"):
+        return
+    if find_spec("deepspeed") is None:
+        raise UserError(f"trainer.strategy {strategy} needs an extra: pip install 'unimoe[deepspeed]'")
+    if "stage_3" in str(strategy):
+        raise UserError(f"trainer.strategy {strategy} leaves no whole weights to be saved; set fsdp2")
+    if not torch.cuda.is_available():
+        raise UserError(f"trainer.strategy {strategy} runs on CUDA devices only; set fsdp2 or ddp")
 
 
 def run_cli(
