@@ -165,9 +165,12 @@ class Study:
         if cell.top_k == 1:
             gating = {"gating": "softmax_topk", "renormalize": False}
         sizes = {"top_k": cell.top_k, "placement": cell.placement, "balance_coef": cell.balance}
-        manifest |= {"moe": {**sizes, **gating}, "seed": self.seed}
+        manifest |= {"moe": {**sizes, **gating}, "routers": {"samples": 100}, "seed": self.seed}
         path = folder / "assemble.yaml"
         atomic_write(path, yaml.safe_dump(manifest))
+        stored = folder / "features"  # where routers look for what towers gave
+        stored.unlink(missing_ok=True)
+        stored.symlink_to((self.demo / "features").resolve())
         assemble(str(path))
         return folder / "assembled"
 
