@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from unimoe.errors import UserError
 from unimoe.testing import StopAfter
@@ -82,19 +83,27 @@ class At(Callback):
             self.act(trainer)
 
 
-def train(folder, *callbacks):
+class ShardedLine(Line):
+    def configure_model(self):
+        if not isinstance(self.layer, FSDPModule):
+            sharding.shard(self, [self.layer])
+
+
+def train(folder, *callbacks, module=Line, strategy="auto"):
     """Six steps, with checkpoints after every second one; returns where the newest is."""
     path = folder / "last.ckpt"
     trainer = Trainer(
         max_steps=6,
         accelerator="cpu",
+        devices=1,
+        strategy=strategy,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[LastCheckpoint(path, 2), *callbacks],
     )
-    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(6, 2)))
+    trainer.fit(module(), torch.utils.data.DataLoader(torch.ones(6, 2)))
     return path
 
 
@@ -115,23 +124,47 @@ def test_training_goes_on_while_the_state_as_it_was_is_written(tmp_path, monkeyp
     assert saved_step(tmp_path / "last.ckpt") == 6
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog):
-    """No file may grow beyond 100 bytes from step 3 on, which the writer meets as it would a full disk."""
+@pytest.fixture
+def full():
+    """No file may grow beyond 1000 bytes from step 3 on, which the writer meets as it would a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(trainer):
         trainer.checkpoint_callback.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
 
-    try:
-        path = train(tmp_path, At(3, fill))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    yield At(3, fill)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def in_another_process(act):
+    """Its exit status."""
+    process = multiprocessing.get_context("fork").Process(target=act)
+    process.start()
+    process.join(200)
+    return process.exitcode
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog, full):
+    path = train(tmp_path, full)
     said = [message for message in caplog.messages if "cannot be written" in message]
     assert said[0].startswith("the checkpoint of step 4") and said[-1].startswith("the checkpoint of step 6")
     assert "too large" in said[-1] and said[-1].endswith("GB are free); the one before it stays")
     assert newest(path) == (path, 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt"]
+
+
+def test_a_full_disk_leaves_the_shards_before(tmp_path, full):
+    def shards():
+        with (tmp_path / "said").open("w", buffering=1) as said:
+            logging.getLogger("unimoe").addHandler(logging.StreamHandler(said))
+            train(tmp_path, full, module=ShardedLine, strategy="fsdp2")
+
+    assert in_another_process(shards) == 0
+    said = (tmp_path / "said").read_text()
+    assert "the checkpoint of step 4 cannot be written" in said and "the one before it stays" in said
+    assert newest(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "said"]
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -144,10 +177,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, 
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(sharding, "_write", killed)
-    process = multiprocessing.get_context("fork").Process(target=train, args=(tmp_path,))
-    process.start()
-    process.join(100)
-    assert process.exitcode == -signal.SIGKILL
+    assert in_another_process(lambda: train(tmp_path)) == -signal.SIGKILL
     assert (tmp_path / "last.ckpt.tmp").stat().st_size == 500
     assert newest(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
 

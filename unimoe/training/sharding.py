@@ -94,7 +94,6 @@ class Sharded(ModelParallelStrategy):
         if later is None:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         path = Path(self.broadcast(filepath))
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {"state_dict": checkpoint.pop("state_dict")}
         for index, state in enumerate(checkpoint.pop("optimizer_states")):
             tensors[f"optimizer_{index}"] = state
