@@ -175,7 +175,7 @@ class RunCLI(LightningCLI):
         flat["content of data"] = self.data_hashes
         init_from = nested["model"].get("init_from")
         local = init_from is not None and Path(init_from).is_dir()  # else None, or an id on the hub
-        flat["content of init_from"] = folder_hash(init_from) if local else init_from
+        flat["content of init_from"] = folder_hash(str(init_from)) if local else init_from
         return flat
 
     def _compare(self) -> None:
