@@ -148,7 +148,7 @@ class StageModule(ResumableModule):
                 built = self._build()
             except UserError as error:
                 problem = error
-        told = self.trainer.strategy.broadcast(problem or (built and (built[0].config, built[1])))
+        told: Any = self.trainer.strategy.broadcast(problem or (built and (built[0].config, built[1])))
         if isinstance(told, UserError):
             raise told
         if built is None:
