@@ -121,10 +121,10 @@ class Run:
             torch.manual_seed(self.config.seed)
             learner = self._learner()
             self._note(fingerprint(learner.layers))
-            learner.model.to(self.fabric.device)
             if self.config.training.processes > 1 and self.config.training.strategy == "fsdp2":
                 mesh = init_device_mesh(self.fabric.device.type, (self.fabric.world_size,))
                 learner.divide(mesh, gathered_in(self.config.training.precision))
+            learner.model.to(self.fabric.device)
             self.strategy.attach(learner)
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
         done = [*trained, False].index(False)
