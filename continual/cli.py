@@ -18,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.continual.strategies import Strategy, strategies
+from unimoe.continual.strategies.dymoe import DyMoE
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.training.resume import Interrupted
@@ -56,8 +57,8 @@ def compare(args: list[str]) -> None:
 def diagnose(args: list[str]) -> None:
     """Which tokens of a second task teach it, and which cost the first.
 
-    DyMoE on the stream's first two tasks, with only new, ambiguous or old tokens admitted to the new
-    experts; ``args`` are those after ``unimoe``.
+    DyMoE, or a strategy made from it, on the stream's first two tasks, with only new, ambiguous or old tokens
+    admitted to the new experts; ``args`` are those after ``unimoe``.
     """
     parser = _parser("diagnose")
     found = parser.parse_args(args[2:])
@@ -66,11 +67,15 @@ def diagnose(args: list[str]) -> None:
     if len(names) < 2:
         raise UserError("diagnose needs a stream of at least two tasks")
     config = replace(config, stream=replace(config.stream, order=names), forward_transfer=True)
-    settings = found.settings.get("dymoe", {})
+    strategy_of(found.strategy, found.settings)
+    if not issubclass(strategies()[found.strategy], DyMoE):
+        raise UserError(f"diagnose tells kinds of tokens apart, as {found.strategy} does not; try dymoe")
+    settings = found.settings.get(found.strategy, {})
     table: dict[str, dict[str, float]] = {}
     for kind in TYPES:
         guidance = {**settings.get("guidance", {}), "admit": [kind]}
-        result = _run(config, "dymoe", {"dymoe": {**settings, "guidance": guidance}}, f"{output}/{kind}")
+        admitting = {found.strategy: {**settings, "guidance": guidance}}
+        result = _run(config, found.strategy, admitting, f"{output}/{kind}")
         (first, ahead), (kept, second) = result["matrix"]["scores"]
         table[kind] = {"gain on the second": second - ahead, "loss on the first": first - kept}
         log.info("%-10s gain %6.2f   loss %6.2f", kind, *table[kind].values())
@@ -110,7 +115,7 @@ def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str
 def _parser(verb: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"unimoe continual {verb}", exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of these settings")
-    if verb == "run":
+    if verb != "compare":
         parser.add_argument("--strategy", type=str, default="dymoe", help="what is done against forgetting")
     parser.add_argument("--settings", type=dict[str, dict], default={}, help="settings of strategies by name")
     parser.add_argument("--output", type=str | None, default=None, help="folder of everything that is made")

@@ -53,10 +53,6 @@ class GuidanceConfig:
     balance: float = 0.0
     """Weight of a load-balance loss over the new experts, of one process's rows of like length at a time: in
     the paper (1e-2), not in its code."""
-    mean_direction: bool = False
-    """Start a later task's rows around the part of its mean token that is orthogonal to those of the tasks
-    before, instead of at random; off in the paper. Mean tokens of tasks are nearly parallel (cosines of 0.92
-    to 1.00 on the embedded stream), so that to rows of chance the tokens of all tasks look alike."""
 
     def __post_init__(self) -> None:
         self.admit = tuple(self.admit)

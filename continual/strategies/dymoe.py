@@ -11,7 +11,7 @@ from unimoe.continual.router import CosineTopK
 from unimoe.continual.routing_log import by_block, over_ranks
 from unimoe.continual.stream import Experience
 from unimoe.data.collate import real_tokens as count_tokens
-from unimoe.training.loss import answer_logits, last_hidden
+from unimoe.training.loss import answer_logits
 from unimoe.training.ranks import weighed
 
 from .base import Strategy
@@ -98,43 +98,3 @@ class DyMoE(IncMoELoRA):
         """
         super().__init__(k, scale, temperature)
         self.guide.config = guidance or GuidanceConfig()
-
-    def begin(self, task: Experience) -> None:
-        super().begin(task)
-        if self.guide.config.mean_direction:
-            self._point_at(task)
-
-    @torch.no_grad()
-    def _point_at(self, task: Experience) -> None:
-        """Scatter the new rows around the part of the task's mean token at each projection that is
-        orthogonal to those of earlier tasks, and remember it."""
-        means, past = self._mean_token(task), self.memory.setdefault("mean_token", {})
-        for name, layer in self.learner.layers.items():
-            if past:
-                row_ED = layer.gating.rows[-1]  # type: ignore[union-attr, index]
-                seen_DO = torch.linalg.qr(past[name].T).Q
-                apart_ED = torch.cat([means[name][None], row_ED])
-                apart_ED = nn.functional.normalize(apart_ED - apart_ED @ seen_DO @ seen_DO.T, dim=-1)
-                row_ED.copy_(apart_ED[:1] + apart_ED[1:])
-        earlier = {name: past.get(name, mean_D.new_empty(0, len(mean_D))) for name, mean_D in means.items()}
-        self.memory["mean_token"] = {name: torch.cat([earlier[name], means[name][None]]) for name in means}
-
-    def _mean_token(self, task: Experience, samples: int = 32) -> dict[str, Tensor]:
-        """[D] by projection: mean of the normalised tokens of the task's first samples, before it is
-        learned."""
-        sums: dict[str, Tensor] = {}
-
-        def note(name: str):
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x_TD = nn.functional.normalize(inputs[0].flatten(0, -2).float(), dim=-1)
-                sums[name] = sums.get(name, torch.zeros_like(x_TD[0])) + x_TD.mean(0)
-
-            return hook
-
-        handles = [layer.register_forward_pre_hook(note(name)) for name, layer in self.learner.layers.items()]
-        for sample in task.samples[:samples]:
-            for part in self.learner.collate([sample]):
-                last_hidden(self.learner.model, part)
-        for handle in handles:
-            handle.remove()
-        return {name: total_D / min(len(task.samples), samples) for name, total_D in sums.items()}

@@ -58,23 +58,6 @@ def test_routing_is_logged_from_the_first_step(config, command, tmp_path):
     assert drift[0] == {"upper": [0, 0]} and len(drift[2]) == 3 and drift[2]["last"] == [0, 0]
 
 
-def test_new_rows_can_start_where_the_task_differs(config, command, tmp_path):
-    settings = {"k": 4, "temperature": 0.1, "guidance": {"mean_direction": True}}
-    pointed = {**config, "settings": {"dymoe": settings}}
-    for output, settings in (("pointed", pointed), ("random", config)):
-        assert main(command(settings, output, "--strategy", "dymoe")) == 0
-    memory = torch.load(tmp_path / "pointed" / "03-last" / "state.pt", weights_only=True)["memory"]
-
-    def cosines(output):
-        adapters = state(tmp_path / output / "02-twice")
-        for name, means in memory["mean_token"].items():
-            assert len(means) == 3
-            rows = adapters[f"{name}.gating.rows.1"]
-            yield torch.cosine_similarity(rows, means[1] - means[0], dim=-1).mean().item()
-
-    assert np.mean(list(cosines("pointed"))) > 0.5 > np.mean(list(cosines("random"))) + 0.3
-
-
 def test_checkpointed_blocks_learn_the_same(config, command, tmp_path):
     config["stream"]["tasks"] = config["stream"]["tasks"][:2]
     assert main(command(config, "plain", "--strategy", "dymoe")) == 0
@@ -229,7 +212,7 @@ def test_banks_of_another_model(config, command, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--strategy", "dymoo"], "there is no strategy 'dymoo', expected one of dymoe, ewc"),
+        (["--strategy", "dymoo"], "there is no strategy 'dymoo', expected one of dymoe, dymoe_apart, ewc"),
         (["--settings", '{"dymoe": {"kk": 3}}'], "kk"),
         (["--adapters.targets", '["w9"]'], "no linear layer is named 'w9'"),
         (["--training.batch_size", "0"], "batch_size"),
@@ -271,6 +254,7 @@ def test_diagnosis(config, command, tmp_path, capsys):
     found = json.loads((tmp_path / "tokens" / "diagnosis.json").read_text())
     assert found["tasks"] == ["upper", "twice"] and set(found["tokens"]) == {"old", "ambiguous", "new"}
     assert (tmp_path / "tokens" / "ambiguous" / "result.json").is_file()
+    assert "does not" in refused([*arguments, "--strategy", "incmoelora"], capsys)
 
 
 def test_a_stop_between_steps_is_no_error(config, command, tmp_path, monkeypatch, capsys):
