@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from unimoe.consolidate import consolidate
+from unimoe.loading import load_model
 from unimoe.testing import IMAGE, SPEECH, assert_same_run, run_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -88,6 +92,32 @@ def test_two_processes_train_as_one(world, alone, tmp_path):
         assert_same_run(Path(run["output"]), alone)
 
 
+def test_accumulated_batches_count_as_those_of_one_process(world, tmp_path):
+    runs = {
+        name: settings(world, tmp_path / name, ranks, strategy)
+        for name, ranks, strategy in (("alone", 1, "auto"), ("ddp", 2, "ddp"), ("fsdp2", 2, "fsdp2"))
+    }
+    for run in runs.values():
+        run["data"]["steps"] = STEPS // 2
+        run["trainer"]["accumulate_grad_batches"] = 2
+    fit(1, runs["alone"])
+    fit(2, runs["ddp"], runs["fsdp2"])
+    for name in ("ddp", "fsdp2"):
+        assert_same_run(tmp_path / name, tmp_path / "alone")
+
+
+def assert_same_weights(run: Path, model: Path):
+    """What is consolidated is what torch's own converter finds in the shards."""
+    consolidate(str(run), str(model))
+    dcp_to_torch_save(run / "checkpoints" / "last.ckpt", model / "whole.pt")
+    held = torch.load(model / "whole.pt", weights_only=True)["state_dict"]
+    found = load_model(model)[0].state_dict()
+    whole = {name: tensor for name, tensor in held.items() if ".lora_" not in name}
+    assert any(".experts." in name for name in whole) and len(whole) < len(held)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(found[name.removeprefix("model.")], tensor, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["2 to 1", "1 to 2"])
 def test_a_sharded_checkpoint_goes_on_with_other_ranks(world, alone, tmp_path, ranks):
     output = tmp_path / "run"
@@ -96,6 +126,8 @@ def test_a_sharded_checkpoint_goes_on_with_other_ranks(world, alone, tmp_path, r
     run["trainer"]["callbacks"] = [stop]
     assert "stopped" in fit(ranks[0], run)
     assert (output / "checkpoints" / "last.ckpt").is_dir()
+    if ranks[0] == 2:
+        assert_same_weights(output, tmp_path / "model")
     damaged = ranks[0] == 2
     if damaged:  # the newest is cut short: the one before it, of step 10, takes its place
         piece = max((output / "checkpoints" / "last.ckpt").glob("*.distcp"))
