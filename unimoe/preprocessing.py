@@ -120,7 +120,7 @@ class SoundPreprocessor:
     """Samples of the longest window that the encoders have positions for."""
 
     def __init__(self, kind: str, config: dict, connector: dict):
-        self.kind, self.outputs = kind, MEDIA_INPUTS[kind]
+        self.outputs = MEDIA_INPUTS[kind]
         self.spectrum = SPECTRA[config.get("spectrum", "whisper")](config["mel_bins"])
         self.connector = connector
         most = config.get("max_windows")
@@ -146,7 +146,7 @@ class SoundPreprocessor:
         return dict(zip(self.outputs, (features, frames), strict=True)), tokens
 
     def span(self, sound: np.ndarray, tokens: int) -> Span:
-        return Span(self.kind, tokens, seconds=(len(sound) / self.rate,))
+        return Span("audio", tokens, seconds=(len(sound) / self.rate,))
 
 
 class WhisperSpectrum:

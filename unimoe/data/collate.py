@@ -235,7 +235,7 @@ class _StoredFeatures:
     def span(self, windows: list[Tensor], tokens: int) -> Span:
         if self.kind == "image":
             return picture_span(tokens)
-        return Span(self.kind, tokens, seconds=(sum(map(len, windows)) / SOUND_POSITIONS,))
+        return Span("audio", tokens, seconds=(sum(map(len, windows)) / SOUND_POSITIONS,))
 
     def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Remove this kind from ``batch``: what the encoder would have returned."""
