@@ -32,7 +32,7 @@ class StageCLI(RunCLI):
         """Evaluate what the stage left, not what it started from."""
         find_model(self.output, "output", hub=False)
         model_settings["init_from"] = str(self.output)
-        for key in ("llm", "modalities", "moe", "chat_template", "warm_start", "anneal"):
+        for key in ("llm", "modalities", "moe", "chat_template", "rope_sections", "warm_start", "anneal"):
             model_settings[key] = None
         model_settings["save"] = "model"
 

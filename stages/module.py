@@ -51,6 +51,7 @@ class StageModule(ResumableModule):
         modalities: dict[str, dict[str, dict[str, Any]]] | None = None,
         moe: dict[str, Any] | None = None,
         chat_template: str | None = None,
+        rope_sections: list[int] | None = None,
         warm_start: dict[str, Ridge] | None = None,
         trainable: list[Trainable] | None = None,
         lora: list[LoRA] | None = None,
@@ -72,6 +73,7 @@ class StageModule(ResumableModule):
                 :func:`unimoe.build.build_model` takes them; with ``init_from`` media that are added to it.
             moe: fields of MoEConfig, to copy the FFNs of a fresh start into experts.
             chat_template: of a fresh start: ``chatml``, a Jinja template, or the tokenizer's own.
+            rope_sections: of a fresh start whose media have times (:mod:`unimoe.positions`).
             warm_start: modalities whose connector starts from ridge regression on the named samples of the
                 training data.
             trainable: parameters that train in full, by name pattern.
@@ -92,10 +94,11 @@ class StageModule(ResumableModule):
             raise UserError(
                 "a stage starts from one of model.init_from (a folder) and model.llm (a fresh start)"
             )
-        if init_from is not None and moe:
-            raise UserError("model.moe belongs to a fresh start; model.init_from brings its own")
+        for key, value in (("moe", moe), ("rope_sections", rope_sections)):
+            if init_from is not None and value:
+                raise UserError(f"model.{key} belongs to a fresh start; model.init_from brings its own")
         self.init_from, self.llm, self.modalities, self.moe = init_from, llm, modalities or {}, moe
-        self.chat_template = chat_template
+        self.chat_template, self.rope_sections = chat_template, rope_sections
         self.warm_start = warm_start or {}
         self.trainable, self.lora = trainable or [], lora or []
         self.save, self.task = save, task
@@ -168,7 +171,8 @@ class StageModule(ResumableModule):
             assert self.llm is not None
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                model, processor = build_model(self.llm, self.modalities, self.moe, self.chat_template)
+                template, rope = self.chat_template, self.rope_sections
+                model, processor = build_model(self.llm, self.modalities, self.moe, template, rope)
         if self.save == "expert":
             if model.config.moe:
                 raise UserError(f"{self.init_from} is a mixture of experts; save: expert needs a dense model")

@@ -19,6 +19,8 @@ from unimoe.loading import load_model
 from unimoe.modeling import UniMoeForConditionalGeneration
 from unimoe.positions import Span, TimeRotary, time_ids, time_positions
 from unimoe.serve.batch import Prompt, RunningBatch
+from unimoe.stages.module import StageModule
+from unimoe.stages.trainable import Trainable
 from unimoe.testing import IMAGE, SPEECH, VIDEO, save_tiny_llm
 from unimoe.training.loss import answer_loss
 
@@ -272,3 +274,12 @@ def test_a_step_against_the_loss_lowers_it_and_a_saved_model_keeps_its_clock(clo
         torch.testing.assert_close(loaded(**batch).logits, logits)
         del batch["position_ids"]
         assert (model(**batch).logits - logits).abs().max() > 1e-3  # the clock makes a difference
+
+
+def test_a_stage_starts_a_model_with_a_clock(llm):
+    trains = [Trainable("model.connectors.*", 1e-3)]
+    stage = StageModule(llm=llm, modalities={"image": IMAGE}, rope_sections=[2, 1, 1], trainable=trains)
+    stage.configure_model()
+    assert stage.model.config.rope_sections == [2, 1, 1] and stage.processor.rope_rate == 2.0
+    with pytest.raises(UserError, match="model.rope_sections belongs to a fresh start"):
+        StageModule(init_from="a", rope_sections=[2, 1, 1])
