@@ -47,8 +47,9 @@ def write_world(folder: Path, layers: int, hidden: int) -> None:
     (folder / "train.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 64))
 
 
-def measure(folder: Path, name: str, steps: int, accelerator: str) -> tuple[float, float]:
-    """Tokens a second (median over the steps) and the largest process's memory in MB."""
+def measure(folder: Path, name: str, steps: int, accelerator: str) -> tuple[float, float, float]:
+    """Tokens a second (median over the steps), and memory in MB: of the first process, which builds the
+    model, and of the last."""
     ranks, strategy = STRATEGIES[name]
     output = folder / name.replace(", ", "_")
     batch = 8 if name.endswith("all_reduce") else 8 // ranks
@@ -66,9 +67,9 @@ def measure(folder: Path, name: str, steps: int, accelerator: str) -> tuple[floa
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(run))
     said = run_together(ranks, RUN, str(file))
-    peak = max(int(text.rsplit("peak", 1)[1].split()[0]) for text in said) / 1024
+    peaks = [int(text.rsplit("peak", 1)[1].split()[0]) / 1024 for text in said]
     speeds = [row.get("train/tokens_per_second") for row in read_curve(output / "logs" / "metrics.csv")]
-    return median(speed for speed in speeds if speed is not None), peak
+    return median(speed for speed in speeds if speed is not None), peaks[0], peaks[-1]
 
 
 def main() -> None:
@@ -81,12 +82,12 @@ def main() -> None:
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     given = parser.parse_args()
-    print(f"{'strategy':22}{'processes':>10}{'tokens/s':>10}{'MB each':>10}")
+    print(f"{'strategy':22}{'processes':>10}{'tokens/s':>10}{'MB, first':>10}{'MB, last':>10}")
     with tempfile.TemporaryDirectory() as temporary:
         write_world(Path(temporary), given.layers, given.hidden)
         for name in given.strategies:
-            speed, peak = measure(Path(temporary), name, given.steps, given.accelerator)
-            print(f"{name:22}{STRATEGIES[name][0]:10}{speed:10.0f}{peak:10.0f}", flush=True)
+            found = measure(Path(temporary), name, given.steps, given.accelerator)
+            print(f"{name:22}{STRATEGIES[name][0]:10}" + "".join(f"{one:10.0f}" for one in found), flush=True)
 
 
 if __name__ == "__main__":
