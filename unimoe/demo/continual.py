@@ -37,7 +37,7 @@ class ContinualDemo:
 
 
 def continual(output: str = DEFAULT_OUTPUT, seed: int = 0, full: bool = False):
-    """Task after task over the embedded default: sequential LoRA, IncMoELoRA, two forms of DyMoE, and all at once.
+    """Task after task over the embedded default: LoRA, IncMoELoRA, two forms of DyMoE, and all at once.
 
     The same command goes on where a run was cut off. Ends with report.json and report.html.
 
