@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from unimoe.build import build_model
@@ -124,7 +125,7 @@ class Run:
             if self.config.training.processes > 1 and self.config.training.strategy == "fsdp2":
                 mesh = init_device_mesh(self.fabric.device.type, (self.fabric.world_size,))
                 learner.divide(mesh, gathered_in(self.config.training.precision))
-            learner.model.to(self.fabric.device)
+            nn.Module.to(learner.model, self.fabric.device)
             self.strategy.attach(learner)
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
         done = [*trained, False].index(False)
@@ -156,7 +157,7 @@ class Run:
             strategy.learner.recompute(self.config.training.gradient_checkpointing)
             seconds = train_task(strategy, task, self.config.training, folder, self.config.seed, label)
             strategy.learner.recompute(False)
-            strategy.learner.model.to(self.fabric.device)  # the trainer leaves it on the CPU
+            nn.Module.to(strategy.learner.model, self.fabric.device)  # the trainer leaves it on the CPU
             began = time.monotonic()
             strategy.end(task)
         self._keep(folder, trained, seconds + time.monotonic() - began)

@@ -263,16 +263,16 @@ def send(module: nn.Module, device: torch.device, parameters: bool = True) -> No
     the first process, where they are on the meta device. All processes call it; ``device`` is that on which
     they tell each other something."""
     for owner in module.modules():
-        for table in (owner._buffers, owner._parameters) if parameters else (owner._buffers,):
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-                broadcast(value, 0)
-                if tensor.is_meta:
-                    whole = value.to("cpu")
-                    fresh = nn.Parameter(whole, tensor.requires_grad)
-                    table[name] = fresh if table is owner._parameters else whole
+        tensors: dict[str, Tensor | None] = {**owner._buffers, **(owner._parameters if parameters else {})}
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+            broadcast(value, 0)
+            if tensor.is_meta:
+                whole, trains = value.to("cpu"), tensor.requires_grad
+                fresh = nn.Parameter(whole, trains) if isinstance(tensor, nn.Parameter) else whole
+                setattr(owner, name, fresh)
 
 
 @torch.no_grad()
