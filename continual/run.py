@@ -118,6 +118,7 @@ class Run:
             log.info("%s: finished before", self.output)
             return result
         self.fabric = launch(self.config.training)
+        self.fabric.barrier()  # nobody writes before all have looked at what is there
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             learner = self._learner()

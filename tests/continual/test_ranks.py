@@ -22,7 +22,7 @@ for path in sys.argv[1:]:
 """
 
 
-def assert_same(one, other):
+def assert_same(one, other, weights=1e-5):
     """Curves, adapters, routing and matrices of two runs."""
     tasks = sorted(path.name for path in other.glob("0*"))
     for task in tasks:
@@ -31,7 +31,7 @@ def assert_same(one, other):
         for mine, alone in zip(ours, theirs, strict=True):
             assert abs(mine["loss"] - alone["loss"]) <= 1e-5 * max(1, alone["loss"]), (one, task)
         states = [torch.load(run / task / "state.pt", weights_only=True)["adapters"] for run in (one, other)]
-        torch.testing.assert_close(*states, rtol=0, atol=1e-5)
+        torch.testing.assert_close(*states, rtol=0, atol=weights)
         if (other / task / "routing.jsonl").exists():
             logs = [map(json.loads, (run / task / "routing.jsonl").open()) for run in (one, other)]
             for row, expected in zip(*logs, strict=True):
@@ -65,7 +65,10 @@ def test_two_processes_learn_as_one(config, command, tmp_path):
     said = run_together(2, RUN, *(argument for _, argument in runs))
     assert said[0].count("done in") == len(runs) and "done in" not in said[1], "only one process speaks"
     for output, _ in runs:
-        assert_same(tmp_path / output, tmp_path / f"{output.rsplit('-', 1)[0]}-alone")
+        name = output.rsplit("-", 1)[0]
+        # its rows follow from an SVD, which enlarges the rounding of the task before
+        weights = 1e-4 if name == "dymoe_apart" else 1e-5
+        assert_same(tmp_path / output, tmp_path / f"{name}-alone", weights)
 
 
 def test_more_devices_than_samples(config, command, capsys):

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -124,17 +125,20 @@ def test_training_goes_on_while_the_state_as_it_was_is_written(tmp_path, monkeyp
     assert saved_step(tmp_path / "last.ckpt") == 6
 
 
-@pytest.fixture
-def full():
-    """No file may grow beyond 1000 bytes from step 3 on, which the writer meets as it would a full disk."""
+@contextmanager
+def full_disk():
+    """No file may grow beyond 1000 bytes from step 3 on, which the writer meets as it would a full disk. No
+    fixture: pytest's own output, where it goes to a file, would meet it too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(trainer):
         trainer.checkpoint_callback.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
 
-    yield At(3, fill)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield At(3, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def in_another_process(act):
@@ -145,8 +149,9 @@ def in_another_process(act):
     return process.exitcode
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog, full):
-    path = train(tmp_path, full)
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog):
+    with full_disk() as full:
+        path = train(tmp_path, full)
     said = [message for message in caplog.messages if "cannot be written" in message]
     assert said[0].startswith("the checkpoint of step 4") and said[-1].startswith("the checkpoint of step 6")
     assert "too large" in said[-1] and said[-1].endswith("GB are free); the one before it stays")
@@ -154,9 +159,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog, full):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt"]
 
 
-def test_a_full_disk_leaves_the_shards_before(tmp_path, full):
+def test_a_full_disk_leaves_the_shards_before(tmp_path):
     def shards():
-        with (tmp_path / "said").open("w", buffering=1) as said:
+        with (tmp_path / "said").open("w", buffering=1) as said, full_disk() as full:
             logging.getLogger("unimoe").addHandler(logging.StreamHandler(said))
             train(tmp_path, full, module=ShardedLine, strategy="fsdp2")
 
