@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from unimoe.continual.strategies import Strategy
 from unimoe.data.mix import MixedBatchSampler
 from unimoe.errors import UserError
 from unimoe.training.curve import CurveLogger
-from unimoe.training.elastic import check_processes
+from unimoe.training.elastic import check_processes, own_store
 from unimoe.training.loader import ResumableLoader
 from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.progress import PlainProgress
@@ -85,11 +86,16 @@ class TrainingConfig:
             )
 
 
+hold_store = cache(own_store)
+"""The first process keeps it until it ends, over all runs of a comparison."""
+
+
 def launch(config: TrainingConfig) -> Fabric:
     """The processes of a run, begun here unless they are there; knows this one's rank and device."""
     settings: dict[str, Any] = {"accelerator": config.accelerator, "devices": config.devices}
     several = "ddp" if config.processes > 1 else "auto"
     check_processes(config.processes)
+    hold_store()
     fabric = Fabric(num_nodes=config.num_nodes, strategy=several, **settings)
     fabric.launch()
     return fabric
