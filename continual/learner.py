@@ -166,7 +166,7 @@ class Learner:
                 block.training = on  # blocks recompute in training mode only; their parts stay as they are
 
 
-def real_tokens(part: dict[str, Any]) -> Tensor | None:
+def valid_tokens(part: dict[str, Any]) -> Tensor | None:
     """[B * T] bool, False on padding; None when there is none."""
     mask = part.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask.flatten().bool()

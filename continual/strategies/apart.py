@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimoe.continual.guidance import GuidanceConfig
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
-from unimoe.generate import to_device
 from unimoe.training.loss import last_hidden
 
 from .dymoe import DyMoE
@@ -36,26 +34,15 @@ class DyMoEApart(DyMoE):
 
     name = "dymoe_apart"
 
-    def __init__(
-        self,
-        k: int = 16,
-        scale: float = 1.0,
-        temperature: float = 0.01,
-        guidance: GuidanceConfig | None = None,
-        energy: float = 0.9,
-        samples: int = 32,
-    ):
+    def __init__(self, energy: float = 0.9, samples: int = 32, **dymoe: Any):
         """
         Args:
-            k: experts that a token keeps out of all banks.
-            scale: gamma, on the cosines.
-            temperature: of the softmax over the kept.
-            guidance: the two parts of DyMoE and their switches.
             energy: share of the squared length of a task's tokens that its directions and those before it
                 cover, at every projection: more keeps more of the old, and leaves less room for the new.
             samples: of each task, whose tokens they are taken from.
+            dymoe: what DyMoE takes.
         """
-        super().__init__(k, scale, temperature, guidance)
+        super().__init__(**dymoe)
         if not 0 < energy < 1 or samples < 1:
             raise UserError(
                 f"dymoe_apart needs energy between 0 and 1 and samples above 0, found {energy} and {samples}"
@@ -99,7 +86,6 @@ class DyMoEApart(DyMoE):
             row_ED = self._rows(name)
             row_ED.copy_(_outside(row_ED, basis_OD))
 
-    @torch.no_grad()
     def _tokens(self, task: Experience, each: int = 64) -> dict[str, Tensor]:
         """[T, D] by projection: normalised tokens, at most ``each`` of a sample, as the model is now."""
         tokens: dict[str, list[Tensor]] = {name: [] for name in self.learner.layers}
@@ -117,7 +103,7 @@ class DyMoEApart(DyMoE):
         for sample in task.samples[: self.samples]:
             for part in self.learner.collate([sample]):
                 chosen_T = torch.randperm(part["input_ids"].numel(), generator=chance)[:each]
-                last_hidden(self.learner.model, to_device(part, self.learner.device))
+                last_hidden(self.learner.model, part)
         for handle in handles:
             handle.remove()
         return {name: torch.cat(parts) for name, parts in tokens.items()}

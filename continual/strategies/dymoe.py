@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.continual.guidance import TYPES, GuidanceConfig, Guide
-from unimoe.continual.learner import Learner, real_tokens
+from unimoe.continual.learner import Learner, valid_tokens
 from unimoe.continual.router import CosineTopK
 from unimoe.continual.routing_log import by_block, over_ranks
 from unimoe.continual.stream import Experience
-from unimoe.data.collate import real_tokens as count_tokens
+from unimoe.data.collate import real_tokens
 from unimoe.training.loss import answer_logits
 from unimoe.training.ranks import weighed
 
@@ -57,11 +57,11 @@ class IncMoELoRA(Strategy):
         total, count = torch.zeros((), device=self.learner.device), 0
         routing, tokens = torch.zeros((), device=self.learner.device), 0
         for part in batch:
-            with self.guide.collect(real_tokens(part)) as terms:
+            with self.guide.collect(valid_tokens(part)) as terms:
                 logits_SV, labels_S = answer_logits(self.learner.model, part)
             total = total + nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum")
             count += len(labels_S)
-            real = count_tokens(part)
+            real = real_tokens(part)
             tokens += real
             if terms:
                 routing = routing + real * sum(terms) / len(self.learner.layers)
@@ -82,19 +82,11 @@ class DyMoE(IncMoELoRA):
 
     name = "dymoe"
 
-    def __init__(
-        self,
-        k: int = 16,
-        scale: float = 1.0,
-        temperature: float = 0.01,
-        guidance: GuidanceConfig | None = None,
-    ):
+    def __init__(self, guidance: GuidanceConfig | None = None, **routing: Any):
         """
         Args:
-            k: experts that a token keeps out of all banks.
-            scale: gamma, on the cosines.
-            temperature: of the softmax over the kept.
             guidance: the two parts and their switches.
+            routing: what IncMoELoRA takes.
         """
-        super().__init__(k, scale, temperature)
+        super().__init__(**routing)
         self.guide.config = guidance or GuidanceConfig()
