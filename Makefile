@@ -19,7 +19,7 @@ help:
 	@echo "make setup   install unimoe and its tools in $(VENV)"
 	@echo "make native  compile the experts' loops (optional: faster training on a CPU; needs a C++ compiler)"
 	@echo "make demo    the whole path on real weights (ARGS=\"--control\" adds the dense control)"
-	@echo "make test    the tests"
+	@echo "make test    the tests, two at a time (ARGS=\"tests/moe -n 8\")"
 	@echo "make check   lint, types, import floors"
 	@echo "make docs    the documentation, in build/site"
 	@echo "make bench   the benchmarks"
@@ -55,7 +55,7 @@ demo: $(READY)
 	@$(PY) -P -m unimoe demo $(ARGS)
 
 test: $(READY)
-	@$(PY) -P -m pytest $(ARGS)
+	@$(PY) -P -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .
