@@ -146,8 +146,6 @@ def compare(output: Path, names: list[str], seeds: list[int], steps: int, overri
         "adapters": {"experts": 8, "rank": 1, "alpha": 16},
         "training": {"batch_size": 16, "lr": 5e-3, "checkpoint_every": 1000, "accelerator": "cpu"},
         "settings": {
-            "dymoe": {"k": 8},
-            "incmoelora": {"k": 8},
             "replay": {"buffer": 70},
             "olora": {"orthogonality": 0.05},
         },

@@ -146,14 +146,19 @@ def adapt(
         layers: indices of the blocks; None takes all.
         scale: alpha / r.
 
-    Returns the wrapped layers by name, in order. Raises UserError for a target that is nowhere.
+    Returns the wrapped layers by name, in order. Raises UserError for a target or a block that is nowhere.
     """
     decoder.requires_grad_(False)
     linears = {
         name: module
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and (block_of(name) in layers if layers else block_of(name) >= 0)
+        if isinstance(module, nn.Linear) and block_of(name) >= 0
     }
+    if layers is not None:
+        blocks = {block_of(name) for name in linears}
+        if not layers or not blocks.issuperset(layers):
+            raise UserError(f"layers: expected blocks out of 0 to {max(blocks)}, found {list(layers)}")
+        linears = {name: module for name, module in linears.items() if block_of(name) in layers}
     chosen: set[str] = set()
     for target in targets:
         names = {name for name in linears if _matches(name, target)}

@@ -45,6 +45,8 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each strategy's runs")
     found = parser.parse_args(args[2:])
     config, output = _settings(parser, found)
+    if config.seed:
+        raise UserError(f"compare takes --seeds, found seed {config.seed}")
     for name in found.strategies:
         strategy_of(name, found.settings)  # whatever is wrong with one is said before the first begins
     runs = [(name, seed) for seed in found.seeds for name in found.strategies]

@@ -16,15 +16,17 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
 
-from .adapters import AdaptedLinear, Bank, block_of
+from .adapters import AdaptedLinear, Bank
 from .router import CosineTopK
 
 BANK_FILE = "bank.safetensors"
+WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers of so many bytes."""
 
 
 def export_bank(
@@ -62,7 +64,7 @@ def export_bank(
         inference_mode=True,
         task_type="CAUSAL_LM",
     )
-    about = {"base": fingerprint(layers), "experts": str(first.banks[index].experts)}
+    about = {"base": _base(layers), "experts": str(first.banks[index].experts)}
     with atomic_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -80,7 +82,7 @@ def import_bank(folder: str | Path, layers: Mapping[str, AdaptedLinear]) -> None
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
     tensors = load_file(path)
-    found, expected = about.get("base", "")[:12], fingerprint(layers)[:12]
+    found, expected = about.get("base", "")[:12], _base(layers)[:12]
     if found != expected:
         raise UserError(f"{folder}: this bank was trained on another model (base {found}, here {expected})")
     experts = int(about["experts"])
@@ -95,11 +97,17 @@ def import_bank(folder: str | Path, layers: Mapping[str, AdaptedLinear]) -> None
         bank.requires_grad_(False)
 
 
-def fingerprint(layers: Mapping[str, nn.Module]) -> str:
-    """Hash of names, shapes and weights of the adapted projections: a bank belongs to these and no others."""
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Hash of names, types, shapes and weights, the same on every device and for any number of threads."""
     digest = hashlib.sha256()
-    for name, layer in layers.items():
-        weight: Tensor = layer.base.weight.detach()  # type: ignore[union-attr, assignment]
-        sums = [weight.double().sum().item(), weight.double().square().sum().item()]
-        digest.update(json.dumps([name, block_of(name), list(weight.shape), sums]).encode())
+    for name, weight in weights.items():
+        # sums of the bits as integers, which wrap around, know no order
+        bits = weight.detach().contiguous().flatten().view(WORD[weight.element_size()]).long()
+        sums = [bits.sum().item(), bits.square().sum().item()]
+        digest.update(json.dumps([name, str(weight.dtype), list(weight.shape), sums]).encode())
     return digest.hexdigest()
+
+
+def _base(layers: Mapping[str, AdaptedLinear]) -> str:
+    """Of the adapted projections: a bank belongs to these and no others."""
+    return fingerprint({name: layer.base.weight for name, layer in layers.items()})

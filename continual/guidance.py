@@ -109,12 +109,13 @@ def score_losses(
     scores_TE: Tensor, old: int, k: int, temperature: float, valid_T: Tensor | None = None
 ) -> ScoreLosses:
     """L_exc and L_spe of one router on its unmasked scores."""
-    weight_TE = top_gates(scores_TE, k, temperature)
-    if valid_T is not None:
-        weight_TE = weight_TE[valid_T]
-    old_T, new_T = weight_TE[:, :old].sum(-1), weight_TE[:, old:].sum(-1).clamp(0, 1)
-    target_T = (1 - weight_TE[:, :old].amax(-1).detach()).clamp(0, 1)
-    return ScoreLosses((old_T * new_T).mean(), F.binary_cross_entropy(new_T, target_T), target_T)
+    with torch.autocast(scores_TE.device.type, enabled=False):  # CUDA's refuses binary_cross_entropy
+        weight_TE = top_gates(scores_TE, k, temperature)
+        if valid_T is not None:
+            weight_TE = weight_TE[valid_T]
+        old_T, new_T = weight_TE[:, :old].sum(-1), weight_TE[:, old:].sum(-1).clamp(0, 1)
+        target_T = (1 - weight_TE[:, :old].amax(-1).detach()).clamp(0, 1)
+        return ScoreLosses((old_T * new_T).mean(), F.binary_cross_entropy(new_T, target_T), target_T)
 
 
 def new_expert_balance(gate_TE: Tensor, scores_TE: Tensor, old: int, temperature: float) -> Tensor:
@@ -160,6 +161,10 @@ class Guide:
         self.watching = True
         """Whether to count what the routers do; costs about as much as the routing itself."""
         self._collecting = False
+
+    def start(self, guided: bool) -> None:
+        """At the first step of a task, before its first batch: nothing is left of the task before."""
+        self.guided, self.step, self.valid_T, self.seen = guided, 0, None, {}
 
     @property
     def ramp(self) -> float:

@@ -63,10 +63,13 @@ def _question(record: Any, source: str, root: Path) -> Question:
             )
         found = record["answer"]
         sample = parse_record(_as_conversation(record, text), source, root, training=False)
-    answers = tuple(str(answer).strip() for answer in (found if isinstance(found, list) else [found]))
-    if not answers:
-        raise UserError(f"{source}: the list of answers is empty")
-    return Question(name, sample, Truth(answers, dict(record.get("options") or {})))
+    found = found if isinstance(found, list) else [found]
+    if not found or None in found:
+        raise UserError(f"{source}: expected an answer or a list of answers, found {found}")
+    options = record.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise UserError(f'{source}: expected "options" of letter -> text, found {options}')
+    return Question(name, sample, Truth(tuple(str(answer).strip() for answer in found), dict(options)))
 
 
 def _as_conversation(record: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.training.result import differences, flatten
 
 from .metrics import METRICS, spread
 
@@ -24,17 +25,14 @@ def report(runs: list[str], output: str | None = None) -> None:
     """Write report.json, report.html and figures over finished runs.
 
     Args:
-        runs: folders of finished runs, of one stream; seeds of a strategy are taken together.
+        runs: folders of finished runs that differ in strategy and seed alone; seeds of a strategy are taken
+            together.
         output: folder of the report (default: the folder that the runs lie in).
     """
     results = [_read(Path(run)) for run in runs]
     if not results:
         raise UserError("report needs at least one folder of a finished run")
-    for run, result in zip(runs, results, strict=True):
-        if result["tasks"] != results[0]["tasks"]:
-            raise UserError(
-                f"{run} learned {result['tasks']}, {runs[0]} {results[0]['tasks']}: another stream"
-            )
+    _compare(runs)
     folder = Path(output) if output else Path(runs[0]).resolve().parent
     groups: dict[str, list[Result]] = {}
     for result in results:
@@ -68,14 +66,30 @@ def _cell(value: dict[str, float | None]) -> str:
     return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ±{value['std']:.2f}")
 
 
-def _read(folder: Path) -> Result:
-    path = folder / "result.json"
+def _read(folder: Path, name: str = "result.json") -> Result:
+    path = folder / name
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no finished run: {path.name} is not there") from None
+        raise UserError(f"{folder} holds no finished run: {name} is not there") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
+
+
+def _compare(runs: Sequence[str]) -> None:
+    """Raises UserError for runs that differ in more than strategy and seed, and for one given twice."""
+    seen: dict[tuple[str, int], str] = {}
+    stands: dict[str, tuple[str, dict[str, Any]]] = {}
+    for run in runs:
+        noted = _read(Path(run), "run.json")
+        strategy, seed = noted["identity"].pop("strategy"), noted["identity"].pop("seed")
+        if (other := seen.setdefault((strategy["name"], seed), run)) != run or runs.count(run) > 1:
+            raise UserError(f"{other} and {run} are both seed {seed} of {strategy['name']}")
+        for group, settings in (("", noted), (strategy["name"], strategy)):
+            flat = flatten(settings, lists=True)
+            other, wanted = stands.setdefault(group, (run, flat))
+            for key, values in differences(wanted, flat).items():
+                raise UserError(f"{run} cannot be compared with {other}: {key}: {values}")
 
 
 def _summary(results: Sequence[Result]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ OUTPUT/result.json           metrics, parameters, seconds; written last
 
 import json
 import logging
+import random
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -108,6 +109,7 @@ class Run:
             "model": _without(asdict(config.model), "features"),
             "adapters": asdict(config.adapters),
             "training": _without(asdict(config.training), *HARMLESS),
+            "measured": {"forward_transfer": config.forward_transfer, "probes": config.probes},
             "seed": config.seed,
         }
         self._compare()
@@ -122,7 +124,7 @@ class Run:
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             learner = self._learner()
-            self._note(fingerprint(learner.layers))
+            self._note(fingerprint(learner.model.state_dict()))
             if self.config.training.processes > 1 and self.config.training.strategy == "fsdp2":
                 mesh = init_device_mesh(self.fabric.device.type, (self.fabric.world_size,))
                 learner.divide(mesh, gathered_in(self.config.training.precision))
@@ -130,13 +132,15 @@ class Run:
             self.strategy.attach(learner)
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
         done = [*trained, False].index(False)
+        if done and self._wants_untrained and self._read("untrained.json") is None:
+            log.warning("%s: no FWT: untrained.json, made before the first task, is gone", self.output)
         for index, task in enumerate(self.tasks):
             with torch.random.fork_rng():
                 torch.manual_seed(self.config.seed * 1009 + index)  # a new bank's numbers
                 self.strategy.grow(index)
             if index >= done:
                 self._learn(task)
-            elif index == done - 1:
+            elif index == done - 1 or self._read_row(index) is None:
                 self._load(index)
             if self._read_row(index) is None:
                 self._write_row(index)
@@ -146,7 +150,7 @@ class Run:
 
     def _learn(self, task: Experience) -> None:
         strategy, folder = self.strategy, self._folder(task.index)
-        if task.index == 0 and self.config.forward_transfer and not strategy.joint:
+        if task.index == 0 and self._wants_untrained:
             self._untrained()
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed * 1009 + task.index)
@@ -207,9 +211,16 @@ class Run:
         if self.fabric.is_global_zero:
             self.matrix().save(self.output)
 
+    @property
+    def _wants_untrained(self) -> bool:
+        return self.config.forward_transfer and not self.strategy.joint
+
     def _untrained(self) -> None:
         if self._read("untrained.json") is None:
-            scores = {task.name: evaluate(self.strategy, task)["accuracy"] for task in self.stream}
+            scores = {
+                task.name: evaluate(self.strategy, task, self.config.eval_batch_size)["accuracy"]
+                for task in self.stream
+            }
             self._save("untrained.json", scores)
 
     # ---------------------------------------------------------------- the whole
@@ -281,9 +292,13 @@ class Run:
         return learner
 
     def _all_at_once(self) -> Experience:
-        """The samples of every task as one experience."""
-        samples = [sample for task in self.stream for sample in task.samples]
-        steps = sum(task.steps(self.config.training.batch_size) for task in self.stream)
+        """The samples of every task as one experience, each as often as its task's steps would take it."""
+        batch_size, samples, steps = self.config.training.batch_size, [], 0
+        for task in self.stream:
+            whole, rest = divmod(task.steps(batch_size) * batch_size, len(task.samples))
+            some = random.Random(self.config.seed * 1009 + task.index).sample(task.samples, rest)
+            samples += task.samples * whole + some
+            steps += task.steps(batch_size)
         config = replace(self.stream[0].config, name="all", steps=steps)
         return Experience(0, config, samples, [])
 

@@ -9,7 +9,7 @@ scorers named ``*-legacy`` reproduce the code behind published tables, defects i
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from unimoe.errors import UserError
@@ -61,18 +61,23 @@ def words(text: str) -> list[str]:
     return [_NUMBERS.get(word, word) for word in found if word not in _ARTICLES]
 
 
-def knows(prediction: str, truth: Truth, others: Collection[str] = ()) -> bool:
+def forms(answers: Iterable[str]) -> set[tuple[str, ...]]:
+    """Answers as words, without those of which no word is left."""
+    return {form for answer in answers if (form := tuple(words(answer)))}
+
+
+def knows(prediction: str, truth: Truth, others: Set[tuple[str, ...]] = frozenset()) -> bool:
     """Whether a right answer is in the prediction as whole words, in any form.
 
     Args:
-        others: the task's other answers. A prediction that names one of them too is a guess, not knowledge
-            (unless that one is part of the right answer, such as "dog" in "hot dog").
+        others: ``forms`` of the task's other answers. A prediction that names one of them too is a guess, not
+            knowledge (unless that one is part of the right answer, such as "dog" in "hot dog").
     """
-    right = {tuple(words(answer)) for answer in truth.answers}
-    right |= {tuple(words(truth.options[a])) for a in truth.answers if a in truth.options}
-    foreign = {tuple(words(other)) for other in others}
+    right = forms(truth.answers) | forms(truth.options[a] for a in truth.answers if a in truth.options)
     rest, named = words(prediction), set()
-    for answer in sorted(filter(None, right | foreign), key=len, reverse=True):
+    ends = range(1, len(rest) + 1)
+    spans = {tuple(rest[start:end]) for end in ends for start in range(end)}
+    for answer in sorted((spans & right) | (spans & others), key=len, reverse=True):
         if _contains(rest, answer):
             named.add(answer)
             rest = _remove(rest, list(answer))
@@ -107,8 +112,14 @@ def _verbatim(prediction: str, truth: Truth) -> float:
 
 
 def _contained(prediction: str, truth: Truth) -> float:
-    """The answer stands in the prediction as whole words."""
-    return float(any(_contains(words(prediction), words(answer)) for answer in truth.answers))
+    """The answer stands in the prediction as whole words, or is all of it where it has none ("a", "%")."""
+    said = words(prediction)
+    return float(
+        any(
+            _contains(said, wanted) if (wanted := words(answer)) else _plain(prediction) == _plain(answer)
+            for answer in truth.answers
+        )
+    )
 
 
 def _letter(text: str) -> str | None:
@@ -128,8 +139,8 @@ def _choice(prediction: str, truth: Truth) -> float:
 def _soft(prediction: str, truth: Truth) -> float:
     """VQA's min(1, matches / 3), averaged over leaving one annotator out; with a single answer plain equality
     (TextVQA, VQAv2, VizWiz)."""
-    said = words(prediction)
-    matches = [words(answer) == said for answer in truth.answers]
+    said = words(prediction) or _plain(prediction)
+    matches = [(words(answer) or _plain(answer)) == said for answer in truth.answers]
     if len(matches) == 1:
         return float(matches[0])
     return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
@@ -277,7 +288,7 @@ def grade_all(
         wrong = sorted(predictions.keys() ^ truths.keys())
         side = "is missing" if wrong[0] in truths else "belongs to no question"
         raise UserError(f"{where}: the answer to {wrong[0]!r} {side} ({len(wrong)} such)")
-    vocabulary = {answer for truth in truths.values() for answer in truth.answers}
+    vocabulary = forms(answer for truth in truths.values() for answer in truth.answers)
     grades = {}
     for name, prediction in predictions.items():
         score = rule(prediction, truths[name])

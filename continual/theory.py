@@ -140,8 +140,8 @@ class World:
 def simulate(world: World, experts: int, stop: Stop, seeds: int) -> tuple[Errors, np.ndarray]:
     """Train experts and gate; mean errors over seeds and the round at which each seed's gate stopped [S].
 
-    ``stop``: after the exploration stage of ceil(M / eta) rounds; or from there on when in some round the
-    chosen expert's score leads every other by ``gap``; or never. F and G are those of the weights as trained.
+    ``stop``: in round ceil(M / eta), the last of the exploration stage; or from there on in the first round
+    whose highest score leads every other by ``gap``; or never. F and G are those of the weights as trained.
     """
     S, N, d, M = seeds, world.tasks, world.dimensions, experts
     generators = [np.random.default_rng([seed, experts]) for seed in range(S)]

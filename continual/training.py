@@ -128,7 +128,8 @@ class TaskModule(ResumableModule):
         trained = self.strategy.learner.trainable()
         routers = [p for name, p in trained.items() if ".gating." in name]
         others = [p for name, p in trained.items() if ".gating." not in name]
-        rates = ((others, self.config.lr), (routers, self.config.router_lr or self.config.lr))
+        router_lr = self.config.lr if self.config.router_lr is None else self.config.router_lr
+        rates = ((others, self.config.lr), (routers, router_lr))
         groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
         return self.scheduled(torch.optim.AdamW(groups, weight_decay=self.config.weight_decay))
 
@@ -145,9 +146,6 @@ class TaskModule(ResumableModule):
             with self.routing_log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **seen}) + "\n")
         return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.strategy.before_step()
 
 
 class SharedSampler(MixedBatchSampler):

@@ -87,7 +87,10 @@ class DyMoEApart(DyMoE):
             row_ED.copy_(_outside(row_ED, basis_OD))
 
     def _tokens(self, task: Experience, each: int = 64) -> dict[str, Tensor]:
-        """[T, D] by projection: normalised tokens, at most ``each`` of a sample, as the model is now."""
+        """[T, D] by projection: normalised tokens, at most ``each`` of a sample, as the model is now.
+
+        Before a task that is with the guidance of its first step.
+        """
         tokens: dict[str, list[Tensor]] = {name: [] for name in self.learner.layers}
         chance = torch.Generator().manual_seed(task.index)
         chosen_T = torch.empty(0)

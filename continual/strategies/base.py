@@ -22,7 +22,7 @@ class Strategy:
                       it knows nothing but the task's index
     2. ``begin``      chooses what trains, and may look at the task's data
     3. ``rehearsed``  samples of the past that join each batch
-    4. ``loss``       of each batch, then backward, ``before_step``, and the optimizer's step
+    4. ``loss``       of each batch, then backward and the optimizer's step
     5. ``end``        after the last step: freeze, measure, remember
     6. ``answering``  around each batch of questions
 
@@ -64,9 +64,6 @@ class Strategy:
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """What is minimised at a step (0-based) out of ``steps``."""
         return weighed(*answer_loss(self.learner.model, batch))
-
-    def before_step(self) -> None:
-        """Between backward and the optimizer's step."""
 
     def end(self, task: Experience) -> None:
         """After the task's last step."""

@@ -22,10 +22,10 @@ class IncMoELoRA(Strategy):
 
     name = "incmoelora"
 
-    def __init__(self, k: int = 16, scale: float = 1.0, temperature: float = 0.01):
+    def __init__(self, k: int | None = None, scale: float = 1.0, temperature: float = 0.01):
         """
         Args:
-            k: experts that a token keeps out of all banks.
+            k: experts that a token keeps out of all banks (default: as many as a bank has, the paper's).
             scale: gamma, on the cosines.
             temperature: of the softmax over the kept.
         """
@@ -37,7 +37,12 @@ class IncMoELoRA(Strategy):
         super().attach(learner)
         for name, layer in learner.layers.items():
             layer.gating = CosineTopK(
-                layer.in_features, self.k, self.scale, self.temperature, self.guide, name
+                layer.in_features,
+                self.k or learner.config.experts,
+                self.scale,
+                self.temperature,
+                self.guide,
+                name,
             )
             layer.gating.to(layer.weight.device)
 
@@ -48,8 +53,7 @@ class IncMoELoRA(Strategy):
 
     def begin(self, task: Experience) -> None:
         super().begin(task)
-        self.guide.take()
-        self.guide.guided = task.index > 0
+        self.guide.start(guided=task.index > 0)
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """Cross-entropy plus the mean over routers and tokens of the guide's losses."""

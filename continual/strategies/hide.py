@@ -90,11 +90,12 @@ class HiDe(Strategy):
                 text_T = text_T & (ids_BT[row] != token)
             rows.append({"text": embeds_BTH[row][text_T].mean(0)})
         for kind, encoded in part.get("encoded_media", {}).items():
-            features_MSD = encoded[0]
-            items = iter(features_MSD.mean(1))
-            for row in range(len(ids_BT)):
-                if bool((ids_BT[row] == media[kind]).any()):
-                    rows[row][kind] = next(items)
+            vector_MD = encoded[0].mean(1)
+            places_B = (ids_BT == media[kind]).sum(1)
+            items_B = _items(places_B, len(vector_MD))
+            for row, vector_ND in zip(rows, vector_MD.split(items_B.tolist()), strict=True):
+                if len(vector_ND):
+                    row[kind] = vector_ND.mean(0)
         return rows
 
     @contextmanager
@@ -120,3 +121,14 @@ class HiDe(Strategy):
             for kind, vector_D in row.items()
         ]
         return sum(cosines) / len(cosines)
+
+
+def _items(places_B: Tensor, items: int) -> Tensor:
+    """How many of a medium's items each row has, by its places for them: one, or in proportion.
+
+    That is exact where all items take as many places, as pictures do.
+    """
+    if items == (places_B > 0).sum():
+        return (places_B > 0).long()
+    ends_B = (places_B.cumsum(0) * items / places_B.sum()).round().long()
+    return ends_B.diff(prepend=ends_B.new_zeros(1))

@@ -1,6 +1,6 @@
 import pytest
 
-from unimoe.continual.scorers import SCORERS, Truth, grade_all, knows, scorer
+from unimoe.continual.scorers import SCORERS, Truth, forms, grade_all, knows, scorer
 from unimoe.errors import UserError
 
 
@@ -65,7 +65,14 @@ def test_legacy_rules_keep_the_published_defects():
     ],
 )
 def test_knowledge_in_another_form(prediction, answers, known):
-    assert knows(prediction, Truth(tuple(answers)), ["dog", "cat", "hot dog"]) is known
+    assert knows(prediction, Truth(tuple(answers)), forms(["dog", "cat", "hot dog"])) is known
+
+
+@pytest.mark.parametrize("name", ["contains", "vqa"])
+@pytest.mark.parametrize("truth", ["A", "the", "%", "?"])
+def test_an_answer_without_words_is_not_in_everything(name, truth):
+    assert grade(name, "banana", truth) == 0
+    assert grade(name, truth.lower(), truth) == 1
 
 
 def test_format_drift_is_told_from_lost_knowledge():
