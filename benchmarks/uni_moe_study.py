@@ -4,7 +4,7 @@ Every row starts from the demo's aligned model (``unimoe demo``: its data and it
 in two phases by the demo's recipe, with fewer steps and smaller batches, on as many samples as any other row:
 
 phase 1  specialised: a copy of the language model learns pictures, another one speech, half of the steps
-         each; copies, dense: one model learns all of it
+         each; copies, dense: one model learns the same samples of both
 phase 2  specialised: those two and two untouched FFNs become the experts of a mixture; copies: four copies of
          phase 1's FFNs do; dense: phase 1's model goes on. Then all train on everything.
 
@@ -39,7 +39,7 @@ from unimoe.demo.clips import ASSETS
 from unimoe.demo.evaluate import Question, ask, perplexity, read_questions
 from unimoe.demo.steps import note_settings, shipped
 from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, file_hash
 from unimoe.loading import load_model
 from unimoe.moe import MoEConfig
 from unimoe.stages.assemble import assemble
@@ -49,9 +49,10 @@ from unimoe.training.loss import answer_loss
 MIXES = {
     "pictures": {"image": 8, "questions": 4},
     "speech": {"transcribe": 4, "spoken": 8},
+    "both": {"image": 4, "questions": 2, "transcribe": 2, "spoken": 4},
     "all": {"image": 4, "questions": 2, "spoken": 4, "transcribe": 1, "text": 1},
 }
-"""Samples of each training file in a batch of 12."""
+"""Samples of each training file in a batch of 12; ``both`` is what the two specialists see together."""
 SETS = {
     "pictures": "test.new_backgrounds",
     "written": "test.text_questions",
@@ -122,8 +123,9 @@ class Study:
     # ---------------------------------------------------------------- phase 1
 
     def dense(self, cell: Cell) -> Path:
-        """One model that learned everything, or one modality."""
-        return self.phase1("dense", cell.data, cell.placement, 2 * self.steps[0])
+        """One model that learned what the specialists do, or one modality."""
+        data = "both" if cell.data == "all" else cell.data
+        return self.phase1("dense", data, cell.placement, 2 * self.steps[0])
 
     def specialist(self, kind: str, placement: str) -> Path:
         return self.phase1("expert", kind, placement, self.steps[0])
@@ -141,7 +143,7 @@ class Study:
         return [f"*layers.{layer}.mlp.*" for layer in MoEConfig(placement=placement).layers(self.layers)]
 
     def connectors(self, data: str) -> str:
-        kind = {"pictures": "image.", "speech": "speech.", "all": ""}[data]
+        kind = {"pictures": "image.", "speech": "speech."}.get(data, "")
         return f"model.connectors.{kind}*"
 
     # ---------------------------------------------------------------- phase 2
@@ -265,7 +267,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not (options.demo / "align" / "config.json").is_file():
         raise UserError(f"{options.demo}/align is not there; run `unimoe demo` as far as that first")
     sizes = {"expert_steps": options.expert_steps, "steps": options.steps, "questions": options.questions}
-    note_settings(options.output, sizes)
+    note_settings(options.output, {**sizes, "align": file_hash(options.demo / "align" / "model.safetensors")})
     runs: list[dict[str, Any]] = []
     for seed in options.seeds:
         steps = (options.expert_steps, options.steps)

@@ -58,7 +58,10 @@ def demo(tmp_path):
 
 
 def test_every_row_trains_on_as_many_samples(study):
-    assert {sum(mix.values()) for mix in study.MIXES.values()} == {12}
+    mixes = study.MIXES
+    assert {sum(mix.values()) for mix in mixes.values()} == {12}
+    both = {**mixes["pictures"], **mixes["speech"]}  # a step of each, against two steps of both
+    assert both == {file: 2 * count for file, count in mixes["both"].items()}
 
 
 def test_rows_are_made_scored_and_not_made_twice(study, demo, tmp_path, capsys, monkeypatch):
@@ -74,7 +77,7 @@ def test_rows_are_made_scored_and_not_made_twice(study, demo, tmp_path, capsys, 
     assert {path.name for path in work.iterdir() if path.is_dir()} == {
         "expert-pictures-interval",
         "expert-speech-interval",
-        "dense-all-interval",
+        "dense-both-interval",
     }
     steps = [json.loads((path / "stage.json").read_text())["steps"] for path in sorted(work.glob("*/"))]
     assert steps == [2, 1, 1]  # the dense model's first phase is as long as both specialists'
@@ -96,7 +99,7 @@ def test_the_recipes_differ_in_what_the_row_says(study, demo, tmp_path, monkeypa
     one.mixture(study.CELLS["copies, top-1"], tmp_path / "phase2")
     one.mixture(study.CELLS["second half"], tmp_path / "phase2")
     copies, half = assembled
-    assert {slot["from"] for slot in copies["experts"]} == {"base"} and "dense-all" in copies["base"]
+    assert {slot["from"] for slot in copies["experts"]} == {"base"} and "dense-both" in copies["base"]
     assert copies["moe"]["top_k"] == 1 and copies["moe"]["renormalize"] is False and copies["seed"] == 3
     assert [Path(slot["from"]).name for slot in half["experts"]] == [
         "base",
