@@ -1,16 +1,19 @@
 """Test files: conversations or the published benchmarks' items -> questions with what is right about them.
 
 LLaVA or messages records    the last assistant turn is the answer
-CoIN, UCIT, MLLM-CL items    {"question_id", "image", "text", "answer"}; the answer may be a list
+items of CoIN, UCIT, ...     {"question_id", "image", "text", "answer"}; any column of media, "question" for
+                             "text", "answers" for "answer", which may be a list, "options" of a choice
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from unimoe.data import Sample, parse_record
 from unimoe.data.readers import read_records
+from unimoe.data.records import COLUMNS
 from unimoe.errors import UserError
 
 from .scorers import Truth
@@ -54,27 +57,47 @@ def _question(record: Any, source: str, root: Path) -> Question:
     if "conversations" in record or "messages" in record:
         sample = parse_record(record, source, root)
         sample, answer = sample.split_answer()
-        found: Any = record.get("answers", answer)
     else:
-        text = record.get("text", record.get("question"))
-        if not isinstance(text, str) or "answer" not in record:
+        text, answer = record.get("text", record.get("question")), record.get("answer")
+        if not isinstance(text, str) or not {"answer", "answers"} & record.keys():
             raise UserError(
                 f'{source}: expected turns, or the keys "text" and "answer"; found {sorted(record)}'
             )
-        found = record["answer"]
         sample = parse_record(_as_conversation(record, text), source, root, training=False)
-    found = found if isinstance(found, list) else [found]
-    if not found or None in found:
-        raise UserError(f"{source}: expected an answer or a list of answers, found {found}")
-    options = record.get("options") or {}
-    if not isinstance(options, Mapping):
-        raise UserError(f'{source}: expected "options" of letter -> text, found {options}')
-    return Question(name, sample, Truth(tuple(str(answer).strip() for answer in found), dict(options)))
+    truth = Truth(_answers(record.get("answers", answer), source), _options(record, source))
+    return Question(name, sample, truth)
+
+
+def _answers(found: Any, source: str) -> tuple[str, ...]:
+    """One or several, or VQAv2's objects that hold one each."""
+    several = found if isinstance(found, list) else [found]
+    texts = [one.get("answer") if isinstance(one, Mapping) else one for one in several]
+    if not texts or not all(isinstance(text, (str, int, float)) for text in texts):
+        raise UserError(f"{source}: expected an answer or a list of answers, found {found!r}")
+    return tuple(str(text).strip() for text in texts)
+
+
+def _options(record: Mapping[str, Any], source: str) -> dict[str, str]:
+    """Letter -> text; a list is lettered in its order."""
+    found = record.get("options") or {}
+    if isinstance(found, list):
+        found = dict(zip(ascii_uppercase, found, strict=False))
+    if not isinstance(found, Mapping):
+        raise UserError(f'{source}: expected "options" as a list or by letter, found {found!r}')
+    return {str(letter).strip("(). ").upper(): str(text) for letter, text in found.items()}
 
 
 def _as_conversation(record: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """An item of CoIN's test files as a LLaVA record; its text may lack the placeholder of the picture."""
-    images = record.get("image")
-    images = [] if images is None else images if isinstance(images, list) else [images]
-    missing = len(images) - text.count("<image>")
-    return {"image": images, "conversations": [{"from": "human", "value": "<image>\n" * missing + text}]}
+    """An item of a test file as a LLaVA record; its text may lack the placeholders of its media."""
+    media = {column: record[column] for column in COLUMNS if record.get(column) is not None}
+    missing = ""
+    for kind in dict.fromkeys(COLUMNS[column] for column in media):
+        given = [
+            len(value) if isinstance(value, list) and column != "video" else 1  # of a video these are frames
+            for column, value in media.items()
+            if COLUMNS[column] == kind
+        ]
+        heard_as_audio = kind == "speech" and not {"audio", "audios"} & media.keys()
+        named = text.count(f"<{kind}>") + (text.count("<audio>") if heard_as_audio else 0)
+        missing += f"<{kind}>\n" * (sum(given) - named)
+    return {**media, "conversations": [{"from": "human", "value": missing + text}]}

@@ -29,7 +29,7 @@ class Truth:
     answers: tuple[str, ...]
     """Accepted answers; for ``vqa`` those of the ten annotators."""
     options: dict[str, str] = field(default_factory=dict)
-    """Of a multiple choice: letter -> text."""
+    """Of a multiple choice: capital letter -> text."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def knows(prediction: str, truth: Truth, others: Set[tuple[str, ...]] = frozense
         others: ``forms`` of the task's other answers. A prediction that names one of them too is a guess, not
             knowledge (unless that one is part of the right answer, such as "dog" in "hot dog").
     """
-    right = forms(truth.answers) | forms(truth.options[a] for a in truth.answers if a in truth.options)
+    letters = [answer.strip("(). ").upper() for answer in truth.answers]
+    right = forms(truth.answers) | forms(truth.options[a] for a in letters if a in truth.options)
     rest, named = words(prediction), set()
     ends = range(1, len(rest) + 1)
     spans = {tuple(rest[start:end]) for end in ends for start in range(end)}

@@ -99,12 +99,14 @@ def test_metrics_equal_hand_worked_values(tmp_path):
     ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     questions = read_questions(tmp_path / "q.json")
-    vqa = evaluate.METRICS["vqa"]()(questions, {"a": "red", "b": "the cat"})
+    vqa = evaluate.METRICS["vqa"]()(questions, {"a": "red", "b": "the cat"})(questions)
     # leaving out one annotator: 1/3 (one red left), 1/3, 2/3; the second question has one answer
     assert vqa == pytest.approx({"vqa": (1 / 3 + 1 / 3 + 2 / 3) / 3 / 2, "exact": 0.5})
-    asr = evaluate.METRICS["asr"]()(questions[1:], {"b": "the cat, SAT down!"})
+    asr = evaluate.METRICS["asr"]()(questions, {"a": "", "b": "the cat, SAT down!"})(questions[1:])
     assert asr["WER"] == pytest.approx(1 / 3)  # one inserted word for three
     caption = evaluate.METRICS["caption"]()
-    right = caption(questions, {"a": "blue", "b": "the cat sat"})
-    wrong = caption(questions, {"a": "green", "b": "a dog ran"})
+    over = caption(questions, {"a": "blue", "b": "the cat sat"})
+    right, alone = over(questions), [over([question])["CIDEr"] for question in questions]
+    wrong = caption(questions, {"a": "green", "b": "a dog ran"})(questions)
+    assert min(alone) > 0 and right["CIDEr"] == pytest.approx(sum(alone) / 2)  # one count of words for all
     assert right["CIDEr"] > wrong["CIDEr"] == 0 and right["rouge"] == 1 and wrong["rouge"] == 0

@@ -27,15 +27,20 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.continual.questions import Question, read_questions
 from unimoe.continual.scorers import VERSION, grade_all, scorer, words
 from unimoe.data import Collator
+from unimoe.data.readers import data_hashes
 from unimoe.files import atomic_write, file_hash
 
 from .errors import UserError
 from .generate import ask_all
 from .loading import find_model, load_model
+from .training.result import STAGE_FILE
 
 Answers = dict[str, str]
 """Id of a question -> what the model said."""
-Metric = Callable[[Sequence[Question], Answers], dict[str, float]]
+Over = Callable[[Sequence[Question]], dict[str, float]]
+"""Means over some of the questions."""
+Metric = Callable[[Sequence[Question], Answers], Over]
+"""Grades all questions at once, since how rare a word is, or which names are wrong, is no group's affair."""
 
 
 def evaluate(
@@ -75,7 +80,12 @@ def evaluate(
     questions = read_questions(data, media_root)[: limit or None]
     _check_answers(task, questions)
     find_model(model)
-    identity = {"model": _identity(model), "data": file_hash(data), "max_new_tokens": max_new_tokens}
+    identity = {
+        "model": _identity(model),
+        "data": data_hashes([data]),
+        "media_root": media_root,
+        "max_new_tokens": max_new_tokens,
+    }
     answers = _ask(model, questions, Path(output), identity, batch_size, max_new_tokens)
     scores = {"task": task, "model": model, "data": data, "scorers": VERSION}
     scores |= score(metrics, questions, answers)
@@ -90,8 +100,9 @@ def score(metrics: Metric, questions: Sequence[Question], answers: Answers) -> d
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.sample.kind, []).append(question)
-    found = {kind: {"count": len(group), **metrics(group, answers)} for kind, group in sorted(groups.items())}
-    return {"all": {"count": len(questions), **metrics(questions, answers)}, "by_media": found}
+    over = metrics(questions, answers)
+    found = {kind: {"count": len(group), **over(group)} for kind, group in sorted(groups.items())}
+    return {"all": {"count": len(questions), **over(questions)}, "by_media": found}
 
 
 # -------------------------------------------------------------------- asking
@@ -109,12 +120,12 @@ def _ask(
     path = folder / "predictions.jsonl"
     answers = _read(path, identity)
     left = [question for question in questions if question.id not in answers]
+    if answers:
+        print(f"{len(questions) - len(left)} of {len(questions)} questions were answered before")
     if not left:
         return answers
     if not answers:
         atomic_write(path, json.dumps(identity) + "\n")
-    else:
-        print(f"{len(questions) - len(left)} of {len(questions)} questions were answered before")
     disable_progress_bar()
     loaded, processor = load_model(model)
     collator, done = Collator(processor), 0
@@ -156,9 +167,9 @@ def _read(path: Path, identity: dict[str, Any]) -> Answers:
 
 
 def _identity(model: str) -> str:
-    """Changes with the model's weights, for a folder; a hub id stands for itself."""
-    weights = sorted(Path(model).glob("*.safetensors"))
-    return "+".join(file_hash(path) for path in weights) or model
+    """Changes with a folder's weights and settings; a hub id stands for itself."""
+    made = sorted(path for kind in ("safetensors", "json", "jinja") for path in Path(model).glob(f"*.{kind}"))
+    return "+".join(file_hash(path) for path in made if path.name != STAGE_FILE) or model
 
 
 def _check_answers(task: str, questions: Sequence[Question]) -> None:
@@ -174,27 +185,35 @@ def _check_answers(task: str, questions: Sequence[Question]) -> None:
 def _graded(*names: str) -> Metric:
     """Means of scorers' grades by name; ``known`` is the lenient grade beside the first."""
 
-    def metrics(questions: Sequence[Question], answers: Answers) -> dict[str, float]:
+    def metrics(questions: Sequence[Question], answers: Answers) -> Over:
         said = {question.id: answers[question.id] for question in questions}
         truths = {question.id: question.truth for question in questions}
-        found = {}
+        found: dict[str, dict[str, float]] = {}
         for name in names:
             rule = "exact" if name == "known" else name
-            grades = grade_all(scorer(rule), said, truths, "evaluate").values()
-            found[name] = fmean(grade.known if name == "known" else grade.score for grade in grades)
-        return found
+            grades = grade_all(scorer(rule), said, truths, "evaluate").items()
+            found[name] = {id: grade.known if name == "known" else grade.score for id, grade in grades}
+        return _means(found)
 
     return metrics
+
+
+def _means(grades: dict[str, dict[str, float]]) -> Over:
+    """By name of the metric and id of the question."""
+    return lambda group: {name: fmean(of[question.id] for question in group) for name, of in grades.items()}
 
 
 def _caption() -> Metric:
     cider, rouge = _package("pycocoevalcap.cider.cider").Cider(), _graded("rouge")
 
-    def metrics(questions: Sequence[Question], answers: Answers) -> dict[str, float]:
+    def metrics(questions: Sequence[Question], answers: Answers) -> Over:
         # our own words instead of the Penn Treebank's, which would need Java
         right = {q.id: [" ".join(words(answer)) for answer in q.truth.answers] for q in questions}
         said = {q.id: [" ".join(words(answers[q.id]))] for q in questions}
-        return {"CIDEr": float(cider.compute_score(right, said)[0]), **rouge(questions, answers)}
+        scores = cider.compute_score(right, said)[1]
+        ciders = _means({"CIDEr": dict(zip(right, map(float, scores), strict=True))})
+        rouges = rouge(questions, answers)
+        return lambda group: {**ciders(group), **rouges(group)}
 
     return metrics
 
@@ -205,10 +224,13 @@ def _asr() -> Metric:
         [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
     )
 
-    def metrics(questions: Sequence[Question], answers: Answers) -> dict[str, float]:
-        right = [plain(question.truth.answers[0]) for question in questions]
-        said = [plain(answers[question.id]) for question in questions]
-        return {"WER": jiwer.wer(right, said), "CER": jiwer.cer(right, said)}
+    def metrics(questions: Sequence[Question], answers: Answers) -> Over:
+        def over(group: Sequence[Question]) -> dict[str, float]:
+            right = [plain(question.truth.answers[0]) for question in group]
+            said = [plain(answers[question.id]) for question in group]
+            return {"WER": jiwer.wer(right, said), "CER": jiwer.cer(right, said)}
+
+        return over
 
     return metrics
 

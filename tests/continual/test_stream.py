@@ -29,13 +29,35 @@ def test_the_items_of_coin(tmp_path):
     assert third.truth.answers == ("Ho",) and [m["role"] for m in third.sample.messages] == ["user"]
 
 
+def test_an_item_keeps_all_of_its_media_answers_and_options(tmp_path):
+    for name in ("a.wav", "b.wav", "1.png", "2.png"):
+        (tmp_path / name).write_bytes(b"")
+    annotators = [{"answer": "rain", "answer_id": 1}, {"answer": "water", "answer_id": 2}]
+    path = write(
+        tmp_path / "test.json",
+        [
+            {"id": 1, "question": "What do you hear?", "audio": "a.wav", "answers": annotators},
+            {"id": 2, "text": "<audio> And?", "voice": "a.wav", "answer": "a", "options": ["no", 1]},
+            {"id": 3, "text": "?", "video": ["1.png", "2.png"], "answer": "b", "options": {"(b)": "yes"}},
+            {"id": 4, "text": "<image> or?", "images": ["1.png", "2.png"], "audio": "b.wav", "answer": "b"},
+        ],
+    )
+    heard, spoken, film, several = read_questions(path)
+    assert heard.sample.kind == "audio" and heard.truth.answers == ("rain", "water")
+    assert spoken.sample.kind == "speech" and spoken.truth.options == {"A": "no", "B": "1"}
+    assert len([*film.sample.media()]) == 1 and film.truth.options == {"B": "yes"}
+    assert [part["type"] for part in several.sample.media()] == ["image", "audio", "image"]
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
         ([], "holds no questions"),
         ([{"question_id": 1, "text": "a"}], r"test.json\[0\]: expected turns, or the keys"),
         ([{"question_id": 1, "text": "a", "answer": "b"}] * 2, "the id '1' is that of"),
-        ([{"question_id": 1, "text": "a", "answer": []}], "the list of answers is empty"),
+        ([{"question_id": 1, "text": "a", "answer": []}], r"a list of answers, found \[\]"),
+        ([{"question_id": 1, "text": "a", "answer": None}], "a list of answers, found None"),
+        ([{"question_id": 1, "text": "a", "answer": "b", "options": "no"}], 'expected "options" as a list'),
         (["a"], "expected an object"),
     ],
 )
