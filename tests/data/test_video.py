@@ -15,7 +15,7 @@ from unimoe.errors import UserError
 av = pytest.importorskip("av")
 
 
-def encode(frames, format="mp4", codec="mpeg4", rate=10, gop=12, **options):
+def encode(frames, format="mp4", codec="mpeg4", rate=10, gop=12, b_frames=None, **options):
     """A video whose n-th frame is ``frames[n]`` grey."""
     with tempfile.TemporaryDirectory() as folder:  # faststart needs a file
         file = Path(folder) / "video"
@@ -23,6 +23,8 @@ def encode(frames, format="mp4", codec="mpeg4", rate=10, gop=12, **options):
             stream = container.add_stream(codec, rate=rate)
             stream.width, stream.height, stream.gop_size = 64, 48, gop
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            if b_frames is not None:
+                stream.codec_context.max_b_frames = b_frames
             for grey in frames:
                 picture = Image.new("RGB", (64, 48), (grey, grey, grey))
                 container.mux(stream.encode(av.VideoFrame.from_image(picture)))
@@ -59,6 +61,35 @@ def test_frames_by_count_are_spread_from_first_to_last(format, codec, gop):
     wanted = [GREYS[index] for index in (0, 7, 14, 21, 28, 35, 42, 49)]
     assert np.abs(np.array(greys(pictures)) - wanted).max() <= 4
     assert pictures[0].size == (64, 48) and pictures[0].mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("format", "codec", "gop"),
+    [
+        ("mpegts", "libx264", 25),
+        ("mpegts", "libx264", 10),
+        ("mpegts", "mpeg2video", 12),
+        ("mpegts", "mpeg4", 12),
+        ("mpeg", "mpeg2video", 12),
+        ("mpeg", "mpeg2video", 200),
+        ("avi", "libx264", 25),
+        ("avi", "mpeg4", 12),
+        ("flv", "libx264", 25),
+        ("mp4", "libx264", 3),
+    ],
+)
+def test_with_b_frames_they_are_those_of_the_whole_video_decoded(format, codec, gop):
+    content = encode(range(0, 250, 2), format, codec, rate=25, gop=gop, b_frames=2)
+    with av.open(io.BytesIO(content)) as container:
+        whole = [np.asarray(frame.to_image()) for frame in container.decode(video=0)]
+    assert len(whole) == 125
+    for count in (4, 7, 16, 200):
+        indices = spread(range(125), count)
+        pictures = video(content, frames=count)
+        seconds = [picture.info["seconds"] for picture in pictures]
+        assert seconds == pytest.approx([index / 25 for index in indices], abs=1e-3)
+        for picture, index in zip(pictures, indices, strict=True):
+            assert np.array_equal(picture, whole[index])
 
 
 def test_frames_by_rate():
@@ -124,7 +155,8 @@ def test_a_truncated_video_is_an_error(format, options, tmp_path):
     path = tmp_path / f"half.{format}"
     path.write_bytes(whole[: len(whole) // 2])
     message = fault({"path": str(path)}, frames=4)
-    assert str(path) in message and ("cut off" in message or "cannot decode" in message)
+    assert str(path) in message and ("cut off" in message) + ("cannot decode" in message) == 1
+    assert message.count("data.jsonl:4") == 1
 
 
 def test_a_video_without_frames(tmp_path):

@@ -4,7 +4,7 @@ file -> times of all its frames (nothing decoded) -> which ones -> decoded, from
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from .media import describe, load_image, open_media
 from .sample import Part
 
 if TYPE_CHECKING:
+    from av import VideoFrame
     from av.container import InputContainer
 
 _WHOLE = 0.9
@@ -82,6 +83,8 @@ def _decode(
         try:
             with av.open(file) as container:
                 return _frames(container, what, frames, rate, longest)
+        except UserError:
+            raise
         except (av.error.FFmpegError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{where}: cannot decode the video {describe(part)}: {reason}") from error
@@ -108,17 +111,11 @@ def _frames(
     chosen = [times[index] for index in spread([time * tick for time in times], frames, rate)]
 
     pictures: list[Image.Image] = []
-    container.seek(0)
-    at, decoded = None, iter(())
+    reader = _Reader(container, times, keys)
     for time in chosen:
-        before = keys[max(bisect_right(keys, time) - 1, 0)] if keys else times[0]
-        if at is None or before > at:  # a key frame lies between: everything before it can be skipped
-            container.seek(before, stream=stream, backward=True)
-            decoded = container.decode(stream)
-        frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= time), None)
+        frame = reader.read(time)
         if frame is None:
             raise UserError(f"{what} is cut off: its frame at {time * tick:.2f} s cannot be decoded")
-        at = frame.pts
         picture = frame.to_image()
         if frame.rotation:
             picture = picture.rotate(frame.rotation, expand=True)
@@ -127,6 +124,61 @@ def _frames(
         picture.info["seconds"] = (time - times[0]) * tick
         pictures.append(picture)
     return pictures
+
+
+class _Reader:
+    """Decodes frames of a container's first video stream, each later than the one before."""
+
+    def __init__(self, container: "InputContainer", times: list[int], keys: list[int]) -> None:
+        """``times`` of all packets, and of the ``keys`` among them, rising, in ticks of the stream."""
+        self.container, self.stream, self.times = container, container.streams.video[0], times
+        # AVI says when a frame is decoded, not when it is shown: with B-frames only their order is known.
+        # An MPEG program stream has times for some frames only; after a seek they are guessed wrongly.
+        self.untimed = container.format.name == "avi" and self.stream.codec_context.has_b_frames
+        self.keys = [] if self.untimed or container.format.name == "mpeg" else keys
+        self.decoded: Iterator[tuple[int, VideoFrame]] = iter(())
+        self.at: int | None = None
+        self.sought = False
+
+    def read(self, time: int) -> "VideoFrame | None":
+        """The frame that is shown at ``time``, or None if there is none even when all before it is decoded.
+
+        In MPEG-TS a seek may end behind the key frame it is for. Then it is tried from the key frame before,
+        at last from the start.
+        """
+        before = self.keys[: bisect_right(self.keys, time)]
+        frame = None
+        if self.at is not None and not (before and before[-1] > self.at):  # else all up to it can be skipped
+            frame = self._next(time)
+        for start in before[:-3:-1]:
+            if frame is None:
+                self._seek(start)
+                frame = self._next(time, before[-1])
+        if frame is None:
+            self._seek(None)
+            frame = self._next(time)
+        return frame
+
+    def _seek(self, start: int | None) -> None:
+        """Decode from the key frame at ``start`` on; None: from the start of the file."""
+        self.sought = start is not None
+        self.container.seek(min(0, self.times[0]) if start is None else start, stream=self.stream)
+        frames = self.container.decode(self.stream)
+        if self.untimed:
+            self.decoded = zip(self.times, frames, strict=False)
+        else:
+            self.decoded = ((frame.pts, frame) for frame in frames if frame.pts is not None)
+
+    def _next(self, time: int, key: int | None = None) -> "VideoFrame | None":
+        """Decode up to ``time``; None if there is no such frame, or the first one is behind ``key``."""
+        for at, frame in self.decoded:
+            self.at = at
+            if key is not None and at > key:
+                return None
+            if at >= time:  # decoded from the start on, where nothing is skipped, a later one is the next one
+                return frame if at == time or not self.sought else None
+            key = None
+        return None
 
 
 def write_video(path: str | Path, frames: Sequence[Image.Image], rate: float) -> None:
