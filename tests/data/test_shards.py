@@ -94,6 +94,25 @@ def test_a_shard_cut_between_two_samples(tmp_path):
         read_samples(path)
 
 
+def test_a_shard_with_something_behind_its_end(tmp_path):
+    path = write(tmp_path / "a.tar", {f"{n}.json": {"prompt": "Hi", "completion": "Ho"} for n in range(4)})
+    whole = path.read_bytes()
+    assert len(list(shard_records(path))) == 4
+    second = 2 * 1024  # where the third sample's header begins
+    for content, read, message in (
+        (whole[:second] + b"x" * 512 + whole[second + 512 :], 2, "no file header at byte 2,048"),
+        (whole[:second] + bytes(1024) + whole[second + 1024 :], 2, "end mark at byte 2,048 .* byte 3,072"),
+        (whole + whole, 4, "end mark at byte 4,096 and something else at byte 10,240, expected zeros"),
+    ):
+        path.write_bytes(content)
+        *good, (source, fault) = shard_records(path)
+        assert len(good) == read and (source, fault.kind) == (str(path), "cut")
+        with pytest.raises(UserError, match=rf"a\.tar: the archive is broken: found .*{message}"):
+            read_samples(path)
+    path.write_bytes(whole + bytes(3 * 512 + 10))
+    assert len(read_samples(path)) == 4
+
+
 def test_faults_of_a_shard_do_not_end_it(tmp_path):
     good = {"messages": [{"role": "user", "content": "Hi"}, ASKED[1]]}
     path = write(tmp_path / "a.tar", {"0.json": b"{", "1.json": good, "2.png": b"p", "3.json": b"\xff"})

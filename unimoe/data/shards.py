@@ -35,7 +35,8 @@ def shard_records(path: Path) -> Iterator[tuple[str, Any]]:
 
     The record is the ``.json`` file's, with the sample's media added to it: where it names a file of the
     sample, that file; otherwise each medium is the next of its kind, in the order of the archive. A ``.txt``
-    without a ``.json`` is the caption of the sample's media. An archive that is cut off is the last fault.
+    without a ``.json`` is the caption of the sample's media. The last fault is that the archive is cut off or
+    broken.
     """
     for key, members in groupby(_members(path), key=lambda entry: _split(entry)[0]):
         if not key:
@@ -50,22 +51,37 @@ def shard_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _members(path: Path) -> Iterator[TarMember | DataError]:
-    """The files of an archive; a fault at last if it is cut off or none at all."""
+    """The files of an archive; a fault at last if it is cut off or broken, or none at all."""
     try:
         with tarfile.open(path, "r:") as archive:
             for entry in archive:
                 if entry.isfile():
                     yield TarMember(str(path), entry.name, entry.offset_data, entry.size)
-            with path.open("rb") as file:
-                file.seek(archive.offset)
-                whole = len(file.read(_END)) == _END
-        if not whole:
-            yield DataError("cut", str(path), "the archive is cut off: it has no end mark")
+        if wrong := _end_fault(path, archive.offset):
+            yield DataError("cut", str(path), wrong)
     except tarfile.TarError as error:
         expected = "expected an uncompressed tar archive"
         yield DataError("cut", str(path), f"the archive is broken or cut off: {error}; {expected}")
     except OSError as error:
         raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
+
+
+def _end_fault(path: Path, offset: int) -> str | None:
+    """What is wrong with an archive behind the last member that can be read: only zeros may follow."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        mark = file.read(_END)
+        if len(mark) < _END:
+            return "the archive is cut off: it has no end mark"
+        if any(mark):
+            return f"the archive is broken: found no file header at byte {offset:,}, and no end mark"
+        at = offset
+        while block := file.read(_END):
+            at += _END
+            if any(block):
+                found = f"found an end mark at byte {offset:,} and something else at byte {at:,}"
+                return f"the archive is broken: {found}, expected zeros (tar --concatenate joins archives)"
+    return None
 
 
 def _split(entry: TarMember | DataError) -> tuple[str, str]:
