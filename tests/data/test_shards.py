@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from unimoe.data import read_samples
-from unimoe.data.media import media_bytes
+from unimoe.data.media import frame_parts, media_bytes
 from unimoe.data.shards import shard_records
 from unimoe.errors import UserError
 
@@ -57,6 +57,22 @@ def test_samples_of_a_shard(tmp_path):
         [("audio", b"sound")],
     ]
     assert samples[3].messages[1]["content"] == [{"type": "text", "text": "a dog"}]
+
+
+def test_a_video_of_frames_in_a_shard(tmp_path):
+    frames = {"000.0.png": b"one", "000.1.png": b"two"}
+    asked = [{"role": "user", "content": "<video>What?"}, ASKED[1]]
+    record = {"messages": asked, "video": list(frames)[::-1]}
+    (sample,) = read_samples(write(tmp_path / "a.tar", {"000.json": record, **frames}))
+    (part,) = sample.media()
+    assert part["type"] == "video"
+    assert [media_bytes(frame, "x") for frame in frame_parts(part)] == [b"two", b"one"]
+    gone = {**record, "video": ["000.0.png", "000.7.png"]}
+    with pytest.raises(UserError, match=r'a\.tar:000: "video" 1: a frame: there is no file .*000\.7\.png'):
+        read_samples(write(tmp_path / "a.tar", {"000.json": gone, **frames}))
+    (tmp_path / "000.7.png").touch()
+    with pytest.raises(UserError, match="found frames given by path and by stored, expected all in one way"):
+        read_samples(tmp_path / "a.tar")
 
 
 def test_several_shards_in_order(tmp_path):

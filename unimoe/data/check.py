@@ -13,7 +13,7 @@ import numpy as np
 from unimoe.errors import UserError
 
 from .faults import DataError, Fault
-from .media import load_audio, load_image, media_bytes, open_media
+from .media import frame_parts, load_audio, load_image, media_bytes, open_media
 from .readers import data_files, line_numbers, scan_records
 from .records import parse_record
 from .sample import Part, Sample
@@ -138,8 +138,8 @@ class _Media:
     def _fault(self, part: Part, where: str) -> tuple[str, str] | None:
         kind = "data URL" if "url" in part else "empty medium"
         try:
-            if isinstance(part.get("path"), str) or "url" in part or "stored" in part or "bytes" in part:
-                open_media(part, where).close()
+            for file in frame_parts(part) or [part]:
+                open_media(file, where).close()
             kind = "undecodable"
             if self.decode:
                 LOADERS[part["type"]](part, where)

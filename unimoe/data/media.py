@@ -129,16 +129,24 @@ def open_media(part: Part, where: str) -> BinaryIO:
 
 def media_bytes(part: Part, where: str) -> bytes:
     """All of the encoded file behind a part; of a list of frames, one after another."""
-    if isinstance(part.get("path"), list):
-        return b"".join(media_bytes({"type": "image", "path": path}, where) for path in part["path"])
+    if frames := frame_parts(part):
+        return b"".join(media_bytes(frame, where) for frame in frames)
     with open_media(part, where) as file:
         return file.read()
 
 
+def frame_parts(part: Part) -> list[Part] | None:
+    """The pictures of a video that is a list of frames, as image parts; None of any other medium."""
+    for key in ("path", "bytes", "stored", "url"):
+        if isinstance(part.get(key), list):
+            return [{"type": "image", key: frame} for frame in part[key]]
+    return None
+
+
 def describe(part: Part) -> str:
     """What to call a medium in a message to the user: its path, else what it was given as."""
-    if isinstance(part.get("path"), list):
-        return f"of {len(part['path'])} frames from {part['path'][0]}"
+    if frames := frame_parts(part):
+        return f"of {len(frames)} frames ({describe(frames[0])}, ...)"
     if "path" in part:
         return str(part["path"])
     if "stored" in part:

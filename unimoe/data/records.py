@@ -182,9 +182,15 @@ class _Record:
                 return {"type": kind, "stored": value["stored"]}
             if isinstance(value.get("base64"), str):
                 return {"type": kind, "bytes": self._decoded(value["base64"], here)}
-            value = value.get("path") or value.get("url")
+            value = value.get("path") or value.get("url") or value.get("frames")
         if kind == "video" and isinstance(value, list) and value:
-            return {"type": kind, "path": [self._file(frame, f"{here}: a frame") for frame in value]}
+            frames = [self._medium("image", frame, f"{here}: a frame") for frame in value]
+            keys = {key for frame in frames for key in frame if key != "type"}
+            if len(keys) > 1:
+                found = f"found frames given by {' and by '.join(sorted(keys))}"
+                raise self._fault("malformed", f"{here}: {found}, expected all in one way")
+            (key,) = keys
+            return {"type": kind, key: [frame[key] for frame in frames]}
         if isinstance(value, str) and value.startswith("data:"):
             return {"type": kind, "url": value}
         return {"type": kind, "path": self._file(value, here)}

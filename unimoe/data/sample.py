@@ -11,8 +11,8 @@ from unimoe.files import data_url
 
 Part = dict[str, Any]
 """``{"type": "text", "text": str}`` or ``{"type": one of MEDIA, ...}`` with the medium under one of ``path``
-(absolute; for a video also a list of frame paths), ``bytes`` (an encoded file), ``stored`` (the same inside a
-larger file, see stored.py) or ``url`` (a data URL)."""
+(absolute), ``bytes`` (an encoded file), ``stored`` (the same inside a larger file, see stored.py) or ``url``
+(a data URL); for a video also a list of these, its frames."""
 
 Message = dict[str, Any]
 """``{"role": "system" | "user" | "assistant", "content": list[Part]}``"""
@@ -60,14 +60,17 @@ class Sample:
 
 
 def _portable(part: Part, root: Path) -> Part:
-    if "bytes" in part or "stored" in part:
-        content = part["bytes"] if "bytes" in part else part["stored"].read()
-        return {"type": part["type"], "url": data_url("application/octet-stream", content)}
-    if "path" not in part:
+    def portable(value: Any) -> str:
+        if key == "path":
+            return _relative(value, root)
+        return data_url("application/octet-stream", value if key == "bytes" else value.read())
+
+    key = next((key for key in ("path", "bytes", "stored") if key in part), None)
+    if key is None:
         return part
-    if isinstance(part["path"], list):
-        return {**part, "path": [_relative(path, root) for path in part["path"]]}
-    return {**part, "path": _relative(part["path"], root)}
+    value = part[key]
+    value = [portable(frame) for frame in value] if isinstance(value, list) else portable(value)
+    return {"type": part["type"], "path" if key == "path" else "url": value}
 
 
 def _relative(path: str, root: Path) -> str:

@@ -111,14 +111,14 @@ def _record(files: dict[str, TarMember], source: str) -> Any:
         if not isinstance(record, dict):
             return record  # parsing it says what is wrong
     named = {**{Path(name).name: member for name, member in files.items()}, **files, **endings}
-    given = set()
+    given, placed = set(), set[TarMember]()
     for column, kind in COLUMNS.items():
         if record.get(column):
-            record[column] = _resolve(record[column], named)
+            record[column] = _resolve(record[column], named, placed)
             given.add(kind)
     for ending, member in media.items():
         kind = _kind(ending, text)
-        if kind not in given:
+        if kind not in given and member not in placed:
             record.setdefault(_COLUMN[kind], []).append({"stored": member})
     return {"id": _split(next(iter(files.values())))[0], **record}
 
@@ -136,10 +136,14 @@ def _kind(ending: str, text: str) -> str:
     return "speech" if says_speech and not says_audio else "audio"
 
 
-def _resolve(value: Any, named: dict[str, TarMember]) -> Any:
+def _resolve(value: Any, named: dict[str, TarMember], placed: set[TarMember]) -> Any:
+    """``value`` with members in the place of their names; these are added to ``placed``."""
     if isinstance(value, list):
-        return [_resolve(item, named) for item in value]
-    return {"stored": named[value]} if isinstance(value, str) and value in named else value
+        return [_resolve(item, named, placed) for item in value]
+    if not isinstance(value, str) or value not in named:
+        return value
+    placed.add(named[value])
+    return {"stored": named[value]}
 
 
 def _text(member: TarMember, source: str) -> str:

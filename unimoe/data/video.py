@@ -14,7 +14,7 @@ from PIL import Image
 
 from unimoe.errors import UserError
 
-from .media import describe, load_image, open_media
+from .media import describe, frame_parts, load_image, open_media
 from .sample import Part
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def load_video(
     """Decode a video part to RGB frames in the order of time, upright; ``info["seconds"]`` of each says when
     it is shown, where the video has a clock.
 
-    ``part`` holds ``path`` (a file, or a list of pictures' paths), ``bytes``, a data URL ``url``, or pictures
-    under ``video``.
+    ``part`` holds ``path``, ``bytes`` or a data URL ``url``, of a file or a list of those of pictures, or
+    pictures under ``video``.
 
     Args:
         where: what errors begin with.
@@ -43,11 +43,9 @@ def load_video(
 
     Raises UserError for a video that cannot be decoded, is cut off, or holds no frames.
     """
-    pictures: Any = part.get("video")
-    if pictures is None and isinstance(part.get("path"), list):
-        pictures = [{"type": "image", "path": path} for path in part["path"]]
-    elif pictures is not None:
-        pictures = [{"type": "image", "image": picture} for picture in pictures]
+    pictures = frame_parts(part)
+    if part.get("video") is not None:
+        pictures = [{"type": "image", "image": picture} for picture in part["video"]]
     if pictures is None:
         return _decode(part, where, frames, rate, longest)
     if not pictures:

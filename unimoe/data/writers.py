@@ -9,7 +9,7 @@ from typing import Any
 
 from unimoe.files import atomic_write
 
-from .media import media_bytes
+from .media import frame_parts, media_bytes
 from .records import COLUMNS
 from .sample import Part, Sample
 from .tables import require
@@ -39,11 +39,18 @@ def _parquet(samples: Iterable[Sample], root: Path) -> bytes:
     for sample in samples:
         row: dict[str, Any] = {column: [] for column in _COLUMN.values()}
         for part in sample.media():
-            row[_COLUMN[part["type"]]].append({"bytes": media_bytes(part, sample.source), "path": None})
+            row[_COLUMN[part["type"]]].append(_cell(part, sample.source))
         rows.append({"id": sample.id, "messages": _bare(sample, text=None), **row})
     buffer = io.BytesIO()
     require("datasets").Dataset.from_list(rows).to_parquet(buffer)
     return buffer.getvalue()
+
+
+def _cell(part: Part, where: str) -> dict[str, Any]:
+    """A medium as the datasets library has it; frames are a list of such pictures."""
+    if frames := frame_parts(part):
+        return {"bytes": None, "path": None, "frames": [_cell(frame, where) for frame in frames]}
+    return {"bytes": media_bytes(part, where), "path": None}
 
 
 def _shard(samples: Iterable[Sample], root: Path) -> bytes:
@@ -51,11 +58,23 @@ def _shard(samples: Iterable[Sample], root: Path) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for index, sample in enumerate(samples):
             record = {"messages": _bare(sample), **({} if sample.id is None else {"id": sample.id})}
-            files = {"json": json.dumps(record, ensure_ascii=False).encode()}
+            media: dict[str, Part] = {}
+            videos: list[str | list[str]] = []
             for number, part in enumerate(sample.media()):
-                files[f"{number}.{part['type']}{_ending(part)}"] = media_bytes(part, sample.source)
-            for name, content in files.items():
-                member = tarfile.TarInfo(f"{index:06d}.{name}")
+                stem = f"{index:06d}.{number}.{part['type']}"
+                if frames := frame_parts(part):
+                    files = {f"{stem}.{place}{_ending(frame)}": frame for place, frame in enumerate(frames)}
+                    videos.append(list(files))
+                else:
+                    files = {f"{stem}{_ending(part)}": part}
+                    videos += files if part["type"] == "video" else []
+                media |= files
+            if any(isinstance(video, list) for video in videos):
+                record["videos"] = videos  # which pictures are whose frames
+            contents = {f"{index:06d}.json": json.dumps(record, ensure_ascii=False).encode()}
+            contents |= {name: media_bytes(part, sample.source) for name, part in media.items()}
+            for name, content in contents.items():
+                member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
