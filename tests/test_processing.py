@@ -168,6 +168,15 @@ def test_batches_pad_left_for_answers_and_right_for_learning(processor):
     assert learning["assistant_masks"].shape == learning["input_ids"].shape
 
 
+def test_settings_without_effect_are_named(processor, caplog):
+    processor("hi", return_tensors="pt", padding=True, truncation=False, sampling_rate=16000)
+    assert not caplog.records
+    processor("hi", max_length=3, truncation=True)
+    processor.apply_chat_template(user(text("hi")), tokenize=True, continue_final_message=True)
+    assert "ignores max_length=3, truncation=True" in caplog.text
+    assert "ignores continue_final_message=True" in caplog.text
+
+
 def test_prompt_text_carries_no_marks(processor):
     messages = [{"role": "user", "content": "what is <image>?"}, {"role": "assistant", "content": "a word"}]
     assert processor.apply_chat_template(messages) == (
@@ -185,6 +194,8 @@ def test_prompt_text_carries_no_marks(processor):
         (lambda p: p("none", speech=[sound(1)]), "the text holds 0 <speech>, but 1 speech inputs were given"),
         (lambda p: p("a <video>"), "the text holds 1 <video>, but 0 video inputs were given"),
         (lambda p: p(images=[picture()]), "the processor needs text"),
+        (lambda p: p("a <video>", videos=[[picture()]]), "this model takes no video"),
+        (lambda p: p("<speech>", speech=[sound(1)], sampling_rate=8000), "are expected at 16000 Hz"),
         (
             lambda p: p.encode(user({"type": "video", "path": "x.mp4"}), where="x.json:3"),
             "x.json:3: this model takes no video",

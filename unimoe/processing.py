@@ -6,6 +6,7 @@
 Placeholders come from media parts only: characters that somebody typed never become a control token.
 """
 
+import logging
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,11 @@ from .errors import UserError
 from .positions import Span, row_positions
 from .preprocessing import PREPROCESSORS
 from .prompt import ANSWER, ANSWER_END, CHATML, control_pattern, mark_typed, tokenize, unmark
+
+log = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16000
+"""Of speech and audio that is given as arrays, in Hz."""
 
 
 class UniMoeProcessor(ProcessorMixin):
@@ -106,6 +112,7 @@ class UniMoeProcessor(ProcessorMixin):
             raise UserError(
                 "give the chat template when the processor is made (chat_template=...), not for a single call"
             )
+        _say_ignored(kwargs)
         batched = bool(conversation) and isinstance(conversation[0], list)
         rows: Any = conversation if batched else [conversation]
         if not tokenize:
@@ -140,10 +147,14 @@ class UniMoeProcessor(ProcessorMixin):
             speech: [samples] arrays at 16 kHz of all prompts in order.
             audio: the same of environmental sound.
             padding_side: ``left`` for generation.
+            kwargs: ``sampling_rate`` is checked; what else the caller sets has no effect, which is said.
         """
         if text is None:
             places = ", ".join(PLACEHOLDERS.values())
             raise UserError(f"the processor needs text; media have their places in it ({places})")
+        if kwargs.pop("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
+            raise UserError(f"speech and audio are expected at {SAMPLE_RATE} Hz; resample them first")
+        _say_ignored(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
         given = {"image": images, "video": videos, "speech": speech, "audio": audio}
         waiting = {kind: _as_list(items) for kind, items in given.items()}
@@ -153,6 +164,8 @@ class UniMoeProcessor(ProcessorMixin):
                 raise UserError(
                     f"the text holds {found} {token}, but {len(waiting[kind])} {kind} inputs were given"
                 )
+            if found:
+                self._check_kind(kind, "the processor")
         start = self.tokenizer.bos_token or ""
         if not start or self.tokenizer("")["input_ids"][:1] != [self.tokenizer.bos_token_id]:
             start = ""  # this tokenizer does not begin texts with a token of its own
@@ -195,12 +208,15 @@ class UniMoeProcessor(ProcessorMixin):
         kind = part.get("type")
         if kind not in MEDIA:
             raise UserError(f"{where}: unknown content type '{kind}'; known: text, {', '.join(MEDIA)}")
+        self._check_kind(kind, where)
+        media.setdefault(kind, []).append(self.preprocessors[kind].load(part, where))
+        return PLACEHOLDERS[kind]
+
+    def _check_kind(self, kind: str, where: str) -> None:
         if kind not in self.preprocessors:
             raise UserError(
                 f"{where}: this model takes no {kind}; it takes {', '.join(['text', *self.preprocessors])}"
             )
-        media.setdefault(kind, []).append(self.preprocessors[kind].load(part, where))
-        return PLACEHOLDERS[kind]
 
     def _expand(self, text: str, media: dict[str, list]) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
@@ -219,6 +235,14 @@ class UniMoeProcessor(ProcessorMixin):
             kinds = {self.tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]): kind for kind in media}
             inputs["position_ids"] = row_positions(ids, kinds, spans, self.rope_rate)
         return {"input_ids": ids, "assistant_mask": said, **inputs}
+
+
+def _say_ignored(settings: dict[str, Any]) -> None:
+    """Batches are padded tensors; a caller may say so, and switch on nothing else."""
+    always = {"return_tensors": "pt", "padding": True}
+    ignored = [f"{name}={value!r}" for name, value in settings.items() if value and value != always.get(name)]
+    if ignored:
+        log.warning("the processor ignores %s", ", ".join(ignored))
 
 
 def _as_list(items) -> list:
