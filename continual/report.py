@@ -83,13 +83,13 @@ def _compare(runs: Sequence[str]) -> None:
     for run in runs:
         noted = _read(Path(run), "run.json")
         strategy, seed = noted["identity"].pop("strategy"), noted["identity"].pop("seed")
-        if (other := seen.setdefault((strategy["name"], seed), run)) != run or runs.count(run) > 1:
-            raise UserError(f"{other} and {run} are both seed {seed} of {strategy['name']}")
         for group, settings in (("", noted), (strategy["name"], strategy)):
             flat = flatten(settings, lists=True)
             other, wanted = stands.setdefault(group, (run, flat))
             for key, values in differences(wanted, flat).items():
                 raise UserError(f"{run} cannot be compared with {other}: {key}: {values}")
+        if (other := seen.setdefault((strategy["name"], seed), run)) != run or runs.count(run) > 1:
+            raise UserError(f"{other} and {run} are both seed {seed} of {strategy['name']}")
 
 
 def _summary(results: Sequence[Result]) -> dict[str, Any]:

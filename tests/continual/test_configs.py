@@ -23,4 +23,4 @@ def test_every_setting_is_known(path):
 def test_settings_of_strategies_are_parsed_into_their_types():
     made, noted = strategy_of("dymoe", {"dymoe": {"guidance": {"threshold": 0.3, "admit": ["new", "old"]}}})
     assert made.guide.config.threshold == 0.3 and made.guide.config.admit == ("new", "old")
-    assert noted["k"] == 16 and noted["guidance"]["threshold"] == 0.3
+    assert noted["k"] is None and noted["guidance"]["threshold"] == 0.3

@@ -225,3 +225,17 @@ def test_half_precision_inputs_are_routed_in_float32():
 def test_unknown_type():
     with pytest.raises(UserError, match="'fresh', expected some of old, ambiguous, new"):
         GuidanceConfig(admit=("fresh",))
+
+
+def test_losses_are_taken_outside_of_autocast(monkeypatch):
+    """CUDA's autocast refuses the binary cross-entropy of probabilities."""
+    losses = []
+
+    def bce(*args):
+        losses.append(torch.is_autocast_enabled("cpu"))
+        return torch.zeros(())
+
+    monkeypatch.setattr("torch.nn.functional.binary_cross_entropy", bce)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        score_losses(torch.randn(5, 4), 2, 2, 0.1)
+    assert losses == [False]

@@ -247,6 +247,47 @@ def test_compare_and_report(config, command, tmp_path, capsys):
     assert "holds no finished run" in refused(["continual", "report", str(tmp_path)], capsys)
 
 
+def test_only_runs_that_differ_in_strategy_and_seed_are_compared(config, command, tmp_path, capsys):
+    config["stream"]["tasks"] = config["stream"]["tasks"][:2]
+    for name, flags in (("a", []), ("b", ["--training.lr", "0.02"]), ("c", ["--strategy", "ewc"])):
+        assert main(command(config, name, "--strategy", "lora", *flags)) == 0
+
+    def report(*names):
+        return ["continual", "report", *(str(tmp_path / name) for name in names)]
+
+    assert main(report("a", "c")) == 0
+    assert "training.lr: there 0.01, now 0.02" in refused(report("a", "b"), capsys)
+    assert "are both seed 0 of lora" in refused(report("a", "a"), capsys)
+    arguments = command(config, "all", "--seed", "1")
+    arguments[1] = "compare"
+    assert "compare takes --seeds" in refused(arguments, capsys)
+
+
+def test_a_row_that_is_lost_is_measured_on_the_model_of_its_time(config, command, tmp_path):
+    arguments = command(config, "run", "--strategy", "dymoe")
+    assert main(arguments) == 0
+    row = tmp_path / "run" / "02-twice" / "row.json"
+    before = json.loads(row.read_text())
+    row.unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    assert main(arguments) == 0
+    after = json.loads(row.read_text())
+    assert after["routing"] == before["routing"] and after["scores"] == before["scores"]
+
+
+def test_joint_sees_each_task_as_often_as_its_steps_take_it(config, command, tmp_path, monkeypatch):
+    from collections import Counter
+
+    from unimoe.continual import run
+
+    seen = Counter()
+    config["stream"]["tasks"][0]["steps"] = 9  # of batches of 3, of 6 samples
+    monkeypatch.setattr(run, "train_task", lambda strategy, task, *rest: seen.update(map(id, task.samples)))
+    with pytest.raises(TypeError):  # nothing was trained
+        main(command(config, "run", "--strategy", "joint"))
+    assert sorted(seen.values()) == [1] * 6 + [2] * 6 + [4] * 3 + [5] * 3
+
+
 def test_diagnosis(config, command, tmp_path, capsys):
     arguments = command(config, "tokens", "--probes", "0")
     arguments[1] = "diagnose"
