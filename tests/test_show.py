@@ -11,7 +11,7 @@ from PIL import Image
 from unimoe import cli
 from unimoe.data import Collator, Sample, parse_record
 from unimoe.data.collate import IGNORED
-from unimoe.show import draw, shown
+from unimoe.show import _medium, draw, shown
 from unimoe.testing import save_tiny_llm, tiny_model
 
 
@@ -56,6 +56,15 @@ def test_tokens_of_a_sample_are_those_of_its_batch(folder):
     assert page.length == len(ids) and page.learned == int((batch["labels"] != IGNORED).sum())
     assert "".join(t.text for t in page.tokens if t.learned) == "Ein Käfer 🐞.<|im_end|>"
     assert [(t.text, t.times) for t in page.tokens if t.times > 1] == [("<image>", 4)]
+
+
+def test_of_a_long_sound_only_the_beginning_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(5 * 16000), 16000)
+    part = {"type": "audio", "path": str(path)}
+    assert _medium(part, "f:1").name == f"{path}, 5.0 s"
+    monkeypatch.setattr("unimoe.show._LONGEST", 2.0)
+    assert _medium(part, "f:1").name == f"{path}, 2.0 s or more"
 
 
 def test_every_kind_is_drawn_in_turn():

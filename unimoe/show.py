@@ -12,18 +12,19 @@ import jinja2
 import soundfile
 
 from unimoe.configuration import PLACEHOLDERS
-from unimoe.data.check import LOADERS
 from unimoe.data.collate import IGNORED, Collator
-from unimoe.data.media import describe
+from unimoe.data.media import describe, load_audio, load_image
 from unimoe.data.readers import read_samples
 from unimoe.data.sample import Part, Sample
 from unimoe.data.tokens import open_processor
+from unimoe.data.video import load_video
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, data_url
 
 _THUMB = 320  # pixels
 _FRAMES = 4  # of a video
-_SECONDS = 30.0  # of a sound
+_SECONDS = 30.0  # of a sound that can be heard
+_LONGEST = 600.0  # seconds of a sound that are read at all, as for training
 _RATE = 16000
 
 
@@ -148,14 +149,15 @@ def tokens(ids: list[int], labels: list[int], tokenizer: Any) -> list[Token]:
 
 def _medium(part: Part, where: str) -> Medium:
     kind, name = part["type"], describe(part)
-    decoded = LOADERS[kind](part, where)
     if kind in ("image", "video"):
-        frames = [decoded] if kind == "image" else decoded[:: max(1, len(decoded) // _FRAMES)][:_FRAMES]
+        frames = [load_image(part, where)] if kind == "image" else load_video(part, where, _FRAMES)
         return Medium(kind, name, pictures=tuple(map(_thumbnail, frames)))
+    samples = load_audio(part, where, _RATE, _LONGEST)
     buffer = io.BytesIO()
-    soundfile.write(buffer, decoded[: int(_SECONDS * _RATE)], _RATE, format="OGG", subtype="VORBIS")
+    soundfile.write(buffer, samples[: int(_SECONDS * _RATE)], _RATE, format="OGG", subtype="VORBIS")
+    more = " or more" if len(samples) >= _LONGEST * _RATE else ""
     sound = data_url("audio/ogg", buffer.getvalue())
-    return Medium(kind, f"{name}, {len(decoded) / _RATE:.1f} s", sound=sound)
+    return Medium(kind, f"{name}, {len(samples) / _RATE:.1f} s{more}", sound=sound)
 
 
 def _thumbnail(picture: Any) -> str:

@@ -7,6 +7,7 @@ import soundfile
 from PIL import Image
 
 from unimoe.data import load_audio, load_image
+from unimoe.data.media import check_audio
 from unimoe.errors import UserError
 
 
@@ -201,6 +202,9 @@ def test_four_hours_are_cut_and_it_is_said(tmp_path, caplog, monkeypatch):
     assert len(loaded) == 600 * 16000 and sum(read) < 601 * 8000 + 2 * 2**16
     assert f"f:7: the sound {path} lasts 14400 s; what comes after 600 s is left out" in caplog.text
     caplog.clear()
+    read.clear()
+    check_audio({"type": "audio", "path": str(path)}, "f:7")  # all of it, in blocks
+    assert len(read) == -(-seconds * 8000 // 2**16) + 1 and not caplog.text
     array = {"type": "audio", "audio": tone(16000, 2.0)}
     assert len(load_audio(array, "f:8", longest=1.0)) == 16000 and "f:8" in caplog.text
     caplog.clear()
@@ -211,11 +215,17 @@ def test_broken_sounds(tmp_path):
     path = tmp_path / "a.wav"
     part = {"path": str(path)}
     path.write_bytes(b"")
-    assert f"the speech {path} is empty (0 bytes)" in fault(load_audio, part)
+    assert fault(load_audio, part) == f"data.jsonl:4: the speech {path} is empty (0 bytes)"
     path.write_bytes(recorded(np.zeros(0), 16000, format="WAV"))
     assert f"the sound {path} holds no samples" in fault(load_audio, part)
     path.write_bytes(b"RIFF" + b"\1" * 60)
     assert "cannot decode the sound" in fault(load_audio, part)
     path.write_bytes(recorded(np.array([0.0, np.nan]), 16000, format="WAV", subtype="FLOAT"))
     assert "not finite" in fault(load_audio, part)
+    late = np.zeros(3 * 2**16)  # whole blocks: behind the last comes none
+    path.write_bytes(recorded(late, 16000, format="WAV", subtype="FLOAT"))
+    check_audio({"type": "speech", **part}, "f:1")
+    late[-1] = np.inf
+    path.write_bytes(recorded(late, 16000, format="WAV", subtype="FLOAT"))
+    assert "not finite" in fault(check_audio, part) and "not finite" in fault(load_audio, part)
     assert "cannot read" in fault(load_audio, {"path": str(tmp_path / "gone.wav")})

@@ -13,17 +13,17 @@ import numpy as np
 from unimoe.errors import UserError
 
 from .faults import DataError, Fault
-from .media import frame_parts, load_audio, load_image, media_bytes, open_media
+from .media import check_audio, frame_parts, load_image, media_bytes, open_media
 from .readers import data_files, line_numbers, scan_records
 from .records import parse_record
 from .sample import Part, Sample
 from .video import load_video
 
-LOADERS: dict[str, Callable[[Part, str], Any]] = {
+_DECODE: dict[str, Callable[[Part, str], Any]] = {
     "image": load_image,
     "video": load_video,
-    "speech": load_audio,
-    "audio": load_audio,
+    "speech": check_audio,
+    "audio": check_audio,
 }
 
 
@@ -142,7 +142,7 @@ class _Media:
                 open_media(file, where).close()
             kind = "undecodable"
             if self.decode:
-                LOADERS[part["type"]](part, where)
+                _DECODE[part["type"]](part, where)
         except UserError as error:
             return kind, str(error).removeprefix(f"{where}: ")
         return None

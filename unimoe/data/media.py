@@ -8,6 +8,7 @@ import binascii
 import io
 import logging
 import urllib.parse
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -77,28 +78,31 @@ def load_audio(part: Part, where: str, rate: int = 16000, longest: float | None 
         whole = len(samples) / max(found_rate, 1)
         samples = samples[: _most(longest, found_rate)]
     else:
-        try:
-            with open_media(part, where) as file:
-                samples, found_rate, whole = _decode_sound(file, longest)
-        except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
-            message = f"{where}: cannot decode the sound {describe(part)}: {first_line(error)}"
-            raise UserError(f"{message}; expected wav, flac, ogg or mp3") from error
-    if not _RATES[0] <= found_rate <= _RATES[1]:
-        found = f"{where}: the sound {describe(part)} has {found_rate} samples a second"
-        raise UserError(f"{found}, expected {_RATES[0]} to {_RATES[1]:,}")
-    if not samples.size:
-        raise UserError(f"{where}: the sound {describe(part)} holds no samples")
+        blocks, count = [], 0
+        for block, found_rate, announced in _sound_blocks(part, where):
+            blocks.append(block)
+            count += len(block)
+            whole = count / found_rate
+            if longest is not None and whole >= longest:
+                whole = announced
+                break
+        samples = np.concatenate(blocks)[: _most(longest, found_rate)]
+    _check_sound(samples, found_rate, part, where)
     if longest and whole > longest:
         found = f"{where}: the sound {describe(part)} lasts {whole:.0f} s"
         logger.warning("%s; what comes after %.0f s is left out (max_windows)", found, longest)
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
-    if not np.isfinite(samples).all():
-        raise UserError(f"{where}: the sound {describe(part)} holds values that are not finite numbers")
     if found_rate != rate:
         resampled = soxr.resample(samples, found_rate, rate)
         samples = resampled if resampled.size else samples[:1]  # a few samples at a high rate
     return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def check_audio(part: Part, where: str) -> None:
+    """Decode a sound to its end, and keep none of it. Raises UserError as :func:`load_audio` does."""
+    for block, rate, _ in _sound_blocks(part, where):
+        _check_sound(block, rate, part, where)
 
 
 def open_media(part: Part, where: str) -> BinaryIO:
@@ -156,20 +160,30 @@ def describe(part: Part) -> str:
     return "given as bytes" if "bytes" in part else "given in memory"
 
 
-def _decode_sound(encoded: BinaryIO, longest: float | None) -> tuple[np.ndarray, int, float]:
-    """Mono samples up to ``longest`` seconds, rate, and the seconds of the whole file.
+def _sound_blocks(part: Part, where: str) -> Iterator[tuple[np.ndarray, int, float]]:
+    """Mono samples of a sound's file, block by block, only the first perhaps empty; with each the file's rate
+    and the seconds it announces: what a broken header claims is never allocated."""
+    try:
+        with open_media(part, where) as encoded, soundfile.SoundFile(encoded) as file:
+            block, seconds = file.read(_BLOCK, dtype="float32", always_2d=True), file.frames / file.samplerate
+            yield block.mean(axis=1), file.samplerate, seconds
+            while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+                yield block.mean(axis=1), file.samplerate, seconds
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
+        message = f"{where}: cannot decode the sound {describe(part)}: {first_line(error)}"
+        raise UserError(f"{message}; expected wav, flac, ogg or mp3") from error
 
-    Read in blocks: the length that a broken header claims is never allocated.
-    """
-    with soundfile.SoundFile(encoded) as file:
-        blocks, count, most = [np.zeros(0, dtype=np.float32)], 0, _most(longest, file.samplerate)
-        while (most is None or count < most) and len(
-            block := file.read(_BLOCK, dtype="float32", always_2d=True)
-        ):
-            blocks.append(block.mean(axis=1))
-            count += len(block)
-        whole = file.frames if most is not None and count >= most else count
-        return np.concatenate(blocks)[:most], file.samplerate, whole / file.samplerate
+
+def _check_sound(samples: np.ndarray, rate: float, part: Part, where: str) -> None:
+    found = f"{where}: the sound {describe(part)}"
+    if not _RATES[0] <= rate <= _RATES[1]:
+        raise UserError(f"{found} has {rate} samples a second, expected {_RATES[0]} to {_RATES[1]:,}")
+    if not samples.size:
+        raise UserError(f"{found} holds no samples")
+    if not np.isfinite(samples).all():
+        raise UserError(f"{found} holds values that are not finite numbers")
 
 
 def _most(longest: float | None, rate: float) -> int | None:
