@@ -171,6 +171,14 @@ def test_a_cut_shard_is_a_fault_and_what_is_whole_is_checked(folder):
     assert [fault.kind for fault in report.faults][-1] == "cut" and 15 < report.samples < 35
 
 
+@pytest.mark.parametrize("content", ["", "\n", "[]"])
+def test_a_file_without_samples_is_a_fault(tmp_path, capsys, content):
+    path = tmp_path / "none.jsonl"
+    path.write_text(content)
+    assert cli.main(["data", "check", str(path)]) == 1
+    assert f"{path}: found no samples, expected at least one" in capsys.readouterr().out
+
+
 def read_samples_of(folder, count):
     rng = random.Random(4)
     path = folder / "some.jsonl"

@@ -89,6 +89,8 @@ def check_conversations(
             if length and not faults:
                 faults += _too_long(sample, where, length, max_length, lengths)
             report.faults += faults
+    if not report.samples and not report.faults:
+        report.faults.append(Fault("no samples", str(path), "found no samples, expected at least one"))
     if lengths:
         names = {"shortest": 0, "median": 50, "90 %": 90, "99 %": 99, "longest": 100}
         report.tokens = {name: int(np.percentile(lengths, share)) for name, share in names.items()}

@@ -18,6 +18,7 @@ class Fault:
 
 
 FAULTS = {
+    "no samples": "there are no samples",
     "not JSON": "a record cannot be read",
     "cut": "an archive or table is cut off or broken",
     "malformed": "a record has not the form of a conversation",
