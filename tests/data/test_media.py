@@ -82,6 +82,16 @@ def test_of_an_animation_the_first_frame_is_taken_and_it_is_said(caplog):
     assert not caplog.text
 
 
+def test_of_pages_and_of_a_phones_pictures_the_first_is_taken(caplog):
+    def pages(format):
+        first, *others = (Image.new("RGB", (8, 8), color) for color in ("red", "blue", "blue"))
+        return image(encoded(first, format, save_all=True, append_images=others))
+
+    assert pages("MPO").getpixel((0, 0))[0] > 240 and not caplog.text
+    assert pages("TIFF").getpixel((0, 0)) == (255, 0, 0)
+    assert "f:1: the image given as bytes holds 3 pages; its first is taken" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("format", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("PNG", "P"), ("JPEG", "CMYK")]
 )

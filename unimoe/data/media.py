@@ -30,18 +30,17 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
     """Decode an image part to RGB, upright (EXIF orientation applied), transparency laid on white.
 
     ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already opened ``image``. Of an animation
-    the first frame is taken, with a warning; grey of 16 bits or floats is scaled to 8 bits. A picture with a
-    side of more than ``longest`` pixels is scaled down to that, a JPEG while it is decoded. Raises UserError
-    when it cannot be read or decoded, or has more pixels than Pillow deems safe (179 million).
+    or of pages the first is taken, with a warning; grey of 16 bits or floats is scaled to 8 bits. A picture
+    with a side of more than ``longest`` pixels is scaled down to that, a JPEG while it is decoded. Raises
+    UserError when it cannot be read or decoded, or has more pixels than Pillow deems safe (179 million).
     """
     try:
         picture = part.get("image")
         if picture is None:
             with open_media(part, where) as file:
                 picture = Image.open(file)
-                if getattr(picture, "is_animated", False):
-                    found = f"{where}: the image {describe(part)} is an animation"
-                    logger.warning("%s; its first frame is taken (as a video its time would count)", found)
+                if more := _more_pictures(picture):
+                    logger.warning("%s: the image %s %s", where, describe(part), more)
                 if longest:  # of a JPEG only every 2nd, 4th or 8th pixel has to be decoded
                     picture.draft(picture.mode, (longest, longest))
                 picture.load()
@@ -201,6 +200,15 @@ def _data_url_bytes(url: str, where: str) -> bytes:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"{where}: the data URL {url[:30]!r}... is not valid base64: {error}") from error
+
+
+def _more_pictures(picture: Image.Image) -> str | None:
+    """What to say of a file that holds more pictures than the one that is taken."""
+    if not getattr(picture, "is_animated", False) or picture.format == "MPO":
+        return None  # an MPO is a phone's JPEG, with a preview or a depth map behind it
+    if picture.format == "TIFF":
+        return f"holds {picture.n_frames} pages; its first is taken"
+    return "is an animation; its first frame is taken (as a video its time would count)"
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
