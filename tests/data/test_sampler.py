@@ -14,9 +14,8 @@ def kinds_of(batch):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("lengths", [None, list(range(37))])
-def test_every_sample_once_and_like_with_like(shuffle, lengths):
-    sampler = ModalityBatchSampler(KINDS, 4, seed=3, shuffle=shuffle, lengths=lengths)
+def test_every_sample_once_and_like_with_like(shuffle):
+    sampler = ModalityBatchSampler(KINDS, 4, seed=3, shuffle=shuffle)
     batches = list(sampler)
     assert sorted(index for batch in batches for index in batch) == list(range(37))
     assert all(len(kinds_of(batch)) == 1 and len(batch) <= 4 for batch in batches)
@@ -146,16 +145,6 @@ def test_weights_must_be_one_a_source():
         ModalityBatchSampler(KINDS, 4, sizes=[37], weights=[0.0])
 
 
-def test_lengths_bring_like_lengths_together():
-    kinds, lengths = ["text"] * 256, [(37 * i) % 256 for i in range(256)]
-
-    def spread(**options):
-        batches = list(ModalityBatchSampler(kinds, 8, **options))
-        return sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches)
-
-    assert spread(lengths=lengths) < 0.1 * spread()
-
-
 def test_a_state_of_other_data_or_settings_is_refused():
     state = ModalityBatchSampler(KINDS, 4).state_dict(2)
     for kinds, batch_size, seed in ((KINDS[1:], 4, 0), (KINDS, 2, 0), (KINDS, 4, 1)):
@@ -170,7 +159,6 @@ def test_a_state_of_other_data_or_settings_is_refused():
         (KINDS, {"batch_size": 0}, "at least 1"),
         (KINDS, {"steps": 0}, "at least 1"),
         (KINDS, {"world_size": 2, "rank": 2}, "rank 2 of 2"),
-        (KINDS, {"lengths": [1]}, "found 1 lengths for 37 samples"),
     ],
 )
 def test_senseless_settings(kinds, options, message):

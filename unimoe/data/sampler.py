@@ -12,14 +12,11 @@ from unimoe.errors import UserError
 
 T = TypeVar("T")
 
-_BUCKET_BATCHES = 32
-"""How many batches are sorted by length among themselves: more means less padding and less shuffling."""
-
 
 class ModalityBatchSampler(Sampler[list[int]]):
     """Yields lists of indices, each of one kind: Uni-MoE's modality-level data parallelism, losing nothing.
 
-    1. The indices of each kind are shuffled; with ``lengths`` also sorted by length in buckets of 32 batches.
+    1. The indices of each kind are shuffled.
     2. Each kind is cut in global batches of ``batch_size * world_size``; the last, shorter one is kept. What
        is too little to give each rank a sample is put together with that of the other kinds.
     3. The global batches of all kinds are shuffled together.
@@ -44,29 +41,25 @@ class ModalityBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         world_size: int = 1,
         rank: int = 0,
-        lengths: Sequence[int] | None = None,
         steps: int | None = None,
         sizes: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """``kinds[i]`` names the modality set of sample i (``Sample.kind``), ``lengths[i]`` its length in any
-        unit; ``batch_size`` is that of one rank. With ``weights`` the samples come from sources, one after
-        the other, of ``sizes`` samples each. Raises UserError for sizes that make no sense."""
+        """``kinds[i]`` names the modality set of sample i (``Sample.kind``); ``batch_size`` is that of one
+        rank. With ``weights`` the samples come from sources, one after the other, of ``sizes`` samples each.
+        Raises UserError for sizes that make no sense."""
         if not kinds:
             raise UserError("there are no samples to draw batches from")
         if batch_size < 1 or (steps is not None and steps < 1):
             raise UserError(f"batch_size and steps must be at least 1, found {batch_size} and {steps}")
         if not 0 <= rank < world_size:
             raise UserError(f"rank must be from 0 to world_size - 1, found rank {rank} of {world_size}")
-        if lengths is not None and len(lengths) != len(kinds):
-            raise UserError(f"found {len(lengths)} lengths for {len(kinds)} samples")
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.world_size, self.rank, self.steps = world_size, rank, steps
         self.epoch = 0
         self.yielded = 0
         """Batches of this epoch (or run) handed out so far, the skipped ones included."""
         self._start = 0
-        self._lengths = None if lengths is None else np.asarray(lengths)
         by_kind: dict[str, list[int]] = {}
         for index, kind in enumerate(kinds):
             by_kind.setdefault(kind, []).append(index)
@@ -130,7 +123,6 @@ class ModalityBatchSampler(Sampler[list[int]]):
             "samples too few for every rank": sum(few for few in left if few < self.world_size),
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "sorting by length": self._lengths is not None,
             **({} if self._weights is None else {"weights": self._weights}),
         }
 
@@ -141,19 +133,11 @@ class ModalityBatchSampler(Sampler[list[int]]):
         for kind, members in enumerate(self._members):
             if self._strata is not None:
                 members = np.concatenate([stratum.draw(self.seed, epoch) for stratum in self._strata[kind]])
-            order = generator.permutation(members) if self.shuffle else members
-            if self._lengths is not None:
-                order = self._sort_in_buckets(order, self._lengths, size * _BUCKET_BATCHES)
-            groups.append(order.tolist())
+            groups.append((generator.permutation(members) if self.shuffle else members).tolist())
         batches = cut_batches(groups, size, self.world_size)
         if self.shuffle:
             batches = [batches[i] for i in generator.permutation(len(batches))]
         return [batch[self.rank :: self.world_size] for batch in batches]
-
-    @staticmethod
-    def _sort_in_buckets(order: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
-        buckets = [order[start : start + size] for start in range(0, len(order), size)]
-        return np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
 
 
 def cut_batches(groups: Iterable[list[T]], size: int, ranks: int) -> list[list[T]]:
