@@ -52,6 +52,26 @@ def fault(part, **options):
     return message
 
 
+def trimmed(content, frames):
+    """Without its first frames, by an edit list: those since the last key frame stay in the file, unseen."""
+    with tempfile.TemporaryDirectory() as folder, av.open(io.BytesIO(content)) as whole:
+        file, source = Path(folder) / "video.mp4", whole.streams.video[0]
+        with av.open(str(file), "w", options={"avoid_negative_ts": "disabled"}) as container:
+            stream = container.add_stream_from_template(source)
+            for packet in whole.demux(source):
+                if packet.dts is not None:
+                    packet.pts -= frames * packet.duration
+                    packet.dts -= frames * packet.duration
+                    packet.stream = stream
+                    container.mux(packet)
+        return file.read_bytes()
+
+
+def test_a_trimmed_video_is_whole():
+    pictures = video(trimmed(encode(GREYS, codec="libx264", gop=25, b_frames=0), 30), frames=3)
+    assert greys(pictures) == pytest.approx([GREYS[30], GREYS[40], GREYS[49]], abs=4)
+
+
 @pytest.mark.parametrize(
     ("format", "codec", "gop"),
     [("mp4", "mpeg4", 12), ("mp4", "libx264", 50), ("matroska", "libvpx-vp9", 5), ("avi", "mjpeg", 1)],

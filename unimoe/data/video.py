@@ -95,12 +95,14 @@ def _frames(
         held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise UserError(f"{what} holds no pictures; it holds {held}")
     stream = container.streams.video[0]
-    shown = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.pts is not None]
+    packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+    shown = [(packet.pts, packet.is_keyframe) for packet in packets if not packet.is_discard]
     if not shown:
         raise UserError(f"{what} holds no frames")
     times, keys = sorted(pts for pts, _ in shown), sorted(pts for pts, is_key in shown if is_key)
     tick = float(stream.time_base or 1)
-    if stream.frames and len(times) < _WHOLE * stream.frames:
+    whole = stream.duration and times[-1] - times[0] >= _WHOLE * stream.duration  # trimmed by an edit list
+    if stream.frames and len(times) < _WHOLE * stream.frames and not whole:
         raise UserError(f"{what} is cut off: it announces {stream.frames} frames and holds {len(times)}")
     seconds, alone = (container.duration or 0) / 1e6, len(container.streams) == 1  # a sound may last longer
     if alone and (times[-1] - times[0]) * tick < _WHOLE * seconds - 1:
