@@ -7,6 +7,7 @@ b, r rank of an expert, R = E_b * r.
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -57,13 +58,12 @@ class Bank(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, experts * rank, **like))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
-    def hidden(self, x_TD: Tensor, weight_TE: Tensor | None) -> Tensor:
-        """[T, R]: A x, each expert's slice times its weight; B then sums over experts."""
-        h_TR = F.linear(x_TD.to(self.A.dtype), self.A)
+    def spread(self, weight_TE: Tensor | None, tokens: int) -> Tensor:
+        """[T, R] weight of each rank: that of the expert which owns it."""
         if weight_TE is None:
-            return h_TR
-        h_TER = h_TR.unflatten(-1, (self.experts, self.rank)) * weight_TE[..., None].to(h_TR.dtype)
-        return h_TER.flatten(-2)
+            return self.A.new_ones(tokens, len(self.A))
+        weight_TR = weight_TE.to(self.A.dtype).repeat_interleave(self.rank, dim=-1)
+        return weight_TR.expand(tokens, -1)
 
 
 class AdaptedLinear(nn.Module):
@@ -71,8 +71,8 @@ class AdaptedLinear(nn.Module):
 
     1. the frozen projection
     2. ``gating`` says how much each expert counts for each token
-    3. each bank runs on the tokens that reach it, so that the cost follows the k chosen experts rather than
-       all
+    3. the banks that any token reaches run as one wide adapter, those that train apart from those that do
+       not, of which no gradient is taken
 
     Banks are separate parameters: adding one copies nothing, and a frozen one stays as it is to the last bit.
     """
@@ -108,28 +108,34 @@ class AdaptedLinear(nn.Module):
             return y
         x_TD, y_TP = x.flatten(0, -2), y.flatten(0, -2)
         gates = self.gating.gate(x_TD)  # type: ignore[operator]
-        for bank, weight_TE in zip(self.banks, gates, strict=True):
-            y_TP = self._add(y_TP, x_TD, bank, weight_TE)  # type: ignore[arg-type]
+        reached = [
+            (bank, weight_TE)
+            for bank, weight_TE in zip(self.banks, gates, strict=True)
+            if weight_TE is None or bool(weight_TE.detach().any())
+        ]
+        for _, several in groupby(reached, lambda pair: pair[0].A.requires_grad):
+            y_TP = self._add(y_TP, x_TD, list(several))  # type: ignore[arg-type]
         return y_TP.reshape(y.shape)
 
-    def _add(self, y_TP: Tensor, x_TD: Tensor, bank: Bank, weight_TE: Tensor | None) -> Tensor:
-        """y plus what the bank says about the tokens that reach it."""
-        row_N = None
-        if weight_TE is not None:
-            reached_T = weight_TE.detach().any(-1)
-            if not bool(reached_T.any()):
-                return y_TP
-            if not bool(reached_T.all()):
-                row_N = reached_T.nonzero().squeeze(-1)
-                x_TD, weight_TE = x_TD.index_select(0, row_N), weight_TE.index_select(0, row_N)
-        h_NR = self.scale * bank.hidden(x_TD, weight_TE)
-        if row_N is None and h_NR.dtype == y_TP.dtype:
-            return torch.addmm(y_TP, h_NR, bank.B.T)
-        delta_NP = F.linear(h_NR, bank.B).to(y_TP.dtype)
-        return y_TP + delta_NP if row_N is None else y_TP.index_add(0, row_N, delta_NP)
+    def _add(self, y_TP: Tensor, x_TD: Tensor, reached: list[tuple[Bank, Tensor | None]]) -> Tensor:
+        """y plus what some banks say."""
+        A_RD = _joined([bank.A for bank, _ in reached], 0)
+        B_PR = _joined([bank.B for bank, _ in reached], 1)
+        h_TR = self.scale * F.linear(x_TD.to(A_RD.dtype), A_RD)
+        if any(weight_TE is not None for _, weight_TE in reached):
+            weights = [bank.spread(weight_TE, len(x_TD)) for bank, weight_TE in reached]
+            h_TR = h_TR * _joined(weights, 1).to(h_TR.dtype)
+        if h_TR.dtype == y_TP.dtype:
+            return torch.addmm(y_TP, h_TR, B_PR.T)
+        return y_TP + F.linear(h_TR, B_PR).to(y_TP.dtype)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}"
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Their concatenation; one alone is not copied."""
+    return torch.cat([*parts], dim) if len(parts) > 1 else parts[0]
 
 
 def adapt(

@@ -1,4 +1,4 @@
-"""``unimoe continual run``, ``compare`` and ``diagnose``.
+"""``unimoe continual run``, ``compare``, ``diagnose`` and ``export``.
 
     unimoe continual run -c configs/continual/embedded.yaml --strategy dymoe --seed 0 --output runs/c/dymoe-0
     unimoe continual compare -c configs/continual/embedded.yaml --seeds 0 1 --output runs/c
@@ -11,6 +11,7 @@ import json
 import logging
 import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -23,9 +24,11 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.training.resume import Interrupted
 
+from .export import export_bank
 from .guidance import TYPES
+from .learner import AdapterConfig
 from .report import report
-from .run import Run, RunConfig
+from .run import ModelConfig, Run, RunConfig, build_learner, load_state
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,38 @@ def diagnose(args: list[str]) -> None:
         log.info("%-10s gain %6.2f   loss %6.2f", kind, *table[kind].values())
     text = json.dumps({"tasks": names, "tokens": table}, indent=1) + "\n"
     rank_zero_only(atomic_write)(f"{output}/diagnosis.json", text)
+
+
+def export(
+    run: str, output: str, /, *, task: str | None = None, prefix: str = "model.language_model"
+) -> None:
+    """Write the bank that a task of a run left as an adapter for peft.
+
+    peft has no router: the bank's experts get the fixed weights that an undecided router gives, 1 / E each.
+
+    Args:
+        run: folder of a run.
+        output: folder of the adapter; an adapter that is there is replaced.
+        task: whose bank (default: of the last task that was learned).
+        prefix: path of the decoder in the model that peft loads it on; ``model`` for the LLM alone.
+    """
+    folders = sorted(path.parent for path in Path(run).glob("[0-9][0-9]-*/state.pt"))
+    names = [folder.name[3:] for folder in folders]
+    if not folders or not (Path(run) / "run.json").is_file():
+        raise UserError(f"{run} is no continual run with a task that was learned")
+    if task is not None and task not in names:
+        raise UserError(f"{run} has learned no task {task!r}, only {', '.join(names)}")
+    index = len(names) - 1 if task is None else names.index(task)
+    noted = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))["identity"]
+    strategy, _ = strategy_of(noted["strategy"]["name"], {noted["strategy"].pop("name"): noted["strategy"]})
+    disable_progress_bar()
+    learner = build_learner(ModelConfig(**noted["model"]), AdapterConfig(**noted["adapters"]), None)
+    strategy.attach(learner)
+    for number in range(index + 1):
+        strategy.grow(number)
+    load_state(folders[index], strategy)
+    export_bank(output, learner.layers, -1, prefix)
+    log.info("%s: the bank of %s, for PeftModel.from_pretrained", output, names[index])
 
 
 def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:

@@ -22,7 +22,7 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_folder
 
 from .adapters import AdaptedLinear, Bank
-from .router import CosineTopK
+from .router import CosineTopK, SoftmaxGate
 
 BANK_FILE = "bank.safetensors"
 WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,7 +46,7 @@ def export_bank(
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
         bank: Bank = layer.banks[index]  # type: ignore[assignment]
-        routed = isinstance(layer.gating, CosineTopK)
+        routed = isinstance(layer.gating, (CosineTopK, SoftmaxGate))
         share = 1 / bank.experts if routed else 1.0
         full = f"{prefix}.{name}" if prefix else name
         ranks[full] = len(bank.A)

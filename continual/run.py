@@ -184,16 +184,7 @@ class Run:
 
     def _load(self, index: int) -> None:
         """Adapters and memory as the task left them."""
-        path = self._folder(index) / "state.pt"
-        state = torch.load(path, map_location=self.strategy.learner.device, weights_only=True)
-        parameters = self.strategy.learner.adapters()
-        if parameters.keys() != state["adapters"].keys():
-            raise UserError(f"{path} does not belong to this run; delete {self.output} to begin anew")
-        with torch.no_grad():
-            for name, value in state["adapters"].items():
-                parameters[name].copy_(value)
-        self.strategy.memory = state["memory"]
-        self.strategy.learner.freeze_banks()
+        load_state(self._folder(index), self.strategy)
 
     def _write_row(self, index: int) -> None:
         """Ask the questions of every seen task, and note where their tokens were routed."""
@@ -275,16 +266,8 @@ class Run:
         return result
 
     def _learner(self) -> Learner:
-        model = self.config.model
-        if (model.init_from is None) == (model.llm is None):
-            raise UserError("model: give one of init_from (a folder) and llm (a fresh start)")
-        if model.init_from is not None:
-            built = load_model(model.init_from, "model.init_from", dtype=torch.float32)
-        else:
-            assert model.llm is not None
-            built = build_model(model.llm, model.modalities, None, model.chat_template)
-        features = model.features or self.output.parent / "features"
-        learner = Learner(*built, self.config.adapters, features, model.max_length)
+        features = self.config.model.features or self.output.parent / "features"
+        learner = build_learner(self.config.model, self.config.adapters, features)
         if learner.features is not None:
             learner.features.fill(own_share(list(self.stream.samples())))
             self.fabric.barrier()
@@ -346,6 +329,32 @@ class Run:
     @rank_zero_only
     def _save(self, name: str, content: Any, indent: int | None = None) -> None:
         atomic_write(self.output / name, json.dumps(content, indent=indent) + "\n")
+
+
+def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | Path | None) -> Learner:
+    """The base with places for adapters."""
+    if (model.init_from is None) == (model.llm is None):
+        raise UserError("model: give one of init_from (a folder) and llm (a fresh start)")
+    if model.init_from is not None:
+        built = load_model(model.init_from, "model.init_from", dtype=torch.float32)
+    else:
+        assert model.llm is not None
+        built = build_model(model.llm, model.modalities, None, model.chat_template)
+    return Learner(*built, adapters, features, model.max_length)
+
+
+def load_state(folder: Path, strategy: Strategy) -> None:
+    """Give a strategy, grown as far as that, the adapters and the memory that a task left in its folder."""
+    path = folder / "state.pt"
+    state = torch.load(path, map_location=strategy.learner.device, weights_only=True)
+    parameters = strategy.learner.adapters()
+    if parameters.keys() != state["adapters"].keys():
+        raise UserError(f"{path} does not belong to this run; delete {folder.parent} to begin anew")
+    with torch.no_grad():
+        for name, value in state["adapters"].items():
+            parameters[name].copy_(value)
+    strategy.memory = state["memory"]
+    strategy.learner.freeze_banks()
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

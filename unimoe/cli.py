@@ -62,6 +62,7 @@ VERBS = {
     "continual compare": Verb("unimoe.continual.cli:compare", "several strategies and seeds", raw=True),
     "continual diagnose": Verb("unimoe.continual.cli:diagnose", "new, ambiguous or old tokens", raw=True),
     "continual report": Verb("unimoe.continual.report:report", "tables and figures over finished runs"),
+    "continual export": Verb("unimoe.continual.cli:export", "the bank of a task as an adapter for peft"),
     "continual theory": Verb("unimoe.continual.theory_report:theory", "exact errors of the linear model"),
     "chat": Verb("unimoe.chat:chat", "talk to a model in the terminal", {"prompt": "-p"}),
     "inspect": Verb("unimoe.inspect:inspect", "parameters, and which experts the tokens of a file visit"),

@@ -66,19 +66,21 @@ def test_the_sum_over_experts():
     torch.testing.assert_close(layer(x).reshape(-1, 6), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_tokens_that_miss_a_bank_cost_nothing_and_change_nothing():
-    layer = routed(k=1)
-    x = torch.randn(64, 8)
-    weights = torch.cat(layer.gating.gate(x), -1)
-    rows = []
-    for bank in layer.banks:
-        plain = bank.hidden
-        bank.hidden = lambda x, gate, plain=plain: (rows.append(len(x)), plain(x, gate))[1]
-    y = layer(x)
-    assert sum(rows) == 64 and len(rows) == 2  # one expert a token
-    parts = zip(layer.banks, weights.split([4, 4], -1), strict=True)
-    wide = sum(bank.hidden(x, part) @ bank.B.T for bank, part in parts)
-    torch.testing.assert_close(y, layer.base(x) + 2 * wide, rtol=1e-5, atol=1e-6)
+def test_a_bank_that_no_token_reaches_is_not_there():
+    """To the last bit, and whether the banks train or not is another grouping of the same sum."""
+    layer, x = routed(k=1), torch.randn(64, 8)
+    old, new = layer.gating.gate(x)
+    layer.gating.gate = lambda x: [old, torch.zeros_like(new)]
+    alone = layer(x)
+    layer.banks[1].A.data.fill_(torch.nan)  # never read
+    assert torch.equal(layer(x), alone)
+    layer = routed()
+    together = layer(x)
+    layer.banks[0].requires_grad_(False)
+    apart = layer(x)
+    torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-6)
+    apart.sum().backward()
+    assert layer.banks[0].A.grad is None and layer.banks[1].A.grad is not None
 
 
 def test_concatenating_banks_changes_nothing():

@@ -288,6 +288,21 @@ def test_joint_sees_each_task_as_often_as_its_steps_take_it(config, command, tmp
     assert sorted(seen.values()) == [1] * 6 + [2] * 6 + [4] * 3 + [5] * 3
 
 
+def test_the_bank_of_a_task_is_exported(config, command, llm, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert main(command(config, "run", "--strategy", "dymoe")) == 0
+    arguments = ["continual", "export", str(tmp_path / "run"), str(tmp_path / "bank")]
+    assert main([*arguments, "--task", "twice", "--prefix", "model"]) == 0
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llm), str(tmp_path / "bank"))
+    learned = state(tmp_path / "run" / "02-twice")["layers.0.mlp.up_proj.banks.1.A"]
+    found = loaded.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_A.default").weight
+    assert torch.equal(found, learned)
+    assert "has learned no task 'thrice', only upper" in refused([*arguments, "--task", "thrice"], capsys)
+    assert "is no continual run" in refused(["continual", "export", str(tmp_path), "x"], capsys)
+
+
 def test_diagnosis(config, command, tmp_path, capsys):
     arguments = command(config, "tokens", "--probes", "0")
     arguments[1] = "diagnose"
