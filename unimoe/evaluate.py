@@ -29,11 +29,11 @@ from unimoe.continual.scorers import VERSION, grade_all, scorer, words
 from unimoe.data import Collator
 from unimoe.data.readers import data_hashes
 from unimoe.files import atomic_write, file_hash
+from unimoe.training.result import STAGE_FILE
 
 from .errors import UserError
 from .generate import ask_all
 from .loading import find_model, load_model
-from .training.result import STAGE_FILE
 
 Answers = dict[str, str]
 """Id of a question -> what the model said."""
