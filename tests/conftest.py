@@ -1,3 +1,4 @@
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -15,9 +16,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    """One thread (tests side by side would fight for the cores) and the same random numbers in every test."""
+    """One thread (tests side by side would fight for the cores), the same random numbers, and the log of a
+    command in every test, whichever ran before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    logging.getLogger("unimoe").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
