@@ -114,10 +114,10 @@ class DyMoEApart(DyMoE):
 
 def _principal(tokens_TD: Tensor, seen_OD: Tensor, energy: float) -> Tensor:
     """[P, D] the fewest directions that, with those seen before, cover ``energy`` of the tokens."""
-    _, length_P, direction_PD = torch.linalg.svd(_outside(tokens_TD, seen_OD), full_matrices=False)
-    total = tokens_TD.square().sum()
-    missing_P = length_P.square().flip(0).cumsum(0).flip(0)  # of the tokens, before each direction joins
-    return direction_PD[missing_P > (1 - energy) * total]
+    outside_TD = _outside(tokens_TD, seen_OD)
+    squared_D, direction_DD = torch.linalg.eigh(outside_TD.T @ outside_TD)  # ascending; a column each
+    missing_D = squared_D.cumsum(0)  # of the tokens, before each direction joins
+    return direction_DD.T[missing_D > (1 - energy) * tokens_TD.square().sum()].flip(0)
 
 
 def _outside(x_D: Tensor, basis_OD: Tensor) -> Tensor:
