@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.continual.stream import Experience
-from unimoe.errors import UserError
-from unimoe.training.loss import last_hidden
+from unimoe.continual.subspace import Subspace, outside
 
 from .dymoe import DyMoE
 
@@ -43,20 +42,16 @@ class DyMoEApart(DyMoE):
             dymoe: what DyMoE takes.
         """
         super().__init__(**dymoe)
-        if not 0 < energy < 1 or samples < 1:
-            raise UserError(
-                f"dymoe_apart needs energy between 0 and 1 and samples above 0, found {energy} and {samples}"
-            )
-        self.energy, self.samples = energy, samples
+        self.subspace = Subspace(energy, samples)
 
     @torch.no_grad()
     def begin(self, task: Experience) -> None:
         super().begin(task)
         if self._basis():
-            for name, tokens_TD in self._tokens(task).items():
+            for name, tokens_TD in self.subspace.tokens(self.learner, task).items():
                 basis_OD, row_ED = self._basis()[name], self._rows(name)
-                own_D = nn.functional.normalize(_outside(tokens_TD.mean(0), basis_OD), dim=0)
-                row_ED.copy_(own_D + nn.functional.normalize(_outside(row_ED, basis_OD), dim=-1))
+                own_D = nn.functional.normalize(outside(tokens_TD.mean(0), basis_OD), dim=0)
+                row_ED.copy_(own_D + nn.functional.normalize(outside(row_ED, basis_OD), dim=-1))
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         self._keep_out()
@@ -66,11 +61,7 @@ class DyMoEApart(DyMoE):
     def end(self, task: Experience) -> None:
         super().end(task)
         self._keep_out()
-        basis = self._basis()
-        for name, tokens_TD in self._tokens(task).items():
-            seen_OD = basis.get(name, tokens_TD[:0])
-            basis[name] = torch.cat([seen_OD, _principal(tokens_TD, seen_OD, self.energy)])
-        self.memory["basis"] = basis
+        self.memory["basis"] = self.subspace.grown(self._basis(), self.learner, task)
 
     def _basis(self) -> dict[str, Tensor]:
         """[O, D] by projection, orthonormal rows."""
@@ -84,42 +75,4 @@ class DyMoEApart(DyMoE):
     def _keep_out(self) -> None:
         for name, basis_OD in self._basis().items():
             row_ED = self._rows(name)
-            row_ED.copy_(_outside(row_ED, basis_OD))
-
-    def _tokens(self, task: Experience, each: int = 64) -> dict[str, Tensor]:
-        """[T, D] by projection: normalised tokens, at most ``each`` of a sample, as the model is now.
-
-        Before a task that is with the guidance of its first step.
-        """
-        tokens: dict[str, list[Tensor]] = {name: [] for name in self.learner.layers}
-        chance = torch.Generator().manual_seed(task.index)
-        chosen_T = torch.empty(0)
-
-        def note(name: str):
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x_TD = inputs[0].flatten(0, -2)[chosen_T.to(inputs[0].device)]
-                tokens[name].append(nn.functional.normalize(x_TD.float(), dim=-1))
-
-            return hook
-
-        handles = [layer.register_forward_pre_hook(note(name)) for name, layer in self.learner.layers.items()]
-        for sample in task.samples[: self.samples]:
-            for part in self.learner.collate([sample]):
-                chosen_T = torch.randperm(part["input_ids"].numel(), generator=chance)[:each]
-                last_hidden(self.learner.model, part)
-        for handle in handles:
-            handle.remove()
-        return {name: torch.cat(parts) for name, parts in tokens.items()}
-
-
-def _principal(tokens_TD: Tensor, seen_OD: Tensor, energy: float) -> Tensor:
-    """[P, D] the fewest directions that, with those seen before, cover ``energy`` of the tokens."""
-    outside_TD = _outside(tokens_TD, seen_OD)
-    squared_D, direction_DD = torch.linalg.eigh(outside_TD.T @ outside_TD)  # ascending; a column each
-    missing_D = squared_D.cumsum(0)  # of the tokens, before each direction joins
-    return direction_DD.T[missing_D > (1 - energy) * tokens_TD.square().sum()].flip(0)
-
-
-def _outside(x_D: Tensor, basis_OD: Tensor) -> Tensor:
-    """What of x [..., D] is orthogonal to the basis."""
-    return x_D - x_D @ basis_OD.T @ basis_OD
+            row_ED.copy_(outside(row_ED, basis_OD))

@@ -9,7 +9,7 @@ from unimoe.cli import main
 from unimoe.testing import run_together
 from unimoe.training.curve import read_curve
 
-HOOKS = ("dymoe_apart", "ewc", "hide", "lwf", "olora", "replay")
+HOOKS = ("dymoe_apart", "ewc", "hide", "lwf", "olora", "replay", "same_router")
 
 RUN = """
 import logging, sys
