@@ -1,6 +1,7 @@
 """What the demo says in the terminal: its plan, its results, and what to try next."""
 
 from collections.abc import Sequence
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ def show_results(report: dict[str, Any]):
         say(f"  {mark:<13}{aim['text']}{found}")
     if "dense" in models:
         say("")
-        for word, sign in (("better", 1), ("worse", -1)):
-            keys = [key for key in models["moe"] if sign * _lead(models, key) > 0]
-            say(f"  the experts are {word} than the dense control on: {', '.join(keys) or 'nothing'}")
+        say("  beside the dense control (alike: within two standard errors of the difference) the experts are")
+        for word in ("better", "alike", "worse"):
+            keys = [key for key in models["moe"] if _verdict(report, key) == word]
+            say(f"    {word} on: {', '.join(keys) or 'nothing'}")
 
 
 def show_commands(folder: Path):
@@ -58,12 +60,17 @@ def show_commands(folder: Path):
         say(f'{chat} --sound {files["sound"]} -p "What do you hear?"')
 
 
-def _lead(models: dict[str, dict[str, Any]], key: str) -> float:
-    """How much better than the dense control the mixture of experts is."""
-    moe, dense = models["moe"][key], models["dense"][key]
+def _verdict(report: dict[str, Any], key: str) -> str | None:
+    """How the mixture's score stands to the dense control's, both being shares of as many questions."""
+    moe, dense = report["models"]["moe"][key], report["models"]["dense"][key]
     if moe is None or dense is None:
-        return 0.0
-    return dense - moe if key == "perplexity" else moe - dense
+        return None
+    lead, doubt = moe - dense, 0.0
+    if key == "perplexity":
+        lead = -lead
+    else:
+        doubt = 2 * sqrt((moe * (1 - moe) + dense * (1 - dense)) / report["questions"][key])
+    return "alike" if abs(lead) <= doubt else "better" if lead > 0 else "worse"
 
 
 def _cell(value: float | None) -> str:
