@@ -43,7 +43,7 @@ def show_results(report: dict[str, Any]):
         say(f"  {mark:<13}{aim['text']}{found}")
     if "dense" in models:
         say("")
-        say("  beside the dense control (alike: within two standard errors of the difference) the experts are")
+        say("  the experts beside the dense control (alike: within two standard errors of each other)")
         for word in ("better", "alike", "worse"):
             keys = [key for key in models["moe"] if _verdict(report, key) == word]
             say(f"    {word} on: {', '.join(keys) or 'nothing'}")
