@@ -43,7 +43,7 @@ def show_results(report: dict[str, Any]):
         say(f"  {mark:<13}{aim['text']}{found}")
     if "dense" in models:
         say("")
-        say("  the experts beside the dense control (alike: within two standard errors of each other)")
+        say("  the experts beside the dense control (alike: within two standard errors of the difference)")
         for word in ("better", "alike", "worse"):
             keys = [key for key in models["moe"] if _verdict(report, key) == word]
             say(f"    {word} on: {', '.join(keys) or 'nothing'}")
