@@ -161,8 +161,8 @@ def compare(output: Path, names: list[str], seeds: list[int], steps: int, overri
 
 def cost(model: str | None, output: Path, banks: int, repeats: int) -> None:
     """CPU seconds of a step (forward, backward) of DyMoE over those of sequential LoRA, by number of tasks,
-    on ``model`` (the folder of a stage) or on the miniature. Means over a task, of which the last part has the
-    routing losses, without the counts for the log."""
+    on ``model`` (the folder of a stage) or on the miniature. Means over a task, half of which has the routing
+    losses, without the counts for the log."""
     base = output / "base"
     if model is None and not (base / "model.safetensors").is_file():
         make_base(base, 1)
