@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import threading
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -108,9 +109,13 @@ def test_a_question_about_a_picture(page, address, picture):
 def test_an_answer_is_stopped(page, monkeypatch):
     stopped, tab, ask = threading.Event(), page.page, Conversation.ask
 
-    def watched(self, *args):
+    def watched(self, text, write, *args):
+        def slowly(words):  # a tiny model is done before a busy browser has drawn the first words
+            time.sleep(0.05)
+            write(words)
+
         try:
-            return ask(self, *args)
+            return ask(self, text, slowly, *args)
         finally:
             stopped.set()
 

@@ -1,5 +1,6 @@
 """The configurations that ship with the package are read by the commands they are for."""
 
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
@@ -40,15 +41,19 @@ def test_stage_of_the_extended_demo(stage, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["output"] == f"runs/demo/{stage}"
 
 
-def test_the_extended_control_has_as_many_steps_and_the_same_data():
+def test_the_extended_control_has_as_many_steps_and_of_each_file_as_many_samples():
     def data(name):
         return yaml.safe_load((FOLDER / name).read_text())["data"]
 
     more = ("extended/expert_video.yaml", "extended/expert_audio.yaml")
     before = ("expert_image.yaml", "expert_speech.yaml", *more)
-    mixture, dense = data("extended/moe.yaml"), data("extended/dense.yaml")
-    assert dense["steps"] == mixture["steps"] + sum(data(name)["steps"] for name in before)
-    assert dense["train"] == mixture["train"]
+    mixture, dense = [data(name) for name in ("extended/moe.yaml", *before)], data("extended/dense.yaml")
+    assert dense["steps"] == sum(stage["steps"] for stage in mixture)
+    seen = Counter()
+    for stage in mixture:
+        seen.update({file: stage["steps"] * number for file, number in stage["train"].items()})
+    # whole numbers of a batch, and something of everything
+    assert dense["train"] == {file: max(1, round(count / dense["steps"])) for file, count in seen.items()}
     manifest = read_manifest(FOLDER / "extended" / "assemble.yaml")
     assert set(manifest.connectors) == {"image", "speech", "video", "audio"}
 
