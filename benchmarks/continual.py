@@ -8,6 +8,7 @@ are the same and everything else is cheap. Writes OUTPUT/report.json and report.
 """
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -187,7 +188,10 @@ def cost(model: str | None, output: Path, banks: int, repeats: int) -> None:
                 began = time.process_time()
                 strategy.loss(batch, step, repeats).backward()
                 seconds.append(time.process_time() - began)
+                learner.model.zero_grad()
             rows.append((name, task + 1, statistics.mean(seconds[1:])))  # the first one allocates
+        del built, learner, strategy, batch
+        gc.collect()
     plain = rows[0][2]
     for name, task, seconds in rows:
         print(f"{name:<11} task {task}  {1000 * seconds:7.1f} ms  {seconds / plain:5.2f} x sequential LoRA")
