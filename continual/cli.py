@@ -109,7 +109,9 @@ def export(
         raise UserError(f"{run} has learned no task {task!r}, only {', '.join(names)}")
     index = len(names) - 1 if task is None else names.index(task)
     noted = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))["identity"]
-    strategy, _ = strategy_of(noted["strategy"]["name"], {noted["strategy"].pop("name"): noted["strategy"]})
+    settings = noted["strategy"]
+    name = settings.pop("name")
+    strategy, _ = strategy_of(name, {name: settings})
     disable_progress_bar()
     learner = build_learner(ModelConfig(**noted["model"]), AdapterConfig(**noted["adapters"]), None)
     strategy.attach(learner)

@@ -62,8 +62,8 @@ class CosineTopK(Router):
             x_TD = x_TD.float()
             # the small product is divided by the length, not the wide token: one pass less over [T, D]
             length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).clamp_min(1e-12)
-            # bank by bank: a wider product would round the old experts' scores otherwise than before
             row_ED = F.normalize(torch.cat([*self.rows]).float(), dim=-1)
+            # bank by bank: a wider product would round the old experts' scores otherwise than before
             products = [F.linear(x_TD, part) for part in row_ED.split(self.sizes)]
             return torch.cat(products, dim=-1) * (self.scale / length_T1)
 

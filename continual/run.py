@@ -141,7 +141,7 @@ class Run:
             if index >= done:
                 self._learn(task)
             elif index == done - 1 or self._read_row(index) is None:
-                self._load(index)
+                load_state(self._folder(index), self.strategy)
             if self._read_row(index) is None:
                 self._write_row(index)
         return self._finish()
@@ -181,10 +181,6 @@ class Run:
         torch.save(state, temporary)
         temporary.replace(folder / "state.pt")
         remove(folder / "last.ckpt")
-
-    def _load(self, index: int) -> None:
-        """Adapters and memory as the task left them."""
-        load_state(self._folder(index), self.strategy)
 
     def _write_row(self, index: int) -> None:
         """Ask the questions of every seen task, and note where their tokens were routed."""
