@@ -41,25 +41,27 @@ def test_stage_of_the_extended_demo(stage, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["output"] == f"runs/demo/{stage}"
 
 
-def test_the_extended_control_has_as_many_steps_and_of_each_file_as_many_samples():
+EXPERTS = ("expert_image.yaml", "expert_speech.yaml")
+
+
+@pytest.mark.parametrize(
+    ("folder", "experts"),
+    [("", EXPERTS), ("extended/", (*EXPERTS, "extended/expert_video.yaml", "extended/expert_audio.yaml"))],
+    ids=["demo", "extended"],
+)
+def test_the_control_has_as_many_steps_and_of_each_file_as_many_samples(folder, experts):
     def data(name):
         return yaml.safe_load((FOLDER / name).read_text())["data"]
 
-    more = ("extended/expert_video.yaml", "extended/expert_audio.yaml")
-    before = ("expert_image.yaml", "expert_speech.yaml", *more)
-    mixture, dense = [data(name) for name in ("extended/moe.yaml", *before)], data("extended/dense.yaml")
+    mixture, dense = [data(name) for name in (f"{folder}moe.yaml", *experts)], data(f"{folder}dense.yaml")
     assert dense["steps"] == sum(stage["steps"] for stage in mixture)
     seen = Counter()
     for stage in mixture:
         seen.update({file: stage["steps"] * number for file, number in stage["train"].items()})
     # whole numbers of a batch, and something of everything
     assert dense["train"] == {file: max(1, round(count / dense["steps"])) for file, count in seen.items()}
+
+
+def test_the_extended_mixture_hears_and_sees():
     manifest = read_manifest(FOLDER / "extended" / "assemble.yaml")
     assert set(manifest.connectors) == {"image", "speech", "video", "audio"}
-
-
-def test_the_control_has_as_many_steps_as_the_mixture():
-    steps = {
-        stage: yaml.safe_load((FOLDER / f"{stage}.yaml").read_text())["data"]["steps"] for stage in STAGES
-    }
-    assert steps["dense"] == steps["expert_image"] + steps["expert_speech"] + steps["moe"]
