@@ -1,6 +1,9 @@
 """Two processes (gloo) go through a stream as one does: losses, adapters, answers, whatever the strategy."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +22,23 @@ logging.getLogger("unimoe").setLevel(logging.INFO)
 for path in sys.argv[1:]:
     name, strategy, output = path.split(":")
     assert main(["continual", "run", "-c", name, "--strategy", strategy, "--output", output]) == 0
+"""
+
+KILLED = """
+import os, signal, sys
+from unimoe.cli import main
+from unimoe.continual.training import TaskModule
+
+learn = TaskModule.training_step
+
+def die(module, *batch):
+    if "02-twice" in str(module.routing_log) and module.global_step == 11:
+        if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return learn(module, *batch)
+
+TaskModule.training_step = die
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -69,6 +89,31 @@ def test_two_processes_learn_as_one(config, command, tmp_path):
         # its rows follow from an SVD, which enlarges the rounding of the task before
         weights = 1e-4 if name == "dymoe_apart" else 1e-5
         assert_same(tmp_path / output, tmp_path / f"{name}-alone", weights)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_process_that_is_killed_inside_a_task_is_started_again(kind, config, command, tmp_path):
+    for task in config["stream"]["tasks"]:
+        task["steps"] = 20
+    config["training"] |= {"checkpoint_every": 4, "devices": 2, "strategy": kind}
+    command(config, "whole")
+    run_together(2, RUN, f"{tmp_path / 'whole.yaml'}:dymoe:{tmp_path / 'whole'}")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, str(script), *command(config, "run", "--strategy", "dymoe")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "goes on after step 8 of 20" in done.stdout, done.stdout
+    assert_same(tmp_path / "run", tmp_path / "whole", weights=0)
 
 
 def test_more_devices_than_samples(config, command, capsys):
