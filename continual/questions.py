@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from unimoe.data import Sample, parse_record
-from unimoe.data.readers import read_records
+from unimoe.data.readers import data_files, read_records
 from unimoe.data.records import COLUMNS
 from unimoe.errors import UserError
 
@@ -31,20 +31,21 @@ class Question:
 
 
 def read_questions(path: str | Path, media_root: str | Path | None = None) -> list[Question]:
-    """Every question of a JSON list or JSONL file.
+    """Every question of a file, or files (what :func:`data_files` takes).
 
     Raises UserError naming file and line: for a broken record, for an answer that is missing, or when two
     questions share an id.
     """
-    root = Path(path).parent if media_root is None else Path(media_root)
     questions: dict[str, Question] = {}
-    for source, record in read_records(path):
-        question = _question(record, source, root)
-        if question.id in questions:
-            raise UserError(
-                f"{source}: the id {question.id!r} is that of {questions[question.id].sample.source}"
-            )
-        questions[question.id] = question
+    for file in data_files(path):
+        root = file.parent if media_root is None else Path(media_root)
+        for source, record in read_records(file):
+            question = _question(record, source, root)
+            if question.id in questions:
+                raise UserError(
+                    f"{source}: the id {question.id!r} is that of {questions[question.id].sample.source}"
+                )
+            questions[question.id] = question
     if not questions:
         raise UserError(f"{path}: the file holds no questions")
     return list(questions.values())
@@ -53,6 +54,7 @@ def read_questions(path: str | Path, media_root: str | Path | None = None) -> li
 def _question(record: Any, source: str, root: Path) -> Question:
     if not isinstance(record, Mapping):
         raise UserError(f"{source}: expected an object, found {type(record).__name__}")
+    record = {key: value for key, value in record.items() if value is not None}
     name = str(record.get("question_id", record.get("id", source)))
     if "conversations" in record or "messages" in record:
         sample = parse_record(record, source, root)
@@ -64,7 +66,7 @@ def _question(record: Any, source: str, root: Path) -> Question:
                 f'{source}: expected turns, or the keys "text" and "answer"; found {sorted(record)}'
             )
         sample = parse_record(_as_conversation(record, text), source, root, training=False)
-    truth = Truth(_answers(record.get("answers", answer), source), _options(record, source))
+    truth = Truth(_answers(record.get("answers") or answer, source), _options(record, source))
     return Question(name, sample, truth)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from unimoe.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a grade changes; runs note it, so that grades of different rules are never compared."""
 
 _NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
@@ -123,28 +123,47 @@ def _contained(prediction: str, truth: Truth) -> float:
     )
 
 
-def _letter(text: str) -> str | None:
-    match = re.match(r"\(?([A-Za-z])(?:[).:,]|\s*$)", text.strip()) or re.search(
-        r"answer is:?\s*\(?([A-Z])\b", text
-    )
-    return match[1].upper() if match else None
+_ANNOUNCED = [
+    re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    for pattern in (r".*?\banswer(?: is\b|:)[\s:*]*(.*)", r"\W*(?:option|choice|answer)\b[\s:*]*(.*)")
+]
+_LETTERED = re.compile(r"\(?([A-Za-z])(?:[).:,]+|\s+|$)\s*(.*)", re.DOTALL)
+
+
+def _letter(text: str, options: dict[str, str]) -> str | None:
+    """Letter of the option that ``text`` names, if it does: "B", "(b)", "B: ...", "B dog", "dog"."""
+    text = text.strip().strip("*_").strip()
+    by_text = {_plain(option): letter for letter, option in options.items()}
+    match = _LETTERED.fullmatch(text)
+    if not match or (match[2] and _plain(text) in by_text):  # "E. coli" is no letter
+        return by_text.get(_plain(text))
+    letter, rest = match[1].upper(), match[2]
+    marked = text[match.end(1) : match.start(2)].strip() or not rest or by_text.get(_plain(rest)) == letter
+    return letter if marked and (letter in options or not options) else by_text.get(_plain(text))
 
 
 def _choice(prediction: str, truth: Truth) -> float:
-    """A letter, alone or with bracket or stop, or "the answer is B"; the text of an option is its letter."""
-    by_text = {_plain(text): letter for letter, text in truth.options.items()}
-    chosen = _letter(prediction) or by_text.get(_plain(prediction))
-    return float(chosen in {answer.strip("(). ").upper() for answer in truth.answers})
+    """The letter of an option, its text, or both, also behind "the answer is", "option:", ..."""
+    chosen = _letter(prediction, truth.options)
+    for pattern in _ANNOUNCED:
+        if chosen is None and (announced := pattern.match(prediction)):
+            capital = re.match(r"\(?([A-Z])\b", announced[1])
+            chosen = _letter(announced[1], truth.options) or (capital and capital[1])
+    return float(chosen in {_letter(answer, truth.options) for answer in truth.answers})
 
 
 def _soft(prediction: str, truth: Truth) -> float:
-    """VQA's min(1, matches / 3), averaged over leaving one annotator out; with a single answer plain equality
-    (TextVQA, VQAv2, VizWiz)."""
-    said = words(prediction) or _plain(prediction)
-    matches = [(words(answer) or _plain(answer)) == said for answer in truth.answers]
-    if len(matches) == 1:
-        return float(matches[0])
+    """VQA's min(1, matches / 3), averaged over leaving one annotator out, without apostrophes and thousands
+    commas (TextVQA, VQAv2, VizWiz); of one to three answers, with which it cannot be 1, any one."""
+    said = _vqa(prediction)
+    matches = [_vqa(answer) == said for answer in truth.answers]
+    if len(matches) <= 3:
+        return float(any(matches))
     return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
+
+
+def _vqa(text: str) -> list[str] | str:
+    return words(re.sub(r"(?<=\d),(?=\d{3}\b)|'", "", text)) or _plain(text)
 
 
 def _number(text: str) -> float | None:
@@ -237,8 +256,9 @@ def _grounding_legacy(prediction: str, truth: Truth) -> float:
 
 
 def _wants_letter(truth: Truth) -> str:
-    bad = [a for a in truth.answers if not re.fullmatch(r"\(?[A-Za-z]\)?\.?", a.strip())]
-    return f"the answer {bad[0]!r} is no letter" if bad else ""
+    bad = [answer for answer in truth.answers if _letter(answer, truth.options) is None]
+    wanted = f"none of the options {', '.join(truth.options)}" if truth.options else "no letter"
+    return f"the answer {bad[0]!r} is {wanted}" if bad else ""
 
 
 def _wants_number(truth: Truth) -> str:

@@ -73,6 +73,8 @@ class StageData(LightningDataModule):
         """
         super().__init__()
         numbers = list(train.values()) if isinstance(train, dict) else []
+        if not all(0 < number < float("inf") for number in numbers):
+            raise UserError(f"data.train: every file needs a number above 0, found {train}")
         counts = [number for number in numbers if isinstance(number, int)]
         self.mix = counts if counts and len(counts) == len(numbers) else None
         self.weights = [float(number) for number in numbers] if self.mix is None and numbers else None

@@ -7,6 +7,7 @@ from PIL import Image
 
 from unimoe import cli, evaluate, generate
 from unimoe.continual.questions import read_questions
+from unimoe.errors import UserError
 
 
 @pytest.fixture
@@ -94,19 +95,57 @@ def test_no_model(command, tmp_path, capsys):
 
 def test_metrics_equal_hand_worked_values(tmp_path):
     rows = [
-        {"question_id": "a", "text": "?", "answer": ["red", "red", "blue"]},
+        {"question_id": "a", "text": "?", "answer": ["red", "red", "blue", "green"]},
         {"question_id": "b", "text": "?", "answer": ["The cat sat"]},
     ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     questions = read_questions(tmp_path / "q.json")
     vqa = evaluate.METRICS["vqa"]()(questions, {"a": "red", "b": "the cat"})(questions)
-    # leaving out one annotator: 1/3 (one red left), 1/3, 2/3; the second question has one answer
-    assert vqa == pytest.approx({"vqa": (1 / 3 + 1 / 3 + 2 / 3) / 3 / 2, "exact": 0.5})
+    # leaving out one annotator: 1/3 (one red left), 1/3, 2/3, 2/3; the second question has one answer
+    assert vqa == pytest.approx({"vqa": (1 / 3 + 1 / 3 + 2 / 3 + 2 / 3) / 4 / 2, "exact": 0.5})
     asr = evaluate.METRICS["asr"]()(questions, {"a": "", "b": "the cat, SAT down!"})(questions[1:])
     assert asr["WER"] == pytest.approx(1 / 3)  # one inserted word for three
     caption = evaluate.METRICS["caption"]()
     over = caption(questions, {"a": "blue", "b": "the cat sat"})
     right, alone = over(questions), [over([question])["CIDEr"] for question in questions]
-    wrong = caption(questions, {"a": "green", "b": "a dog ran"})(questions)
+    wrong = caption(questions, {"a": "black", "b": "a dog ran"})(questions)
     assert min(alone) > 0 and right["CIDEr"] == pytest.approx(sum(alone) / 2)  # one count of words for all
     assert right["CIDEr"] > wrong["CIDEr"] == 0 and right["rouge"] == 1 and wrong["rouge"] == 0
+
+
+def test_of_several_transcripts_the_nearest_counts(tmp_path):
+    rows = [{"id": "a", "text": "?", "answers": ["hello there", "hallo there", "..."]}]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    questions = read_questions(tmp_path / "q.json")
+    assert evaluate.METRICS["asr"]()(questions, {"a": "Hallo, there"})(questions) == {"WER": 0, "CER": 0}
+    (tmp_path / "q.json").write_text(json.dumps([{"text": "?", "answer": "..."}]))
+    questions = read_questions(tmp_path / "q.json")
+    with pytest.raises(UserError, match="the transcript holds no word"):
+        evaluate.METRICS["asr"]()(questions, {questions[0].id: "x"})
+
+
+@pytest.mark.parametrize("content", ['{"id": 1}\n{"id": 2, "precious": true}', "[]\n", "1"])
+def test_a_foreign_file_stays_as_it_is(content, command, tmp_path, capsys):
+    file = tmp_path / "out" / "predictions.jsonl"
+    file.parent.mkdir()
+    file.write_text(content)
+    assert command("--task", "vqa") == 2
+    assert str(file) in capsys.readouterr().err and file.read_text() == content
+
+
+def test_an_output_that_is_a_file(command, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert command("--task", "vqa") == 2
+    assert "cannot write" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
+
+
+def test_media_lie_beside_each_of_several_files(tmp_path):
+    for name in ("qa", "qb"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+        item = {"id": None, "image": "a.png", "text": "?", "answer": name, "answers": None}
+        (tmp_path / name / "q.jsonl").write_text(json.dumps(item))
+    questions = read_questions(tmp_path / "q{a,b}" / "q.jsonl")
+    paths = [next(question.sample.media())["path"] for question in questions]
+    assert paths == [str(tmp_path / name / "a.png") for name in ("qa", "qb")]
+    assert [question.truth.answers for question in questions] == [("qa",), ("qb",)]

@@ -11,7 +11,8 @@ task                metrics
 ``choice``          accuracy of the chosen letter or option
 ``classification``  exact match; ``known``: the right name is in the answer, and no other
 ``caption``         CIDEr-D (pycocoevalcap), ROUGE-L
-``asr``             word and character error rate (jiwer) over all recordings, lower-cased, no punctuation
+``asr``             word and character error rate (jiwer) over all recordings, lower-cased, no punctuation;
+                    of several transcripts the nearest counts
 ==================  ===========================================================================
 """
 
@@ -82,7 +83,7 @@ def evaluate(
     find_model(model)
     identity = {
         "model": _identity(model),
-        "data": data_hashes([data]),
+        "data": list(data_hashes([data]).values()),
         "media_root": media_root,
         "max_new_tokens": max_new_tokens,
     }
@@ -144,25 +145,26 @@ def _ask(
 
 
 def _read(path: Path, identity: dict[str, Any]) -> Answers:
-    """The answers in a file of predictions. A last line that a kill cut short is dropped.
+    """The answers in a file of predictions. A last line that a kill cut short is dropped from it.
 
     Raises UserError when they are another model's, or to other questions.
     """
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        atomic_write(path, "".join(lines := lines[:-1]))
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
     try:
-        found, *rows = (json.loads(line) for line in lines)
+        found, *rows = (json.loads(line) for line in whole.splitlines())
         answers = {row["id"]: row["said"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        different = [key for key in identity if found.get(key) != identity[key]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no predictions ({error}); choose another --output") from error
-    different = [key for key in identity if found.get(key) != identity[key]]
     if different:
         raise UserError(
             f"{path} was made with another {different[0]}; choose another --output or delete the file"
         )
+    if whole != text:
+        atomic_write(path, whole)
     return answers
 
 
@@ -225,9 +227,17 @@ def _asr() -> Metric:
     )
 
     def metrics(questions: Sequence[Question], answers: Answers) -> Over:
+        said_of = {question.id: plain(answers[question.id]) for question in questions}
+        right_of = {}
+        for question in questions:
+            transcripts = [text for answer in question.truth.answers if (text := plain(answer))]
+            if not transcripts:
+                raise UserError(f"{question.sample.source}: the transcript holds no word")
+            said = said_of[question.id]
+            right_of[question.id] = min(transcripts, key=lambda text, said=said: jiwer.wer(text, said))
+
         def over(group: Sequence[Question]) -> dict[str, float]:
-            right = [plain(question.truth.answers[0]) for question in group]
-            said = [plain(answers[question.id]) for question in group]
+            right, said = ([of[question.id] for question in group] for of in (right_of, said_of))
             return {"WER": jiwer.wer(right, said), "CER": jiwer.cer(right, said)}
 
         return over

@@ -65,6 +65,12 @@ def data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+
+
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
@@ -74,6 +80,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"no space left on the disk while writing {path}; free some or choose another folder"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR) and path.parent:
+        if error.errno in _UNWRITABLE:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise

@@ -29,6 +29,9 @@ def test_an_empty_answer_is_wrong(name):
         ("vqa", "Two", ["2"], 1),
         ("vqa", "cat", ["cat"] * 2 + ["dog"] * 8, 2 * (1 / 3) / 10 + 8 * (2 / 3) / 10),
         ("vqa", "cat", ["cat"] * 4 + ["dog"] * 6, 1),
+        ("vqa", "1,000", ["1000"] * 10, 1),
+        ("vqa", "don't know", ["dont know"] * 10, 1),
+        ("vqa", "kitty", ["cat", "kitty"], 1),
         ("number", "1,200.", ["1200"], 1),
         ("number", "about 3", ["3"], 0),
         ("grounding", "[1.0, 0.2, 0.9, 0.85]", ["[0, 0.2, 0.9, 0.85]"], 0),
@@ -42,8 +45,33 @@ def test_rules(name, prediction, answers, expected):
     assert grade(name, prediction, *answers) == pytest.approx(expected)
 
 
-def test_an_option_spelled_out_is_its_letter():
-    assert grade("choice", "the moon", "B", A="the sun", B="The moon") == 1
+@pytest.mark.parametrize(
+    "said",
+    [
+        "E. coli",
+        "e. coli.",
+        "A",
+        "a)",
+        "**A**",
+        "A: E. coli",
+        "A E. coli",
+        "Answer: A",
+        "Option A",
+        "The answer is a",
+    ]
+    + ["The answer is E. coli", "The correct answer is A because it moves", "Choice: (a)"]
+    + ["Option B is wrong, so the answer is A."],
+)
+def test_an_option_is_named_by_letter_or_text(said):
+    options = {"A": "E. coli", "B": "S. aureus"}
+    assert [grade("choice", said, right, **options) for right in ("A", "E. coli", "B")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "said", ["E", "E.", "A dog", "S. coli", "answers", "I do not know", "The answer is clear"]
+)
+def test_no_option_is_named(said):
+    assert [grade("choice", said, right, A="E. coli", B="S. aureus", C="x") for right in "ABC"] == [0, 0, 0]
 
 
 def test_legacy_rules_keep_the_published_defects():
@@ -93,6 +121,7 @@ def test_answers_are_matched_by_id():
 def test_what_does_not_fit():
     assert "no box" in SCORERS["grounding"].fits(Truth(("a dog",)))
     assert "no letter" in SCORERS["choice"].fits(Truth(("a dog",)))
+    assert "'F' is none of the options A, B" in SCORERS["choice"].fits(Truth(("F",), {"A": "x", "B": "y"}))
     assert SCORERS["number"].fits(Truth(("three",))) == ""
     with pytest.raises(UserError, match="expected one of exact"):
         scorer("exakt")

@@ -172,6 +172,9 @@ def test_sound_from_path_data_url_and_memory(tmp_path):
     url = f"data:audio/flac;base64,{base64.b64encode(content).decode()}"
     integers = (tone(8000) * 32767).astype(np.int16)
     parts = [{"path": str(tmp_path / "a.flac")}, {"url": url}, {"speech": tone(16000)}]
+    bytes_ = (tone(16000) * 127 + 128).astype(np.uint8)
+    coarse = load_audio({"type": "speech", "speech": bytes_}, "f:1")
+    assert np.abs(coarse - tone(16000)).max() < 2 / 127
     for part in [*parts, {"speech": integers, "sampling_rate": 8000}]:
         loaded = load_audio({"type": "speech", **part}, "f:1")
         assert np.abs(loaded - tone(16000))[1000:7000].max() < 2e-3
@@ -193,6 +196,7 @@ def test_impossible_rates():
         message = fault(load_audio, {"speech": tone(16000), "sampling_rate": rate})
         assert f"has {rate} samples a second, expected 100 to 1,000,000" in message
     assert "has the shape [2, 2, 2]" in fault(load_audio, {"speech": np.zeros((2, 2, 2))})
+    assert "has the shape [2, 16000]" in fault(load_audio, {"speech": np.zeros((2, 16000))})
 
 
 def test_four_hours_are_cut_and_it_is_said(tmp_path, caplog, monkeypatch):

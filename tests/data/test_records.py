@@ -127,6 +127,10 @@ def test_a_prompt_needs_no_answer_outside_training():
         ([], "the sample must be an object, found a list"),
         ({"text": "Hi"}, "found ['text']"),
         ({"messages": TEXT, "conversations": []}, "expected the key"),
+        (llava("<image>", "x", image=""), "expected a path or a data URL, found an empty text"),
+        (llava("<image>", "x", image="HTTP://a.b/c.png"), "remote address"),
+        (llava("<image>", "x", image="../"), "is a folder, expected a file"),
+        (llava("\ud83d", "x"), "turn 1 holds half a character"),
         ({"messages": "Hi"}, '"messages" must be a list, found text'),
         ({"messages": ["Hi"]}, "turn 1 must be an object, found text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: found the role 'tool'"),
@@ -151,3 +155,21 @@ def test_faults(media, record, expected):
 def test_a_style_asks_for_its_key():
     assert 'expected the key "messages"' in fault(llava("Hi", "x"), style="messages")
     assert 'expected the key "conversations"' in fault({"messages": TEXT}, style="llava")
+
+
+def test_a_key_that_holds_nothing_is_not_there():
+    assert len(parse({"conversations": None, "messages": TEXT}).messages) == 2
+
+
+def test_films_and_sounds_by_address(media):
+    asked = [
+        {"type": f"{kind}_url", f"{kind}_url": {"url": "data:;base64,eA=="}} for kind in ("video", "audio")
+    ]
+    found = parse({"messages": [{"role": "user", "content": asked}, TEXT[1]]})
+    assert [part["type"] for part in found.media()] == ["video", "audio"]
+
+
+def test_frames_of_the_one_video_that_a_part_stands_for(media):
+    turns = [{"role": "user", "content": [{"type": "video"}, text("What?")]}, TEXT[1]]
+    (part,) = parse({"messages": turns, "video": ["a.png", "b.png"]}, media).media()
+    assert part["path"] == [str(media / "a.png"), str(media / "b.png")]

@@ -59,6 +59,22 @@ def test_samples_of_a_shard(tmp_path):
     assert samples[3].messages[1]["content"] == [{"type": "text", "text": "a dog"}]
 
 
+def test_parts_of_messages_name_files_of_the_sample(tmp_path):
+    named = [{"type": "image", "path": "000.b.png"}, {"type": "image_url", "image_url": {"url": "000.a.png"}}]
+    turns = [{"role": "user", "content": [*named, {"type": "text", "text": "000.a.png"}]}, ASKED[1]]
+    files = {"000.json": {"messages": turns}, "000.a.png": b"first", "000.b.png": b"second"}
+    (sample,) = read_samples(write(tmp_path / "a.tar", files))
+    assert media(sample) == [("image", b"second"), ("image", b"first")]
+    assert sample.messages[0]["content"][2]["text"] == "000.a.png"
+
+
+def test_files_that_belong_to_no_sample(tmp_path):
+    files = {"README": b"x", "__meta__.json": b"{}"}
+    for name, content in {"000.jpg": b"p", "000.json": {"messages": ASKED}}.items():
+        files |= {f"./._{name}": b"fork", f"./{name}": content}
+    assert [media(sample) for sample in read_samples(write(tmp_path / "a.tar", files))] == [[("image", b"p")]]
+
+
 def test_a_video_of_frames_in_a_shard(tmp_path):
     frames = {"000.0.png": b"one", "000.1.png": b"two"}
     asked = [{"role": "user", "content": "<video>What?"}, ASKED[1]]

@@ -45,6 +45,12 @@ def test_parquet_samples_hold_places_and_streamed_ones_content(tmp_path):
     assert contents(streamed) == EXPECTED and "bytes" in next(streamed[0].media())
 
 
+def test_a_name_with_brackets(tmp_path):
+    path = tmp_path / "set [1].parquet"
+    datasets.Dataset.from_list(rows()).to_parquet(path)
+    assert contents(read_samples(path)) == EXPECTED
+
+
 def test_a_saved_data_set(tmp_path):
     saved = datasets.Dataset.from_list(rows()).cast_column("images", datasets.List(datasets.Image()))
     saved.select(range(149, -1, -1)).save_to_disk(tmp_path / "set", num_shards=3)

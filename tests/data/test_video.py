@@ -1,6 +1,7 @@
 import io
 import struct
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,20 @@ def trimmed(content, frames):
 def test_a_trimmed_video_is_whole():
     pictures = video(trimmed(encode(GREYS, codec="libx264", gop=25, b_frames=0), 30), frames=3)
     assert greys(pictures) == pytest.approx([GREYS[30], GREYS[40], GREYS[49]], abs=4)
+
+
+@pytest.mark.parametrize("format", ["mp4", "matroska"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_slides_that_are_shown_for_seconds_are_whole(format, count):
+    pictures = video(encode(GREYS[:count], format, rate=Fraction(1, 5)), frames=8)
+    assert [picture.info["seconds"] for picture in pictures] == [5 * index for index in range(count)]
+
+
+def test_an_animation_that_rests_on_its_last_picture_is_whole():
+    pictures = [Image.new("L", (8, 8), grey) for grey in (0, 50, 100, 150, 200)]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=[100] * 4 + [5000])
+    assert len(video(file.getvalue(), frames=8)) == 5
 
 
 @pytest.mark.parametrize(

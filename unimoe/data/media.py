@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 import soxr
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unimoe.errors import UserError, first_line
 
@@ -29,10 +29,11 @@ _RATES = (100, 1_000_000)  # Hz; what resampling can do
 def load_image(part: Part, where: str, longest: int | None = None) -> Image.Image:
     """Decode an image part to RGB, upright (EXIF orientation applied), transparency laid on white.
 
-    ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an already opened ``image``. Of an animation
-    or of pages the first is taken, with a warning; grey of 16 bits or floats is scaled to 8 bits. A picture
-    with a side of more than ``longest`` pixels is scaled down to that, a JPEG while it is decoded. Raises
-    UserError when it cannot be read or decoded, or has more pixels than Pillow deems safe (179 million).
+    ``part`` holds ``path``, ``bytes``, a data URL ``url``, or an opened ``image`` or array [H, W, 3] uint8.
+    Of an animation or of pages the first is taken, with a warning; grey of 16 bits or floats is scaled to 8
+    bits. A picture with a side of more than ``longest`` pixels is scaled down to that, a JPEG while it is
+    decoded. Raises UserError when it cannot be read or decoded, or has more pixels than Pillow deems safe
+    (179 million).
     """
     try:
         picture = part.get("image")
@@ -44,6 +45,8 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
                 if longest:  # of a JPEG only every 2nd, 4th or 8th pixel has to be decoded
                     picture.draft(picture.mode, (longest, longest))
                 picture.load()
+        elif isinstance(picture, np.ndarray):
+            picture = Image.fromarray(picture)
         picture = ImageOps.exif_transpose(picture)
         if longest and max(picture.size) > longest:
             if picture.mode not in ("L", "RGB", "RGBA", "CMYK"):
@@ -53,7 +56,9 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
     except UserError:
         raise
     except Exception as error:  # on broken files Pillow raises nearly anything, also SyntaxError
-        raise UserError(f"{where}: cannot decode the image {describe(part)}: {first_line(error)}") from error
+        known = not isinstance(error, UnidentifiedImageError)  # whose message names our buffer
+        reason = first_line(error) if known else "no format that Pillow knows"
+        raise UserError(f"{where}: cannot decode the image {describe(part)}: {reason}") from error
 
 
 def load_audio(part: Part, where: str, rate: int = 16000, longest: float | None = None) -> np.ndarray:
@@ -69,9 +74,11 @@ def load_audio(part: Part, where: str, rate: int = 16000, longest: float | None 
     array = part.get(part["type"])
     if array is not None:
         samples, found_rate = np.asarray(array), part.get("sampling_rate", rate)
-        if samples.ndim not in (1, 2):
+        if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[0] < samples.shape[1]):
             found = f"{where}: a sound has the shape {list(samples.shape)}"
             raise UserError(f"{found}, expected [samples] or [samples, channels]")
+        if samples.dtype == np.uint8:  # as in a wav file: 128 is silence
+            samples = (samples - 128.0) / 128
         if np.issubdtype(samples.dtype, np.signedinteger):
             samples = samples / -float(np.iinfo(samples.dtype).min)
         whole = len(samples) / max(found_rate, 1)
@@ -171,7 +178,8 @@ def _sound_blocks(part: Part, where: str) -> Iterator[tuple[np.ndarray, int, flo
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
-        message = f"{where}: cannot decode the sound {describe(part)}: {first_line(error)}"
+        reason = first_line(error).rpartition(">: ")[2]  # without our buffer's name
+        message = f"{where}: cannot decode the sound {describe(part)}: {reason}"
         raise UserError(f"{message}; expected wav, flac, ogg or mp3") from error
 
 

@@ -11,6 +11,7 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,31 +138,42 @@ def _raised(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _read_text(path)
-    lines = text.split("\n")  # not splitlines(): JSON strings may hold other line separators
-    start = text.lstrip()
-    if start.startswith("["):
-        found = _decode(text, str(path))
+    first = next(filter(str.strip, _lines(path)), "").lstrip()
+    if first.startswith("["):
+        found = _decode(_read_text(path), str(path))
         if isinstance(found, DataError):
             yield str(path), found
             return
         for index, record in enumerate(found):
             yield f"{path}[{index}]", record
-    elif start.startswith("{") and path.suffix != ".jsonl" and not _is_json(next(filter(str.strip, lines))):
-        yield f"{path}[0]", _decode(text, str(path))
+    elif first.startswith("{") and path.suffix != ".jsonl" and not _is_json(first):
+        yield f"{path}[0]", _decode(_read_text(path), str(path))
     else:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_lines(path), 1):
             if line.strip():
                 yield f"{path}:{number}", _decode(line, f"{path}:{number}", first_line=number)
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """One after the other: a file may be larger than the memory."""
+    with _text_errors(path), path.open(encoding="utf-8-sig") as file:
+        yield from (line.rstrip("\n") for line in file)
+
+
 def _read_text(path: Path) -> str:
-    try:
+    with _text_errors(path):
         return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def _text_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+        expected = "expected .json, .jsonl, .parquet, .arrow or .tar, unpacked"
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); {expected}") from error
 
 
 def _decode(text: str, source: str, first_line: int = 1) -> Any:
@@ -186,6 +198,8 @@ def _expand(name: str) -> list[str]:
         return [name]
     first, last, words = match.groups()
     if words is None:
+        if int(first) > int(last):
+            raise UserError(f"{name}: {{{first}..{last}}} counts down and names no file")
         span = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     else:
         span = words.split(",")

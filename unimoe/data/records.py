@@ -2,7 +2,8 @@
 
 turns     "conversations" or "messages": [{"from", "value"} or {"role", "content"}, ...]
 content   a string in which <image>, <video>, <speech>, <audio> stand for media listed beside the turns,
-          or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, input_audio
+          or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, video_url,
+          audio_url, input_audio
           (TRL's "prompt" and "completion", strings or lists of turns, are read as turns too)
 columns   image(s), video(s), voice/speech(es), audio(s): one medium or a list, in placeholder order
 """
@@ -86,14 +87,15 @@ class _Record:
             if self.found[kind] != self.given[kind]:
                 media = {"speech": "speech clips", "audio": "sounds"}.get(kind, f"{kind}s")
                 found = f"found {self.found[kind]} <{kind}> placeholders and {self.given[kind]} {media}"
-                raise self._fault("placeholders", f"{found}; expected as many of each")
+                expected = "expected as many of each (in a part of type text a placeholder is a word)"
+                raise self._fault("placeholders", f"{found}; {expected}")
         self._check_order([message["role"] for message in messages], training)
         identifier = self.record.get("id")
         return Sample(messages, self.source, None if identifier is None else str(identifier))
 
     def _turns(self, style: str) -> list[Any]:
-        keys = {"llava": ["conversations"], "messages": ["messages"]}.get(style, list(_TURNS))
-        present = [key for key in keys if key in self.record]
+        keys = {"llava": ["conversations"], "messages": ["messages"]}.get(style, list(TURNS))
+        present = [key for key in keys if self.record.get(key) is not None]
         if not present and style != "llava" and {"prompt", "completion"} <= self.record.keys():
             asked, said = self.record["prompt"], self.record["completion"]  # as TRL calls them
             asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
@@ -121,6 +123,9 @@ class _Record:
                 "malformed", f"{here}: expected text or a list of parts, found {_name(content)}"
             )
         parts = [part for part in parts if part["type"] != "text" or part["text"]]
+        if any(_SURROGATE.search(part.get("text", "")) for part in parts):
+            found = "half a character (a lone surrogate, \\ud800 to \\udfff)"
+            raise self._fault("malformed", f"{here} holds {found}")
         if not any(part["type"] != "text" or part["text"].strip() for part in parts):
             raise self._fault("empty turn", f"{here} ({role}) is empty")
         role = ROLES[role]
@@ -148,13 +153,13 @@ class _Record:
         kind = part.get("type")
         if kind == "text":
             return {"type": "text", "text": self._typed(part.get("text"), str, f'{here}: "text"')}
-        if kind == "image_url":
-            return self._medium("image", part.get("image_url"), here)
+        if kind in _URLS:
+            return self._medium(_URLS[kind], part.get(kind), here)
         if kind == "input_audio":
             value = self._typed(part.get("input_audio"), dict, f'{here}: "input_audio"')
             return self._medium("speech", {"base64": value.get("data")}, here)
         if kind not in MEDIA:
-            known = ", ".join(("text", *MEDIA, "image_url", "input_audio"))
+            known = ", ".join(("text", *MEDIA, *_URLS, "input_audio"))
             raise self._fault("malformed", f"{here}: found a part of type {kind!r}, expected one of {known}")
         value = part.get(kind) or {key: part[key] for key in _SOURCES if key in part}
         return self._medium(kind, value, here) if value else self._next(kind)
@@ -170,8 +175,11 @@ class _Record:
         return [self._medium(kind, item, f'"{column}" {number}') for number, item in enumerate(value, 1)]
 
     def _count_placeholders(self, kind: str) -> int:
+        """Places in all turns that take the next medium of a column."""
         contents = [turn.get("content", turn.get("value")) for turn in self.turns if isinstance(turn, dict)]
-        return sum(text.count(f"<{kind}>") for text in contents if isinstance(text, str))
+        named = sum(text.count(f"<{kind}>") for text in contents if isinstance(text, str))
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return named + parts.count({"type": kind})
 
     def _medium(self, kind: str, value: Any, here: str) -> Part:
         """A part from what names a medium: path, data URL, dict of path/bytes/url/base64, list of frames."""
@@ -183,6 +191,8 @@ class _Record:
             if isinstance(value.get("base64"), str):
                 return {"type": kind, "bytes": self._decoded(value["base64"], here)}
             value = value.get("path") or value.get("url") or value.get("frames")
+            if isinstance(value, dict):  # {"path": {"stored": ...}}: the name of a shard's file
+                return self._medium(kind, value, here)
         if kind == "video" and isinstance(value, list) and value:
             frames = [self._medium("image", frame, f"{here}: a frame") for frame in value]
             keys = {key for frame in frames for key in frame if key != "type"}
@@ -197,12 +207,15 @@ class _Record:
 
     def _file(self, value: Any, here: str) -> str:
         if not isinstance(value, str) or not value:
-            raise self._fault("malformed", f"{here}: expected a path or a data URL, found {_name(value)}")
-        if re.match(r"(?!file:)[a-z0-9]+://", value):
+            found = "an empty text" if value == "" else _name(value)
+            raise self._fault("malformed", f"{here}: expected a path or a data URL, found {found}")
+        if re.match(r"(?!file:)[A-Za-z0-9]+://", value):
             raise self._fault("remote address", f"{here}: {value[:80]} is a remote address; expected a file")
         path = os.path.abspath(self.media_root / value.removeprefix("file://"))
         if not os.path.exists(path):
             raise self._fault("missing file", f"{here}: there is no file {path}")
+        if os.path.isdir(path):
+            raise self._fault("missing file", f"{here}: {path} is a folder, expected a file")
         return path
 
     def _decoded(self, data: str, here: str) -> bytes:
@@ -234,8 +247,10 @@ class _Record:
         return DataError(kind, self.source, message)
 
 
-_TURNS = ("conversations", "messages")
+TURNS = ("conversations", "messages")
 _SOURCES = ("path", "bytes", "url", "base64", "stored")
+_URLS = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a bool"}
 

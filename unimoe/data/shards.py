@@ -16,7 +16,7 @@ from typing import Any
 from unimoe.errors import UserError
 
 from .faults import DataError
-from .records import COLUMNS
+from .records import COLUMNS, TURNS
 from .stored import TarMember
 
 MEDIA_SUFFIXES = {
@@ -27,6 +27,7 @@ MEDIA_SUFFIXES = {
 """Endings of the files of each kind; a sound is speech or environmental audio as the text says."""
 
 _KIND = {suffix: kind for kind, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
+_SAMPLE = re.compile(r"(?!\.|__)[^.]+\..+")
 _END = 512  # bytes of zeros that end an archive, at least
 
 
@@ -34,9 +35,10 @@ def shard_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (``shard:basename``, record or DataError) for each sample of a shard.
 
     The record is the ``.json`` file's, with the sample's media added to it: where it names a file of the
-    sample, that file; otherwise each medium is the next of its kind, in the order of the archive. A ``.txt``
-    without a ``.json`` is the caption of the sample's media. The last fault is that the archive is cut off or
-    broken.
+    sample, in a column or in a part of a message, that file; otherwise each medium is the next of its kind,
+    in the order of the archive. A ``.txt`` without a ``.json`` is the caption of the sample's media. Files
+    whose names begin with ``.`` or ``__``, or have no ending (READMEs, macOS's forks), belong to no sample.
+    The last fault is that the archive is cut off or broken.
     """
     for key, members in groupby(_members(path), key=lambda entry: _split(entry)[0]):
         if not key:
@@ -55,7 +57,7 @@ def _members(path: Path) -> Iterator[TarMember | DataError]:
     try:
         with tarfile.open(path, "r:") as archive:
             for entry in archive:
-                if entry.isfile():
+                if entry.isfile() and _SAMPLE.fullmatch(Path(entry.name).name):
                     yield TarMember(str(path), entry.name, entry.offset_data, entry.size)
         if wrong := _end_fault(path, archive.offset):
             yield DataError("cut", str(path), wrong)
@@ -116,6 +118,8 @@ def _record(files: dict[str, TarMember], source: str) -> Any:
         if record.get(column):
             record[column] = _resolve(record[column], named, placed)
             given.add(kind)
+    for part in _parts(record):
+        part |= {key: _resolve(value, named, placed) for key, value in part.items() if key != "type"}
     for ending, member in media.items():
         kind = _kind(ending, text)
         if kind not in given and member not in placed:
@@ -136,10 +140,22 @@ def _kind(ending: str, text: str) -> str:
     return "speech" if says_speech and not says_audio else "audio"
 
 
+def _parts(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The media parts of its messages."""
+    turns = [turn for key in TURNS if isinstance(record.get(key), list) for turn in record[key]]
+    for turn in turns:
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict) and part.get("type") != "text":
+                yield part
+
+
 def _resolve(value: Any, named: dict[str, TarMember], placed: set[TarMember]) -> Any:
     """``value`` with members in the place of their names; these are added to ``placed``."""
     if isinstance(value, list):
         return [_resolve(item, named, placed) for item in value]
+    if isinstance(value, dict):
+        return {key: _resolve(item, named, placed) for key, item in value.items()}
     if not isinstance(value, str) or value not in named:
         return value
     placed.add(named[value])

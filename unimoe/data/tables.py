@@ -6,6 +6,7 @@ Arrow files are mapped into memory as they are; a parquet file is converted once
 (``HF_DATASETS_CACHE``), or streamed as it is. Pictures and sounds are never decoded here.
 """
 
+import glob
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -62,7 +63,7 @@ def open_table(path: str) -> Any:
         if path.endswith(".arrow"):
             table = datasets.Dataset.from_file(path)
         else:
-            table = datasets.load_dataset("parquet", data_files=path, split="train")
+            table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(path, error) from error
     return table.with_format("arrow")

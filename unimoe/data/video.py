@@ -95,18 +95,21 @@ def _frames(
         held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise UserError(f"{what} holds no pictures; it holds {held}")
     stream = container.streams.video[0]
-    packets = [packet for packet in container.demux(stream) if packet.pts is not None]
-    shown = [(packet.pts, packet.is_keyframe) for packet in packets if not packet.is_discard]
+    shown = [
+        (packet.pts, packet.is_keyframe, packet.duration or 0)
+        for packet in container.demux(stream)
+        if packet.pts is not None and not packet.is_discard
+    ]
     if not shown:
         raise UserError(f"{what} holds no frames")
-    times, keys = sorted(pts for pts, _ in shown), sorted(pts for pts, is_key in shown if is_key)
+    times, keys = sorted(pts for pts, *_ in shown), sorted(pts for pts, is_key, _ in shown if is_key)
     tick = float(stream.time_base or 1)
     whole = stream.duration and times[-1] - times[0] >= _WHOLE * stream.duration  # trimmed by an edit list
     if stream.frames and len(times) < _WHOLE * stream.frames and not whole:
         raise UserError(f"{what} is cut off: it announces {stream.frames} frames and holds {len(times)}")
     seconds, alone = (container.duration or 0) / 1e6, len(container.streams) == 1  # a sound may last longer
-    if alone and (times[-1] - times[0]) * tick < _WHOLE * seconds - 1:
-        end = times[-1] * tick
+    end = max(pts + duration for pts, _, duration in shown) * tick  # the last frame may be held for long
+    if alone and stream.frames != len(times) and end - times[0] * tick < _WHOLE * seconds - 1:
         raise UserError(f"{what} is cut off: it announces {seconds:.1f} s and ends at {end:.1f} s")
     chosen = [times[index] for index in spread([time * tick for time in times], frames, rate)]
 
@@ -190,7 +193,7 @@ def write_video(path: str | Path, frames: Sequence[Image.Image], rate: float) ->
     av = _av("writing a video")
     with av.open(str(path), "w", format="mp4") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream = container.add_stream(codec, rate=Fraction(rate))
+        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 1_000_000
