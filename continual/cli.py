@@ -24,11 +24,11 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.training.resume import Interrupted
 
-from .export import export_bank
+from .export import export_bank, fingerprint
 from .guidance import TYPES
 from .learner import AdapterConfig
 from .report import report
-from .run import ModelConfig, Run, RunConfig, build_learner, load_state
+from .run import ModelConfig, Run, RunConfig, build_learner, check_base, load_state
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ def compare(args: list[str]) -> None:
         raise UserError(f"compare takes --seeds, found seed {config.seed}")
     for name in found.strategies:
         strategy_of(name, found.settings)  # whatever is wrong with one is said before the first begins
+    for flag, given in (("--strategies", found.strategies), ("--seeds", found.seeds)):
+        if len(set(given)) < len(given):
+            raise UserError(f"{flag} names one twice: {' '.join(map(str, given))}")
     runs = [(name, seed) for seed in found.seeds for name in found.strategies]
     folders = [f"{output}/{name}-{seed}" for name, seed in runs]
     for (name, seed), folder in zip(runs, folders, strict=True):
@@ -76,6 +79,8 @@ def diagnose(args: list[str]) -> None:
     if not issubclass(strategies()[found.strategy], DyMoE):
         raise UserError(f"diagnose tells kinds of tokens apart, as {found.strategy} does not; try dymoe")
     settings = found.settings.get(found.strategy, {})
+    if settings.get("guidance", {}).get("assign") is False:
+        raise UserError("diagnose admits tokens by their kind, which guidance.assign: false turns off")
     table: dict[str, dict[str, float]] = {}
     for kind in TYPES:
         guidance = {**settings.get("guidance", {}), "admit": [kind]}
@@ -108,12 +113,14 @@ def export(
     if task is not None and task not in names:
         raise UserError(f"{run} has learned no task {task!r}, only {', '.join(names)}")
     index = len(names) - 1 if task is None else names.index(task)
-    noted = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))["identity"]
+    there = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))
+    noted = there["identity"]
     settings = noted["strategy"]
     name = settings.pop("name")
     strategy, _ = strategy_of(name, {name: settings})
     disable_progress_bar()
     learner = build_learner(ModelConfig(**noted["model"]), AdapterConfig(**noted["adapters"]), None)
+    check_base(run, there["base"], fingerprint(learner.model.state_dict()))
     strategy.attach(learner)
     for number in range(index + 1):
         strategy.grow(number)
@@ -133,7 +140,13 @@ def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(known[name], "strategy")
     values = parser.parse_object({"strategy": settings.get(name, {})})
-    return parser.instantiate(values).strategy, values.strategy.as_dict() if "strategy" in values else {}
+    try:
+        made = parser.instantiate(values).strategy
+    except ValueError as error:  # of a nested dataclass our own message is inside of jsonargparse's
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    return made, values.strategy.as_dict() if "strategy" in values else {}
 
 
 def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> dict[str, Any]:

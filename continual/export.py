@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
 
-from .adapters import AdaptedLinear, Bank
+from .adapters import AdaptedLinear, Bank, OpenGate
 from .router import CosineTopK, SoftmaxGate
 
 BANK_FILE = "bank.safetensors"
@@ -35,11 +35,14 @@ def export_bank(
     """Write bank ``index`` of every layer.
 
     Args:
-        folder: replaced if it is there.
+        folder: an export that is there is replaced; UserError for a folder that holds anything else.
         layers: as :func:`unimoe.continual.adapters.adapt` returned them.
         prefix: path of the decoder inside the model that peft will load it on, such as ``model`` for a
             ``LlamaForCausalLM``.
     """
+    target = Path(folder)
+    if target.exists() and not (target / BANK_FILE).is_file() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"{folder} is there and holds no exported bank; choose another folder")
     first = next(iter(layers.values()))
     tensors: dict[str, Tensor] = {}
     ours: dict[str, Tensor] = {}
@@ -64,7 +67,7 @@ def export_bank(
         inference_mode=True,
         task_type="CAUSAL_LM",
     )
-    about = {"base": _base(layers), "experts": str(first.banks[index].experts)}
+    about = {"base": _base(layers), "experts": str(first.banks[index].experts), "gate": _gate(first)}
     with atomic_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -74,17 +77,28 @@ def export_bank(
 def import_bank(folder: str | Path, layers: Mapping[str, AdaptedLinear]) -> None:
     """Add an exported bank, router rows included, behind the banks that the layers have; it arrives frozen.
 
-    Raises UserError when it was trained on another base or does not fit the layers.
+    Raises UserError, before anything is added, when it was trained on another base, is damaged or does not
+    fit the layers: their projections, their scale, their kind of router.
     """
     path = Path(folder) / BANK_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no bank: {BANK_FILE} is not there")
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    tensors = load_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error})") from error
     found, expected = about.get("base", "")[:12], _base(layers)[:12]
     if found != expected:
         raise UserError(f"{folder}: this bank was trained on another model (base {found}, here {expected})")
+    here = {_gate(layer) for layer in layers.values()}
+    if here != {about["gate"]}:
+        raise UserError(
+            f"{folder}: this bank is of layers with {about['gate']}, here they are of {min(here)}"
+        )
+    if not about["gate"].startswith((OpenGate.__name__, CosineTopK.__name__)):
+        raise UserError(f"{folder}: {about['gate']} is one router for all banks, and is not in the file")
     experts = int(about["experts"])
     for name, layer in layers.items():
         A = tensors[f"{name}.A"]
@@ -106,6 +120,14 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         sums = [bits.sum().item(), bits.square().sum().item()]
         digest.update(json.dumps([name, str(weight.dtype), list(weight.shape), sums]).encode())
     return digest.hexdigest()
+
+
+def _gate(layer: AdaptedLinear) -> str:
+    """What decides how much a bank counts, beside its own numbers."""
+    settings = [f"adapters' scale {layer.scale:g}"]
+    if isinstance(gate := layer.gating, CosineTopK):
+        settings += [f"k {gate.k}", f"scale {gate.scale:g}", f"temperature {gate.temperature:g}"]
+    return f"{type(gate).__name__} ({', '.join(settings)})"
 
 
 def _base(layers: Mapping[str, AdaptedLinear]) -> str:

@@ -60,6 +60,11 @@ class GuidanceConfig:
             raise UserError(f"guidance.admit names {min(unknown)!r}, expected some of {', '.join(TYPES)}")
         if not 0 <= self.loss_start < 1:
             raise UserError(f"guidance.loss_start is {self.loss_start}, expected from 0 to below 1")
+        if self.loss_temperature <= 0:
+            raise UserError(f"guidance.loss_temperature is {self.loss_temperature}, expected above 0")
+        for name in ("threshold", "warmup_steps", "exclusivity", "specialization", "balance"):
+            if getattr(self, name) < 0:
+                raise UserError(f"guidance.{name} is {getattr(self, name)}, expected at least 0")
 
 
 def top_gates(scores_TE: Tensor, k: int, temperature: float, mask_TE: Tensor | None = None) -> Tensor:

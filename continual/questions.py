@@ -2,7 +2,8 @@
 
 LLaVA or messages records    the last assistant turn is the answer
 items of CoIN, UCIT, ...     {"question_id", "image", "text", "answer"}; any column of media, "question" for
-                             "text", "answers" for "answer", which may be a list, "options" of a choice
+                             "text", "answers" for "answer", which may be a list, "options" of a choice;
+                             CoIN's "answer_bbox" is the answer where it is there, [x1, y1, x2, y2] of 0 to 1
 """
 
 from collections.abc import Mapping
@@ -55,6 +56,8 @@ def _question(record: Any, source: str, root: Path) -> Question:
     if not isinstance(record, Mapping):
         raise UserError(f"{source}: expected an object, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if value is not None}
+    if "answer_bbox" in record:
+        record["answer"] = str(record["answer_bbox"])  # a list as it is written
     name = str(record.get("question_id", record.get("id", source)))
     if "conversations" in record or "messages" in record:
         sample = parse_record(record, source, root)

@@ -20,6 +20,12 @@ from .metrics import METRICS, spread
 
 Result = dict[str, Any]
 
+CAPTIONS = {
+    "matrices": "Accuracy on each task (column) after each task was learned (row), mean over seeds.",
+    "drift": "Share of the routing weight of a task's questions that goes to the banks of tasks learned after"
+    " it, mean over blocks and seeds: 0 where routing stays as it was.",
+}
+
 
 def report(runs: list[str], output: str | None = None) -> None:
     """Write report.json, report.html and figures over finished runs.
@@ -29,7 +35,7 @@ def report(runs: list[str], output: str | None = None) -> None:
             together.
         output: folder of the report (default: the folder that the runs lie in).
     """
-    results = [_read(Path(run)) for run in runs]
+    results = [_read(Path(run), "result.json", "strategy") for run in runs]
     if not results:
         raise UserError("report needs at least one folder of a finished run")
     _compare(runs)
@@ -43,7 +49,7 @@ def report(runs: list[str], output: str | None = None) -> None:
         "strategies": {name: _summary(several) for name, several in groups.items()},
     }
     figures = [_heat_maps(groups, folder)]
-    if any(result["drift"] and any(result["drift"]) for result in results):
+    if len(results[0]["tasks"]) > 1 and any(any(result["drift"]) for result in results):
         figures.append(_drift_curves(groups, folder))
     atomic_write(folder / "report.json", json.dumps(summary, indent=1) + "\n")
     atomic_write(folder / "report.html", _page(summary, figures))
@@ -66,14 +72,17 @@ def _cell(value: dict[str, float | None]) -> str:
     return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ±{value['std']:.2f}")
 
 
-def _read(folder: Path, name: str = "result.json") -> Result:
+def _read(folder: Path, name: str, key: str) -> Result:
     path = folder / name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no finished run: {name} is not there") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
+    if not isinstance(found, dict) or key not in found:
+        raise UserError(f"{path} was not written by a run; it holds no {key!r}")
+    return found
 
 
 def _compare(runs: Sequence[str]) -> None:
@@ -81,7 +90,7 @@ def _compare(runs: Sequence[str]) -> None:
     seen: dict[tuple[str, int], str] = {}
     stands: dict[str, tuple[str, dict[str, Any]]] = {}
     for run in runs:
-        noted = _read(Path(run), "run.json")
+        noted = _read(Path(run), "run.json", "identity")
         strategy, seed = noted["identity"].pop("strategy"), noted["identity"].pop("seed")
         for group, settings in (("", noted), (strategy["name"], strategy)):
             flat = flatten(settings, lists=True)
@@ -182,14 +191,18 @@ def _page(summary: dict[str, Any], figures: Sequence[Path]) -> str:
         extra = f"{found['parameters']['added']:,}", f"{found['seconds']['train']:.0f}"
         cells += f"<td>{drift}</td>" + "".join(f"<td>{value}</td>" for value in extra)
         rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
-    pictures = "".join(f'<p><img src="{figure.name}" alt="{figure.stem}"></p>' for figure in figures)
+    pictures = "".join(
+        f'<figure><img src="{figure.name}" alt="{figure.stem}"><figcaption>{CAPTIONS[figure.stem]}'
+        "</figcaption></figure>"
+        for figure in figures
+    )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>continual learning</title>
 <style>body {{ font: 15px sans-serif; margin: 2em }} td, th {{ padding: .3em .8em; text-align: right }}
-img {{ max-width: 100% }}</style>
+figure {{ margin: 2em 0 }} img {{ max-width: 100% }}</style>
 <h1>Continual learning</h1>
 <p>Tasks in order: {html.escape(", ".join(summary["tasks"]))}. Percent, mean ± standard deviation over seeds.
-BWT divides by T - 1, BWT_CoIN by T. "Form": the part of BWT that is lost in form alone, the answer being
-there, said in another way.</p>
+BWT divides by T - 1, BWT_CoIN by T. "Form": points of BWT that are lost in form alone, the answer being
+there, said in another way (below zero: form was won back). "Seconds": of training.</p>
 <table><tr><th>strategy</th>{heads}<th>form</th><th>weights added</th><th>seconds</th></tr>{rows}</table>
 {pictures}</html>
 """

@@ -13,6 +13,7 @@ import random
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from unimoe.build import build_model
 from unimoe.continual.strategies import Strategy
 from unimoe.continual.strategies.dymoe import IncMoELoRA
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
 from unimoe.loading import load_model
 from unimoe.training.progress import clock
@@ -81,7 +82,12 @@ class RunConfig:
     eval_batch_size: int = 16
     """Questions asked at once; does not change the answers beyond rounding."""
     seed: int = 0
-    """Of adapters and of the order of samples."""
+    """Of adapters, of the order of samples, and of the samples that a strategy keeps."""
+
+    def __post_init__(self) -> None:
+        if self.eval_batch_size < 1 or self.probes < 0:
+            found = f"{self.eval_batch_size} and {self.probes}"
+            raise UserError(f"eval_batch_size must be at least 1 and probes at least 0, found {found}")
 
 
 class Run:
@@ -101,6 +107,7 @@ class Run:
             settings: of the strategy, as ``run.json`` notes them.
         """
         self.config, self.strategy, self.output = config, strategy, Path(output)
+        strategy.seed = config.seed
         self.stream = Stream(config.stream)
         self.tasks = [self._all_at_once()] if strategy.joint else list(self.stream)
         self.identity = {
@@ -116,7 +123,7 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """Train and evaluate what is not done yet; returns the content of ``result.json``."""
-        if (result := self._read("result.json")) is not None:
+        if (result := self._read("result.json", "matrix")) is not None:
             log.info("%s: finished before", self.output)
             return result
         self.fabric = launch(self.config.training)
@@ -159,6 +166,8 @@ class Run:
             label = f"[{task.index + 1}/{len(self.tasks)}] {task.name}"
             log.info("%s  %s trains %s weights", label, strategy.name, f"{trained:,}")
             folder.mkdir(parents=True, exist_ok=True)
+            if self.fabric.is_global_zero:
+                (folder / "row.json").unlink(missing_ok=True)  # of a task that is learned again
             strategy.learner.recompute(self.config.training.gradient_checkpointing)
             seconds = train_task(strategy, task, self.config.training, folder, self.config.seed, label)
             strategy.learner.recompute(False)
@@ -227,10 +236,7 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         self.fabric.barrier()
-        states = [
-            torch.load(self._folder(i) / "state.pt", map_location="cpu", weights_only=True)
-            for i in range(len(self.tasks))
-        ]
+        states = [_state(self._folder(index), torch.device("cpu")) for index in range(len(self.tasks))]
         rows = [self._read_row(index) or {} for index in range(len(self.tasks))]
         matrix, known = self.matrix(), self.matrix("known")
         result = {
@@ -286,21 +292,32 @@ class Run:
     def _folder(self, index: int) -> Path:
         return self.output / f"{index + 1:02d}-{self.tasks[index].name}"
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str, key: str | None = None) -> Any:
+        """A file of the run, an object with that key, or None if it is not there."""
         path = self.output / name
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except ValueError as error:
             raise UserError(f"{path} cannot be read ({error}); delete it") from error
+        if found is not None and (not isinstance(found, dict) or (key and key not in found)):
+            raise UserError(f"{path} was not written by a run; delete it")
+        return found
 
     def _read_row(self, index: int) -> Any:
-        return self._read(f"{self._folder(index).name}/row.json")
+        return self._read(f"{self._folder(index).name}/row.json", "scores")
+
+    def _begun(self) -> Any:
+        """What ``run.json`` notes, unless the run ended before it had anything that depends on it."""
+        there = self._read("run.json", "identity")
+        kept = (*self.output.glob("[0-9][0-9]-*/*"), *self.output.glob("untrained.json"))
+        return there if kept else None
 
     def _compare(self) -> None:
         """Raises UserError when the output folder belongs to other settings or another stream."""
-        there = self._read("run.json")
+        there = self._begun()
         if there is None:
-            if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            strange = [path for path in self.output.glob("*") if path.name != "run.json"]
+            if strange or self.output.is_file():
                 raise UserError(f"--output {self.output} is there and is no continual run; choose another")
             return
         ours = json.loads(json.dumps(self.identity))
@@ -314,12 +331,8 @@ class Run:
             )
 
     def _note(self, base: str) -> None:
-        there = self._read("run.json")
-        if there is not None and there["base"] != base:
-            raise UserError(
-                f"{self.output}: its banks were trained on another model (base {there['base'][:12]}, now "
-                f"{base[:12]}); set model back or choose another --output"
-            )
+        if (there := self._begun()) is not None:
+            check_base(self.output, there["base"], base)
         self._save("run.json", {"identity": self.identity, "base": base}, indent=1)
 
     @rank_zero_only
@@ -339,18 +352,37 @@ def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | P
     return Learner(*built, adapters, features, model.max_length)
 
 
+def check_base(run: str | Path, noted: str, base: str) -> None:
+    """Raises UserError when a run's banks, trained on the base ``noted``, are to go onto another one."""
+    if noted != base:
+        raise UserError(
+            f"{run}: its banks were trained on another model (base {noted[:12]}, now {base[:12]}); "
+            "set model back or choose another run"
+        )
+
+
 def load_state(folder: Path, strategy: Strategy) -> None:
     """Give a strategy, grown as far as that, the adapters and the memory that a task left in its folder."""
-    path = folder / "state.pt"
-    state = torch.load(path, map_location=strategy.learner.device, weights_only=True)
+    state = _state(folder, strategy.learner.device)
     parameters = strategy.learner.adapters()
     if parameters.keys() != state["adapters"].keys():
-        raise UserError(f"{path} does not belong to this run; delete {folder.parent} to begin anew")
+        raise UserError(
+            f"{folder}/state.pt does not belong to this run; delete {folder.parent} to begin anew"
+        )
     with torch.no_grad():
         for name, value in state["adapters"].items():
             parameters[name].copy_(value)
     strategy.memory = state["memory"]
     strategy.learner.freeze_banks()
+
+
+def _state(folder: Path, device: torch.device) -> dict[str, Any]:
+    path = folder / "state.pt"
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        found = f"{path} is damaged ({first_line(error)})"
+        raise UserError(f"{found}; delete it, and this task and those after it are learned again") from error
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def knows(prediction: str, truth: Truth, others: Set[tuple[str, ...]] = frozense
         others: ``forms`` of the task's other answers. A prediction that names one of them too is a guess, not
             knowledge (unless that one is part of the right answer, such as "dog" in "hot dog").
     """
+    others = others | forms(truth.options.values())
     letters = [answer.strip("(). ").upper() for answer in truth.answers]
     right = forms(truth.answers) | forms(truth.options[a] for a in letters if a in truth.options)
     rest, named = words(prediction), set()
@@ -127,7 +128,8 @@ _ANNOUNCED = [
     re.compile(pattern, re.IGNORECASE | re.DOTALL)
     for pattern in (r".*?\banswer(?: is\b|:)[\s:*]*(.*)", r"\W*(?:option|choice|answer)\b[\s:*]*(.*)")
 ]
-_LETTERED = re.compile(r"\(?([A-Za-z])(?:[).:,]+|\s+|$)\s*(.*)", re.DOTALL)
+_LETTERED = re.compile(r"[\[(]?([A-Za-z])(?:[\]).:,\n]+|\s+|$)\s*(.*)", re.DOTALL)
+_ANOTHER = re.compile(r"(?:(?:and|or|&|/|,)\s*)*[\[(]?[A-Z](?:$|[\]),./&:]|\s+(?:and|or)\b)")
 
 
 def _letter(text: str, options: dict[str, str]) -> str | None:
@@ -138,18 +140,26 @@ def _letter(text: str, options: dict[str, str]) -> str | None:
     if not match or (match[2] and _plain(text) in by_text):  # "E. coli" is no letter
         return by_text.get(_plain(text))
     letter, rest = match[1].upper(), match[2]
-    marked = text[match.end(1) : match.start(2)].strip() or not rest or by_text.get(_plain(rest)) == letter
+    between = text[match.end(1) : match.start(2)].strip(" ")
+    sure = by_text.get(_plain(rest)) == letter
+    marked = sure or ((between or not rest) and not _ANOTHER.match(rest))  # "A, B" chooses none
     return letter if marked and (letter in options or not options) else by_text.get(_plain(text))
 
 
-def _choice(prediction: str, truth: Truth) -> float:
-    """The letter of an option, its text, or both, also behind "the answer is", "option:", ..."""
-    chosen = _letter(prediction, truth.options)
+def _chosen(text: str, options: dict[str, str]) -> str | None:
+    """The letter that ``text`` names at once or behind "the answer is", "option:", ..."""
+    chosen = _letter(text, options)
     for pattern in _ANNOUNCED:
-        if chosen is None and (announced := pattern.match(prediction)):
-            capital = re.match(r"\(?([A-Z])\b", announced[1])
-            chosen = _letter(announced[1], truth.options) or (capital and capital[1])
-    return float(chosen in {_letter(answer, truth.options) for answer in truth.answers})
+        if chosen is None and (announced := pattern.match(text)):
+            capital = re.match(r"([A-Z])\b(?!\s*(?:,|/|&|and\b|or\b))", announced[1])
+            chosen = _chosen(announced[1], options) or (capital and capital[1])
+    return chosen
+
+
+def _choice(prediction: str, truth: Truth) -> float:
+    """The letter of one option, its text, or both."""
+    right = {_letter(answer, truth.options) for answer in truth.answers}
+    return float(_chosen(prediction, truth.options) in right)
 
 
 def _soft(prediction: str, truth: Truth) -> float:
@@ -167,7 +177,8 @@ def _vqa(text: str) -> list[str] | str:
 
 
 def _number(text: str) -> float | None:
-    match = re.fullmatch(r"\s*\$?(-?\d[\d,]*\.?\d*)\s*%?\.?\s*", _NUMBERS.get(_plain(text), text))
+    number = r"\s*\$?([-+]?(?:\d[\d,]*\.?\d*|\.\d+))\s*%?\.?\s*"
+    match = re.fullmatch(number, _NUMBERS.get(_plain(text), text))
     return float(match[1].replace(",", "")) if match else None
 
 
@@ -267,7 +278,7 @@ def _wants_number(truth: Truth) -> str:
 
 
 def _wants_box(truth: Truth) -> str:
-    bad = [answer for answer in truth.answers if _box(answer) is None]
+    bad = [answer for answer in truth.answers if not (box := _box(answer)) or _iou(box, box) != 1]
     return f"the answer {bad[0]!r} is no box [x1, y1, x2, y2]" if bad else ""
 
 
@@ -275,12 +286,16 @@ def _wants_text(truth: Truth) -> str:
     return "" if all(answer.strip() for answer in truth.answers) else "an answer is empty"
 
 
+def _wants_some_text(truth: Truth) -> str:
+    return "" if any(answer.strip() for answer in truth.answers) else "every answer is empty"
+
+
 SCORERS = {
     "exact": Scorer(_exact, _wants_text),
     "verbatim": Scorer(_verbatim, _wants_text),
     "contains": Scorer(_contained, _wants_text),
     "choice": Scorer(_choice, _wants_letter),
-    "vqa": Scorer(_soft, _wants_text),
+    "vqa": Scorer(_soft, _wants_some_text),  # an annotator may have written nothing
     "number": Scorer(_numeric, _wants_number),
     "grounding": Scorer(_grounding, _wants_box),
     "anls": Scorer(_anls, _wants_text),

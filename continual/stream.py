@@ -91,11 +91,8 @@ class Stream:
         fit."""
         self.config = config
         chosen = _ordered(config)
-        self.files = {
-            str(path): _hash(path)
-            for task in chosen
-            for path in (_path(config, task.train), _path(config, task.test))
-        }
+        named = [file for task in chosen for file in (task.train, task.test)]
+        self.files = {file: _hash(_path(config, file)) for file in named}
         self.experiences = [_read(config, task, index) for index, task in enumerate(chosen)]
 
     def __len__(self) -> int:
@@ -137,7 +134,9 @@ def _ordered(config: StreamConfig) -> list[TaskConfig]:
         if "/" in task.name or not task.name.strip():
             raise UserError(f"stream.tasks: {task.name!r} cannot name a task (it names a folder too)")
         by_name[task.name] = task
-    order = config.order or list(by_name)
+    order = list(by_name) if config.order is None else config.order
+    if not order:
+        raise UserError("stream.order is empty; expected names of tasks")
     for name in order:
         if name not in by_name:
             raise UserError(f"stream.order names {name!r}; the tasks are {', '.join(by_name)}")

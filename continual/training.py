@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from torch.distributed import all_reduce
 
 from unimoe.continual.strategies import Strategy
 from unimoe.data.mix import MixedBatchSampler
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 from unimoe.training.curve import CurveLogger
 from unimoe.training.elastic import check_processes, own_store
 from unimoe.training.loader import ResumableLoader
@@ -84,6 +85,9 @@ class TrainingConfig:
                 "training: batch_size, lr, checkpoint_every and log_every must be above 0, found "
                 f"{self.batch_size}, {self.lr}, {self.checkpoint_every} and {self.log_every}"
             )
+        if not 0 <= self.warmup <= 1 or self.clip <= 0:
+            found = f"{self.warmup} and {self.clip}"
+            raise UserError(f"training: warmup must be a share from 0 to 1 and clip above 0, found {found}")
 
 
 hold_store = cache(own_store)
@@ -93,10 +97,14 @@ hold_store = cache(own_store)
 def launch(config: TrainingConfig) -> Fabric:
     """The processes of a run, begun here unless they are there; knows this one's rank and device."""
     settings: dict[str, Any] = {"accelerator": config.accelerator, "devices": config.devices}
+    settings["precision"] = config.precision  # the trainer's; tried here, before anything is written
     several = "ddp" if config.processes > 1 else "auto"
     check_processes(config.processes)
     hold_store()
-    fabric = Fabric(num_nodes=config.num_nodes, strategy=several, **settings)
+    try:
+        fabric = Fabric(num_nodes=config.num_nodes, strategy=several, **settings)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"training: {first_line(error)}") from error
     fabric.launch()
     return fabric
 
@@ -140,6 +148,8 @@ class TaskModule(ResumableModule):
         # guidance may keep every token of a process from what trains: gradients are then zero, not missing
         loss = loss + sum(0.0 * p.sum() for p in self.strategy.learner.trainable().values())
         shown = mean_over_ranks(loss).item()
+        if not math.isfinite(shown):
+            raise UserError(f"the loss is {shown} at step {step}; try a smaller training.lr")
         self.log_row({"loss": shown, "lr": self.config.lr * self.rate(step, self.steps)}, batch_idx)
         seen = self.strategy.observed() if self.strategy.watched else {}
         if seen and self.trainer.is_global_zero:

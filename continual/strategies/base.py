@@ -41,6 +41,8 @@ class Strategy:
     def __init__(self) -> None:
         self.learner: Learner
         self.memory: dict[str, Any] = {}
+        self.seed = 0
+        """The run's; of whatever a strategy draws by itself."""
         self.watched = True
         """Whether ``observed`` will be called after the coming step."""
 

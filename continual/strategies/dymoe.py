@@ -38,7 +38,7 @@ class IncMoELoRA(Strategy):
         for name, layer in learner.layers.items():
             layer.gating = CosineTopK(
                 layer.in_features,
-                self.k or learner.config.experts,
+                learner.config.experts if self.k is None else self.k,
                 self.scale,
                 self.temperature,
                 self.guide,

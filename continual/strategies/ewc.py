@@ -23,20 +23,18 @@ class EWC(Strategy):
 
     name = "ewc"
 
-    def __init__(self, strength: float = 5000.0, samples: int = 64, decay: float = 1.0, seed: int = 0):
+    def __init__(self, strength: float = 5000.0, samples: int = 64, decay: float = 1.0):
         """
         Args:
             strength: lambda (Prism's number).
             samples: of each task, for its Fisher information.
             decay: factor on the earlier tasks' information.
-            seed: of the choice of samples.
         """
         super().__init__()
-        if strength < 0 or samples < 1:
-            raise UserError(
-                f"ewc needs strength of at least 0 and samples above 0, found {strength}, {samples}"
-            )
-        self.strength, self.samples, self.decay, self.seed = strength, samples, decay, seed
+        if strength < 0 or samples < 1 or decay < 0:
+            found = f"{strength}, {decay} and {samples}"
+            raise UserError(f"ewc needs strength and decay of at least 0, samples above 0; found {found}")
+        self.strength, self.samples, self.decay = strength, samples, decay
 
     def penalty(self) -> Tensor:
         """lambda / 2 * sum_k F_k (theta_k - theta*_k)^2; 0 on the first task."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from unimoe.continual.adapters import block_of
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
+from unimoe.errors import UserError
 
 from .base import Strategy
 
@@ -53,12 +54,16 @@ class HiDe(Strategy):
             top_blocks: blocks that are mixed by task, from the top; 0 or fewer means all (as DISCO).
         """
         super().__init__()
+        if temperature <= 0:
+            raise UserError(f"hide needs a temperature above 0, found {temperature}")
         self.temperature, self.top_blocks = temperature, top_blocks
         self.shared, self.mixed = TaskGate(), TaskGate()
 
     def attach(self, learner: Learner) -> None:
         super().attach(learner)
         blocks = sorted({block_of(name) for name in learner.layers})
+        if self.top_blocks > len(blocks):
+            raise UserError(f"hide: top_blocks is {self.top_blocks}, and {len(blocks)} blocks are adapted")
         top = set(blocks[-self.top_blocks :] if self.top_blocks > 0 else blocks)
         for name, layer in learner.layers.items():
             layer.gating = self.mixed if block_of(name) in top else self.shared

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unimoe.continual.stream import Experience
+from unimoe.errors import UserError
 from unimoe.training.loss import answer_logits
 from unimoe.training.ranks import weighed
 
@@ -30,6 +31,9 @@ class LwF(Strategy):
             temperature: of both distributions.
         """
         super().__init__()
+        if alpha < 0 or temperature <= 0:
+            found = f"{alpha} and {temperature}"
+            raise UserError(f"lwf needs alpha of at least 0 and a temperature above 0, found {found}")
         self.alpha, self.temperature = alpha, temperature
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:

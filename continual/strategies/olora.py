@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unimoe.errors import UserError
+
 from .base import Strategy
 
 
@@ -20,6 +22,8 @@ class OLoRA(Strategy):
             orthogonality: lambda (0.5 in the official long run and Prism, 0.05 in MCITlib).
         """
         super().__init__()
+        if orthogonality < 0:
+            raise UserError(f"olora needs orthogonality of at least 0, found {orthogonality}")
         self.orthogonality = orthogonality
 
     def grow(self, index: int) -> None:

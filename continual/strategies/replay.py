@@ -15,17 +15,16 @@ class Replay(Strategy):
 
     name = "replay"
 
-    def __init__(self, buffer: int = 180, share: float = 0.25, seed: int = 0):
+    def __init__(self, buffer: int = 180, share: float = 0.25):
         """
         Args:
             buffer: samples kept in all (Prism's number).
             share: past samples in each batch, as a share of the new ones.
-            seed: of the choice of what is kept.
         """
         super().__init__()
         if buffer < 1 or share <= 0:
             raise UserError(f"replay needs buffer and share above 0, found {buffer} and {share}")
-        self.buffer, self.share, self.seed = buffer, share, seed
+        self.buffer, self.share = buffer, share
 
     def rehearsed(self, task: Experience, batch_size: int) -> tuple[list[Sample], int]:
         kept = [Sample(**record) for records in self.memory.get("buffer", {}).values() for record in records]

@@ -20,6 +20,15 @@ def test_every_setting_is_known(path):
     assert {task.scorer for task in config.stream.tasks} <= set(SCORERS)
 
 
+def test_mllm_cl_abilities_are_tested_on_files_of_their_own():
+    parser = _parser("run")
+    path = FOLDER / "mllm_cl_ability.yaml"
+    config, _ = _settings(parser, parser.parse_args(["-c", str(path), "--output", "x"]))
+    assert [task.test for task in config.stream.tasks] == [
+        f"{task.name}_test/test.json" for task in config.stream.tasks
+    ]
+
+
 def test_settings_of_strategies_are_parsed_into_their_types():
     made, noted = strategy_of("dymoe", {"dymoe": {"guidance": {"threshold": 0.3, "admit": ["new", "old"]}}})
     assert made.guide.config.threshold == 0.3 and made.guide.config.admit == ("new", "old")

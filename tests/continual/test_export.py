@@ -81,3 +81,32 @@ def test_a_bank_for_another_model_is_refused(tmp_path):
         import_bank(tmp_path / "bank", adapt(causal(seed=1).model))
     with pytest.raises(UserError, match="holds no bank"):
         import_bank(tmp_path, layers)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    layers = adapt(causal().model)
+    fill(layers)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no exported bank"):
+        export_bank(tmp_path, layers, 0)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    for _ in range(2):
+        export_bank(tmp_path / "bank", layers, 0)
+
+
+def test_a_bank_that_would_mean_something_else_is_refused_whole(tmp_path):
+    plain, routed, scaled = adapt(causal().model), adapt(causal().model), adapt(causal().model, scale=8.0)
+    fill(plain)
+    fill(routed, route=True)
+    export_bank(tmp_path / "plain", plain, 0)
+    export_bank(tmp_path / "routed", routed, 0)
+    hotter = adapt(causal().model)
+    for layer in hotter.values():
+        layer.gating = CosineTopK(layer.in_features, 4, temperature=0.1)
+    for bank, layers in (("plain", scaled), ("routed", adapt(causal().model)), ("routed", hotter)):
+        with pytest.raises(UserError, match="this bank is of layers with"):
+            import_bank(tmp_path / bank, layers)
+        assert not any(len(layer.banks) for layer in layers.values())
+    (tmp_path / "plain" / "bank.safetensors").write_bytes(b"{}")
+    with pytest.raises(UserError, match="is damaged"):
+        import_bank(tmp_path / "plain", adapt(causal().model))

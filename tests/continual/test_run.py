@@ -1,6 +1,7 @@
 """Runs from a configuration: what they leave, how they go on, and what they refuse."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from unimoe.cli import main
 from unimoe.continual.strategies import strategies
@@ -323,3 +325,102 @@ def test_a_stop_between_steps_is_no_error(config, command, tmp_path, monkeypatch
     monkeypatch.setattr(run, "train_task", stop)
     assert main(command(config, "run", "--strategy", "lora")) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--strategy", "lwf", "--settings", '{"lwf": {"temperature": 0}}'], "a temperature above 0"),
+        (["--strategy", "hide", "--settings", '{"hide": {"temperature": 0}}'], "a temperature above 0"),
+        (["--strategy", "hide", "--settings", '{"hide": {"top_blocks": 9}}'], "and 2 blocks are adapted"),
+        (
+            ["--strategy", "olora", "--settings", '{"olora": {"orthogonality": -1}}'],
+            "orthogonality of at least",
+        ),
+        (["--strategy", "ewc", "--settings", '{"ewc": {"decay": -1}}'], "strength and decay of at least 0"),
+        (["--settings", '{"dymoe": {"k": 0}}'], "got k = 0"),
+        (
+            ["--settings", '{"dymoe": {"guidance": {"loss_temperature": 0}}}'],
+            "guidance.loss_temperature is 0",
+        ),
+        (["--settings", '{"dymoe": {"guidance": {"threshold": -1}}}'], "guidance.threshold is -1"),
+        (["--training.warmup", "5"], "warmup must be a share"),
+        (["--training.precision", "fp16"], "training: "),
+        (["--training.accelerator", "cdu"], "training: "),
+        (["--eval_batch_size", "0"], "eval_batch_size must be at least 1"),
+        (["--stream.order", "[]"], "stream.order is empty"),
+        (
+            ["--adapters.rank", "1", "--adapters.experts", "1", "--strategy", "lora"],
+            "the budget of each task",
+        ),
+    ],
+)
+def test_wrong_settings_leave_nothing_that_blocks_the_right_ones(
+    flags, message, config, command, tmp_path, capsys
+):
+    assert message in refused(command(config, "run", *flags), capsys)
+    config["stream"]["tasks"] = config["stream"]["tasks"][:1]
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        strategies()["lora"], "loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)
+    )
+    assert "the loss is nan at step 0" in refused(command(config, "run", "--strategy", "lora"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("01-upper/state.pt", "cut", "01-upper/state.pt is damaged"),
+        ("02-twice/row.json", "{}", "02-twice/row.json was not written by a run"),
+        ("run.json", "{}", "run.json was not written by a run"),
+    ],
+)
+def test_damaged_files_are_named(file, content, message, config, command, tmp_path, capsys):
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / file).write_text(content)
+    assert message in refused(command(config, "run", "--strategy", "lora"), capsys)
+
+
+def test_a_task_that_is_learned_again_is_asked_again(config, command, tmp_path):
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    row = tmp_path / "run" / "01-upper" / "row.json"
+    before = row.stat().st_mtime_ns
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "01-upper" / "state.pt").unlink()
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    assert row.stat().st_mtime_ns > before
+
+
+def test_the_same_stream_by_another_path_goes_on(config, command, tmp_path, monkeypatch):
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    config["stream"]["root"] = "data"
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+
+
+def test_nothing_is_compared_twice(config, command, tmp_path, capsys):
+    arguments = command(config, "all", "--strategies", "lora", "--seeds", "0", "0")
+    arguments[1] = "compare"
+    assert "--seeds names one twice: 0 0" in refused(arguments, capsys)
+    assert not (tmp_path / "all").exists()
+
+
+def test_kinds_of_tokens_are_not_told_apart_without_guidance(config, command, capsys):
+    arguments = command(config, "tokens", "--settings", '{"dymoe": {"guidance": {"assign": false}}}')
+    arguments[1] = "diagnose"
+    assert "guidance.assign: false turns off" in refused(arguments, capsys)
+
+
+def test_a_bank_of_another_base_is_not_exported(config, command, llm, tmp_path, capsys):
+    copied = shutil.copytree(llm, tmp_path / "llm")
+    config["model"]["llm"] = str(copied)
+    assert main(command(config, "run", "--strategy", "lora")) == 0
+    weights = load_file(copied / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, copied / "model.safetensors")
+    arguments = ["continual", "export", str(tmp_path / "run"), str(tmp_path / "bank")]
+    assert "were trained on another model" in refused(arguments, capsys)

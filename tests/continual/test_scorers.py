@@ -34,6 +34,7 @@ def test_an_empty_answer_is_wrong(name):
         ("vqa", "kitty", ["cat", "kitty"], 1),
         ("number", "1,200.", ["1200"], 1),
         ("number", "about 3", ["3"], 0),
+        ("number", "+.5", ["0.5"], 1),
         ("grounding", "[1.0, 0.2, 0.9, 0.85]", ["[0, 0.2, 0.9, 0.85]"], 0),
         ("grounding", "[0.1, 0.2, 0.9, 0.85]", ["[0.1, 0.2, 0.9, 0.8]"], 1),
         ("anls", "hallo", ["hello"], 0.8),
@@ -48,19 +49,11 @@ def test_rules(name, prediction, answers, expected):
 @pytest.mark.parametrize(
     "said",
     [
-        "E. coli",
-        "e. coli.",
-        "A",
-        "a)",
-        "**A**",
-        "A: E. coli",
-        "A E. coli",
-        "Answer: A",
-        "Option A",
-        "The answer is a",
-    ]
-    + ["The answer is E. coli", "The correct answer is A because it moves", "Choice: (a)"]
-    + ["Option B is wrong, so the answer is A."],
+        *("A", "a)", "**A**", "[A]", "A: E. coli", "A E. coli", "A\nbecause it moves", "E. coli", "e. coli."),
+        *("Answer: A", "Option A", "Choice: (a)", "The answer is a", "The answer is E. coli"),
+        *("The correct answer is A because it moves", "The correct answer is option A"),
+        "Option B is wrong, so the answer is A.",
+    ],
 )
 def test_an_option_is_named_by_letter_or_text(said):
     options = {"A": "E. coli", "B": "S. aureus"}
@@ -68,7 +61,11 @@ def test_an_option_is_named_by_letter_or_text(said):
 
 
 @pytest.mark.parametrize(
-    "said", ["E", "E.", "A dog", "S. coli", "answers", "I do not know", "The answer is clear"]
+    "said",
+    [
+        *("E", "E.", "A dog", "S. coli", "answers", "I do not know", "The answer is clear"),
+        *("A, B, C", "A) or B)", "B and A", "The answer is A or B"),
+    ],
 )
 def test_no_option_is_named(said):
     assert [grade("choice", said, right, A="E. coli", B="S. aureus", C="x") for right in "ABC"] == [0, 0, 0]
@@ -103,6 +100,11 @@ def test_an_answer_without_words_is_not_in_everything(name, truth):
     assert grade(name, truth.lower(), truth) == 1
 
 
+def test_an_option_beside_the_right_one_is_a_guess():
+    truth = Truth(("B",), {"A": "the sun", "B": "the moon"})
+    assert knows("it is the moon", truth) and not knows("the sun or the moon", truth)
+
+
 def test_format_drift_is_told_from_lost_knowledge():
     truths = {"1": Truth(("3",)), "2": Truth(("4",)), "3": Truth(("2",))}
     grades = grade_all(scorer("exact"), {"1": "three", "2": "4", "3": "A dog."}, truths, "counting")
@@ -122,6 +124,8 @@ def test_what_does_not_fit():
     assert "no box" in SCORERS["grounding"].fits(Truth(("a dog",)))
     assert "no letter" in SCORERS["choice"].fits(Truth(("a dog",)))
     assert "'F' is none of the options A, B" in SCORERS["choice"].fits(Truth(("F",), {"A": "x", "B": "y"}))
+    assert "no box" in SCORERS["grounding"].fits(Truth(("[0.9, 0.8, 0.1, 0.2]",)))
+    assert SCORERS["vqa"].fits(Truth(("", "cat"))) == ""
     assert SCORERS["number"].fits(Truth(("three",))) == ""
     with pytest.raises(UserError, match="expected one of exact"):
         scorer("exakt")

@@ -56,7 +56,7 @@ def test_an_item_keeps_all_of_its_media_answers_and_options(tmp_path):
         ([{"question_id": 1, "text": "a"}], r"test.json\[0\]: expected turns, or the keys"),
         ([{"question_id": 1, "text": "a", "answer": "b"}] * 2, "the id '1' is that of"),
         ([{"question_id": 1, "text": "a", "answer": []}], r"a list of answers, found \[\]"),
-        ([{"question_id": 1, "text": "a", "answer": None}], "a list of answers, found None"),
+        ([{"question_id": 1, "text": "a", "answer": None}], "expected turns, or the keys"),
         ([{"question_id": 1, "text": "a", "answer": "b", "options": "no"}], 'expected "options" as a list'),
         (["a"], "expected an object"),
     ],
@@ -99,3 +99,14 @@ def test_what_is_refused(tmp_path):
             stream(tmp_path, **changes)
     with pytest.raises(UserError, match="stream.tasks is empty"):
         Stream(StreamConfig())
+
+
+def test_a_box_of_coin_is_the_answer(tmp_path):
+    boxes = [[0.1, 0.2, 0.3, 0.4], "[0.1, 0.2, 0.3, 0.4]"]
+    items = [
+        {"question_id": n, "text": "Where?", "answer": "the dog", "answer_bbox": box}
+        for n, box in enumerate(boxes)
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(items))
+    questions = read_questions(tmp_path / "test.json")
+    assert [question.truth.answers for question in questions] == [("[0.1, 0.2, 0.3, 0.4]",)] * 2
