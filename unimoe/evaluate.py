@@ -7,7 +7,7 @@
 ==================  ===========================================================================
 task                metrics
 ==================  ===========================================================================
-``vqa``             accuracy over annotators (Antol et al., 2015), exact match
+``vqa``             accuracy over annotators (Antol et al., 2015; any one of fewer than four), exact match
 ``choice``          accuracy of the chosen letter or option
 ``classification``  exact match; ``known``: the right name is in the answer, and no other
 ``caption``         CIDEr-D (pycocoevalcap), ROUGE-L
