@@ -20,7 +20,7 @@ from PIL import Image
 
 from unimoe.errors import UserError
 from unimoe.generate import generate
-from unimoe.testing import tiny_model
+from unimoe.testing import run_together, tiny_model
 
 INSTALLED = find_spec("lmms_eval") is not None
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,29 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_requests(asked):
         content = asked._sample(*request(number).args).messages
         batch = asked.processor.apply_chat_template([content], tokenize=True, add_generation_prompt=True)
         assert [answer] == generate(asked.model, asked.processor, batch, most)
+
+
+PROCESS = """
+import os, sys, types
+os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` says it
+stand_in = types.ModuleType("lmms_eval.api.model")
+stand_in.lmms = object
+for name in ("lmms_eval", "lmms_eval.api"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["lmms_eval.api.model"] = stand_in
+import torch
+from unimoe.lmms_eval import UniMoe
+model = UniMoe(sys.argv[1], device="cpu")
+questions = torch.tensor(3 + model._rank, device=model.device)
+print("shares", model._rank, model._world_size, model.accelerator.gather(questions).tolist())
+model.accelerator.wait_for_everyone()
+"""
+
+
+@pytest.mark.slow
+def test_every_process_knows_its_share(folder):
+    said = run_together(2, PROCESS, str(folder))
+    assert ["shares 0 2 [3, 4]" in said[0], "shares 1 2 [3, 4]" in said[1]] == [True, True], said
 
 
 def test_sounds_are_resampled_and_go_where_the_model_hears(asked, folder):

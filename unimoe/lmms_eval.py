@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from rich.progress import Progress
 
@@ -55,8 +56,11 @@ class UniMoe(lmms):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size}, expected a whole number of at least 1")
+        # the harness shares the questions out among the processes that accelerate launched, by these names
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if device is None and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            device = str(self.accelerator.device)
         self.model, self.processor = load_model(pretrained, "pretrained", device=device)
         self.batch_size, self.device = int(batch_size), self.model.device
         heard = [kind for kind in ("speech", "audio") if kind in self.processor.modalities]
