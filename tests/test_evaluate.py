@@ -7,7 +7,6 @@ from PIL import Image
 
 from unimoe import cli, evaluate, generate
 from unimoe.continual.questions import read_questions
-from unimoe.errors import UserError
 
 
 @pytest.fixture
@@ -118,10 +117,13 @@ def test_of_several_transcripts_the_nearest_counts(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(rows))
     questions = read_questions(tmp_path / "q.json")
     assert evaluate.METRICS["asr"]()(questions, {"a": "Hallo, there"})(questions) == {"WER": 0, "CER": 0}
-    (tmp_path / "q.json").write_text(json.dumps([{"text": "?", "answer": "..."}]))
-    questions = read_questions(tmp_path / "q.json")
-    with pytest.raises(UserError, match="the transcript holds no word"):
-        evaluate.METRICS["asr"]()(questions, {questions[0].id: "x"})
+
+
+def test_a_transcript_without_words(data, command, tmp_path, capsys):
+    data.write_text(json.dumps({"text": "What is said?", "answer": "...!"}))
+    assert command("--task", "asr") == 2
+    assert "asked.jsonl:1: the transcript holds no word" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ['{"id": 1}\n{"id": 2, "precious": true}', "[]\n", "1"])

@@ -177,7 +177,10 @@ def _identity(model: str) -> str:
 def _check_answers(task: str, questions: Sequence[Question]) -> None:
     rule = scorer(RULES[task])
     for question in questions:
-        if reason := rule.fits(question.truth):
+        reason = rule.fits(question.truth)
+        if task == "asr" and not any(map(str.isalnum, "".join(question.truth.answers))):
+            reason = "the transcript holds no word"
+        if reason:
             raise UserError(f"{question.sample.source}: {reason}, which --task {task} cannot score")
 
 
@@ -230,11 +233,12 @@ def _asr() -> Metric:
         said_of = {question.id: plain(answers[question.id]) for question in questions}
         right_of = {}
         for question in questions:
-            transcripts = [text for answer in question.truth.answers if (text := plain(answer))]
-            if not transcripts:
-                raise UserError(f"{question.sample.source}: the transcript holds no word")
-            said = said_of[question.id]
-            right_of[question.id] = min(transcripts, key=lambda text, said=said: jiwer.wer(text, said))
+            errors = {
+                text: jiwer.wer(text, said_of[question.id])
+                for text in map(plain, question.truth.answers)
+                if text
+            }
+            right_of[question.id] = min(errors, key=errors.__getitem__)
 
         def over(group: Sequence[Question]) -> dict[str, float]:
             right, said = ([of[question.id] for question in group] for of in (right_of, said_of))
