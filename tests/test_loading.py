@@ -10,8 +10,9 @@ from unimoe.training.result import STAGE_FILE, StageRecord
 
 
 @pytest.mark.parametrize("parent", ["runs/demo/assembled", "{here}/assembled"])
-def test_experts_have_the_names_of_the_manifest(tmp_path, parent):
+def test_experts_have_the_names_of_the_manifest(tmp_path, parent, monkeypatch):
     """Also where the run was moved, so that the folder which the record names is not there."""
+    monkeypatch.chdir(tmp_path)  # the working folder may hold a demo
     for name in ("assembled", "moe"):
         (tmp_path / name).mkdir()
     slots = "experts:\n  - {name: sight}\n  - {name: hearing}\n"
