@@ -19,13 +19,13 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe.build import build_model
-from unimoe.cli import main as unimoe
+from unimoe.commands.main import main as unimoe
 from unimoe.continual.learner import AdapterConfig, Learner
 from unimoe.continual.strategies import strategies
 from unimoe.data import Collator
 from unimoe.data.records import parse_record
-from unimoe.loading import load_model
+from unimoe.model.build import build_model
+from unimoe.model.loading import load_model
 from unimoe.testing import tiny_tokenizer
 
 ANIMALS = ["dog", "cat", "owl", "fox", "bee", "cow", "pig", "hen", "ant", "bat", "elk", "emu"]

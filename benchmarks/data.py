@@ -24,13 +24,13 @@ import torch
 from torch.nn import functional as nnf
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from unimoe.build import Built, build_model
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
 from unimoe.data.collate import IGNORED, real_tokens
-from unimoe.data.media import load_audio
-from unimoe.data.sprites import load_photos
-from unimoe.data.video import write_video
+from unimoe.media.decode import load_audio
+from unimoe.media.video import write_video
+from unimoe.model.build import Built, build_model
 from unimoe.prepare.cache import default_part
+from unimoe.synthetic.sprites import load_photos
 
 MODALITIES = {
     "image": {

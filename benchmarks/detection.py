@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import BertConfig, TimmBackboneConfig
 
 from unimoe.detection import DynamicDinoConfig, DynamicDinoForObjectDetection, PromptBatch
-from unimoe.detection.latency import decoder_latency, model_latency
-from unimoe.detection.moe_tuning import moe_tuning
+from unimoe.detection.evaluation.latency import decoder_latency, model_latency
+from unimoe.detection.model.moe_tuning import moe_tuning
 
 PAPER: dict[str, Any] = {
     "d_model": 256,

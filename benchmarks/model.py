@@ -24,9 +24,9 @@ from unittest.mock import patch
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from unimoe.build import build_model
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
+from unimoe.model.build import build_model
 from unimoe.moe.hf import register
 from unimoe.stages.trainable import LoRA, choose
 

@@ -35,15 +35,15 @@ import yaml
 from transformers import AutoConfig
 
 from unimoe.data import Collator, FeatureCache, Sample
-from unimoe.demo.clips import ASSETS
 from unimoe.demo.evaluate import Question, ask, perplexity, read_questions
 from unimoe.demo.steps import note_settings, shipped
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, file_hash
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 from unimoe.moe import MoEConfig
 from unimoe.stages.assemble import assemble
 from unimoe.stages.cli import main as stages_cli
+from unimoe.synthetic.clips import ASSETS
 from unimoe.training.loss import answer_loss
 
 MIXES = {

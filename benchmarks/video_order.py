@@ -27,14 +27,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe.build import Built, build_model
 from unimoe.data.collate import IGNORED
-from unimoe.data.concepts import BY_NAME, Concept
-from unimoe.data.sprites import load_photos, open_artist, split_photos
-from unimoe.demo.questions import normalise
-from unimoe.demo.scenes import SIZE, single
-from unimoe.generate import generate
+from unimoe.inference.generate import generate
+from unimoe.model.build import Built, build_model
 from unimoe.prepare.cache import default_part
+from unimoe.synthetic.concepts import BY_NAME, Concept
+from unimoe.synthetic.questions import normalise
+from unimoe.synthetic.scenes import SIZE, single
+from unimoe.synthetic.sprites import load_photos, open_artist, split_photos
 from unimoe.testing import tiny_tokenizer
 
 NAMES = ("dog", "owl", "bee", "apple", "pizza", "cactus", "bus", "rocket", "key", "gift")

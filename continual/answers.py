@@ -7,14 +7,14 @@ import torch
 
 from unimoe.continual.strategies import Strategy
 from unimoe.continual.strategies.dymoe import IncMoELoRA
-from unimoe.generate import ask_all, to_device
+from unimoe.evaluation.questions import Question
+from unimoe.evaluation.scorers import grade_all, scorer
+from unimoe.inference.generate import ask_all, to_device
 from unimoe.training.loss import last_hidden
 from unimoe.training.ranks import own_share, union_over_ranks
 
 from .guidance import TYPES
-from .questions import Question
 from .routing_log import by_block
-from .scorers import grade_all, scorer
 from .stream import Experience
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
+from unimoe.moe.lora_linear import AdaptedLinear, Bank, OpenGate
 
-from .adapters import AdaptedLinear, Bank, OpenGate
 from .router import CosineTopK, SoftmaxGate
 
 BANK_FILE = "bank.safetensors"
@@ -36,7 +36,7 @@ def export_bank(
 
     Args:
         folder: an export that is there is replaced; UserError for a folder that holds anything else.
-        layers: as :func:`unimoe.continual.adapters.adapt` returned them.
+        layers: as :func:`unimoe.moe.lora_linear.adapt` returned them.
         prefix: path of the decoder inside the model that peft will load it on, such as ``model`` for a
             ``LlamaForCausalLM``.
     """

@@ -17,11 +17,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
-from unimoe.generate import to_device
-from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.processing import UniMoeProcessor
-
-from .adapters import PROJECTIONS, AdaptedLinear, adapt, adapter_size, plain_rank
+from unimoe.inference.generate import to_device
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
+from unimoe.moe.lora_linear import PROJECTIONS, AdaptedLinear, adapt, adapter_size, plain_rank
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from unimoe.artifacts import differences, flatten
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.training.result import differences, flatten
 
 from .metrics import METRICS, spread
 

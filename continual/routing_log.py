@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unimoe.moe.lora_linear import block_of
 from unimoe.training.ranks import mean_over_ranks
 
-from .adapters import block_of
 from .guidance import Observation
 
 

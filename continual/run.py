@@ -23,15 +23,15 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from unimoe.build import build_model
+from unimoe.artifacts import differences, flatten
 from unimoe.continual.strategies import Strategy
 from unimoe.continual.strategies.dymoe import IncMoELoRA
 from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
-from unimoe.loading import load_model
+from unimoe.model.build import build_model
+from unimoe.model.loading import load_model
 from unimoe.training.progress import clock
 from unimoe.training.ranks import own_share
-from unimoe.training.result import differences, flatten
 from unimoe.training.resume import remove
 from unimoe.training.sharding import gathered_in
 

@@ -17,9 +17,8 @@ from typing import Any
 
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
-
-from .questions import Question, read_questions
-from .scorers import VERSION, scorer
+from unimoe.evaluation.questions import Question, read_questions
+from unimoe.evaluation.scorers import VERSION, scorer
 
 
 @dataclass
@@ -33,7 +32,7 @@ class TaskConfig:
     test: str
     """File of questions: the same, or the test items of CoIN, UCIT and MLLM-CL."""
     scorer: str = "exact"
-    """How answers are graded, a key of :data:`unimoe.continual.scorers.SCORERS`."""
+    """How answers are graded, a key of :data:`unimoe.evaluation.scorers.SCORERS`."""
     prompt: str = "{question}"
     """What becomes of each user text, in training and test alike."""
     steps: int | None = None

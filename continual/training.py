@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import all_reduce
 
 from unimoe.continual.strategies import Strategy
-from unimoe.data.mix import MixedBatchSampler
+from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.errors import UserError, first_line
 from unimoe.training.curve import CurveLogger
 from unimoe.training.elastic import check_processes, own_store

@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModelForZeroShotObjectDetection
 
-from .configuration import DynamicDinoConfig
-from .modeling import DynamicDinoForObjectDetection
-from .output import DynamicDinoOutput, Target
-from .prompt import Prompt, PromptBatch, chunk_names
+from unimoe.detection.model.configuration import DynamicDinoConfig
+from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.output import DynamicDinoOutput, Target
+from unimoe.detection.model.prompt import Prompt, PromptBatch, chunk_names
 
 AutoConfig.register("dynamic_dino", DynamicDinoConfig, exist_ok=True)
 AutoModelForZeroShotObjectDetection.register(DynamicDinoConfig, DynamicDinoForObjectDetection, exist_ok=True)

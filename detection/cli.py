@@ -6,13 +6,13 @@ unimoe fit -c configs/dynamic_dino/base.yaml [--output runs/base] [--data.steps 
 import json
 from typing import Any
 
+from unimoe.artifacts import write_model
+from unimoe.detection.data.datamodule import DetectionData
+from unimoe.detection.evaluation.evaluate import present
+from unimoe.detection.model.loading import DETECTOR
 from unimoe.files import atomic_write
 from unimoe.training.cli import RunCLI, run_cli
-from unimoe.training.result import write_model
 
-from .datamodule import DetectionData
-from .evaluate import present
-from .loading import DETECTOR
 from .module import DetectionModule
 
 

@@ -11,30 +11,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from unimoe.detection.data.batches import Batch, Question
+from unimoe.detection.data.text_cache import TextFeatureCache
+from unimoe.detection.evaluation.analysis import effective_partners, together, unmoved_twins, visits
+from unimoe.detection.evaluation.evaluation import Evaluation, Style
+from unimoe.detection.evaluation.scoring import Judge
+from unimoe.detection.model.build import build_detector
+from unimoe.detection.model.criterion import CriterionConfig, DetectionCriterion
+from unimoe.detection.model.denoising import DenoisingConfig, make_denoising
+from unimoe.detection.model.loading import load_detector
+from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.moe_tuning import freeze_for_tuning, moe_tuning
 from unimoe.errors import UserError
 from unimoe.moe import LayerRecord, MoEConfig, load_balance, record
 from unimoe.training.module import ResumableModule, Schedule, load_columns
 from unimoe.training.ranks import data_ranks, mean_over_ranks
 from unimoe.training.sharding import foreach, shard
 
-from .analysis import effective_partners, together, unmoved_twins, visits
-from .batches import Batch, Question
-from .build import build_detector
-from .criterion import CriterionConfig, DetectionCriterion
-from .denoising import DenoisingConfig, make_denoising
-from .evaluation import Evaluation, Style
-from .loading import load_detector
-from .modeling import DynamicDinoForObjectDetection
-from .moe_tuning import freeze_for_tuning, moe_tuning
-from .scoring import Judge
-from .text_cache import TextFeatureCache
-
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class MoETuning:
-    """How a dense detector becomes a mixture of experts (:mod:`unimoe.detection.moe_tuning`)."""
+    """How a dense detector becomes a mixture of experts (:mod:`unimoe.detection.model.moe_tuning`)."""
 
     copies: int = 8
     """Of each decoder FFN."""
@@ -82,7 +81,7 @@ class DetectionModule(ResumableModule):
         Args:
             init_from: folder of an earlier run; or else give ``detector``.
             detector: of a fresh start: ``backbone``, ``weights``, ``text_encoder`` and fields of
-                DynamicDinoConfig, as :func:`unimoe.detection.build.build_detector` takes them.
+                DynamicDinoConfig, as :func:`unimoe.detection.model.build.build_detector` takes them.
             moe: turns the decoder's FFNs into experts and freezes what the paper freezes.
             trainable: shell patterns of the parameters that train (default: all, or what MoE-Tuning trains).
             freeze_encoders: keep backbone and text encoder as they are.

@@ -53,7 +53,7 @@ class Encoder(nn.Module):
     hidden_size: int
     """D, the width of the features."""
     preprocessing: dict[str, Any]
-    """What the processor has to know, JSON-able; see ``unimoe.preprocessing``."""
+    """What the processor has to know, JSON-able; see ``unimoe.model.preprocessing``."""
 
     def __init__(self, config: Any):
         super().__init__()

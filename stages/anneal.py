@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from unimoe.errors import UserError
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 
 COEFFICIENTS = ("balance_coef", "z_coef")
 

@@ -24,22 +24,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from unimoe.data.readers import data_files, data_hashes
+from unimoe.artifacts import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
+from unimoe.data.read import data_files, data_hashes
 from unimoe.errors import UserError
-from unimoe.loading import find_model, load_model
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.loading import find_model, load_model
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import MoEConfig, SwiGLUExperts, cut_swiglu, install_moe
 from unimoe.moe.install import moe_layers
-from unimoe.processing import UniMoeProcessor
-from unimoe.training.result import (
-    StageRecord,
-    check_same,
-    clear,
-    flatten,
-    folder_hash,
-    read_record,
-    write_result,
-)
 
 from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
 from .router_start import RouterStart, start_routers

@@ -8,9 +8,9 @@ The same command again goes on where it was cut off, and says so when the stage 
 import logging
 from typing import Any
 
-from unimoe.loading import find_model
+from unimoe.artifacts import write_model, write_result
+from unimoe.model.loading import find_model
 from unimoe.training.cli import RunCLI, run_cli
-from unimoe.training.result import write_model, write_result
 
 from .data import StageData
 from .experts_file import save_expert

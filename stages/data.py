@@ -14,11 +14,11 @@ from torch.nn import functional as nnf
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
 from unimoe.data.collate import TooLong
-from unimoe.data.mix import MixedBatchSampler
+from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.stream import SampleStream
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
-from unimoe.modeling import MEDIA_INPUTS, Encoded
+from unimoe.model.modeling import MEDIA_INPUTS, Encoded
 from unimoe.training.loader import ResumableLoader, StepSampler
 from unimoe.training.ranks import data_ranks
 

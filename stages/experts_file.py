@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.files import file_hash
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import read_swiglu
 
 FORMAT = 1

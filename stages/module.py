@@ -9,14 +9,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from unimoe.build import Built, add_modalities, build_model
 from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
-from unimoe.loading import load_model
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.build import Built, add_modalities, build_model
+from unimoe.model.loading import load_model
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import load_balance, pair_counts, record
 from unimoe.moe.records import join
-from unimoe.processing import UniMoeProcessor
 from unimoe.training.loss import answer_loss
 from unimoe.training.module import ResumableModule, Schedule, load_columns
 from unimoe.training.ranks import data_ranks, mean_over_ranks
@@ -70,10 +70,11 @@ class StageModule(ResumableModule):
             init_from: folder of an earlier stage or of ``unimoe assemble``; or else give ``llm``.
             llm: language model of a fresh start: ``default``, a local folder or a hub id.
             modalities: ``encoder`` and ``connector`` of each medium of a fresh start, as
-                :func:`unimoe.build.build_model` takes them; with ``init_from`` media that are added to it.
+                :func:`unimoe.model.build.build_model` takes them; with ``init_from`` media that are added
+                to it.
             moe: fields of MoEConfig, to copy the FFNs of a fresh start into experts.
             chat_template: of a fresh start: ``chatml``, a Jinja template, or the tokenizer's own.
-            rope_sections: of a fresh start whose media have times (:mod:`unimoe.positions`).
+            rope_sections: of a fresh start whose media have times (:mod:`unimoe.model.rope_3d`).
             warm_start: modalities whose connector starts from ridge regression on the named samples of the
                 training data.
             trainable: parameters that train in full, by name pattern.

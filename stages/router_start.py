@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.data import Collator, FeatureCache, Sample, read_samples
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import OneExpert, TopK, TopP, current_context
 from unimoe.moe.install import moe_layers
-from unimoe.processing import UniMoeProcessor
 
 log = logging.getLogger(__name__)
 

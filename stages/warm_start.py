@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from unimoe.data import Sample, parse_record
-from unimoe.data.readers import read_records
+from unimoe.data.read import read_records
 from unimoe.encoders import ridge_init
 from unimoe.errors import UserError
-from unimoe.modeling import Encoded, UniMoeForConditionalGeneration
-from unimoe.processing import UniMoeProcessor
+from unimoe.model.modeling import Encoded, UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
 
 log = logging.getLogger(__name__)
 

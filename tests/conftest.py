@@ -94,7 +94,7 @@ def tiny_parts(tmp_path_factory) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    from unimoe.data.concepts import HELD_OUT, TRAINED
+    from unimoe.synthetic.concepts import HELD_OUT, TRAINED
 
     root = tmp_path_factory.mktemp("tiny_parts")
     for name in ("sprites", "photos"):

@@ -25,9 +25,9 @@ import soundfile
 import yaml
 from PIL import Image
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.data.records import parse_record
-from unimoe.data.video import write_video
+from unimoe.media.video import write_video
 from unimoe.stages.assemble import read_manifest
 from unimoe.testing import VIDEO, tiny_model
 

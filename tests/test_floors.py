@@ -17,30 +17,25 @@ FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]
 FLOORS = {
     "unimoe.errors": 0,
     "unimoe.files": 0,
+    "unimoe.artifacts": 0,
     "unimoe.kernels": 1,
     "unimoe.encoders": 1,
+    "unimoe.media": 1,  # decodes files; knows nothing of the model
     "unimoe.prepare": 1,  # fetches and converts files; knows nothing of the model
     "unimoe.moe": 2,
     "unimoe": 3,  # unimoe/__init__.py, which registers the model
-    "unimoe.build": 3,
-    "unimoe.configuration": 3,
-    "unimoe.modeling": 3,
-    "unimoe.positions": 3,
-    "unimoe.preprocessing": 3,
-    "unimoe.processing": 3,
-    "unimoe.prompt": 3,
-    "unimoe.registration": 3,
-    "unimoe.data": 3,
-    "unimoe.generate": 3,
-    "unimoe.loading": 3,
-    "unimoe.traffic": 3,
-    "unimoe.training": 3,
-    "unimoe.stages": 4,
-    "unimoe.detection": 4,
-    "unimoe.continual": 4,
+    "unimoe.model": 3,
+    "unimoe.data": 4,
+    "unimoe.analysis": 4,
+    "unimoe.inference": 5,
+    "unimoe.training": 5,
+    "unimoe.evaluation": 6,
+    "unimoe.stages": 7,
+    "unimoe.detection": 7,
+    "unimoe.continual": 7,
 }
-TOP = 5
-NEIGHBOURS = {name for name, floor in FLOORS.items() if floor == 4}  # they do not import one another
+TOP = 8
+NEIGHBOURS = {"unimoe.stages", "unimoe.detection", "unimoe.continual"}  # they do not import one another
 BARE = {"encoders", "stages", "detection", "continual", "kernels"}
 
 

@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_file(wheel):
 def test_the_wheel_brings_licence_and_command(wheel):
     (info,) = wheel.glob("unimoe-*.dist-info")
     assert (info / "licenses/LICENSE").read_text().strip().startswith("Apache License")
-    assert "unimoe = unimoe.cli:main" in (info / "entry_points.txt").read_text()
+    assert "unimoe = unimoe.commands.main:main" in (info / "entry_points.txt").read_text()
 
 
 def test_the_wheel_is_imported_without_the_checkout(wheel, tmp_path):

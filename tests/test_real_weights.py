@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from unimoe.build import build_model
+from unimoe.model.build import build_model
 
 pytestmark = pytest.mark.weights
 TEXT = "The fox slept under the old apple tree, and nobody in the village knew why it had come back."

@@ -27,6 +27,6 @@ def __getattr__(name: str) -> Any:
     """The model's classes, imported when first asked for."""
     if name not in ("UniMoeConfig", "UniMoeModel", "UniMoeForConditionalGeneration", "UniMoeProcessor"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import registration
+    from unimoe.model import registration
 
     return getattr(registration, name)

@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from unimoe.model.build import Built, build_model
+from unimoe.model.chat_template import CHATML
 from unimoe.training.curve import read_curve
-
-from .build import Built, build_model
-from .prompt import CHATML
 
 IMAGE = {
     "encoder": {"type": "timm", "name": "test_efficientnet", "image_size": 64},

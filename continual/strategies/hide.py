@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimoe.continual.adapters import block_of
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
+from unimoe.moe.lora_linear import block_of
 
 from .base import Strategy
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unimoe.continual.cli import _parser, _settings, strategy_of
-from unimoe.continual.scorers import SCORERS
+from unimoe.evaluation.scorers import SCORERS
 
 FOLDER = Path(str(files("unimoe.configs").joinpath("continual")))
 PATHS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "align.yaml")

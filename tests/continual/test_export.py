@@ -5,10 +5,10 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe.continual.adapters import adapt
 from unimoe.continual.export import export_bank, import_bank
 from unimoe.continual.router import CosineTopK
 from unimoe.errors import UserError
+from unimoe.moe.lora_linear import adapt
 
 
 def causal(seed=0):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unimoe.continual.adapters import AdaptedLinear
 from unimoe.continual.guidance import (
     AMBIGUOUS,
     NEW,
@@ -22,6 +21,7 @@ from unimoe.continual.guidance import (
 )
 from unimoe.continual.router import CosineTopK
 from unimoe.errors import UserError
+from unimoe.moe.lora_linear import AdaptedLinear
 
 
 def slow_type(row, old, tau):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from unimoe.cli import main
+from unimoe.commands.main import main
 from unimoe.testing import run_together
 from unimoe.training.curve import read_curve
 
@@ -16,7 +16,7 @@ HOOKS = ("dymoe_apart", "ewc", "hide", "lwf", "olora", "replay", "same_router")
 
 RUN = """
 import logging, sys
-from unimoe.cli import main
+from unimoe.commands.main import main
 logging.basicConfig(format="%(message)s")
 logging.getLogger("unimoe").setLevel(logging.INFO)
 for path in sys.argv[1:]:
@@ -26,7 +26,7 @@ for path in sys.argv[1:]:
 
 KILLED = """
 import os, signal, sys
-from unimoe.cli import main
+from unimoe.commands.main import main
 from unimoe.continual.training import TaskModule
 
 learn = TaskModule.training_step

@@ -1,4 +1,4 @@
-from unimoe.cli import main
+from unimoe.commands.main import main
 
 
 def test_theory(tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unimoe.cli import main
+from unimoe.commands.main import main
 from unimoe.continual.strategies import strategies
 
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from unimoe.continual.questions import read_questions
 from unimoe.continual.stream import Stream, StreamConfig, TaskConfig
 from unimoe.errors import UserError
+from unimoe.evaluation.questions import read_questions
 
 
 def write(path, records):

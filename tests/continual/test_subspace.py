@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from unimoe.cli import main
+from unimoe.commands.main import main
 from unimoe.continual.subspace import principal
 
 

@@ -11,10 +11,10 @@ import pytest
 import soundfile
 from PIL import Image
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.data import read_samples, write_samples
 from unimoe.data.check import check_conversations
-from unimoe.data.faults import FAULTS
+from unimoe.data.errors import FAULTS
 
 
 def png(colour):

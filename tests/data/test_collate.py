@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from unimoe.data import Collator, ModalityBatchSampler, parse_record
 from unimoe.data.collate import IGNORED, real_tokens
-from unimoe.data.video import write_video
 from unimoe.errors import UserError
+from unimoe.media.video import write_video
 from unimoe.moe import record
 from unimoe.moe.records import join
 from unimoe.testing import AUDIO, SPEECH, VIDEO, tiny_model

@@ -5,9 +5,9 @@ import tarfile
 import pytest
 
 from unimoe.data import read_samples
-from unimoe.data.media import frame_parts, media_bytes
 from unimoe.data.shards import shard_records
 from unimoe.errors import UserError
+from unimoe.media.decode import frame_parts, media_bytes
 
 ASKED = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}]
 

@@ -3,9 +3,9 @@ import sys
 import pytest
 
 from unimoe.data import read_samples
-from unimoe.data.media import describe, media_bytes
-from unimoe.data.readers import data_files, stream_samples
+from unimoe.data.read import data_files, stream_samples
 from unimoe.errors import UserError
+from unimoe.media.decode import describe, media_bytes
 
 datasets = pytest.importorskip("datasets")
 

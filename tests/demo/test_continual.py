@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.demo import continual as subject
 from unimoe.demo import steps
 from unimoe.files import atomic_write

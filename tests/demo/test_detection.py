@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.demo import detection as subject
 from unimoe.demo import steps
 from unimoe.demo.detection_report import summarise
-from unimoe.detection.generate import SceneConfig, build_scenes
+from unimoe.synthetic.detection_scenes import SceneConfig, build_scenes
 
 
 def evaluation(seen: float, unseen: float, **more) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.demo import run as subject
 from unimoe.demo.run import STEPS, Demo
 from unimoe.demo.steps import Step

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.demo import run as subject
 from unimoe.demo import steps
-from unimoe.demo.build import BuildConfig, build_data
+from unimoe.synthetic.multimodal import BuildConfig, build_data
 from unimoe.testing import IMAGE, SPEECH, VIDEO, save_tiny_llm
 
 SMALL = BuildConfig(

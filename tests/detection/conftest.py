@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from unimoe.detection import DynamicDinoConfig, DynamicDinoForObjectDetection, Prompt, PromptBatch
-from unimoe.detection.build import build_detector
+from unimoe.detection.model.build import build_detector
 
 WORDS = [
     "[PAD]",

@@ -7,12 +7,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.testing import assert_same_run, run_together
 
 FIT = """
 import sys
-from unimoe.cli import main
+from unimoe.commands.main import main
 for path in sys.argv[1:]:
     assert main(["fit", "-c", path]) == 0
 """

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from unimoe import cli
-from unimoe.detection.datamodule import DetectionData
-from unimoe.detection.loading import load_detector
+from unimoe.commands import main as cli
+from unimoe.commands.fit import system
+from unimoe.detection.data.datamodule import DetectionData
+from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
-from unimoe.fit import system
 from unimoe.training.curve import read_curve
 from unimoe.training.resume import saved_step
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from torch.testing import assert_close
 
-from unimoe import cli
-from unimoe.detect import find_files, split_prompt
-from unimoe.detection.drawing import draw_boxes
-from unimoe.detection.predictor import Detector
+from unimoe.commands import main as cli
+from unimoe.commands.detect import find_files, split_prompt
+from unimoe.detection.inference.drawing import draw_boxes
+from unimoe.detection.inference.predictor import Detector
 from unimoe.errors import UserError
 
 WITH_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -144,7 +144,7 @@ def test_an_exported_file_answers_as_the_model(folder, pictures, tmp_path, capsy
     assert cli.main(["detect", str(file), str(pictures), "--prompt", "dog"]) == 2
     assert "was exported for other names" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"expected a file name that ends with \.onnx"):
-        from unimoe.detection.onnx import export_onnx
+        from unimoe.detection.inference.onnx import export_onnx
 
         model = Detector.load(folder, ["cat"]).model
         export_onnx(model, None, ["cat"], tmp_path / "m.txt")

@@ -13,9 +13,9 @@ import soundfile
 from huggingface_hub import InferenceClient
 from PIL import Image
 
-from unimoe.data.media import load_audio, load_image
-from unimoe.data.video import write_video
-from unimoe.generate import generate
+from unimoe.inference.generate import generate
+from unimoe.media.decode import load_audio, load_image
+from unimoe.media.video import write_video
 from unimoe.serve.answer import Answer
 from unimoe.serve.batch import RunningBatch
 from unimoe.serve.engine import EngineConfig

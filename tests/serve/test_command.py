@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from unimoe import cli
+from unimoe.commands import main as cli
 from unimoe.serve.command import serve
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from unimoe.errors import UserError
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 from unimoe.serve.media import MediaLimits, MediaReader
 from unimoe.serve.protocol import Message, Url, VideoPart
 

@@ -9,7 +9,7 @@ import yaml
 
 from unimoe.data import Collator, read_samples
 from unimoe.errors import UserError
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
 from unimoe.stages.assemble import assemble

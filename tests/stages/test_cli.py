@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from unimoe.cli import main as unimoe
+from unimoe.commands.main import main as unimoe
 from unimoe.data import read_samples, write_samples
 from unimoe.errors import UserError
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 from unimoe.stages.module import StageModule
 from unimoe.training.curve import read_curve
 
@@ -34,7 +34,7 @@ def test_a_stage_leaves_a_model_and_its_record(world, aligned):
 
 
 def test_what_is_frozen_stays(world, align, fit, tmp_path):
-    from unimoe.build import build_model
+    from unimoe.model.build import build_model
 
     fit(align)
     torch.manual_seed(0)

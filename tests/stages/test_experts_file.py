@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 from unimoe.stages.experts_file import (
     base_fingerprint,
     ffn_tensors,

@@ -20,9 +20,9 @@ import torch
 import yaml
 from transformers import LlavaConfig
 
-from unimoe.configuration import UniMoeConfig
-from unimoe.convert import image_modality
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.configuration import UniMoeConfig
+from unimoe.model.convert import image_modality
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import moe_layers
 from unimoe.stages.assemble import read_manifest

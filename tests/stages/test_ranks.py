@@ -7,8 +7,8 @@ import torch
 import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from unimoe.consolidate import consolidate
-from unimoe.loading import load_model
+from unimoe.commands.consolidate import consolidate
+from unimoe.model.loading import load_model
 from unimoe.testing import IMAGE, SPEECH, assert_same_run, run_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

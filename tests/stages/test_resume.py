@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from unimoe.consolidate import consolidate
+from unimoe.commands.consolidate import consolidate
 from unimoe.errors import UserError
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 from unimoe.stages.cli import main
 from unimoe.testing import IMAGE, SPEECH, assert_same_run
 from unimoe.training.curve import read_curve

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 from unimoe.moe.install import moe_layers
 from unimoe.stages.assemble import assemble
 from unimoe.testing import BEATS

@@ -1,14 +1,15 @@
 """Data: files -> Samples -> batches of like with like -> the model's inputs with labels."""
 
+from unimoe.media.decode import load_audio, load_image
+from unimoe.media.video import load_video
+
 from .collate import Collator
-from .features import FeatureCache
-from .media import load_audio, load_image
-from .readers import read_samples
+from .feature_cache import FeatureCache
+from .read import read_samples
 from .records import parse_record
 from .sample import Message, Part, Sample
 from .sampler import ModalityBatchSampler
-from .video import load_video
-from .writers import write_samples
+from .write import write_samples
 
 __all__ = [
     "Collator",

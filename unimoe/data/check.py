@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from unimoe.errors import UserError
+from unimoe.media.decode import check_audio, frame_parts, load_image, media_bytes, open_media
+from unimoe.media.video import load_video
 
-from .faults import DataError, Fault
-from .media import check_audio, frame_parts, load_image, media_bytes, open_media
-from .readers import data_files, line_numbers, scan_records
+from .errors import DataError, Fault
+from .read import data_files, line_numbers, scan_records
 from .records import parse_record
 from .sample import Part, Sample
-from .video import load_video
 
 _DECODE: dict[str, Callable[[Part, str], Any]] = {
     "image": load_image,

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unimoe.configuration import PLACEHOLDERS
 from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
-from unimoe.positions import Span, picture_span
+from unimoe.media.decode import describe
+from unimoe.model.configuration import PLACEHOLDERS
+from unimoe.model.rope_3d import Span, picture_span
 
-from .features import FeatureCache
-from .media import describe
+from .feature_cache import FeatureCache
 from .sample import Message, Part, Sample
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unimoe.configuration import MEDIA
+from unimoe.model.configuration import MEDIA
 
-from .faults import DataError
+from .errors import DataError
 from .sample import Message, Part, Sample
 
 ROLES = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unimoe.configuration import MEDIA
 from unimoe.files import data_url
+from unimoe.model.configuration import MEDIA
 
 Part = dict[str, Any]
 """``{"type": "text", "text": str}`` or ``{"type": one of MEDIA, ...}`` with the medium under one of ``path``

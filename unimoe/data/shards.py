@@ -15,7 +15,7 @@ from typing import Any
 
 from unimoe.errors import UserError
 
-from .faults import DataError
+from .errors import DataError
 from .records import COLUMNS, TURNS
 from .stored import TarMember
 

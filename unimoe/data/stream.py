@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from unimoe.errors import UserError
 
-from .readers import data_files, stream_samples
+from .read import data_files, stream_samples
 from .sample import Sample
 from .sampler import cut_batches
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from unimoe.build import prepare_tokenizer
-from unimoe.configuration import MEDIA
 from unimoe.errors import UserError, first_line
+from unimoe.model.build import prepare_tokenizer
+from unimoe.model.configuration import MEDIA
+from unimoe.model.processing import UniMoeProcessor
 from unimoe.prepare.cache import resolve_part
-from unimoe.processing import UniMoeProcessor
 
 from .sample import Part
 

@@ -11,15 +11,16 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from unimoe.artifacts import STAGE_FILE
 from unimoe.continual.cli import compare
-from unimoe.demo.build import BuildConfig, build_data
-from unimoe.demo.console import say
-from unimoe.demo.steps import PREPARE, Step, configuration, exists, never, run_steps, shipped
-from unimoe.demo.tasks import build_tasks
 from unimoe.errors import UserError
 from unimoe.stages.cli import main as stages_cli
+from unimoe.synthetic.continual_tasks import build_tasks
+from unimoe.synthetic.multimodal import BuildConfig, build_data
 from unimoe.training.progress import clock
-from unimoe.training.result import STAGE_FILE
+
+from .console import say
+from .steps import PREPARE, Step, configuration, exists, never, run_steps, shipped
 
 DEFAULT_OUTPUT = "runs/continual"
 """The folder that the configurations name."""

@@ -13,21 +13,22 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from unimoe.demo import console
-from unimoe.demo.detection_report import SPLITS, make_report
-from unimoe.demo.steps import PREPARE, Step, configuration, exists, never, note_settings, run_steps, shipped
-from unimoe.detection.analysis import expert_use
+from unimoe.artifacts import STAGE_FILE
 from unimoe.detection.cli import main as fit
-from unimoe.detection.datamodule import questions
-from unimoe.detection.dataset import DetectionSet
-from unimoe.detection.formats import read_detection
-from unimoe.detection.generate import SceneConfig, build_scenes
-from unimoe.detection.latency import decoder_latency
-from unimoe.detection.loading import load_detector
-from unimoe.detection.scoring import score
+from unimoe.detection.data.datamodule import questions
+from unimoe.detection.data.dataset import DetectionSet
+from unimoe.detection.data.formats import read_detection
+from unimoe.detection.evaluation.analysis import expert_use
+from unimoe.detection.evaluation.latency import decoder_latency
+from unimoe.detection.evaluation.scoring import score
+from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.training.result import STAGE_FILE
+from unimoe.synthetic.detection_scenes import SceneConfig, build_scenes
+
+from . import console
+from .detection_report import SPLITS, make_report
+from .steps import PREPARE, Step, configuration, exists, never, note_settings, run_steps, shipped
 
 DEFAULT_OUTPUT = "runs/demo-detection"
 """The folder that the configurations name."""

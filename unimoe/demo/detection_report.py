@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from unimoe import __version__
-from unimoe.detection.drawing import draw_boxes
-from unimoe.figures import expert_history, expert_maps, loss_curves
+from unimoe.analysis.plots import expert_history, expert_maps, loss_curves
+from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.files import atomic_write, data_url
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock

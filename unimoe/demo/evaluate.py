@@ -17,19 +17,20 @@ from typing import Any
 
 import torch
 
+from unimoe.analysis.routing_stats import Traffic
 from unimoe.data import Collator, FeatureCache, Sample
-from unimoe.data.readers import read_records
+from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
-from unimoe.demo.progress import progress
-from unimoe.demo.questions import normalise
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.generate import ask_all, count_parameters, to_device
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.inference.generate import ask_all, count_parameters, to_device
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
-from unimoe.processing import UniMoeProcessor
-from unimoe.traffic import Traffic
+from unimoe.synthetic.questions import normalise
+
+from .progress import progress
 
 log = logging.getLogger(__name__)
 

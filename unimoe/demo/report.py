@@ -12,12 +12,13 @@ from typing import Any
 import jinja2
 
 from unimoe import __version__
-from unimoe.demo.evaluate import EXTENDED, TITLES, read_questions
-from unimoe.figures import load_maps, loss_curves
+from unimoe.analysis.plots import load_maps, loss_curves
 from unimoe.files import atomic_write, data_url
-from unimoe.loading import expert_names
+from unimoe.model.loading import expert_names
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock
+
+from .evaluate import EXTENDED, TITLES, read_questions
 
 MODELS = {"moe": "mixture of experts", "dense": "dense control", "start": "untrained start"}
 SHORT = {"moe": "experts", "dense": "dense", "start": "start"}

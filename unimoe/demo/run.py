@@ -18,32 +18,24 @@ import torch
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
-from unimoe.build import Built, build_model
+from unimoe.artifacts import STAGE_FILE
 from unimoe.data import FeatureCache
-from unimoe.demo import console
-from unimoe.demo.build import build_data
-from unimoe.demo.clips import ASSETS
-from unimoe.demo.evaluate import evaluate, read_questions
-from unimoe.demo.floors import measure_floors
-from unimoe.demo.report import FLOORS, MODELS, PICTURE_SETS, make_report
-from unimoe.demo.steps import (
-    PREPARE,
-    Step,
-    configuration,
-    exists,
-    never,
-    note_settings,
-    run_steps,
-    shipped,
-)
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder, atomic_write
-from unimoe.loading import load_model
+from unimoe.model.build import Built, build_model
+from unimoe.model.loading import load_model
 from unimoe.prepare import default_part
 from unimoe.stages.assemble import assemble
 from unimoe.stages.cli import main as stages_cli
+from unimoe.synthetic.clips import ASSETS
+from unimoe.synthetic.multimodal import build_data
 from unimoe.training.progress import clock
-from unimoe.training.result import STAGE_FILE
+
+from . import console
+from .baselines import measure_floors
+from .evaluate import evaluate, read_questions
+from .report import FLOORS, MODELS, PICTURE_SETS, make_report
+from .steps import PREPARE, Step, configuration, exists, never, note_settings, run_steps, shipped
 
 DEFAULT_OUTPUT = "runs/demo"
 """The folder that the configurations name."""

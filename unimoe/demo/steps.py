@@ -11,14 +11,15 @@ from typing import Any, Protocol
 
 import yaml
 
-from unimoe.demo import console
+from unimoe.artifacts import read_record
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.prepare import prepare
 from unimoe.prepare.cache import cache_folder, fault
 from unimoe.prepare.parts import PARTS
 from unimoe.training.progress import clock
-from unimoe.training.result import read_record
+
+from . import console
 
 
 class Run(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 
 from .text import TextStream
 

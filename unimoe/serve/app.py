@@ -22,8 +22,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unimoe.errors import UserError
-from unimoe.modeling import UniMoeForConditionalGeneration
-from unimoe.processing import UniMoeProcessor
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
 
 from .answer import Answer, Piece
 from .engine import Busy, Engine, EngineConfig

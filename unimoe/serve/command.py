@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from unimoe.errors import UserError
-from unimoe.loading import load_model
+from unimoe.model.loading import load_model
 
 logger = logging.getLogger(__name__)
 

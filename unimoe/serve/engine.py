@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from unimoe.errors import UserError
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 
 from .answer import Answer, Piece
 from .batch import Prompt, RunningBatch, can_batch

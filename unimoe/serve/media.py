@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from unimoe.data.media import load_audio, media_bytes
 from unimoe.errors import UserError
+from unimoe.media.decode import load_audio, media_bytes
 
 from .protocol import ContentPart, Message
 

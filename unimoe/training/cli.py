@@ -24,7 +24,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
-from unimoe.data.readers import data_hashes
+from unimoe.artifacts import SETTINGS_FILE, StageRecord, check_same, clear, flatten, folder_hash, read_record
+from unimoe.data.read import data_hashes
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.kernels.allocator import keep_memory
@@ -33,7 +34,6 @@ from .curve import CurveLogger, read_curve
 from .elastic import check_overwrite, check_processes, own_store
 from .progress import PlainProgress, StageBar, clock
 from .ranks import data_ranks
-from .result import SETTINGS_FILE, StageRecord, check_same, clear, flatten, folder_hash, read_record
 from .resume import Interrupted, LastCheckpoint, newest
 from .sharding import unshard
 

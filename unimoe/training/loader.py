@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch.utils.data import DataLoader
 
 from unimoe.data import ModalityBatchSampler
-from unimoe.data.mix import MixedBatchSampler
+from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.stream import SampleStream
 
 StepSampler = ModalityBatchSampler | MixedBatchSampler

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from unimoe.data.collate import IGNORED
-from unimoe.modeling import UniMoeForConditionalGeneration
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 
 
 def last_hidden(model: UniMoeForConditionalGeneration, part: dict[str, Any]) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from unimoe.demo.questions import spoken_questions
+from unimoe.synthetic.questions import spoken_questions
 
 RATE = 16000
 TRAIN_VOICES = ("slt", "rms", "kal16")

@@ -1,0 +1,130 @@
+"""Pictures whose backbone maps are computed once: what is stored, and data sets that read it.
+
+Shapes: B images, N levels, C channels, h x w cells of a level.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.output import Target
+from unimoe.detection.model.prompt import Prompt, PromptBatch
+
+from .batches import Batch, Question
+from .dataset import DetectionSet
+from .examples import EvaluationData, TrainingData, View
+from .features import FeatureStore, pictures_key
+
+
+class CachedTraining(Dataset):
+    """Stored views of training pictures, each with a prompt drawn anew for (index, seed)."""
+
+    def __init__(self, data: TrainingData, store: FeatureStore):
+        self.data, self.store = data, store
+
+    @classmethod
+    def of(
+        cls, data: TrainingData, copies: int, folder: Path, model: DynamicDinoForObjectDetection
+    ) -> "CachedTraining":
+        """``copies`` augmented views of each picture; their maps are kept in ``folder``."""
+        config = data.augment.config
+        made_of = {"augment": asdict(config), "copies": copies}
+        return cls(data, _stored(folder, data.data, model, _Views(data, copies), config.longest, made_of))
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Prompt, Target]:
+        index, seed = key
+        sample = self.data.data.samples[index % len(self.data)]
+        boxes_K4, kept_K = self.store.boxes[index], self.store.kept[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            prompt, target = self.data.ask(sample, boxes_K4, kept_K, self.store.sizes[index])
+        return index, prompt, target
+
+    def collate(self, items: Sequence[tuple[int, Prompt, Target]]) -> Batch:
+        indices, prompts, targets = zip(*items, strict=True)
+        return Batch(
+            self.store.pixel_masks(indices),
+            list(prompts),
+            PromptBatch.stack(prompts),
+            list(targets),
+            image_features=self.store.batch(indices),
+        )
+
+
+class CachedPictures(Dataset):
+    """Stored maps of whole pictures: the index of a picture, for ``collate``."""
+
+    def __init__(self, data: DetectionSet, store: FeatureStore):
+        self.data, self.store = data, store
+
+    @classmethod
+    def of(
+        cls, pictures: EvaluationData, folder: Path, model: DynamicDinoForObjectDetection
+    ) -> "CachedPictures":
+        """Every picture as it is; their maps are kept in ``folder``."""
+        made_of = {"size": model.config.image_size}
+        longest = pictures.resize.longest
+        return cls(pictures.data, _stored(folder, pictures.data, model, _Whole(pictures), longest, made_of))
+
+    def __len__(self) -> int:
+        return len(self.data.samples)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: Sequence[int]) -> Question:
+        samples = [self.data.samples[index] for index in indices]
+        sizes = [sample.size or sample.load().size for sample in samples]
+        maps = self.store.batch(indices)
+        return Question(samples, sizes, self.store.pixel_masks(indices), image_features=maps)
+
+
+class _Views(Sequence[View]):
+    """``copies`` augmented views of each training picture, the same ones whatever the run's seed: runs share
+    the store."""
+
+    def __init__(self, data: TrainingData, copies: int):
+        self.data, self.copies = data, copies
+
+    def __len__(self) -> int:
+        return len(self.data) * self.copies
+
+    def __getitem__(self, index: int) -> View:  # type: ignore[override]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(index)
+            return self.data.view(self.data.data.samples[index % len(self.data)])
+
+
+class _Whole(Sequence[View]):
+    """Pictures as they are evaluated; their boxes are not needed."""
+
+    def __init__(self, pictures: EvaluationData):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> View:  # type: ignore[override]
+        return View(self.pictures[index][0], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+def _stored(
+    folder: Path,
+    data: DetectionSet,
+    model: DynamicDinoForObjectDetection,
+    views: Sequence[View],
+    side: int,
+    made_of: dict[str, Any],
+) -> FeatureStore:
+    """The maps of some views of a set's pictures; see :meth:`FeatureStore.of`."""
+    boxes = [sample.boxes_M4.tolist() for sample in data.samples]
+    made_of = {**made_of, "pictures": pictures_key(data.samples), "boxes": boxes}
+    return FeatureStore.of(folder.resolve(), model, views, side, made_of)

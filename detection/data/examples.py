@@ -1,0 +1,110 @@
+"""Batches for training and for evaluation.
+
+Shapes: B images, H x W pixels of the largest, M objects of an image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.ops import box_convert
+
+from unimoe.detection.model.output import Target
+from unimoe.detection.model.prompt import Prompt, PromptBatch
+
+from .batches import Batch, Question
+from .dataset import DetectionSample, DetectionSet
+from .sampling import PromptSampler
+from .transforms import Augment, Resize, padded, picture_masks
+
+_SIDES = {"left", "right"}
+
+
+@dataclass
+class View:
+    """A picture as the model sees it."""
+
+    pixels: Tensor
+    """[3, height, width]"""
+    boxes_K4: Tensor
+    """(x1, y1, x2, y2) of its objects, in its pixels."""
+    kept_K: Tensor
+    """int64, which of the sample's single objects they are."""
+
+
+class TrainingData(Dataset):
+    """Augmented pictures with a prompt drawn for each: (index, seed) -> (pixels [3, H, W], prompt, target).
+
+    Crowds are not trained on, and their classes are not asked for as absent. Captions are taken as they are.
+    """
+
+    def __init__(self, data: DetectionSet, augment: Augment, sampler: PromptSampler):
+        self.data, self.augment, self.sampler = data, augment, sampler
+
+    def __len__(self) -> int:
+        return len(self.data.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Prompt, Target]:
+        index, seed = key
+        sample = self.data.samples[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            view = self.view(sample)
+            return view.pixels, *self.ask(sample, view.boxes_K4, view.kept_K, view.pixels.shape[1:])
+
+    def view(self, sample: DetectionSample) -> View:
+        """The picture and the boxes of its single objects, augmented."""
+        sided = sample.caption is not None and bool(_SIDES & set(sample.caption.lower().split()))
+        return View(*self.augment(sample.load(), sample.boxes_M4[~sample.crowd_M], flip=not sided))
+
+    def ask(
+        self, sample: DetectionSample, boxes_K4: Tensor, kept_K: Tensor, size: Sequence[int]
+    ) -> tuple[Prompt, Target]:
+        """A prompt for a view of the given (height, width), and the answer."""
+        category_K = sample.category_M[~sample.crowd_M][kept_K]
+        if sample.caption is None:
+            crowds = sample.category_M[sample.crowd_M].tolist()
+            prompt, names_K = self.sampler(category_K, sample.negatives, crowds)
+        else:
+            prompt = Prompt.from_caption(sample.caption, sample.spans, self.sampler.tokenizer)
+            names_K = category_K.masked_fill(~prompt.name_tokens.any(dim=1)[category_K], -1)  # cut off
+        height, width = size
+        scaled_K4 = box_convert(boxes_K4, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+        return prompt, Target(scaled_K4[names_K >= 0], names_K[names_K >= 0])
+
+    @staticmethod
+    def collate(items: Sequence[tuple[Tensor, Prompt, Target]]) -> Batch:
+        pixels, prompts, targets = zip(*items, strict=True)
+        values, mask = stack(pixels)
+        return Batch(mask, list(prompts), PromptBatch.stack(prompts), list(targets), pixel_values=values)
+
+
+class EvaluationData(Dataset):
+    """Whole pictures: (pixels [3, H, W], (width, height), sample)."""
+
+    def __init__(self, data: DetectionSet, resize: Resize):
+        self.data, self.resize = data, resize
+
+    def __len__(self) -> int:
+        return len(self.data.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int], DetectionSample]:
+        sample = self.data.samples[index]
+        picture = sample.load()
+        return self.resize(picture), picture.size, sample
+
+    def collate(self, items: Sequence[tuple[Tensor, tuple[int, int], DetectionSample]]) -> Question:
+        pixels, sizes, samples = zip(*items, strict=True)
+        values, mask = stack(pixels, self.resize.square)
+        return Question(list(samples), list(sizes), mask, pixel_values=values)
+
+
+def stack(pixels: Sequence[Tensor], side: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Pictures [3, h, w] padded at the right and below to a square of ``side`` (None: to the largest), and
+    their mask [B, H, W] int64, 1 on the pictures; None where nothing is padded."""
+    height, width = (side or max(picture.shape[axis] for picture in pixels) for axis in (1, 2))
+    sizes = [tuple(picture.shape[1:]) for picture in pixels]
+    values = torch.stack([padded(picture, height, width) for picture in pixels])
+    return values, None if set(sizes) == {(height, width)} else picture_masks(sizes, height, width)

@@ -1,0 +1,170 @@
+"""Which experts are used, which of them together, and for which classes.
+
+Shapes: L MoE layers, E experts, Q queries of all pictures, K = 2 experts of a query, C classes.
+
+Slices of one copy start as twins: their rows in the router are equal, so at first each expert has one
+partner. Pairs that are still twins after tuning are counted: fixed partners may be nothing but the start.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from unimoe.detection.data.batches import Question
+from unimoe.detection.data.text_cache import TextFeatureCache
+from unimoe.detection.inference.inference import NameChunks
+from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.moe import LayerRecord, MoEConfig, record
+
+from .scoring import search
+
+
+@dataclass
+class ExpertUse:
+    """What an analysis found, layer by layer."""
+
+    load_LE: Tensor
+    """Share of the queries' places that each expert got; rows sum to 1."""
+    together_LEE: Tensor
+    """Queries that visited both experts; symmetric, 0 on the diagonal."""
+    classes: list[str]
+    pairs: list[list[tuple[int, int] | None]]
+    """For each layer and class: the pair that most queries of found objects of the class visited."""
+    information: list[float]
+    """For each layer: mutual information of class and pair, in bits."""
+    slices: int
+    """Slices of a copy: expert i belongs to copy i // slices."""
+
+    @property
+    def partners_L(self) -> Tensor:
+        """See :func:`effective_partners`."""
+        return effective_partners(self.together_LEE)
+
+    @property
+    def twins_L(self) -> Tensor:
+        """See :func:`unmoved_twins`."""
+        return unmoved_twins(self.together_LEE, self.slices)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "load": [[round(share, 4) for share in row] for row in self.load_LE.tolist()],
+            "together": self.together_LEE.int().tolist(),
+            "effective_partners": [round(number, 3) for number in self.partners_L.tolist()],
+            "twins": [round(share, 4) for share in self.twins_L.tolist()],
+            "classes": self.classes,
+            "pairs": self.pairs,
+            "information_bits": [round(bits, 3) for bits in self.information],
+        }
+
+
+@torch.no_grad()
+def expert_use(
+    model: DynamicDinoForObjectDetection,
+    tokenizer: Any,
+    names: Sequence[str],
+    batches: Iterable[Question],
+) -> ExpertUse:
+    """Run the detector and count.
+
+    Args:
+        model: one with experts in its decoder.
+        tokenizer: the model's.
+        names: what is asked for.
+        batches: the pictures. A query counts for the class of the object that it overlaps by at least half.
+    """
+    moe = MoEConfig.from_dict(model.config.moe or {})
+    asked, text = NameChunks.of(names, tokenizer, model.config.max_text_tokens), TextFeatureCache(model)
+    chosen: list[list[Tensor]] = []
+    labels: list[Tensor] = []
+    for batch in batches:
+        finals: list[Tensor] = []
+        handle = model.register_forward_hook(
+            lambda _, __, output, finals=finals: finals.append(cast(Any, output).boxes[-1])
+        )
+        try:
+            with record() as records:
+                search(model, asked, batch, text, top=1)
+        finally:
+            handle.remove()
+        first = finals[0]  # of several prompts
+        layers = len(records) // len(finals)
+        chosen.append([visits(entry).cpu() for entry in records[:layers]])
+        for found_Q4, size, sample in zip(first, batch.sizes, batch.samples, strict=True):
+            labels.append(_classes(found_Q4, size, sample.boxes_M4, sample.category_M))
+    visits_LQE = torch.stack([torch.cat(layer) for layer in zip(*chosen, strict=True)])
+    label_Q = torch.cat(labels)
+    tables = [_pairs(visits_QE, label_Q, len(names)) for visits_QE in visits_LQE]
+    return ExpertUse(
+        visits_LQE.sum(1) / visits_LQE.sum((1, 2))[:, None],
+        together(visits_LQE),
+        list(names),
+        [table for table, _ in tables],
+        [bits for _, bits in tables],
+        moe.top_k,
+    )
+
+
+def visits(entry: LayerRecord) -> Tensor:
+    """[Q, E] float, 1 where a query visited an expert; without padding."""
+    routing, pad_Q = entry.routing, entry.ctx.pad_T
+    visits_QE = torch.zeros(routing.num_tokens, routing.num_experts, device=routing.token_N.device)
+    visits_QE[routing.token_N, routing.expert_N] = 1.0
+    return visits_QE if pad_Q is None else visits_QE[~pad_Q]
+
+
+def together(visits_XQE: Tensor) -> Tensor:
+    """[..., E, E] queries that visited both experts, 0 on the diagonal."""
+    both_XEE = visits_XQE.transpose(-1, -2) @ visits_XQE
+    return both_XEE - torch.diag_embed(torch.diagonal(both_XEE, dim1=-2, dim2=-1))
+
+
+def effective_partners(together_XEE: Tensor) -> Tensor:
+    """[...] exp(entropy) of the partners of an expert, averaged over experts that were used at all."""
+    share_XEE = together_XEE / together_XEE.sum(-1, keepdim=True).clamp(min=1)
+    entropy_XE = -torch.xlogy(share_XEE, share_XEE).sum(-1)
+    used_XE = together_XEE.sum(-1) > 0
+    return (entropy_XE.exp() * used_XE).sum(-1) / used_XE.sum(-1).clamp(min=1)
+
+
+def unmoved_twins(together_XEE: Tensor, slices: int) -> Tensor:
+    """[...] share of the pairs that are slices of one copy, as all are at the start."""
+    copy_E = torch.arange(together_XEE.shape[-1], device=together_XEE.device) // slices
+    same_EE = copy_E[:, None] == copy_E
+    return (together_XEE * same_EE).sum((-1, -2)) / together_XEE.sum((-1, -2)).clamp(min=1)
+
+
+def _classes(found_Q4: Tensor, size: tuple[int, int], boxes_M4: Tensor, class_M: Tensor) -> Tensor:
+    """[Q] int64: the class of the object that a query overlaps most, -1 under an IoU of one half."""
+    if not len(boxes_M4):
+        return torch.full((len(found_Q4),), -1)
+    centre_Q2, extent_Q2 = found_Q4.cpu().split(2, dim=1)
+    corners_Q4 = torch.cat([centre_Q2 - extent_Q2 / 2, centre_Q2 + extent_Q2 / 2], 1)
+    best_Q, object_Q = box_iou(corners_Q4 * torch.tensor([*size, *size]), boxes_M4).max(dim=1)
+    return torch.where(best_Q >= 0.5, class_M[object_Q], -1)
+
+
+def _pairs(visits_QE: Tensor, label_Q: Tensor, classes: int) -> tuple[list[tuple[int, int] | None], float]:
+    """The commonest set of experts of each class (its first two members), and the mutual information of class
+    and set in bits."""
+    rows_PE = visits_QE[label_Q >= 0]
+    label_P = label_Q[label_Q >= 0]
+    if not len(label_P):
+        return [None] * classes, 0.0
+    sets_SE, set_P = rows_PE.unique(dim=0, return_inverse=True)
+    counts_CS = torch.zeros(classes, len(sets_SE)).index_put((label_P, set_P), torch.ones(len(label_P)), True)
+    joint_CS = counts_CS / counts_CS.sum()
+    apart_CS = joint_CS.sum(1, keepdim=True) * joint_CS.sum(0, keepdim=True)
+    bits = float(
+        torch.xlogy(joint_CS, joint_CS / apart_CS.clamp(min=1e-12)).sum() / torch.log(torch.tensor(2.0))
+    )
+    table: list[tuple[int, int] | None] = []
+    for row_S in counts_CS:
+        experts = sets_SE[row_S.argmax()].nonzero()[:, 0].tolist()
+        pair = next(pairwise(experts), (experts[0], experts[0]))
+        table.append(pair if row_S.sum() else None)
+    return table, bits

@@ -1,0 +1,148 @@
+"""From pictures and a list of names to boxes whose labels are members of that list.
+
+Shapes: B images, Q queries, L text tokens, C names of a prompt, K detections of an image.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, clip_boxes_to_image
+
+from unimoe.detection.data.text_cache import TextFeatureCache
+from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.prompt import MAX_TOKENS, Prompt, PromptBatch, chunk_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Detections:
+    """What was found in one image, best first within each prompt."""
+
+    boxes_K4: Tensor
+    """(x1, y1, x2, y2) in pixels of the original picture."""
+    scores_K: Tensor
+    """Between 0 and 1."""
+    labels_K: Tensor
+    """int64, index into the list of names that was asked for."""
+
+
+@dataclass
+class NameChunks:
+    """A list of names as prompts that fit, made once for many pictures."""
+
+    names: list[str]
+    chunks: list[list[int]]
+    """Which names each prompt asks for."""
+    prompts: list[Prompt]
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        tokenizer: Any,
+        max_tokens: int = MAX_TOKENS,
+        max_names: int | None = None,
+    ) -> "NameChunks":
+        """``max_names`` limits a prompt's names as well (40 is the custom for LVIS). Several prompts are
+        announced."""
+        chunks = chunk_names(names, tokenizer, max_tokens, max_names)
+        if len(chunks) > 1:
+            logger.info(
+                "%d names do not fit one prompt of %d tokens: asking in %d",
+                len(names),
+                max_tokens,
+                len(chunks),
+            )
+        prompts = [Prompt.from_names([names[i] for i in chunk], tokenizer, max_tokens) for chunk in chunks]
+        return cls(list(names), chunks, prompts)
+
+
+@torch.no_grad()
+def detect(
+    model: DynamicDinoForObjectDetection,
+    names: NameChunks,
+    pixel_values: Tensor | None,
+    pixel_mask: Tensor | None,
+    sizes: Sequence[tuple[int, int]],
+    text: TextFeatureCache,
+    image_features: Sequence[Tensor] | None = None,
+    top: int = 300,
+    threshold: float = 0.0,
+) -> list[Detections]:
+    """Look for every name in every picture; the backbone runs once, whatever the number of prompts.
+
+    Args:
+        names: what to look for.
+        pixel_values: [B, 3, H, W]; not needed with ``image_features``.
+        pixel_mask: [B, H, W], None without padding.
+        sizes: (width, height) of each picture, to whose pixels the boxes are scaled.
+        text: cached text features of ``model``.
+        image_features: what ``model.encode_image`` gave for these pictures.
+        top: most detections of an image for each prompt.
+        threshold: lowest score.
+    """
+    if image_features is None:
+        if pixel_values is None:
+            raise ValueError("give pixel_values or image_features")
+        image_features = model.encode_image(pixel_values, pixel_mask)
+    parts: list[list[Detections]] = []
+    for chunk, prompt in zip(names.chunks, names.prompts, strict=True):
+        batch = PromptBatch.stack([prompt]).to(model.device)
+        row = {name: value.expand(len(sizes), *value.shape[1:]) for name, value in batch.inputs().items()}
+        output = model(
+            pixel_mask=pixel_mask,
+            image_features=image_features,
+            text_features=text([prompt]).expand(len(sizes), -1, -1),
+            **row,
+        )
+        found = postprocess(
+            output.logits[-1], output.boxes[-1], batch.name_tokens * len(sizes), sizes, top, threshold
+        )
+        index_C = torch.tensor(chunk, device=model.device)
+        parts.append([Detections(one.boxes_K4, one.scores_K, index_C[one.labels_K]) for one in found])
+    return [
+        Detections(*(torch.cat([getattr(one, key) for one in image]) for key in Detections.__annotations__))
+        for image in zip(*parts, strict=True)
+    ]
+
+
+def postprocess(
+    logits_BQL: Tensor,
+    boxes_BQ4: Tensor,
+    name_tokens: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    top: int = 300,
+    threshold: float = 0.0,
+) -> list[Detections]:
+    """The ``top`` best pairs of a query and a name in each image.
+
+    The score is the mean of the sigmoid over the name's tokens, as in the official COCO evaluation of
+    Grounding DINO. ``name_tokens[b]`` is [C, L] bool, ``sizes[b]`` (width, height) in pixels, ``boxes_BQ4``
+    (cx, cy, w, h) on a 0..1 scale.
+    """
+    results = []
+    for logits_QL, boxes_Q4, tokens_CL, size in zip(
+        logits_BQL.float(), boxes_BQ4.float(), name_tokens, sizes, strict=True
+    ):
+        weights_CL = tokens_CL.to(logits_QL) / tokens_CL.sum(dim=1, keepdim=True).clamp(min=1)
+        results.append(best_pairs(logits_QL.sigmoid() @ weights_CL.T, boxes_Q4, size, top, threshold))
+    return results
+
+
+def best_pairs(
+    scores_QC: Tensor, boxes_Q4: Tensor, size: tuple[int, int], top: int, threshold: float
+) -> Detections:
+    """The ``top`` best pairs of a query and a name that reach ``threshold``, in a picture of (width, height)
+    ``size``; boxes are (cx, cy, w, h) on a 0..1 scale."""
+    width, height = size
+    scores_K, place_K = scores_QC.flatten().topk(min(top, scores_QC.numel()))
+    kept_K = scores_K >= threshold
+    scores_K, place_K = scores_K[kept_K], place_K[kept_K]
+    query_K, label_K = place_K // scores_QC.shape[1], place_K % scores_QC.shape[1]
+    boxes_K4 = box_convert(boxes_Q4[query_K], "cxcywh", "xyxy") * boxes_Q4.new_tensor([width, height] * 2)
+    return Detections(clip_boxes_to_image(boxes_K4, (height, width)), scores_K, label_K)

@@ -1,0 +1,90 @@
+"""Load and pathways counted over records that are made by hand, and over those of a tiny model."""
+
+import numpy as np
+import pytest
+import torch
+
+from unimoe.analysis.plots import load_maps, pathways
+from unimoe.analysis.routing_stats import ANSWER, Traffic
+from unimoe.moe import Context, LayerRecord, Routing, record
+from unimoe.testing import tiny_model
+
+
+def one(layer, index_TK, weight_TK, ctx):
+    logits_TE = torch.zeros(len(index_TK), 3)
+    routing = Routing.from_topk(torch.tensor(index_TK), torch.tensor(weight_TK), logits_TE, logits_TE, 3)
+    return LayerRecord(layer, routing, ctx)
+
+
+@pytest.fixture
+def records():
+    """Text, picture, picture, padding; two layers."""
+    ctx = Context(pad_T=torch.tensor([False, False, False, True]), modality_T=torch.tensor([0, 1, 1, 0]))
+    return [
+        one(0, [[0, 1], [2, 1], [1, 2], [0, 1]], [[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.5, 0.5]], ctx),
+        one(2, [[1, 0], [2, 0], [0, 2], [0, 1]], [[0.8, 0.2], [0.9, 0.1], [0.7, 0.3], [0.5, 0.5]], ctx),
+    ]
+
+
+def test_load_leaves_out_padding_and_tells_modalities_apart(records):
+    traffic = Traffic()
+    traffic.add(records)
+    load = traffic.load()
+    assert load["layers"] == [0, 2]
+    assert load["text"] == [[0.5, 0.5, 0], [0.5, 0.5, 0]]
+    assert load["image"] == [[0, 0.5, 0.5], [0.5, 0, 0.5]]
+    assert load["all"][0] == [0.1667, 0.5, 0.3333]
+    assert traffic.tokens() == {"text": 1, "image": 2}
+    assert traffic.mean_load()["image"] == [0.25, 0.25, 0.5]
+
+
+def test_a_pathway_follows_the_largest_weight(records):
+    traffic = Traffic()
+    traffic.add(records)
+    found = traffic.pathways()
+    assert found["text"] == {"tokens": 1, "distinct": 1, "top": [{"experts": [0, 1], "share": 1.0}]}
+    assert {tuple(path["experts"]) for path in found["image"]["top"]} == {(2, 2), (2, 0)}
+    flow = np.array(traffic.flow()["image"])
+    assert flow.shape == (1, 3, 3)
+    assert flow[0, 2].tolist() == [0.5, 0, 0.5] and flow.sum() == 1
+
+
+def test_passes_add_up_and_may_be_given_a_kind_of_their_own(records):
+    traffic = Traffic()
+    traffic.add([*records, *records])
+    traffic.add(records, ANSWER)
+    assert traffic.tokens() == {"text": 2, "image": 4, "answer": 3}
+    assert traffic.kinds == ["text", "image", "answer"]
+    assert traffic.load()["image"] == [[0, 0.5, 0.5], [0.5, 0, 0.5]]
+
+
+def test_a_token_without_an_expert_is_led_by_none():
+    routing = Routing(
+        torch.tensor([1]), torch.tensor([2]), torch.ones(1), torch.tensor([0, 0, 0, 1]),
+        torch.zeros(2, 3), torch.zeros(2, 3),
+    )  # fmt: skip
+    traffic = Traffic()
+    traffic.add([LayerRecord(0, routing, Context()), LayerRecord(1, routing, Context())])
+    assert {tuple(path["experts"]) for path in traffic.pathways()["text"]["top"]} == {(-1, -1), (2, 2)}
+    assert np.array(traffic.flow()["text"]).sum() == 0.5
+
+
+def test_nothing_counted_is_nothing():
+    traffic = Traffic()
+    traffic.add([])
+    assert traffic.load() == traffic.pathways() == traffic.tokens() == {}
+
+
+def test_pictures_of_a_model(tmp_path):
+    model, processor = tiny_model(tmp_path, {"num_experts": 4, "top_k": 2, "placement": "all"})
+    batch = processor(["hello", "a longer text"])
+    traffic = Traffic()
+    with record() as records, torch.no_grad():
+        model(**batch)
+    traffic.add(records)
+    assert traffic.tokens() == {"text": int(batch["attention_mask"].sum())}
+    experts = ["words", "picture", "speech", "more"]
+    for columns in (None, 1):
+        picture = load_maps(traffic.load(), experts, columns)
+        assert picture.count("<!-- speech -->") == 2  # the axis of both panels
+    assert "<!-- text tokens -->" in pathways(traffic.flow(), traffic.layers, experts)

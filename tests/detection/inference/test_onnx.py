@@ -1,0 +1,69 @@
+"""The exported file beside the model, on twenty pictures."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unimoe.commands import main as cli
+from unimoe.detection.inference.onnx import OnnxDetector, StaticExperts
+from unimoe.detection.inference.predictor import Detector
+from unimoe.detection.model.loading import load_detector
+from unimoe.detection.model.moe_tuning import GATES, moe_tuning
+from unimoe.moe import FFNExperts, MoELayer, TopK
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+NAMES = ["cat", "red car", "tree"]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_experts_of_fixed_shapes_answer_as_the_ragged_ones(gate):
+    """Differences are the order of sums, over numbers of size 30."""
+    settings = {key: value for key, value in GATES[gate].items() if key != "combine"}
+    layer = MoELayer(TopK(16, 8, k=2, **settings), FFNExperts(8, 16, 12), combine=GATES[gate]["combine"])
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 7, 16)
+    torch.testing.assert_close(StaticExperts(layer)(x), layer(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in PACKAGES), reason=f"needs {', '.join(PACKAGES)}"
+)
+@pytest.mark.parametrize("experts", [False, True])
+def test_boxes_and_scores_on_twenty_pictures(folder, tmp_path, experts):
+    """Each answer of the model has one of the file's with its label, score and box (on a 0..1 scale)."""
+    if experts:
+        model, _ = load_detector(folder)
+        with torch.no_grad():
+            for parameter in moe_tuning(model, copies=2, slices=2).decoder.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    noise = np.random.default_rng(0)
+    pictures = []
+    for number in range(20):
+        width, height = noise.integers(40, 200, 2).tolist()
+        small = noise.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(small).resize((width, height)))
+        pictures[-1].save(tmp_path / f"{number:02d}.png")
+    file = tmp_path / "model.onnx"
+    args = [str(folder), str(file), "--prompt", ", ".join(NAMES), "--images", str(tmp_path / "*.png")]
+    assert cli.main(["export", "onnx", *args]) == 0
+    assert json.loads(file.with_suffix(".json").read_text())["names"] == NAMES
+
+    wanted, found = (
+        kind.load(path, NAMES)(pictures, threshold=0.0)
+        for kind, path in ((Detector, folder), (OnnxDetector, file))
+    )
+    for picture, one, other in zip(pictures, wanted, found, strict=True):
+        assert len(one.scores_K) == len(other.scores_K) == 12 * len(NAMES)
+        scale = torch.tensor([*picture.size, *picture.size])
+        rows, others = (
+            torch.cat([d.boxes_K4 / scale, d.scores_K[:, None], d.labels_K[:, None]], 1) for d in (one, other)
+        )
+        nearest = torch.cdist(rows, others, p=float("inf")).min(dim=1)
+        assert nearest.values.max() < 1e-3 and nearest.indices.unique().numel() == len(rows)

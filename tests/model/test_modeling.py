@@ -1,0 +1,274 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForMultimodalLM
+
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import MoELayer, record
+from unimoe.testing import AUDIO, IMAGE, SPEECH, VIDEO, tiny_model
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def built(request, tmp_path_factory):
+    moe = {"num_experts": 4, "top_k": 2, "placement": "interval"} if request.param == "moe" else None
+    return tiny_model(tmp_path_factory.mktemp(request.param), moe)
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    """A mixture that takes all media."""
+    media = {"image": IMAGE, "video": VIDEO, "speech": SPEECH, "audio": AUDIO}
+    return tiny_model(tmp_path_factory.mktemp("every"), {"num_experts": 4, "top_k": 2}, **media)
+
+
+def image(color):
+    return {"type": "image", "image": Image.new("RGB", (80, 50), color)}
+
+
+def speech(seconds, seed=0):
+    sound = np.random.default_rng(seed).normal(0, 0.1, int(16_000 * seconds)).astype(np.float32)
+    return {"type": "speech", "speech": sound}
+
+
+def audio(seconds, seed=0):
+    return {"type": "audio", "audio": speech(seconds, seed)["speech"]}
+
+
+def video(*colors):
+    return {"type": "video", "video": [image(color)["image"] for color in colors]}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": [text("plain words only")]}],
+    [{"role": "user", "content": [image("red"), text("what is this?")]}],
+    [{"role": "user", "content": [speech(0.7)]}],
+    [{"role": "user", "content": [image("blue"), speech(1.3, 1), image("green"), text("and these?")]}],
+]
+
+
+EVERY = [
+    [{"role": "user", "content": [video("red", "blue"), text("what first?")]}],
+    [{"role": "user", "content": [audio(31), text("what is heard?")]}],
+    [
+        {
+            "role": "user",
+            "content": [
+                image("red"), audio(0.4, 2), text("and"), video("green", "red", "blue"),
+                image("blue"), speech(0.6, 3), video("blue"), audio(0.9, 4),
+            ],
+        }
+    ],
+    *CONVERSATIONS,
+]  # fmt: skip
+
+
+def batch(processor, rows):
+    return processor.apply_chat_template(rows, tokenize=True, add_generation_prompt=True)
+
+
+def test_a_mixed_batch_equals_its_samples_one_by_one(every):
+    model, processor = every
+    with torch.no_grad():
+        together = model(**batch(processor, EVERY)).logits
+        for row, conversation in enumerate(EVERY):
+            alone = model(**batch(processor, [conversation])).logits[0]
+            torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_all_windows_of_all_rows_are_one_batch(every):
+    model, processor = every
+    batches = []
+    encoder = model.model.encoders["audio"]
+    handle = encoder.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    with torch.no_grad():
+        model(**batch(processor, EVERY[1:3]))
+    handle.remove()
+    assert batches == [4]  # two windows of 31 s, and two short sounds
+
+
+def test_the_order_of_frames_and_of_media_matters(every):
+    model, processor = every
+    first, last = EVERY[2][0]["content"], []
+    with torch.no_grad():
+        for content in (
+            first,
+            [*first[:3], video("blue", "red", "green"), *first[4:]],
+            [first[4], *first[1:4], first[0], *first[5:]],
+        ):
+            last.append(model(**batch(processor, [[{"role": "user", "content": content}]])).logits[0, -1])
+    assert (last[0] - last[1]).abs().max() > 1e-4 and (last[0] - last[2]).abs().max() > 1e-4
+
+
+def test_several_answers_see_the_same_media_of_every_kind(every):
+    model, processor = every
+    inputs = batch(processor, EVERY[:3])
+    settings = {"do_sample": True, "output_logits": True, "return_dict_in_generate": True}
+    logits = model.generate(**inputs, num_return_sequences=2, max_new_tokens=1, **settings).logits[0]
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+    torch.testing.assert_close(logits[::2], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[1::2], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_generation_in_a_batch_equals_generation_alone(built):
+    model, processor = built
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    inputs = batch(processor, CONVERSATIONS)
+    together = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    for row, conversation in enumerate(CONVERSATIONS):
+        inputs = batch(processor, [conversation])
+        alone = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_cached_decoding_equals_the_full_forward(built):
+    model, processor = built
+    inputs = batch(processor, [CONVERSATIONS[3]])
+    generated = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    inputs["input_ids"] = generated.sequences
+    inputs["attention_mask"] = torch.ones_like(generated.sequences)
+    with torch.no_grad():
+        full = model(**inputs).logits
+    start = generated.sequences.shape[1] - len(generated.logits)
+    for step, logits in enumerate(generated.logits):
+        torch.testing.assert_close(logits[0], full[0, start + step - 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("row", "runs"), [(0, set()), (1, {"image"}), (2, {"speech"}), (3, {"image", "speech"})]
+)
+def test_an_absent_medium_runs_no_encoder(built, row, runs):
+    model, processor = built
+    ran = set()
+    handles = [
+        encoder.register_forward_hook(lambda *_, kind=kind: ran.add(kind))
+        for kind, encoder in model.model.encoders.items()
+    ]
+    with torch.no_grad():
+        model(**batch(processor, [CONVERSATIONS[row]]))
+    for handle in handles:
+        handle.remove()
+    assert ran == runs
+
+
+def test_features_computed_beforehand_take_the_place_of_media(built):
+    model, processor = built
+    inputs = batch(processor, CONVERSATIONS)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        encoded = {
+            "image": model.model.encoders["image"](inputs.pop("pixel_values")),
+            "speech": model.model.encoders["speech"](
+                inputs.pop("speech_features"), inputs.pop("speech_frames")
+            ),
+        }
+        found = model(**inputs, encoded_media=encoded).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_placeholders_without_their_media_are_refused(built):
+    model, processor = built
+    inputs = batch(processor, [CONVERSATIONS[3]])
+    inputs["pixel_values"] = inputs["pixel_values"][:1]
+    with pytest.raises(
+        ValueError, match=r"\[8\] <image> placeholder tokens \(8 in all\), but the image inputs give 4"
+    ):
+        model(**inputs)
+
+
+def test_a_medium_without_encoder_is_refused(tmp_path):
+    model, processor = tiny_model(tmp_path, image=IMAGE)
+    inputs = batch(processor, [CONVERSATIONS[0]])
+    with pytest.raises(ValueError, match="this model has no speech encoder"):
+        model(**inputs, speech_features=torch.zeros(1, 80, 100), speech_frames=torch.tensor([100]))
+
+
+def test_saved_and_loaded_in_a_new_process_it_answers_the_same(built, tmp_path):
+    model, processor = built
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    inputs = batch(processor, CONVERSATIONS)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    greedy = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    torch.save({"inputs": dict(inputs), "logits": logits, "greedy": greedy}, tmp_path / "expected.pt")
+    script = """
+import sys, torch, unimoe
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+torch.set_num_threads(1)
+folder = sys.argv[1]
+expected = torch.load(folder + "/expected.pt")
+model = AutoModelForMultimodalLM.from_pretrained(folder)
+AutoProcessor.from_pretrained(folder)
+with torch.no_grad():
+    assert torch.equal(model(**expected["inputs"]).logits, expected["logits"])
+greedy = model.generate(**expected["inputs"], max_new_tokens=5, do_sample=False)
+assert torch.equal(greedy, expected["greedy"])
+print("same")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert run.stdout.strip() == "same", run.stderr
+
+
+def test_every_trainable_parameter_gets_a_gradient(built):
+    model, processor = built
+    inputs = processor.apply_chat_template(CONVERSATIONS, tokenize=True)
+    model.train()
+    output = model(**inputs, labels=inputs["input_ids"])
+    output.loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+    model.zero_grad()
+    model.eval()
+    if model.config.moe:
+        assert output.aux_loss > 0
+
+
+def test_router_logits_and_records_agree(built):
+    model, processor = built
+    inputs = batch(processor, CONVERSATIONS)
+    layers = sum(isinstance(module, MoELayer) for module in model.modules())
+    with torch.no_grad(), record() as records:
+        output = model(**inputs, output_router_logits=True)
+    assert len(output.router_logits) == len(records) == layers
+    if layers:
+        modality = records[0].ctx.modality_T.view(inputs["input_ids"].shape)
+        assert (modality[3] == 1).sum() == 8 and (modality[2] == 3).sum() == 7
+        assert torch.equal(records[0].ctx.pad_T.view_as(modality), inputs["attention_mask"] == 0)
+
+
+def test_loading_reports_no_missing_and_no_unexpected_key(built, tmp_path):
+    built[0].save_pretrained(tmp_path)
+    model, info = AutoModelForMultimodalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, UniMoeForConditionalGeneration)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(built):
+    model, processor = built
+    inputs = processor.apply_chat_template(CONVERSATIONS, tokenize=True)
+    gradients = []
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    model.eval()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from unimoe.continual.router import CosineTopK
+from unimoe.errors import UserError
+from unimoe.moe.lora_linear import PROJECTIONS, AdaptedLinear, adapt, adapter_size, plain_rank
+
+
+def decoder(layers=2, hidden=16):
+    torch.manual_seed(0)
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=hidden,
+            intermediate_size=24,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+        )
+    )
+
+
+def routed(banks=2, experts=4, rank=2, k=4, inputs=8, outputs=6):
+    layer = AdaptedLinear(nn.Linear(inputs, outputs), 2.0, "layer")
+    layer.gating = CosineTopK(inputs, k, temperature=0.1)
+    for _ in range(banks):
+        nn.init.normal_(layer.grow(experts, rank).B)
+        layer.gating.grow(experts)
+    return layer
+
+
+def test_every_projection_of_every_block_is_wrapped_and_a_new_bank_changes_nothing():
+    model = decoder()
+    ids = torch.arange(10)[None]
+    before = model(ids).last_hidden_state
+    layers = adapt(model)
+    assert len(layers) == 2 * len(PROJECTIONS)
+    for layer in layers.values():
+        layer.grow(4, 2)
+    assert torch.equal(model(ids).last_hidden_state, before)
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"A", "B"}
+
+
+def test_targets_and_layers_are_chosen():
+    assert list(adapt(decoder(), ["v_proj"], [1])) == ["layers.1.self_attn.v_proj"]
+    assert len(adapt(decoder(), ["*.mlp.*"])) == 6
+    with pytest.raises(UserError, match="named 'w1'; there are down_proj"):
+        adapt(decoder(), ["w1"])
+
+
+def test_the_sum_over_experts():
+    """Against one matrix product an expert, in float64."""
+    layer = routed().double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    gates = layer.gating.gate(x.reshape(-1, 8))
+    expected = layer.base(x).reshape(-1, 6)
+    for bank, gate in zip(layer.banks, gates, strict=True):
+        for e in range(4):
+            part = slice(2 * e, 2 * e + 2)
+            delta = bank.B[:, part] @ bank.A[part]
+            expected = expected + 2.0 * gate[:, e : e + 1] * (x.reshape(-1, 8) @ delta.T)
+    torch.testing.assert_close(layer(x).reshape(-1, 6), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_bank_that_no_token_reaches_is_not_there():
+    """To the last bit, and whether the banks train or not is another grouping of the same sum."""
+    layer, x = routed(k=1), torch.randn(64, 8)
+    old, new = layer.gating.gate(x)
+    layer.gating.gate = lambda x: [old, torch.zeros_like(new)]
+    alone = layer(x)
+    layer.banks[1].A.data.fill_(torch.nan)  # never read
+    assert torch.equal(layer(x), alone)
+    layer = routed()
+    together = layer(x)
+    layer.banks[0].requires_grad_(False)
+    apart = layer(x)
+    torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-6)
+    apart.sum().backward()
+    assert layer.banks[0].A.grad is None and layer.banks[1].A.grad is not None
+
+
+def test_concatenating_banks_changes_nothing():
+    """Two banks of four experts, or one of eight with the same rows."""
+    two, one = routed(), routed(banks=1, experts=8)
+    one.base.load_state_dict(two.base.state_dict())
+    with torch.no_grad():
+        one.banks[0].A.copy_(torch.cat([bank.A for bank in two.banks]))
+        one.banks[0].B.copy_(torch.cat([bank.B for bank in two.banks], 1))
+        one.gating.rows[0].copy_(torch.cat(list(two.gating.rows)))
+    x = torch.randn(32, 8)
+    torch.testing.assert_close(two(x), one(x), rtol=1e-6, atol=1e-6)
+
+
+def test_budget_of_a_plain_lora_is_that_of_a_routed_bank():
+    layer = AdaptedLinear(nn.Linear(576, 1536), 1.0, "x")
+    routed_size = adapter_size(layer, 16, 4, routed=True)
+    assert routed_size == 64 * (576 + 1536) + 16 * 576
+    plain = adapter_size(layer, 1, plain_rank(layer, 16, 4), routed=False)
+    assert abs(plain / routed_size - 1) < 0.01

@@ -1,0 +1,151 @@
+"""What autograd keeps of a forward pass, counted on a model without memory (the meta device).
+
+Shapes: B rows, T tokens of a row, H hidden, S supervised tokens, V vocabulary, N (token, expert) pairs, I
+intermediate.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as nnf
+
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import MoELayer, Routing
+
+
+@dataclass
+class Saved:
+    """Bytes that wait for the backward pass."""
+
+    blocks: list[int] = field(default_factory=list)
+    """Of each block of the LLM."""
+    others: int = 0
+    """Embeddings, last norm, head and loss."""
+    block_input: int = 0
+    """The hidden states between two blocks, all that a block leaves when it runs again in the backward."""
+    logits: int = 0
+    """The logits in float32, whose gradient is the largest passing tensor."""
+
+    largest: int = 0
+    """The largest tensor of a block."""
+
+    def peak(self, recompute: bool) -> int:
+        """Most bytes of activations at a time: what is kept, and the logits' gradient beside it.
+
+        With ``recompute`` blocks leave their input; one of them at a time lives again, with the gradient of
+        its largest tensor."""
+        if not recompute:
+            return sum(self.blocks) + self.others + self.logits
+        kept = len(self.blocks) * self.block_input + self.others
+        return kept + max(self.logits, max(self.blocks, default=0) + self.largest)
+
+
+class SavedBytes:
+    """Counts the storages that autograd keeps inside ``with``, each once, without those in ``known``."""
+
+    def __init__(self, known: Iterator[Tensor]):
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._held: list[Any] = []
+        self.bytes = self.largest = 0
+        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        self._hooks.__exit__(*reason)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._held.append(storage)  # or its address would be given to another
+            self.bytes += storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
+        return tensor
+
+
+def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, learned: int) -> Saved:
+    """What one forward pass of the LLM, its head and its loss keep; towers and connectors are left out.
+
+    Args:
+        model: on the meta device, with what trains chosen.
+        rows, tokens: of the batch.
+        learned: supervised tokens of the batch.
+    """
+    weight = model.lm_head.weight
+    hidden = model.config.get_text_config().hidden_size
+    embeds_BTH = torch.empty(rows, tokens, hidden, dtype=weight.dtype, device="meta", requires_grad=True)
+    labels_S = torch.empty(learned, dtype=torch.long, device="meta")
+    saved = Saved(block_input=embeds_BTH.nbytes, logits=4 * learned * weight.shape[0])
+    decoder: Any = model.model.language_model
+    with SavedBytes(iter([*model.parameters(), *model.buffers()])) as counted, _stand_ins(model):
+        marks: list[int] = []
+
+        def mark(*_: Any) -> None:
+            marks.append(counted.bytes)
+
+        hooks = [block.register_forward_pre_hook(mark) for block in decoder.layers]
+        hooks += [block.register_forward_hook(mark) for block in decoder.layers]
+        output_BTH = decoder(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        saved.largest = counted.largest
+        answers_SH = output_BTH.reshape(-1, hidden)[:learned].clone()
+        loss = nnf.cross_entropy(model.head(answers_SH).float(), labels_S)
+        saved.blocks = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+        saved.others = counted.bytes - sum(saved.blocks)
+        del loss
+    return saved
+
+
+class _Experts(torch.autograd.Function):
+    """Keeps what the kernels keep: tokens, pre-activations, routing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, inner: int, stack: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_TD, token_N, weight_N, x_TD.new_empty(2, len(token_N), inner))
+        return torch.empty_like(x_TD)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what fused attention keeps: queries, keys, values, its output and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(
+            query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
+        return output
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Kernels and attention read numbers or choose by device; on the meta device others stand in for them."""
+
+    def mix(experts: Any, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        stacks = list(experts.parameters())
+        down = next(p for name, p in experts.named_parameters() if name.endswith("down_proj"))
+        trained = next((p for p in stacks if p.requires_grad), stacks[0])
+        return _Experts.apply(x_TD, routing.token_N, weight_N, down.shape[-1], trained)
+
+    kinds = {type(module.experts) for module in model.modules() if isinstance(module, MoELayer)}
+    patches: list[Any] = [patch.object(kind, "mix", mix) for kind in kinds]
+    patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None))
+    attend = patch.object(nnf, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))
+    patches.append(attend)
+    patches.append(patch("torch.autocast", lambda *_, **__: nullcontext()))
+    with ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
+        yield

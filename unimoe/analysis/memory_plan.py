@@ -1,0 +1,299 @@
+"""``unimoe plan``: what a stage needs on each device, from its settings alone.
+
+The model is built as a stage builds it, but on the meta device, and what trains is chosen on it; so the
+numbers of weights are exact. With P bytes of weights (float32), T of those that train, n devices:
+
+=====================  ==========================================================  =======================
+on each device         ddp                                                         fsdp2
+=====================  ==========================================================  =======================
+weights                P                                                           P / n, towers that are
+                                                                                   frozen whole
+gradients              T                                                           T / n
+AdamW                  2 T                                                         2 T / n
+gathered               0                                                           what belongs to no
+                                                                                   block, and two blocks
+half-precision copies  P / 2 of the LLM with a mixed precision, kept by autograd   in ``gathered``
+activations            what autograd keeps of a forward pass over the device's     the same
+                       batch (:mod:`unimoe.analysis.activation_memory`), and the logits' gradient
+sent in a step         2 T (n-1)/n                                                 (2 P + T) (n-1)/n
+=====================  ==========================================================  =======================
+
+expert_parallel: experts are divided by e devices (as many as divide them), all else is as in fsdp2, and the
+n / e devices with the same experts share them as in fsdp2. A token of H numbers goes to k experts and comes
+back, forward and backward, in each of L layers: 4 L k H (e-1)/e numbers; experts' weights stay in place.
+
+Left out: activations of towers and connectors, gradients on their way to be accumulated, the CUDA context
+(about 1 GB) and what the allocator wastes, for which ``--reserve`` sets a share of the memory aside.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from unimoe.encoders import build_encoder
+from unimoe.errors import UserError, first_line
+from unimoe.model.build import add_placeholders, connector_settings
+from unimoe.model.configuration import UniMoeConfig
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import MoEConfig, MoELayer
+from unimoe.moe.install import moe_layers
+from unimoe.prepare.cache import resolve_part
+from unimoe.stages.trainable import LoRA, Trainable, choose
+
+from .activation_memory import count_saved
+
+Strategy = Literal["ddp", "fsdp2", "expert_parallel"]
+GB = 1e9
+
+
+@dataclass
+class Sizes:
+    """Numbers of weights, and how many of them train, by the part of the model they belong to."""
+
+    experts: tuple[int, int] = (0, 0)
+    """In the LLM's MoE layers, without routers."""
+    blocks: tuple[int, int] = (0, 0)
+    """In the LLM's blocks beside them."""
+    others: tuple[int, int] = (0, 0)
+    """Embeddings, head, connectors, towers that train."""
+    towers: tuple[int, int] = (0, 0)
+    """Towers that are frozen."""
+    largest_block: int = 0
+    """Weights of the largest block, experts included."""
+    largest_experts: int = 0
+    """Those of its experts."""
+
+    @property
+    def total(self) -> int:
+        return self.experts[0] + self.blocks[0] + self.others[0] + self.towers[0]
+
+    @property
+    def trained(self) -> int:
+        return self.experts[1] + self.blocks[1] + self.others[1]
+
+
+@dataclass
+class Batch:
+    """What a device works on."""
+
+    tokens: int
+    """Of a batch."""
+    accumulate: int = 1
+    """Batches of an optimizer step."""
+    width: int = 4
+    """Bytes of a number in the forward pass."""
+    activations: float = 0.0
+    """Bytes, most at a time."""
+
+
+@dataclass
+class Plan:
+    """Bytes on each device under one strategy."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    """Whole weights of what runs just then, or half-precision copies."""
+    activations: float
+    sent: float
+    """Bytes that each device sends in an optimizer step, experts' tokens not among them."""
+    traffic: float
+    """Bytes of tokens that each device sends to experts on others, and back, in an optimizer step."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+def plan(
+    *,
+    config: list[str],
+    frame: str = "",
+    gpus: int = 8,
+    memory: float = 80.0,
+    tokens: int = 2048,
+    reserve: float = 0.1,
+) -> int:
+    """Say what a stage needs on each device, and whether it fits. The exit status is 1 if nothing does.
+
+    Args:
+        config: YAML file(s) of the stage, as for unimoe fit.
+        frame: configuration of the model that model.init_from will hold, where it is not there yet: a
+            config.json, or the same as YAML.
+        gpus: devices.
+        memory: of each, in GB.
+        tokens: of each sample.
+        reserve: share of the memory to set aside.
+    """
+    settings = read_settings(config)
+    model = build_frame(settings["model"], frame)
+    sizes = measure(model)
+    data, trainer = settings.get("data", {}), settings.get("trainer", {})
+    rows, accumulate = int(data.get("batch_size", 8)), int(trainer.get("accumulate_grad_batches", 1))
+    half = str(trainer.get("precision", "32")).startswith(("bf16", "16"))
+    recompute = bool(settings["model"].get("gradient_checkpointing", False))
+    print(f"{sizes.total:,} weights, {4 * sizes.total / GB:.2f} GB in float32; {sizes.trained:,} train")
+    print(
+        f"experts {sizes.experts[0]:,}, other weights of blocks {sizes.blocks[0]:,}, embeddings, head and "
+        f"connectors {sizes.others[0]:,}, frozen towers {sizes.towers[0]:,}"
+    )
+    print(
+        f"{gpus} devices of {memory:g} GB, {rows} samples of {tokens} tokens on each"
+        + (f", {accumulate} times a step" if accumulate > 1 else "")
+        + (", half precision" if half else "")
+        + (", blocks run again in the backward pass" if recompute else "")
+    )
+    dtype = torch.bfloat16 if half else torch.float32
+    nn.Module.to(model, dtype)
+    activations = count_saved(model, rows, tokens, rows * tokens // 2).peak(recompute)
+    batch = Batch(rows * tokens, accumulate, 2 if half else 4, activations)
+    plans = [make_plan(model, sizes, name, gpus, batch) for name in STRATEGIES]
+    print(f"\n{'GB on each device':18}" + "".join(f"{name:>17}" for name in STRATEGIES))
+    for row in ("weights", "gradients", "optimizer", "gathered", "activations", "total"):
+        print(f"{row:18}" + "".join(f"{getattr(one, row) / GB:17.2f}" for one in plans))
+    room = memory * (1 - reserve) * GB
+    fits = [one.total <= room for one in plans]
+    print(f"{f'fits {room / GB:.1f} GB':18}" + "".join(f"{'yes' if fit else 'NO':>17}" for fit in fits))
+    print(f"\n{'GB sent in a step':18}" + "".join(f"{(one.sent + one.traffic) / GB:17.2f}" for one in plans))
+    print(f"{'tokens of experts':18}" + "".join(f"{one.traffic / GB:17.2f}" for one in plans))
+    return 0 if any(fits) else 1
+
+
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "expert_parallel")
+
+
+def make_plan(
+    model: UniMoeForConditionalGeneration, sizes: Sizes, strategy: Strategy, gpus: int, batch: Batch
+) -> Plan:
+    """The bytes on each of ``gpus`` devices, by the formulas at the top of this file.
+
+    ``sizes`` are those of the model.
+    """
+    width, accumulate, activations = batch.width, batch.accumulate, batch.activations
+    send = (gpus - 1) / gpus
+    if strategy == "ddp":
+        copies = 2 * (sizes.total - sizes.towers[0]) if width == 2 else 0
+        weights, trained = 4.0 * sizes.total, 4.0 * sizes.trained
+        return Plan(weights, trained, 2 * trained, copies, activations, 2 * trained * send, 0)
+    layers = list(moe_layers(model).values())
+    share = 1
+    if strategy == "expert_parallel" and layers:
+        experts = layers[0].router.num_experts
+        share = max(e for e in range(1, min(gpus, experts) + 1) if experts % e == 0 and gpus % e == 0)
+    whole = [a + b for a, b in zip(sizes.blocks, sizes.others, strict=True)]
+    weights = 4 * ((sizes.total - sizes.towers[0]) / gpus + sizes.towers[0])
+    trained = 4 * sizes.trained / gpus
+    block = sizes.largest_block - sizes.largest_experts + sizes.largest_experts / share
+    gathered = width * (sizes.others[0] + 2 * block)
+    away = gpus // share  # devices that hold shards of the same experts
+    moved = width * (2 * whole[0] * send + 2 * sizes.experts[0] / share * (away - 1) / away) * accumulate
+    moved += 4 * (whole[1] * send + sizes.experts[1] / share * (away - 1) / away) * accumulate
+    hidden = model.config.get_text_config().hidden_size
+    k = MoEConfig(**model.config.moe).top_k if model.config.moe else 0
+    traffic = 4 * len(layers) * k * hidden * width * batch.tokens * accumulate * (share - 1) / share
+    return Plan(weights, trained, 2 * trained, gathered, activations, moved, traffic)
+
+
+def measure(model: UniMoeForConditionalGeneration) -> Sizes:
+    """Counts the weights, tied ones once."""
+    inner = model.model
+    seen: set[nn.Parameter] = set()
+
+    def count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+        new = [p for p in dict.fromkeys(parameters) if p not in seen]
+        seen.update(new)
+        return sum(p.numel() for p in new), sum(p.numel() for p in new if p.requires_grad)
+
+    def add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+        return one[0] + other[0], one[1] + other[1]
+
+    sizes = Sizes()
+    for block in cast(Iterable[nn.Module], inner.language_model.layers):
+        experts = [m.experts for m in block.modules() if isinstance(m, MoELayer)]
+        own = count(p for one in experts for p in one.parameters())
+        rest = count(block.parameters())
+        sizes.experts, sizes.blocks = add(sizes.experts, own), add(sizes.blocks, rest)
+        if own[0] + rest[0] > sizes.largest_block:
+            sizes.largest_block, sizes.largest_experts = own[0] + rest[0], own[0]
+    for tower in inner.encoders.values():
+        if not any(p.requires_grad for p in tower.parameters()):
+            sizes.towers = add(sizes.towers, count(tower.parameters()))
+    sizes.others = count(model.parameters())
+    return sizes
+
+
+def build_frame(settings: dict[str, Any], frame: str = "") -> UniMoeForConditionalGeneration:
+    """The model of a stage on the meta device, with what trains chosen. Raises UserError where its
+    configuration cannot be had."""
+    config = _configuration(settings, frame)
+    with torch.device("meta"):
+        model = UniMoeForConditionalGeneration(config)
+        choose(
+            model,
+            [Trainable(**entry) for entry in settings.get("trainable") or []],
+            [LoRA(**entry) for entry in settings.get("lora") or []],
+        )
+    model.train()
+    return model
+
+
+def _configuration(settings: dict[str, Any], frame: str) -> UniMoeConfig:
+    modalities = {}
+    for kind, parts in (settings.get("modalities") or {}).items():
+        spec = {name: value for name, value in parts["encoder"].items() if name != "weights"}
+        with torch.device("meta"):
+            encoder = build_encoder(spec)
+        modalities[kind] = {
+            "encoder": encoder.config,
+            "connector": connector_settings(encoder, parts["connector"]),
+        }
+    start = settings.get("init_from")
+    if frame:
+        values = yaml.safe_load(Path(frame).read_text(encoding="utf-8"))
+        config = UniMoeConfig(**{k: v for k, v in values.items() if k != "model_type"})
+    elif start is not None:
+        if not (Path(start) / "config.json").is_file():
+            raise UserError(
+                f"model.init_from {start} holds no config.json yet; describe it with --frame FILE"
+            )
+        config = UniMoeConfig.from_pretrained(start)
+    else:
+        path = str(resolve_part(settings["llm"], "llm"))
+        with torch.device("meta"):
+            causal: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            add_placeholders(causal, AutoTokenizer.from_pretrained(path), settings.get("chat_template"))
+        config = UniMoeConfig(text_config=causal.config, moe=settings.get("moe"))
+    if modalities:
+        config.modalities = {**(config.modalities or {}), **modalities}
+    return config
+
+
+def read_settings(files: list[str]) -> dict[str, Any]:
+    """The YAML files, each over the one before it. Raises UserError for one that is none."""
+    merged: dict[str, Any] = {}
+    for file in files:
+        try:
+            found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"--config {file} cannot be read: {first_line(error)}") from error
+        if not isinstance(found, dict):
+            raise UserError(f"--config {file} holds no settings")
+        _merge(merged, found)
+    if "model" not in merged or merged.get("system", "stages") != "stages":
+        raise UserError(f"{', '.join(files)}: expected a stage's settings (system stages, with a model)")
+    return merged
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

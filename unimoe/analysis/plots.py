@@ -1,0 +1,208 @@
+"""Pictures of runs and models, as SVG that reads on a light and on a dark page.
+
+Shapes: L MoE layers, E experts.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK = "#8b93a1"
+"""Grey that stands out from white and from black."""
+BLUE, ORANGE = "#3f7fd0", "#d9822b"
+HEAT = LinearSegmentedColormap.from_list("heat", ["#eef4fb", "#7fb0e6", "#2a62ad", "#0d2c57"])
+
+Curve = Sequence[Mapping[str, float]]
+
+
+def loss_curves(curves: Mapping[str, Curve]) -> str:
+    """One panel a stage: the loss of each step, its running mean, and validation losses if there are any."""
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(curves) :]:
+        panel.remove()
+    for panel, (stage, curve) in zip(panels, curves.items(), strict=False):
+        steps, losses = _column(curve, "train/loss")
+        panel.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
+        panel.plot(steps, _running_mean(losses), color=BLUE, linewidth=1.8, label="training")
+        val_steps, val_losses = _column(curve, "val/loss")
+        if len(val_losses):
+            panel.plot(
+                val_steps, val_losses, "o-", color=ORANGE, markersize=4, linewidth=1.4, label="validation"
+            )
+            panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+        panel.set_title(stage, fontsize=10, color=INK, loc="left")
+        panel.set_xlabel("step", fontsize=8, color=INK)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        highest = np.percentile(losses, 99) if len(losses) else 1.0
+        panel.set_ylim(0, max(1e-3, 1.1 * float(highest)))
+        _plain(panel)
+        panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+    return _svg(figure)
+
+
+def load_maps(load: Mapping[str, Any], experts: Sequence[str], columns: int | None = None) -> str:
+    """One heat map [L, E] for all tokens and one for each kind of them, on the same colour scale.
+
+    ``load`` is what :meth:`unimoe.analysis.routing_stats.Traffic.load` gives; ``columns`` panels stand side
+    by side (None: all).
+    """
+    tables = {name: np.array(table) for name, table in load.items() if name != "layers"}
+    layers = load["layers"]
+    columns = min(columns or len(tables), len(tables))
+    rows = -(-len(tables) // columns)
+    figure = Figure(figsize=(2.9 * columns + 0.6, (1.2 + 0.24 * len(layers)) * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    highest = max(float(table.max()) for table in tables.values())
+    scale = ScalarMappable(Normalize(0, max(highest, 1e-6)), HEAT)
+    for panel in panels.flatten()[len(tables) :]:
+        panel.remove()
+    for index, (name, table) in enumerate(tables.items()):
+        panel = panels.flatten()[index]
+        panel.imshow(table, cmap=HEAT, norm=scale.norm, aspect="auto")
+        for (row, column), share in np.ndenumerate(table):
+            color = "white" if share > 0.55 * highest else "#26374f"
+            panel.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
+        panel.set_title(_tokens(name), fontsize=10, color=INK, loc="left")
+        panel.set_xticks(range(len(experts)), experts, fontsize=8, rotation=0 if len(experts) < 6 else 60)
+        panel.set_yticks(range(len(layers)), layers if index % columns == 0 else [], fontsize=8)
+        _plain(panel)
+        panel.tick_params(length=0)
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("decoder layer", fontsize=8, color=INK)
+    bar = figure.colorbar(scale, ax=list(panels.flatten()[: len(tables)]), shrink=0.6, pad=0.01)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_label("share of the tokens' expert places", fontsize=8, color=INK)
+    return _svg(figure)
+
+
+def pathways(flow: Mapping[str, Any], layers: Sequence[int], experts: Sequence[str]) -> str:
+    """One panel a kind of token: how its tokens go from the leading expert of one MoE layer to that of the
+    next. A ribbon is as wide as its share of the tokens.
+
+    ``flow`` is what :meth:`unimoe.analysis.routing_stats.Traffic.flow` gives, for two layers or more.
+    """
+    height = 0.9 + 0.36 * len(experts)
+    figure = Figure(figsize=(max(4.5, 0.55 * len(layers)), height * len(flow)), layout="constrained")
+    panels = figure.subplots(len(flow), 1, squeeze=False)[:, 0]
+    bend = np.linspace(0, 1, 24)
+    smooth = bend * bend * (3 - 2 * bend)
+    for panel, (name, steps) in zip(panels, flow.items(), strict=True):
+        for step, table_EE in enumerate(np.array(steps)):
+            for (here, there), share in np.ndenumerate(table_EE):
+                if share >= 0.005:
+                    middle = here + (there - here) * smooth
+                    half = 0.4 * share
+                    colour = ORANGE if here != there else BLUE
+                    panel.fill_between(
+                        step + bend, middle - half, middle + half, color=colour, alpha=0.45, lw=0
+                    )
+        panel.set_title(_tokens(name), fontsize=10, color=INK, loc="left")
+        panel.set_xticks(range(len(layers)), layers, fontsize=8)
+        panel.set_yticks(range(len(experts)), experts, fontsize=8)
+        panel.set_ylim(len(experts) - 0.5, -0.5)
+        panel.set_xlim(-0.1, len(layers) - 0.9)
+        panel.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
+        _plain(panel)
+        panel.spines["left"].set_visible(False)
+    panels[-1].set_xlabel("decoder layer", fontsize=8, color=INK)
+    return _svg(figure)
+
+
+def expert_maps(use: Mapping[str, Any]) -> str:
+    """For each layer: the share of the places that each expert got, and which experts were visited together,
+    row by row in per cent of the row's expert."""
+    layers = len(use["load"])
+    figure = Figure(figsize=(2.9 * layers, 4.2), layout="constrained")
+    panels = figure.subplots(2, layers, squeeze=False, height_ratios=(1, 2.4))
+    for layer in range(layers):
+        upper, lower = panels[:, layer]
+        shares = 100 * np.array(use["load"][layer])
+        upper.bar(range(len(shares)), shares, color=BLUE)
+        upper.set_title(f"layer {layer}: load, %", fontsize=10, color=INK, loc="left")
+        together = np.array(use["together"][layer], float)
+        lower.imshow(together / np.maximum(together.sum(1, keepdims=True), 1), cmap=HEAT, vmin=0, vmax=1)
+        partners, twins = use["effective_partners"][layer], use["twins"][layer]
+        lower.set_title(
+            f"{partners:.2f} effective partners,\n{100 * twins:.0f} % still twins",
+            fontsize=9,
+            color=INK,
+            loc="left",
+        )
+        for panel in (upper, lower):
+            panel.set_xticks(range(len(shares)))
+            _plain(panel)
+        lower.set_yticks(range(len(shares)))
+    return _svg(figure)
+
+
+def expert_history(curve: Curve) -> str:
+    """Over the steps of a run, running means by layer (light: shallow, dark: deep): how full the fullest
+    expert is, with how many others an expert works, and which share of the pairs are twins of the start."""
+    titles = {
+        "load_max_over_mean": "fullest expert over the mean",
+        "effective_partners": "effective partners",
+        "twins": "share of unmoved twins",
+    }
+    layers = sorted({key.split("/")[1] for row in curve for key in row if key.endswith("/twins")})
+    figure = Figure(figsize=(3.7 * len(titles), 2.5), layout="constrained")
+    for panel, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        for place, layer in enumerate(layers):
+            steps, values = _column(curve, f"moe/{layer}/{name}")
+            color = HEAT(0.35 + 0.65 * (place + 1) / len(layers))
+            panel.plot(steps, _running_mean(values), color=color, linewidth=1.8, label=layer)
+        panel.set_title(title, fontsize=10, color=INK, loc="left")
+        panel.set_xlabel("step", fontsize=8, color=INK)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.set_ylim(bottom=0)
+        _plain(panel)
+        panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+    panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _svg(figure)
+
+
+def _column(curve: Curve, name: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = [(row["step"], row[name]) for row in curve if name in row]
+    steps, values = zip(*rows, strict=True) if rows else ((), ())
+    return np.array(steps), np.array(values)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a fifteenth of the curve before each point."""
+    width = max(1, len(values) // 15)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _tokens(name: str) -> str:
+    return "all tokens" if name == "all" else f"{name} tokens"
+
+
+def _plain(panel: Any):
+    panel.set_facecolor("none")
+    panel.tick_params(colors=INK, labelsize=8)
+    for side, spine in panel.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
+
+
+def _svg(figure: Figure) -> str:
+    FigureCanvasSVG(figure)
+    text = io.StringIO()
+    # without a date, the same numbers give the same file
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()

@@ -1,0 +1,159 @@
+"""Where tokens went: the load of the experts, and the pathways through the layers, by kind of token.
+
+Shapes: L MoE layers, E experts, T tokens of a forward pass, R real ones of one kind, N (token, expert) pairs.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimoe.model.configuration import MODALITIES
+from unimoe.moe import LayerRecord, pair_counts
+from unimoe.moe.records import join
+
+ANSWER = "answer"
+"""The kind of the tokens that the model wrote itself, where somebody tells them apart."""
+
+
+class Traffic:
+    """Counts that grow with every forward pass that is added.
+
+    >>> with record() as records:
+    ...     model(**batch)
+    >>> traffic = Traffic()
+    >>> traffic.add(records)
+    >>> traffic.load()["image"]  # one row a layer, one column an expert
+    """
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, dict[int, Tensor]] = {}
+        """Kind of token -> layer -> [E] number of (token, expert) pairs."""
+        self.paths: dict[str, Counter[tuple[int, ...]]] = {}
+        """Kind -> the leading expert in each layer (-1 where a token visited none) -> number of tokens."""
+
+    def add(self, records: Sequence[LayerRecord], kind: str | None = None) -> None:
+        """Count the records of one or several whole forward passes.
+
+        ``kind`` counts all their tokens as that; else each counts for its own modality. Padding is left out.
+        """
+        layers = join(list(records))
+        for entry in layers:
+            found = {kind: pair_counts(entry)} if kind else _by_name(pair_counts(entry, by_modality=True))
+            for name, count_E in found.items():
+                own = self.pairs.setdefault(name, {})
+                own[entry.layer] = own.get(entry.layer, 0) + count_E.cpu()
+        if layers:
+            self._add_paths(layers, kind)
+
+    def _add_paths(self, layers: Sequence[LayerRecord], kind: str | None) -> None:
+        path_TL = torch.stack([_leading(entry) for entry in layers], dim=1)
+        ctx, tokens = layers[0].ctx, len(path_TL)
+        real_T = torch.ones(tokens, dtype=torch.bool) if ctx.pad_T is None else ~ctx.pad_T.reshape(-1).cpu()
+        if kind or ctx.modality_T is None:
+            groups = {kind or MODALITIES[0]: real_T}
+        else:
+            modality_T = ctx.modality_T.reshape(-1).cpu()
+            present = modality_T[real_T].unique().tolist()
+            groups = {MODALITIES[index]: real_T & (modality_T == index) for index in present}
+        for name, chosen_T in groups.items():
+            path_UL, count_U = path_TL[chosen_T].unique(dim=0, return_counts=True)
+            found = zip(map(tuple, path_UL.tolist()), count_U.tolist(), strict=True)
+            self.paths.setdefault(name, Counter()).update(dict(found))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of token that were counted: modalities in their order, what else there is behind them."""
+        order = {name: place for place, name in enumerate(MODALITIES)}
+        return sorted(self.pairs, key=lambda name: (order.get(name, len(order)), name))
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the MoE layers, ascending."""
+        return sorted(set().union(*self.pairs.values()))
+
+    def tokens(self) -> dict[str, int]:
+        """How many tokens of each kind went through."""
+        return {kind: self.paths[kind].total() for kind in self.kinds}
+
+    def load(self) -> dict[str, Any]:
+        """Share of the tokens' places that each expert got; empty when nothing was counted.
+
+        ``layers`` holds the indices of the MoE layers, ``all`` and every kind a table [L, E] whose rows
+        sum to 1.
+        """
+        if not self.pairs:
+            return {}
+        tables = {kind: [self.pairs[kind][layer] for layer in self.layers] for kind in self.kinds}
+        everything = [sum(table[row] for table in tables.values()) for row in range(len(self.layers))]
+        tables = {"all": everything, **tables}
+        return {"layers": self.layers} | {name: list(map(_shares, table)) for name, table in tables.items()}
+
+    def mean_load(self) -> dict[str, list[float]]:
+        """For ``all`` and every kind the share of the places that each expert got in the mean layer [E]."""
+        tables = {name: torch.tensor(table) for name, table in self.load().items() if name != "layers"}
+        return {name: [round(share, 4) for share in table.mean(0).tolist()] for name, table in tables.items()}
+
+    def pathways(self, most: int = 5) -> dict[str, Any]:
+        """For every kind: ``tokens``, ``distinct`` pathways, the ``top`` ones with their share of the tokens.
+
+        A pathway is the expert with the largest weight in each MoE layer, from first to last.
+        """
+        found = {}
+        for kind in self.kinds:
+            paths = self.paths[kind]
+            top = [
+                {"experts": list(path), "share": round(count / paths.total(), 4)}
+                for path, count in paths.most_common(most)
+            ]
+            found[kind] = {"tokens": paths.total(), "distinct": len(paths), "top": top}
+        return found
+
+    def flow(self) -> dict[str, list[list[list[float]]]]:
+        """For every kind [L-1, E, E]: the share of its tokens that expert i leads in one MoE layer and expert
+        j in the next."""
+        experts = max(len(count_E) for layers in self.pairs.values() for count_E in layers.values())
+        found = {}
+        for kind in self.kinds:
+            paths = self.paths[kind]
+            path_UL = torch.tensor(list(paths))
+            share_U = torch.tensor(list(paths.values())) / paths.total()
+            steps = []
+            for here_U, next_U in zip(path_UL.T[:-1], path_UL.T[1:], strict=True):
+                both_U = (here_U >= 0) & (next_U >= 0)
+                flow_EE = torch.zeros(experts, experts)
+                flow_EE.index_put_((here_U[both_U], next_U[both_U]), share_U[both_U], accumulate=True)
+                steps.append([[round(share, 4) for share in row] for row in flow_EE.tolist()])
+            found[kind] = steps
+        return found
+
+
+def share_table(rows: Mapping[str, Sequence[float]], experts: Sequence[str]) -> str:
+    """Shares as lines of per cent, one a row, under the names of the experts."""
+    wide = max(map(len, rows))
+    columns = [max(5, len(name)) for name in experts]
+    head = [" " * wide, *(f"{name:>{column}}" for name, column in zip(experts, columns, strict=True))]
+    lines = ["  ".join(head)]
+    for name, shares in rows.items():
+        cells = (f"{f'{100 * share:.0f} %':>{column}}" for share, column in zip(shares, columns, strict=True))
+        lines.append("  ".join([f"{name:<{wide}}", *cells]))
+    return "\n".join(lines)
+
+
+def _by_name(counts: dict[int, Tensor]) -> dict[str, Tensor]:
+    return {MODALITIES[index]: count_E for index, count_E in counts.items()}
+
+
+def _leading(entry: LayerRecord) -> Tensor:
+    """[T] int64: the expert that each token gave the largest weight, -1 where it visited none."""
+    routing = entry.routing
+    weight_TE = torch.full((routing.num_tokens, routing.num_experts), -torch.inf)
+    weight_TE[routing.token_N.cpu(), routing.expert_N.cpu()] = routing.weight_N.detach().float().cpu()
+    best_T, expert_T = weight_TE.max(dim=1)
+    return torch.where(best_T > -torch.inf, expert_T, -1)
+
+
+def _shares(count_E: Any) -> list[float]:
+    return [round(share, 4) for share in (count_E / count_E.sum().clamp(min=1)).tolist()]

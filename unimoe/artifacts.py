@@ -1,0 +1,157 @@
+"""What a finished run leaves: the folder of its model or expert, and ``stage.json`` as the last file."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from . import __version__
+from .errors import UserError
+from .files import atomic_folder, atomic_write, file_hash
+
+STAGE_FILE = "stage.json"
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass
+class StageRecord:
+    """The content of ``stage.json``."""
+
+    stage: str
+    """Its name."""
+
+    settings: dict[str, Any]
+    """Everything that decided the result, by dotted key."""
+
+    parents: list[dict[str, str]] = field(default_factory=list)
+    """The folders it was made from, with the hash of their weights."""
+
+    data: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file of samples."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Last value of each logged metric."""
+
+    parameters: dict[str, int] = field(default_factory=dict)
+    """Weights in all, trained, and trained by group."""
+
+    steps: int = 0
+    """Optimizer steps."""
+
+    seconds: float = 0.0
+    """Training time in all, interrupted runs included."""
+
+    weights: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each weights file in the folder."""
+
+    files: list[str] = field(default_factory=list)
+    """Everything else in the folder that belongs to the result."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of Python and the packages that decide the numbers."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    packages = ("torch", "transformers", "peft", "lightning", "timm", "safetensors")
+    found = {name: version(name) for name in packages}
+    return {"unimoe": __version__, "python": platform.python_version(), **found}
+
+
+def write_model(output: Path, model: PreTrainedModel, processor: Any, record: StageRecord):
+    """Save a model folder with ``stage.json`` into ``output``, beside what is there.
+
+    ``processor``: what prepares the model's inputs, a processor or a tokenizer.
+    """
+
+    def save(folder: Path):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    write_result(output, save, record)
+
+
+def write_result(output: Path, save: Callable[[Path], object], record: StageRecord):
+    """Let ``save(folder)`` fill a temporary folder, move that to ``output``, and write ``stage.json``."""
+    fresh = output / ".result"
+    with atomic_folder(fresh) as temporary:
+        save(temporary)
+        record.weights = {path.name: file_hash(path) for path in sorted(temporary.glob("*.safetensors"))}
+    record.files = sorted(path.name for path in fresh.iterdir() if path.name not in record.weights)
+    record.versions = versions()
+    for path in sorted(fresh.iterdir()):
+        path.chmod(0o644)  # safetensors makes its files private
+        os.replace(path, output / path.name)
+    fresh.rmdir()
+    atomic_write(output / STAGE_FILE, json.dumps(asdict(record), indent=2) + "\n")
+
+
+def read_record(folder: str | Path) -> StageRecord | None:
+    """The record of a finished stage, None where there is none. Raises UserError when it is unreadable."""
+    path = Path(folder) / STAGE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it to run the stage anew") from error
+
+
+def folder_hash(folder: str | Path) -> str:
+    """One hash over a result's weights files and configuration."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "expert.json"):
+            digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def flatten(settings: Any, prefix: str = "", lists: bool = False) -> dict[str, Any]:
+    """Nested settings as one level of dotted keys; lists stay whole, but with ``lists`` those of dicts."""
+    if lists and isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, dict) or (not settings and prefix):
+        return {prefix: settings}
+    flat = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key), lists)
+    return flat
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """What each setting is in which the two differ, in words."""
+    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    return {key: f"there {found.get(key)!r}, now {wanted.get(key)!r}" for key in keys}
+
+
+def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]):
+    """Raises UserError naming the settings in which what lies in ``output`` differs from what is wanted."""
+    different = [f"{key}: {values}" for key, values in differences(found, wanted).items()]
+    if not different:
+        return
+    shown = "; ".join(different[:4])
+    more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+    raise UserError(
+        f"{output} was made with other settings ({shown}{more}); "
+        "pass --overwrite true or choose another --output"
+    )
+
+
+def clear(output: Path):
+    """Remove what a stage wrote into ``output``, and ``output`` itself when that leaves it empty."""
+    record = read_record(output)
+    written = [*record.weights, *record.files] if record else []
+    for name in [STAGE_FILE, SETTINGS_FILE, *written]:
+        (output / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "logs"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()

@@ -1,0 +1,181 @@
+"""``unimoe inspect``: what a model is made of, and with data what its experts do with it.
+
+unimoe inspect runs/demo/moe
+unimoe inspect runs/demo/moe runs/demo/data/val.image.jsonl --output runs/demo/experts
+"""
+
+import json as json_format
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.analysis.plots import load_maps, pathways
+from unimoe.analysis.routing_stats import Traffic, share_table
+from unimoe.data import Sample, read_samples
+from unimoe.errors import UserError
+from unimoe.files import atomic_folder
+from unimoe.inference.generate import count_parameters, to_device
+from unimoe.model.loading import expert_names, load_model
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
+from unimoe.moe import record
+from unimoe.moe.install import moe_layers
+
+
+def inspect(
+    model: str,
+    data: str | None = None,
+    /,
+    samples: int = 64,
+    batch_size: int = 8,
+    media_root: str | None = None,
+    top: int = 3,
+    json: bool = False,
+    output: str | None = None,
+) -> None:
+    """Show what a model is made of, and which experts its tokens visit.
+
+    Args:
+        model: folder of a finished stage (or a hub id of a unimoe model).
+        data: conversations to send through it, in any format that training reads.
+        samples: most conversations, taken at even distances.
+        batch_size: conversations at a time.
+        media_root: folder that the data's relative paths begin in (default: the data's own).
+        top: pathways to list for each kind of token.
+        json: print everything as one JSON object.
+        output: folder for inspect.json and, with data, the pictures load.svg and pathways.svg.
+    """
+    for name, value in (("samples", samples), ("batch-size", batch_size), ("top", top)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}, expected at least 1")
+    chosen = (
+        [] if data is None else spread(read_samples(data, media_root=media_root, training=False), samples)
+    )
+    disable_progress_bar()
+    found, processor = load_model(model)
+    report = {"model": model, **describe_model(found, model)}
+    pictures: dict[str, str] = {}
+    if data is not None:
+        if not report["moe"]:
+            raise UserError(f"{model} is a dense model: it has no experts to look at; leave {data} out")
+        traffic = observe(found, processor, chosen, batch_size)
+        report |= {
+            "data": data,
+            "samples": len(chosen),
+            "tokens": traffic.tokens(),
+            "load": traffic.load(),
+            "mean_load": traffic.mean_load(),
+            "pathways": traffic.pathways(top),
+        }
+        experts = report["moe"]["experts"]
+        pictures["load.svg"] = load_maps(report["load"], experts)
+        if len(traffic.layers) > 1:
+            report["flow"] = traffic.flow()
+            pictures["pathways.svg"] = pathways(report["flow"], traffic.layers, experts)
+    text = json_format.dumps(report, indent=1) + "\n"
+    if output:
+        with atomic_folder(output) as folder:
+            for name, content in {"inspect.json": text, **pictures}.items():
+                (folder / name).write_text(content, encoding="utf-8")
+    print(text if json else as_text(report), end="")
+    if output and not json:
+        print(f"\nwritten to {output}: {', '.join(['inspect.json', *pictures])}")
+
+
+def describe_model(model: UniMoeForConditionalGeneration, folder: str | Path) -> dict[str, Any]:
+    """Parameters in all, active for a token, and by part; and the mixture (empty for a dense model)."""
+    total, active = count_parameters(model)
+    parts = {"language model": model.model.language_model}
+    for kind in model.model.encoders:
+        parts |= {
+            f"{kind} encoder": model.model.encoders[kind],
+            f"{kind} connector": model.model.connectors[kind],
+        }
+    sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    sparse = moe_layers(model)
+    moe: dict[str, Any] = {}
+    if sparse:
+        first, null = next(iter(sparse.values())), (model.config.moe or {}).get("null_experts", 0)
+        sizes["experts"] = sum(w.numel() for layer in sparse.values() for w in layer.experts.parameters())
+        sizes["routers"] = sum(w.numel() for layer in sparse.values() for w in layer.router.parameters())
+        moe = {
+            "layers": sorted(sparse),
+            "of": model.config.get_text_config().num_hidden_layers,
+            "experts": expert_names(folder, first.experts.num_experts + null, null),
+            "experts_per_token": getattr(first.router, "k", None),
+            "router": type(first.router).__name__,
+        }
+    return {"parameters": {"total": total, "active": active, "parts": sizes}, "moe": moe}
+
+
+def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most ``most`` of the samples, at even distances."""
+    count = min(most, len(samples))
+    return [samples[index * len(samples) // count] for index in range(count)]
+
+
+@torch.inference_mode()
+def observe(
+    model: UniMoeForConditionalGeneration,
+    processor: UniMoeProcessor,
+    samples: Sequence[Sample],
+    batch_size: int = 8,
+) -> Traffic:
+    """Send whole conversations through the model and count where their tokens go."""
+    traffic = Traffic()
+    for rows in _batches(samples, batch_size):
+        encoded = [processor.encode(sample.messages, where=sample.source) for sample in rows]
+        with record() as records:
+            model.model(**to_device(dict(processor.pad(encoded)), model.device))
+        traffic.add(records)
+    return traffic
+
+
+def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as lines for a terminal."""
+    sizes, moe = report["parameters"], report["moe"]
+    lines = [
+        report["model"],
+        f"  parameters        {_millions(sizes['total'])}, active for a token {_millions(sizes['active'])}",
+        *(f"    {name:<18}{_millions(size):>9}" for name, size in sizes["parts"].items()),
+    ]
+    if not moe:
+        return "\n".join([*lines, "  a dense model"]) + "\n"
+    experts, layers = moe["experts"], moe["layers"]
+    chosen = f"{moe['experts_per_token']} for each token by {moe['router']}"
+    lines += [
+        f"  MoE layers        {len(layers)} of {moe['of']}: {', '.join(map(str, layers))}",
+        f"  experts           {len(experts)} ({', '.join(experts)}), {chosen}",
+    ]
+    if "load" in report:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in report["tokens"].items())
+        lines += [
+            f"\n{report['samples']} conversations of {report['data']}: {counts} tokens",
+            "\n  shares of the experts, mean of the MoE layers",
+            indent(share_table(report["mean_load"], experts), "  "),
+            "\n  commonest pathways: the leading expert of each MoE layer, by number",
+        ]
+        for kind, found in report["pathways"].items():
+            lines.append(f"  {kind}: {found['tokens']:,} tokens on {found['distinct']:,} different pathways")
+            lines += [
+                f"    {100 * path['share']:5.1f} %  {' '.join(_number(expert) for expert in path['experts'])}"
+                for path in found["top"]
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"
+
+
+def _number(expert: int) -> str:
+    return "-" if expert < 0 else str(expert)

@@ -1,0 +1,251 @@
+"""The ``unimoe`` command.
+
+``fit``, ``validate`` and ``test`` go to LightningCLI. Every other verb is a plain function: its
+signature gives the flags and their types, its docstring the help. Modules are imported only when a verb runs.
+
+==========================  ==================================================
+parameter                   on the command line
+==========================  ==================================================
+``model: str``              ``MODEL``, required
+``*, gt: str``              ``--gt GT``, required
+``what: str = "a", /``      ``[WHAT]``, may be left out
+``steps: int = 10``         ``--steps N``
+``control: bool = False``   ``--control`` (``--no-control`` where it is True)
+``image: list[str] = []``   ``--image A [B ...]``, may be given again
+``Literal["a", "b"]``       one of the values
+``X | None``                as ``X``
+==========================  ==================================================
+"""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from unimoe import __version__
+from unimoe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word after ``unimoe``, or two, such as ``data check``."""
+
+    target: str
+    """``module:function``, imported when the verb is used."""
+    help: str
+    """Half a line for ``unimoe --help``."""
+    short: dict[str, str] = field(default_factory=dict)
+    """One-letter forms of parameters, such as ``{"prompt": "-p"}``."""
+    raw: bool = False
+    """The function reads the arguments itself, the verb first."""
+
+
+LIGHTNING = "unimoe.commands.fit:main"
+VERBS = {
+    "prepare": Verb("unimoe.prepare.run:main", "download and convert the default LLM, towers and pictures"),
+    "fit": Verb(LIGHTNING, "train one stage: unimoe fit -c configs/uni_moe/align.yaml", raw=True),
+    "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
+    "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
+    "plan": Verb(
+        "unimoe.analysis.memory_plan:plan", "memory and traffic of a stage on many devices", {"config": "-c"}
+    ),
+    "consolidate": Verb(
+        "unimoe.commands.consolidate:consolidate", "an unfinished run's checkpoint as a model"
+    ),
+    "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
+    "convert llava": Verb("unimoe.model.convert:llava", "a LLaVA-1.5 checkpoint as a model of ours"),
+    "continual run": Verb("unimoe.continual.cli:run", "one strategy on a stream of tasks", raw=True),
+    "continual compare": Verb("unimoe.continual.cli:compare", "several strategies and seeds", raw=True),
+    "continual diagnose": Verb("unimoe.continual.cli:diagnose", "new, ambiguous or old tokens", raw=True),
+    "continual report": Verb("unimoe.continual.report:report", "tables and figures over finished runs"),
+    "continual export": Verb("unimoe.continual.cli:export", "the bank of a task as an adapter for peft"),
+    "continual theory": Verb("unimoe.continual.theory.report:theory", "exact errors of the linear model"),
+    "chat": Verb("unimoe.inference.terminal:chat", "talk to a model in the terminal", {"prompt": "-p"}),
+    "inspect": Verb(
+        "unimoe.commands.inspect_model:inspect", "parameters, and which experts the tokens of a file visit"
+    ),
+    "serve": Verb("unimoe.serve.command:serve", "put a model behind an address, for any OpenAI client"),
+    "web": Verb(
+        "unimoe.inference.web_ui:web",
+        "a page to talk to a model and watch its experts, with a detector beside",
+    ),
+    "data check": Verb("unimoe.commands.data_check:check", "what is wrong with a data file, and where"),
+    "data show": Verb(
+        "unimoe.commands.data_show:show", "a page of drawn samples with their tokens and labels"
+    ),
+    "data scenes": Verb(
+        "unimoe.synthetic.detection_scenes:scenes", "write a COCO-format set of emoji on photographs"
+    ),
+    "evaluate": Verb(
+        "unimoe.evaluation.evaluate:evaluate", "score a model's answers: vqa, choice, caption, asr, ..."
+    ),
+    "evaluate coco": Verb(
+        "unimoe.detection.evaluation.evaluate:evaluate_files", "COCO or LVIS scores of detections"
+    ),
+    "evaluate detector": Verb(
+        "unimoe.commands.evaluate_detector:detector", "COCO or LVIS scores of a detector on a set"
+    ),
+    "evaluate latency": Verb(
+        "unimoe.commands.evaluate_detector:latency", "how long a detector takes, and its parts"
+    ),
+    "detect": Verb(
+        "unimoe.commands.detect:detect", "look for things, named in words, in pictures", {"prompt": "-p"}
+    ),
+    "export onnx": Verb(
+        "unimoe.commands.export_onnx:onnx", "a detector as one ONNX file, compared with the model"
+    ),
+    "demo detection": Verb("unimoe.demo.detection:detection", "a detector, its experts and a dense control"),
+    "demo": Verb("unimoe.demo:demo", "the whole path on real weights, with a report at its end"),
+    "demo continual": Verb("unimoe.demo.continual:continual", "task after task on the default parts"),
+    "continual data": Verb(
+        "unimoe.synthetic.continual_tasks:build_tasks", "write the tasks of the embedded stream"
+    ),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the verb that ``args`` (default: the process's) begins with.
+
+    Returns the exit status: 0 or what the verb returned, 2 for bad input (said in one line on stderr), or
+    130 when interrupted.
+    """
+    args = sys.argv[1:] if args is None else args
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("unimoe").setLevel(logging.INFO)
+    try:
+        return _dispatch(args)
+    except (UserError, argparse.ArgumentError) as error:
+        # jsonargparse's messages may have many lines
+        print("unimoe: error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns the interrupt into exit(1)
+            return _interrupted()
+        raise
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if args[0] == "--version":
+        print(f"unimoe {__version__}")
+        return 0
+    name, rest = split_verb(args)
+    function = load(VERBS[name].target)
+    if VERBS[name].raw:
+        function(args)
+        return 0
+    given = vars(build_parser(name, function).parse_args(rest))
+    leading = [given.pop(word) for word in _positional_only(function) if word in given]
+    status = function(*leading, **given)
+    return status if isinstance(status, int) else 0
+
+
+def split_verb(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that ``args`` begin with and what follows it. Raises UserError for an unknown one."""
+    for words in (2, 1):
+        if " ".join(args[:words]) in VERBS:
+            return " ".join(args[:words]), list(args[words:])
+    group = [verb for verb in VERBS if verb.startswith(f"{args[0]} ")]
+    if group and (len(args) == 1 or args[1].startswith("-")):
+        raise UserError(f"unknown verb {args[0]!r}; expected one of {', '.join(group)}")
+    name = " ".join(args[:2]) if group else args[0]
+    close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(VERBS)
+    raise UserError(f"unknown verb {name!r}; {hint} (unimoe --help lists them)")
+
+
+def load(target: str) -> Callable[..., Any]:
+    """Import the function that ``module:function`` names."""
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
+    """A parser whose arguments are the parameters of ``function``, by the table at the top of this file.
+
+    Arguments that are not given are absent from its result, so that the function's own defaults hold.
+    """
+    import docstring_parser
+
+    doc = docstring_parser.parse(function.__doc__ or "")
+    about = {parameter.arg_name: parameter.description or "" for parameter in doc.params}
+    description = "\n\n".join(text for text in (doc.short_description, doc.long_description) if text)
+    parser = _Parser(
+        prog=f"unimoe {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    hints = typing.get_type_hints(function)
+    short = VERBS[name].short if name in VERBS else {}
+    for parameter in inspect.signature(function).parameters.values():
+        settings = _value_settings(hints.get(parameter.name, str))
+        settings["help"] = about.get(parameter.name, "").replace("%", "%%")
+        required = parameter.default is parameter.empty
+        keyword = parameter.kind is parameter.KEYWORD_ONLY
+        if (required and not keyword) or parameter.kind is parameter.POSITIONAL_ONLY:
+            if not required:
+                settings["nargs"] = "?"
+            parser.add_argument(parameter.name, metavar=parameter.name.upper(), **settings)
+            continue
+        if required:
+            settings["required"] = True
+        elif parameter.default is False:
+            settings["action"] = "store_true"  # without a --no- form
+        elif parameter.default not in (None, "", (), []):
+            settings["help"] += f" (default: {parameter.default})".replace("%", "%%")
+        flags = ["--" + parameter.name.replace("_", "-")]
+        if parameter.name in short:
+            flags.insert(0, short[parameter.name])
+        parser.add_argument(*flags, dest=parameter.name, **settings)
+    return parser
+
+
+def _positional_only(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _value_settings(hint: Any) -> dict[str, Any]:
+    """What argparse must know to read one value of type ``hint``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        hint = members[0] if len(members) == 1 or str not in members else str  # str | Path: text will do
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) in (list, tuple, Sequence):
+        return {**_value_settings(typing.get_args(hint)[0]), "nargs": "+", "action": "extend"}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if hint not in (str, int, float, Path):
+        raise TypeError(f"a verb's parameter cannot be of type {hint}")
+    return {"type": hint}
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    return f"usage: unimoe VERB [...]   (unimoe VERB --help says more)\n\n{verbs}\n\n  --version"
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130

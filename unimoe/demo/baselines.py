@@ -1,0 +1,119 @@
+"""What simple readers of the same frozen picture features reach: the floors under the model's accuracy.
+
+    nearest_neighbour  the name of the most similar training picture
+    linear_pair        ridge regression from a picture to the MiniLM embedding of its name, nearest name wins
+    linear_probe       logistic regression over the names: what the features hold for a linear reader
+
+Shapes: n pictures, S encoder positions, D encoder width, C names, H width of the text encoder.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+from transformers import AutoModel, AutoTokenizer
+
+from unimoe.data import FeatureCache
+from unimoe.encoders.ridge import ridge_map
+from unimoe.errors import UserError
+from unimoe.synthetic.questions import normalise
+
+from .evaluate import Question
+
+
+def measure_floors(
+    train: Sequence[Question],
+    tests: Mapping[str, Sequence[Question]],
+    features: FeatureCache,
+    text_encoder: str | Path,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Exact-name accuracy of each reader on each test set, ``{reader: {set: share}}``.
+
+    Args:
+        train: questions about one picture whose answer is its name; other questions are ignored.
+        tests: the same kind of question by test set.
+        features: holds every picture's features.
+        text_encoder: folder of a BERT-like sentence encoder.
+        seed: of the logistic regression.
+
+    The readers choose among the names of the training pictures.
+    """
+    named = [question for question in train if question.facts.get("kind") == "name"]
+    if not named:
+        raise UserError("the floors need training questions of the kind 'name'")
+    names = sorted({normalise(question.answer) for question in named})
+    x_nD, labels_n = pooled(named, features), torch.tensor([names.index(normalise(q.answer)) for q in named])
+    names_CH = embed_names(names, text_encoder)
+    mean_D, std_D = x_nD.mean(0), x_nD.std(0).clamp_min(1e-6)
+    z_nD = (x_nD - mean_D) / std_D
+    weight_HD, bias_H = ridge_map(x_nD, names_CH[labels_n])
+    probe = fit_probe(z_nD, labels_n, len(names), seed)
+    mean_H = names_CH.mean(0)
+
+    readers = {
+        "nearest_neighbour": lambda x_mD: labels_n[_cosine((x_mD - mean_D) / std_D, z_nD).argmax(1)],
+        "linear_pair": lambda x_mD: _cosine(
+            (x_mD.double() @ weight_HD.T + bias_H).float() - mean_H, names_CH - mean_H
+        ).argmax(1),
+        "linear_probe": lambda x_mD: probe((x_mD - mean_D) / std_D).argmax(1),
+    }
+    floors: dict[str, dict[str, float]] = {reader: {} for reader in readers}
+    for name, questions in tests.items():
+        x_mD = pooled(questions, features)
+        for reader, choose in readers.items():
+            with torch.no_grad():
+                chosen = [names[index] for index in choose(x_mD).tolist()]
+            right = sum(q.is_right(answer) for q, answer in zip(questions, chosen, strict=True))
+            floors[reader][name] = round(right / len(questions), 4)
+    return floors
+
+
+def pooled(questions: Sequence[Question], features: FeatureCache) -> Tensor:
+    """[n, D] mean over the positions of each question's picture."""
+    rows = []
+    for question in questions:
+        pictures = [part for part in question.sample.media() if part["type"] == "image"]
+        if len(pictures) != 1:
+            raise UserError(f"{question.sample.source}: expected one picture, found {len(pictures)}")
+        stored = features.get(features.key(pictures[0], question.sample.source))
+        if stored is None:
+            raise UserError(f"{question.sample.source}: its picture is not in {features.folder}")
+        rows.append(stored[0].mean(0))
+    return torch.stack(rows)
+
+
+def fit_probe(z_nD: Tensor, labels_n: Tensor, classes: int, seed: int, epochs: int = 60) -> torch.nn.Linear:
+    """Logistic regression on standardised features: AdamW, batches of 64, a cosine to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.nn.Linear(z_nD.shape[1], classes)
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
+    steps = epochs * -(-len(z_nD) // 64)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(z_nD), generator=generator).split(64):
+            loss = nnf.cross_entropy(probe(z_nD[rows]), labels_n[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return probe
+
+
+@torch.inference_mode()
+def embed_names(names: Sequence[str], text_encoder: str | Path) -> Tensor:
+    """[C, H] unit vectors: the mean of each name's token states, as sentence-transformers takes it."""
+    tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+    encoder = AutoModel.from_pretrained(text_encoder).eval()
+    batch = tokenizer(list(names), padding=True, return_tensors="pt")
+    mask = batch["attention_mask"][..., None]
+    states = encoder(**batch).last_hidden_state
+    return nnf.normalize((states * mask).sum(1) / mask.sum(1)).clone()
+
+
+def _cosine(a_nD: Tensor, b_mD: Tensor) -> Tensor:
+    return nnf.normalize(a_nD) @ nnf.normalize(b_mD).T

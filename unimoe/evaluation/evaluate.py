@@ -1,0 +1,268 @@
+"""``unimoe evaluate``: a model's answers to a file of questions, scored the way its task is.
+
+    questions (conversations whose last turn is the answer, or items with "text" and "answer")
+      -> batches of like length -> greedy answers, appended to OUTPUT/predictions.jsonl as they come
+      -> OUTPUT/scores.json: the task's metrics over all questions and by the media in them
+
+==================  ===========================================================================
+task                metrics
+==================  ===========================================================================
+``vqa``             accuracy over annotators (Antol et al., 2015; any one of fewer than four), exact match
+``choice``          accuracy of the chosen letter or option
+``classification``  exact match; ``known``: the right name is in the answer, and no other
+``caption``         CIDEr-D (pycocoevalcap), ROUGE-L
+``asr``             word and character error rate (jiwer) over all recordings, lower-cased, no punctuation;
+                    of several transcripts the nearest counts
+==================  ===========================================================================
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.artifacts import STAGE_FILE
+from unimoe.data import Collator
+from unimoe.data.read import data_hashes
+from unimoe.errors import UserError
+from unimoe.files import atomic_write, file_hash
+from unimoe.inference.generate import ask_all
+from unimoe.model.loading import find_model, load_model
+
+from .questions import Question, read_questions
+from .scorers import VERSION, grade_all, scorer, words
+
+Answers = dict[str, str]
+"""Id of a question -> what the model said."""
+Over = Callable[[Sequence[Question]], dict[str, float]]
+"""Means over some of the questions."""
+Metric = Callable[[Sequence[Question], Answers], Over]
+"""Grades all questions at once, since how rare a word is, or which names are wrong, is no group's affair."""
+
+
+def evaluate(
+    model: str,
+    data: str,
+    /,
+    *,
+    task: Literal["vqa", "choice", "classification", "caption", "asr"],
+    output: str = "runs/evaluation",
+    media_root: str | None = None,
+    limit: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> None:
+    """Ask a model every question of a file and score its answers.
+
+    The same command goes on where it was cut off.
+
+    Args:
+        model: folder of a finished stage (or a hub id of a unimoe model).
+        data: questions as JSON or JSONL; "answers" and "options" of an item are read where a task has them.
+        task: how answers are scored.
+        output: folder for predictions.jsonl and scores.json.
+        media_root: folder that the data's relative paths begin in (default: the data's own).
+        limit: ask the first questions only; 0 asks all.
+        batch_size: questions at a time; does not change the answers beyond rounding.
+        max_new_tokens: longest answer.
+    """
+    for name, value, least in (
+        ("limit", limit, 0),
+        ("batch-size", batch_size, 1),
+        ("max-new-tokens", max_new_tokens, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{name} is {value}, expected at least {least}")
+    metrics = METRICS[task]()
+    questions = read_questions(data, media_root)[: limit or None]
+    _check_answers(task, questions)
+    find_model(model)
+    identity = {
+        "model": _identity(model),
+        "data": list(data_hashes([data]).values()),
+        "media_root": media_root,
+        "max_new_tokens": max_new_tokens,
+    }
+    answers = _ask(model, questions, Path(output), identity, batch_size, max_new_tokens)
+    scores = {"task": task, "model": model, "data": data, "scorers": VERSION}
+    scores |= score(metrics, questions, answers)
+    atomic_write(Path(output) / "scores.json", json.dumps(scores, indent=1) + "\n")
+    for kind, found in {"all": scores["all"], **scores["by_media"]}.items():
+        values = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if name != "count")
+        print(f"{kind:<16}{found['count']:>7} questions  {values}")
+
+
+def score(metrics: Metric, questions: Sequence[Question], answers: Answers) -> dict[str, Any]:
+    """``all`` and ``by_media`` (``image``, ``image+speech``, ...): the metrics and ``count``."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.sample.kind, []).append(question)
+    over = metrics(questions, answers)
+    found = {kind: {"count": len(group), **over(group)} for kind, group in sorted(groups.items())}
+    return {"all": {"count": len(questions), **over(questions)}, "by_media": found}
+
+
+# -------------------------------------------------------------------- asking
+
+
+def _ask(
+    model: str,
+    questions: Sequence[Question],
+    folder: Path,
+    identity: dict[str, Any],
+    batch_size: int,
+    max_new_tokens: int,
+) -> Answers:
+    """Answers to all questions; those that the folder has are not asked again."""
+    path = folder / "predictions.jsonl"
+    answers = _read(path, identity)
+    left = [question for question in questions if question.id not in answers]
+    if answers:
+        print(f"{len(questions) - len(left)} of {len(questions)} questions were answered before")
+    if not left:
+        return answers
+    if not answers:
+        atomic_write(path, json.dumps(identity) + "\n")
+    disable_progress_bar()
+    loaded, processor = load_model(model)
+    collator, done = Collator(processor), 0
+    with path.open("a", encoding="utf-8") as file:
+        samples = [question.sample for question in left]
+        for batch in ask_all(loaded, collator, samples, batch_size, max_new_tokens):
+            for index, said in batch.items():
+                question = left[index]
+                answers[question.id] = said
+                row = {"id": question.id, "said": said, "right": list(question.truth.answers)}
+                file.write(json.dumps({**row, "media": question.sample.kind}) + "\n")
+            file.flush()
+            done += len(batch)
+            print(f"{done} of {len(left)} questions", flush=True)
+    return answers
+
+
+def _read(path: Path, identity: dict[str, Any]) -> Answers:
+    """The answers in a file of predictions. A last line that a kill cut short is dropped from it.
+
+    Raises UserError when they are another model's, or to other questions.
+    """
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        found, *rows = (json.loads(line) for line in whole.splitlines())
+        answers = {row["id"]: row["said"] for row in rows}
+        different = [key for key in identity if found.get(key) != identity[key]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no predictions ({error}); choose another --output") from error
+    if different:
+        raise UserError(
+            f"{path} was made with another {different[0]}; choose another --output or delete the file"
+        )
+    if whole != text:
+        atomic_write(path, whole)
+    return answers
+
+
+def _identity(model: str) -> str:
+    """Changes with a folder's weights and settings; a hub id stands for itself."""
+    made = sorted(path for kind in ("safetensors", "json", "jinja") for path in Path(model).glob(f"*.{kind}"))
+    return "+".join(file_hash(path) for path in made if path.name != STAGE_FILE) or model
+
+
+def _check_answers(task: str, questions: Sequence[Question]) -> None:
+    rule = scorer(RULES[task])
+    for question in questions:
+        reason = rule.fits(question.truth)
+        if task == "asr" and not any(map(str.isalnum, "".join(question.truth.answers))):
+            reason = "the transcript holds no word"
+        if reason:
+            raise UserError(f"{question.sample.source}: {reason}, which --task {task} cannot score")
+
+
+# -------------------------------------------------------------------- metrics
+
+
+def _graded(*names: str) -> Metric:
+    """Means of scorers' grades by name; ``known`` is the lenient grade beside the first."""
+
+    def metrics(questions: Sequence[Question], answers: Answers) -> Over:
+        said = {question.id: answers[question.id] for question in questions}
+        truths = {question.id: question.truth for question in questions}
+        found: dict[str, dict[str, float]] = {}
+        for name in names:
+            rule = "exact" if name == "known" else name
+            grades = grade_all(scorer(rule), said, truths, "evaluate").items()
+            found[name] = {id: grade.known if name == "known" else grade.score for id, grade in grades}
+        return _means(found)
+
+    return metrics
+
+
+def _means(grades: dict[str, dict[str, float]]) -> Over:
+    """By name of the metric and id of the question."""
+    return lambda group: {name: fmean(of[question.id] for question in group) for name, of in grades.items()}
+
+
+def _caption() -> Metric:
+    cider, rouge = _package("pycocoevalcap.cider.cider").Cider(), _graded("rouge")
+
+    def metrics(questions: Sequence[Question], answers: Answers) -> Over:
+        # our own words instead of the Penn Treebank's, which would need Java
+        right = {q.id: [" ".join(words(answer)) for answer in q.truth.answers] for q in questions}
+        said = {q.id: [" ".join(words(answers[q.id]))] for q in questions}
+        scores = cider.compute_score(right, said)[1]
+        ciders = _means({"CIDEr": dict(zip(right, map(float, scores), strict=True))})
+        rouges = rouge(questions, answers)
+        return lambda group: {**ciders(group), **rouges(group)}
+
+    return metrics
+
+
+def _asr() -> Metric:
+    jiwer = _package("jiwer")
+    plain = jiwer.Compose(
+        [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
+    )
+
+    def metrics(questions: Sequence[Question], answers: Answers) -> Over:
+        said_of = {question.id: plain(answers[question.id]) for question in questions}
+        right_of = {}
+        for question in questions:
+            errors = {
+                text: jiwer.wer(text, said_of[question.id])
+                for text in map(plain, question.truth.answers)
+                if text
+            }
+            right_of[question.id] = min(errors, key=errors.__getitem__)
+
+        def over(group: Sequence[Question]) -> dict[str, float]:
+            right, said = ([of[question.id] for question in group] for of in (right_of, said_of))
+            return {"WER": jiwer.wer(right, said), "CER": jiwer.cer(right, said)}
+
+        return over
+
+    return metrics
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise UserError(f"this task needs {package}: pip install 'unimoe[evaluate]' ({error})") from error
+
+
+METRICS: dict[str, Callable[[], Metric]] = {
+    "vqa": lambda: _graded("vqa", "exact"),
+    "choice": lambda: _graded("choice"),
+    "classification": lambda: _graded("exact", "known"),
+    "caption": _caption,
+    "asr": _asr,
+}
+RULES = {"vqa": "vqa", "choice": "choice", "classification": "exact", "caption": "rouge", "asr": "exact"}
+"""The scorer that says which answers a task can use."""

@@ -1,0 +1,262 @@
+"""A conversation with a model: turns, what is attached to the next one, which experts took part; saved and
+read back.
+
+    attach(kind, path) ... ask(text) -> words as they come -> answer, traffic
+    save(file) / load(file)      a messages JSON that names its media by path, as training reads it too
+"""
+
+import json
+import mimetypes
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.generation.streamers import TextStreamer
+
+from unimoe.analysis.routing_stats import ANSWER, Traffic
+from unimoe.data.read import read_records
+from unimoe.data.records import parse_record
+from unimoe.data.sample import Message, Part, Sample
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+from unimoe.model.configuration import MEDIA
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
+from unimoe.moe import record
+from unimoe.moe.install import moe_layers
+
+from .generate import generate
+
+
+@dataclass
+class Settings:
+    """How the model answers."""
+
+    max_new_tokens: int = 256
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 always takes the most probable token; higher is more random."""
+    seed: int = 0
+    """Of the random choices, counted anew for each answer."""
+    system: str = ""
+    """What the conversation opens with; empty for nothing."""
+
+    def set(self, assignment: str):
+        """Take ``name=value``. Raises UserError, changing nothing, for an unknown name or a bad value."""
+        name, equals, value = (part.strip() for part in assignment.partition("="))
+        kinds = {field.name: type(field.default) for field in fields(self)}
+        if name not in kinds or not equals:
+            raise UserError(f"!set {assignment}: expected name=value with a name out of {', '.join(kinds)}")
+        try:
+            changed = Settings(**{**vars(self), name: kinds[name](value)})
+        except ValueError:
+            raise UserError(f"!set {name}: found {value!r}, expected {_KINDS[kinds[name]]}") from None
+        changed.check()
+        setattr(self, name, getattr(changed, name))
+
+    def check(self):
+        """Raises UserError when a value is out of range."""
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 or more, found {self.temperature}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be between 0 and 4294967295, found {self.seed}")
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+
+
+class Conversation:
+    """The turns so far, and what is attached to the next."""
+
+    def __init__(self, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, settings: Settings):
+        self.model = model
+        self.processor = processor
+        self.settings = settings
+        self.turns: list[Message] = []
+        """What was said, the settings' system text not among it; media are decoded."""
+        self.attached: list[Part] = []
+        """Media of the next message."""
+        self.traffic = Traffic()
+        """Where the tokens of the last prompt and its answer went."""
+
+    def attach(self, kind: str, path: str, where: str):
+        """Read a medium for the next message; ``where`` begins the UserError when that fails."""
+        file = Path(path).expanduser()
+        part = self._decoded({"type": kind, "path": str(file)}, where)
+        self.attached.append({**part, "path": str(file.absolute())})
+
+    def clear(self):
+        """Forget the turns and what is attached."""
+        self.turns, self.attached, self.traffic = [], [], Traffic()
+
+    def ask(self, text: str, write: Callable[[str], object], stopped: threading.Event | None = None) -> str:
+        """Send ``text`` with what is attached, hand the answer to ``write`` word by word, and remember both.
+
+        A message that raises UserError is forgotten, with its attachments. When ``stopped`` is set, or Ctrl-C
+        comes, the answer so far counts as the answer.
+        """
+        text = text.encode("utf-8", "replace").decode()  # arguments may hold bytes that are no text
+        media = sorted(self.attached, key=lambda part: MEDIA.index(part["type"]))
+        self.attached = []
+        content = [*media, *([{"type": "text", "text": text}] if text else [])]
+        asked = [*self.turns, {"role": "user", "content": content}]
+        encoded = self.processor.encode([*self._opening(), *asked], add_generation_prompt=True)
+        self._check_length(len(encoded["input_ids"]))
+
+        said: list[str] = []
+        streamer = _Words(self.processor.tokenizer, lambda words: (said.append(words), write(words)), stopped)
+        with record() as records:
+            try:
+                set_seed(self.settings.seed)
+                generate(
+                    self.model,
+                    self.processor,
+                    self.processor.pad([encoded], "left"),
+                    self.settings.max_new_tokens,
+                    self.settings.temperature,
+                    streamer,
+                )
+            except _Stopped:
+                streamer.end()  # the word it was in
+            except KeyboardInterrupt:
+                streamer.end()
+                raise
+            finally:
+                answer = "".join(said).strip()
+                if answer:
+                    self.turns = [
+                        *asked,
+                        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                    ]
+                prompt = len(moe_layers(self.model))  # one record a layer for the prompt, then for each token
+                self.traffic = Traffic()
+                self.traffic.add(records[:prompt])
+                self.traffic.add(records[prompt : len(records) - len(records) % max(prompt, 1)], ANSWER)
+        return answer
+
+    def stream(self, text: str) -> Iterator[str]:
+        """As :meth:`ask`, as an iterator over the words; closing it stops the model."""
+        words: queue.Queue[str | BaseException | None] = queue.Queue()
+        stopped = threading.Event()
+
+        def work():
+            try:
+                self.ask(text, words.put, stopped)
+                words.put(None)
+            except BaseException as error:  # noqa: BLE001  (raised again by the reader)
+                words.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (piece := words.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            stopped.set()
+            thread.join()
+
+    def save(self, path: str):
+        """Write the conversation as a messages JSON; media by path, relative inside the file's folder.
+
+        Raises UserError when there is nothing to write, or a medium came without a file.
+        """
+        if not self.turns:
+            raise UserError(f"{path}: there is nothing to save yet")
+        turns = [{**turn, "content": [_named(part, path) for part in turn["content"]]} for turn in self.turns]
+        written = Sample([*self._opening(), *turns], path).to_record(Path(path).expanduser().parent)
+        atomic_write(Path(path).expanduser(), json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+
+    def load(self, path: str):
+        """Take up a saved conversation in the place of this one, its system text too.
+
+        Raises UserError, changing nothing, when the file is no finished conversation of this model's kind, or
+        a medium is gone.
+        """
+        file = Path(path).expanduser()
+        records = list(read_records(file))
+        if len(records) != 1:
+            raise UserError(f"{path}: found {len(records)} conversations, expected one as !save writes it")
+        turns = parse_record(records[0][1], path, file.parent).messages
+        turns = [
+            {**turn, "content": [self._decoded(part, path) for part in turn["content"]]} for turn in turns
+        ]
+        system = [turns.pop(0)] if turns[0]["role"] == "system" else []
+        self.clear()
+        self.turns = turns
+        self.settings.system = "".join(part["text"] for turn in system for part in turn["content"])
+
+    def _opening(self) -> list[Message]:
+        text = {"type": "text", "text": self.settings.system}
+        return [{"role": "system", "content": [text]}] if self.settings.system else []
+
+    def _decoded(self, part: Part, where: str) -> Part:
+        """The part with its medium under its own type. Raises UserError where the model takes none such."""
+        kind = part["type"]
+        if kind == "text":
+            return part
+        if kind not in self.processor.preprocessors:
+            takes = ", ".join(["text", *self.processor.modalities])
+            raise UserError(f"{where} {part.get('path', '')}: this model takes no {kind}; it takes {takes}")
+        return {**part, kind: self.processor.preprocessors[kind].load(part, where)}
+
+    def _check_length(self, length: int):
+        longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        more = self.settings.max_new_tokens
+        if longest and length + more > longest:
+            raise UserError(
+                f"the conversation has {length} tokens, which with max_new_tokens={more} is more "
+                f"than the {longest} that this model can see; shorten it, or begin anew"
+            )
+
+
+def kind_of(path: str, processor: UniMoeProcessor, speech: bool = True) -> str:
+    """What kind of medium a file is, by its name; a sound is speech where the model takes that, unless told
+    otherwise.
+
+    Raises UserError for the name of something else.
+    """
+    family = (mimetypes.guess_type(path)[0] or "nothing known").partition("/")[0]
+    if family == "audio" and speech and "speech" in processor.modalities:
+        return "speech"
+    if family not in MEDIA:
+        raise UserError(f"{path}: expected a picture, film or sound, found {family} by its name")
+    return family
+
+
+def _named(part: Part, path: str) -> Part:
+    """The part without its decoded medium."""
+    kept = {key: value for key, value in part.items() if key == "type" or key != part["type"]}
+    if part["type"] == "text":
+        return part
+    if "path" not in kept and "url" not in kept:
+        raise UserError(f"{path}: the conversation holds {part['type']} that lies in no file")
+    return kept
+
+
+class _Stopped(Exception):
+    """Nobody reads the answer any more."""
+
+
+class _Words(TextStreamer):
+    """Hands the answer over word by word."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object], stopped: threading.Event | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.stopped = write, stopped
+
+    def put(self, value: Any):
+        super().put(value)
+        if self.stopped is not None and self.stopped.is_set():
+            raise _Stopped
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        if text:
+            self.write(text)

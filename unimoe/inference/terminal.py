@@ -1,0 +1,251 @@
+"""Talking to a model in the terminal.
+
+unimoe chat MODEL                                       a conversation; !help lists the commands
+unimoe chat MODEL --image a.png -p "What is this?"      one answer on stdout, nothing else
+unimoe chat MODEL --image a.png --audio question.wav    the same, the question being spoken
+echo "What is this?" | unimoe chat MODEL --image a.png  every line a message, until the input ends
+"""
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from textwrap import indent
+
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.analysis.routing_stats import share_table
+from unimoe.errors import UserError
+from unimoe.media.decode import describe
+from unimoe.model.loading import expert_names, load_model
+from unimoe.prepare.cache import cache_folder
+
+from .conversation import Conversation, Settings, kind_of
+from .generate import count_parameters
+
+SOUNDS = ("speech", "audio")
+"""Media that may be the whole message."""
+
+
+def chat(
+    model: str,
+    image: list[str] | None = None,
+    video: list[str] | None = None,
+    audio: list[str] | None = None,
+    sound: list[str] | None = None,
+    prompt: str | None = None,
+    session: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    system: str = "",
+) -> None:
+    """Talk to a model: text, pictures, films, spoken questions.
+
+    With a prompt, or with speech alone (which then is the question), prints one answer and ends. Otherwise a
+    conversation: on a terminal with commands (!help), else one message a line until the input ends.
+
+    Args:
+        model: folder of a finished stage (or a hub id of a unimoe model).
+        image: picture files for the first message.
+        video: films for the first message.
+        audio: recordings of speech for the first message (wav, flac, ogg, mp3).
+        sound: other sounds for the first message.
+        prompt: one message; print only its answer.
+        session: a conversation saved with !save, to go on with.
+        max_new_tokens: longest answer.
+        temperature: 0 always takes the most probable token; higher is more random.
+        seed: of the random choices.
+        system: instructions that the conversation opens with.
+    """
+    settings = Settings(max_new_tokens, temperature, seed, system)
+    settings.check()
+    if prompt is not None and not prompt.strip():
+        raise UserError("the prompt is empty; expected a message after -p")
+    disable_progress_bar()
+    logging.getLogger("unimoe").setLevel(logging.WARNING)  # this is a conversation
+    talk = Conversation(*load_model(model), settings)
+    if session:
+        talk.load(session)
+    flags = {"image": image, "video": video, "audio": audio, "sound": sound}
+    for flag, paths in flags.items():
+        for path in paths or []:
+            talk.attach(KINDS[flag], path, f"--{flag}")
+    if prompt is not None or audio:
+        talk.ask(prompt or "", _write)
+        print()
+    else:
+        Terminal(talk, model).run()
+
+
+KINDS = {"image": "image", "video": "video", "audio": "speech", "sound": "audio"}
+"""What a flag and a command of that name attach. ``audio`` means speech, as everywhere else in the world."""
+
+
+class Terminal:
+    """Reads messages and commands, line by line, until the input ends."""
+
+    def __init__(self, talk: Conversation, name: str):
+        self.talk = talk
+        self.name = name
+        self.interactive = sys.stdin.isatty()
+        self.commands: dict[str, tuple[Callable[[str], object], str, str]] = {
+            "!help": (self._help, "", "this list"),
+            "!attach": (partial(self._attach, None), "PATH", "attach a file to the next message"),
+            "!image": (partial(self._attach, "image"), "PATH", "the same, surely a picture"),
+            "!video": (partial(self._attach, "video"), "PATH", "a film"),
+            "!audio": (partial(self._attach, "audio"), "PATH", "speech; an empty line sends it"),
+            "!sound": (partial(self._attach, "sound"), "PATH", "a sound that is not speech"),
+            "!experts": (self._experts, "[layers]", "which experts took part in the last answer"),
+            "!history": (self._history, "", "the conversation so far"),
+            "!save": (self._save, "FILE", "write the conversation to a JSON file"),
+            "!load": (self._load, "FILE", "go on with a conversation that was saved"),
+            "!status": (self._status, "", "model, settings, attachments, length of the conversation"),
+            "!set": (talk.settings.set, "NAME=VALUE", "change a setting: " + ", ".join(vars(talk.settings))),
+            "!clear": (self._clear, "", "forget the conversation and the attachments"),
+            "!exit": (self._exit, "", "leave (also: end of input, Ctrl-C)"),
+        }
+
+    def run(self):
+        """The loop. Errors are printed, and the next line is read."""
+        if self.interactive:
+            _remember_lines()
+            takes = ", ".join(["text", *self.talk.processor.modalities])
+            print(f"{self.name} takes {takes}. !help lists the commands.")
+        elif hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        while (line := self._read()) is not None:
+            try:
+                self.handle(line.strip())
+            except UserError as error:
+                print(f"unimoe: error: {error}", file=sys.stderr)
+            except EOFError:
+                return
+
+    def handle(self, line: str):
+        """One line: a command, or a message."""
+        word, _, rest = line.partition(" ")
+        if word.startswith("!"):
+            if word not in self.commands:
+                raise UserError(f"unknown command {word}; expected one of {', '.join(self.commands)}")
+            self.commands[word][0](rest.strip())
+        elif line or any(part["type"] in SOUNDS for part in self.talk.attached):
+            self._ask(line)
+
+    def _ask(self, text: str):
+        try:
+            self.talk.ask(text, _write)
+            print()
+        except KeyboardInterrupt:
+            print(" [stopped]")
+
+    def _read(self) -> str | None:
+        try:
+            return input("> ") if self.interactive else sys.stdin.readline() or None
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return None
+
+    def _attach(self, name: str | None, rest: str):
+        command = f"!{name or 'attach'}"
+        path = _path(rest, command)
+        kind = KINDS[name] if name else kind_of(path, self.talk.processor)
+        self.talk.attach(kind, path, command)
+        print(f"attached {path}")
+
+    def _save(self, rest: str):
+        path = _path(rest, "!save")
+        self.talk.save(path)
+        print(f"saved {len(self.talk.turns)} turns in {path}")
+
+    def _load(self, rest: str):
+        self.talk.load(_path(rest, "!load"))
+        self._history("")
+
+    def _history(self, _: str):
+        for turn in self.talk.turns:
+            text = " ".join(
+                part["text"] if part["type"] == "text" else f"[{part['type']} {describe(part)}]"
+                for part in turn["content"]
+            )
+            print(f"{'> ' if turn['role'] == 'user' else ''}{text}")
+
+    def _experts(self, rest: str):
+        traffic = self.talk.traffic
+        if rest not in ("", "layers"):
+            raise UserError(f"!experts {rest}: expected nothing or the word layers after it")
+        if not traffic.pairs:
+            dense = not self.talk.model.config.moe
+            raise UserError(f"!experts: {'this model is dense, it has none' if dense else 'no answer yet'}")
+        load = traffic.load()
+        moe = self.talk.model.config.moe or {}
+        names = expert_names(self.name, len(load["all"][0]), moe.get("null_experts", 0))
+        counts = ", ".join(f"{count} {kind}" for kind, count in traffic.tokens().items())
+        print(f"  tokens of the last prompt and its answer: {counts}")
+        if rest:
+            for kind in traffic.kinds:
+                rows = {str(layer): load[kind][row] for row, layer in enumerate(load["layers"])}
+                print(f"\n  {kind}, by decoder layer\n{indent(share_table(rows, names), '  ')}")
+        else:
+            print(f"  shares of the experts, mean of {len(load['layers'])} MoE layers")
+            print(indent(share_table(traffic.mean_load(), names), "  "))
+
+    def _help(self, _: str):
+        for name, (_action, value, about) in self.commands.items():
+            print(f"  {name + ' ' + value:<18} {about}")
+
+    def _status(self, _: str):
+        model = self.talk.model
+        total, active = count_parameters(model)
+        print(f"  model            {self.name} on {model.device}")
+        print(f"  parameters       {total / 1e6:.1f} M, {active / 1e6:.1f} M of them active for a token")
+        for name, value in vars(self.talk.settings).items():
+            print(f"  {name:<16} {value}")
+        print(f"  attached         {', '.join(map(describe, self.talk.attached)) or 'nothing'}")
+        print(f"  conversation     {len(self.talk.turns)} turns")
+
+    def _clear(self, _: str):
+        self.talk.clear()
+        print("forgotten")
+
+    def _exit(self, _: str):
+        raise EOFError
+
+
+def _path(rest: str, command: str) -> str:
+    """The file after a command: quoted, or with bare spaces."""
+    try:
+        words = shlex.split(rest)
+    except ValueError:  # an apostrophe in a name
+        words = []
+    path = words[0] if len(words) == 1 else rest
+    if not path:
+        raise UserError(f"{command}: expected a file after it")
+    return path
+
+
+def _remember_lines():
+    """Line editing, and the lines of earlier conversations behind the arrow keys."""
+    import atexit
+    import readline
+
+    file = cache_folder() / "chat_history"
+    try:
+        readline.read_history_file(file)
+    except OSError:  # the first conversation
+        pass
+    readline.set_history_length(1000)
+
+    def keep():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+        except OSError as error:
+            print(f"the lines are not kept for the next time: {error}", file=sys.stderr)
+
+    atexit.register(keep)
+
+
+def _write(text: str):
+    print(text, end="", flush=True)

@@ -1,0 +1,339 @@
+"""``unimoe web``: a page to talk to a model and to see which experts answered, with a detector beside it.
+
+    browser -> Gradio's queue -> Conversation.stream -> words, then the panel of the experts
+                              -> Detector            -> boxes
+
+The page comes from this machine whole: no analytics, no fonts and no scripts from elsewhere, and the server
+fetches no addresses.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.analysis.plots import load_maps
+from unimoe.analysis.routing_stats import Traffic
+from unimoe.commands.detect import split_prompt
+from unimoe.detection.inference.drawing import draw_boxes
+from unimoe.detection.inference.predictor import Detector
+from unimoe.detection.model.loading import load_detector
+from unimoe.errors import UserError
+from unimoe.files import data_url
+from unimoe.model.loading import expert_names, load_model
+
+from .conversation import Conversation, Settings, kind_of
+
+POLICY = "; ".join(
+    [
+        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
+        "frame-ancestors 'self'",
+        "form-action 'self'",
+        "base-uri 'self'",
+    ]
+)
+"""Content-Security-Policy of the page: the browser asks nobody but this server, whatever an answer holds."""
+
+STYLE = """
+footer, button[aria-label="Share"], button[title="Share"] { display: none !important; }
+#experts img { width: 100%; }
+#experts p { margin: 0 0 .6em; opacity: .75; }
+"""
+
+EXTRA = "the page needs Gradio, found none: pip install 'unimoe[web]'"
+
+
+def web(
+    model: str,
+    detector: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_file_mb: int = 100,
+    device: str | None = None,
+) -> None:
+    """Serve a page to talk to a model, with a panel of the experts that answered.
+
+    It takes text, and pictures, films, sound files and the microphone as far as the model does.
+
+    Args:
+        model: folder of a finished stage (or a hub id of a unimoe model).
+        detector: folder of a detector, which gets a tab of its own.
+        host: address to listen at; 0.0.0.0 for all of this machine's, which lets anybody there in.
+        port: of that address; 0 takes a free one.
+        max_file_mb: largest file that may be uploaded, in megabytes.
+        device: cpu, cuda, ... (default: the GPU if there is one).
+    """
+    disable_progress_bar()
+    page = build_page(model, detector, device)
+    address = launch(page, host, port, max_file_mb)
+    print(f"{model} answers at {address} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+def build_page(model: str, detector: str | None = None, device: str | None = None) -> Any:
+    """The page as Gradio Blocks, its models loaded. Raises UserError where Gradio or a model is missing."""
+    gr = _gradio()
+    chat = ChatTab(model, device)
+    looker = DetectorTab(detector, device) if detector else None
+    kept = (3600, 86400)  # every hour what was uploaded a day ago is deleted
+    with gr.Blocks(title="unimoe", analytics_enabled=False, fill_height=True, delete_cache=kept) as page:
+        with gr.Tab("Chat"):
+            chat.build(gr)
+        if looker is not None:
+            with gr.Tab("Detector"):
+                looker.build(gr)
+    return page
+
+
+def launch(page: Any, host: str, port: int, max_file_mb: int) -> str:
+    """Serve the page from a thread; returns its address. Raises UserError where the port is taken."""
+    gr = _gradio()
+    from fastapi.middleware import Middleware
+
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port or _free_port(host),
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            show_error=True,
+            enable_monitoring=False,
+            footer_links=[],
+            max_file_size=max_file_mb << 20,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=STYLE,
+            app_kwargs={"middleware": [Middleware(_Policy)], "docs_url": None, "redoc_url": None},
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"--port {port} of {host} cannot be listened at: {error}") from error
+    return address
+
+
+class ChatTab:
+    """The conversation and its panel; every visitor's turns are in their own page."""
+
+    def __init__(self, model: str, device: str | None = None):
+        self.name = model
+        self.model, self.processor = load_model(model, device=device)
+
+    def build(self, gr: Any):
+        """Add the components to the surrounding Blocks."""
+        kinds = self.processor.modalities
+        files = [kind for kind in ("image", "video") if kind in kinds]
+        sound = "speech" in kinds or "audio" in kinds
+        sources = (["upload"] if files or sound else []) + (["microphone"] if sound else [])
+        empty = _note("Ask something: here is shown which experts answered.")
+        panel = gr.HTML(empty, elem_id="experts", render=False)  # what follows places such things later
+        settings = [
+            gr.Slider(1, 1024, 256, step=1, label="longest answer, tokens", render=False),
+            gr.Slider(0, 2, 0, step=0.05, label="temperature (0: the most probable word)", render=False),
+            gr.Number(0, precision=0, minimum=0, label="seed", render=False),
+            gr.Textbox(label="instructions the conversation opens with", render=False),
+        ]
+        if {"speech", "audio"} <= set(kinds):
+            settings.append(gr.Checkbox(label="what is heard here is no speech", render=False))
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=420):
+                gr.ChatInterface(
+                    self.answer,
+                    multimodal=True,
+                    chatbot=gr.Chatbot(
+                        height="62vh",
+                        show_label=False,
+                        buttons=["copy"],
+                        elem_id="turns",
+                        render=False,
+                        placeholder=f"**{Path(self.name).name}** takes {', '.join(['text', *kinds])}.",
+                    ),
+                    textbox=gr.MultimodalTextbox(
+                        file_types=files + (["audio"] if sound else []),
+                        file_count="multiple",
+                        sources=sources or None,
+                        placeholder="Ask about a picture, or just ask",
+                        stop_btn=True,
+                        show_label=False,
+                        render=False,
+                    ),
+                    additional_inputs=settings,
+                    additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
+                    additional_outputs=[panel],
+                    flagging_mode="never",
+                    analytics_enabled=False,
+                    api_name="chat",
+                )
+            with gr.Column(scale=2, min_width=360):
+                gr.Markdown("### Experts of the last answer")
+                panel.render()
+
+    def answer(
+        self,
+        message: dict[str, Any],
+        history: list[dict[str, Any]],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        system: str,
+        no_speech: bool = False,
+    ) -> Iterator[tuple[str, Any]]:
+        """The answer so far and the panel, again and again, as Gradio's ChatInterface asks for it."""
+        gr = _gradio()
+        try:
+            opening = (system or "").strip()
+            settings = Settings(int(max_new_tokens), float(temperature), int(seed or 0), opening)
+            settings.check()
+            talk = Conversation(self.model, self.processor, settings)
+            for turn in _answered(history):
+                files = [part["file"] for part in turn["content"] if part["type"] == "file"]
+                self._attach(talk, files, not no_speech)
+                texts = [{"type": "text", "text": p["text"]} for p in turn["content"] if p["type"] == "text"]
+                talk.turns.append({"role": turn["role"], "content": [*talk.attached, *texts]})
+                talk.attached = []
+            self._attach(talk, [{"path": path} for path in message["files"]], not no_speech)
+            if not message["text"].strip() and not talk.attached:
+                raise UserError("the message is empty; write, speak or attach something")
+            said = ""
+            for words in talk.stream(message["text"].strip()):
+                said += words
+                yield said, gr.skip()
+            yield said or "(the model said nothing)", self.panel(talk.traffic)
+        except UserError as error:
+            gr.Warning(str(error))  # the question stays, without an answer
+
+    def _attach(self, talk: Conversation, files: Sequence[dict[str, Any]], speech: bool):
+        for file in files:
+            name = Path(file["path"]).name
+            talk.attach(kind_of(name, self.processor, speech), file["path"], name)
+
+    def panel(self, traffic: Traffic) -> str:
+        """The expert load of an exchange by layer and kind of token, as HTML."""
+        load = traffic.load()
+        if not load:
+            return _note("This model is dense: it has no experts.")
+        counts = ", ".join(f"{count} {kind}" for kind, count in traffic.tokens().items())
+        null = (self.model.config.moe or {}).get("null_experts", 0)
+        picture = load_maps(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
+        source = data_url("image/svg+xml", picture.encode())
+        text = "Where the tokens of the last prompt and its answer went, in per cent of each layer's row"
+        return _note(f"{text}: {counts} tokens.") + (
+            f'<img alt="expert load by layer and kind of token" src="{source}">'
+        )
+
+
+class DetectorTab:
+    """A picture and words in, boxes out."""
+
+    def __init__(self, folder: str, device: str | None = None):
+        model, self.tokenizer = load_detector(folder, "--detector")
+        self.model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        self.detector: Detector | None = None
+
+    def build(self, gr: Any):
+        """Add the components to the surrounding Blocks."""
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=320):
+                sources = ["upload", "clipboard", "webcam"]
+                picture = gr.Image(
+                    type="pil", label="picture", sources=sources, height=380, elem_id="picture"
+                )
+                words = gr.Textbox(label="what to look for, separated by commas", placeholder="cat, red car")
+                threshold = gr.Slider(0, 1, 0.3, step=0.01, label="lowest score")
+                button = gr.Button("Look", variant="primary")
+            with gr.Column(scale=3, min_width=420):
+                buttons = ["download", "fullscreen"]
+                drawn = gr.Image(
+                    type="pil", label="found", interactive=False, buttons=buttons, height=380, elem_id="found"
+                )
+                table = gr.Dataframe(
+                    headers=["what", "score", "left", "top", "right", "bottom"],
+                    datatype=["str", *["number"] * 5],
+                    label="boxes, in pixels",
+                    elem_id="boxes",
+                    interactive=False,
+                )
+        asked = {"fn": self.look, "inputs": [picture, words, threshold], "outputs": [drawn, table]}
+        button.click(**asked, api_name="detect", concurrency_limit=1)
+        words.submit(**asked, api_name=False, concurrency_limit=1)
+
+    def look(self, picture: Image.Image | None, words: str, threshold: float) -> tuple[Any, Any]:
+        """The picture with boxes, and a row for each, best first."""
+        gr = _gradio()
+        try:
+            if picture is None:
+                raise UserError("there is no picture yet; choose one on the left")
+            names = split_prompt(words)
+            if self.detector is None or self.detector.names != names:  # their text features are kept
+                self.detector = Detector(self.model, self.tokenizer, names)
+            (found,) = self.detector([picture.convert("RGB")], threshold)
+        except UserError as error:
+            gr.Warning(str(error))
+            return gr.skip(), gr.skip()
+        if not len(found.boxes_K4):
+            gr.Info(f"Nothing of that scores {threshold:g} or more.")
+        boxes, labels, scores = found.boxes_K4.tolist(), found.labels_K.tolist(), found.scores_K.tolist()
+        texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+        rows = [
+            [names[label], round(score, 3), *(round(value) for value in box)]
+            for label, score, box in zip(labels, scores, boxes, strict=True)
+        ]
+        return draw_boxes(picture, boxes, labels, texts), rows
+
+
+def _answered(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns without questions that got no answer."""
+    roles = [turn["role"] for turn in history]
+    nexts = zip(history, [*roles[1:], "user"], strict=False)
+    return [turn for turn, after in nexts if turn["role"] != after]
+
+
+class _Policy:
+    """Adds POLICY to every answer of an ASGI application."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any):
+        async def with_policy(message: Any):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+
+def _gradio() -> Any:
+    """Gradio, told to keep to itself."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    try:
+        import gradio
+        import safehttpx
+        from gradio import processing_utils
+    except ImportError as error:
+        raise UserError(EXTRA) from error
+    # Its server fetches any public address that a visitor names in the place of an uploaded file. All those
+    # fetches ask these two who may be reached: nobody.
+    safehttpx.async_validate_url = _nobody
+    processing_utils.PUBLIC_HOSTNAME_WHITELIST.clear()
+    return gradio
+
+
+async def _nobody(hostname: str) -> str:
+    raise ValueError(f"{hostname}: remote addresses are not fetched")
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind((host, 0))
+        return found.getsockname()[1]
+
+
+def _note(text: str) -> str:
+    return f"<p>{escape(text)}</p>"

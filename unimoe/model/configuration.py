@@ -1,0 +1,88 @@
+"""Configuration of a multimodal mixture-of-experts model."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODALITIES = ("text", "image", "video", "speech", "audio")
+"""All kinds of token, in the order of their ids in :class:`unimoe.moe.Context` (text is 0)."""
+
+MEDIA = MODALITIES[1:]
+"""The kinds that come from an encoder."""
+
+PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA}
+"""The special token that stands for each medium in a prompt."""
+
+MEDIA_INPUTS = {
+    "image": ("pixel_values",),
+    "video": ("video_pixels", "video_frames"),
+    "speech": ("speech_features", "speech_frames"),
+    "audio": ("audio_features", "audio_frames"),
+}
+"""Arguments of the model's ``forward`` that feed each encoder, in the order of the encoder's own. The first
+axis of each counts the encoder's items: pictures, videos, windows of sound."""
+
+
+@strict
+class UniMoeConfig(PreTrainedConfig):
+    """What a :class:`~unimoe.model.modeling.UniMoeForConditionalGeneration` is made of."""
+
+    model_type = "unimoe"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    """Configuration of the language model: any causal LM of transformers (default: a LLaMA)."""
+
+    modalities: dict[str, Any] | None = None
+    """One entry a medium (``image``, ``video``, ``speech``, ``audio``), each with the configuration of its
+    ``encoder`` (:func:`unimoe.encoders.build_encoder`) and its ``connector``
+    (:func:`unimoe.encoders.build_connector`)."""
+
+    moe: dict[str, Any] | None = None
+    """Fields of :class:`unimoe.moe.MoEConfig`; None keeps the language model dense."""
+
+    rope_sections: list[int] | None = None
+    """Frequencies that turn with time, height and width where ``position_ids`` are [3, B, T]
+    (:mod:`unimoe.model.rope_3d`); together half a head, such as 16, 24, 24. None: a sequence."""
+
+    rope_rate: float = 2.0
+    """With ``rope_sections``: by how much the time of a film or a sound advances in a second."""
+
+    image_token_id: int | None = None
+    """Id of ``<image>``; None where the model has no images. The same for the three below."""
+
+    video_token_id: int | None = None
+    """Id of ``<video>``."""
+
+    speech_token_id: int | None = None
+    """Id of ``<speech>``."""
+
+    audio_token_id: int | None = None
+    """Id of ``<audio>`` (environmental sound)."""
+
+    tie_word_embeddings: bool = False
+    """Whether the head shares the input embedding; taken over from ``text_config`` where that says so."""
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None or isinstance(self.text_config, dict):
+            fields = dict(self.text_config or {})
+            self.text_config = CONFIG_MAPPING[fields.pop("model_type", "llama")](**fields)
+        self.modalities = self.modalities or {}
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+
+    def validate_modalities(self):
+        """Run by ``@strict`` at construction: each entry is a known medium, with encoder and connector."""
+        for kind, parts in (self.modalities or {}).items():
+            if kind not in MEDIA:
+                raise ValueError(f"unknown modality '{kind}' in the configuration; known: {', '.join(MEDIA)}")
+            if not isinstance(parts, dict) or not {"encoder", "connector"} <= parts.keys():
+                raise ValueError(
+                    f"modality '{kind}' needs the keys 'encoder' and 'connector', found {parts!r}"
+                )
+
+    def token_ids(self) -> dict[str, int]:
+        """Placeholder id of every medium that this model takes."""
+        return {kind: getattr(self, f"{kind}_token_id") for kind in self.modalities or {}}

@@ -1,0 +1,148 @@
+"""Finding and loading a finished model: a folder from a stage or ``unimoe assemble``, or one on the hub."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
+
+from unimoe.artifacts import read_record
+from unimoe.errors import UserError, first_line
+
+from .configuration import UniMoeConfig
+from .modeling import UniMoeForConditionalGeneration
+from .processing import UniMoeProcessor
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+M = TypeVar("M", bound=PreTrainedModel)
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class ModelKind(Generic[M, P]):
+    """One kind of finished model: how it is found and loaded."""
+
+    model: type[M]
+    processor: Callable[..., P]
+    """``from_pretrained`` of what prepares the model's inputs."""
+    folder: str
+    """What errors expect."""
+    types: tuple[str, ...]
+    """Every ``model_type`` that will do."""
+
+    def find(self, model: str | Path, setting: str = "MODEL", hub: bool = True) -> tuple[str, str]:
+        """``model`` as transformers wants it, a folder or a hub id, and its ``model_type``.
+
+        Raises UserError if it is neither, or of another kind.
+        """
+        path = Path(model).expanduser()
+        expected = f"{self.folder}, or a hub id (owner/name)" if hub else self.folder
+        if path.is_dir():
+            return str(path), self._check_type(_read_type(path, f"{setting} {path}", expected), setting, path)
+        if path.exists():
+            raise UserError(f"{setting} {path} is a file; expected {expected}")
+        local = path.parent != Path(".") and path.parent.is_dir()  # runs/demo/mow, where runs/demo is there
+        if not hub or local or not HUB_ID.fullmatch(str(model)):
+            raise UserError(f"{setting} {model} does not exist; expected {expected}")
+        try:
+            config = AutoConfig.from_pretrained(str(model))
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+            raise UserError(
+                f"{setting} {model}: no such folder, and none of that name on the hub ({reason})"
+            ) from error
+        return str(model), self._check_type(config.model_type, setting, model)
+
+    def load(
+        self,
+        model: str | Path,
+        setting: str = "MODEL",
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+        hub: bool = True,
+    ) -> tuple[M, P]:
+        """The model, in evaluation mode, and its processor.
+
+        Args:
+            model: a folder, or a hub id.
+            setting: what errors call it: the flag or key that the user set.
+            dtype: of the weights; ``auto`` takes that of the files.
+            device: None takes the GPU if there is one.
+            hub: whether a hub id will do.
+
+        Raises UserError when there is no model of this kind, or its weights and its configuration do not have
+        exactly the same names and shapes.
+        """
+        source, _ = self.find(model, setting, hub)
+        try:
+            loaded: Any = self.model.from_pretrained(
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=not hub,
+                use_safetensors=True,  # the other formats are pickles
+            )
+            processor = self.processor(source, local_files_only=not hub)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{setting} {source} cannot be loaded: {first_line(error)}") from error
+        built, info = loaded
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, info[problem])):
+                found = f"{len(names)} {problem.replace('_', ' ')}, such as {names[0]}"
+                raise UserError(f"{setting} {source}: config.json and weights differ: {found}")
+        return built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+
+    def _check_type(self, found: Any, setting: str, where: str | Path) -> str:
+        if found not in self.types:
+            expected = " or ".join(map(repr, self.types))
+            raise UserError(f"{setting} {where} holds a model of type {found!r}, expected {expected}")
+        return found
+
+
+UNIMOE = ModelKind(
+    UniMoeForConditionalGeneration,
+    UniMoeProcessor.from_pretrained,
+    "the folder of a finished stage (config.json and weights)",
+    (UniMoeConfig.model_type,),
+)
+load_model, find_model = UNIMOE.load, UNIMOE.find
+
+
+def expert_names(model: str | Path, width: int, null: int = 0) -> list[str]:
+    """How people call the ``width`` experts of a router, the last ``null`` of which return zero.
+
+    As the manifest of ``unimoe assemble`` does that the model in a stage's folder came from, slices numbered,
+    else by their numbers.
+    """
+    folder, slots, real = Path(model), [], width - null
+    while not (manifest := folder / "manifest.yaml").is_file():
+        done = read_record(folder)
+        if done is None or not done.parents:
+            break
+        parent = Path(done.parents[0]["folder"])
+        folder = parent if parent.exists() else folder.parent / parent.name  # a run that was moved whole
+    else:
+        slots = [str(slot["name"]) for slot in yaml.safe_load(manifest.read_text("utf-8"))["experts"]]
+    names = [str(number) for number in range(real)]
+    if slots and real % len(slots) == 0:
+        slices = real // len(slots)
+        names = [f"{slot}.{part}" if slices > 1 else slot for slot in slots for part in range(slices)]
+    return names + [f"null{number}" for number in range(null)]
+
+
+def _read_type(path: Path, found: str, expected: str) -> Any:
+    if (path / "expert.json").is_file():
+        raise UserError(f"{found} holds one expert, not a model; put it into one with `unimoe assemble`")
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except FileNotFoundError:
+        raise UserError(f"{found} has no config.json; expected {expected}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{found}: config.json cannot be read: {first_line(error)}") from error

@@ -1,0 +1,413 @@
+"""The model: encoders and connectors in front of a causal LM, some of whose FFNs are mixtures of experts.
+
+Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (pictures, videos,
+windows of sound), S encoder positions of an item, D encoder width, N media tokens over the whole batch.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+from unimoe.encoders import Encoder, build_connector, build_encoder
+from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, routing_context
+from unimoe.moe.install import install_moe
+
+from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
+from .rope_3d import install_time_rotary, time_ids
+
+Encoded = tuple[Tensor, Tensor | None]
+"""Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
+
+
+@dataclass
+class UniMoeOutput(ModelOutput):
+    """Output of :class:`UniMoeForConditionalGeneration`; fields that do not apply are None."""
+
+    loss: Tensor | None = None
+    """Cross-entropy plus weighted auxiliary losses, with ``labels``."""
+    aux_loss: Tensor | None = None
+    """The weighted auxiliary losses alone (0-d)."""
+    logits: Tensor | None = None
+    """[B, T, V], or the last ``logits_to_keep`` positions."""
+    last_hidden_state: Tensor | None = None
+    """[B, T, H], from :class:`UniMoeModel`."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    """[B*T, E] for each MoE layer, with ``output_router_logits=True``."""
+
+
+class UniMoePreTrainedModel(PreTrainedModel):
+    """What both model classes tell transformers about themselves."""
+
+    config: UniMoeConfig
+    base_model_prefix = "model"
+    input_modalities = ["text", "image", "video", "audio"]
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        reset = getattr(module, "reset_parameters", None)
+        if isinstance(module, Encoder):
+            module.reset_buffers()  # those that are not saved are empty after loading through the meta device
+        elif callable(reset) and type(module).__module__.startswith("unimoe."):
+            reset()
+        else:
+            super()._init_weights(module)
+
+
+class UniMoeModel(UniMoePreTrainedModel):
+    """Encoders, connectors and the decoder, without the head.
+
+    The forward pass:
+
+    1. Embed ``input_ids``.
+    2. For each medium that is present, encode the items, connect them to the LLM's width, and put the
+       resulting tokens in the places of the medium's placeholder. A medium that is absent runs nothing.
+    3. Run the decoder, with the modality of every token and the padding at hand for the routers.
+    """
+
+    def __init__(self, config: UniMoeConfig):
+        super().__init__(config)
+        modalities = config.modalities or {}
+        hidden_size = config.get_text_config().hidden_size
+        encoders = {kind: build_encoder(parts["encoder"]) for kind, parts in modalities.items()}
+        self.encoders = nn.ModuleDict(encoders)
+        self.connectors = nn.ModuleDict(
+            {
+                kind: build_connector(parts["connector"], encoders[kind].hidden_size, hidden_size)
+                for kind, parts in modalities.items()
+            }
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.moe:
+            install_moe(self.language_model, MoEConfig(**config.moe))
+        if config.rope_sections:
+            install_time_rotary(self.language_model, config.rope_sections)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def connect(self, kind: str, encoded: Encoded) -> Tensor:
+        """Media tokens [N, H] of all items of one medium, in order, from its encoder's output."""
+        tokens_MNH, counts_M = self.connectors[kind](*encoded)
+        valid_MN = torch.arange(tokens_MNH.shape[1], device=tokens_MNH.device) < counts_M[:, None]
+        return tokens_MNH[valid_MN]
+
+    def insert_media(self, kind: str, input_ids: Tensor, embeds_BTH: Tensor, tokens_NH: Tensor) -> Tensor:
+        """Put the media tokens, in order, where ``input_ids`` hold the placeholder.
+
+        Raises ValueError if the numbers differ.
+        """
+        places_BT = input_ids == self.config.token_ids()[kind]
+        counts = places_BT.sum(1).tolist()
+        if sum(counts) != len(tokens_NH):
+            raise ValueError(
+                f"the rows hold {counts} <{kind}> placeholder tokens ({sum(counts)} in all), but the {kind} "
+                f"inputs give {len(tokens_NH)} tokens; scattering them would misplace media, so expand the "
+                "placeholders with the processor"
+            )
+        return embeds_BTH.masked_scatter(places_BT[..., None], tokens_NH.to(embeds_BTH))
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        encoded_media: dict[str, Encoded] | None = None,
+        **raw: Tensor | None,
+    ) -> Tensor:
+        """Steps 1 and 2: [B, T, H], the tokens' embeddings with the media in their places.
+
+        Arguments as of :meth:`forward`.
+        """
+        if input_ids is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        encoded_media = dict(encoded_media or {})
+        for kind, names in MEDIA_INPUTS.items():
+            if raw.get(names[0]) is not None:
+                if kind not in self.encoders:
+                    raise ValueError(
+                        f"{names[0]} given, but this model has no {kind} encoder; "
+                        f"it has {list(self.encoders)}"
+                    )
+                encoded_media[kind] = self.encoders[kind](*(raw[name] for name in names))
+        embeds_BTH = self.get_input_embeddings()(input_ids)
+        for kind, encoded in encoded_media.items():
+            embeds_BTH = self.insert_media(kind, input_ids, embeds_BTH, self.connect(kind, encoded))
+        return embeds_BTH
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        video_pixels: Tensor | None = None,
+        video_frames: Tensor | None = None,
+        speech_features: Tensor | None = None,
+        speech_frames: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_frames: Tensor | None = None,
+        encoded_media: dict[str, Encoded] | None = None,
+        **kwargs,
+    ) -> UniMoeOutput:
+        """Run the model.
+
+        Args:
+            input_ids: [B, T], media placeholders expanded to one for each media token.
+            attention_mask: [B, T], 0 on padding (with a cache: [B, past + T]).
+            position_ids: [B, T]; without an ``attention_mask`` a sample begins wherever they do not go on by
+                one, and attends to itself only (packing). With ``rope_sections`` they may be [3, B, T]: time,
+                height and width (:mod:`unimoe.model.rope_3d`), or [4, B, T]: these behind the others.
+            inputs_embeds: [B, T, H], from :meth:`embed`, with the media in their places; ``input_ids`` beside
+                them only tell the modality of each token.
+            pixel_values: [M, 3, height, width], the pictures of all rows in order.
+            video_pixels: [M, frames, 3, height, width], the videos of all rows in order.
+            video_frames: [M], the valid frames of each video.
+            speech_features: [M, mel bins, F], log-mel windows of all rows in order.
+            speech_frames: [M], the valid frames of each window.
+            audio_features: the same of environmental sound.
+            audio_frames: the same of environmental sound.
+            encoded_media: outputs of frozen encoders computed beforehand, by medium; they take the place of
+                raw inputs.
+        """
+        raw = {
+            "pixel_values": pixel_values,
+            "video_pixels": video_pixels,
+            "video_frames": video_frames,
+            "speech_features": speech_features,
+            "speech_frames": speech_frames,
+            "audio_features": audio_features,
+            "audio_frames": audio_frames,
+        }
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, encoded_media, **raw)
+        elif encoded_media or any(value is not None for value in raw.values()):
+            raise ValueError("media need input_ids alone: their placeholders say where the media tokens go")
+        axes = None
+        if position_ids is not None and position_ids.dim() == 3:
+            if not self.config.rope_sections:
+                raise ValueError("position_ids of three axes need a model with config.rope_sections")
+            axes, position_ids = position_ids[-3:], position_ids[0] if len(position_ids) == 4 else None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            kwargs.setdefault("use_cache", False)  # only without a cache are packed samples told apart
+        with ExitStack() as around:
+            around.enter_context(
+                routing_context(self.token_context(input_ids, attention_mask, inputs_embeds))
+            )
+            if axes is not None:
+                around.enter_context(time_ids(axes))
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        return UniMoeOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def token_context(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds_BTH: Tensor
+    ) -> Context:
+        """Padding and modality of each of the B*T tokens, for routers, losses and plots."""
+        rows, length = embeds_BTH.shape[:2]
+        modality_BT = torch.zeros(rows, length, dtype=torch.long, device=embeds_BTH.device)
+        if input_ids is not None:
+            for kind, token_id in self.config.token_ids().items():
+                modality_BT[input_ids == token_id] = MODALITIES.index(kind)
+        pad_T = None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            pad_T = (attention_mask[:, -length:] == 0).flatten()
+        return Context(pad_T=pad_T, modality_T=modality_BT.flatten())
+
+
+class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
+    """:class:`UniMoeModel` with a language-model head: trains with ``labels``, answers with ``generate``."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    accepts_loss_kwargs = False  # the loss is a mean over this batch's tokens
+
+    def __init__(self, config: UniMoeConfig):
+        super().__init__(config)
+        self.model = UniMoeModel(config)
+        text = config.get_text_config()
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def head(self, hidden_H: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H], with the scaling or soft cap that some LLMs define."""
+        logits_V = self.lm_head(hidden_H) / getattr(self.config.text_config, "logits_scaling", 1.0)
+        if cap := getattr(self.config.text_config, "final_logit_softcapping", None):
+            logits_V = torch.tanh(logits_V / cap) * cap
+        return logits_V
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        video_pixels: Tensor | None = None,
+        video_frames: Tensor | None = None,
+        speech_features: Tensor | None = None,
+        speech_frames: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_frames: Tensor | None = None,
+        encoded_media: dict[str, Encoded] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool = False,
+        **kwargs,
+    ) -> UniMoeOutput:
+        """As :meth:`UniMoeModel.forward`, and:
+
+        Args:
+            labels: [B, T], -100 where a token is not learned; adds ``loss`` and ``aux_loss``.
+            logits_to_keep: compute the logits of the last so many positions only (0: all), or of the
+                positions with these indices.
+            output_router_logits: return the router logits of every MoE layer.
+        """
+        with record() as records:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                video_pixels=video_pixels,
+                video_frames=video_frames,
+                speech_features=speech_features,
+                speech_frames=speech_frames,
+                audio_features=audio_features,
+                audio_frames=audio_frames,
+                encoded_media=encoded_media,
+                **kwargs,
+            )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(outputs.last_hidden_state[:, kept])
+        loss = aux_loss = None
+        if labels is not None:
+            aux_loss = self.aux_loss(records)
+            loss = aux_loss + nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+            )
+        return UniMoeOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=tuple(entry.routing.logits_TE for entry in records)
+            if output_router_logits
+            else None,
+        )
+
+    def aux_loss(self, records: list, **over_ranks: Any) -> Tensor:
+        """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model).
+
+        ``over_ranks``: ``load_LE`` and ``tokens`` of :func:`unimoe.moe.load_balance`.
+        """
+        if not records or not self.config.moe:
+            return self.lm_head.weight.new_zeros(())
+        return auxiliary_loss(MoEConfig(**self.config.moe), records, **over_ranks)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs
+    ) -> dict:
+        """Media enter with the prompt; later steps find them in the cache."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  (their protocol for self)
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for names in (*MEDIA_INPUTS.values(), ("encoded_media",)):
+                for name in names:
+                    inputs[name] = None
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **inputs,
+    ) -> tuple[Tensor | None, dict]:
+        """Repeat rows for beams or several answers.
+
+        transformers repeats media one by one, so that a row's second picture would go to its first copy."""
+        media = {name: inputs.pop(name, None) for names in MEDIA_INPUTS.values() for name in names}
+        encoded = inputs.pop("encoded_media", None)
+        rows = input_ids
+        input_ids, inputs = super()._expand_inputs_for_generation(  # type: ignore[misc]  (as above)
+            expand_size, is_encoder_decoder, input_ids, **inputs
+        )
+        if expand_size > 1 and rows is not None:
+            for kind, names in MEDIA_INPUTS.items():
+                order = self._repeated_items(
+                    kind, rows, [media[name] for name in names], encoded, expand_size
+                )
+                for name in names:
+                    media[name] = None if media[name] is None else media[name][order]
+                if encoded and kind in encoded:
+                    features, lengths = encoded[kind]
+                    encoded = {
+                        **encoded,
+                        kind: (features[order], None if lengths is None else lengths[order]),
+                    }
+        return input_ids, {**inputs, **media, "encoded_media": encoded}
+
+    def _repeated_items(
+        self, kind: str, rows_BT: Tensor, raw: list, encoded: dict[str, Encoded] | None, times: int
+    ) -> list[int]:
+        """Indices of one medium's items when every row, with all its items, stands ``times`` times."""
+        if kind not in self.model.encoders:
+            return []
+        encoder: Any = self.model.encoders[kind]
+        connector: Any = self.model.connectors[kind]
+        if encoded and kind in encoded:
+            features, lengths = encoded[kind]
+            positions = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
+        elif raw[0] is None:
+            return []
+        elif len(raw) == 1:
+            positions = [encoder.num_tokens] * len(raw[0])
+        else:
+            positions = [encoder.num_tokens(frames) for frames in raw[1].tolist()]
+        tokens = [connector.num_tokens(count) for count in positions]
+        order: list[int] = []
+        item = 0
+        for places in (rows_BT == self.config.token_ids()[kind]).sum(1).tolist():
+            begin = item
+            while places > 0:
+                places -= tokens[item]
+                item += 1
+            order += list(range(begin, item)) * times
+        return order

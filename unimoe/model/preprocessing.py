@@ -1,0 +1,202 @@
+"""From what a message holds to what its encoder takes, and to the number of tokens it will become.
+
+    part -> load (decoded, as little of it as is needed) -> call -> encoder inputs, number of tokens
+
+Each class is made from the ``preprocessing`` part of a modality in the processor's configuration.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import CLIPImageProcessor, WhisperFeatureExtractor
+
+from unimoe.data.sample import Part
+from unimoe.encoders import num_tokens
+from unimoe.encoders.beats import BeatsEncoder, fbank
+from unimoe.errors import UserError
+from unimoe.media.decode import load_audio, load_image
+from unimoe.media.video import load_video
+
+from .configuration import MEDIA_INPUTS
+from .rope_3d import Span, picture_span
+
+Inputs = dict[str, list[Tensor]]
+"""Each of the encoder's inputs: one tensor for each of the encoder's items that a medium becomes."""
+
+_ROOM = 8
+"""Pictures are decoded to at most so many times the encoder's side, which bounds the memory of huge ones."""
+
+
+class ImagePreprocessor:
+    """RGB pictures to [3, S, S]: resized to the encoder's square, normalised.
+
+    Args of ``config``: ``image_size`` (pixels), ``mean`` and ``std`` (3 numbers each, of pixels in 0..1),
+    ``interpolation`` (PIL's name), ``positions`` (encoder positions of a picture), ``fit``: ``stretch``
+    (default; all of it stays in view), ``crop`` (its longer sides are cut) or ``pad`` (bars of the mean).
+    """
+
+    def __init__(self, kind: str, config: dict, connector: dict):
+        self.outputs = MEDIA_INPUTS[kind]
+        size, self.fit = config["image_size"], config.get("fit", "stretch")
+        self.mean = tuple(int(255 * channel) for channel in config["mean"])
+        resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[
+            config.get("interpolation", "bicubic")
+        ]
+        self.processor = CLIPImageProcessor(
+            size={"shortest_edge": size} if self.fit == "crop" else {"height": size, "width": size},
+            do_center_crop=self.fit == "crop",
+            crop_size={"height": size, "width": size},
+            resample=resample,
+            image_mean=config["mean"],
+            image_std=config["std"],
+        )
+        self.longest = _ROOM * size
+        self.positions = config["positions"]
+        self.connector = connector
+
+    def load(self, part: Part, where: str) -> Image.Image:
+        return load_image(part, where, self.longest)
+
+    def __call__(self, image: Image.Image) -> tuple[Inputs, int]:
+        """The encoder inputs of a picture and its number of tokens."""
+        return {self.outputs[0]: [self.pixels(image)]}, num_tokens(self.connector, self.positions)
+
+    def span(self, image: Image.Image, tokens: int) -> Span:
+        """Where the tokens of a picture are, for models whose positions have a clock."""
+        return picture_span(tokens)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """[3, S, S]"""
+        image = image.convert("RGB")
+        if self.fit == "pad":
+            image = ImageOps.pad(image, (max(image.size), max(image.size)), color=self.mean)
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+class VideoPreprocessor(ImagePreprocessor):
+    """Frames to [frames, 3, S, S], each as a picture.
+
+    Further args of ``config``: ``frames`` and ``rate`` as of :func:`unimoe.media.video.load_video`;
+    ``positions`` are those of a frame.
+    """
+
+    def __init__(self, kind: str, config: dict, connector: dict):
+        super().__init__(kind, config, connector)
+        self.frames, self.rate = config["frames"], config.get("rate")
+
+    def load(self, part: Part, where: str) -> list[Image.Image]:  # type: ignore[override]
+        return load_video(part, where, self.frames, self.rate, self.longest)
+
+    def __call__(self, image: list[Image.Image]) -> tuple[Inputs, int]:  # type: ignore[override]
+        """``image``: the frames of one video, in order."""
+        if not 1 <= len(image) <= self.frames:
+            raise UserError(f"a video has {len(image)} frames, expected 1 to {self.frames}")
+        pixels = torch.stack([self.pixels(frame) for frame in image])
+        tokens = num_tokens(self.connector, len(image) * self.positions)
+        return dict(zip(self.outputs, ([pixels], [torch.tensor(len(image))]), strict=True)), tokens
+
+    def span(self, image: list[Image.Image], tokens: int) -> Span:  # type: ignore[override]
+        """Pictures without a clock of their own are taken for one a second."""
+        if self.connector.get("time") == "mean":
+            return picture_span(tokens)
+        seconds = [frame.info.get("seconds", float(index)) for index, frame in enumerate(image)]
+        return Span("video", tokens, picture_span(tokens // len(image)).grid, seconds)
+
+
+class SoundPreprocessor:
+    """Mono sound at 16 kHz to windows of at most 30 s as the encoder's spectrum [mel bins, frames].
+
+    A window is as long as its sound: a short clip costs little. Args of ``config``: ``spectrum`` (a key of
+    SPECTRA, default ``whisper``), ``mel_bins``, ``max_windows`` (None: as many as there are).
+    """
+
+    rate = 16_000
+    """Samples a second."""
+    window = 30 * 16_000
+    """Samples of the longest window that the encoders have positions for."""
+
+    def __init__(self, kind: str, config: dict, connector: dict):
+        self.outputs = MEDIA_INPUTS[kind]
+        self.spectrum = SPECTRA[config.get("spectrum", "whisper")](config["mel_bins"])
+        self.connector = connector
+        most = config.get("max_windows")
+        self.longest = most and most * self.window / self.rate
+
+    def load(self, part: Part, where: str) -> np.ndarray:
+        return load_audio(part, where, self.rate, self.longest)
+
+    def __call__(self, sound: np.ndarray) -> tuple[Inputs, int]:
+        """``sound``: [samples] float in -1..1.
+
+        Returns the encoder inputs of each window and the number of tokens of all.
+        """
+        sound = np.asarray(sound, dtype=np.float32)
+        if sound.ndim != 1 or not len(sound):
+            raise UserError(
+                f"sound must be one channel of at least one sample, found an array of shape {sound.shape}"
+            )
+        windows = [sound[start : start + self.window] for start in range(0, len(sound), self.window)]
+        features = [self.spectrum(window) for window in windows]
+        frames = [torch.tensor(one.shape[-1]) for one in features]
+        tokens = sum(num_tokens(self.connector, self.spectrum.positions(one.shape[-1])) for one in features)
+        return dict(zip(self.outputs, (features, frames), strict=True)), tokens
+
+    def span(self, sound: np.ndarray, tokens: int) -> Span:
+        return Span("audio", tokens, seconds=(len(sound) / self.rate,))
+
+
+class WhisperSpectrum:
+    """Whisper's log-mel, 100 frames a second, an even number of them."""
+
+    step = 2 * 160
+    """Samples of two frames, which make one position."""
+    shortest = 1_600
+    """Samples (0.1 s) to which shorter clips are padded with silence."""
+
+    def __init__(self, mel_bins: int):
+        self.extractor = WhisperFeatureExtractor(feature_size=mel_bins)
+
+    def __call__(self, window: np.ndarray) -> Tensor:
+        """[mel bins, frames] of [samples]."""
+        samples = max(self.shortest, math.ceil(len(window) / self.step) * self.step)
+        padded = np.pad(window, (0, samples - len(window)))
+        mel = self.extractor(
+            padded, sampling_rate=16_000, padding="do_not_pad", truncation=False, return_tensors="pt"
+        )
+        return mel["input_features"][0]
+
+    @staticmethod
+    def positions(frames: int) -> int:
+        """Encoder positions of so many frames."""
+        return math.ceil(frames / 2)
+
+
+class BeatsSpectrum:
+    """Kaldi's filter bank as BEATs wants it; see :func:`unimoe.encoders.beats.fbank`."""
+
+    shortest = 2_800
+    """Samples of 16 frames, one patch, to which shorter clips are padded with silence."""
+    positions = staticmethod(BeatsEncoder.num_tokens)
+    """Encoder positions of so many frames."""
+
+    def __init__(self, mel_bins: int):
+        if mel_bins != BeatsEncoder.num_mel_bins:
+            raise UserError(f"mel_bins is {mel_bins}, expected {BeatsEncoder.num_mel_bins} for BEATs")
+
+    def __call__(self, window: np.ndarray) -> Tensor:
+        """[mel bins, frames] of [samples]."""
+        return fbank(torch.from_numpy(np.pad(window, (0, max(0, self.shortest - len(window))))))
+
+
+SPECTRA: dict[str, Any] = {"whisper": WhisperSpectrum, "beats": BeatsSpectrum}
+
+PREPROCESSORS: dict[str, Any] = {
+    "image": ImagePreprocessor,
+    "video": VideoPreprocessor,
+    "speech": SoundPreprocessor,
+    "audio": SoundPreprocessor,
+}

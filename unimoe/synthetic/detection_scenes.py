@@ -1,0 +1,244 @@
+"""Writes a real COCO-format data set: emoji on photographs, with exact boxes and masks.
+
+folder/train.json + train/000000.jpg ...          seen concepts on seen backgrounds
+folder/val.json + val/...                         the same, other pictures
+folder/unseen_backgrounds.json + ...              seen concepts on photos that no training picture shows
+folder/unseen_concepts.json + ...                 concepts and photos that no training picture shows
+folder/manifest.json                              settings, concepts and photos of the splits
+
+A box and its mask hold what is visible: later sprites lie on top of earlier ones and hide parts of them.
+"""
+
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from unimoe.errors import UserError
+from unimoe.files import atomic_folder
+from unimoe.prepare.cache import default_part
+
+from .concepts import HELD_OUT, TRAINED, Concept
+from .sprites import Artist, background, load_photos, open_artist, split_photos, vary
+
+logger = logging.getLogger(__name__)
+
+_OPAQUE = 16
+"""Alpha above which a pixel of a sprite counts as drawn."""
+_TRIES = 8
+
+
+@dataclass
+class SceneConfig:
+    images: int = 3000
+    """Training pictures."""
+    test_images: int = 150
+    """Pictures in each of the three other splits."""
+    size: int = 192
+    """Side of a picture in pixels."""
+    concepts: int = len(TRAINED)
+    """How many of the seen concepts are used."""
+    objects: tuple[int, int] = (1, 5)
+    """Fewest and most sprites in a picture that is not crowded."""
+    scale: tuple[float, float] = (0.15, 0.5)
+    """Longest side of a sprite as a share of the picture's side, from and to."""
+    crowded: float = 0.15
+    """Share of the pictures with 6 to 12 smaller sprites close together, of few concepts."""
+    small: float = 0.15
+    """Share of the sprites that are 0.06 to 0.15 of the side."""
+    hidden: float = 0.4
+    """Greatest share of a sprite that others may hide."""
+    restyle: float = 0.3
+    """Share of the training sprites that lose marks of the artist's hand, and of recoloured backgrounds."""
+    seed: int = 0
+    """The same seed and parts give the same bytes."""
+
+    def __post_init__(self):
+        for name in ("images", "test_images", "concepts"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1"
+                )
+        if self.concepts > len(TRAINED):
+            raise UserError(f"--concepts: found {self.concepts}, expected at most {len(TRAINED)}")
+        if self.size < 64:
+            raise UserError(f"--size: found {self.size} pixels, expected at least 64")
+
+
+def scenes(
+    folder: str,
+    images: int = 3000,
+    test_images: int = 150,
+    size: int = 192,
+    concepts: int = len(TRAINED),
+    crowded: float = 0.15,
+    small: float = 0.15,
+    restyle: float = 0.3,
+    seed: int = 0,
+    sprites: str | None = None,
+    photos: str | None = None,
+) -> None:
+    """Write a COCO-format data set of emoji on photographs.
+
+    Splits: train, val, unseen_backgrounds, unseen_concepts; each is a JSON file beside a folder of pictures.
+
+    Args:
+        folder: where to write; a folder that is there already is replaced.
+        images: training pictures.
+        test_images: pictures in each of the three other splits.
+        size: side of a picture in pixels.
+        concepts: how many seen concepts there are.
+        crowded: share of the pictures with many small sprites close together.
+        small: share of the sprites that are 0.06 to 0.15 of the side.
+        restyle: share of the training sprites and backgrounds whose style is changed.
+        seed: the same seed gives the same bytes.
+        sprites: an emoji font or a folder of emoji pictures; default: the prepared one.
+        photos: a folder of at least four photographs; default: the prepared ones.
+    """
+    config = SceneConfig(
+        images, test_images, size, concepts, crowded=crowded, small=small, restyle=restyle, seed=seed
+    )
+    build_scenes(folder, config, sprites, photos)
+
+
+def build_scenes(
+    folder: str | Path,
+    config: SceneConfig | None = None,
+    sprites: str | Path | None = None,
+    photos: str | Path | None = None,
+) -> Path:
+    """Write the data set described at the top of this file and return its folder.
+
+    ``sprites`` (a font or a folder) and ``photos`` (a folder) default to the prepared parts. The seen
+    concepts are spread evenly over the groups of TRAINED.
+    """
+    config = config or SceneConfig()
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder}: holds files that are not a data set of scenes; choose another folder")
+    artist = open_artist(sprites or default_part("sprites"))
+    train_photos, test_photos = split_photos(load_photos(photos or default_part("photos")))
+    seen = [TRAINED[i * len(TRAINED) // config.concepts] for i in range(config.concepts)]
+    category_ids = {concept.name: i for i, concept in enumerate((*TRAINED, *HELD_OUT), 1)}
+    splits = {
+        "train": (config.images, seen, train_photos),
+        "val": (config.test_images, seen, train_photos),
+        "unseen_backgrounds": (config.test_images, seen, test_photos),
+        "unseen_concepts": (config.test_images, HELD_OUT, test_photos),
+    }
+    logger.info(
+        "writing %d scenes of %d pixels to %s", config.images + 3 * config.test_images, config.size, folder
+    )
+    with atomic_folder(folder) as temporary:
+        for split, (count, concepts, grounds) in splits.items():
+            (temporary / split).mkdir()
+            images, annotations = [], []
+            for i in range(count):
+                rng = random.Random(f"{config.seed}:{split}:{i}")
+                restyle = config.restyle if split == "train" else 0.0
+                photo = grounds[rng.choice(list(grounds))]
+                picture, objects = compose(concepts, artist, photo, config, rng, restyle)
+                name = f"{split}/{i:06d}.jpg"
+                picture.save(temporary / name, quality=92)
+                images.append({"id": i + 1, "file_name": name, "width": config.size, "height": config.size})
+                for concept, mask in objects:
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": i + 1,
+                            "category_id": category_ids[concept.name],
+                            **annotation(mask),
+                        }
+                    )
+            categories = [
+                {"id": category_ids[c.name], "name": c.name, "supercategory": c.group} for c in concepts
+            ]
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            (temporary / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+        manifest = {
+            "config": asdict(config),
+            "concepts": {"seen": [c.name for c in seen], "unseen": [c.name for c in HELD_OUT]},
+            "photos": {"seen": list(train_photos), "unseen": list(test_photos)},
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def compose(
+    concepts: Sequence[Concept],
+    artist: Artist,
+    photo: Image.Image,
+    config: SceneConfig,
+    rng: random.Random,
+    restyle: float = 0.0,
+) -> tuple[Image.Image, list[tuple[Concept, np.ndarray]]]:
+    """One picture and its objects: (concept, bool mask [size, size] of the visible pixels)."""
+    size = config.size
+    picture = background(photo, rng, size, rng.random() < restyle)
+    low, high = config.scale
+    crowded = rng.random() < config.crowded
+    if crowded:
+        count, (low, high) = rng.randint(6, 12), (0.6 * low, 0.6 * high)
+        concepts = rng.sample(list(concepts), min(len(concepts), rng.randint(1, 4)))
+        middle = rng.uniform(0.3, 0.7) * size
+    else:
+        count, middle = rng.randint(*config.objects), None
+    shown: list[Concept] = []
+    areas: list[int] = []
+    masks: list[np.ndarray] = []
+    for _ in range(count):
+        concept = rng.choice(concepts)
+        share = rng.uniform(0.06, 0.15) if rng.random() < config.small else rng.uniform(low, high)
+        view = _view(artist, concept, share * size, rng, rng.random() < restyle)
+        drawn = np.asarray(view.getchannel("A")) > _OPAQUE
+        for _ in range(_TRIES):
+            x, y = _place(view.width, size, rng, middle), _place(view.height, size, rng, middle)
+            mask = np.zeros((size, size), bool)
+            mask[y : y + view.height, x : x + view.width] = drawn
+            left = [int((other & ~mask).sum()) for other in masks]
+            if all(now >= (1 - config.hidden) * area for now, area in zip(left, areas, strict=True)):
+                masks = [other & ~mask for other in masks]
+                picture.paste(view, (x, y), view)
+                shown.append(concept)
+                masks.append(mask)
+                areas.append(int(mask.sum()))
+                break
+    return picture, list(zip(shown, masks, strict=True))
+
+
+def annotation(mask: np.ndarray) -> dict:
+    """COCO's fields for a bool mask [height, width]: bbox (x, y, width, height), area, segmentation (RLE)."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x, y = int(columns[0]), int(rows[0])
+    run_lengths: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {
+        "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+        "area": int(mask.sum()),
+        "segmentation": {"size": list(mask.shape), "counts": run_lengths["counts"].decode("ascii")},
+        "iscrowd": 0,
+    }
+
+
+def _view(artist: Artist, concept: Concept, side: float, rng: random.Random, restyle: bool) -> Image.Image:
+    sprite = artist.sprite(concept.char)
+    if sprite is None:
+        raise UserError(f"{artist.path}: has no drawing of {concept.name} (U+{ord(concept.char):X})")
+    if not restyle:  # colours are jittered on fewer pixels; a restyled one's outlines need all of them
+        sprite = sprite.copy()
+        sprite.thumbnail((round(side), round(side)))
+    view = vary(sprite, rng, side, restyle)
+    return view.crop(view.getchannel("A").point([0] * (_OPAQUE + 1) + [255] * (255 - _OPAQUE)).getbbox())
+
+
+def _place(side: int, size: int, rng: random.Random, middle: float | None) -> int:
+    """Where a sprite of ``side`` begins along one axis: anywhere, or about ``middle``."""
+    if middle is None:
+        return rng.randint(0, size - side)
+    return min(size - side, max(0, round(rng.gauss(middle, 0.2 * size) - side / 2)))

@@ -1,0 +1,256 @@
+"""Builds the demo's data from real parts: sprites on photos, recorded questions, plain dialogues.
+
+The same folder comes out for the same seed and parts. Training and test pictures differ in photos and in
+every view; the sets ``unseen_artist`` and ``held_out`` differ in the artist and in the concepts as well,
+``unseen_voice`` in the voice.
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from unimoe.files import atomic_folder
+from unimoe.prepare.cache import default_part
+
+from .clips import ASSETS, Clip, load_clips
+from .concepts import HELD_OUT, TRAINED, Concept
+from .extended import WRITE, add_extended
+from .questions import SPOKEN_CONCEPTS, ask
+from .scenes import Scene, pair, several, single
+from .sprites import Artist, load_photos, open_artist, split_photos
+from .writer import Writer, media_part, text_part
+
+_OTHER_KINDS = ("group", "colour", "yes_no")
+
+
+@dataclass
+class BuildConfig:
+    """How much to make."""
+
+    views: int = 30
+    """Training pictures of each concept alone."""
+    restyle: float = 0.6
+    """Share of the training pictures whose sprite loses marks of its artist (outlines, exact hues); half of
+    these stand on a recoloured ground."""
+    plain: float = 0.1
+    """Share of the training pictures on a plain ground."""
+    counts: int = 240
+    """Training pictures with one to four like things."""
+    pairs: int = 240
+    """Training pictures with two things side by side."""
+    test_views: int = 3
+    """Test pictures of each concept, per test set."""
+    test_questions: int = 30
+    """Questions of each kind in the sets that are asked as text and spoken."""
+    speeds: tuple[float, ...] = (0.88, 1.0, 1.14)
+    """Speeds at which recordings are heard in training."""
+    test_speed: float = 1.06
+    """Speed of the trained voices in the tests, so that no test clip was heard in training."""
+    films: int = 480
+    """Training films of the extended demo."""
+    sounds: int = 360
+    """Training sounds of the extended demo."""
+    seed: int = 0
+
+
+def build_data(
+    folder: str | Path,
+    seed: int = 0,
+    config: BuildConfig | None = None,
+    sprites: str | Path | None = None,
+    photos: str | Path | None = None,
+    unseen_artist: str | Path | None = None,
+    extended: bool = False,
+) -> Path:
+    """Write the demo's data set to ``folder`` and return it.
+
+    ``sprites`` and ``photos`` default to the prepared parts; ``unseen_artist`` is an emoji font or a folder
+    of emoji pictures by another artist, used for a test set only (no ``test.unseen_artist.jsonl`` is written
+    without it). Files, all messages JSONL with media paths relative to ``folder``:
+
+    * ``train.image`` asks every picture of one thing its name, ``train.questions`` asks for group, colour,
+      yes or no, count and place; ``train.spoken`` asks all of these aloud, ``train.transcribe`` wants the
+      recording written down, ``train.text`` is plain dialogue. ``val.image``, ``val.spoken``,
+      ``val.transcribe`` and ``val.text`` go with them.
+    * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names;
+      ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` are the same questions on
+      the same pictures three ways.
+    * with ``extended`` what :mod:`unimoe.synthetic.extended` adds.
+    * ``manifest.json``: concepts, photos, voices and artists of the splits, and how many samples each file
+      has.
+    """
+    config = config or BuildConfig()
+    config.seed = seed
+    artist = open_artist(sprites or default_part("sprites"))
+    train_photos, test_photos = split_photos(load_photos(photos or default_part("photos")))
+    with atomic_folder(folder) as temporary:
+        writer = Writer(temporary)
+        _train(writer, config, artist, list(train_photos.values()))
+        other = open_artist(unseen_artist) if unseen_artist else None
+        _tests(writer, config, artist, other, list(test_photos.values()))
+        if extended:
+            grounds = {"train": list(train_photos.values()), "test": list(test_photos.values())}
+            numbers = (config.films, config.sounds, 2 * config.test_questions, config.test_speed)
+            add_extended(writer, seed, artist, grounds, *numbers)
+        writer.close()
+        manifest = {
+            "config": asdict(config),
+            "concepts": {"trained": [c.name for c in TRAINED], "held_out": [c.name for c in HELD_OUT]},
+            "photos": {"train": list(train_photos), "test": list(test_photos)},
+            "voices": {"train": _voices(False), "test": _voices(True)},
+            "artists": {
+                "train": artist.path.name,
+                "test": Path(unseen_artist).name if unseen_artist else None,
+            },
+            "samples": {file: len(lines) for file, lines in sorted(writer.lines.items())},
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def _voices(test: bool) -> list[str]:
+    clips, test_voices = load_clips()
+    return sorted({clip.voice for clip in clips if (clip.voice in test_voices) == test})
+
+
+def _rng(config: BuildConfig, *key: object) -> random.Random:
+    return random.Random(":".join(map(str, (config.seed, *key))))
+
+
+def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Image.Image]) -> None:
+    clips, test_voices = load_clips()
+    by_text: dict[str, list[Clip]] = {}
+    for clip in clips:
+        if clip.voice not in test_voices:
+            by_text.setdefault(clip.text, []).append(clip)
+
+    def put(part: str, scene: Scene, kind: str, rng: random.Random) -> None:
+        """One picture with a written and a spoken question, on different subjects where it shows one
+        thing."""
+        path = writer.picture(scene.image, part)
+        asked = kind if kind in ("count", "left", "right") else "name"
+        question, reply = ask(asked, scene, rng)
+        file = "train.questions" if part == "train" and asked != "name" else f"{part}.image"
+        writer.add(file, [([media_part("image", path), text_part(question)], reply)], kind=asked)
+        if asked == "name":
+            asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
+            question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))
+            file = "train.questions" if part == "train" else "val.image"
+            writer.add(file, [([media_part("image", path), text_part(question)], reply)], kind=asked)
+        asked = (
+            kind
+            if kind != "single"
+            else rng.choice(["name", "name", *(k for k in _OTHER_KINDS if k != "colour" or scene.colour)])
+        )
+        question, reply = ask(asked, scene, rng, list(SPOKEN_CONCEPTS))
+        if question not in by_text:  # the thing shown has no recorded yes/no question
+            asked = "name"
+            question, reply = ask(asked, scene, rng)
+        clip, speed = rng.choice(by_text[question]), rng.choice(config.speeds)
+        writer.add(
+            f"{part}.spoken",
+            [([media_part("image", path), media_part("speech", writer.clip(clip, speed))], reply)],
+            kind=asked,
+            question=question,
+        )
+
+    for part, views in (("train", config.views), ("val", 1)):
+        for view in range(views):
+            for concept in TRAINED:
+                rng = _rng(config, part, "single", concept.name, view)
+                photo = None if rng.random() < config.plain else rng.choice(photos)
+                scene = single(concept, artist, photo, rng, restyle=rng.random() < config.restyle)
+                put(part, scene, "single", rng)
+    for part, number in (("train", config.counts), ("val", 16)):
+        for i in range(number):
+            rng = _rng(config, part, "count", i)
+            scene = several(
+                rng.choice(TRAINED),
+                i % 4 + 1,
+                artist,
+                rng.choice(photos),
+                rng,
+                restyle=rng.random() < config.restyle,
+            )
+            put(part, scene, "count", rng)
+    for part, number in (("train", config.pairs), ("val", 16)):
+        for i in range(number):
+            rng = _rng(config, part, "pair", i)
+            left, right = rng.sample(TRAINED, 2)
+            scene = pair(left, right, artist, rng.choice(photos), rng, restyle=rng.random() < config.restyle)
+            put(part, scene, ("left", "right")[i % 2], rng)
+    for text in by_text:
+        for clip in by_text[text]:
+            for speed in config.speeds:
+                rng = _rng(config, "transcribe", text, clip.voice, speed)
+                part = "val" if rng.random() < 0.05 else "train"
+                parts = [media_part("speech", writer.clip(clip, speed)), text_part(WRITE)]
+                ends = [round(end / 16000, 3) for end in clip.at_speed(speed).word_ends]
+                words = [list(pair) for pair in zip(text.strip("?.").split(), ends, strict=True)]
+                writer.add(f"{part}.transcribe", [(parts, text)], kind="transcribe", words=words)
+    dialogues = (ASSETS / "dialogue.jsonl").read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(dialogues):
+        turns = [([text_part(user)], reply) for user, reply in json.loads(line)["turns"]]
+        writer.add("val.text" if i % 20 == 7 else "train.text", turns, kind="text")
+
+
+def _likely(shown: Concept, rng: random.Random) -> list[Concept]:
+    """Half of the wrong yes/no questions are about a thing of the same group."""
+    return [c for c in TRAINED if c.group == shown.group] if rng.random() < 0.5 else list(TRAINED)
+
+
+def _tests(
+    writer: Writer, config: BuildConfig, artist: Artist, other: Artist | None, photos: list[Image.Image]
+) -> None:
+    sets = [("new_backgrounds", TRAINED, artist), ("held_out", HELD_OUT, artist)]
+    for name, concepts, hand in [*sets, *([("unseen_artist", TRAINED, other)] if other else [])]:
+        for view in range(config.test_views):
+            for concept in concepts:
+                rng = _rng(config, name, concept.name, view)
+                scene = single(concept, hand, rng.choice(photos), rng)
+                path = writer.picture(scene.image, name)
+                question, reply = ask("name", scene, rng)
+                writer.add(
+                    f"test.{name}",
+                    [([media_part("image", path), text_part(question)], reply)],
+                    kind="name",
+                    concept=concept.name,
+                )
+    clips, test_voices = load_clips()
+    recorded = {(clip.voice, clip.text): clip for clip in clips}
+    voices = sorted({clip.voice for clip in clips} - set(test_voices))
+    made: Counter[str] = Counter()
+    for kind in ("name", "group", "colour", "count", "left", "right", "yes_no"):
+        attempt = 0
+        while made[kind] < config.test_questions:
+            rng = _rng(config, "questions", kind, attempt)
+            attempt += 1
+            concept = rng.choice(SPOKEN_CONCEPTS)
+            if kind == "count":
+                scene = several(concept, made[kind] % 4 + 1, artist, rng.choice(photos), rng)
+            elif kind in ("left", "right"):
+                left, right = rng.sample(TRAINED, 2)
+                scene = pair(left, right, artist, rng.choice(photos), rng)
+            else:
+                scene = single(concept, artist, rng.choice(photos), rng)
+            if kind == "colour" and scene.colour is None:
+                continue
+            question, reply = ask(kind, scene, rng, list(SPOKEN_CONCEPTS))
+            made[kind] += 1
+            image = media_part("image", writer.picture(scene.image, "questions"))
+            facts = {"kind": kind, "question": question}
+            writer.add("test.text_questions", [([image, text_part(question)], reply)], **facts)
+            heard = recorded[rng.choice(voices), question]
+            spoken = media_part("speech", writer.clip(heard, config.test_speed))
+            writer.add("test.spoken_questions", [([image, spoken], reply)], speaker=heard.voice, **facts)
+            heard = recorded[rng.choice(test_voices), question]
+            writer.add(
+                "test.unseen_voice",
+                [([image, media_part("speech", writer.clip(heard, 1.0))], reply)],
+                speaker=heard.voice,
+                **facts,
+            )
