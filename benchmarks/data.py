@@ -25,10 +25,11 @@ from torch.nn import functional as nnf
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
-from unimoe.data.collate import IGNORED, real_tokens
+from unimoe.data.collate import real_tokens
 from unimoe.media.decode import load_audio
 from unimoe.media.video import write_video
 from unimoe.model.build import Built, build_model
+from unimoe.model.configuration import IGNORED
 from unimoe.prepare.cache import default_part
 from unimoe.synthetic.sprites import load_photos
 

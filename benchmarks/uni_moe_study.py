@@ -40,11 +40,11 @@ from unimoe.demo.steps import note_settings, shipped
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, file_hash
 from unimoe.model.loading import load_model
+from unimoe.model.loss import answer_loss
 from unimoe.moe import MoEConfig
 from unimoe.stages.assemble import assemble
 from unimoe.stages.cli import main as stages_cli
 from unimoe.synthetic.clips import ASSETS
-from unimoe.training.loss import answer_loss
 
 MIXES = {
     "pictures": {"image": 8, "questions": 4},

@@ -27,9 +27,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe.data.collate import IGNORED
 from unimoe.inference.generate import generate
 from unimoe.model.build import Built, build_model
+from unimoe.model.configuration import IGNORED
 from unimoe.prepare.cache import default_part
 from unimoe.synthetic.concepts import BY_NAME, Concept
 from unimoe.synthetic.questions import normalise

@@ -9,8 +9,9 @@ from unimoe.continual.strategies import Strategy
 from unimoe.continual.strategies.dymoe import IncMoELoRA
 from unimoe.evaluation.questions import Question
 from unimoe.evaluation.scorers import grade_all, scorer
-from unimoe.inference.generate import ask_all, to_device
-from unimoe.training.loss import last_hidden
+from unimoe.inference.generate import ask_all
+from unimoe.model.loss import last_hidden
+from unimoe.model.utils import to_device
 from unimoe.training.ranks import own_share, union_over_ranks
 
 from .guidance import TYPES

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
-from unimoe.inference.generate import to_device
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
+from unimoe.model.utils import to_device
 from unimoe.moe.lora_linear import PROJECTIONS, AdaptedLinear, adapt, adapter_size, plain_rank
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.training.loss import last_hidden
+from unimoe.model.loss import last_hidden
 
 from .learner import Learner
 from .stream import Experience

@@ -1,6 +1,7 @@
 """Encoders of images, videos and sound, and the connectors that lead into the language model."""
 
-from .connector import Connector, ConnectorConfig, build_connector, copy_connector, fill_connector, num_tokens
+from .build_connector import build_connector, copy_connector, fill_connector
+from .connector import Connector, ConnectorConfig, num_tokens
 from .encoder import Encoder, ImageEncoder, SpeechEncoder, build_encoder, load_encoder
 from .ridge import ridge_init, ridge_map
 

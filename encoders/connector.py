@@ -197,54 +197,6 @@ class MLPConnector(Connector):
         return x_BSD.unflatten(1, (-1, stack)).flatten(2)
 
 
-def build_connector(config: dict[str, Any], in_features: int, out_features: int) -> Connector:
-    """Build the connector that ``config`` (a ConnectorConfig as a dictionary) describes, with random weights.
-
-    ``in_features`` is the encoder's width, ``out_features`` the language model's. Raises UserError for a bad
-    config.
-    """
-    return connector_of(ConnectorConfig.parse(config), in_features, out_features)
-
-
-def connector_of(config: ConnectorConfig, in_features: int, out_features: int) -> Connector:
-    """The connector that a parsed ``config`` describes."""
-    if config.time:
-        from .frame_connector import FrameConnector
-
-        return FrameConnector(config, in_features, out_features)
-    if config.type == "qformer":
-        from .qformer import QFormerConnector
-
-        return QFormerConnector(config, in_features, out_features)
-    return MLPConnector(config, in_features, out_features)
-
-
-def copy_connector(connector: Connector, source: Connector) -> None:
-    """Let ``connector`` start as ``source``; over the frames of a video, each frame starts as a picture.
-
-    Raises UserError when they are of another shape.
-    """
-    target = getattr(connector, "frame", connector)
-    own, found = (
-        {name: list(tensor.shape) for name, tensor in one.state_dict().items()} for one in (target, source)
-    )
-    if own != found:
-        raise UserError(f"connector {connector.config.type}: weights have shapes {found}, expected {own}")
-    target.load_state_dict(source.state_dict())
-
-
-def fill_connector(connector: Connector, weights: str) -> None:
-    """Give a fresh connector the weights that its configuration names: a Whisper decoder's, for a causal
-    Q-Former (:func:`~.whisper_qformer.load_whisper_decoder`). Raises UserError for any other connector."""
-    if connector.config.type != "qformer" or not connector.config.causal:
-        raise UserError(
-            f"connector {connector.config.type}: weights belong to a causal qformer (a Whisper decoder's)"
-        )
-    from .whisper_qformer import load_whisper_decoder
-
-    load_whisper_decoder(connector, weights)  # type: ignore[arg-type]
-
-
 def num_tokens(config: dict[str, Any], positions: int) -> int:
     """The tokens that a connector of this ``config`` makes of so many encoder positions; builds nothing."""
     return ConnectorConfig.parse(config).num_tokens(positions)

@@ -4,14 +4,12 @@ Shapes: B videos, F frames of the longest, N frames of all videos, S positions o
 T tokens of a frame, H language model width.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
 
-from .connector import Connector, ConnectorConfig, connector_of
+from .connector import Connector, ConnectorConfig
 
 
 class FrameConnector(Connector):
@@ -23,9 +21,9 @@ class FrameConnector(Connector):
        tokens for 8 frames of CLIP ViT-L/14-336), which cannot tell a video from its reverse.
     """
 
-    def __init__(self, config: ConnectorConfig, in_features: int, out_features: int):
+    def __init__(self, config: ConnectorConfig, frame: Connector, out_features: int):
         super().__init__(config)
-        self.frame = connector_of(replace(config, time=None), in_features, out_features)
+        self.frame = frame
         frames = (config.frames or 0) if config.time == "keep" else 0
         self.positions = nn.Parameter(torch.empty(frames, out_features).normal_(std=0.02)) if frames else None
 

@@ -6,24 +6,19 @@ files -> SampleStream (steps)                    -> Collator                   -
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
-from torch.nn import functional as nnf
 
-from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
+from unimoe.data import Collator, ModalityBatchSampler, Sample, read_samples
 from unimoe.data.collate import TooLong
 from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.stream import SampleStream
-from unimoe.encoders import Encoder
 from unimoe.errors import UserError
-from unimoe.model.modeling import MEDIA_INPUTS, Encoded
 from unimoe.training.loader import ResumableLoader, StepSampler
 from unimoe.training.ranks import data_ranks
 
-if TYPE_CHECKING:
-    from .module import StageModule
+from .features import fill_cache
 
 
 class StageData(LightningDataModule):
@@ -118,29 +113,17 @@ class StageData(LightningDataModule):
     def collator(self) -> Collator:
         """What makes batches; with ``cache_features`` the frozen encoders run here, once over all media."""
         if self._collator is None:
-            module = cast("StageModule", self.trainer.lightning_module)  # type: ignore[union-attr]
+            trainer: Any = self.trainer
+            module = trainer.lightning_module
             features = None
             if self.cache_features:
-                features = self._fill_cache(module)
+                folder = self.cache_features
+                if not isinstance(folder, str):
+                    folder = Path(trainer.default_root_dir) / ".." / "features"
+                samples = [sample for split in self.samples.values() for sample in split]
+                features = fill_cache(module.model, module.processor, folder, samples, trainer)
             self._collator = Collator(module.processor, self.max_length, features, self.too_long)
         return self._collator
-
-    def _fill_cache(self, module: "StageModule") -> FeatureCache:
-        towers = {
-            kind: cast(Encoder, tower)
-            for kind, tower in module.model.model.encoders.items()
-            if not any(p.requires_grad for p in tower.parameters())
-        }
-        folder = self.cache_features
-        if not isinstance(folder, str):
-            folder = Path(self.trainer.default_root_dir) / ".." / "features"  # type: ignore[union-attr]
-        cache = FeatureCache(Path(folder).resolve(), module.processor, towers)
-        samples = [sample for split in self.samples.values() for sample in split]
-        trainer = module.trainer
-        cache.fill(samples[trainer.global_rank :: trainer.world_size])
-        trainer.strategy.barrier("features")
-        cache.refresh()
-        return cache
 
     def train_dataloader(self) -> ResumableLoader:
         assert self.trainer is not None
@@ -193,26 +176,6 @@ class StageData(LightningDataModule):
             persistent_workers=False,
             **order,
         )
-
-    @torch.no_grad()
-    def encode(self, samples: list[Sample], kind: str) -> Encoded:
-        """The frozen encoder's features of one medium of each sample: features_nSD, and lengths_n or None."""
-        module = cast("StageModule", self.trainer.lightning_module)  # type: ignore[union-attr]
-        encoder = module.model.model.encoders[kind]
-        collator = Collator(module.processor, features=self.collator().features)  # of whatever length
-        features: list[torch.Tensor] = []
-        lengths: list[torch.Tensor] = []
-        for start in range(0, len(samples), 16):
-            batch = collator(samples[start : start + 16])
-            encoded = batch.get("encoded_media", {}).get(kind)
-            if encoded is None:
-                encoded = encoder(*(batch[name].to(module.device) for name in MEDIA_INPUTS[kind]))
-            features.append(encoded[0].to(module.device))
-            if encoded[1] is not None:
-                lengths.append(encoded[1].to(module.device))
-        longest = max(part.shape[1] for part in features)
-        whole = torch.cat([nnf.pad(part, (0, 0, 0, longest - part.shape[1])) for part in features])
-        return whole, torch.cat(lengths) if lengths else None
 
 
 def _files(files: str | list[str] | dict[str, int | float] | None) -> list[str]:

@@ -9,15 +9,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from unimoe.data import Collator
 from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
 from unimoe.model.build import Built, add_modalities, build_model
 from unimoe.model.loading import load_model
+from unimoe.model.loss import answer_loss
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import load_balance, pair_counts, record
 from unimoe.moe.records import join
-from unimoe.training.loss import answer_loss
 from unimoe.training.module import ResumableModule, Schedule, load_columns
 from unimoe.training.ranks import data_ranks, mean_over_ranks
 from unimoe.training.sharding import foreach, send, shard
@@ -25,6 +26,7 @@ from unimoe.training.sharding import foreach, send, shard
 from .anneal import Anneal, check_anneal, set_coefficients
 from .data import StageData
 from .experts_file import base_fingerprint
+from .features import encode
 from .trainable import Group, LoRA, Trainable, choose
 from .warm_start import Ridge, check_kinds, read_examples, warm_start
 
@@ -213,12 +215,14 @@ class StageModule(ResumableModule):
         if self.trainer.ckpt_path is not None or not self.warm_start:
             return
         data = cast(StageData, self.trainer.datamodule)  # type: ignore[attr-defined]
-        data.collator()  # all processes fill the cache of features
+        features = data.collator().features  # all processes fill the cache
         if any(parameter.is_meta for parameter in self.model.parameters()):
             return  # the first process does it, and sends all weights afterwards
+        collator = Collator(self.processor, features=features)  # of whatever length
         for kind, settings in self.warm_start.items():
             examples = read_examples(data.files["train"], data.media_root, kind, settings)
-            encoded = data.encode([example.sample for example in examples], kind)
+            samples = [example.sample for example in examples]
+            encoded = encode(self.model, collator, samples, kind)
             warm_start(self.model, self.processor, kind, encoded, examples, settings)
 
     # ---------------------------------------------------------------- steps

@@ -27,8 +27,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from unimoe.data.collate import IGNORED
 from unimoe.encoders import num_tokens
+from unimoe.model.configuration import IGNORED
 from unimoe.moe import Context, MoEConfig, MoELayer, TopK, install_moe
 from unimoe.testing import BEATS, SPEECH, tiny_model
 

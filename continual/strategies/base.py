@@ -9,7 +9,7 @@ from torch import Tensor
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
-from unimoe.training.loss import answer_loss
+from unimoe.model.loss import answer_loss
 from unimoe.training.ranks import weighed
 
 

@@ -11,7 +11,7 @@ from unimoe.continual.router import CosineTopK
 from unimoe.continual.routing_log import by_block, over_ranks
 from unimoe.continual.stream import Experience
 from unimoe.data.collate import real_tokens
-from unimoe.training.loss import answer_logits
+from unimoe.model.loss import answer_logits
 from unimoe.training.ranks import weighed
 
 from .base import Strategy

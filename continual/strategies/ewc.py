@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
-from unimoe.training.loss import answer_logits
+from unimoe.model.loss import answer_logits
 
 from .base import Strategy
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
-from unimoe.training.loss import answer_logits
+from unimoe.model.loss import answer_logits
 from unimoe.training.ranks import weighed
 
 from .base import Strategy

@@ -11,7 +11,7 @@ from PIL import Image
 from unimoe.commands import main as cli
 from unimoe.commands.data_show import _medium, draw, shown
 from unimoe.data import Collator, Sample, parse_record
-from unimoe.data.collate import IGNORED
+from unimoe.model.configuration import IGNORED
 from unimoe.testing import save_tiny_llm, tiny_model
 
 

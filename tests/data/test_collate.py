@@ -6,9 +6,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from unimoe.data import Collator, ModalityBatchSampler, parse_record
-from unimoe.data.collate import IGNORED, real_tokens
+from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
 from unimoe.media.video import write_video
+from unimoe.model.configuration import IGNORED
 from unimoe.moe import record
 from unimoe.moe.records import join
 from unimoe.testing import AUDIO, SPEECH, VIDEO, tiny_model

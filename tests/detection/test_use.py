@@ -9,9 +9,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from unimoe.commands import main as cli
-from unimoe.commands.detect import find_files, split_prompt
 from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.detection.inference.predictor import Detector
+from unimoe.detection.inference.sources import find_files, split_prompt
 from unimoe.errors import UserError
 
 WITH_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))

@@ -15,9 +15,10 @@ from transformers import TextStreamer
 from unimoe.commands import main as cli
 from unimoe.errors import UserError
 from unimoe.inference.conversation import Conversation, Settings
-from unimoe.inference.generate import count_parameters, generate
+from unimoe.inference.generate import generate
 from unimoe.inference.terminal import Terminal
 from unimoe.model.loading import load_model
+from unimoe.model.utils import count_parameters
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
+from unimoe.analysis.expert_names import expert_names
 from unimoe.artifacts import STAGE_FILE, StageRecord
-from unimoe.model.loading import expert_names
 
 
 @pytest.mark.parametrize("parent", ["runs/demo/assembled", "{here}/assembled"])

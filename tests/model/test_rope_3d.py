@@ -16,13 +16,13 @@ from unimoe.inference.generate import generate
 from unimoe.model.build import build_model
 from unimoe.model.configuration import UniMoeConfig
 from unimoe.model.loading import load_model
+from unimoe.model.loss import answer_loss
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.rope_3d import Span, TimeRotary, time_ids, time_positions
 from unimoe.serve.batch import Prompt, RunningBatch
 from unimoe.stages.module import StageModule
 from unimoe.stages.trainable import Trainable
 from unimoe.testing import IMAGE, SPEECH, VIDEO, save_tiny_llm
-from unimoe.training.loss import answer_loss
 
 
 def test_text_is_a_sequence_and_an_image_a_grid_at_one_time():

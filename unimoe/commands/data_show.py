@@ -11,15 +11,16 @@ from typing import Any
 import jinja2
 import soundfile
 
-from unimoe.data.collate import IGNORED, Collator
+from unimoe.data.collate import Collator
 from unimoe.data.read import read_samples
-from unimoe.data.sample import Part, Sample
-from unimoe.data.tokens import open_processor
+from unimoe.data.sample import Sample
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, data_url
 from unimoe.media.decode import describe, load_audio, load_image
+from unimoe.media.part import Part
 from unimoe.media.video import load_video
-from unimoe.model.configuration import PLACEHOLDERS
+from unimoe.model.configuration import IGNORED, PLACEHOLDERS
+from unimoe.model.loading import open_processor
 
 _THUMB = 320  # pixels
 _FRAMES = 4  # of a video

@@ -22,13 +22,12 @@ from unimoe.detection.evaluation.evaluate import present
 from unimoe.detection.evaluation.evaluation import Style
 from unimoe.detection.evaluation.latency import decoder_latency, dense_twin, model_latency
 from unimoe.detection.evaluation.scoring import Judge
+from unimoe.detection.inference.sources import split_prompt
 from unimoe.detection.model.loading import load_detector
 from unimoe.detection.model.prompt import Prompt, PromptBatch
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.training.curve import read_curve
-
-from .detect import split_prompt
 
 
 def detector(

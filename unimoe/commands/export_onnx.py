@@ -4,10 +4,9 @@ import logging
 
 from unimoe.detection.data.transforms import padded, resize_for
 from unimoe.detection.inference.onnx import export_onnx
+from unimoe.detection.inference.sources import find_files, split_prompt
 from unimoe.detection.model.loading import load_detector
 from unimoe.media.decode import load_image
-
-from .detect import find_files, split_prompt
 
 log = logging.getLogger(__name__)
 

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.plots import load_maps, pathways
 from unimoe.analysis.routing_stats import Traffic, share_table
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
-from unimoe.inference.generate import count_parameters, to_device
-from unimoe.model.loading import expert_names, load_model
+from unimoe.model.loading import load_model
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
+from unimoe.model.utils import count_parameters, to_device
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
 

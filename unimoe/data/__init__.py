@@ -1,13 +1,14 @@
 """Data: files -> Samples -> batches of like with like -> the model's inputs with labels."""
 
 from unimoe.media.decode import load_audio, load_image
+from unimoe.media.part import Part
 from unimoe.media.video import load_video
 
 from .collate import Collator
 from .feature_cache import FeatureCache
 from .read import read_samples
 from .records import parse_record
-from .sample import Message, Part, Sample
+from .sample import Message, Sample
 from .sampler import ModalityBatchSampler
 from .write import write_samples
 

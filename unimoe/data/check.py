@@ -12,12 +12,13 @@ import numpy as np
 
 from unimoe.errors import UserError
 from unimoe.media.decode import check_audio, frame_parts, load_image, media_bytes, open_media
+from unimoe.media.part import Part
 from unimoe.media.video import load_video
 
 from .errors import DataError, Fault
 from .read import data_files, line_numbers, scan_records
 from .records import parse_record
-from .sample import Part, Sample
+from .sample import Sample
 
 _DECODE: dict[str, Callable[[Part, str], Any]] = {
     "image": load_image,

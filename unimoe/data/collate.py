@@ -16,11 +16,12 @@ from torch import Tensor
 from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
 from unimoe.media.decode import describe
-from unimoe.model.configuration import PLACEHOLDERS
+from unimoe.media.part import Part
+from unimoe.model.configuration import IGNORED, PLACEHOLDERS
 from unimoe.model.rope_3d import Span, picture_span
 
 from .feature_cache import FeatureCache
-from .sample import Message, Part, Sample
+from .sample import Message, Sample
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +30,6 @@ TooLong = Literal["error", "cut", "drop"]
 
 SOUND_POSITIONS = 50
 """Encoder positions in a second of sound, of Whisper as of BEATs."""
-
-IGNORED = -100
-"""The label of a position that is not learned."""
 
 
 class Collator:

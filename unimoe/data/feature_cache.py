@@ -24,8 +24,9 @@ from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.media.decode import media_bytes
+from unimoe.media.part import Part
 
-from .sample import Part, Sample
+from .sample import Sample
 
 logger = logging.getLogger(__name__)
 

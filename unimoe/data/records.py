@@ -15,10 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from unimoe.media.part import Part
 from unimoe.model.configuration import MEDIA
 
 from .errors import DataError
-from .sample import Message, Part, Sample
+from .sample import Message, Sample
 
 ROLES = {
     "system": "system",

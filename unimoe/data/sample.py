@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from unimoe.files import data_url
+from unimoe.media.part import Part
 from unimoe.model.configuration import MEDIA
-
-Part = dict[str, Any]
-"""``{"type": "text", "text": str}`` or ``{"type": one of MEDIA, ...}`` with the medium under one of ``path``
-(absolute), ``bytes`` (an encoded file), ``stored`` (the same inside a larger file, see stored.py) or ``url``
-(a data URL); for a video also a list of these, its frames."""
 
 Message = dict[str, Any]
 """``{"role": "system" | "user" | "assistant", "content": list[Part]}``"""

@@ -9,6 +9,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from unimoe.errors import UserError
 
 from .errors import DataError
 from .records import COLUMNS, TURNS
-from .stored import TarMember
 
 MEDIA_SUFFIXES = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"),
@@ -29,6 +29,31 @@ MEDIA_SUFFIXES = {
 _KIND = {suffix: kind for kind, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
 _SAMPLE = re.compile(r"(?!\.|__)[^.]+\..+")
 _END = 512  # bytes of zeros that end an archive, at least
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A file inside an uncompressed tar archive."""
+
+    shard: str
+    """Path of the archive."""
+    name: str
+    """Its name in the archive."""
+    offset: int
+    """Its first byte in the archive."""
+    size: int
+    """Bytes."""
+
+    def read(self) -> bytes:
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise OSError(0, f"found {len(content)} bytes of {self.size}; the archive is cut off")
+        return content
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.shard}"
 
 
 def shard_records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -10,18 +10,38 @@ import glob
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from unimoe.errors import UserError
 
-from .stored import TableCell
-
 SUFFIXES = (".parquet", ".arrow")
 _ROWS = 64  # read at a time
 
 Keys = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """Binary content of a parquet or arrow file."""
+
+    path: str
+    """The file."""
+    row: int
+    """From 0."""
+    keys: tuple[str | int, ...]
+    """The column, and the way on into its lists and structures."""
+
+    def read(self) -> bytes:
+        value = open_table(self.path)[self.row : self.row + 1].to_pylist()[0]
+        for key in self.keys:
+            value = value[key]
+        return value
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.keys))} in {self.path}[{self.row}]"
 
 
 def table_records(path: Path) -> Iterator[tuple[str, Any]]:

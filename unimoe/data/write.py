@@ -9,9 +9,10 @@ from typing import Any
 
 from unimoe.files import atomic_write
 from unimoe.media.decode import frame_parts, media_bytes
+from unimoe.media.part import Part
 
 from .records import COLUMNS
-from .sample import Part, Sample
+from .sample import Sample
 from .tables import require
 
 _COLUMN = {kind: column for column, kind in COLUMNS.items() if column.endswith("s")}

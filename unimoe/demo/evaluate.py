@@ -23,9 +23,10 @@ from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.inference.generate import ask_all, count_parameters, to_device
+from unimoe.inference.generate import ask_all
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
+from unimoe.model.utils import count_parameters, to_device
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
 from unimoe.synthetic.questions import normalise

@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 
 from unimoe import __version__
+from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.plots import load_maps, loss_curves
 from unimoe.files import atomic_write, data_url
-from unimoe.model.loading import expert_names
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock
 

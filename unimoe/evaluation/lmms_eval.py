@@ -17,9 +17,9 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from rich.progress import Progress
 
 from unimoe.data import Collator, Sample
-from unimoe.data.sample import Part
 from unimoe.errors import UserError
 from unimoe.inference.generate import ask_all
+from unimoe.media.part import Part
 from unimoe.model.loading import load_model
 
 log = logging.getLogger(__name__)

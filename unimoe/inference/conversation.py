@@ -20,9 +20,10 @@ from transformers.generation.streamers import TextStreamer
 from unimoe.analysis.routing_stats import ANSWER, Traffic
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
-from unimoe.data.sample import Message, Part, Sample
+from unimoe.data.sample import Message, Sample
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.media.part import Part
 from unimoe.model.configuration import MEDIA
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor

@@ -5,13 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.generation.streamers import TextStreamer
 
 from unimoe.data import Collator, Sample
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.moe.install import moe_layers
+from unimoe.model.utils import to_device
 
 NO_SAMPLING = {"temperature": None, "top_p": None, "top_k": None, "min_p": None, "typical_p": None}
 """Settings that some LLMs bring along and that mean nothing to greedy decoding."""
@@ -63,23 +62,3 @@ def ask_all(
         with torch.no_grad(), around(batch):
             answers = generate(model, collator.processor, batch, max_new_tokens)
         yield dict(zip(chosen, answers, strict=True))
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters of a model, and the active ones: without the experts that are not chosen for a token."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for layer in moe_layers(model).values():
-        experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        chosen = getattr(layer.router, "k", layer.experts.num_experts)
-        idle += experts - experts * chosen // layer.experts.num_experts
-    return total, total - idle
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it, also inside dicts and tuples, on ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return tuple(to_device(item, device) for item in value) if isinstance(value, tuple) else value

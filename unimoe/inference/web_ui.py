@@ -17,15 +17,16 @@ import torch
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
+from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.plots import load_maps
 from unimoe.analysis.routing_stats import Traffic
-from unimoe.commands.detect import split_prompt
 from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.detection.inference.predictor import Detector
+from unimoe.detection.inference.sources import split_prompt
 from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
 from unimoe.files import data_url
-from unimoe.model.loading import expert_names, load_model
+from unimoe.model.loading import load_model
 
 from .conversation import Conversation, Settings, kind_of
 

@@ -16,8 +16,9 @@ import soundfile
 import soxr
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unimoe.data.sample import Part
 from unimoe.errors import UserError, first_line
+
+from .part import Part
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from unimoe.data.sample import Part
 from unimoe.errors import UserError
 
 from .decode import describe, frame_parts, load_image, open_media
+from .part import Part
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -24,6 +24,9 @@ MEDIA_INPUTS = {
 """Arguments of the model's ``forward`` that feed each encoder, in the order of the encoder's own. The first
 axis of each counts the encoder's items: pictures, videos, windows of sound."""
 
+IGNORED = -100
+"""The label of a position that is not learned."""
+
 
 @strict
 class UniMoeConfig(PreTrainedConfig):

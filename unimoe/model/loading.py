@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-import yaml
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from unimoe.artifacts import read_record
 from unimoe.errors import UserError, first_line
+from unimoe.media.part import Part
+from unimoe.prepare.cache import resolve_part
 
-from .configuration import UniMoeConfig
+from .build import prepare_tokenizer
+from .configuration import MEDIA, UniMoeConfig
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 
@@ -115,28 +116,6 @@ UNIMOE = ModelKind(
 load_model, find_model = UNIMOE.load, UNIMOE.find
 
 
-def expert_names(model: str | Path, width: int, null: int = 0) -> list[str]:
-    """How people call the ``width`` experts of a router, the last ``null`` of which return zero.
-
-    As the manifest of ``unimoe assemble`` does that the model in a stage's folder came from, slices numbered,
-    else by their numbers.
-    """
-    folder, slots, real = Path(model), [], width - null
-    while not (manifest := folder / "manifest.yaml").is_file():
-        done = read_record(folder)
-        if done is None or not done.parents:
-            break
-        parent = Path(done.parents[0]["folder"])
-        folder = parent if parent.exists() else folder.parent / parent.name  # a run that was moved whole
-    else:
-        slots = [str(slot["name"]) for slot in yaml.safe_load(manifest.read_text("utf-8"))["experts"]]
-    names = [str(number) for number in range(real)]
-    if slots and real % len(slots) == 0:
-        slices = real // len(slots)
-        names = [f"{slot}.{part}" if slices > 1 else slot for slot in slots for part in range(slices)]
-    return names + [f"null{number}" for number in range(null)]
-
-
 def _read_type(path: Path, found: str, expected: str) -> Any:
     if (path / "expert.json").is_file():
         raise UserError(f"{found} holds one expert, not a model; put it into one with `unimoe assemble`")
@@ -146,3 +125,33 @@ def _read_type(path: Path, found: str, expected: str) -> Any:
         raise UserError(f"{found} has no config.json; expected {expected}") from None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{found}: config.json cannot be read: {first_line(error)}") from error
+
+
+def open_processor(model: str) -> UniMoeProcessor:
+    """The processor of a finished stage's folder, or one around the tokenizer of an LLM.
+
+    ``model`` may also be ``default`` or a hub id. An LLM of its own knows no media: each becomes one token.
+    Raises UserError when there is none.
+    """
+    try:
+        if (Path(model) / "processor_config.json").is_file():
+            return UniMoeProcessor.from_pretrained(model, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(resolve_part(model, "llm")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: no model or tokenizer can be loaded: {first_line(error)}") from error
+    prepare_tokenizer(tokenizer)
+    processor = UniMoeProcessor(tokenizer)
+    processor.preprocessors = dict.fromkeys(MEDIA, _Placeholder())  # type: ignore[assignment]
+    return processor
+
+
+class _Placeholder:
+    """Stands in for a preprocessor: a medium is one token, and is not decoded."""
+
+    outputs = ()
+
+    def load(self, part: Part, where: str) -> Part:
+        return part
+
+    def __call__(self, part: Part) -> tuple[dict[str, Any], int]:
+        return {}, 1

@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 
-from unimoe.data.sample import Part
 from unimoe.encoders import num_tokens
 from unimoe.encoders.beats import BeatsEncoder, fbank
 from unimoe.errors import UserError
 from unimoe.media.decode import load_audio, load_image
+from unimoe.media.part import Part
 from unimoe.media.video import load_video
 
 from .configuration import MEDIA_INPUTS

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from unimoe.inference.generate import to_device
 from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.utils import to_device
 
 
 def can_batch(model: UniMoeForConditionalGeneration) -> bool:

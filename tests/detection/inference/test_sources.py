@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unimoe.commands import main as cli
-from unimoe.commands.detect import frames
+from unimoe.detection.inference.sources import frames
 from unimoe.errors import UserError
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from unimoe.data.collate import IGNORED
-from unimoe.model.modeling import UniMoeForConditionalGeneration
+from .configuration import IGNORED
+from .modeling import UniMoeForConditionalGeneration
 
 
 def last_hidden(model: UniMoeForConditionalGeneration, part: dict[str, Any]) -> Tensor:

@@ -1,0 +1,54 @@
+"""Features of frozen encoders: computed once for a cache, or for some samples."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.nn import functional as nnf
+
+from unimoe.data import Collator, FeatureCache, Sample
+from unimoe.encoders import Encoder
+from unimoe.model.modeling import MEDIA_INPUTS, Encoded, UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
+
+
+def fill_cache(
+    model: UniMoeForConditionalGeneration,
+    processor: UniMoeProcessor,
+    folder: str | Path,
+    samples: list[Sample],
+    trainer: Any,
+) -> FeatureCache:
+    """A cache in ``folder`` with the frozen encoders' features of all media of ``samples``; each process of
+    the ``trainer`` encodes its share."""
+    towers = {
+        kind: cast(Encoder, tower)
+        for kind, tower in model.model.encoders.items()
+        if not any(p.requires_grad for p in tower.parameters())
+    }
+    cache = FeatureCache(Path(folder).resolve(), processor, towers)
+    cache.fill(samples[trainer.global_rank :: trainer.world_size])
+    trainer.strategy.barrier("features")
+    cache.refresh()
+    return cache
+
+
+@torch.no_grad()
+def encode(
+    model: UniMoeForConditionalGeneration, collator: Collator, samples: list[Sample], kind: str
+) -> Encoded:
+    """The frozen encoder's features of one medium of each sample: features_nSD, and lengths_n or None."""
+    encoder = model.model.encoders[kind]
+    features: list[torch.Tensor] = []
+    lengths: list[torch.Tensor] = []
+    for start in range(0, len(samples), 16):
+        batch = collator(samples[start : start + 16])
+        encoded = batch.get("encoded_media", {}).get(kind)
+        if encoded is None:
+            encoded = encoder(*(batch[name].to(model.device) for name in MEDIA_INPUTS[kind]))
+        features.append(encoded[0].to(model.device))
+        if encoded[1] is not None:
+            lengths.append(encoded[1].to(model.device))
+    longest = max(part.shape[1] for part in features)
+    whole = torch.cat([nnf.pad(part, (0, 0, 0, longest - part.shape[1])) for part in features])
+    return whole, torch.cat(lengths) if lengths else None

@@ -1,0 +1,29 @@
+"""How people call the experts of a model."""
+
+from pathlib import Path
+
+import yaml
+
+from unimoe.artifacts import read_record
+
+
+def expert_names(model: str | Path, width: int, null: int = 0) -> list[str]:
+    """How people call the ``width`` experts of a router, the last ``null`` of which return zero.
+
+    As the manifest of ``unimoe assemble`` does that the model in a stage's folder came from, slices numbered,
+    else by their numbers.
+    """
+    folder, slots, real = Path(model), [], width - null
+    while not (manifest := folder / "manifest.yaml").is_file():
+        done = read_record(folder)
+        if done is None or not done.parents:
+            break
+        parent = Path(done.parents[0]["folder"])
+        folder = parent if parent.exists() else folder.parent / parent.name  # a run that was moved whole
+    else:
+        slots = [str(slot["name"]) for slot in yaml.safe_load(manifest.read_text("utf-8"))["experts"]]
+    names = [str(number) for number in range(real)]
+    if slots and real % len(slots) == 0:
+        slices = real // len(slots)
+        names = [f"{slot}.{part}" if slices > 1 else slot for slot in slots for part in range(slices)]
+    return names + [f"null{number}" for number in range(null)]
