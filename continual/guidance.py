@@ -12,16 +12,12 @@ nothing applies.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unimoe.errors import UserError
-
-if TYPE_CHECKING:
-    from .router import CosineTopK
 
 TYPES = ("old", "ambiguous", "new")
 """Token types by their number."""
@@ -191,26 +187,30 @@ class Guide:
         seen, self.seen = self.seen, {}
         return seen
 
-    def mask(self, router: "CosineTopK", scores_TE: Tensor) -> Tensor | None:
-        """What TAG allows (:func:`assignment`), or None while it is off."""
+    def mask(self, scores_TE: Tensor, old: int) -> Tensor | None:
+        """What TAG allows (:func:`assignment`) with ``old`` experts of earlier tasks, or None while it is
+        off."""
         if not (self.guided and self.config.assign and self.step >= self.config.warmup_steps):
             return None
-        return assignment(scores_TE.detach(), router.num_experts - router.sizes[-1], self.config)
+        return assignment(scores_TE.detach(), old, self.config)
 
-    def observe(self, router: "CosineTopK", scores_TE: Tensor, gate_TE: Tensor) -> None:
-        """Add the router's losses to ``terms`` and its counts to ``seen``."""
-        config, old = self.config, router.num_experts - router.sizes[-1]
+    def observe(
+        self, name: str, scores_TE: Tensor, gate_TE: Tensor, sizes: list[int], k: int, temperature: float
+    ) -> None:
+        """Add a router's losses to ``terms`` and its counts to ``seen``; ``sizes`` are the experts of each
+        bank, the new one last."""
+        config, old = self.config, sum(sizes[:-1])
         losses = None
         if self.guided and self.ramp > 0 and (config.exclusivity or config.specialization):
-            losses = score_losses(scores_TE, old, router.k, config.loss_temperature, self.valid_T)
+            losses = score_losses(scores_TE, old, k, config.loss_temperature, self.valid_T)
             term = config.exclusivity * losses.exclusivity + config.specialization * losses.specialization
             self._add(self.ramp * term)
         if self.guided and config.balance:
             kept = slice(None) if self.valid_T is None else self.valid_T
-            term = new_expert_balance(gate_TE[kept], scores_TE[kept], old, router.temperature)
+            term = new_expert_balance(gate_TE[kept], scores_TE[kept], old, temperature)
             self._add(config.balance * term)
         if self._collecting and self.watching:
-            self._count(router, scores_TE.detach(), gate_TE.detach(), old, losses)
+            self._count(name, scores_TE.detach(), gate_TE.detach(), sizes, k, losses)
 
     def _add(self, term: Tensor) -> None:
         if self._collecting:
@@ -218,17 +218,24 @@ class Guide:
 
     @torch.no_grad()
     def _count(
-        self, router: "CosineTopK", scores_TE: Tensor, gate_TE: Tensor, old: int, losses: ScoreLosses | None
+        self,
+        name: str,
+        scores_TE: Tensor,
+        gate_TE: Tensor,
+        sizes: list[int],
+        k: int,
+        losses: ScoreLosses | None,
     ) -> None:
         if self.valid_T is not None:
             scores_TE, gate_TE = scores_TE[self.valid_T], gate_TE[self.valid_T]
-        seen = self.seen.setdefault(router.name, Observation(mass=torch.zeros(len(router.sizes))))
+        seen = self.seen.setdefault(name, Observation(mass=torch.zeros(len(sizes))))
         seen.tokens += len(scores_TE)
-        seen.mass += torch.stack([part.sum() for part in gate_TE.split(router.sizes, -1)]).cpu()
+        seen.mass += torch.stack([part.sum() for part in gate_TE.split(sizes, -1)]).cpu()
         if self.guided:
+            old = sum(sizes[:-1])
             types_T = token_types(scores_TE, old, self.config.threshold)
             seen.types += torch.bincount(types_T, minlength=3).cpu()
             if losses is None:
-                losses = score_losses(scores_TE, old, router.k, self.config.loss_temperature)
+                losses = score_losses(scores_TE, old, k, self.config.loss_temperature)
             y_T = losses.target_T
             seen.target += torch.tensor([y_T.sum().item(), y_T.square().sum().item(), len(y_T)])

@@ -70,11 +70,12 @@ class CosineTopK(Router):
     def gate(self, x_TD: Tensor) -> list[Tensor]:
         """Weights [T, E_b] of each bank's experts, zero where an expert is not among the token's K."""
         scores_TE = self.scores(x_TD)
-        mask_TE = None if self.guide is None else self.guide.mask(self, scores_TE)
+        sizes = self.sizes
+        mask_TE = None if self.guide is None else self.guide.mask(scores_TE, sum(sizes[:-1]))
         gate_TE = top_gates(scores_TE, self.k, self.temperature, mask_TE)
         if self.guide is not None:
-            self.guide.observe(self, scores_TE, gate_TE)
-        return list(gate_TE.split(self.sizes, dim=-1))
+            self.guide.observe(self.name, scores_TE, gate_TE, sizes, self.k, self.temperature)
+        return list(gate_TE.split(sizes, dim=-1))
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         """As a router of an MoE layer, without a guide."""

@@ -196,9 +196,9 @@ def test_ramp_and_warm_up():
     layer = grown(guide)
     scores = layer.gating.scores(torch.randn(5, 8))
     guide.guided, guide.step = True, 2
-    assert guide.mask(layer.gating, scores) is None
+    assert guide.mask(scores, sum(layer.gating.sizes[:-1])) is None
     guide.step = 3
-    assert guide.mask(layer.gating, scores) is not None
+    assert guide.mask(scores, sum(layer.gating.sizes[:-1])) is not None
 
 
 def test_what_was_seen_is_counted_over_real_tokens():
