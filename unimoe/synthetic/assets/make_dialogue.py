@@ -2,9 +2,9 @@
 result ships.
 
 Training on what the model would have said anyway (self-distillation) keeps its plain English while it learns
-to see and hear. Needs the prepared language model: ``python -m unimoe.demo.assets.make_dialogue``. Greedy
-decoding with a light repetition penalty; an answer is cut after its last whole sentence within 64 tokens,
-and dropped if there is none.
+to see and hear. Needs the prepared language model; run ``python -m unimoe.synthetic.assets.make_dialogue``.
+Greedy decoding with a light repetition penalty; an answer is cut after its last whole sentence within 64
+tokens, and dropped if there is none.
 """
 
 import json

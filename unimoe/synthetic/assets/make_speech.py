@@ -3,7 +3,7 @@ result ships.
 
 Needs the ``flite`` program (Debian: flite 2.2; BSD-like licence, voices included), soundfile and numpy::
 
-    python -m unimoe.demo.assets.make_speech
+    python -m unimoe.synthetic.assets.make_speech
 
 Every voice becomes one 16 kHz mono FLAC file, its clips one after another; ``speech.json`` says for every
 clip its voice, words, first sample, number of samples, and for each word the sample (counted from the clip's
