@@ -168,7 +168,7 @@ def test_twenty_at_once_are_answered_as_one_by_one(serving):
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         asked.append([{"role": "user", "content": content}])
     lengths = [5 + 7 * index % 40 for index in range(20)]
-    with serving(engine=EngineConfig(max_batch=6, prompt_piece=64)) as server:
+    with serving(engine=EngineConfig(max_batch=6, prefill_chunk=64)) as server:
 
         def answer(index):
             said = say(server.client, asked[index], max_tokens=lengths[index])
@@ -209,7 +209,7 @@ def test_an_exception_fails_its_request_alone(client, tiny, monkeypatch):
     take = Answer.take
 
     def broken(self, logits_V):
-        if self._wish.seed == 13 and len(self.tokens) == 2:
+        if self._sampling.seed == 13 and len(self.tokens) == 2:
             raise RuntimeError("unlucky")
         take(self, logits_V)
 

@@ -6,8 +6,8 @@ import pytest
 from transformers import GenerationConfig
 
 from unimoe.errors import UserError
-from unimoe.serve.answer import Answer, Wish
-from unimoe.serve.engine import Busy, Engine, EngineConfig
+from unimoe.serve.answer import Answer, SamplingParams
+from unimoe.serve.engine import Engine, EngineConfig, QueueFull
 
 LONG = 4000
 """Tokens: seconds of work for the tiny model."""
@@ -19,12 +19,12 @@ class Asked(Answer):
     def __init__(self, tiny, text, tokens):
         model, processor = tiny
         encoded = processor.encode([{"role": "user", "content": text}], add_generation_prompt=True)
-        wish = Wish(GenerationConfig(max_new_tokens=tokens))
+        sampling = SamplingParams(GenerationConfig(max_new_tokens=tokens))
         self.ended = threading.Event()
-        super().__init__(model, processor.tokenizer, processor.pad([encoded], "left"), wish, self.told)
+        super().__init__(model, processor.tokenizer, processor.pad([encoded], "left"), sampling, self.told)
 
-    def told(self, piece):
-        if piece.finish_reason or piece.error:
+    def told(self, delta):
+        if delta.finish_reason or delta.error:
             self.ended.set()
 
 
@@ -46,10 +46,10 @@ def run(tiny, texts, config):
     return [answer.tokens for answer in answers]
 
 
-def test_neither_pieces_of_prompts_nor_room_in_the_cache_change_an_answer(tiny):
+def test_neither_prefill_chunks_nor_room_in_the_cache_change_an_answer(tiny):
     texts = ["short", "a longer question, " * 20, "and another", "one " * 50]
     expected = [run(tiny, [text], EngineConfig(max_batch=1))[0] for text in texts]
-    assert run(tiny, texts, EngineConfig(max_batch=4, prompt_piece=7)) == expected
+    assert run(tiny, texts, EngineConfig(max_batch=4, prefill_chunk=7)) == expected
     assert run(tiny, texts, EngineConfig(max_batch=4, max_cached_tokens=300)) == expected
 
 
@@ -57,7 +57,7 @@ def test_who_waits_can_leave_and_gives_back_the_place(tiny):
     engine = Engine(tiny[0], EngineConfig(max_batch=1, max_queue=1))
     first, second = Asked(tiny, "first", LONG), Asked(tiny, "second", LONG)
     submit(engine, first, second)
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         engine.reserve()
     second.cancel()
     second.ended.wait()
@@ -73,9 +73,9 @@ def test_a_closed_engine_takes_nothing(tiny):
     engine = Engine(tiny[0])
     engine.reserve()
     engine.close()
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         engine.submit(Asked(tiny, "late", 2))
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         engine.reserve()
 
 

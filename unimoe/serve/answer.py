@@ -1,4 +1,4 @@
-"""One answer in the making: it chooses its tokens, makes text of them, and knows when it ends.
+"""The state of one answer: it samples its tokens, decodes them, and decides when to stop.
 
 Shapes: V vocabulary, T tokens of prompt and answer so far.
 """
@@ -18,40 +18,40 @@ from .text import TextStream
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen token and what else was probable."""
+    """A sampled token and its most probable alternatives."""
 
     token: int
     logprob: float
-    """Natural logarithm of the probability, before temperature and top-p."""
+    """Natural logarithm of its probability, before temperature and top-p."""
     top: list[tuple[int, float]]
-    """The most probable tokens and their logarithms, as many as were asked for."""
+    """The most probable tokens with their log-probabilities, as many as were requested."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What an answer tells its client at a time."""
+class Delta:
+    """What an answer adds to what its client has already received."""
 
     text: str = ""
     choices: list[Choice] = field(default_factory=list)
-    """One a token since the last piece, if log-probabilities were asked for."""
+    """One per token since the last delta, if log-probabilities were requested."""
     finish_reason: str | None = None
-    """``stop``, ``length`` or ``cancelled`` in the last piece."""
+    """``stop``, ``length`` or ``cancelled`` in the last delta."""
     error: Exception | None = None
-    """Why there is no more."""
+    """Why the answer failed, in the last delta."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """How a client wants to be answered."""
+class SamplingParams:
+    """How to generate one answer."""
 
     generation: GenerationConfig
-    """Sampling, and ``max_new_tokens``."""
+    """Logits processors, sampling or greedy, and ``max_new_tokens``."""
     seed: int | None = None
-    """Of the random choices; None for different ones each time."""
+    """Seed of the sampling; None for a different answer each time."""
     stops: list[str] = field(default_factory=list)
-    """Strings that end the answer."""
+    """Strings that end the answer; they are not part of it."""
     logprobs: int | None = None
-    """How many alternatives to tell of each token; None for no log-probabilities at all."""
+    """Alternatives to report for each token; None for no log-probabilities at all."""
 
 
 class Answer:
@@ -61,8 +61,8 @@ class Answer:
         model: for its logits processors.
         tokenizer: of the model.
         inputs: the prompt from ``processor.pad``, a batch of one row.
-        wish: settings.
-        tell: called with each Piece, on the engine's thread.
+        sampling: how to generate it.
+        on_delta: called with each Delta, on the engine's thread.
     """
 
     def __init__(
@@ -70,33 +70,33 @@ class Answer:
         model: UniMoeForConditionalGeneration,
         tokenizer: Any,
         inputs: Mapping[str, Any],
-        wish: Wish,
-        tell: Callable[[Piece], None],
-    ):
+        sampling: SamplingParams,
+        on_delta: Callable[[Delta], None],
+    ) -> None:
         self.inputs = inputs
-        self.tell = tell
+        self.on_delta = on_delta
         self.prompt_tokens: int = inputs["input_ids"].shape[1]
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.cancelled = False
         """Set from any thread; the engine drops the answer before its next step."""
-        self.longest: int = wish.generation.max_new_tokens or 1
-        self._text = TextStream(tokenizer, wish.stops)
-        self._wish = wish
+        self.longest: int = sampling.generation.max_new_tokens or 1
+        self._text = TextStream(tokenizer, sampling.stops)
+        self._sampling = sampling
         self._process: Any = model._get_logits_processor(  # type: ignore[operator]
-            wish.generation, device=str(model.device)
+            sampling.generation, device=str(model.device)
         )
         self._generator = torch.Generator(model.device)
-        if wish.seed is None:
+        if sampling.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(wish.seed % 2**63)
+            self._generator.manual_seed(sampling.seed % 2**63)
         ends = model.generation_config.eos_token_id if model.generation_config else None
         self._ends = set(ends) if isinstance(ends, list) else {ends}
         self._choices: list[Choice] = []
 
-    def take(self, logits_V: Tensor):
-        """Choose the next token and tell what it adds. Sets ``finish_reason`` when it was the last."""
+    def take(self, logits_V: Tensor) -> None:
+        """Sample the next token and report what it adds. Sets ``finish_reason`` if it is the last."""
         logits_V = logits_V.float()
         token = self._choose(logits_V)
         self.tokens.append(token)
@@ -105,8 +105,8 @@ class Answer:
             self.finish_reason = "stop"
         else:
             text = self._text.push(token)
-            if self._wish.logprobs is not None:
-                self._choices.append(_describe(token, logits_V, self._wish.logprobs))
+            if self._sampling.logprobs is not None:
+                self._choices.append(_describe(token, logits_V, self._sampling.logprobs))
             if len(self.tokens) >= self.longest:
                 self.finish_reason = "length"
         if self.finish_reason and not self._text.stopped:
@@ -114,23 +114,23 @@ class Answer:
         if self._text.stopped:
             self.finish_reason = "stop"
         if text or self.finish_reason:
-            self.tell(Piece(text, self._choices, self.finish_reason))
+            self.on_delta(Delta(text, self._choices, self.finish_reason))
             self._choices = []
 
-    def cancel(self):
-        """Stop as soon as the engine sees it."""
+    def cancel(self) -> None:
+        """Request a stop; the engine drops the answer before its next step."""
         self.cancelled = True
 
-    def end(self, piece: Piece):
+    def end(self, delta: Delta) -> None:
         """End without a further token: cancelled, or by an error."""
-        self.finish_reason = piece.finish_reason or "error"
-        self.tell(piece)
+        self.finish_reason = delta.finish_reason or "error"
+        self.on_delta(delta)
 
     def _choose(self, logits_V: Tensor) -> int:
-        said_1T = torch.tensor([self.tokens], device=logits_V.device)
-        ids_1T = torch.cat([self.inputs["input_ids"].to(logits_V.device), said_1T], 1)
+        generated_1T = torch.tensor([self.tokens], device=logits_V.device)
+        ids_1T = torch.cat([self.inputs["input_ids"].to(logits_V.device), generated_1T], 1)
         scores_V = self._process(ids_1T, logits_V[None])[0]
-        if not self._wish.generation.do_sample:
+        if not self._sampling.generation.do_sample:
             return int(scores_V.argmax())
         return int(torch.multinomial(scores_V.softmax(-1), 1, generator=self._generator))
 

@@ -1,11 +1,11 @@
-"""HTTP: routes, errors, streaming, and clients that leave."""
+"""HTTP: routes, errors, streaming, and clients that disconnect."""
 
 import asyncio
 import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,36 +25,35 @@ from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 
-from .answer import Answer, Piece
-from .engine import Busy, Engine, EngineConfig
+from .answer import Answer, Delta
+from .engine import Engine, EngineConfig, QueueFull
 from .media import MediaLimits, MediaReader
 from .metrics import Metrics
 from .protocol import ChatRequest, Completion, error_body, usage
 
-LOOK_AGAIN = 0.2
-"""Seconds between two looks whether a client that gets nothing is still there."""
+POLL_SECONDS = 0.2
+"""Seconds between two checks whether a client without a new delta is still connected."""
 
-LONGEST_TOKEN = 32
-"""Characters; text of more than so many a token that fits is refused before it is tokenized."""
+CHARACTERS_PER_TOKEN = 32
+"""Text with more characters than this per token of context is refused before it is tokenized."""
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What a server allows."""
+    """Name, access and limits of a server."""
 
     name: str
-    """What the model is called in requests and answers."""
+    """The model's name in requests and responses."""
     api_key: str | None = None
-    """Bearer token that ``/v1`` asks for; None for none."""
+    """Bearer token that ``/v1`` requires; None for open access."""
     trusted_hosts: list[str] = field(default_factory=lambda: ["*"])
-    """Names that the Host header may have. On localhost this keeps web pages of others from asking through
-    a name of theirs that points here."""
+    """Accepted Host headers. On localhost this stops web pages from reaching the server by DNS rebinding."""
     body_bytes: int = 48 << 20
-    """Longest request body."""
+    """Largest request body."""
     max_prompt_tokens: int | None = None
-    """Longest prompt, media counted; None for what the LLM can see."""
+    """Longest prompt, media tokens included; None for the LLM's context length."""
     max_new_tokens: int = 1024
-    """Longest answer, and what a request that names no length gets."""
+    """Longest answer, and the default of requests that set no maximum."""
     media: MediaLimits = field(default_factory=MediaLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -64,7 +63,7 @@ class EngineError(Exception):
 
 
 class Service:
-    """Model, engine and limits, as the routes use them."""
+    """Model, engine and limits behind the routes."""
 
     def __init__(
         self, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, config: ServerConfig
@@ -78,26 +77,36 @@ class Service:
         self.context: int = getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
 
     def check(self, request: ChatRequest):
-        """Raises what is wrong with a request, before anything is computed."""
+        """Validate a request before anything is computed.
+
+        Raises:
+            HTTPException: 404 for another model's name.
+            UserError: a field this server does not support.
+        """
         if request.model not in (None, self.config.name):
             found = f"the model {request.model!r} is not served here, only {self.config.name!r}"
             raise HTTPException(404, {"message": found, "code": "model_not_found", "param": "model"})
         request.check()
 
-    async def start(self, request: ChatRequest, tell) -> Answer:
-        """Read the request and hand it to the engine. Raises Busy, or UserError for bad input."""
+    async def start(self, request: ChatRequest, on_delta: Callable[[Delta], None]) -> Answer:
+        """Prepare the request and submit it to the engine.
+
+        Raises:
+            QueueFull: the engine has no place for it.
+            UserError: the input is invalid.
+        """
         self.engine.reserve()
         try:
-            answer = await run_in_threadpool(self._prepare, request, tell)
+            answer = await run_in_threadpool(self._prepare, request, on_delta)
         except BaseException:
             self.engine.release()
             raise
         self.engine.submit(answer)
         return answer
 
-    def _prepare(self, request: ChatRequest, tell) -> Answer:
+    def _prepare(self, request: ChatRequest, on_delta: Callable[[Delta], None]) -> Answer:
         most = min(self.config.max_prompt_tokens or self.context, self.context)
-        self._check_length(request.characters() // LONGEST_TOKEN, most)
+        self._check_length(request.characters() // CHARACTERS_PER_TOKEN, most)
         messages = self.media.read(request.messages)
         try:
             encoded = self.processor.encode(messages, add_generation_prompt=True, where="messages")
@@ -106,8 +115,10 @@ class Service:
         length = len(encoded["input_ids"])
         self._check_length(length, most)
         defaults = self.model.generation_config
-        wish = request.wish(defaults, self.config.max_new_tokens, self.context - length)
-        return Answer(self.model, self.processor.tokenizer, self.processor.pad([encoded], "left"), wish, tell)
+        sampling = request.sampling(defaults, self.config.max_new_tokens, self.context - length)
+        return Answer(
+            self.model, self.processor.tokenizer, self.processor.pad([encoded], "left"), sampling, on_delta
+        )
 
     def _check_length(self, tokens: int, most: int):
         if tokens > most:
@@ -117,44 +128,44 @@ class Service:
 
 
 class Client:
-    """Pieces of one answer on their way from the engine's thread to the event loop."""
+    """Passes the deltas of one answer from the engine's thread to the event loop."""
 
     def __init__(self, request: Request, metrics: Metrics):
         self.request = request
         self.metrics = metrics
         self.begin = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Piece] = asyncio.Queue()
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
 
-    def tell(self, piece: Piece):
-        """Called by the engine."""
+    def put(self, delta: Delta) -> None:
+        """Called on the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
         except RuntimeError:
             pass  # the loop has ended, and the client with it
 
-    async def pieces(self, answer: Answer) -> AsyncIterator[Piece]:
-        """Until the last. Cancels the answer when the client leaves, or the caller stops to listen."""
+    async def deltas(self, answer: Answer) -> AsyncIterator[Delta]:
+        """All deltas. Cancels the answer if the client disconnects or the caller stops iterating."""
         how, first = "cancelled", True
         try:
             while True:
                 try:
-                    piece = await asyncio.wait_for(self._queue.get(), LOOK_AGAIN)
+                    delta = await asyncio.wait_for(self._queue.get(), POLL_SECONDS)
                 except TimeoutError:
-                    piece = None
+                    delta = None
                 if await self.request.is_disconnected():
                     answer.cancel()
-                if piece is None:
+                if delta is None:
                     continue
                 if first:
                     self.metrics.first.observe(time.monotonic() - self.begin)
                     first = False
-                if piece.error:
+                if delta.error:
                     how = "error"
-                    raise EngineError from piece.error
-                how = piece.finish_reason or how
-                yield piece
-                if piece.finish_reason:
+                    raise EngineError from delta.error
+                how = delta.finish_reason or how
+                yield delta
+                if delta.finish_reason:
                     return
         finally:
             answer.cancel()
@@ -184,7 +195,7 @@ def build_app(
     @app.get("/health")
     async def health():
         if not service.engine.alive:
-            raise HTTPException(503, "the engine has ended")
+            raise HTTPException(503, "the engine has stopped")
         return {"status": "ok", "model": config.name}
 
     @app.get("/metrics")
@@ -198,7 +209,7 @@ def build_app(
 
     @app.post("/load_model")
     async def load_model():
-        """`transformers chat` calls this before it begins; the model is there already."""
+        """`transformers chat` calls this first; the model is loaded already."""
         ready = json.dumps({"status": "ready", "cached": True})
         return Response(f"data: {ready}\n\n", media_type="text/event-stream")
 
@@ -206,29 +217,29 @@ def build_app(
     async def chat(body: ChatRequest, request: Request):
         service.check(body)
         client = Client(request, service.metrics)
-        answer = await service.start(body, client.tell)
+        answer = await service.start(body, client.put)
         completion = Completion(f"chatcmpl-{uuid.uuid4().hex}", config.name, processor.tokenizer)
-        pieces = client.pieces(answer)
+        deltas = client.deltas(answer)
         if body.stream:
-            first = await anext(pieces)  # what fails before has a status of its own
+            first = await anext(deltas)  # an error before the first delta sets the HTTP status
             return StreamingResponse(
-                _events(first, pieces, answer, completion, body),
+                _events(first, deltas, answer, completion, body),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
-        parts = [piece async for piece in pieces]
+        parts = [delta async for delta in deltas]
         reason = parts[-1].finish_reason or "stop"
         if reason == "cancelled":
             raise HTTPException(503, _CANCELLED)
-        choices = [choice for piece in parts for choice in piece.choices] if body.logprobs else None
-        text = "".join(piece.text for piece in parts)
+        choices = [choice for delta in parts for choice in delta.choices] if body.logprobs else None
+        text = "".join(delta.text for delta in parts)
         return completion.whole(text, choices, reason, _usage(answer))
 
     return app
 
 
 class Gate:
-    """Refuses, before it is read, what has no key, is too long, or does not say how long it is."""
+    """Refuses requests before their body is read: without the key, too large, or of unknown length."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig):
         self.app = app
@@ -258,21 +269,21 @@ class Gate:
 
 
 async def _events(
-    first: Piece, pieces: AsyncIterator[Piece], answer: Answer, completion: Completion, body: ChatRequest
+    first: Delta, deltas: AsyncIterator[Delta], answer: Answer, completion: Completion, body: ChatRequest
 ) -> AsyncIterator[str]:
     """Server-sent events of a streamed answer."""
     yield _event(completion.chunk({"role": "assistant", "content": ""}, []))
-    piece: Piece | None = first
+    delta: Delta | None = first
     try:
-        while piece:
-            if piece.text or piece.choices:
-                yield _event(completion.chunk({"content": piece.text}, piece.choices))
-            if piece.finish_reason == "cancelled":
+        while delta:
+            if delta.text or delta.choices:
+                yield _event(completion.chunk({"content": delta.text}, delta.choices))
+            if delta.finish_reason == "cancelled":
                 yield _event(error_body(_CANCELLED, "server_error", "cancelled"))
                 return
-            if piece.finish_reason:
-                yield _event(completion.chunk({}, [], piece.finish_reason))
-            piece = await anext(pieces, None)
+            if delta.finish_reason:
+                yield _event(completion.chunk({}, [], delta.finish_reason))
+            delta = await anext(deltas, None)
     except EngineError:
         yield _event(_ENGINE_ERROR)
         return
@@ -289,7 +300,7 @@ def _usage(answer: Answer) -> dict[str, int]:
     return usage(answer.prompt_tokens, len(answer.tokens))
 
 
-_CANCELLED = "the answer was cancelled: the server is ending"
+_CANCELLED = "the answer was cancelled: the server is shutting down"
 _ENGINE_ERROR = error_body("the model failed on this request", "server_error", "engine_error")
 
 _KINDS = {
@@ -324,8 +335,8 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics):
         body = error_body(detail["message"], kind, detail.get("code"), detail.get("param"))
         return refuse(status, body, dict(error.headers or {}))
 
-    @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy):
+    @app.exception_handler(QueueFull)
+    async def busy(_: Request, error: QueueFull):
         body = error_body("the queue is full; try again later", _KINDS[429], "server_busy")
         return refuse(429, body, {"Retry-After": "1"})
 

@@ -1,4 +1,4 @@
-"""Prompts in pieces, and the running batch: one KV cache that rows join and leave between two steps.
+"""Chunked prefill, and the running batch: one KV cache that rows join and leave between two steps.
 
 Shapes: B rows, T tokens of a prompt, L cached positions of the longest row, H hidden, V vocabulary. Rows end
 at the same place and are padded on the left:
@@ -30,9 +30,9 @@ def can_batch(model: UniMoeForConditionalGeneration) -> bool:
 
 
 class Prompt:
-    """One prompt on its way into a cache of its own, a piece at a time. Its media are encoded first.
+    """Chunked prefill of one prompt into a KV cache of its own; its media are encoded first.
 
-    Alone, so that what a row begins with does not depend on its neighbours.
+    Prompts are prefilled one by one, so that the start of a row does not depend on its neighbours.
     """
 
     def __init__(self, model: UniMoeForConditionalGeneration, inputs: Mapping[str, Any]):
@@ -41,9 +41,9 @@ class Prompt:
         self.ids_1T: Tensor = inputs.pop("input_ids")
         inputs.pop("attention_mask", None)
         self.positions_41T: Tensor | None = inputs.pop("position_ids", None)
-        """Of models with a clock."""
+        """Of models with ``rope_sections``; None for all others."""
         self.ahead = 0
-        """By how much the position of the first answered token exceeds its place."""
+        """By how much the rotary position of the first generated token exceeds its index."""
         if self.positions_41T is not None:
             self.ahead = int(self.positions_41T[1:].max()) + 1 - self.ids_1T.shape[1]
         self.embeds_1TH = model.model.embed(self.ids_1T, **inputs)
@@ -51,22 +51,26 @@ class Prompt:
         self.done = 0
 
     def advance(self, tokens: int) -> tuple[int, Tensor | None]:
-        """Read on by at most ``tokens``. How many were read, and at the end of the prompt the logits [V]."""
-        piece = slice(self.done, min(self.done + tokens, self.ids_1T.shape[1]))
+        """Prefill at most ``tokens`` more tokens.
+
+        Returns:
+            How many were processed, and the logits [V] once the prompt is complete, else None.
+        """
+        chunk = slice(self.done, min(self.done + tokens, self.ids_1T.shape[1]))
         output = self.model(
-            input_ids=self.ids_1T[:, piece],
-            inputs_embeds=self.embeds_1TH[:, piece],
-            position_ids=None if self.positions_41T is None else self.positions_41T[..., piece],
+            input_ids=self.ids_1T[:, chunk],
+            inputs_embeds=self.embeds_1TH[:, chunk],
+            position_ids=None if self.positions_41T is None else self.positions_41T[..., chunk],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.done = piece.stop
-        return piece.stop - piece.start, output.logits[0, -1] if self.done == self.ids_1T.shape[1] else None
+        self.done = chunk.stop
+        return chunk.stop - chunk.start, output.logits[0, -1] if self.done == self.ids_1T.shape[1] else None
 
 
 class RunningBatch:
-    """Rows that are past their prompts; each :meth:`step` makes all of them one token longer."""
+    """Rows whose prompts are prefilled; each :meth:`step` decodes one token of every row."""
 
     def __init__(self, model: UniMoeForConditionalGeneration):
         self.model = model
@@ -77,7 +81,7 @@ class RunningBatch:
         """See :class:`Prompt`."""
 
     def join(self, cache: DynamicCache, ahead: int = 0):
-        """Add a row [1, heads, length, width in each layer]."""
+        """Add a row: in each layer keys and values [1, heads, length, width]."""
         length = cache.get_seq_length()
         longest = max([length, *self.lengths])
         for ours, new in zip(_layers(self.cache), _layers(cache), strict=False):
@@ -88,7 +92,11 @@ class RunningBatch:
         self.ahead.append(ahead)
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Append one token to each row. Returns the logits [B, V] of the next ones."""
+        """Append one token to each row.
+
+        Returns:
+            The logits [B, V] of the next tokens.
+        """
         device = self.model.device
         lengths_B1 = torch.tensor(self.lengths, device=device)[:, None]
         past = max(self.lengths)
@@ -109,7 +117,7 @@ class RunningBatch:
         return output.logits[:, -1]
 
     def keep(self, rows: list[int]):
-        """Go on with these rows only, in this order."""
+        """Keep only these rows, in this order."""
         if rows == list(range(len(self.lengths))):
             return
         before = max(self.lengths)

@@ -1,9 +1,9 @@
 """One thread that runs the model for all answers: continuous batching.
 
-    submit -> waiting -> prompt, read in pieces -> a row of the running batch -> pieces, told to the client
+    submit -> waiting -> chunked prefill -> a row of the running batch -> deltas, sent to the client
 
-Between two steps rows join and leave. Prompts are read some tokens at a time, so that a long one neither
-stops the answers beside it nor keeps one from being cancelled.
+Rows join and leave between two steps. Prompts are prefilled a chunk at a time, so that a long one delays
+neither the other answers nor a cancellation.
 """
 
 import logging
@@ -16,28 +16,28 @@ import torch
 from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 
-from .answer import Answer, Piece
+from .answer import Answer, Delta
 from .batch import Prompt, RunningBatch, can_batch
 
 logger = logging.getLogger(__name__)
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """The queue is full."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much an engine does at once."""
+    """Limits on the work of an engine."""
 
     max_batch: int = 8
-    """Answers made together."""
+    """Answers decoded together."""
     max_queue: int = 32
-    """Answers that wait for a place among them."""
+    """Answers that wait for a slot in the batch; further requests receive 429."""
     max_cached_tokens: int = 32768
-    """Positions in the KV cache, padding counted; an answer that would need more waits, except alone."""
-    prompt_piece: int = 256
-    """Tokens of prompts that are read between two steps."""
+    """Positions in the KV cache, padding included; an answer that would exceed it waits until it is alone."""
+    prefill_chunk: int = 256
+    """Prompt tokens that are prefilled between two decoding steps."""
 
     def __post_init__(self):
         for name in vars(self):
@@ -47,19 +47,21 @@ class EngineConfig:
 
 
 class Engine:
-    """Runs answers until :meth:`close`. All public methods may be called from any thread."""
+    """Runs answers until :meth:`close`. All public methods are thread-safe."""
 
     def __init__(self, model: UniMoeForConditionalGeneration, config: EngineConfig | None = None):
         self.model = model
         self.config = config or EngineConfig()
         self.max_batch = self.config.max_batch
         if self.max_batch > 1 and not can_batch(model):
-            logger.warning("this LLM's cache has layers that rows cannot share; answers are made one by one")
+            logger.warning(
+                "this LLM's KV cache (sliding window, recurrence) cannot be batched; one request at a time"
+            )
             self.max_batch = 1
         self._places = self.max_batch + self.config.max_queue
         self._taken = 0
         self._waiting: deque[Answer] = deque()
-        self._reading: tuple[Answer, Prompt] | None = None
+        self._prefilling: tuple[Answer, Prompt] | None = None
         self._rows: list[Answer] = []
         self._batch = RunningBatch(model)
         self._closed = False
@@ -69,42 +71,46 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Answers that have a token."""
+        """Answers that are being decoded."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Answers that have none yet."""
-        return len(self._waiting) + (self._reading is not None)
+        """Answers without a first token yet."""
+        return len(self._waiting) + (self._prefilling is not None)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the engine's thread is running."""
         return self._thread.is_alive()
 
     def reserve(self):
-        """Take a place for an answer. Raises Busy when there is none."""
+        """Reserve a place for an answer.
+
+        Raises:
+            QueueFull: there is none, or the engine is closed.
+        """
         with self._changed:
             if self._closed or self._taken >= self._places:
-                raise Busy
+                raise QueueFull
             self._taken += 1
 
     def release(self):
-        """Give back a place for which no answer was submitted; one that was gives it back at its end."""
+        """Give back a reserved place for which no answer was submitted."""
         with self._changed:
             self._taken -= 1
 
     def submit(self, answer: Answer):
-        """Run ``answer`` in a reserved place."""
+        """Run ``answer`` in a reserved place, which it gives back when it ends."""
         with self._changed:
             if self._closed:
                 self._taken -= 1
-                raise Busy
+                raise QueueFull
             self._waiting.append(answer)
             self._changed.notify()
 
     def close(self):
-        """Cancel what runs and end the thread."""
+        """Cancel all answers and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -114,45 +120,45 @@ class Engine:
         with torch.inference_mode():
             while self._wait_for_work():
                 self._drop_cancelled()
-                self._read_prompts()
+                self._prefill()
                 self._step()
         for answer in self._all():
-            self._end(answer, Piece(finish_reason="cancelled"))
+            self._end(answer, Delta(finish_reason="cancelled"))
 
     def _wait_for_work(self) -> bool:
-        """Sleeps while there is nothing to do. False when the engine was closed."""
+        """Sleep while there is nothing to do. False once the engine is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._all())
             return not self._closed
 
     def _all(self) -> list[Answer]:
-        reading = [self._reading[0]] if self._reading else []
-        with self._changed:  # others append to what waits
+        reading = [self._prefilling[0]] if self._prefilling else []
+        with self._changed:  # other threads append to _waiting
             return [*self._waiting, *reading, *self._rows]
 
     def _drop_cancelled(self):
         for answer in self._all():
             if answer.cancelled:
-                self._end(answer, Piece(finish_reason="cancelled"))
-        self._forget_ended()
+                self._end(answer, Delta(finish_reason="cancelled"))
+        self._remove_ended()
 
-    def _forget_ended(self):
+    def _remove_ended(self):
         with self._changed:
             self._waiting = deque(answer for answer in self._waiting if not answer.finish_reason)
-        if self._reading and self._reading[0].finish_reason:
-            self._reading = None
+        if self._prefilling and self._prefilling[0].finish_reason:
+            self._prefilling = None
         going = [index for index, answer in enumerate(self._rows) if not answer.finish_reason]
         self._batch.keep(going)
         self._rows = [self._rows[index] for index in going]
 
-    def _read_prompts(self):
-        """Up to ``prompt_piece`` tokens of prompts; whoever comes to the end of it joins the batch."""
-        left = self.config.prompt_piece
-        while left > 0 and (answer := self._next_reader()):
+    def _prefill(self):
+        """Prefill up to ``prefill_chunk`` prompt tokens; a completed prompt joins the batch."""
+        left = self.config.prefill_chunk
+        while left > 0 and (answer := self._next_prompt()):
             try:
-                if self._reading is None:
-                    self._reading = answer, Prompt(self.model, answer.inputs)
-                prompt = self._reading[1]
+                if self._prefilling is None:
+                    self._prefilling = answer, Prompt(self.model, answer.inputs)
+                prompt = self._prefilling[1]
                 read, logits_V = prompt.advance(left)
                 left -= read
                 if logits_V is None:
@@ -165,13 +171,13 @@ class Engine:
                     self._rows.append(answer)
             except Exception as error:
                 logger.exception("a prompt failed")
-                self._end(answer, Piece(error=error))
-            self._reading = None
+                self._end(answer, Delta(error=error))
+            self._prefilling = None
 
-    def _next_reader(self) -> Answer | None:
-        """The answer whose prompt is being read, or the first that waits, if the batch has room for it."""
-        if self._reading:
-            return self._reading[0]
+    def _next_prompt(self) -> Answer | None:
+        """The answer whose prompt is being prefilled, or the first waiting one if the batch has room."""
+        if self._prefilling:
+            return self._prefilling[0]
         with self._changed:
             if not self._waiting or len(self._rows) >= self.max_batch:
                 return None
@@ -181,7 +187,7 @@ class Engine:
             return self._waiting.popleft()
 
     def _step(self):
-        """One more token for every row."""
+        """Decode one token of every row."""
         if not self._rows:
             return
         try:
@@ -189,7 +195,7 @@ class Engine:
         except Exception as error:
             logger.exception("a step failed")
             for answer in self._rows:
-                self._end(answer, Piece(error=error))
+                self._end(answer, Delta(error=error))
             self._rows, self._batch = [], RunningBatch(self.model)
             return
         for answer, logits_V in zip(self._rows, logits_BV, strict=True):
@@ -199,12 +205,12 @@ class Engine:
                     self._end(answer)
             except Exception as error:
                 logger.exception("an answer failed")
-                self._end(answer, Piece(error=error))
-        self._forget_ended()
+                self._end(answer, Delta(error=error))
+        self._remove_ended()
 
-    def _end(self, answer: Answer, piece: Piece | None = None):
-        """Count the answer as ended, with a last piece unless it told its own."""
-        if piece is not None:
-            answer.end(piece)
+    def _end(self, answer: Answer, delta: Delta | None = None) -> None:
+        """Count the answer as ended, with a last delta unless it sent its own."""
+        if delta is not None:
+            answer.end(delta)
         with self._changed:
             self._taken -= 1

@@ -26,7 +26,10 @@ class Metrics:
         self.prompt_tokens = Counter("unimoe_prompt_tokens", "Tokens of prompts, media counted", **more)
         self.answer_tokens = Counter("unimoe_answer_tokens", "Tokens of answers", **more)
         self.first = Histogram(
-            "unimoe_first_piece_seconds", "From the request to the first text", buckets=SECONDS, **more
+            "unimoe_time_to_first_token_seconds",
+            "From the request to the first delta",
+            buckets=SECONDS,
+            **more,
         )
         self.whole = Histogram(
             "unimoe_answer_seconds", "From the request to the end of the answer", buckets=SECONDS, **more

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from unimoe.errors import UserError
 
-from .answer import Choice, Wish
+from .answer import Choice, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class ChatRequest(BaseModel):
         whole = sum(len(content) for content in contents if isinstance(content, str))
         return whole + sum(len(part.text) for part in parts if part.type == "text")
 
-    def wish(self, defaults: GenerationConfig | None, max_new_tokens: int, room: int) -> Wish:
+    def sampling(self, defaults: GenerationConfig | None, max_new_tokens: int, room: int) -> SamplingParams:
         """Settings of the answer; what the request leaves out is as in the model's generation_config.json.
 
         Args:
@@ -175,7 +175,7 @@ class ChatRequest(BaseModel):
             raise UserError(f"max_tokens: found {wanted or 1}, the prompt leaves room for {max(room, 0)}")
         config.max_new_tokens = min(wanted or max_new_tokens, max_new_tokens, room)
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Wish(config, self.seed, stops, (self.top_logprobs or 0) if self.logprobs else None)
+        return SamplingParams(config, self.seed, stops, (self.top_logprobs or 0) if self.logprobs else None)
 
     def _sent_sampling(self) -> dict[str, Any]:
         if self.generation_config is None:
