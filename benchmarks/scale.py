@@ -25,7 +25,7 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def sharded(**settings) -> dict:
-    return {"class_path": "unimoe.training.sharding.Sharded", "init_args": settings}
+    return {"class_path": "unimoe.training.sharding.FSDP2Strategy", "init_args": settings}
 
 
 STRATEGIES = {

@@ -12,7 +12,7 @@ from unimoe.evaluation.scorers import grade_all, scorer
 from unimoe.inference.generate import ask_all
 from unimoe.model.loss import last_hidden
 from unimoe.model.utils import to_device
-from unimoe.training.ranks import own_share, union_over_ranks
+from unimoe.training.ranks import shard_across_ranks, union_over_ranks
 
 from .guidance import TYPES
 from .routing_log import by_block
@@ -45,7 +45,7 @@ def ask(
     Several processes share out the questions, unless they share the base.
     """
     learner, answers = strategy.learner, {}
-    own = questions if learner.divided else own_share(questions)
+    own = questions if learner.divided else shard_across_ranks(questions)
     samples = [question.sample for question in own]
     around = strategy.answering
     for said in ask_all(learner.model, learner.collator, samples, batch_size, max_new_tokens, around):

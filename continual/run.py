@@ -31,9 +31,9 @@ from unimoe.files import atomic_write
 from unimoe.model.build import build_model
 from unimoe.model.loading import load_model
 from unimoe.training.progress import clock
-from unimoe.training.ranks import own_share
+from unimoe.training.ranks import shard_across_ranks
 from unimoe.training.resume import remove
-from unimoe.training.sharding import gathered_in
+from unimoe.training.sharding import mixed_precision_policy
 
 from .answers import evaluate, routing_of
 from .export import fingerprint
@@ -134,7 +134,7 @@ class Run:
             self._note(fingerprint(learner.model.state_dict()))
             if self.config.training.processes > 1 and self.config.training.strategy == "fsdp2":
                 mesh = init_device_mesh(self.fabric.device.type, (self.fabric.world_size,))
-                learner.divide(mesh, gathered_in(self.config.training.precision))
+                learner.divide(mesh, mixed_precision_policy(self.config.training.precision))
             nn.Module.to(learner.model, self.fabric.device)
             self.strategy.attach(learner)
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
@@ -271,7 +271,7 @@ class Run:
         features = self.config.model.features or self.output.parent / "features"
         learner = build_learner(self.config.model, self.config.adapters, features)
         if learner.features is not None:
-            learner.features.fill(own_share(list(self.stream.samples())))
+            learner.features.fill(shard_across_ranks(list(self.stream.samples())))
             self.fabric.barrier()
             learner.features.refresh()
         return learner

@@ -25,7 +25,7 @@ from unimoe.training.loader import ResumableLoader
 from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.progress import PlainProgress
 from unimoe.training.ranks import mean_over_ranks
-from unimoe.training.resume import LastCheckpoint, newest
+from unimoe.training.resume import LastCheckpoint, latest_checkpoint
 
 from .stream import Experience
 
@@ -109,7 +109,7 @@ def launch(config: TrainingConfig) -> Fabric:
     return fabric
 
 
-class Averaging(DDPStrategy):
+class ManualAllReduceStrategy(DDPStrategy):
     """DDP of what trains, around a base that is divided: gradients are averaged when the backward pass is
     over. In its midst, ranks whose tokens reach different experts would meet in a different order."""
 
@@ -179,8 +179,8 @@ def train_task(
     module = TaskModule(strategy, config, steps, seed * 1009 + task.index, routing_log)
     curve = CurveLogger(folder)
     checkpoint = LastCheckpoint(folder / "last.ckpt", config.checkpoint_every)
-    resume, done = newest(checkpoint.path) or (None, 0)
-    several = Averaging() if strategy.learner.divided else "ddp"
+    resume, done = latest_checkpoint(checkpoint.path) or (None, 0)
+    several = ManualAllReduceStrategy() if strategy.learner.divided else "ddp"
     trainer = Trainer(
         max_steps=steps,
         accelerator=config.accelerator,

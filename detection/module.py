@@ -25,7 +25,7 @@ from unimoe.detection.model.moe_tuning import freeze_for_tuning, moe_tuning
 from unimoe.errors import UserError
 from unimoe.moe import LayerRecord, MoEConfig, load_balance, record
 from unimoe.training.module import ResumableModule, Schedule, load_columns
-from unimoe.training.ranks import data_ranks, mean_over_ranks
+from unimoe.training.ranks import data_parallel_size, mean_over_ranks
 from unimoe.training.sharding import foreach, shard
 
 log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class DetectionModule(ResumableModule):
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
         row = {f"train/{name}": value for name, value in zip(losses, shown.tolist(), strict=True)}
         row["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        speed = self.speed(self.batch_amount(batch) * data_ranks(self.trainer)[0])
+        speed = self.speed(self.batch_amount(batch) * data_parallel_size(self.trainer))
         self.log_row({**row, **speed, **self._expert_use(records)}, batch_idx)
         return losses["loss"]
 
@@ -215,7 +215,7 @@ class DetectionModule(ResumableModule):
         chosen = [visits(entry) for entry in records]
         pairs_LE = mean_over_ranks(torch.stack([visits_QE.sum(0) for visits_QE in chosen]))
         together_LEE = mean_over_ranks(torch.stack([together(visits_QE) for visits_QE in chosen]))
-        together_LEE = together_LEE * data_ranks(self.trainer)[0]
+        together_LEE = together_LEE * data_parallel_size(self.trainer)
         load_LE = pairs_LE / pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
         balance_L = mean_over_ranks(load_balance(records, load_LE, pairs_LE[0].sum() / slices))
         row = load_columns(records, load_LE, balance_L)

@@ -16,7 +16,7 @@ from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.stream import SampleStream
 from unimoe.errors import UserError
 from unimoe.training.loader import ResumableLoader, StepSampler
-from unimoe.training.ranks import data_ranks
+from unimoe.training.ranks import data_parallel_rank, data_parallel_size
 
 from .features import fill_cache
 
@@ -127,12 +127,11 @@ class StageData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         assert self.trainer is not None
-        world_size, rank = data_ranks(self.trainer)
         settings: dict[str, Any] = {
             "seed": self.seed,
             "steps": self.steps * self.trainer.accumulate_grad_batches,
-            "world_size": world_size,
-            "rank": rank,
+            "world_size": data_parallel_size(self.trainer),
+            "rank": data_parallel_rank(self.trainer),
         }
         if self.stream:
             shuffle = {"buffer": self.buffer, "weights": self.weights, "media_root": self.media_root}
@@ -156,13 +155,12 @@ class StageData(LightningDataModule):
         assert self.trainer is not None
         if not self.samples.get(split):
             return []
-        world_size, rank = data_ranks(self.trainer)
         sampler = ModalityBatchSampler(
             [sample.kind for sample in self.samples[split]],
             self.batch_size,
             shuffle=False,
-            world_size=world_size,
-            rank=rank,
+            world_size=data_parallel_size(self.trainer),
+            rank=data_parallel_rank(self.trainer),
         )
         return self._loader(self.samples[split], batch_sampler=sampler)
 

@@ -20,8 +20,8 @@ from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import load_balance, pair_counts, record
 from unimoe.moe.records import join
 from unimoe.training.module import ResumableModule, Schedule, load_columns
-from unimoe.training.ranks import data_ranks, mean_over_ranks
-from unimoe.training.sharding import foreach, send, shard
+from unimoe.training.ranks import data_parallel_size, mean_over_ranks
+from unimoe.training.sharding import broadcast_module, foreach, shard
 
 from .anneal import Anneal, check_anneal, set_coefficients
 from .data import StageData
@@ -137,7 +137,7 @@ class StageModule(ResumableModule):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if divided:
             for tower in frozen:
-                send(tower, self.trainer.strategy.root_device)
+                broadcast_module(tower, self.trainer.strategy.root_device)
             self._warm_start()  # while the weights are whole
             shard(self, blocks, frozen)
             self.model.tie_weights()
@@ -251,7 +251,7 @@ class StageModule(ResumableModule):
         shown = mean_over_ranks(torch.cat([torch.stack([loss, aux]), balance_L.to(loss)]).detach())
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
-        speed = self.speed(float(tokens) * data_ranks(self.trainer)[0])
+        speed = self.speed(float(tokens) * data_parallel_size(self.trainer))
         row = {"train/loss": float(shown[0]), **rates, **speed}
         if records:
             row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load_LE, shown[2:])}
@@ -275,5 +275,5 @@ class StageModule(ResumableModule):
         loss, count = self.batch_loss(batch)
         total, tokens = mean_over_ranks(torch.stack([loss * count, loss.new_tensor(count)]))
         # the number of tokens is each batch's weight in the mean over batches
-        ranks = data_ranks(self.trainer)[0]
+        ranks = data_parallel_size(self.trainer)
         self.log(name, total / tokens.clamp(min=1), batch_size=round(float(tokens) * ranks), prog_bar=True)

@@ -10,7 +10,7 @@ from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
 from unimoe.model.loss import answer_loss
-from unimoe.training.ranks import weighed
+from unimoe.training.ranks import rank_weighted
 
 
 class Strategy:
@@ -30,7 +30,7 @@ class Strategy:
     tensors and plain values, which is what a run saves and loads.
 
     Where several processes train, each calls every hook. All but ``loss`` see and do the same on all of them,
-    and the mean of their losses is that of the whole batch (:func:`unimoe.training.ranks.weighed`).
+    and the mean of their losses is that of the whole batch (:func:`unimoe.training.ranks.rank_weighted`).
     """
 
     name: ClassVar[str] = ""
@@ -65,7 +65,7 @@ class Strategy:
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """What is minimised at a step (0-based) out of ``steps``."""
-        return weighed(*answer_loss(self.learner.model, batch))
+        return rank_weighted(*answer_loss(self.learner.model, batch))
 
     def end(self, task: Experience) -> None:
         """After the task's last step."""

@@ -12,7 +12,7 @@ from unimoe.continual.routing_log import by_block, over_ranks
 from unimoe.continual.stream import Experience
 from unimoe.data.collate import real_tokens
 from unimoe.model.loss import answer_logits
-from unimoe.training.ranks import weighed
+from unimoe.training.ranks import rank_weighted
 
 from .base import Strategy
 
@@ -69,7 +69,7 @@ class IncMoELoRA(Strategy):
             tokens += real
             if terms:
                 routing = routing + real * sum(terms) / len(self.learner.layers)
-        return weighed(total / max(count, 1), count) + weighed(routing / max(tokens, 1), tokens)
+        return rank_weighted(total / max(count, 1), count) + rank_weighted(routing / max(tokens, 1), tokens)
 
     def end(self, task: Experience) -> None:
         super().end(task)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
 from unimoe.model.loss import answer_logits
-from unimoe.training.ranks import weighed
+from unimoe.training.ranks import rank_weighted
 
 from .base import Strategy
 
@@ -49,7 +49,7 @@ class LwF(Strategy):
             distance = F.kl_div(student_SV, old_SV.log_softmax(-1), reduction="sum", log_target=True)
             total = total + self.alpha * self.temperature**2 * distance
             count += len(labels_S)
-        return weighed(total / max(count, 1), count)
+        return rank_weighted(total / max(count, 1), count)
 
     def end(self, task: Experience) -> None:
         super().end(task)

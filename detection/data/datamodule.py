@@ -12,7 +12,7 @@ from unimoe.data import ModalityBatchSampler
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.errors import UserError
 from unimoe.training.loader import ResumableLoader
-from unimoe.training.ranks import data_ranks
+from unimoe.training.ranks import data_parallel_rank, data_parallel_size
 
 from .cached import CachedPictures, CachedTraining
 from .dataset import DetectionSet
@@ -123,7 +123,7 @@ class DetectionData(LightningDataModule):
             if any(parameter.requires_grad for parameter in module.model.backbone.parameters()):
                 raise UserError("data.cache_features needs a frozen backbone; set model.freeze_encoders")
             items = CachedTraining.of(training, self.copies, self.features, module.model)
-        ranks, rank = data_ranks(self.trainer)
+        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
         sampler = SeededSampler(
             ["image"] * len(items),
             self.batch_size,
@@ -155,7 +155,8 @@ class DetectionData(LightningDataModule):
     def _questions(self, split: str) -> DataLoader:
         """This rank's share of the pictures: as many as any other's, so that all take the same steps."""
         assert self.trainer is not None
-        count, (ranks, rank) = len(self.sets[split].samples), data_ranks(self.trainer)
+        count = len(self.sets[split].samples)
+        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
         share = [place % count for place in range(rank, count + -count % ranks, ranks)]
         return questions(
             self.sets[split], self.module.model, self.features, self.batch_size, self.num_workers, share

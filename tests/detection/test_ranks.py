@@ -20,7 +20,7 @@ for path in sys.argv[1:]:
 
 def divided(exchange: str) -> dict:
     init = {"expert_parallel": 2, "exchange": exchange}
-    return {"class_path": "unimoe.training.sharding.Sharded", "init_args": init}
+    return {"class_path": "unimoe.training.sharding.FSDP2Strategy", "init_args": init}
 
 
 STRATEGIES = {

@@ -74,7 +74,7 @@ def alone(world, tmp_path_factory) -> Path:
 
 def divided(exchange: str) -> dict:
     init = {"expert_parallel": 2, "exchange": exchange}
-    return {"class_path": "unimoe.training.sharding.Sharded", "init_args": init}
+    return {"class_path": "unimoe.training.sharding.FSDP2Strategy", "init_args": init}
 
 
 def test_two_processes_train_as_one(world, alone, tmp_path):

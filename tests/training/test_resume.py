@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from unimoe.errors import UserError
 from unimoe.testing import StopAfter
 from unimoe.training import sharding
-from unimoe.training.resume import Interrupted, LastCheckpoint, newest, remove, saved_step
+from unimoe.training.resume import Interrupted, LastCheckpoint, latest_checkpoint, remove, saved_step
 from unimoe.training.sharding import by_name, by_number
 
 
@@ -26,24 +26,24 @@ def write(path, step):
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
     last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
-    assert newest(last) is None
+    assert latest_checkpoint(last) is None
     write(last, 20)
     write(previous, 10)
-    assert newest(last) == (last, 20)
+    assert latest_checkpoint(last) == (last, 20)
     last.write_bytes(last.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        assert newest(last) == (previous, 10)
+        assert latest_checkpoint(last) == (previous, 10)
     assert "last.ckpt is damaged" in caplog.text and "of step 10" in caplog.text
     previous.write_bytes(b"")
     with pytest.raises(UserError, match=r"last\.ckpt|previous\.ckpt"):
-        newest(last)
+        latest_checkpoint(last)
     remove(last)
-    assert newest(last) is None
+    assert latest_checkpoint(last) is None
 
 
 def test_a_kill_between_two_renamings_leaves_the_one_before(tmp_path):
     write(tmp_path / "previous.ckpt", 10)
-    assert newest(tmp_path / "last.ckpt") == (tmp_path / "previous.ckpt", 10)
+    assert latest_checkpoint(tmp_path / "last.ckpt") == (tmp_path / "previous.ckpt", 10)
 
 
 def test_optimizer_states_by_name_and_by_number():
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog):
     said = [message for message in caplog.messages if "cannot be written" in message]
     assert said[0].startswith("the checkpoint of step 4") and said[-1].startswith("the checkpoint of step 6")
     assert "too large" in said[-1] and said[-1].endswith("GB are free); the one before it stays")
-    assert newest(path) == (path, 2)
+    assert latest_checkpoint(path) == (path, 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt"]
 
 
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_shards_before(tmp_path):
     assert in_another_process(shards) == 0
     said = (tmp_path / "said").read_text()
     assert "the checkpoint of step 4 cannot be written" in said and "the one before it stays" in said
-    assert newest(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
+    assert latest_checkpoint(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "said"]
 
 
@@ -184,7 +184,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, 
     monkeypatch.setattr(sharding, "_write", killed)
     assert in_another_process(lambda: train(tmp_path)) == -signal.SIGKILL
     assert (tmp_path / "last.ckpt.tmp").stat().st_size == 500
-    assert newest(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
+    assert latest_checkpoint(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
 
 
 def test_who_stops_a_run_waits_for_its_checkpoint(tmp_path, monkeypatch):
@@ -197,4 +197,4 @@ def test_who_stops_a_run_waits_for_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "_write", late)
     with pytest.raises(Interrupted, match="^stopped after step 3$"):
         train(tmp_path, StopAfter(3))
-    assert newest(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 3)
+    assert latest_checkpoint(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 3)

@@ -33,8 +33,8 @@ from unimoe.kernels.allocator import keep_memory
 from .curve import CurveLogger, read_curve
 from .elastic import check_overwrite, check_processes, own_store
 from .progress import PlainProgress, StageBar, clock
-from .ranks import data_ranks
-from .resume import Interrupted, LastCheckpoint, newest
+from .ranks import data_parallel_size
+from .resume import Interrupted, LastCheckpoint, latest_checkpoint
 from .sharding import unshard
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class RunCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer.num_devices * trainer.num_nodes)
         if training and self.target is None:
-            self.settings = self._settings(data_ranks(trainer)[0])
+            self.settings = self._settings(data_parallel_size(trainer))
             self._compare()
         return trainer
 
@@ -233,7 +233,7 @@ class RunCLI(LightningCLI):
         name = self._get(self.config, "stage")
         if self.target is not None:
             return self._consolidate(model, name, Path(self.target))
-        found = None if self._get(self.config, "overwrite") else newest(self.last.path)
+        found = None if self._get(self.config, "overwrite") else latest_checkpoint(self.last.path)
         checkpoint, begun = found or (None, 0)
         if self.trainer.is_global_zero:
             atomic_write(self.output / SETTINGS_FILE, json.dumps(self.settings, indent=2) + "\n")
@@ -267,7 +267,7 @@ class RunCLI(LightningCLI):
 
     def _consolidate(self, model: LightningModule, name: str, folder: Path) -> None:
         """Write what the newest checkpoint holds into ``folder``, by way of a run of no steps."""
-        found = newest(self.last.path)
+        found = latest_checkpoint(self.last.path)
         if found is None or not (self.output / SETTINGS_FILE).is_file():
             raise UserError(f"{self.output} holds no checkpoint")
         self.settings = json.loads((self.output / SETTINGS_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other; a process alone keeps what it has."""
+"""Collectives over the processes of a run; without torch.distributed each returns its input."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -17,14 +17,22 @@ from torch.distributed import (
 T = TypeVar("T")
 
 
-def data_ranks(trainer: Trainer) -> tuple[int, int]:
-    """How many processes take batches of their own, and which of them this one is."""
-    sharing = getattr(trainer.strategy, "ranks_per_batch", 1)
-    return trainer.world_size // sharing, trainer.global_rank // sharing
+def data_parallel_size(trainer: Trainer) -> int:
+    """Number of groups of processes that receive different batches."""
+    return trainer.world_size // _ranks_per_batch(trainer)
+
+
+def data_parallel_rank(trainer: Trainer) -> int:
+    """The group that this process belongs to, of :func:`data_parallel_size`."""
+    return trainer.global_rank // _ranks_per_batch(trainer)
+
+
+def _ranks_per_batch(trainer: Trainer) -> int:
+    return getattr(trainer.strategy, "ranks_per_batch", 1)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of every rank's tensor (one shape on all)."""
+    """The mean of a tensor over all ranks; its shape must be the same on each."""
     if not (is_available() and is_initialized()):
         return values
     total = values.detach().clone()
@@ -32,19 +40,21 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / get_world_size()
 
 
-def weighed(mean: Tensor, count: int) -> Tensor:
-    """A rank's mean over ``count`` things, weighted so that the mean over the ranks is that over all things;
-    every rank calls it."""
+def rank_weighted(mean: Tensor, count: int) -> Tensor:
+    """Weight a rank's mean over ``count`` items so that the mean over ranks is the mean over all items.
+
+    Every rank must call it.
+    """
     return mean * (count / mean_over_ranks(mean.new_tensor(float(count))).clamp(min=1e-9))
 
 
-def own_share(items: Sequence[T]) -> Sequence[T]:
-    """The items that fall to this rank where all ranks share them out."""
+def shard_across_ranks(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of ``items`` (every world-size-th one)."""
     return items[get_rank() :: get_world_size()] if is_available() and is_initialized() else items
 
 
 def union_over_ranks(found: dict[Any, Any]) -> dict[Any, Any]:
-    """The entries of every rank's dictionary, on all ranks."""
+    """The union of all ranks' dictionaries, on every rank."""
     if not (is_available() and is_initialized()):
         return found
     parts: list[Any] = [None] * get_world_size()

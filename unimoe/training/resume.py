@@ -155,7 +155,7 @@ def before(path: Path) -> Path:
     return path.with_name("previous.ckpt")
 
 
-def newest(path: Path) -> tuple[Path, int] | None:
+def latest_checkpoint(path: Path) -> tuple[Path, int] | None:
     """The checkpoint to go on from and the optimizer steps behind it, None where there is none.
 
     When the one at ``path`` is damaged, that is the one before it, and a warning says so. Raises UserError

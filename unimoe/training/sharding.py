@@ -46,7 +46,7 @@ META = "meta.pt"
 """What a sharded checkpoint holds beside tensors, as Lightning calls it."""
 
 
-class Sharded(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, over all processes, for modules whose ``configure_model`` calls
     :func:`shard`.
 
@@ -131,8 +131,10 @@ class Sharded(ModelParallelStrategy):
 
 
 class AnyCheckpoint(TorchCheckpointIO):
-    """Reads the folders that :class:`Sharded` leaves where one process holds all: whole, in memory. Leaves
-    the writing to a thread of the caller, if asked to."""
+    """Reads checkpoint files, and the sharded folders of :class:`FSDP2Strategy` into one process.
+
+    Inside :meth:`deferred`, writing is left to the caller, which may do it in a thread.
+    """
 
     later: list[Callable[[], object]] | None = None
     """What is left to the caller, inside ``deferred``."""
@@ -171,7 +173,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         torch.save(checkpoint, file)
 
 
-StrategyRegistry.register("fsdp2", Sharded, description="FSDP2 over all processes")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all processes")
 
 
 def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -207,10 +209,10 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[
             another.
     """
     strategy = module.trainer.strategy
-    assert isinstance(strategy, Sharded)
+    assert isinstance(strategy, FSDP2Strategy)
     mesh = strategy.device_mesh
     data = others = mesh["data_parallel"]
-    policy = gathered_in(module.trainer.precision)
+    policy = mixed_precision_policy(module.trainer.precision)
     frames = strategy.reduce_boolean_decision(any(p.is_meta for p in module.parameters()), all=False)
     kept = {parameter for part in whole for parameter in part.parameters()}
     state: dict[str, Any] = {}
@@ -236,7 +238,7 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[
             part.to(strategy.root_device)  # beside the shards
         sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(module, state, options=sent)
-        send(module, strategy.root_device, parameters=False)  # buffers that are in no state dict
+        broadcast_module(module, strategy.root_device, parameters=False)  # buffers that are in no state dict
     for parameter in module.parameters():
         if parameter.ndim == 0 and parameter.requires_grad:
             parameter.register_hook(mean_over_ranks)
@@ -244,7 +246,7 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[
         register_fsdp_forward_method(module, step)
 
 
-def gathered_in(precision: Any) -> MixedPrecisionPolicy:
+def mixed_precision_policy(precision: Any) -> MixedPrecisionPolicy:
     """What weights are gathered in under a precision of Lightning's: autocast alone would keep a
     half-precision copy of every one until the backward pass."""
     half = torch.bfloat16 if precision == "bf16-mixed" else None
@@ -258,7 +260,7 @@ def foreach(mesh: DeviceMesh | None) -> bool | None:
 
 
 @torch.no_grad()
-def send(module: nn.Module, device: torch.device, parameters: bool = True) -> None:
+def broadcast_module(module: nn.Module, device: torch.device, parameters: bool = True) -> None:
     """Give a module's buffers and, unless they are divided, its ``parameters`` the values that they have on
     the first process, where they are on the meta device. All processes call it; ``device`` is that on which
     they tell each other something."""
