@@ -1,12 +1,14 @@
-"""Every command and code block of the documents runs on tiny models, or at least says what is known here.
+"""Every command and code block of the documentation runs on tiny models, or is at least parsed.
 
 python    runs, one document's blocks after one another; those that need a server are compiled
+text      after a python block: exactly what that block prints; after a bash block: an excerpt of a real run
 bash      chat, inspect and detect run, fit and continual print their configuration, others parse their flags
 yaml      a stage prints its configuration, a manifest is read, other pieces are YAML
 json      a conversation is read, other pieces are JSON
 """
 
 import ast
+import contextlib
 import importlib.util
 import io
 import json
@@ -35,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
+    *sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").rglob("*.md")),
 ]
 MADE_BY_RUNNING = ("runs/", "build/", "~/", "path/to/")
 RUNS = ("chat", "inspect", "detect", "continual theory")
@@ -118,7 +120,8 @@ def here(place, monkeypatch):
 
 
 def test_every_block_says_its_language():
-    wrong = [str(block) for block in BLOCKS if block.language not in ("bash", "python", "yaml", "json")]
+    known = ("bash", "python", "text", "yaml", "json")
+    wrong = [str(block) for block in BLOCKS if block.language not in known]
     assert not wrong and len(BLOCKS) > 30
 
 
@@ -132,7 +135,7 @@ def test_command(words, here, capsys):
         check_make(rest)
     elif program == "pip":
         extras = re.findall(r"\[(.*?)\]", " ".join(rest))
-        assert rest[0] == "install" and set(extras) <= set(optional_dependencies())
+        assert rest[0] == "install" and set(",".join(extras).split(",")) - {""} <= set(optional_dependencies())
     elif program == "python":
         assert rest[0] == "-m" and (ROOT / rest[1].replace(".", "/")).with_suffix(".py").is_file()
     elif program == "unimoe":
@@ -171,12 +174,17 @@ def optional_dependencies():
 @pytest.mark.parametrize("document", sorted({block.document for block in of("python")}))
 def test_python(document, here):
     names: dict = {}
-    for block in of("python"):
-        if block.document == document:
+    blocks = [block for block in BLOCKS if block.document == document]
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if block.language == "python":
             padded = "\n" * block.line + block.text  # so that errors name the line of the document
             ast.parse(padded)
-            if "OpenAI(" not in block.text:  # tests/serve has a server
+            if "OpenAI(" in block.text:  # tests/serve has a server
+                continue
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compile(padded, document, "exec"), names)
+            if following is not None and following.language == "text":
+                assert printed.getvalue() == following.text, str(following)
 
 
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
@@ -216,7 +224,7 @@ def test_commands_in_the_text(document):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_and_links(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    links = {link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link}
     missing = [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
     if not document.startswith("docs/"):
         code = [line for block in blocks_of(document) for line in block.text.splitlines()] + spans_of(
@@ -233,12 +241,14 @@ def test_files_and_links(document):
     assert not missing, f"{document}: {missing}"
 
 
-def test_every_verb_is_in_the_readme():
-    lines = [line for block in blocks_of("README.md") for line in block.text.splitlines()] + spans_of(
-        "README.md"
-    )
-    named = [line.split()[1:] for line in lines if line.startswith("unimoe ")]
-    assert set(cli.VERBS) <= {" ".join(words[:count]) for words in named for count in (1, 2)}
+def test_generated_pages_are_current():
+    specification = importlib.util.spec_from_file_location("make_reference", ROOT / "docs/make_reference.py")
+    generator = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(generator)
+    pages = {name: page() for name, page in generator.PAGES.items()}
+    stale = [name for name, page in pages.items() if (ROOT / "docs" / name).read_text() != page]
+    assert not stale, f"{', '.join(stale)}: run python docs/make_reference.py"
+    assert all(f"### unimoe {verb}\n" in pages["commands.md"] for verb in cli.VERBS)
 
 
 @pytest.mark.slow

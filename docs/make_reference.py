@@ -1,0 +1,294 @@
+"""Write the generated pages of the documentation: every command, every configuration key.
+
+    python docs/make_reference.py
+
+Both come from signatures, dataclasses and docstrings, so they say what ``--help`` says. A test fails when a page
+is stale; ``make docs`` writes them anew.
+"""
+
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+
+from unimoe.commands.main import VERBS, build_parser, load
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Written by docs/make_reference.py; do not edit. -->\n"
+
+GROUPS = {
+    "Train": ("prepare", "fit", "validate", "test", "assemble", "convert", "consolidate", "plan", "demo"),
+    "Use": ("chat", "web", "serve", "detect", "inspect", "export"),
+    "Evaluate": ("evaluate",),
+    "Data": ("data",),
+    "Continual tuning": ("continual",),
+}
+"""Headings of commands.md -> first words of their verbs; what is named nowhere stands under "More"."""
+
+RAW = {
+    "fit": "[Training configuration](configuration.md#training)",
+    "validate": "[Training configuration](configuration.md#training)",
+    "test": "[Training configuration](configuration.md#training)",
+    "continual run": "[Continual configuration](configuration.md#continual-tuning)",
+    "continual compare": "[Continual configuration](configuration.md#continual-tuning)",
+    "continual diagnose": "[Continual configuration](configuration.md#continual-tuning)",
+}
+"""Verbs whose flags are configuration keys -> where these are listed."""
+
+Row = tuple[str, str, str, str]
+"""Key, type, default, meaning."""
+
+
+# -------------------------------------------------------------------- commands
+
+
+def commands() -> str:
+    """commands.md."""
+    lines = [
+        NOTE,
+        "# Commands",
+        "",
+        "`unimoe VERB --help` prints the same. Invalid input ends in one line and exit code 2.",
+    ]
+    placed: set[str] = set()
+    for heading, words in (*GROUPS.items(), ("More", ())):
+        verbs = [verb for verb in VERBS if verb.split()[0] in words]
+        if heading == "More":
+            verbs = [verb for verb in VERBS if verb not in placed]
+        placed.update(verbs)
+        if verbs:
+            lines += ["", f"## {heading}", "", "| command | purpose |", "|---|---|"]
+            lines += [
+                f"| [`unimoe {verb}`](#unimoe-{verb.replace(' ', '-')}) | {VERBS[verb].help} |"
+                for verb in verbs
+            ]
+            for verb in verbs:
+                lines += ["", *_command(verb)]
+    return "\n".join(lines) + "\n"
+
+
+def _command(verb: str) -> Iterator[str]:
+    yield f"### unimoe {verb}"
+    yield ""
+    if verb in RAW:
+        yield f"{VERBS[verb].help[0].upper()}{VERBS[verb].help[1:]}."
+        yield ""
+        yield f"Flags are configuration keys, such as `--output FOLDER`. See {RAW[verb]}."
+        return
+    parser = build_parser(verb, load(VERBS[verb].target))
+    yield " ".join((parser.description or "").split())
+    rows = [action for action in parser._actions if action.dest != "help"]
+    if rows:
+        yield ""
+        yield "| argument | meaning |"
+        yield "|---|---|"
+    for action in rows:
+        name = ", ".join(action.option_strings) or action.dest.upper()
+        choices = f" One of {', '.join(f'`{one}`' for one in action.choices)}." if action.choices else ""
+        yield f"| `{name}` | {_cell(_sentence((action.help or '').replace('%%', '%')))}{choices} |"
+
+
+# -------------------------------------------------------------------- configuration
+
+
+def configuration() -> str:
+    """configuration.md."""
+    from unimoe.continual.run import RunConfig
+    from unimoe.continual.strategies import strategies
+    from unimoe.detection.data.datamodule import DetectionData
+    from unimoe.detection.model.configuration import DynamicDinoConfig
+    from unimoe.detection.module import DetectionModule
+    from unimoe.encoders.connector import ConnectorConfig
+    from unimoe.encoders.encoder import _ENCODERS
+    from unimoe.moe import MoEConfig
+    from unimoe.stages.assemble import Manifest
+    from unimoe.stages.data import StageData
+    from unimoe.stages.module import StageModule
+
+    lines = [NOTE, "# Configuration", ""]
+    lines += [
+        "Every key can stand in the YAML file of a run or on the command line (`--data.steps 50`). Several files are merged"
+        " in order: `-c base.yaml -c more.yaml`. `--print_config` prints the result.",
+        "",
+        "## Training",
+        "",
+        "`unimoe fit`, `validate` and `test`. `trainer:` takes every setting of"
+        " [Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html).",
+    ]
+    lines += _table(_run_rows())
+    for title, about, made_of, prefix in (
+        ("Model of a stage", "For `system: stages`, the default.", StageModule, "model"),
+        ("Data of a stage", "", StageData, "data"),
+        ("Detector", "For `system: detection`.", DetectionModule, "model"),
+        ("Data of a detector", "", DetectionData, "data"),
+    ):
+        lines += ["", f"### {title}", "", *([about] if about else []), *_table(rows_of(made_of, prefix))]
+    lines += ["", "### Fields of `model.detector`", *_table(_own_rows(DynamicDinoConfig))]
+    lines += ["", "## Mixture", "", "`moe:` of a stage, a manifest or a model's `config.json`."]
+    lines += _table(rows_of(MoEConfig))
+    lines += ["", "## Manifest of `unimoe assemble`", *_table(rows_of(Manifest))]
+    lines += ["", "## Connectors", "", "`connector:` of a modality.", *_table(rows_of(ConnectorConfig))]
+    lines += ["", "## Encoders", "", "`encoder:` of a modality. `type` selects the class, `weights` the file."]
+    for kind, (module, name) in _ENCODERS.items():
+        encoder = getattr(import_module(f"unimoe.encoders.{module}"), name)
+        lines += ["", f"### `type: {kind}`", "", f"For {encoder.modality}.", *_table(rows_of(encoder.Config))]
+    lines += ["", "## Continual tuning", "", "`unimoe continual run`, `compare` and `diagnose`."]
+    lines += _table(rows_of(RunConfig))
+    lines += ["", "### Settings of strategies", "", "`settings: {NAME: {KEY: value}}`."]
+    for name, strategy in sorted(strategies().items()):
+        if rows := rows_of(strategy):
+            lines += ["", f"#### `{name}`", *_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(made_of: type, prefix: str = "") -> list[Row]:
+    """The keys of a dataclass or of a constructor, those of nested dataclasses after them."""
+    about = _descriptions(made_of)
+    hints = typing.get_type_hints(made_of if is_dataclass(made_of) else made_of.__init__)
+    rows: list[Row] = []
+    for name, default in _defaults(made_of):
+        key = f"{prefix}.{name}" if prefix else name
+        hint = hints.get(name, Any)
+        nested, many = _dataclass_in(hint)
+        rows.append((key, _type(hint), _value(default), about.get(name, "")))
+        if nested:
+            rows += rows_of(nested, f"{key}{many}")
+    return rows
+
+
+def _defaults(made_of: type) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(made_of):
+        for one in fields(made_of):
+            if not one.name.startswith("_"):
+                yield one.name, one.default_factory() if one.default_factory is not MISSING else one.default
+        return
+    for parameter in inspect.signature(made_of.__init__).parameters.values():
+        if parameter.name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
+            yield parameter.name, MISSING if parameter.default is parameter.empty else parameter.default
+
+
+def _own_rows(config: type) -> list[Row]:
+    """Of a transformers configuration: what the class itself declares."""
+    about = _descriptions(config)
+    return [
+        (name, _type(hint), _value(getattr(config, name, MISSING)), about[name])
+        for name, hint in config.__annotations__.items()
+        if about.get(name)
+    ]
+
+
+def _run_rows() -> list[Row]:
+    """What RunCLI adds to LightningCLI's keys."""
+    from unimoe.training.cli import RunCLI
+
+    class Asked:
+        rows: typing.ClassVar[list[Row]] = []
+
+        def add_argument(self, name: str, type: Any, default: Any, help: str):  # as the parser calls them
+            self.rows.append((name.removeprefix("--"), _type(type), _value(default), help))
+
+        def link_arguments(self, *_: Any, **__: Any):
+            pass
+
+    RunCLI.add_arguments_to_parser(None, Asked())  # type: ignore[arg-type]
+    seed = ("seed_everything", "int | bool", "true", "Seed of model and data; true draws one.")
+    return [*Asked.rows, seed]
+
+
+def _dataclass_in(hint: Any) -> tuple[type | None, str]:
+    """A dataclass inside a type, and how its keys are reached: directly, by index or by name."""
+    if is_dataclass(hint):
+        return typing.cast(type, hint), ""
+    for argument in typing.get_args(hint):
+        nested, rest = _dataclass_in(argument)
+        if nested:
+            origin = typing.get_origin(hint)
+            return nested, {list: "[]", dict: ".NAME"}.get(typing.cast(type, origin), "") + rest
+    return None, ""
+
+
+def _descriptions(made_of: type) -> dict[str, str]:
+    """Parameter or field -> what its docstring says."""
+    found: dict[str, str] = {}
+    for kind in reversed(made_of.__mro__[:-1]):
+        if "Config" in kind.__name__ or is_dataclass(kind) or not hasattr(kind, "__init__"):
+            try:
+                doc = docstring_parser.parse_from_object(kind)
+            except (OSError, TypeError):  # a class without source
+                continue
+            found.update({one.arg_name.split(":")[0]: one.description or "" for one in doc.params})
+    init = vars(made_of).get("__init__")
+    if not is_dataclass(made_of) and init:
+        for text in (made_of.__doc__, init.__doc__):
+            doc = docstring_parser.parse(text or "")
+            found.update({one.arg_name: one.description or "" for one in doc.params})
+    return found
+
+
+# -------------------------------------------------------------------- markdown
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, kind, default, about in rows:
+        value = default if default == "required" else _code(default)
+        lines.append(f"| `{key}` | {_code(kind)} | {value} | {_cell(_sentence(about))} |")
+    return lines
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text)}`" if text else ""
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(text.split())).replace("``", "`")
+    return text.replace("|", "\\|")
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    if not text:
+        return ""
+    start = text if text.startswith(("`", "unimoe ")) else text[0].upper() + text[1:]
+    return start if start.endswith((".", ")", "!", "?")) else f"{start}."
+
+
+def _type(hint: Any) -> str:
+    if hint is Any:
+        return "any"
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint.__name__
+    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(hint)).replace("NoneType", "None")
+    if (values := re.fullmatch(r"Literal\[(.*)\]( \| None)?", text)) is not None:
+        return values[1].replace("'", "").replace(", ", " | ") + (values[2] or "")
+    return text
+
+
+def _value(default: Any) -> str:
+    if default is MISSING:
+        return "required"
+    if default is None or default == "":
+        return "null" if default is None else '""'
+    if isinstance(default, bool):
+        return str(default).lower()
+    if is_dataclass(default) and not isinstance(default, type):
+        return ""
+    return str(list(default)) if isinstance(default, tuple) else str(default)
+
+
+PAGES: dict[str, Callable[[], str]] = {"commands.md": commands, "configuration.md": configuration}
+"""File in docs/ -> its content."""
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        path, text = DOCS / name, page()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            sys.stdout.write(f"{path} written\n")
