@@ -2,8 +2,8 @@
 
     python docs/make_reference.py
 
-Both come from signatures, dataclasses and docstrings, so they say what ``--help`` says. A test fails when a page
-is stale; ``make docs`` writes them anew.
+Both are derived from signatures, dataclasses and docstrings, so they say what ``--help`` says. A test fails
+when a page is stale.
 """
 
 import inspect
@@ -114,8 +114,8 @@ def configuration() -> str:
 
     lines = [NOTE, "# Configuration", ""]
     lines += [
-        "Every key can stand in the YAML file of a run or on the command line (`--data.steps 50`). Several files are merged"
-        " in order: `-c base.yaml -c more.yaml`. `--print_config` prints the result.",
+        "Every key can be set in the YAML file of a run or on the command line (`--data.steps 50`). Several"
+        " files are merged in order: `-c base.yaml -c overlay.yaml`. `--print_config` prints the result.",
         "",
         "## Training",
         "",
@@ -135,7 +135,12 @@ def configuration() -> str:
     lines += _table(rows_of(MoEConfig))
     lines += ["", "## Manifest of `unimoe assemble`", *_table(rows_of(Manifest))]
     lines += ["", "## Connectors", "", "`connector:` of a modality.", *_table(rows_of(ConnectorConfig))]
-    lines += ["", "## Encoders", "", "`encoder:` of a modality. `type` selects the class, `weights` the file."]
+    lines += [
+        "",
+        "## Encoders",
+        "",
+        "`encoder:` of a modality. `type` selects the class, `weights` the file.",
+    ]
     for kind, (module, name) in _ENCODERS.items():
         encoder = getattr(import_module(f"unimoe.encoders.{module}"), name)
         lines += ["", f"### `type: {kind}`", "", f"For {encoder.modality}.", *_table(rows_of(encoder.Config))]

@@ -135,7 +135,9 @@ def test_command(words, here, capsys):
         check_make(rest)
     elif program == "pip":
         extras = re.findall(r"\[(.*?)\]", " ".join(rest))
-        assert rest[0] == "install" and set(",".join(extras).split(",")) - {""} <= set(optional_dependencies())
+        assert rest[0] == "install" and set(",".join(extras).split(",")) - {""} <= set(
+            optional_dependencies()
+        )
     elif program == "python":
         assert rest[0] == "-m" and (ROOT / rest[1].replace(".", "/")).with_suffix(".py").is_file()
     elif program == "unimoe":
