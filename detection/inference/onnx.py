@@ -24,7 +24,7 @@ from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.prompt import Prompt, PromptBatch
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.moe import MoELayer, Routing, combine_weights
+from unimoe.moe import MoELayer, combine_dense, current_context
 
 from .inference import Detections, best_pairs
 
@@ -36,7 +36,7 @@ class StaticExperts(nn.Module):
     """A MoE layer by products of fixed shapes: every expert runs on every token, and those that the router
     did not choose have the weight zero. ONNX has nothing that runs ragged groups.
 
-    Shapes: T tokens, D hidden, E experts, I their inner width, K experts of a token, N = T*K pairs.
+    Shapes: T tokens, D hidden, E experts, I their inner width.
     """
 
     def __init__(self, layer: MoELayer):
@@ -47,13 +47,9 @@ class StaticExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD, experts = x.reshape(-1, x.shape[-1]), self.experts
-        expert_TK, weight_TK, logits_TE, probs_TE = self.router.choose(x_TD)
-        token_N = torch.arange(len(x_TD), device=x.device).repeat_interleave(expert_TK.shape[1])
-        unsorted = token_N.new_zeros(experts.num_experts + 1)  # no expert has its pairs together
-        routing = Routing(token_N, expert_TK.flatten(), weight_TK.flatten(), unsorted, logits_TE, probs_TE)
-        weight_N = combine_weights(self.combine, routing).to(x.dtype)
-        weight_TE = x_TD.new_zeros(len(x_TD), experts.num_experts)
-        weight_TE = weight_TE.index_put((routing.token_N, routing.expert_N), weight_N)
+        routing = self.router(x_TD, current_context())
+        # null experts, the last of the router's, have no weights
+        weight_TE = combine_dense(self.combine, routing)[:, : experts.num_experts].to(x.dtype)
         h_TEI = self.act(torch.einsum("td,eid->tei", x_TD, experts.up_proj) + experts.up_bias)
         y_TD = torch.einsum("tei,edi->td", h_TEI * weight_TE[..., None], experts.down_proj)
         return (y_TD + weight_TE @ experts.down_bias).reshape(x.shape)

@@ -6,7 +6,7 @@ import torch
 
 from unimoe.analysis.plots import load_maps, pathways
 from unimoe.analysis.routing_stats import ANSWER, Traffic
-from unimoe.moe import Context, LayerRecord, Routing, record
+from unimoe.moe import Context, LayerRecord, Pairs, Routing, record
 from unimoe.testing import tiny_model
 
 
@@ -59,10 +59,8 @@ def test_passes_add_up_and_may_be_given_a_kind_of_their_own(records):
 
 
 def test_a_token_without_an_expert_is_led_by_none():
-    routing = Routing(
-        torch.tensor([1]), torch.tensor([2]), torch.ones(1), torch.tensor([0, 0, 0, 1]),
-        torch.zeros(2, 3), torch.zeros(2, 3),
-    )  # fmt: skip
+    pairs = Pairs(torch.tensor([1]), torch.tensor([2]), torch.ones(1), torch.tensor([0, 0, 0, 1]))
+    routing = Routing.from_pairs(pairs, torch.zeros(2, 3), torch.zeros(2, 3))
     traffic = Traffic()
     traffic.add([LayerRecord(0, routing, Context()), LayerRecord(1, routing, Context())])
     assert {tuple(path["experts"]) for path in traffic.pathways()["text"]["top"]} == {(-1, -1), (2, 2)}

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
-from unimoe.moe import Routing, combine_weights
+from unimoe.moe import Pairs, Routing, combine_dense, combine_weights
+from unimoe.moe.combine import COMBINE
 
 
 def routing():
@@ -20,12 +21,28 @@ def test_values():
     assert torch.equal(combine_weights("straight_through", one), torch.ones(4))
 
 
+def ragged_routing() -> Routing:
+    pairs = Pairs(
+        torch.tensor([0, 1, 0]),
+        torch.tensor([0, 0, 1]),
+        torch.tensor([0.5, 1.0, 0.5]),
+        torch.tensor([0, 2, 3]),
+    )
+    return Routing.from_pairs(pairs, torch.zeros(2, 2), torch.zeros(2, 2))
+
+
 def test_k_is_counted_per_token_when_routing_is_ragged():
-    ragged = Routing(
-        torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), torch.tensor([0.5, 1.0, 0.5]),
-        torch.tensor([0, 2, 3]), torch.zeros(2, 2), torch.zeros(2, 2),
-    )  # fmt: skip
+    ragged = ragged_routing()
     assert combine_weights("k_weight", ragged).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", COMBINE)
+@pytest.mark.parametrize("make", [lambda: routing()[1], ragged_routing])
+def test_dense_factors_are_those_of_the_pairs(mode, make):
+    one = make()
+    expected = torch.zeros(one.num_tokens, one.num_experts)
+    expected[one.token_N, one.expert_N] = combine_weights(mode, one)
+    assert torch.equal(combine_dense(mode, one), expected)
 
 
 def test_gradients():

@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from unimoe.errors import UserError
-from unimoe.moe import Experts, FFNExperts, MoELayer, Routing, SwiGLUExperts, TopK
+from unimoe.moe import Experts, FFNExperts, MoELayer, Pairs, Routing, SwiGLUExperts, TopK
 
 
 def routing(token, expert, num_experts, tokens) -> Routing:
     edges = torch.arange(num_experts + 1)
     zeros = torch.zeros(tokens, num_experts)
     expert = torch.tensor(expert)
-    return Routing(
-        torch.tensor(token), expert, torch.ones(len(token)), torch.searchsorted(expert, edges), zeros, zeros
-    )
+    offsets = torch.searchsorted(expert, edges)
+    pairs = Pairs(torch.tensor(token), expert, torch.ones(len(token)), offsets)
+    return Routing.from_pairs(pairs, zeros, zeros)
 
 
 @pytest.mark.parametrize("make", [SwiGLUExperts, FFNExperts])

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from unimoe.moe import MoELayer, Router, Routing, SwiGLUExperts, TopK, copy_experts, record
+from unimoe.moe import MoELayer, Pairs, Router, Routing, SwiGLUExperts, TopK, copy_experts, record
 
 
 def layer(experts=4, k=2, hidden=16, inner=24, **kw) -> Any:
@@ -80,7 +80,8 @@ class Nowhere(Router):
     def forward(self, x_TD, ctx):
         zeros = torch.zeros(x_TD.shape[0], 4)
         one = torch.zeros(1, dtype=torch.int64)
-        return Routing(one, one, torch.ones(1), torch.tensor([0, 1, 1, 1, 1]), zeros, zeros)
+        pairs = Pairs(one, one, torch.ones(1), torch.tensor([0, 1, 1, 1, 1]))
+        return Routing.from_pairs(pairs, zeros, zeros)
 
 
 def test_a_token_without_experts_gets_zeros_or_the_shared_expert():

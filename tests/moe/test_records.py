@@ -1,16 +1,24 @@
 import threading
+from functools import partial
 
+import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimoe.moe import (
     Context,
     LayerRecord,
     MoELayer,
+    Router,
+    Routing,
     SwiGLUExperts,
     TopK,
     current_context,
     load_balance,
     record,
+    remember_context,
     routing_context,
 )
 from unimoe.moe.records import join
@@ -81,3 +89,72 @@ def test_joined_records_are_those_of_one_pass():
         torch.testing.assert_close(getattr(joined.routing, name), getattr(whole.routing, name))
     assert torch.equal(joined.ctx.pad_T, pad_T) and torch.equal(joined.ctx.modality_T, modality_T)
     torch.testing.assert_close(load_balance(joined), load_balance(whole))
+
+
+def test_joined_extra_follows_its_shape_letters():
+    torch.manual_seed(0)
+    router, x_TD, bias_E = TopK(8, 4, 2), torch.randn(10, 8), torch.randn(4)
+
+    def routed(rows: slice, **more: torch.Tensor) -> LayerRecord:
+        routing = router(x_TD[rows], Context())
+        routing.extra = {"own_TD": x_TD[rows], "own_N": routing.weight_N * 2, "bias_E": bias_E, **more}
+        return LayerRecord(3, routing, Context())
+
+    parts = [routed(slice(0, 4)), routed(slice(4, 10))]
+    whole, (joined,) = routed(slice(0, 10)), join(parts)
+    for name in ("own_TD", "own_N", "bias_E"):
+        torch.testing.assert_close(joined.routing.extra[name], whole.routing.extra[name])
+    parts[1].routing.extra["bias_E"] = bias_E.clone()
+    with pytest.raises(ValueError, match="another 'bias_E' in each forward pass"):
+        join(parts)
+    del parts[1].routing.extra["bias_E"]
+    with pytest.raises(ValueError, match="'bias_E' in 1 of 2 forward passes"):
+        join(parts)
+    with pytest.raises(ValueError, match="'scale', expected a name that ends in shape letters"):
+        join([routed(rows, scale=torch.ones(())) for rows in (slice(0, 4), slice(4, 10))])
+
+
+class ByModality(Router):
+    """A router that reads its context: text to expert 0, all else to the last one."""
+
+    num_experts = 4
+
+    def forward(self, x_TD, ctx):
+        modality_T = torch.zeros(len(x_TD), dtype=torch.long) if ctx.modality_T is None else ctx.modality_T
+        index_T1 = torch.where(modality_T == 0, 0, self.num_experts - 1)[:, None]
+        logits_TE = torch.nn.functional.one_hot(index_T1[:, 0], self.num_experts).float()
+        return Routing.from_topk(index_T1, torch.ones_like(index_T1).to(x_TD), logits_TE, logits_TE, 4)
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, index):
+        super().__init__()
+        self.mlp = MoELayer(ByModality(), SwiGLUExperts(4, 8, 12), layer_index=index)
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_checkpointing_gives_a_router_that_reads_its_context_the_same_gradients(remember):
+    """Bit-equal with ``remember_context``; without it, all tokens go to expert 0 in the second run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(0), Block(1))
+    x, ctx = torch.randn(6, 8), Context(modality_T=torch.tensor([0, 1, 0, 1, 1, 0]))
+    gradients = []
+    for checkpointing in (False, True):
+        for block in model if checkpointing else ():
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, early_stop=False)
+        if checkpointing and remember:
+            for _ in range(2):
+                remember_context(model)
+        model.zero_grad()
+        with record() as records:
+            with routing_context(ctx):
+                loss = model(x).square().sum()
+            loss.backward()
+        assert len(records) == (2 if remember or not checkpointing else 4)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    same = [torch.equal(one, other) for one, other in zip(*gradients, strict=True)]
+    assert all(same) == remember

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from unimoe.encoders import Encoder, build_connector, build_encoder
-from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, routing_context
+from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, remember_context, routing_context
 from unimoe.moe.install import install_moe
 
 from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
@@ -56,6 +56,10 @@ class UniMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any):
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        remember_context(self)  # or routers that read their context choose other experts in the second run
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -1,15 +1,15 @@
 """The MoE layer and its exchangeable parts: routers, experts, combine, losses, upcycling, records."""
 
-from .combine import combine_weights
+from .combine import combine_dense, combine_weights
 from .config import MoEConfig
 from .experts import Experts, FFNExperts, Origin, SwiGLUExperts
 from .install import build_router, install_moe
 from .layer import MoELayer
 from .lora import LoRAExperts
 from .losses import auxiliary_loss, load, load_balance, pair_counts, z_loss
-from .records import Context, LayerRecord, current_context, record, routing_context
+from .records import Context, LayerRecord, current_context, record, remember_context, routing_context
 from .router import OneExpert, Router, TopK
-from .routing import Routing
+from .routing import Pairs, Routing
 from .top_p import TopP, sparse_mixer
 from .upcycle import (
     copy_experts,
@@ -33,6 +33,7 @@ __all__ = [
     "MoELayer",
     "OneExpert",
     "Origin",
+    "Pairs",
     "Router",
     "Routing",
     "SwiGLUExperts",
@@ -40,6 +41,7 @@ __all__ = [
     "TopP",
     "auxiliary_loss",
     "build_router",
+    "combine_dense",
     "combine_weights",
     "copy_experts",
     "current_context",
@@ -52,6 +54,7 @@ __all__ = [
     "read_ffn",
     "read_swiglu",
     "record",
+    "remember_context",
     "repeat_router",
     "routing_context",
     "slice_experts",

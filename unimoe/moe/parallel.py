@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from unimoe.errors import UserError
 
 from .experts import Experts
-from .routing import Routing
+from .routing import Pairs, Routing
 
 Exchange = Literal["all_to_all", "all_reduce"]
 
@@ -48,16 +48,15 @@ class ExpertParallel:
         own = routing.num_experts // self.size
         offsets_F1 = routing.offsets_E1[self.rank * own : (self.rank + 1) * own + 1]
         pairs = slice(int(offsets_F1[0]), int(offsets_F1[-1]))
-        mine = Routing(
+        mine = Pairs(
             routing.token_N[pairs],
             routing.expert_N[pairs] - self.rank * own,
             routing.weight_N[pairs],
             offsets_F1 - offsets_F1[0],
-            routing.logits_TE,
-            routing.probs_TE,
         )
+        local = Routing.from_pairs(mine, routing.logits_TE, routing.probs_TE)
         x_TD, weight_N = _SumGradients.apply(self.group, x_TD, weight_N)
-        return _SumOutputs.apply(self.group, experts.mix(x_TD, mine, weight_N[pairs]))
+        return _SumOutputs.apply(self.group, experts.mix(x_TD, local, weight_N[pairs]))
 
     def _all_to_all(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         # (1) how many rows of each expert go where

@@ -2,19 +2,21 @@
 
 ``with routing_context(Context(...)):`` is opened by the model around its decoder, ``with record() as
 records:`` by whoever wants the routing of each MoE layer: the training step for its losses, plots, analyses.
-Both are context variables, so threads do not mix.
+Both are context variables, so threads do not mix. Gradient checkpointing runs layers a second time in the
+backward pass, after both have closed: :func:`remember_context` gives that run what the first one knew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .routing import Routing
+from .routing import Pairs, Routing
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,91 @@ def join(records: list[LayerRecord]) -> list[LayerRecord]:
 def _join(entries: list[LayerRecord]) -> LayerRecord:
     routings = [entry.routing for entry in entries]
     starts = accumulate((routing.num_tokens for routing in routings), initial=0)
+    tokens = [routing.token_N + start for routing, start in zip(routings, starts, strict=False)]
     expert_N, order_N = torch.sort(torch.cat([routing.expert_N for routing in routings]), stable=True)
-    routing = Routing(
-        torch.cat([routing.token_N + start for routing, start in zip(routings, starts, strict=False)])[
-            order_N
-        ],
+    pairs = Pairs(
+        torch.cat(tokens)[order_N],
         expert_N,
         torch.cat([routing.weight_N for routing in routings])[order_N],
         torch.stack([routing.offsets_E1 for routing in routings]).sum(0),
+    )
+    routing = Routing.from_pairs(
+        pairs,
         torch.cat([routing.logits_TE for routing in routings]),
         torch.cat([routing.probs_TE for routing in routings]),
+        _join_extra([routing.extra for routing in routings], order_N),
     )
     known = {}
     for name in ("pad_T", "modality_T", "sample_T"):
         parts = [getattr(entry.ctx, name) for entry in entries]
         known[name] = torch.cat(parts) if all(part is not None for part in parts) else None
     return LayerRecord(entries[0].layer, routing, Context(**known))
+
+
+def _join_extra(extras: Sequence[dict[str, Tensor]], order_N: Tensor) -> dict[str, Tensor]:
+    """By the shape letters at the end of each name: T* are concatenated, N* concatenated and sorted as the
+    pairs are, all others belong to the layer and must be one and the same tensor."""
+    joined: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for extra in extras for name in extra):
+        parts = [extra.get(name) for extra in extras]
+        present = [part for part in parts if part is not None]
+        letters = name.rpartition("_")[2]
+        if not letters[:1].isupper():
+            raise ValueError(
+                f"Routing.extra has {name!r}, expected a name that ends in shape letters: bias_E"
+            )
+        if len(present) < len(parts):
+            raise ValueError(f"Routing.extra has {name!r} in {len(present)} of {len(parts)} forward passes")
+        if letters[0] == "T":
+            joined[name] = torch.cat(present)
+        elif letters[0] == "N":
+            joined[name] = torch.cat(present)[order_N]
+        elif all(part is present[0] for part in present):
+            joined[name] = present[0]
+        else:
+            raise ValueError(
+                f"Routing.extra has another {name!r} in each forward pass, expected one tensor of the layer, "
+                "or a name whose shape letters begin with T (tokens) or N (pairs)"
+            )
+    return joined
+
+
+def remember_context(model: nn.Module) -> None:
+    """Make gradient checkpointing run the layers of ``model`` again as they ran first.
+
+    The second run, in the backward pass, gets the context variables of the first, so that a router that reads
+    its context chooses the same experts, and it records nothing. Call it after checkpointing was enabled on a
+    model of transformers; models of this package do so themselves. A second call changes nothing.
+    """
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, _RememberContext):
+            module._gradient_checkpointing_func = _RememberContext(checkpoint)
+
+
+class _RememberContext:
+    """A checkpointing function whose second run sees the context variables of the first."""
+
+    def __init__(self, checkpoint: Callable[..., Any]):
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context, runs = copy_context(), 0
+
+        def run(*inputs: Any, **options: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs == 1:
+                return function(*inputs, **options)
+            # a copy, since several threads may run backward passes through one graph
+            return context.copy().run(_unrecorded, function, *inputs, **options)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _unrecorded(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    _records.set(None)
+    return function(*inputs, **options)
 
 
 def current_context() -> Context:

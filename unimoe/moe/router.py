@@ -58,10 +58,6 @@ class TopK(Router):
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
-        return Routing.from_topk(*self.choose(x_TD), self.num_experts)
-
-    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(experts [T, K], their weights [T, K], logits [T, E], probabilities [T, E]), token by token."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
             probs_TE = logits_TE.softmax(dim=-1)
@@ -72,7 +68,7 @@ class TopK(Router):
                 weight_TK, index_TK = probs_TE.topk(self.k, dim=-1)
                 if self.renormalize:
                     weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
-        return index_TK, weight_TK, logits_TE, probs_TE
+        return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, self.num_experts)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, gating={self.gating}, renormalize={self.renormalize}"

@@ -1,18 +1,18 @@
-"""Ragged routing: who goes where, as one value for top-k, top-p, thresholds and dense phases alike.
+"""Ragged routing: one value for top-k, top-p, thresholds and dense phases alike.
 
 Shapes: T tokens, E experts, K slots per token, N (token, expert) pairs sorted by expert.
 """
 
-from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass
-class Routing:
-    """N (token, expert) pairs sorted by expert, with what losses and plots need to know about the choice."""
+class Pairs(NamedTuple):
+    """The N (token, expert) pairs of a routing, sorted by expert; tokens ascend inside an expert."""
 
     token_N: Tensor
     """[N] int64, the token of each pair."""
@@ -22,47 +22,153 @@ class Routing:
     """[N] float, the router's weight of each pair; differentiable."""
     offsets_E1: Tensor
     """[E+1] int64, expert e owns pairs offsets[e]..offsets[e+1]."""
-    logits_TE: Tensor
-    """[T, E] float32 router logits before any choice; differentiable."""
-    probs_TE: Tensor
-    """[T, E] float32 router probabilities before the choice; differentiable."""
-    extra: dict[str, Tensor] = field(default_factory=dict)
-    """What one router hands to its own loss."""
+
+
+class Routing:
+    """Which experts each token visits and with what weight, plus what losses and plots need to know.
+
+    The choice has two views, each computed on first use: pairs sorted by expert (``token_N``, ``expert_N``,
+    ``weight_N``, ``offsets_E1``) for the kernels, and :meth:`dense` for banks of low-rank experts and for
+    exported graphs, whose shapes must not depend on the data. Build one with :meth:`from_topk`,
+    :meth:`from_mask` or :meth:`from_pairs`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        logits_TE: Tensor,
+        probs_TE: Tensor,
+        extra: dict[str, Tensor] | None = None,
+    ):
+        self.num_experts = num_experts
+        self.logits_TE = logits_TE
+        """[T, E] float32 router logits before the choice; differentiable."""
+        self.probs_TE = probs_TE
+        """[T, E] float32 router probabilities before the choice; differentiable."""
+        self.extra = extra or {}
+        """Tensors that a router hands to its own loss. A name ends in its shape letters: the first is T (one
+        row per token) or N (one per pair), or the tensor belongs to the whole layer."""
 
     @classmethod
     def from_topk(
         cls, index_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, probs_TE: Tensor, num_experts: int
     ) -> "Routing":
-        """Sorts K slots per token by expert; the order of tokens inside an expert is kept."""
-        slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(index_TK, num_experts)
-        weight_N = weight_TK.reshape(-1).index_select(0, slot_N)
-        return cls(token_N, expert_N, weight_N, offsets_E1, logits_TE, probs_TE)
+        """K slots per token, each a different expert."""
+        return _SlotRouting(index_TK, weight_TK, logits_TE, probs_TE, num_experts)
 
     @classmethod
     def from_mask(
         cls, chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, probs_TE: Tensor
     ) -> "Routing":
         """A pair wherever ``chosen_TE`` is true, as many for a token as there are."""
-        expert_N, token_N = chosen_TE.T.nonzero(as_tuple=True)
-        offsets_E1 = F.pad(chosen_TE.sum(dim=0).cumsum(dim=0), (1, 0))
-        return cls(token_N, expert_N, weight_TE[token_N, expert_N], offsets_E1, logits_TE, probs_TE)
+        return _MaskRouting(chosen_TE, weight_TE, logits_TE, probs_TE)
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Pairs, logits_TE: Tensor, probs_TE: Tensor, extra: dict[str, Tensor] | None = None
+    ) -> "Routing":
+        """Pairs that are sorted already."""
+        return _PairRouting(pairs, logits_TE, probs_TE, extra)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The choice as pairs sorted by expert."""
+        raise NotImplementedError
+
+    def chosen(self) -> Tensor:
+        """[T, E] bool, True where the token visits the expert."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """[T, E] router weights, zero where the token does not visit the expert; differentiable."""
+        raise NotImplementedError
 
     def first(self, num_experts: int) -> "Routing":
-        """The pairs of the first ``num_experts`` experts; those of the rest, null experts, give nothing."""
+        """The pairs of the first ``num_experts`` experts; the rest are null experts, whose output is zero."""
         if num_experts == self.num_experts:
             return self
         offsets_E1 = self.offsets_E1[: num_experts + 1]
         end = int(offsets_E1[-1])
-        pairs = (self.token_N[:end], self.expert_N[:end], self.weight_N[:end])
-        return Routing(*pairs, offsets_E1, self.logits_TE, self.probs_TE, self.extra)
+        pairs = Pairs(self.token_N[:end], self.expert_N[:end], self.weight_N[:end], offsets_E1)
+        return Routing.from_pairs(pairs, self.logits_TE, self.probs_TE, self.extra)
 
     @property
     def num_tokens(self) -> int:
         return self.logits_TE.shape[0]
 
     @property
-    def num_experts(self) -> int:
-        return self.offsets_E1.shape[0] - 1
+    def token_N(self) -> Tensor:
+        return self.pairs.token_N
+
+    @property
+    def expert_N(self) -> Tensor:
+        return self.pairs.expert_N
+
+    @property
+    def weight_N(self) -> Tensor:
+        return self.pairs.weight_N
+
+    @property
+    def offsets_E1(self) -> Tensor:
+        return self.pairs.offsets_E1
+
+
+class _SlotRouting(Routing):
+    def __init__(
+        self, index_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, probs_TE: Tensor, num_experts: int
+    ):
+        super().__init__(num_experts, logits_TE, probs_TE)
+        self._index_TK, self._weight_TK = index_TK, weight_TK
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(self._index_TK, self.num_experts)
+        weight_N = self._weight_TK.reshape(-1).index_select(0, slot_N)
+        return Pairs(token_N, expert_N, weight_N, offsets_E1)
+
+    def chosen(self) -> Tensor:
+        index_TK = self._index_TK
+        unchosen_TE = index_TK.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
+        return unchosen_TE.scatter(1, index_TK, torch.ones_like(index_TK, dtype=torch.bool))
+
+    def dense(self) -> Tensor:
+        zeros_TE = self._weight_TK.new_zeros(self.num_tokens, self.num_experts)
+        return zeros_TE.scatter(1, self._index_TK, self._weight_TK)
+
+
+class _MaskRouting(Routing):
+    def __init__(self, chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, probs_TE: Tensor):
+        super().__init__(chosen_TE.shape[1], logits_TE, probs_TE)
+        self._chosen_TE, self._weight_TE = chosen_TE, weight_TE
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        expert_N, token_N = self._chosen_TE.T.nonzero(as_tuple=True)
+        offsets_E1 = F.pad(self._chosen_TE.sum(dim=0).cumsum(dim=0), (1, 0))
+        return Pairs(token_N, expert_N, self._weight_TE[token_N, expert_N], offsets_E1)
+
+    def chosen(self) -> Tensor:
+        return self._chosen_TE
+
+    def dense(self) -> Tensor:
+        return self._weight_TE.masked_fill(~self._chosen_TE, 0)
+
+
+class _PairRouting(Routing):
+    def __init__(
+        self, pairs: Pairs, logits_TE: Tensor, probs_TE: Tensor, extra: dict[str, Tensor] | None = None
+    ):
+        super().__init__(pairs.offsets_E1.shape[0] - 1, logits_TE, probs_TE, extra)
+        self.pairs = pairs
+
+    def chosen(self) -> Tensor:
+        unchosen_TE = self.token_N.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
+        true_N = torch.ones_like(self.token_N, dtype=torch.bool)
+        return unchosen_TE.index_put((self.token_N, self.expert_N), true_N)
+
+    def dense(self) -> Tensor:
+        zeros_TE = self.weight_N.new_zeros(self.num_tokens, self.num_experts)
+        return zeros_TE.index_put((self.token_N, self.expert_N), self.weight_N)
 
 
 def sort_by_expert(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
