@@ -8,7 +8,7 @@ from typing import Any
 
 from unimoe.artifacts import write_model
 from unimoe.detection.data.datamodule import DetectionData
-from unimoe.detection.evaluation.evaluate import present
+from unimoe.detection.evaluation.report import write_report
 from unimoe.detection.model.loading import DETECTOR
 from unimoe.files import atomic_write
 from unimoe.training.cli import RunCLI, run_cli
@@ -42,8 +42,8 @@ class DetectionCLI(RunCLI):
         super()._evaluate(results)
         if self.trainer.is_global_zero:
             module, folder = self.model, self.output / "logs" / str(self.subcommand)
-            atomic_write(folder / "detections.json", json.dumps(module.judge.results) + "\n")
-            present(module.scores, module.evaluation, folder / "scores.json", folder)
+            atomic_write(folder / "detections.json", json.dumps(module.evaluator.results) + "\n")
+            write_report(module.scores, module.evaluation, folder / "scores.json", folder)
 
 
 def main(args: list[str]) -> None:

@@ -11,17 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from unimoe.detection.data.batches import Batch, Question
-from unimoe.detection.data.text_cache import TextFeatureCache
-from unimoe.detection.evaluation.analysis import effective_partners, together, unmoved_twins, visits
-from unimoe.detection.evaluation.evaluation import Evaluation, Style
-from unimoe.detection.evaluation.scoring import Judge
+from unimoe.detection.data.batches import EvalBatch, TrainBatch
+from unimoe.detection.evaluation.average_precision import Evaluation, Style
+from unimoe.detection.evaluation.evaluator import DetectionEvaluator
+from unimoe.detection.evaluation.expert_usage import (
+    coactivation,
+    effective_partners,
+    twin_share,
+    visited_experts,
+)
 from unimoe.detection.model.build import build_detector
 from unimoe.detection.model.criterion import CriterionConfig, DetectionCriterion
 from unimoe.detection.model.denoising import DenoisingConfig, make_denoising
 from unimoe.detection.model.loading import load_detector
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.moe_tuning import freeze_for_tuning, moe_tuning
+from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
 from unimoe.moe import LayerRecord, MoEConfig, load_balance, record
 from unimoe.training.module import ResumableModule, Schedule, load_columns
@@ -32,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class MoETuning:
+class MoETuningConfig:
     """How a dense detector becomes a mixture of experts (:mod:`unimoe.detection.model.moe_tuning`)."""
 
     copies: int = 8
@@ -63,7 +68,7 @@ class DetectionModule(ResumableModule):
         self,
         init_from: str | None = None,
         detector: dict[str, Any] | None = None,
-        moe: MoETuning | None = None,
+        moe: MoETuningConfig | None = None,
         trainable: list[str] | None = None,
         freeze_encoders: bool = True,
         criterion: CriterionConfig | None = None,
@@ -110,7 +115,7 @@ class DetectionModule(ResumableModule):
         self.evaluation: Style = evaluation
         self.model: DynamicDinoForObjectDetection
         self.tokenizer: PreTrainedTokenizerBase
-        self.judge: Judge
+        self.evaluator: DetectionEvaluator
         """Of the latest evaluation, with everything that was found."""
         self.scores: Evaluation
         """Of the latest evaluation."""
@@ -174,11 +179,11 @@ class DetectionModule(ResumableModule):
 
     # ---------------------------------------------------------------- steps
 
-    def batch_amount(self, batch: Batch) -> float:
+    def batch_amount(self, batch: TrainBatch) -> float:
         """Pictures of a batch, for the speed in the progress."""
         return len(batch.targets)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         # (1)
         prompts = batch.prompt_batch
         features = None if self._text is None else self._text(batch.prompts)
@@ -212,14 +217,14 @@ class DetectionModule(ResumableModule):
         if not records:
             return {}
         slices = MoEConfig.from_dict(self.model.config.moe or {}).top_k
-        chosen = [visits(entry) for entry in records]
+        chosen = [visited_experts(entry) for entry in records]
         pairs_LE = mean_over_ranks(torch.stack([visits_QE.sum(0) for visits_QE in chosen]))
-        together_LEE = mean_over_ranks(torch.stack([together(visits_QE) for visits_QE in chosen]))
+        together_LEE = mean_over_ranks(torch.stack([coactivation(visits_QE) for visits_QE in chosen]))
         together_LEE = together_LEE * data_parallel_size(self.trainer)
         load_LE = pairs_LE / pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
         balance_L = mean_over_ranks(load_balance(records, load_LE, pairs_LE[0].sum() / slices))
         row = load_columns(records, load_LE, balance_L)
-        partners_L, twins_L = effective_partners(together_LEE), unmoved_twins(together_LEE, slices)
+        partners_L, twins_L = effective_partners(together_LEE), twin_share(together_LEE, slices)
         for entry, partners, twins in zip(records, partners_L.tolist(), twins_L.tolist(), strict=True):
             name = f"moe/layer{entry.layer:02d}"
             row |= {f"{name}/effective_partners": partners, f"{name}/twins": twins}
@@ -228,22 +233,22 @@ class DetectionModule(ResumableModule):
     # ---------------------------------------------------------------- average precision
 
     def on_validation_epoch_start(self) -> None:
-        self.judge = self._judge("val")
+        self.evaluator = self._evaluator("val")
 
     def on_test_epoch_start(self) -> None:
-        self.judge = self._judge("test")
+        self.evaluator = self._evaluator("test")
 
-    def _judge(self, split: str) -> Judge:
+    def _evaluator(self, split: str) -> DetectionEvaluator:
         data = self.trainer.datamodule.sets[split]  # type: ignore[attr-defined]
-        return Judge(
+        return DetectionEvaluator(
             self.model, self.tokenizer, data, self.evaluation, top=self.max_detections, text=self._text
         )
 
-    def validation_step(self, batch: Question, batch_idx: int) -> None:
-        self.judge.show(batch)
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self.evaluator.update(batch)
 
-    def test_step(self, batch: Question, batch_idx: int) -> None:
-        self.judge.show(batch)
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self.evaluator.update(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._score("val")
@@ -252,6 +257,6 @@ class DetectionModule(ResumableModule):
         self._score("test")
 
     def _score(self, split: str) -> None:
-        self.scores = self.judge.evaluate()
+        self.scores = self.evaluator.compute()
         metrics = {f"{split}/{name}": value for name, value in self.scores.metrics.items()}
         self.log_dict(metrics, rank_zero_only=False)

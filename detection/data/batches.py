@@ -12,11 +12,11 @@ from torch import Tensor
 from unimoe.detection.model.output import Target
 from unimoe.detection.model.prompt import Prompt, PromptBatch
 
-from .dataset import DetectionSample
+from .annotations import DetectionSample
 
 
 @dataclass
-class Batch:
+class TrainBatch:
     """What a training step needs: pixels, or the backbone's maps of them."""
 
     pixel_mask: Tensor | None
@@ -29,13 +29,13 @@ class Batch:
     image_features: list[Tensor] | None = None
     """N maps [B, C, h, w]."""
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
+    def to(self, device: torch.device | str, **kwargs: Any) -> "TrainBatch":
         targets = [Target(one.boxes_M4.to(device), one.names_M.to(device)) for one in self.targets]
         return replace(_moved(self, device), prompt_batch=self.prompt_batch.to(device), targets=targets)
 
 
 @dataclass
-class Question:
+class EvalBatch:
     """Pictures to be searched for every name of their set."""
 
     samples: list[DetectionSample]
@@ -48,11 +48,11 @@ class Question:
     image_features: list[Tensor] | None = None
     """N maps [B, C, h, w]."""
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> "Question":
+    def to(self, device: torch.device | str, **kwargs: Any) -> "EvalBatch":
         return _moved(self, device)
 
 
-AnyBatch = TypeVar("AnyBatch", Batch, Question)
+AnyBatch = TypeVar("AnyBatch", TrainBatch, EvalBatch)
 
 
 def _moved(batch: AnyBatch, device: torch.device | str) -> AnyBatch:

@@ -15,22 +15,22 @@ from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.output import Target
 from unimoe.detection.model.prompt import Prompt, PromptBatch
 
-from .batches import Batch, Question
-from .dataset import DetectionSet
-from .examples import EvaluationData, TrainingData, View
+from .annotations import DetectionSet
+from .batches import EvalBatch, TrainBatch
+from .dataset import EvalDataset, TrainDataset, View
 from .features import FeatureStore, pictures_key
 
 
-class CachedTraining(Dataset):
+class CachedTrainDataset(Dataset):
     """Stored views of training pictures, each with a prompt drawn anew for (index, seed)."""
 
-    def __init__(self, data: TrainingData, store: FeatureStore):
+    def __init__(self, data: TrainDataset, store: FeatureStore):
         self.data, self.store = data, store
 
     @classmethod
     def of(
-        cls, data: TrainingData, copies: int, folder: Path, model: DynamicDinoForObjectDetection
-    ) -> "CachedTraining":
+        cls, data: TrainDataset, copies: int, folder: Path, model: DynamicDinoForObjectDetection
+    ) -> "CachedTrainDataset":
         """``copies`` augmented views of each picture; their maps are kept in ``folder``."""
         config = data.augment.config
         made_of = {"augment": asdict(config), "copies": copies}
@@ -48,9 +48,9 @@ class CachedTraining(Dataset):
             prompt, target = self.data.ask(sample, boxes_K4, kept_K, self.store.sizes[index])
         return index, prompt, target
 
-    def collate(self, items: Sequence[tuple[int, Prompt, Target]]) -> Batch:
+    def collate(self, items: Sequence[tuple[int, Prompt, Target]]) -> TrainBatch:
         indices, prompts, targets = zip(*items, strict=True)
-        return Batch(
+        return TrainBatch(
             self.store.pixel_masks(indices),
             list(prompts),
             PromptBatch.stack(prompts),
@@ -59,7 +59,7 @@ class CachedTraining(Dataset):
         )
 
 
-class CachedPictures(Dataset):
+class CachedEvalDataset(Dataset):
     """Stored maps of whole pictures: the index of a picture, for ``collate``."""
 
     def __init__(self, data: DetectionSet, store: FeatureStore):
@@ -67,8 +67,8 @@ class CachedPictures(Dataset):
 
     @classmethod
     def of(
-        cls, pictures: EvaluationData, folder: Path, model: DynamicDinoForObjectDetection
-    ) -> "CachedPictures":
+        cls, pictures: EvalDataset, folder: Path, model: DynamicDinoForObjectDetection
+    ) -> "CachedEvalDataset":
         """Every picture as it is; their maps are kept in ``folder``."""
         made_of = {"size": model.config.image_size}
         longest = pictures.resize.longest
@@ -80,18 +80,18 @@ class CachedPictures(Dataset):
     def __getitem__(self, index: int) -> int:
         return index
 
-    def collate(self, indices: Sequence[int]) -> Question:
+    def collate(self, indices: Sequence[int]) -> EvalBatch:
         samples = [self.data.samples[index] for index in indices]
         sizes = [sample.size or sample.load().size for sample in samples]
         maps = self.store.batch(indices)
-        return Question(samples, sizes, self.store.pixel_masks(indices), image_features=maps)
+        return EvalBatch(samples, sizes, self.store.pixel_masks(indices), image_features=maps)
 
 
 class _Views(Sequence[View]):
     """``copies`` augmented views of each training picture, the same ones whatever the run's seed: runs share
     the store."""
 
-    def __init__(self, data: TrainingData, copies: int):
+    def __init__(self, data: TrainDataset, copies: int):
         self.data, self.copies = data, copies
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class _Views(Sequence[View]):
 class _Whole(Sequence[View]):
     """Pictures as they are evaluated; their boxes are not needed."""
 
-    def __init__(self, pictures: EvaluationData):
+    def __init__(self, pictures: EvalDataset):
         self.pictures = pictures
 
     def __len__(self) -> int:

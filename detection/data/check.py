@@ -7,7 +7,7 @@ from typing import Any
 from unimoe.data.errors import Fault
 from unimoe.errors import UserError
 
-from .dataset import DetectionSet
+from .annotations import DetectionSet
 from .formats import read_detection
 from .yolo import yolo_file, yolo_splits
 

@@ -14,9 +14,9 @@ from unimoe.errors import UserError
 from unimoe.training.loader import ResumableLoader
 from unimoe.training.ranks import data_parallel_rank, data_parallel_size
 
-from .cached import CachedPictures, CachedTraining
-from .dataset import DetectionSet
-from .examples import EvaluationData, TrainingData
+from .annotations import DetectionSet
+from .cached import CachedEvalDataset, CachedTrainDataset
+from .dataset import EvalDataset, TrainDataset
 from .formats import read_detection
 from .sampling import PromptSampler, SamplingConfig
 from .transforms import Augment, AugmentConfig, resize_for
@@ -113,7 +113,7 @@ class DetectionData(LightningDataModule):
         assert self.trainer is not None
         module, data = self.module, self.sets["train"]
         config: Any = module.model.config
-        training = TrainingData(
+        training = TrainDataset(
             data,
             Augment(self.augment, config.image_mean, config.image_std),
             PromptSampler(data.names, module.tokenizer, self.prompts),
@@ -122,7 +122,7 @@ class DetectionData(LightningDataModule):
         if self.features is not None:
             if any(parameter.requires_grad for parameter in module.model.backbone.parameters()):
                 raise UserError("data.cache_features needs a frozen backbone; set model.freeze_encoders")
-            items = CachedTraining.of(training, self.copies, self.features, module.model)
+            items = CachedTrainDataset.of(training, self.copies, self.features, module.model)
         ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
         sampler = SeededSampler(
             ["image"] * len(items),
@@ -147,23 +147,23 @@ class DetectionData(LightningDataModule):
     # ---------------------------------------------------------------- evaluation
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._questions("val") if "val" in self.sets else []
+        return self._eval_dataloader("val") if "val" in self.sets else []
 
     def test_dataloader(self) -> DataLoader:
-        return self._questions("test")
+        return self._eval_dataloader("test")
 
-    def _questions(self, split: str) -> DataLoader:
+    def _eval_dataloader(self, split: str) -> DataLoader:
         """This rank's share of the pictures: as many as any other's, so that all take the same steps."""
         assert self.trainer is not None
         count = len(self.sets[split].samples)
         ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
         share = [place % count for place in range(rank, count + -count % ranks, ranks)]
-        return questions(
+        return eval_dataloader(
             self.sets[split], self.module.model, self.features, self.batch_size, self.num_workers, share
         )
 
 
-def questions(
+def eval_dataloader(
     data: DetectionSet,
     model: DynamicDinoForObjectDetection,
     features: Path | None = None,
@@ -171,7 +171,7 @@ def questions(
     num_workers: int = 0,
     chosen: Sequence[int] | None = None,
 ) -> DataLoader:
-    """The pictures of a set, whole and in order, as batches of Question.
+    """The pictures of a set, whole and in order, as batches of EvalBatch.
 
     Args:
         data: the set.
@@ -181,11 +181,11 @@ def questions(
         num_workers: processes that prepare batches.
         chosen: rows of ``data.samples`` (default: all).
     """
-    pictures = EvaluationData(data, resize_for(model.config))
+    pictures = EvalDataset(data, resize_for(model.config))
     sampler = chosen if chosen is not None else range(len(pictures))
     if features is None:
         return DataLoader(
             pictures, batch_size, sampler=sampler, collate_fn=pictures.collate, num_workers=num_workers
         )
-    cached = CachedPictures.of(pictures, features, model)
+    cached = CachedEvalDataset.of(pictures, features, model)
     return DataLoader(cached, batch_size, sampler=sampler, collate_fn=cached.collate)

@@ -1,206 +1,110 @@
-"""Annotated images, whatever file they came from.
+"""Batches for training and for evaluation.
 
-Shapes: M objects of an image.
+Shapes: B images, H x W pixels of the largest, M objects of an image.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
-from unimoe.data.errors import Fault
-from unimoe.detection.model.prompt import clean_name
-from unimoe.errors import UserError
-from unimoe.media.decode import load_image
+from unimoe.detection.model.output import Target
+from unimoe.detection.model.prompt import Prompt, PromptBatch
 
-_ORIENTATION = 0x0112  # EXIF
+from .annotations import DetectionSample, DetectionSet
+from .batches import EvalBatch, TrainBatch
+from .sampling import PromptSampler
+from .transforms import Augment, Resize, padded, pixel_masks_of
 
-
-@dataclass(frozen=True)
-class Category:
-    """A class of objects."""
-
-    id: int
-    """As in the file; ids may have gaps."""
-    name: str
-    frequency: str | None = None
-    """LVIS: ``r``, ``c`` or ``f`` (rare, common, frequent)."""
-
-
-FAULTS = {
-    "malformed": "an entry cannot be read",
-    "duplicate image id": "two images have one id",
-    "duplicate category id": "two categories have one id",
-    "unknown image": "an annotation names an image that is not listed",
-    "unknown category": "an annotation names a category that is not listed",
-    "missing image": "a picture is not there",
-    "duplicate annotation id": "two annotations have one id",
-    "outside": "a box reaches out of its image",
-    "empty box": "a box has no area inside its image",
-    "empty name": "a category has no name",
-    "size": "a picture has another size than the file says",
-    "unreadable image": "a picture cannot be decoded",
-}
-MILD = ("duplicate annotation id", "outside", "empty box")
-"""Faults that reading repairs: boxes are clipped, those without area left out."""
-
-
-@dataclass(frozen=True)
-class DetectionSample:
-    """One image with its objects, not yet decoded."""
-
-    path: Path
-    image_id: int
-    source: str
-    """The file and the entry it was read from; errors about the sample begin with it."""
-    boxes_M4: Tensor
-    """float32, (x1, y1, x2, y2) in pixels."""
-    category_M: Tensor
-    """int64, row of the set's categories; with a caption: row of ``spans``."""
-    crowd_M: Tensor
-    """bool, whether the box holds a group; such boxes are not trained on."""
-    size: tuple[int, int] | None = None
-    """(width, height) as the file says."""
-    negatives: tuple[int, ...] | None = None
-    """Rows of the categories that are known to be absent; None if all that have no box are."""
-    caption: str | None = None
-    """Grounding data: the sentence."""
-    spans: tuple[tuple[tuple[int, int], ...], ...] = ()
-    """Grounding data: the characters (start, end) of each phrase."""
-
-    def load(self) -> Image.Image:
-        """The picture, RGB, as the boxes mean it.
-
-        It is turned upright by EXIF, unless the file gives the size of the picture before turning. Raises
-        UserError when it cannot be decoded.
-        """
-        part = {"type": "image", "path": str(self.path)}
-        picture = load_image(part, self.source)
-        if self.size and picture.size != self.size == picture.size[::-1]:
-            with Image.open(self.path) as raw:
-                raw.getexif()[_ORIENTATION] = 1
-                picture = load_image({**part, "image": raw}, self.source)
-        return picture
+_SIDES = {"left", "right"}
 
 
 @dataclass
-class DetectionSet:
-    """The images of one file."""
+class View:
+    """A picture as the model sees it."""
 
-    path: Path
-    samples: list[DetectionSample] = field(default_factory=list)
-    categories: list[Category] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    pixels: Tensor
+    """[3, height, width]"""
+    boxes_K4: Tensor
+    """(x1, y1, x2, y2) of its objects, in its pixels."""
+    kept_K: Tensor
+    """int64, which of the sample's single objects they are."""
 
-    @property
-    def names(self) -> list[str]:
-        return [category.name for category in self.categories]
 
-    def fault(self, kind: str, where: str, message: str) -> None:
-        """Note something wrong at an entry of the file."""
-        self.faults.append(Fault(kind, f"{self.path}: {where}", message))
+class TrainDataset(Dataset):
+    """Augmented pictures with a prompt drawn for each: (index, seed) -> (pixels [3, H, W], prompt, target).
 
-    def add(
-        self,
-        picture: Path,
-        image_id: int,
-        where: str,
-        boxes: Sequence[Sequence[float]],
-        rows: Sequence[int],
-        crowd: Sequence[bool] | None = None,
-        size: tuple[int, int] | None = None,
-        **facts: Any,
-    ) -> None:
-        """Append a sample of (x1, y1, x2, y2) boxes: clipped to the image, without those of no area there."""
-        boxes_M4 = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-        inside_M4, limits = boxes_M4, ""
-        if size:
-            inside_M4 = boxes_M4.clamp(min=0).minimum(torch.tensor([*size, *size], dtype=torch.float64))
-            limits = f", expected one inside {size[0]} x {size[1]} pixels"
-        keep_M = (inside_M4[:, 2:] > inside_M4[:, :2]).all(dim=1)
-        moved_M = (boxes_M4 - inside_M4).abs().sum(dim=1) > 0.5  # less is the rounding of annotation tools
-        for kind, wrong_M in (("outside", keep_M & moved_M), ("empty box", ~keep_M)):
-            for m in wrong_M.nonzero()[:, 0].tolist():
-                box = [round(value, 2) for value in boxes_M4[m].tolist()]
-                self.fault(kind, where, f"{FAULTS[kind]}: found (x1, y1, x2, y2) = {box}{limits}")
-        self.samples.append(
-            DetectionSample(
-                path=picture,
-                image_id=image_id,
-                source=f"{self.path}: {where}",
-                boxes_M4=inside_M4[keep_M].float(),
-                category_M=torch.tensor(rows, dtype=torch.int64)[keep_M],
-                crowd_M=torch.tensor(crowd or [False] * len(rows))[keep_M].bool(),
-                size=size,
-                **facts,
-            )
-        )
+    Crowds are not trained on, and their classes are not asked for as absent. Captions are taken as they are.
+    """
 
-    @contextmanager
-    def entry(self, where: str) -> Iterator[None]:
-        """What is wrong with the shape of an entry becomes a fault."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            self.fault("malformed", where, what)
+    def __init__(self, data: DetectionSet, augment: Augment, sampler: PromptSampler):
+        self.data, self.augment, self.sampler = data, augment, sampler
 
-    def rows_by_id(self) -> dict[int, int]:
-        """Category id -> its row; faults for ids that are used twice and names that are empty."""
-        row_of: dict[int, int] = {}
-        for row, category in enumerate(self.categories):
-            where = f"category {category.id}"
-            if category.id in row_of:
-                other = self.categories[row_of[category.id]].name
-                self.fault("duplicate category id", where, f"{category.name!r} has the id of {other!r}")
-            if not clean_name(category.name):
-                self.fault("empty name", where, f"found the name {category.name!r}, expected words")
-            row_of[category.id] = row
-        return row_of
+    def __len__(self) -> int:
+        return len(self.data.samples)
 
-    def find(self, name: str, images: Path | None, where: str) -> Path:
-        """Where a picture lies: in ``images``, or else near the file; a fault if nowhere."""
-        near = [self.path.parent, self.path.parent / "images", self.path.parent.parent]
-        roots = [images] if images else near
-        for root in roots:
-            if (root / name).is_file():
-                return root / name
-        self.fault("missing image", where, f"no picture {roots[0] / name}; is the folder of images right?")
-        return roots[0] / name
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Prompt, Target]:
+        index, seed = key
+        sample = self.data.samples[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            view = self.view(sample)
+            return view.pixels, *self.ask(sample, view.boxes_K4, view.kept_K, view.pixels.shape[1:])
 
-    def ground_truth(self) -> dict[str, Any]:
-        """The COCO dictionary to evaluate against: the file's own if it is one, else made of the samples.
+    def view(self, sample: DetectionSample) -> View:
+        """The picture and the boxes of its single objects, augmented."""
+        sided = sample.caption is not None and bool(_SIDES & set(sample.caption.lower().split()))
+        return View(*self.augment(sample.load(), sample.boxes_M4[~sample.crowd_M], flip=not sided))
 
-        Raises UserError for captions, which have no fixed list of classes.
-        """
-        if self.path.suffix == ".json":
-            return json.loads(self.path.read_text(encoding="utf-8-sig"))
-        if any(sample.caption is not None for sample in self.samples):
-            raise UserError(f"{self.path}: phrases of captions cannot be evaluated as classes")
-        annotations = []
-        for sample in self.samples:
-            for box, row, crowd in zip(
-                sample.boxes_M4.tolist(), sample.category_M.tolist(), sample.crowd_M.tolist(), strict=True
-            ):
-                width, height = box[2] - box[0], box[3] - box[1]
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": sample.image_id,
-                        "category_id": self.categories[row].id,
-                        "bbox": [box[0], box[1], width, height],
-                        "area": width * height,
-                        "iscrowd": int(crowd),
-                    }
-                )
-        return {
-            "images": [{"id": sample.image_id, "file_name": str(sample.path)} for sample in self.samples],
-            "annotations": annotations,
-            "categories": [{"id": c.id, "name": c.name} for c in self.categories],
-        }
+    def ask(
+        self, sample: DetectionSample, boxes_K4: Tensor, kept_K: Tensor, size: Sequence[int]
+    ) -> tuple[Prompt, Target]:
+        """A prompt for a view of the given (height, width), and the answer."""
+        category_K = sample.category_M[~sample.crowd_M][kept_K]
+        if sample.caption is None:
+            crowds = sample.category_M[sample.crowd_M].tolist()
+            prompt, names_K = self.sampler(category_K, sample.negatives, crowds)
+        else:
+            prompt = Prompt.from_caption(sample.caption, sample.spans, self.sampler.tokenizer)
+            names_K = category_K.masked_fill(~prompt.name_tokens.any(dim=1)[category_K], -1)  # cut off
+        height, width = size
+        scaled_K4 = box_convert(boxes_K4, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+        return prompt, Target(scaled_K4[names_K >= 0], names_K[names_K >= 0])
+
+    @staticmethod
+    def collate(items: Sequence[tuple[Tensor, Prompt, Target]]) -> TrainBatch:
+        pixels, prompts, targets = zip(*items, strict=True)
+        values, mask = stack(pixels)
+        return TrainBatch(mask, list(prompts), PromptBatch.stack(prompts), list(targets), pixel_values=values)
+
+
+class EvalDataset(Dataset):
+    """Whole pictures: (pixels [3, H, W], (width, height), sample)."""
+
+    def __init__(self, data: DetectionSet, resize: Resize):
+        self.data, self.resize = data, resize
+
+    def __len__(self) -> int:
+        return len(self.data.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int], DetectionSample]:
+        sample = self.data.samples[index]
+        picture = sample.load()
+        return self.resize(picture), picture.size, sample
+
+    def collate(self, items: Sequence[tuple[Tensor, tuple[int, int], DetectionSample]]) -> EvalBatch:
+        pixels, sizes, samples = zip(*items, strict=True)
+        values, mask = stack(pixels, self.resize.square)
+        return EvalBatch(list(samples), list(sizes), mask, pixel_values=values)
+
+
+def stack(pixels: Sequence[Tensor], side: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Pictures [3, h, w] padded at the right and below to a square of ``side`` (None: to the largest), and
+    their mask [B, H, W] int64, 1 on the pictures; None where nothing is padded."""
+    height, width = (side or max(picture.shape[axis] for picture in pixels) for axis in (1, 2))
+    sizes = [tuple(picture.shape[1:]) for picture in pixels]
+    values = torch.stack([padded(picture, height, width) for picture in pixels])
+    return values, None if set(sizes) == {(height, width)} else pixel_masks_of(sizes, height, width)

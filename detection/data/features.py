@@ -19,9 +19,9 @@ from torch import Tensor
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.files import atomic_folder
 
-from .dataset import DetectionSample
-from .examples import View
-from .transforms import padded, picture_masks
+from .annotations import DetectionSample
+from .dataset import View
+from .transforms import padded, pixel_masks_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class FeatureStore:
         sizes = [self.sizes[index] for index in indices]
         if all(size == (self.side, self.side) for size in sizes):
             return None
-        return picture_masks(sizes, self.side, self.side)
+        return pixel_masks_of(sizes, self.side, self.side)
 
     @classmethod
     def of(

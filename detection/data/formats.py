@@ -17,7 +17,7 @@ from typing import Any
 from unimoe.data.read import read_records
 from unimoe.errors import UserError
 
-from .dataset import FAULTS, MILD, Category, DetectionSet
+from .annotations import FAULTS, REPAIRED, Category, DetectionSet
 from .odvg import read_odvg
 from .yolo import read_yolo, yolo_file
 
@@ -103,7 +103,7 @@ def read_coco(path: Path, images: Path | None = None) -> DetectionSet:
 
 def _complain(found: DetectionSet) -> None:
     """Raise for faults that cannot be repaired, tell of those that were."""
-    fatal = [fault for fault in found.faults if fault.kind not in MILD]
+    fatal = [fault for fault in found.faults if fault.kind not in REPAIRED]
     if fatal:
         more = f" (and {len(fatal) - 1} more; `unimoe data check {found.path}` lists them)"
         raise UserError(f"{fatal[0].where}: {fatal[0].message}{more if len(fatal) > 1 else ''}")

@@ -7,7 +7,7 @@ from typing import Any
 from unimoe.data.read import read_records
 from unimoe.errors import UserError
 
-from .dataset import Category, DetectionSet
+from .annotations import Category, DetectionSet
 
 
 def read_odvg(path: Path, images: Path | None = None) -> DetectionSet:

@@ -48,7 +48,7 @@ class Augment:
         std: Sequence[float] = IMAGENET_STD,
     ):
         self.config = config or AugmentConfig()
-        self.normalise = Normalise(mean, std)
+        self.normalise = Normalize(mean, std)
         strength = self.config.colour
         self.colour = v2.ColorJitter(strength, strength, strength, strength / 10)
 
@@ -76,7 +76,7 @@ class Augment:
 
     def _resize(self, image: Tensor, boxes_M4: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         _, height, width = image.shape
-        size = fitted(width, height, sizes[int(torch.randint(len(sizes), ()))], self.config.longest)
+        size = fit_size(width, height, sizes[int(torch.randint(len(sizes), ()))], self.config.longest)
         scale = boxes_M4.new_tensor([size[1] / width, size[0] / height] * 2)
         return F.resize(image, size, antialias=True), boxes_M4 * scale
 
@@ -104,11 +104,11 @@ class Resize:
         self.size, self.longest = size, longest
         self.square = longest if size == longest else None
         """Side of the square that a picture is padded to, whatever its shape; None where there is none."""
-        self.normalise = Normalise(mean, std)
+        self.normalise = Normalize(mean, std)
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """[3, H, W]"""
-        size = fitted(picture.width, picture.height, self.size, self.longest)
+        size = fit_size(picture.width, picture.height, self.size, self.longest)
         return self.normalise(F.resize(F.to_image(picture), size, antialias=True))
 
 
@@ -119,7 +119,7 @@ def resize_for(config: Any) -> Resize:
     return Resize(shorter, longest, config.image_mean, config.image_std)
 
 
-class Normalise(v2.Compose):
+class Normalize(v2.Compose):
     """8-bit pixels to float32, with ``mean`` and ``std`` taken out."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
@@ -128,7 +128,7 @@ class Normalise(v2.Compose):
         )
 
 
-def fitted(width: int, height: int, short: int, longest: int) -> list[int]:
+def fit_size(width: int, height: int, short: int, longest: int) -> list[int]:
     """[height, width] of the same shape with the short side ``short``, or the long side ``longest`` if that
     is smaller."""
     scale = min(short / min(width, height), longest / max(width, height))
@@ -140,7 +140,7 @@ def padded(pixels: Tensor, height: int, width: int) -> Tensor:
     return F.pad(pixels, [0, 0, width - pixels.shape[2], height - pixels.shape[1]])
 
 
-def picture_masks(sizes: Sequence[Sequence[int]], height: int, width: int) -> Tensor:
+def pixel_masks_of(sizes: Sequence[Sequence[int]], height: int, width: int) -> Tensor:
     """[B, height, width] int64, 1 on pictures of (height, width) ``sizes`` and 0 on their padding."""
     masks = torch.zeros(len(sizes), height, width, dtype=torch.int64)
     for mask, (rows, columns) in zip(masks, sizes, strict=True):

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from unimoe.errors import UserError
 
-from .dataset import Category, DetectionSet
+from .annotations import Category, DetectionSet
 
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 

@@ -18,7 +18,7 @@ from unimoe.detection.model.pyramid import Pyramid, Text
 Timings = dict[str, list[float]]
 
 
-def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> Timings:
+def time_in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> Timings:
     """Seconds of each function, called one after the other ``rounds`` times, so that a busy moment hits all
     alike; two rounds before are not counted."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -34,7 +34,7 @@ def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> Timin
     return seconds
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: list[float]) -> dict[str, float]:
     """Median and 95th percentile, in milliseconds."""
     ordered = sorted(seconds)
     last = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
@@ -56,7 +56,7 @@ def model_latency(
         return model.encode_text(ids, known["text_attention_mask"], known["text_position_ids"])
 
     words, maps = read(), model.encode_image(pixels)
-    seconds = take_turns(
+    seconds = time_in_turns(
         {
             "with text": lambda: model(pixel_values=pixels, **inputs),
             "text cached": lambda: model(pixel_values=pixels, text_features=words, **known),
@@ -66,10 +66,10 @@ def model_latency(
         },
         rounds,
     )
-    return {part: spread(found) for part, found in seconds.items()}
+    return {part: percentiles(found) for part, found in seconds.items()}
 
 
-def dense_twin(model: DynamicDinoForObjectDetection) -> DynamicDinoForObjectDetection:
+def dense_counterpart(model: DynamicDinoForObjectDetection) -> DynamicDinoForObjectDetection:
     """A random detector of the same shape whose decoder has dense FFNs: as many weights are active in it."""
     config = deepcopy(model.config)
     config.moe = None
@@ -108,11 +108,11 @@ def decoder_latency(
         name: lambda model=model: model.decoder(tokens_BQD, boxes_BQ4, pyramid, text)
         for name, model in models.items()
     }
-    seconds = take_turns(calls, rounds)
+    seconds = time_in_turns(calls, rounds)
     ratios = [one / other for one, other in zip(seconds["moe"], seconds["dense"], strict=True)]
     return {
         "queries": queries,
         "threads": torch.get_num_threads(),
         "ratio": round(statistics.median(ratios), 3),
-        **{name: spread(found) for name, found in seconds.items()},
+        **{name: percentiles(found) for name, found in seconds.items()},
     }

@@ -18,21 +18,21 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from unimoe.detection.data.text_cache import TextFeatureCache
-from unimoe.detection.data.transforms import Resize, padded, picture_masks
+from unimoe.detection.data.transforms import Resize, padded, pixel_masks_of
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.prompt import Prompt, PromptBatch
+from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.moe import MoELayer, combine_dense, current_context
 
-from .inference import Detections, best_pairs
+from .detect import Detections, select_top
 
 TOLERANCE = 1e-3
 """How far scores and boxes (on a 0..1 scale) may be from torch's."""
 
 
-class StaticExperts(nn.Module):
+class DenseExperts(nn.Module):
     """A MoE layer by products of fixed shapes: every expert runs on every token, and those that the router
     did not choose have the weight zero. ONNX has nothing that runs ragged groups.
 
@@ -55,7 +55,7 @@ class StaticExperts(nn.Module):
         return (y_TD + weight_TE @ experts.down_bias).reshape(x.shape)
 
 
-class ForExport(nn.Module):
+class ExportWrapper(nn.Module):
     """pixel_values [B, 3, S, S], pixel_mask [B, S, S] -> scores [B, Q, C], boxes [B, Q, 4] (cx, cy, w, h)."""
 
     def __init__(self, model: DynamicDinoForObjectDetection, prompt: Prompt):
@@ -96,11 +96,11 @@ def export_onnx(
     if path.suffix != ".onnx":
         raise UserError(f"{path}: expected a file name that ends with .onnx")
     prompt = Prompt.from_names(names, tokenizer, model.config.max_text_tokens)
-    wanted = ForExport(model.cpu(), prompt).eval()
+    wanted = ExportWrapper(model.cpu(), prompt).eval()
     exported = deepcopy(wanted)
     for layer in exported.model.decoder.layers:
         if isinstance(layer.ffn, MoELayer):
-            layer.ffn = StaticExperts(layer.ffn)
+            layer.ffn = DenseExperts(layer.ffn)
     size = model.config.image_size
     side = size if isinstance(size, int) else size[1]
     example = (torch.randn(1, 3, side, side), torch.ones(1, side, side, dtype=torch.int64))
@@ -139,7 +139,7 @@ def _drop_checks(graph: torch.fx.Graph) -> None:
 
 
 @torch.no_grad()
-def check_parity(wanted: ForExport, path: Path, pictures: Sequence[Tensor]) -> float:
+def check_parity(wanted: ExportWrapper, path: Path, pictures: Sequence[Tensor]) -> float:
     """The greatest difference of scores and boxes over pictures [3, S, S]; UserError if over TOLERANCE.
 
     Queries are compared as sets, best first: among equal scores the two may choose in another order.
@@ -197,10 +197,10 @@ class OnnxDetector:
             pixels = self.resize(picture)
             inputs = {
                 "pixel_values": padded(pixels, self.side, self.side)[None].numpy(),
-                "pixel_mask": picture_masks([pixels.shape[1:]], self.side, self.side).numpy(),
+                "pixel_mask": pixel_masks_of([pixels.shape[1:]], self.side, self.side).numpy(),
             }
             scores_QC, boxes_Q4 = (torch.from_numpy(found[0]) for found in self.run(inputs))
-            results.append(best_pairs(scores_QC, boxes_Q4, picture.size, top, threshold))
+            results.append(select_top(scores_QC, boxes_Q4, picture.size, top, threshold))
         return results
 
 

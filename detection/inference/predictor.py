@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from unimoe.detection.data.examples import stack
-from unimoe.detection.data.text_cache import TextFeatureCache
+from unimoe.detection.data.dataset import stack
 from unimoe.detection.data.transforms import resize_for
 from unimoe.detection.model.loading import load_detector
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.text_cache import TextFeatureCache
 
-from .inference import Detections, NameChunks, detect
+from .detect import Detections, PromptChunks, detect
 
 
 class Detector:
@@ -25,7 +25,7 @@ class Detector:
 
     def __init__(self, model: DynamicDinoForObjectDetection, tokenizer, names: Sequence[str]):
         self.model, self.names = model.eval(), list(names)
-        self.chunks = NameChunks.of(self.names, tokenizer, model.config.max_text_tokens)
+        self.chunks = PromptChunks.of(self.names, tokenizer, model.config.max_text_tokens)
         self.resize = resize_for(model.config)
         self.text = TextFeatureCache(model)
 

@@ -31,7 +31,7 @@ def split_prompt(prompt: str) -> list[str]:
     return kept
 
 
-def find_files(places: Sequence[str]) -> list[Path]:
+def find_inputs(places: Sequence[str]) -> list[Path]:
     """The pictures and films that files, folders and patterns stand for, in order.
 
     Raises UserError for a place where there is none.
@@ -55,7 +55,7 @@ def find_files(places: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def pictures_of(files: Sequence[Path], rate: float | None = None) -> Iterator[tuple[str, Image.Image]]:
+def iter_images(files: Sequence[Path], rate: float | None = None) -> Iterator[tuple[str, Image.Image]]:
     """(name, upright RGB picture) of every file; of a film its frames, named file:number."""
     for file in files:
         if file.suffix.lower() in FILMS:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from unimoe.commands import main as cli
 from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.detection.inference.predictor import Detector
-from unimoe.detection.inference.sources import find_files, split_prompt
+from unimoe.detection.inference.sources import find_inputs, split_prompt
 from unimoe.errors import UserError
 
 WITH_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -102,7 +102,7 @@ def test_bad_files(folder, pictures, tmp_path, capsys):
 
 
 def test_files_folders_and_patterns(pictures, caplog):
-    found = find_files([str(pictures / "grey.png"), str(pictures / "*.jpg"), str(pictures)])
+    found = find_inputs([str(pictures / "grey.png"), str(pictures / "*.jpg"), str(pictures)])
     assert [file.name for file in found] == ["grey.png", "turned.jpg", "clear.png", "plain.jpg"]
     with caplog.at_level(logging.WARNING):
         assert split_prompt("cat, red car,, cat ") == ["cat", "red car"]

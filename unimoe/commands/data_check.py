@@ -10,8 +10,8 @@ from unimoe.data.errors import FAULTS
 from unimoe.data.read import data_files, scan_records
 from unimoe.data.sample import Sample
 from unimoe.data.tables import SUFFIXES
+from unimoe.detection.data.annotations import FAULTS as BOX_FAULTS
 from unimoe.detection.data.check import CheckReport, check_detection
-from unimoe.detection.data.dataset import FAULTS as BOX_FAULTS
 from unimoe.detection.data.formats import yolo_file
 from unimoe.errors import UserError
 from unimoe.model.loading import open_processor

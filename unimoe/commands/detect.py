@@ -11,7 +11,7 @@ from pathlib import Path
 from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.detection.inference.onnx import OnnxDetector
 from unimoe.detection.inference.predictor import Detector
-from unimoe.detection.inference.sources import _flat, find_files, pictures_of, split_prompt
+from unimoe.detection.inference.sources import _flat, find_inputs, iter_images, split_prompt
 from unimoe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ def detect(
         raise UserError(f"--top is {top}, expected at least 1")
     if rate is not None and rate <= 0:
         raise UserError(f"--rate is {rate}, expected a positive number")
-    files = find_files(images)
+    files = find_inputs(images)
     kind = OnnxDetector if Path(model).suffix == ".onnx" else Detector
     detector = kind.load(model, names)
     answers = []
-    for name, picture in pictures_of(files, rate):
+    for name, picture in iter_images(files, rate):
         (found,) = detector([picture], threshold, top)
         boxes, labels = found.boxes_K4.tolist(), found.labels_K.tolist()
         rows = [

@@ -15,13 +15,13 @@ from rich.progress import track
 from rich.table import Table
 
 from unimoe.analysis.plots import expert_history, expert_maps
-from unimoe.detection.data.datamodule import questions
+from unimoe.detection.data.datamodule import eval_dataloader
 from unimoe.detection.data.formats import read_detection
-from unimoe.detection.evaluation.analysis import expert_use
-from unimoe.detection.evaluation.evaluate import present
-from unimoe.detection.evaluation.evaluation import Style
-from unimoe.detection.evaluation.latency import decoder_latency, dense_twin, model_latency
-from unimoe.detection.evaluation.scoring import Judge
+from unimoe.detection.evaluation.average_precision import Style
+from unimoe.detection.evaluation.evaluator import DetectionEvaluator
+from unimoe.detection.evaluation.expert_usage import measure_expert_usage
+from unimoe.detection.evaluation.latency import decoder_latency, dense_counterpart, model_latency
+from unimoe.detection.evaluation.report import write_report
 from unimoe.detection.inference.sources import split_prompt
 from unimoe.detection.model.loading import load_detector
 from unimoe.detection.model.prompt import Prompt, PromptBatch
@@ -64,17 +64,17 @@ def detector(
     data = read_detection(gt, images, split=split)
     data.ground_truth()  # an error now, not after an hour
     found, tokenizer = _load(model)
-    batches = questions(data, found, batch_size=batch_size)
-    judge = Judge(found, tokenizer, data, style, top=top)
+    batches = eval_dataloader(data, found, batch_size=batch_size)
+    evaluator = DetectionEvaluator(found, tokenizer, data, style, top=top)
     for batch in _shown(batches, "looking"):
-        judge.show(batch.to(found.device))
-    evaluation = judge.evaluate()
+        evaluator.update(batch.to(found.device))
+    evaluation = evaluator.compute()
     if dt:
-        atomic_write(dt, json_format.dumps(judge.results) + "\n")
-    present(evaluation, style, json, plots)
+        atomic_write(dt, json_format.dumps(evaluator.results) + "\n")
+    write_report(evaluation, style, json, plots)
     if plots and found.config.moe:
         again = (batch.to(found.device) for batch in _shown(batches, "counting experts"))
-        use = expert_use(found, tokenizer, data.names, again).to_json()
+        use = measure_expert_usage(found, tokenizer, data.names, again).to_json()
         drawn = {"experts.svg": expert_maps(use), "experts.json": json_format.dumps(use)}
         if curve := read_curve(Path(model) / "logs" / "metrics.csv"):
             drawn["experts_by_step.svg"] = expert_history(curve)
@@ -110,7 +110,7 @@ def latency(model: str, *, prompt: str, size: int = 640, rounds: int = 20, json:
     if found.config.moe:
         sides = tuple(size // stride for stride in (8, 16, 32, 64)[: found.config.num_feature_levels])
         result["decoder"] = decoder = decoder_latency(
-            found, dense_twin(found), found.config.num_queries, asked.input_ids.shape[1], sides, rounds
+            found, dense_counterpart(found), found.config.num_queries, asked.input_ids.shape[1], sides, rounds
         )
         for kind, title in (("moe", "decoder, experts"), ("dense", "decoder, dense")):
             times = decoder[kind]

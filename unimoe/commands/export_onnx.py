@@ -4,7 +4,7 @@ import logging
 
 from unimoe.detection.data.transforms import padded, resize_for
 from unimoe.detection.inference.onnx import export_onnx
-from unimoe.detection.inference.sources import find_files, split_prompt
+from unimoe.detection.inference.sources import find_inputs, split_prompt
 from unimoe.detection.model.loading import load_detector
 from unimoe.media.decode import load_image
 
@@ -25,7 +25,7 @@ def onnx(model: str, path: str, *, prompt: str, images: list[str] | None = None)
     side = resize.longest
     pictures = [
         padded(resize(load_image({"type": "image", "path": str(file)}, str(file))), side, side)
-        for file in (find_files(images) if images else [])
+        for file in (find_inputs(images) if images else [])
     ]
     worst = export_onnx(detector, tokenizer, split_prompt(prompt), path, pictures)
     log.info("wrote %s; it differs from the model by at most %.1e", path, worst)

@@ -88,7 +88,7 @@ VERBS = {
         "unimoe.evaluation.evaluate:evaluate", "score a model's answers: vqa, choice, caption, asr, ..."
     ),
     "evaluate coco": Verb(
-        "unimoe.detection.evaluation.evaluate:evaluate_files", "COCO or LVIS scores of detections"
+        "unimoe.detection.evaluation.report:evaluate_files", "COCO or LVIS scores of detections"
     ),
     "evaluate detector": Verb(
         "unimoe.commands.evaluate_detector:detector", "COCO or LVIS scores of a detector on a set"

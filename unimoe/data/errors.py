@@ -10,7 +10,7 @@ class Fault:
     """Something wrong with a data file."""
 
     kind: str
-    """A key of FAULTS (a file of boxes: of those in unimoe.detection.data.dataset)."""
+    """A key of FAULTS (a file of boxes: of those in unimoe.detection.data.annotations)."""
     where: str
     """The file and the entry."""
     message: str

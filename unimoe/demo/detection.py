@@ -15,12 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from unimoe.artifacts import STAGE_FILE
 from unimoe.detection.cli import main as fit
-from unimoe.detection.data.datamodule import questions
-from unimoe.detection.data.dataset import DetectionSet
+from unimoe.detection.data.annotations import DetectionSet
+from unimoe.detection.data.datamodule import eval_dataloader
 from unimoe.detection.data.formats import read_detection
-from unimoe.detection.evaluation.analysis import expert_use
+from unimoe.detection.evaluation.evaluator import score
+from unimoe.detection.evaluation.expert_usage import measure_expert_usage
 from unimoe.detection.evaluation.latency import decoder_latency
-from unimoe.detection.evaluation.scoring import score
 from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
@@ -141,7 +141,7 @@ def _evaluate(name: str, run: DetectionDemo):
     found: dict[str, Any] = {"made_of": _made_of(name, run), "ap": {}, "shuffled": {}, "detections": {}}
     for split in SPLITS:
         data = read_detection(run.data / f"{split}.json")
-        batches = questions(data, model, run.folder / "features")
+        batches = eval_dataloader(data, model, run.folder / "features")
         evaluation, results = score(model, tokenizer, data, batches)
         found["ap"][split] = evaluation.metrics
         found["detections"][split] = _shown(data, results)
@@ -150,8 +150,8 @@ def _evaluate(name: str, run: DetectionDemo):
         console.say(f"      {split:<20} AP {evaluation.metrics['AP']:.3f}")
     if model.config.moe:
         data = read_detection(run.data / "unseen_backgrounds.json")
-        found["experts"] = expert_use(
-            model, tokenizer, data.names, questions(data, model, run.folder / "features")
+        found["experts"] = measure_expert_usage(
+            model, tokenizer, data.names, eval_dataloader(data, model, run.folder / "features")
         ).to_json()
     atomic_write(_evaluation(name, run), json.dumps(found) + "\n")
 

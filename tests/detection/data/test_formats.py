@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unimoe.detection.data.dataset import MILD
+from unimoe.detection.data.annotations import REPAIRED
 from unimoe.detection.data.formats import read_detection
 from unimoe.errors import UserError
 
@@ -137,7 +137,7 @@ def test_boxes_are_repaired_and_that_is_said(folder: Path, caplog):
     data = read_detection(path)
     assert data.samples[0].boxes_M4.tolist() == [[90, 40, 100, 50], [0, 0, 100, 50]]
     kinds = [fault.kind for fault in data.faults]
-    assert {kind: kinds.count(kind) for kind in MILD} == {
+    assert {kind: kinds.count(kind) for kind in REPAIRED} == {
         "outside": 1, "empty box": 3, "duplicate annotation id": 4
     }  # fmt: skip
     assert "3 times a box has no area inside its image; repaired" in caplog.text

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from unimoe.commands import main as cli
-from unimoe.detection.inference.onnx import OnnxDetector, StaticExperts
+from unimoe.detection.inference.onnx import DenseExperts, OnnxDetector
 from unimoe.detection.inference.predictor import Detector
 from unimoe.detection.model.loading import load_detector
 from unimoe.detection.model.moe_tuning import GATES, moe_tuning
@@ -27,7 +27,7 @@ def test_experts_of_fixed_shapes_answer_as_the_ragged_ones(gate):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(3, 7, 16)
-    torch.testing.assert_close(StaticExperts(layer)(x), layer(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(DenseExperts(layer)(x), layer(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
 
 from unimoe.detection import Prompt, PromptBatch
-from unimoe.detection.data.text_cache import TextFeatureCache
 from unimoe.detection.model.build import build_detector, load_backbone
+from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
 
 

@@ -6,11 +6,11 @@ import torch
 from torch.testing import assert_close
 
 from unimoe.detection import DynamicDinoOutput, Prompt, PromptBatch, Target
-from unimoe.detection.data.text_cache import TextFeatureCache
 from unimoe.detection.model.build import build_detector
 from unimoe.detection.model.criterion import DetectionCriterion
 from unimoe.detection.model.denoising import DenoisingConfig, make_denoising
 from unimoe.detection.model.output import DynamicDinoOutput as Output
+from unimoe.detection.model.text_cache import TextFeatureCache
 
 LAYOUTS = [
     {"enhancer": "edge"},

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from unimoe.detection.data.batches import Question
-from unimoe.detection.data.text_cache import TextFeatureCache
-from unimoe.detection.inference.inference import NameChunks
+from unimoe.detection.data.batches import EvalBatch
+from unimoe.detection.inference.detect import PromptChunks
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.moe import LayerRecord, MoEConfig, record
 
-from .scoring import search
+from .evaluator import search
 
 
 @dataclass
-class ExpertUse:
+class ExpertUsage:
     """What an analysis found, layer by layer."""
 
     load_LE: Tensor
@@ -47,8 +47,8 @@ class ExpertUse:
 
     @property
     def twins_L(self) -> Tensor:
-        """See :func:`unmoved_twins`."""
-        return unmoved_twins(self.together_LEE, self.slices)
+        """See :func:`twin_share`."""
+        return twin_share(self.together_LEE, self.slices)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -63,12 +63,12 @@ class ExpertUse:
 
 
 @torch.no_grad()
-def expert_use(
+def measure_expert_usage(
     model: DynamicDinoForObjectDetection,
     tokenizer: Any,
     names: Sequence[str],
-    batches: Iterable[Question],
-) -> ExpertUse:
+    batches: Iterable[EvalBatch],
+) -> ExpertUsage:
     """Run the detector and count.
 
     Args:
@@ -78,7 +78,7 @@ def expert_use(
         batches: the pictures. A query counts for the class of the object that it overlaps by at least half.
     """
     moe = MoEConfig.from_dict(model.config.moe or {})
-    asked, text = NameChunks.of(names, tokenizer, model.config.max_text_tokens), TextFeatureCache(model)
+    asked, text = PromptChunks.of(names, tokenizer, model.config.max_text_tokens), TextFeatureCache(model)
     chosen: list[list[Tensor]] = []
     labels: list[Tensor] = []
     for batch in batches:
@@ -93,15 +93,15 @@ def expert_use(
             handle.remove()
         first = finals[0]  # of several prompts
         layers = len(records) // len(finals)
-        chosen.append([visits(entry).cpu() for entry in records[:layers]])
+        chosen.append([visited_experts(entry).cpu() for entry in records[:layers]])
         for found_Q4, size, sample in zip(first, batch.sizes, batch.samples, strict=True):
             labels.append(_classes(found_Q4, size, sample.boxes_M4, sample.category_M))
     visits_LQE = torch.stack([torch.cat(layer) for layer in zip(*chosen, strict=True)])
     label_Q = torch.cat(labels)
     tables = [_pairs(visits_QE, label_Q, len(names)) for visits_QE in visits_LQE]
-    return ExpertUse(
+    return ExpertUsage(
         visits_LQE.sum(1) / visits_LQE.sum((1, 2))[:, None],
-        together(visits_LQE),
+        coactivation(visits_LQE),
         list(names),
         [table for table, _ in tables],
         [bits for _, bits in tables],
@@ -109,7 +109,7 @@ def expert_use(
     )
 
 
-def visits(entry: LayerRecord) -> Tensor:
+def visited_experts(entry: LayerRecord) -> Tensor:
     """[Q, E] float, 1 where a query visited an expert; without padding."""
     routing, pad_Q = entry.routing, entry.ctx.pad_T
     visits_QE = torch.zeros(routing.num_tokens, routing.num_experts, device=routing.token_N.device)
@@ -117,7 +117,7 @@ def visits(entry: LayerRecord) -> Tensor:
     return visits_QE if pad_Q is None else visits_QE[~pad_Q]
 
 
-def together(visits_XQE: Tensor) -> Tensor:
+def coactivation(visits_XQE: Tensor) -> Tensor:
     """[..., E, E] queries that visited both experts, 0 on the diagonal."""
     both_XEE = visits_XQE.transpose(-1, -2) @ visits_XQE
     return both_XEE - torch.diag_embed(torch.diagonal(both_XEE, dim1=-2, dim2=-1))
@@ -131,7 +131,7 @@ def effective_partners(together_XEE: Tensor) -> Tensor:
     return (entropy_XE.exp() * used_XE).sum(-1) / used_XE.sum(-1).clamp(min=1)
 
 
-def unmoved_twins(together_XEE: Tensor, slices: int) -> Tensor:
+def twin_share(together_XEE: Tensor, slices: int) -> Tensor:
     """[...] share of the pairs that are slices of one copy, as all are at the start."""
     copy_E = torch.arange(together_XEE.shape[-1], device=together_XEE.device) // slices
     same_EE = copy_E[:, None] == copy_E

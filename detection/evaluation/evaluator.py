@@ -3,26 +3,26 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from unimoe.detection.data.batches import Question
-from unimoe.detection.data.dataset import DetectionSample, DetectionSet
-from unimoe.detection.data.text_cache import TextFeatureCache
-from unimoe.detection.inference.inference import Detections, NameChunks, detect
+from unimoe.detection.data.annotations import DetectionSample, DetectionSet
+from unimoe.detection.data.batches import EvalBatch
+from unimoe.detection.inference.detect import Detections, PromptChunks, detect
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.training.ranks import union_over_ranks
 
-from .evaluation import Evaluation, Style, evaluate_coco
+from .average_precision import Evaluation, Style, evaluate_coco
 
 LVIS_NAMES = 40
 """Names of a prompt where LVIS is evaluated, by custom (mmdetection)."""
 
 
-class Judge:
+class DetectionEvaluator:
     """Shows a detector the pictures of a set, batch by batch, and scores all that it found.
 
-    >>> judge = Judge(model, tokenizer, data)
-    >>> for batch in questions(data, model):
-    ...     judge.show(batch)
-    >>> judge.evaluate().metrics["AP"]
+    >>> evaluator = DetectionEvaluator(model, tokenizer, data)
+    >>> for batch in eval_dataloader(data, model):
+    ...     evaluator.update(batch)
+    >>> evaluator.compute().metrics["AP"]
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Judge:
         self.model, self.data, self.top = model, data, top
         self.style: Style = style
         most = LVIS_NAMES if style == "lvis-fixed" else None
-        self.asked = NameChunks.of(names or data.names, tokenizer, model.config.max_text_tokens, most)
+        self.asked = PromptChunks.of(names or data.names, tokenizer, model.config.max_text_tokens, most)
         self.text = text or TextFeatureCache(model)
         self._found: dict[int, list[dict[str, Any]]] = {}
 
@@ -58,13 +58,13 @@ class Judge:
         """All detections, as COCO writes them."""
         return [row for rows in self._found.values() for row in rows]
 
-    def show(self, batch: Question) -> None:
+    def update(self, batch: EvalBatch) -> None:
         """Have the model look at some pictures."""
         found = search(self.model, self.asked, batch, self.text, self.top)
         for sample, one in zip(batch.samples, found, strict=True):
             self._found[sample.image_id] = coco_results(self.data, sample, one)
 
-    def evaluate(self) -> Evaluation:
+    def compute(self) -> Evaluation:
         """Score what was found, by all ranks together."""
         self._found = union_over_ranks(self._found)
         return evaluate_coco(self.data.ground_truth(), self.results, self.style)
@@ -74,24 +74,24 @@ def score(
     model: DynamicDinoForObjectDetection,
     tokenizer: Any,
     data: DetectionSet,
-    batches: Iterable[Question],
+    batches: Iterable[EvalBatch],
     names: Sequence[str] | None = None,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """COCO's metrics over some pictures, and the detections they were computed from; see :class:`Judge`."""
-    judge = Judge(model, tokenizer, data, names=names)
+    """COCO's metrics over some images, and the detections they were computed from."""
+    evaluator = DetectionEvaluator(model, tokenizer, data, names=names)
     for batch in batches:
-        judge.show(batch)
-    return judge.evaluate(), judge.results
+        evaluator.update(batch)
+    return evaluator.compute(), evaluator.results
 
 
 def search(
     model: DynamicDinoForObjectDetection,
-    names: NameChunks,
-    batch: Question,
+    names: PromptChunks,
+    batch: EvalBatch,
     text: TextFeatureCache,
     top: int = 300,
 ) -> list[Detections]:
-    """:func:`~unimoe.detection.inference.inference.detect` on a batch of pictures."""
+    """:func:`~unimoe.detection.inference.detect.detect` on a batch of pictures."""
     return detect(
         model, names, batch.pixel_values, batch.pixel_mask, batch.sizes, text, batch.image_features, top
     )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from unimoe.detection.data.text_cache import TextFeatureCache
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.prompt import MAX_TOKENS, Prompt, PromptBatch, chunk_names
+from unimoe.detection.model.text_cache import TextFeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Detections:
 
 
 @dataclass
-class NameChunks:
+class PromptChunks:
     """A list of names as prompts that fit, made once for many pictures."""
 
     names: list[str]
@@ -47,7 +47,7 @@ class NameChunks:
         tokenizer: Any,
         max_tokens: int = MAX_TOKENS,
         max_names: int | None = None,
-    ) -> "NameChunks":
+    ) -> "PromptChunks":
         """``max_names`` limits a prompt's names as well (40 is the custom for LVIS). Several prompts are
         announced."""
         chunks = chunk_names(names, tokenizer, max_tokens, max_names)
@@ -65,7 +65,7 @@ class NameChunks:
 @torch.no_grad()
 def detect(
     model: DynamicDinoForObjectDetection,
-    names: NameChunks,
+    names: PromptChunks,
     pixel_values: Tensor | None,
     pixel_mask: Tensor | None,
     sizes: Sequence[tuple[int, int]],
@@ -130,11 +130,11 @@ def postprocess(
         logits_BQL.float(), boxes_BQ4.float(), name_tokens, sizes, strict=True
     ):
         weights_CL = tokens_CL.to(logits_QL) / tokens_CL.sum(dim=1, keepdim=True).clamp(min=1)
-        results.append(best_pairs(logits_QL.sigmoid() @ weights_CL.T, boxes_Q4, size, top, threshold))
+        results.append(select_top(logits_QL.sigmoid() @ weights_CL.T, boxes_Q4, size, top, threshold))
     return results
 
 
-def best_pairs(
+def select_top(
     scores_QC: Tensor, boxes_Q4: Tensor, size: tuple[int, int], top: int, threshold: float
 ) -> Detections:
     """The ``top`` best pairs of a query and a name that reach ``threshold``, in a picture of (width, height)

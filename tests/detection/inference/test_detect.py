@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from unimoe.detection.data.text_cache import TextFeatureCache
-from unimoe.detection.inference.inference import Detections, NameChunks, detect, postprocess
+from unimoe.detection.inference.detect import Detections, PromptChunks, detect, postprocess
+from unimoe.detection.model.text_cache import TextFeatureCache
 
 
 def test_scores_are_means_over_the_tokens_of_a_name():
@@ -36,7 +36,7 @@ def test_chunked_names_keep_their_ids_and_the_backbone_runs_once(
     words = ["cat", "dog", "tree", "red car", "a cat", "mat"]
     names = [words[i % 6] for i in range(1203)]
     with caplog.at_level(logging.INFO):
-        chunks = NameChunks.of(names, tokenizer, max_names=400)
+        chunks = PromptChunks.of(names, tokenizer, max_names=400)
     assert "1203 names do not fit one prompt of 256 tokens: asking in 12" in caplog.text
     assert sum(chunks.chunks, []) == list(range(1203))
 
@@ -49,7 +49,7 @@ def test_chunked_names_keep_their_ids_and_the_backbone_runs_once(
 
     last = chunks.chunks[-1]
     alone = detect(
-        model, NameChunks.of([names[i] for i in last], tokenizer), pixels[1:], None, sizes[1:], cache, top=5
+        model, PromptChunks.of([names[i] for i in last], tokenizer), pixels[1:], None, sizes[1:], cache, top=5
     )
     torch.testing.assert_close(found[1].labels_K[-5:], alone[0].labels_K + last[0])
     torch.testing.assert_close(found[1].boxes_K4[-5:], alone[0].boxes_K4, rtol=1e-3, atol=1e-2)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from unimoe.files import atomic_write
 
-from .evaluation import Evaluation, Style, evaluate_coco
+from .average_precision import Evaluation, Style, evaluate_coco
 
 _RECALL = np.linspace(0, 1, 101)
 
@@ -32,10 +32,10 @@ def evaluate_files(
         json: where to write all numbers.
         plots: folder for the precision-recall curves and the bars of the classes.
     """
-    present(evaluate_coco(gt, dt, style), style, json, plots)
+    write_report(evaluate_coco(gt, dt, style), style, json, plots)
 
 
-def present(
+def write_report(
     evaluation: Evaluation, style: Style, json: str | Path | None = None, plots: str | Path | None = None
 ) -> None:
     """Print the tables; write all numbers to the file ``json`` and the curves into the folder ``plots``."""

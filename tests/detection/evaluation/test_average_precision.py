@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from unimoe.detection.evaluation.evaluation import COCO_METRICS, evaluate_coco
+from unimoe.detection.evaluation.average_precision import COCO_METRICS, evaluate_coco
 from unimoe.errors import UserError
 
 CLASSES = [3, 4, 9, 20]  # ids with gaps
@@ -129,7 +129,7 @@ def slow_fixed_ap(truth, found, category, threshold, area, limit):
 @pytest.mark.parametrize("limit", [10_000, 6])
 @pytest.mark.parametrize("seed", range(3))
 def test_fixed_ap_equals_plain_loops(seed, limit, monkeypatch):
-    monkeypatch.setattr("unimoe.detection.evaluation.evaluation.PER_CLASS", limit)
+    monkeypatch.setattr("unimoe.detection.evaluation.average_precision.PER_CLASS", limit)
     truth, found = random_set(seed, images=12, federated=True)
     result = evaluate_coco(truth, found, "lvis-fixed").metrics
     whole, thresholds = (0, 1e10), np.linspace(0.5, 0.95, 10)

@@ -5,11 +5,11 @@ import math
 import torch
 from torch.testing import assert_close
 
-from unimoe.detection.data.datamodule import questions
+from unimoe.detection.data.datamodule import eval_dataloader
 from unimoe.detection.data.formats import read_detection
-from unimoe.detection.evaluation.analysis import ExpertUse, expert_use
-from unimoe.detection.evaluation.analysis import _pairs as pairs
-from unimoe.detection.evaluation.latency import decoder_latency, spread, take_turns
+from unimoe.detection.evaluation.expert_usage import ExpertUsage, measure_expert_usage
+from unimoe.detection.evaluation.expert_usage import _pairs as pairs
+from unimoe.detection.evaluation.latency import decoder_latency, percentiles, time_in_turns
 from unimoe.detection.model.build import build_detector
 from unimoe.detection.model.moe_tuning import moe_tuning
 
@@ -18,7 +18,7 @@ def test_at_the_start_every_expert_has_its_twin_only(settings, world):
     model, tokenizer = build_detector(**settings["model"]["detector"])
     moe_tuning(model, copies=2, slices=2).eval()
     data = read_detection(world / "train.json")
-    use = expert_use(model, tokenizer, data.names, questions(data, model, batch_size=3))
+    use = measure_expert_usage(model, tokenizer, data.names, eval_dataloader(data, model, batch_size=3))
     assert_close(use.load_LE.sum(1), torch.ones(2))
     assert_close(use.partners_L, torch.ones(2))
     assert_close(use.twins_L, torch.ones(2))
@@ -28,7 +28,7 @@ def test_at_the_start_every_expert_has_its_twin_only(settings, world):
 
 def test_counts_by_hand():
     together = torch.tensor([[[0.0, 2, 2, 0], [2, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]])
-    use = ExpertUse(torch.full((1, 4), 0.25), together, [], [], [], slices=2)
+    use = ExpertUsage(torch.full((1, 4), 0.25), together, [], [], [], slices=2)
     assert_close(use.partners_L, torch.tensor([(2.0 + 1 + 1) / 3]))  # the unused expert does not count
     assert_close(use.twins_L, torch.tensor([0.5]))
 
@@ -46,6 +46,6 @@ def test_latency_of_two_decoders(tiny_detector):
     found = decoder_latency(moe, dense, queries=6, text_tokens=4, cells=(4, 2, 1), rounds=3)
     assert found["ratio"] > 0 and found["moe"]["p95_ms"] >= found["moe"]["p50_ms"] > 0
     calls: list[str] = []
-    seconds = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    seconds = time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b"] * 4 and len(seconds["a"]) == 2
-    assert spread([0.001, 0.002, 0.003]) == {"p50_ms": 2.0, "p95_ms": 3.0}
+    assert percentiles([0.001, 0.002, 0.003]) == {"p50_ms": 2.0, "p95_ms": 3.0}

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from unimoe.detection.data.dataset import Category, DetectionSample, DetectionSet
-from unimoe.detection.data.examples import EvaluationData, TrainingData
+from unimoe.detection.data.annotations import Category, DetectionSample, DetectionSet
+from unimoe.detection.data.dataset import EvalDataset, TrainDataset
 from unimoe.detection.data.sampling import PromptSampler, SamplingConfig
-from unimoe.detection.data.transforms import Augment, AugmentConfig, Resize, fitted
+from unimoe.detection.data.transforms import Augment, AugmentConfig, Resize, fit_size
 
 NAMES = ["cat", "dog", "red car", "tree", "mat"]
 
@@ -49,9 +49,9 @@ def test_no_flip_where_the_text_knows_sides():
 
 
 def test_sizes():
-    assert fitted(640, 480, 800, 1333) == [800, 1067]
-    assert fitted(2000, 500, 800, 1333) == [333, 1333]
-    assert fitted(1000, 1, 10, 100) == [1, 100]
+    assert fit_size(640, 480, 800, 1333) == [800, 1067]
+    assert fit_size(2000, 500, 800, 1333) == [333, 1333]
+    assert fit_size(1000, 1, 10, 100) == [1, 100]
     assert Resize(30, 40)(Image.new("RGB", (90, 60))).shape == (3, 27, 40)
 
 
@@ -114,8 +114,8 @@ def data(tmp_path) -> DetectionSet:
 
 def test_training_batches(data, tokenizer):
     augment = Augment(AugmentConfig(sizes=[60], crop=0.0, flip=0.0))
-    dataset = TrainingData(data, augment, PromptSampler(NAMES, tokenizer))
-    batch = TrainingData.collate([dataset[i, 7] for i in range(3)])
+    dataset = TrainDataset(data, augment, PromptSampler(NAMES, tokenizer))
+    batch = TrainDataset.collate([dataset[i, 7] for i in range(3)])
     assert batch.pixel_values.shape == (3, 3, 90, 90)
     assert batch.pixel_mask.sum(dim=(1, 2)).tolist() == [90 * 60, 60 * 60, 60 * 90]
     crowded, caption, empty = batch.targets
@@ -129,7 +129,7 @@ def test_training_batches(data, tokenizer):
 
 
 def test_evaluation_batches(data):
-    dataset = EvaluationData(data, Resize(30, 100))
+    dataset = EvalDataset(data, Resize(30, 100))
     batch = dataset.collate([dataset[i] for i in range(3)])
     assert batch.sizes == [(90, 60), (60, 60), (60, 90)] and batch.pixel_values.shape == (3, 3, 45, 45)
     assert batch.pixel_mask[0].sum() == 45 * 30 and [s.image_id for s in batch.samples] == [0, 1, 2]
