@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from unimoe.errors import UserError
+from unimoe.moe.routers.top_k import TopK
+from unimoe.moe.routers.top_p import TopP
+from unimoe.moe.upcycle.slice import leading_slices, split_experts
 
 from .config import MoEConfig
 from .layer import MoELayer
-from .router import TopK
-from .top_p import TopP
-from .upcycle import leading_slices, split_experts
 
 
 def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unimoe.moe.experts.base import Experts
+from unimoe.moe.routers.base import Router
+
 from . import records
 from .combine import combine_weights
-from .experts import Experts
 from .parallel import ExpertParallel
-from .router import Router
 from .routing import Routing
 
 

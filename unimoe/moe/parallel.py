@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from unimoe.errors import UserError
+from unimoe.moe.experts.base import Experts
 
-from .experts import Experts
 from .routing import Pairs, Routing
 
 Exchange = Literal["all_to_all", "all_reduce"]

@@ -1,4 +1,4 @@
-"""Routers: from token features to a Routing.
+"""A fixed number of experts per token.
 
 Shapes: T tokens, D hidden, E experts, K experts kept per token.
 """
@@ -10,20 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.moe.records import Context
+from unimoe.moe.routing import Routing
 
-from .records import Context
-from .routing import Routing
-
-
-class Router(nn.Module):
-    """Chooses experts for tokens: ``forward(x_TD, ctx) -> Routing``."""
-
-    num_experts: int
-
-    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
-        raise TypeError(
-            f"{type(self).__name__} has no forward: a Router must define forward(x_TD, ctx) -> Routing"
-        )
+from .base import Router
 
 
 class TopK(Router):
@@ -72,20 +62,3 @@ class TopK(Router):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, gating={self.gating}, renormalize={self.renormalize}"
-
-
-class OneExpert(Router):
-    """Sends every token to one expert, with weight 1: routing by a task that is known."""
-
-    def __init__(self, num_experts: int, expert: int):
-        super().__init__()
-        if not 0 <= expert < num_experts:
-            raise UserError(f"expert {expert} is chosen, expected 0..{num_experts - 1}")
-        self.num_experts, self.expert = num_experts, expert
-
-    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
-        index_TK = torch.full((len(x_TD), 1), self.expert, device=x_TD.device)
-        probs_TE = F.one_hot(index_TK[:, 0], self.num_experts).float()
-        return Routing.from_topk(
-            index_TK, x_TD.new_ones(len(x_TD), 1), probs_TE.log(), probs_TE, self.num_experts
-        )

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 from unimoe.kernels.lora import Adapters, lora_experts, lora_mix, shared_lora_experts
+from unimoe.moe.routing import Routing
+from unimoe.moe.upcycle.read import read_swiglu
 
-from .experts import Experts, SwiGLUExperts, local
-from .routing import Routing
-from .upcycle import read_swiglu
+from .base import Experts, local
+from .swiglu import SwiGLUExperts
 
 
 class LoRAExperts(Experts):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
-from unimoe.moe import Context, Experts, OneExpert, Router, TopK
+from unimoe.moe import Context, TopK
 
 
 def route(router, x):
@@ -72,16 +72,3 @@ def test_mistakes_name_what_was_found():
         TopK(8, 4, 5)
     with pytest.raises(UserError, match="gating is 'sigmoid'"):
         TopK(8, 4, 2, gating="sigmoid")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="must define forward"):
-        Router()(torch.zeros(1, 8), Context())
-    with pytest.raises(TypeError, match="must define forward"):
-        Experts()(torch.zeros(1, 8), torch.zeros(2))
-
-
-def test_one_expert_takes_all():
-    routing = route(OneExpert(3, 1), torch.randn(5, 8))
-    assert routing.token_N.tolist() == [0, 1, 2, 3, 4]
-    assert routing.offsets_E1.tolist() == [0, 0, 5, 5]
-    assert routing.weight_N.tolist() == [1.0] * 5
-    with pytest.raises(UserError, match="expert 3 is chosen, expected 0..2"):
-        OneExpert(3, 3)

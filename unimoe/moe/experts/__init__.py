@@ -1,0 +1,1 @@
+"""Experts: what the rows of a Routing go through, one kind a file."""

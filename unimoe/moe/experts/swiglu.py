@@ -1,0 +1,56 @@
+"""SwiGLU FFNs without biases, as LLMs have them.
+
+Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, D = H hidden, I intermediate.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+from unimoe.kernels.swiglu import swiglu_experts, swiglu_mix
+from unimoe.moe.routing import Routing
+
+from .base import Experts, Origin, local
+
+
+class SwiGLUExperts(Experts):
+    """E bias-free SwiGLU FFNs (Shazeer, arXiv 2002.05202) as two stacked parameters in transformers' layout.
+
+    gate_up_proj [E, 2I, H] holds the gate rows first, down_proj is [E, H, I].
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        act: str = "silu",
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        if act not in ("silu", "swish"):
+            raise UserError(f"SwiGLU experts got the activation {act!r}, expected silu")
+        self.num_experts, self.hidden_size, self.intermediate_size = (
+            num_experts,
+            hidden_size,
+            intermediate_size,
+        )
+        self.init_std = init_std
+        self.origin: Origin | None = None
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gate_up_proj, std=self.init_std)
+        nn.init.normal_(self.down_proj, std=self.init_std)
+
+    def forward(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        return swiglu_experts(x_ND, offsets_E1, local(self.gate_up_proj), local(self.down_proj), weight_N)
+
+    def mix(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        stacks = local(self.gate_up_proj), local(self.down_proj)
+        return swiglu_mix(x_TD, routing.token_N, routing.offsets_E1, *stacks, weight_N)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"

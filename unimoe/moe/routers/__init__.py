@@ -1,0 +1,1 @@
+"""Routers: from token features to a Routing, one kind a file."""

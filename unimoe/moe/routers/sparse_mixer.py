@@ -1,0 +1,45 @@
+"""The gradient estimator of Uni-MoE's successors, for routers whose choice has no gradient of its own.
+
+Shapes: T tokens, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+MIXERS = {"paper": (5 / 8, 2.0), "code": (1 / 4, 1.0)}
+"""Chance that a pick other than the best keeps its whole weight, and the factor of the weight's gradient: as
+Uni-MoE-2.0-Omni (2511.12609) writes, and as UniMoE-Audio's code has."""
+
+
+def sparse_mixer(logits_TE: Tensor, k_T: Tensor, jitter: float, whole: float, slope: float) -> Tensor:
+    """[T, E] random weights of the ``k_T`` experts that each token draws, 0 elsewhere (SparseMixer,
+    2310.00811; GRIN, 2409.12136).
+
+    Slot by slot:
+
+    1. of the experts not drawn yet, those whose logit is below the best one by more than 2 ``jitter`` of its
+       size are left out; o is the softmax over the rest
+    2. one expert is drawn from o (Gumbel noise)
+    3. its weight is o, or o / 3 when it is not the best one and a coin of probability ``whole`` fails
+    4. the gradient is that of ``slope`` * o, whatever the weight
+
+    A midpoint of the way from 0 to o, so that the router learns from experts that it did not think best.
+    """
+    weight_TE = torch.zeros_like(logits_TE)
+    left_TE = logits_TE
+    for slot in range(int(k_T.max()) if len(k_T) else 0):
+        best_T1 = left_TE.max(dim=-1, keepdim=True).values
+        size_TE = torch.maximum(logits_TE.abs(), best_T1.abs()).detach()
+        near_TE = (best_T1 - left_TE).detach() <= 2 * jitter * size_TE
+        gates_TE = left_TE.masked_fill(~near_TE, -torch.inf).softmax(dim=-1)
+        noise_TE = -torch.empty_like(gates_TE).exponential_().log()
+        pick_T1 = (left_TE.masked_fill(~near_TE, -torch.inf) + noise_TE).argmax(dim=-1, keepdim=True).detach()
+        o_T1 = gates_TE.gather(1, pick_T1)
+        is_best_T1 = o_T1 == gates_TE.max(dim=-1, keepdim=True).values
+        keeps_T1 = is_best_T1 | (torch.rand_like(o_T1) < whole)
+        value_T1 = o_T1.detach() * torch.where(keeps_T1, 1.0, 1 / 3)
+        o_T1 = value_T1 + slope * (o_T1 - o_T1.detach())
+        used_T1 = slot < k_T[:, None]
+        weight_TE = weight_TE.scatter_add(1, pick_T1, o_T1 * used_T1)
+        left_TE = left_TE.scatter(1, pick_T1, -torch.inf)
+    return weight_TE

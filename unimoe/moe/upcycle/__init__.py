@@ -1,0 +1,1 @@
+"""From dense FFNs to experts, one way a file."""

@@ -1,0 +1,145 @@
+"""Experts that start as slices of an FFN's hidden dimension (Dynamic-DINO's MoE-Tuning, UniMoE-Audio).
+
+Each upcycler returns experts whose ``origin`` says whether the MoE layer starts as exactly the dense FFN, and
+under which condition.
+
+Shapes: E experts, H hidden, I intermediate.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.errors import UserError
+from unimoe.moe.experts.base import Origin
+from unimoe.moe.experts.ffn import FFNExperts
+from unimoe.moe.experts.swiglu import SwiGLUExperts
+from unimoe.moe.routers.top_k import TopK
+
+from .read import read_ffn, read_swiglu
+
+_NOISY = "noise was added"
+
+
+def split_experts(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) -> SwiGLUExperts:
+    """Each of several dense FFNs of one shape cut in ``slices`` equal parts, an expert each (UniMoE-Audio,
+    arXiv 2510.13344: 4 specialists, 2 slices, 8 experts).
+
+    Expert m*slices + s is slice s of model m. One model many times over is exact as ``copy_experts`` or
+    ``slice_experts`` say; ``noise``: see there.
+    """
+    if not mlps:
+        raise UserError("no dense FFN to make experts from, expected at least one")
+    read = {mlp: read_swiglu(mlp) for mlp in mlps}  # once, where one model stands in every slot
+    weights = [read[mlp] for mlp in mlps]
+    shape = weights[0][1].shape
+    for slot, (_, down) in enumerate(weights):
+        if down.shape != shape:
+            found, expected = list(down.shape), list(shape)
+            raise UserError(
+                f"the FFN for expert {slot} has down_proj {found}, expected {expected} as expert 0 has"
+            )
+    if len(read) > 1:
+        origin = Origin("dense", False, "the experts differ")
+    else:
+        origin = _copied(noise) if slices == 1 else _sliced(noise)
+    cuts = [cut for gate_up, down in weights for cut in cut_swiglu(gate_up, down, slices)]
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], noise, origin)
+
+
+def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> SwiGLUExperts:
+    """Cuts the hidden dimension I of ``copies`` copies of one FFN in ``slices`` equal parts: slices*copies
+    experts of width I/slices.
+
+    Exact when a token visits all slices of one copy and they are summed unweighted (combine "indicator",
+    "straight_through", or "k_weight" with equal weights). Expert c*slices + s is slice s of copy c;
+    ``repeat_router`` makes a router that picks whole copies.
+    """
+    return split_experts([mlp] * copies, slices, noise)
+
+
+def slice_ffn(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> FFNExperts:
+    """``slice_experts`` for a two-layer FFN with biases (Dynamic-DINO, arXiv 2507.17436, section 3): the
+    rows of the first layer and its bias are cut, and every slice gets 1/slices of the last bias."""
+    (up, up_bias, down, down_bias), act = read_ffn(mlp)
+    width = _slice_width(down.shape[1], slices)
+    with torch.device("meta"):
+        experts = FFNExperts(slices * copies, down.shape[0], width, act=act)
+    stacks = {
+        "up_proj": up.unflatten(0, (slices, width)),
+        "up_bias": up_bias.unflatten(0, (slices, width)),
+        "down_proj": torch.stack(down.split(width, dim=1)),
+        "down_bias": (down_bias / slices).expand(slices, -1),
+    }
+    for name, stack in stacks.items():
+        copied = torch.cat([stack] * copies)
+        # biases may all be zero: noise on weights only
+        setattr(experts, name, nn.Parameter(_noisy(copied, noise) if name.endswith("proj") else copied))
+    experts.origin = _sliced(noise)
+    return experts
+
+
+def leading_slices(mlp: nn.Module, count: int, width: int) -> SwiGLUExperts:
+    """The first ``count`` slices of ``width`` of one FFN: shared experts narrower than the others."""
+    gate_up, down = read_swiglu(mlp)
+    inner = down.shape[1]
+    if width < 1 or count * width > inner:
+        raise UserError(f"{count} shared experts of width {width} need more than the FFN's {inner}")
+    (gate, up), kept = gate_up.chunk(2), count * width
+    cuts = cut_swiglu(torch.cat([gate[:kept], up[:kept]]), down[:, :kept], count)
+    origin = Origin("slice", False, f"{inner - kept} of {inner} hidden units are left out")
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], 0.0, origin)
+
+
+def cut_swiglu(gate_up: Tensor, down: Tensor, slices: int) -> list[tuple[Tensor, Tensor]]:
+    """(gate_up [2I/slices, H], down [H, I/slices]) of each slice of an FFN's hidden dimension."""
+    if slices == 1:
+        return [(gate_up, down)]
+    gate, up = gate_up.chunk(2)
+    width = _slice_width(down.shape[1], slices)
+    parts = zip(gate.split(width), up.split(width), down.split(width, dim=1), strict=True)
+    return [(torch.cat([gate, up]), down) for gate, up, down in parts]
+
+
+@torch.no_grad()
+def repeat_router(router: TopK, slices: int) -> None:
+    """Gives the ``slices`` slices of each copy the logits of the copy's first slice, in place, so that top-k
+    takes whole copies."""
+    if router.num_experts % slices:
+        raise UserError(
+            f"the router has {router.num_experts} experts, expected a multiple of {slices} slices"
+        )
+    router.weight.copy_(router.weight[::slices].repeat_interleave(slices, dim=0))
+
+
+def _copied(noise: float) -> Origin:
+    return Origin("copy", noise == 0, _NOISY if noise else "the combine weights of each token sum to 1")
+
+
+def _sliced(noise: float) -> Origin:
+    when = "each token visits all slices of one copy and their outputs are summed unweighted"
+    return Origin("slice", noise == 0, _NOISY if noise else when)
+
+
+def _slice_width(inner: int, slices: int) -> int:
+    if slices < 1 or inner % slices:
+        raise UserError(
+            f"cannot cut an FFN of width {inner} in {slices} slices, expected a divisor of {inner}"
+        )
+    return inner // slices
+
+
+def _stack(gate_ups: list[Tensor], downs: list[Tensor], noise: float, origin: Origin) -> SwiGLUExperts:
+    hidden, inner = downs[0].shape
+    with torch.device("meta"):
+        experts = SwiGLUExperts(len(downs), hidden, inner)
+    # clones: stacked weights of their own, so that a copied expert does not share memory with the dense model
+    experts.gate_up_proj = nn.Parameter(_noisy(torch.stack(gate_ups), noise))
+    experts.down_proj = nn.Parameter(_noisy(torch.stack(downs), noise))
+    experts.origin = origin
+    return experts
+
+
+def _noisy(weight: Tensor, noise: float) -> Tensor:
+    return weight if noise == 0 else weight + noise * weight.std() * torch.randn_like(weight)
