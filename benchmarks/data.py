@@ -89,7 +89,7 @@ def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     collator = Collator(processor)
     ways: dict[str, Callable[[list[Sample]], list[dict[str, Any]]]] = {
         "one padded batch": lambda batch: [collator(batch)],
-        "parts of like length": collator.by_length,
+        "parts of like length": collator.bucket_by_length,
         f"rows of {args.pack}": partial(collator.packed, length=args.pack),
     }
     print(f"{'packing':<24}{'rows':>6}{'padding':>10}{'tokens/s':>12}{'gain':>8}")
@@ -208,8 +208,8 @@ def read_epoch(
     """Every sample once, into ``batches``."""
     stored.fill(samples)
     collator = Collator(processor, features=stored)
-    for batch in ModalityBatchSampler([sample.kind for sample in samples], 8):
-        batches.append(collator.by_length([samples[index] for index in batch]))
+    for batch in ModalityBatchSampler([sample.modality for sample in samples], 8):
+        batches.append(collator.bucket_by_length([samples[index] for index in batch]))
 
 
 def train_epoch(built: Built, batches: list[list[dict[str, Any]]], device: str) -> None:

@@ -215,7 +215,7 @@ class Study:
             said = ask(model, processor, chosen, features)
             right = [question.is_right(answer) for question, answer in zip(chosen, said, strict=True)]
             with torch.no_grad():
-                loss = answer_loss(model, collator.by_length(answered))[0].item()
+                loss = answer_loss(model, collator.bucket_by_length(answered))[0].item()
             found[name] = {"accuracy": statistics.fmean(right), "loss": loss, "count": len(right)}
         prose = (ASSETS / "prose.txt").read_text(encoding="utf-8")[:4000]
         return {"sets": found, "perplexity": perplexity(model, processor, prose)}

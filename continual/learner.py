@@ -147,7 +147,7 @@ class Learner:
     def collate(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """Batches of rows of like length; one batch where layers run again in the backward pass, so that what
         the routers know about padding is that of the same rows."""
-        parts = [self.collator(samples)] if self.recomputes else self.collator.by_length(samples)
+        parts = [self.collator(samples)] if self.recomputes else self.collator.bucket_by_length(samples)
         return [to_device(part, self.device) for part in parts]
 
     def recompute(self, on: bool) -> None:

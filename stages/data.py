@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from unimoe.data import Collator, ModalityBatchSampler, Sample, read_samples
-from unimoe.data.collate import TooLong
+from unimoe.data.collate import Overflow
 from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.stream import SampleStream
 from unimoe.errors import UserError
@@ -34,7 +34,7 @@ class StageData(LightningDataModule):
         cache_features: bool | str = False,
         media_root: str | None = None,
         max_length: int | None = None,
-        too_long: TooLong = "error",
+        overflow: Overflow = "error",
         pack: int | None = None,
         stream: bool = False,
         buffer: int = 1024,
@@ -56,8 +56,8 @@ class StageData(LightningDataModule):
                 where (true: ``features`` beside the stage's output folder).
             media_root: folder that relative media paths start from (default: that of the samples' file).
             max_length: longest sample in tokens.
-            too_long: what becomes of a longer one: ``error`` stops and names it, ``cut`` takes its end away
-                (never media, nor all answers), ``drop`` leaves it out with a warning.
+            overflow: what to do with a longer one: ``error`` stops and names it, ``truncate`` removes its end
+                (never media, nor all answers), ``drop`` skips it with a warning.
             pack: put the samples of a batch one after another into rows of up to so many tokens, without
                 padding, where they do not see one another (default: one sample a row, in parts of like
                 length).
@@ -86,7 +86,7 @@ class StageData(LightningDataModule):
             raise UserError(f"data.stream reads samples as they come, which does not go with {found}")
         if self.mix is not None:
             self.batch_size = sum(self.mix)
-        self.too_long: TooLong = too_long
+        self.overflow: Overflow = overflow
         self.pack, self.stream, self.buffer = pack, stream, buffer
         self.cache_features, self.media_root = cache_features, media_root
         self.max_length, self.num_workers = max_length, num_workers
@@ -122,7 +122,7 @@ class StageData(LightningDataModule):
                     folder = Path(trainer.default_root_dir) / ".." / "features"
                 samples = [sample for split in self.samples.values() for sample in split]
                 features = fill_cache(module.model, module.processor, folder, samples, trainer)
-            self._collator = Collator(module.processor, self.max_length, features, self.too_long)
+            self._collator = Collator(module.processor, self.max_length, features, self.overflow)
         return self._collator
 
     def train_dataloader(self) -> ResumableLoader:
@@ -140,7 +140,7 @@ class StageData(LightningDataModule):
         if self.mix is not None:
             sampler: StepSampler = MixedBatchSampler(self.sizes["train"], self.mix, **settings)
         else:
-            kinds = [sample.kind for sample in self.samples["train"]]
+            kinds = [sample.modality for sample in self.samples["train"]]
             settings |= {"sizes": self.sizes["train"], "weights": self.weights}
             sampler = ModalityBatchSampler(kinds, self.batch_size, **settings)
         return self._loader(self.samples["train"], batch_sampler=sampler)
@@ -156,7 +156,7 @@ class StageData(LightningDataModule):
         if not self.samples.get(split):
             return []
         sampler = ModalityBatchSampler(
-            [sample.kind for sample in self.samples[split]],
+            [sample.modality for sample in self.samples[split]],
             self.batch_size,
             shuffle=False,
             world_size=data_parallel_size(self.trainer),
@@ -169,7 +169,7 @@ class StageData(LightningDataModule):
         collator = self.collator()
         return ResumableLoader(
             samples,
-            collate_fn=partial(collator.packed, length=self.pack) if self.pack else collator.by_length,
+            collate_fn=partial(collator.packed, length=self.pack) if self.pack else collator.bucket_by_length,
             num_workers=self.num_workers,
             persistent_workers=False,
             **order,

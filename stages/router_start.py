@@ -76,7 +76,7 @@ def start_routers(
     layers: dict[int, Any] = moe_layers(model)  # type: ignore[assignment]
     moments = {layer: _Moments(moe.router, len(slots)) for layer, moe in layers.items()}
     for paths, members in groups.items():
-        batches = collator.by_length(chosen[paths])
+        batches = collator.bucket_by_length(chosen[paths])
         with _through(model, members[0], {layer: entry.add for layer, entry in moments.items()}):
             for batch in batches:
                 model.model(**{name: value for name, value in batch.items() if name != "labels"})

@@ -70,7 +70,7 @@ def read_examples(files: list[str], media_root: str | None, kind: str, settings:
             if any(str(record.get(key)) != value for key, value in settings.where.items()):
                 continue
             sample = parse_record(record, source, root)
-            if sample.kind == kind and len(list(sample.media())) == 1:
+            if sample.modality == kind and len(list(sample.media())) == 1:
                 said = _answer(sample)
                 tail = re.findall(r"[?.!]*$", said)[0]
                 examples.append(Example(sample, _target(record, said), _words(record, source), tail))

@@ -70,3 +70,10 @@ def test_clock():
         "59:59 min",
         "2:01:05 h",
     ]
+
+
+def test_settings_of_version_0_1_are_compared_under_their_current_names(tmp_path):
+    wanted = {"data.overflow": "truncate", "seed": 0}
+    check_same(tmp_path, {"data.too_long": "cut", "seed": 0}, wanted)
+    with pytest.raises(UserError, match="data.overflow: there 'drop', now 'truncate'"):
+        check_same(tmp_path, {"data.too_long": "drop", "seed": 0}, wanted)

@@ -206,7 +206,7 @@ def test_yaml(block, here, capsys):
 def test_json(block, here):
     content = json.loads(block.text)
     if "messages" in content:
-        assert parse_record(content, str(block), here).kind == "image"
+        assert parse_record(content, str(block), here).modality == "image"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -126,6 +126,19 @@ def flatten(settings: Any, prefix: str = "", lists: bool = False) -> dict[str, A
     return flat
 
 
+_RENAMED = {"data.too_long": "data.overflow"}
+_RENAMED_VALUES = {"data.overflow": {"cut": "truncate"}}
+
+
+def current_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key, as version 0.1 named them or as they are named now, under the current names."""
+    renamed = {_RENAMED.get(key, key): value for key, value in settings.items()}
+    for key, values in _RENAMED_VALUES.items():
+        if key in renamed:
+            renamed[key] = values.get(renamed[key], renamed[key])
+    return renamed
+
+
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
     """What each setting is in which the two differ, in words."""
     keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
@@ -134,7 +147,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]
 
 def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]):
     """Raises UserError naming the settings in which what lies in ``output`` differs from what is wanted."""
-    different = [f"{key}: {values}" for key, values in differences(found, wanted).items()]
+    different = [f"{key}: {values}" for key, values in differences(current_names(found), wanted).items()]
     if not different:
         return
     shown = "; ".join(different[:4])

@@ -24,8 +24,8 @@ def test_the_items_of_coin(tmp_path):
         ],
     )
     first, second, third = read_questions(path)
-    assert first.id == "7" and first.truth.answers == ("cat",) and first.sample.kind == "image"
-    assert second.truth.answers == ("4", "four") and second.sample.kind == "text"
+    assert first.id == "7" and first.truth.answers == ("cat",) and first.sample.modality == "image"
+    assert second.truth.answers == ("4", "four") and second.sample.modality == "text"
     assert third.truth.answers == ("Ho",) and [m["role"] for m in third.sample.messages] == ["user"]
 
 
@@ -43,8 +43,8 @@ def test_an_item_keeps_all_of_its_media_answers_and_options(tmp_path):
         ],
     )
     heard, spoken, film, several = read_questions(path)
-    assert heard.sample.kind == "audio" and heard.truth.answers == ("rain", "water")
-    assert spoken.sample.kind == "speech" and spoken.truth.options == {"A": "no", "B": "1"}
+    assert heard.sample.modality == "audio" and heard.truth.answers == ("rain", "water")
+    assert spoken.sample.modality == "speech" and spoken.truth.options == {"A": "no", "B": "1"}
     assert len([*film.sample.media()]) == 1 and film.truth.options == {"B": "yes"}
     assert [part["type"] for part in several.sample.media()] == ["image", "audio", "image"]
 

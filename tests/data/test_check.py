@@ -79,7 +79,7 @@ def plant(kind, number, record, rng):
     if kind == "data URL":
         url = rng.choice(["data:image/png;base64,??", "data:image/png;base64,AAAAA", "data:image/png"])
         return user({"type": "image", "url": url}, text)
-    if kind == "empty medium":
+    if kind == "empty file":
         return user({"type": "audio", "path": "empty.wav"}, text)
     if kind == "undecodable":
         name = rng.choice(["half.png", "text.wav"])
@@ -100,7 +100,7 @@ def plant(kind, number, record, rng):
 
 PLANTED = [
     "not JSON", "malformed", "role", "order", "empty turn", "placeholders", "missing file", "remote address",
-    "data URL", "empty medium", "undecodable", "duplicate",
+    "data URL", "empty file", "undecodable", "duplicate",
 ]  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_sound_files_of_every_format_have_no_faults(folder):
             write_samples(folder / name, samples)
         report = check_conversations(folder / name)
         assert not report.faults
-        assert report.kinds == Counter(sample.kind for sample in samples)
+        assert report.modalities == Counter(sample.modality for sample in samples)
 
 
 def test_a_cut_shard_is_a_fault_and_what_is_whole_is_checked(folder):
@@ -168,7 +168,7 @@ def test_a_cut_shard_is_a_fault_and_what_is_whole_is_checked(folder):
     content = (folder / "cut.tar").read_bytes()
     (folder / "cut.tar").write_bytes(content[: len(content) // 2])
     report = check_conversations(folder / "cut.tar")
-    assert [fault.kind for fault in report.faults][-1] == "cut" and 15 < report.samples < 35
+    assert [fault.kind for fault in report.faults][-1] == "truncated" and 15 < report.samples < 35
 
 
 @pytest.mark.parametrize("content", ["", "\n", "[]"])

@@ -87,7 +87,7 @@ def test_a_typed_placeholder_is_text(built):
 
 
 def test_batches_of_a_loader(built, samples):
-    sampler = ModalityBatchSampler([sample.kind for sample in samples * 2], 2, steps=9)
+    sampler = ModalityBatchSampler([sample.modality for sample in samples * 2], 2, steps=9)
     loader = DataLoader(samples * 2, batch_sampler=sampler, collate_fn=Collator(built[1]))
     batches = list(loader)
     assert len(batches) == len(loader) == 9
@@ -111,7 +111,7 @@ def test_over_long_samples(built, samples):
     message = rf"^data\.json\[1\]: the sample has {length} tokens, more than max_length 40"
     with pytest.raises(UserError, match=message):
         Collator(processor, max_length=40)([sample])
-    cut = Collator(processor, max_length=60, too_long="cut")([sample])
+    cut = Collator(processor, max_length=60, overflow="truncate")([sample])
     whole = Collator(processor)([sample])
     for name in ("input_ids", "labels", "attention_mask"):
         assert torch.equal(cut[name], whole[name][:, :60])
@@ -119,18 +119,18 @@ def test_over_long_samples(built, samples):
 
 @pytest.mark.parametrize(("index", "length"), [(1, 10), (0, 20)])
 def test_truncation_never_takes_media_or_all_answers(built, samples, index, length):
-    with pytest.raises(UserError, match="would take away media or all assistant text"):
-        Collator(built[1], max_length=length, too_long="cut")([samples[index]])
+    with pytest.raises(UserError, match="would remove media or all assistant text"):
+        Collator(built[1], max_length=length, overflow="truncate")([samples[index]])
 
 
 def test_long_samples_may_be_left_out(built, samples, caplog):
-    collator = Collator(built[1], max_length=70, too_long="drop")
+    collator = Collator(built[1], max_length=70, overflow="drop")
     batch = collator([*samples, samples[1]])
     lengths = [len(built[1].encode(sample.messages)["input_ids"]) for sample in samples]
     assert max(lengths) > 70 and len(batch["input_ids"]) == sum(length <= 70 for length in lengths)
     (warning,) = caplog.messages  # once a sample
-    assert warning.startswith("data.json[1]: the sample has") and "it is left out (1 so far)" in warning
-    for nothing in (*collator.packed(samples[1:2], 100), *collator.by_length(samples[1:2])):
+    assert warning.startswith("data.json[1]: the sample has") and "it is dropped (1 so far)" in warning
+    for nothing in (*collator.packed(samples[1:2], 100), *collator.bucket_by_length(samples[1:2])):
         assert nothing["labels"].tolist() == [[IGNORED]]  # a step that learns nothing
 
 
@@ -152,7 +152,7 @@ def test_parts_of_like_length_hold_every_sample_once_and_little_padding(built, s
     _, processor = built
     collator = Collator(processor)
     long = parse_record({"conversations": turns("Say much", "word " * 60)}, "data.json[4]", ".")
-    together, parts = [*samples, long, *samples], collator.by_length([*samples, long, *samples])
+    together, parts = [*samples, long, *samples], collator.bucket_by_length([*samples, long, *samples])
     rows = [
         row[mask == 1].tolist()
         for part in parts

@@ -17,11 +17,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from unimoe.data import Collator
 from unimoe.encoders import Encoder
 from unimoe.stages.cli import main
-steps, collate = [], Collator.by_length
+steps, collate = [], Collator.bucket_by_length
 def counted(self, samples):
     steps.append({"ids": [sample.id for sample in samples], "towers": []})
     return collate(self, samples)
-Collator.by_length = counted
+Collator.bucket_by_length = counted
 def ran(module, inputs, output):
     if isinstance(module, Encoder):
         steps[-1]["towers"].append(module.modality)

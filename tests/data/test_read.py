@@ -29,7 +29,7 @@ def test_json_list_is_numbered_by_index(tmp_path):
     path = write(tmp_path / "data.json", json.dumps(records, indent=1))
     samples = read_samples(path)
     assert [sample.source for sample in samples] == [f"{path}[0]", f"{path}[1]"]
-    assert [sample.kind for sample in samples] == ["image", "text"]
+    assert [sample.modality for sample in samples] == ["image", "text"]
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data"])

@@ -42,7 +42,7 @@ def test_llava(media):
     image = {"type": "image", "path": str(media / "a.png")}
     assert [turn["role"] for turn in sample.messages] == ["user", "assistant"] * 2
     assert sample.messages[0]["content"] == [image, text("What is it?")]
-    assert (sample.id, sample.source, sample.kind) == ("7", "f.jsonl:3", "image")
+    assert (sample.id, sample.source, sample.modality) == ("7", "f.jsonl:3", "image")
 
 
 def test_placeholders_in_the_middle_keep_order_and_text(media):
@@ -56,7 +56,7 @@ def test_placeholders_in_the_middle_keep_order_and_text(media):
 def test_uni_moe_voice_is_speech_and_its_video_is_a_list_of_frames(media):
     sample = parse(llava("<image>\n<audio>\n<audio>", "ok", image="a.png", voice=["a.wav", "b.wav"]), media)
     assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "speech", "speech"]
-    assert sample.kind == "image+speech"
+    assert sample.modality == "image+speech"
     frames = parse(llava("<video>\nWhat?", "A walk.", video=["a.png", "b.png"]), media)
     assert next(frames.media())["path"] == [str(media / "a.png"), str(media / "b.png")]
 

@@ -112,9 +112,9 @@ def test_a_shard_cut_in_the_middle(tmp_path, kept):
     whole = 20 * (512 + 512 + 512 + 1536)
     path.write_bytes(content[: int(whole * kept)])
     found = list(shard_records(path))
-    assert found[-1][1].kind == "cut" and "cut off" in str(found[-1][1])
+    assert found[-1][1].kind == "truncated" and "truncated" in str(found[-1][1])
     assert len(found) - 1 == pytest.approx(20 * kept, abs=1)
-    with pytest.raises(UserError, match=r"a\.tar: the archive is (broken or )?cut off"):
+    with pytest.raises(UserError, match=r"a\.tar: the archive is (broken or )?truncated"):
         read_samples(path)
 
 
@@ -122,7 +122,7 @@ def test_a_shard_cut_between_two_samples(tmp_path):
     path = write(tmp_path / "a.tar", {f"{n}.json": {"prompt": "Hi", "completion": "Ho"} for n in range(4)})
     path.write_bytes(path.read_bytes()[: 2 * 1024])
     assert [source for source, _ in shard_records(path)] == [f"{path}:0", f"{path}:1", str(path)]
-    with pytest.raises(UserError, match="cut off: it has no end mark"):
+    with pytest.raises(UserError, match="truncated: it has no end mark"):
         read_samples(path)
 
 
@@ -138,7 +138,7 @@ def test_a_shard_with_something_behind_its_end(tmp_path):
     ):
         path.write_bytes(content)
         *good, (source, fault) = shard_records(path)
-        assert len(good) == read and (source, fault.kind) == (str(path), "cut")
+        assert len(good) == read and (source, fault.kind) == (str(path), "truncated")
         with pytest.raises(UserError, match=rf"a\.tar: the archive is broken: found .*{message}"):
             read_samples(path)
     path.write_bytes(whole + bytes(3 * 512 + 10))

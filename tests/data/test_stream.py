@@ -46,7 +46,7 @@ def test_an_epoch_holds_every_sample_once_and_like_with_like(files, world_size, 
         ranks.append(list(DataLoader(stream, batch_size=None, num_workers=workers)))
     assert sorted(number(s) for batches in ranks for batch in batches for s in batch) == list(range(37))
     for together in zip(*ranks, strict=True):
-        kinds = {sample.kind for batch in together for sample in batch}
+        kinds = {sample.modality for batch in together for sample in batch}
         assert len(kinds) == 1 or world_size > 1 and "image+speech" in kinds
         assert all(together)
 
@@ -78,7 +78,7 @@ def test_ten_thousand_mixed_samples_each_once_an_epoch(tmp_path, world_size, str
                 break
     else:
         samples = read_samples(path)
-        kinds = [sample.kind for sample in samples]
+        kinds = [sample.modality for sample in samples]
         ranks = [
             ModalityBatchSampler(kinds, 7, world_size=world_size, rank=rank) for rank in range(world_size)
         ]

@@ -101,7 +101,7 @@ def test_a_saved_conversation_is_taken_up_where_it_was(talk, built, files):
     told = json.loads((files / "talk.json").read_text())["messages"]
     assert [turn["role"] for turn in told] == ["system", "user", "assistant"]
     assert told[1]["content"][0] == {"type": "image", "path": "a b.png"}
-    assert read_samples(files / "talk.json")[0].kind == "image"  # training could read it
+    assert read_samples(files / "talk.json")[0].modality == "image"  # training could read it
 
     model, processor = built
     other = Conversation(model, processor, Settings(max_new_tokens=6))

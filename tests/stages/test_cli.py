@@ -172,10 +172,14 @@ def losses(folder):
 def test_a_stage_streams_mixes_and_drops(align, fit, world, caplog):
     write_samples(world / "train.tar", read_samples(world / "train.jsonl"))
     shares = {str(world / "train.tar"): 0.5, str(world / "train.jsonl"): 1.5}
-    align["data"] |= {"train": shares, "stream": True, "buffer": 4, "max_length": 35, "too_long": "drop"}
+    align["data"] |= {"train": shares, "stream": True, "buffer": 4, "max_length": 35, "overflow": "drop"}
     fit(align)
     assert len(losses(align["output"])) == 3
-    assert "more than max_length 35; it is left out" in caplog.text
+    assert "more than max_length 35; it is dropped" in caplog.text
+    align["data"]["too_long"] = align["data"].pop("overflow")  # as version 0.1 named it
+    caplog.set_level("INFO")
+    fit(align)
+    assert "is finished: align, 3 steps" in caplog.text
     with pytest.raises(UserError, match="does not go with cache_features"):
         fit(align, "--data.cache_features", "true", "--overwrite", "true")
 

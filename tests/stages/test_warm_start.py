@@ -77,7 +77,7 @@ def test_pictures_start_near_their_names(world, built):
     examples = [
         example
         for example in read_examples([str(world / "train.jsonl")], None, "image", Ridge())
-        if example.sample.kind == "image"
+        if example.sample.modality == "image"
     ]
     features = torch.randn(len(examples), 4, model.model.encoders["image"].hidden_size)
     warm_start(model, processor, "image", (features, None), examples, Ridge(penalty=1e-3))

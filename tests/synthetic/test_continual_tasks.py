@@ -13,7 +13,7 @@ def test_the_stream_reads_back(tmp_path, weights):
     build_tasks(str(tmp_path / "data"), train=8, test=8)
     configs = [TaskConfig(name, f"{name}.train.jsonl", f"{name}.test.jsonl") for name in TASKS]
     stream = Stream(StreamConfig(configs, root=str(tmp_path / "data")))
-    kinds = {task.name: {sample.kind for sample in task.samples} for task in stream}
+    kinds = {task.name: {sample.modality for sample in task.samples} for task in stream}
     assert kinds["text"] == {"text"} and kinds["commands"] == {"speech"} and kinds["animals"] == {"image"}
     answers = {task.name: {q.truth.answers[0] for q in task.questions} for task in stream}
     for name, own in answers.items():

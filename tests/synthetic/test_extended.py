@@ -95,8 +95,8 @@ def test_files_of_the_extended_demo(artist, tmp_path):
         ("test.sounds_asked", "speech+audio"),
     ):
         samples = read_samples(tmp_path / f"{file}.jsonl")
-        assert {sample.kind for sample in samples} == {kind}
-    assert {sample.kind for sample in read_samples(tmp_path / "train.sounds.jsonl")} == {
+        assert {sample.modality for sample in samples} == {kind}
+    assert {sample.modality for sample in read_samples(tmp_path / "train.sounds.jsonl")} == {
         "audio",
         "speech+audio",
     }

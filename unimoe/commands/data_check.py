@@ -99,7 +99,11 @@ def _summary(report: CheckReport | ConversationReport) -> str:
     if isinstance(report, CheckReport):
         return f"{report.images} images, {report.boxes} boxes of {report.categories} categories"
     lines = [f"{report.samples} samples, {report.turns} turns"]
-    for title, counts in (("samples of", report.kinds), ("media", report.media), ("tokens", report.tokens)):
+    for title, counts in (
+        ("samples of", report.modalities),
+        ("media", report.media),
+        ("tokens", report.tokens),
+    ):
         if counts:
             lines.append(f"{title:<10}  " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     return "\n".join(lines)

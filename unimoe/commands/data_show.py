@@ -85,7 +85,7 @@ def show(
     samples = read_samples(path, media_root=images)
     collator = Collator(open_processor(model))
     drawn = draw(samples, count, seed)
-    kinds = Counter(sample.kind for sample in samples)
+    kinds = Counter(sample.modality for sample in samples)
     template = files("unimoe.commands").joinpath("samples.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
@@ -106,8 +106,8 @@ def draw(samples: list[Sample], count: int, seed: int) -> list[Sample]:
     turn: Counter[str] = Counter()
     ranked = []
     for index in indices:
-        ranked.append((turn[samples[index].kind], index))
-        turn[samples[index].kind] += 1
+        ranked.append((turn[samples[index].modality], index))
+        turn[samples[index].modality] += 1
     return [samples[index] for index in sorted(index for _, index in sorted(ranked)[:count])]
 
 
@@ -117,7 +117,7 @@ def shown(sample: Sample, collator: Collator) -> Shown:
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     return Shown(
         sample.source,
-        sample.kind,
+        sample.modality,
         tokens(ids, labels, collator.processor.tokenizer),
         len(ids),
         sum(label != IGNORED for label in labels),

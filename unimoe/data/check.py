@@ -1,4 +1,4 @@
-"""What is wrong with a file of conversations, and where."""
+"""Find every fault in a file of conversations."""
 
 import hashlib
 import json
@@ -30,17 +30,17 @@ _DECODE: dict[str, Callable[[Part, str], Any]] = {
 
 @dataclass
 class ConversationReport:
-    """What is in a file of conversations, and what is wrong with it."""
+    """Contents and faults of a file of conversations."""
 
     samples: int = 0
-    """Records, the faulty ones included."""
+    """Records, faulty ones included."""
     turns: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    """Samples of each set of modalities."""
+    modalities: Counter[str] = field(default_factory=Counter)
+    """Samples by modality."""
     media: Counter[str] = field(default_factory=Counter)
-    """Pictures, sounds, ... of each modality."""
+    """Images, videos, clips by modality."""
     tokens: dict[str, int] | None = None
-    """Percentiles of the samples' lengths, and their sum, if lengths were asked for."""
+    """Percentiles of the samples' lengths in tokens, and their sum, if requested."""
     faults: list[Fault] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -55,24 +55,25 @@ def check_conversations(
     length: Callable[[Sample], int] | None = None,
     max_length: int | None = None,
 ) -> ConversationReport:
-    """Read every record and collect all faults: the first of each record's form, and that of each medium.
+    """Read every record and collect all faults: the first one of each record, and those of its media.
 
     Args:
         path: as :func:`data_files` takes it.
-        media_root: folder that relative paths start from, by default that of the file.
-        decode: also decode every medium.
+        media_root: folder that relative paths are resolved against, by default that of the file.
+        decode: also decode all media.
         training: each sample must end in an answer.
-        length: the tokens of a sample; may raise a UserError, which is then its fault.
+        length: the tokens of a sample; a UserError it raises counts as the sample's fault.
         max_length: the most tokens a sample may have.
 
-    Raises UserError when there is no such file.
+    Raises:
+        UserError: there is no such file.
     """
     report, media, said, lengths = ConversationReport(), _Media(decode), dict[str, str](), []
     for file in data_files(path):
         root = file.parent if media_root is None else media_root
         for source, where, record in _records(file):
             try:
-                report.samples += not (isinstance(record, DataError) and record.kind == "cut")
+                report.samples += not (isinstance(record, DataError) and record.kind == "truncated")
                 if isinstance(record, DataError):
                     raise record
                 sample = parse_record(record, source, root, training=training)
@@ -80,7 +81,7 @@ def check_conversations(
                 report.faults.append(Fault(error.kind, where, error.message))
                 continue
             report.turns += len(sample.messages)
-            report.kinds[sample.kind] += 1
+            report.modalities[sample.modality] += 1
             report.media.update(part["type"] for part in sample.media())
             faults = [Fault(kind, where, message) for kind, message in media.faults(sample)]
             if not faults:
@@ -100,13 +101,13 @@ def check_conversations(
 
 
 def _records(file: Path) -> Iterator[tuple[str, str, Any]]:
-    """The source of each record, how a person finds it, and its value or fault."""
+    """The source of each record, its place for a reader (with the line), and its value or fault."""
     try:
         lines = line_numbers(file)
         for index, (source, record) in enumerate(scan_records(file)):
             yield source, f"{source} (line {lines[index]})" if lines else source, record
     except UserError as error:  # the file cannot be read at all
-        yield str(file), str(file), DataError("cut", str(file), str(error).removeprefix(f"{file}: "))
+        yield str(file), str(file), DataError("truncated", str(file), str(error).removeprefix(f"{file}: "))
 
 
 def _too_long(
@@ -122,14 +123,14 @@ def _too_long(
 
 
 class _Media:
-    """Reads and decodes every medium, those that are files only once."""
+    """Reads and decodes media, each file only once."""
 
     def __init__(self, decode: bool) -> None:
         self.decode = decode
         self.known: dict[str, tuple[str, str] | None] = {}
 
     def faults(self, sample: Sample) -> Iterator[tuple[str, str]]:
-        """Kind and message of what is wrong with the media of a sample."""
+        """Kind and message of each fault in the media of a sample."""
         for part in sample.media():
             name = f"{part['type']} {part['path']}" if "path" in part else ""
             if name not in self.known or not name:
@@ -139,7 +140,7 @@ class _Media:
                 yield found
 
     def _fault(self, part: Part, where: str) -> tuple[str, str] | None:
-        kind = "data URL" if "url" in part else "empty medium"
+        kind = "data URL" if "url" in part else "empty file"
         try:
             for file in frame_parts(part) or [part]:
                 open_media(file, where).close()
@@ -152,7 +153,7 @@ class _Media:
 
 
 def _signature(sample: Sample) -> str:
-    """The same for samples that say the same about the same media."""
+    """Equal for samples with the same text and media."""
 
     def medium(part: Part) -> Any:
         if "stored" in part or "bytes" in part:

@@ -1,4 +1,4 @@
-"""Samples -> what the model's forward takes, with labels on the assistant's words only.
+"""Samples -> inputs of the model's forward, with labels on the assistant's tokens only.
 
     list[Sample] -> processor.encode (decodes media, one sample) -> labels, length -> processor.pad -> batch
 
@@ -25,21 +25,21 @@ from .sample import Message, Sample
 
 log = logging.getLogger(__name__)
 
-TooLong = Literal["error", "cut", "drop"]
-"""What becomes of a sample of too many tokens."""
+Overflow = Literal["error", "truncate", "drop"]
+"""What to do with a sample of too many tokens."""
 
-SOUND_POSITIONS = 50
-"""Encoder positions in a second of sound, of Whisper as of BEATs."""
+AUDIO_POSITIONS = 50
+"""Encoder positions per second of audio, of Whisper and of BEATs."""
 
 
 class Collator:
     """Makes a batch: ``input_ids``, ``attention_mask``, ``labels`` [B, T] padded on the right, and for the
     modalities present ``pixel_values`` [M, 3, H, W], ``video_pixels`` [M, frames, 3, H, W] and
     ``video_frames`` [M], ``speech_features`` [M, mel bins, frames] and ``speech_frames`` [M], and the same of
-    ``audio``. Media of the kinds in ``features`` come as ``encoded_media`` instead, kind ->
+    ``audio``. Media of the modalities in ``features`` come as ``encoded_media`` instead, modality ->
     (features [M, S, D], lengths [M] or None), read from the cache without being decoded.
 
-    ``labels`` equal ``input_ids`` on assistant text with its end-of-turn token, and are -100 everywhere else.
+    ``labels`` equal ``input_ids`` on assistant text and its end-of-turn token, and are -100 everywhere else.
     """
 
     def __init__(
@@ -47,36 +47,50 @@ class Collator:
         processor: Any,
         max_length: int | None = None,
         features: FeatureCache | None = None,
-        too_long: TooLong = "error",
+        overflow: Overflow = "error",
     ) -> None:
-        """``processor`` is a UniMoeProcessor. A sample of more than ``max_length`` tokens is a UserError
-        ("error"), is left out of its batch with a warning ("drop"), or is cut on the right ("cut"), which
-        must leave all its media and something to learn: one of which it would not is an error."""
+        """
+        Args:
+            processor: a UniMoeProcessor.
+            max_length: most tokens of a sample; None for no limit.
+            features: cache of frozen encoders' features, filled.
+            overflow: what to do with a longer sample: raise ("error"), skip it with a warning ("drop"), or
+                truncate it on the right ("truncate"), which must keep all media and some assistant text.
+
+        Raises:
+            UserError: features of videos are cached, but the model's positions need their times.
+        """
         self.processor = copy.copy(processor)
         self.max_length = max_length
         self.features = features
-        self.too_long: TooLong = too_long
-        self._left_out: set[str] = set()
+        self.overflow: Overflow = overflow
+        self._dropped: set[str] = set()
         self._media_ids = set(processor.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values())))
-        self._stored: dict[str, _StoredFeatures] = {}
+        self._cached: dict[str, _CachedFeatures] = {}
         if features is not None:
-            if processor.rope_rate and "video" in features.kinds:
+            if processor.rope_rate and "video" in features.modalities:
                 needed = "which this model's positions (rope_sections) need"
-                raise UserError(f"stored features of films have no times, {needed}; leave cache_features out")
-            for kind in sorted(features.kinds):
-                has_lengths = len(processor.preprocessors[kind].outputs) > 1
-                connector = processor.modalities[kind]["connector"]
-                self._stored[kind] = _StoredFeatures(kind, connector, has_lengths)
-            self.processor.preprocessors = {**processor.preprocessors, **self._stored}
+                raise UserError(
+                    f"cached features of videos have no times, {needed}; leave cache_features out"
+                )
+            for modality in sorted(features.modalities):
+                has_lengths = len(processor.preprocessors[modality].outputs) > 1
+                connector = processor.modalities[modality]["connector"]
+                self._cached[modality] = _CachedFeatures(modality, connector, has_lengths)
+            self.processor.preprocessors = {**processor.preprocessors, **self._cached}
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Encode and pad. Raises UserError that names the sample at fault."""
+        """Encode and pad.
+
+        Raises:
+            UserError: a sample cannot be encoded; the message names it.
+        """
         return self._batch(self._encode(samples))
 
-    def by_length(self, samples: Sequence[Sample], waste: float = 0.25) -> list[dict[str, Any]]:
-        """The samples as batches of rows of like length, none of more than about ``waste`` padding.
+    def bucket_by_length(self, samples: Sequence[Sample], waste: float = 0.25) -> list[dict[str, Any]]:
+        """The samples as batches of rows of similar length, each with at most about ``waste`` padding.
 
-        A short question beside a long text would otherwise cost as much as the text.
+        Otherwise a short question would cost as much as the long text beside it.
         """
         parts: list[list[tuple[dict[str, Any], list[int]]]] = []
         tokens = 0
@@ -92,8 +106,8 @@ class Collator:
     def packed(self, samples: Sequence[Sample], length: int) -> list[dict[str, Any]]:
         """The samples one after another in rows of up to ``length`` tokens, each row a batch [1, T].
 
-        There is no padding and no ``attention_mask``: ``position_ids`` [1, T] begin at 0 with every sample,
-        by which transformers keeps the attention inside it. A longer sample has a row of its own.
+        There is no padding and no ``attention_mask``: ``position_ids`` [1, T] restart at 0 with every sample,
+        from which transformers derives block-diagonal attention. A longer sample gets a row of its own.
         """
         rows: list[list[tuple[dict[str, Any], list[int]]]] = []
         room: list[int] = []
@@ -107,14 +121,14 @@ class Collator:
         return [self._join(row) for row in rows]
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Conversations that wait for an answer as one batch, padded on the left, without labels."""
+        """Prompts for generation as one batch, padded on the left, without labels."""
         return self._pad(self._prompts(samples), "left")
 
     def prompt_batches(
         self, samples: Sequence[Sample], batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """The :meth:`prompts` of all samples, of neighbours those of like length together: their indices, and
-        the batch. As many as 16 batches are in memory."""
+        """The :meth:`prompts` of all samples, sorted by length within windows of 16 batches: the samples'
+        indices, and their batch."""
         for start in range(0, len(samples), 16 * batch_size):
             rows = self._prompts(samples[start : start + 16 * batch_size])
             order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
@@ -137,7 +151,7 @@ class Collator:
                 raise UserError(f"{sample.source}: there is no assistant text to learn from")
             pairs = zip(one["input_ids"], mask, strict=True)
             rows.append((one, [token if learned else IGNORED for token, learned in pairs]))
-        if samples and not rows:  # all were too long: a step that learns nothing
+        if samples and not rows:  # all were dropped: a step without labels
             rows.append(({"input_ids": [self.processor.tokenizer.eos_token_id]}, [IGNORED]))
         return rows
 
@@ -148,7 +162,7 @@ class Collator:
         return batch
 
     def _join(self, rows: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
-        """One row out of several, with the media of all."""
+        """Concatenate several rows into one, with the media of all."""
         joined: dict[str, Any] = {}
         for encoded, _ in rows:
             for name, items in encoded.items():
@@ -157,73 +171,73 @@ class Collator:
         del batch["attention_mask"]
         if "position_ids" not in batch:
             batch["position_ids"] = torch.cat([torch.arange(len(labels)) for _, labels in rows])[None]
-        # the last token of a sample does not foretell the first of the next
+        # mask the first label of each packed sample
         batch["labels"] = torch.tensor([sum(([IGNORED, *labels[1:]] for _, labels in rows), [])])
         return batch
 
     def _pad(self, rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
         batch = dict(self.processor.pad(rows, side))
-        present = [kind for kind, stored in self._stored.items() if stored.outputs[0] in batch]
+        present = [modality for modality, stored in self._cached.items() if stored.outputs[0] in batch]
         if present:
-            batch["encoded_media"] = {kind: self._stored[kind].take(batch) for kind in present}
+            batch["encoded_media"] = {modality: self._cached[modality].take(batch) for modality in present}
         return batch
 
     def _fit(self, row: dict[str, Any], mask: list[int], sample: Sample) -> bool:
-        """Apply the policy for long samples, in place; False leaves the sample out."""
+        """Apply ``overflow`` to the sample, in place; False drops it."""
         input_ids = row["input_ids"]
         if self.max_length is None or len(input_ids) <= self.max_length:
             return True
         length = len(input_ids)
         found = f"{sample.source}: the sample has {length} tokens, more than max_length {self.max_length}"
-        if self.too_long == "error":
-            raise UserError(f"{found}; raise max_length, or set too_long to cut or drop")
-        if self.too_long == "drop":
-            if sample.source not in self._left_out:
-                self._left_out.add(sample.source)
-                log.warning("%s; it is left out (%d so far)", found, len(self._left_out))
+        if self.overflow == "error":
+            raise UserError(f"{found}; raise max_length, or set overflow to truncate or drop")
+        if self.overflow == "drop":
+            if sample.source not in self._dropped:
+                self._dropped.add(sample.source)
+                log.warning("%s; it is dropped (%d so far)", found, len(self._dropped))
             return False
         if self._media_ids.intersection(input_ids[self.max_length :]) or not any(mask[: self.max_length]):
-            raise UserError(f"{found}, and cutting it would take away media or all assistant text")
+            raise UserError(f"{found}, and truncating it would remove media or all assistant text")
         for tokens in (input_ids, mask, row.get("position_ids", [])):
             del tokens[self.max_length :]
         return True
 
     def _messages(self, sample: Sample) -> list[Message]:
-        """The messages with stored features, where there is a cache, in the place of media."""
+        """The messages, with cached features in place of media if there is a cache."""
         if self.features is None:
             return sample.messages
         cache = self.features
 
         def stored(part: Part) -> Part:
-            kind = part["type"]
-            if kind not in self._stored:
+            modality = part["type"]
+            if modality not in self._cached:
                 return part
             windows = cache.get(cache.key(part, sample.source))
             if windows is None:
                 missing = f"{describe(part)} is not in the feature cache {cache.folder}"
                 raise UserError(f"{sample.source}: {missing}; fill it first")
-            return {"type": kind, kind: windows}
+            return {"type": modality, modality: windows}
 
         return [{**turn, "content": [stored(part) for part in turn["content"]]} for turn in sample.messages]
 
 
 def real_tokens(batch: dict[str, Any]) -> int:
-    """The tokens of a batch that are not padding."""
+    """Number of tokens in a batch that are not padding."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
-class _StoredFeatures:
-    """Stands in for a preprocessor of the processor: takes the list of features [S, D] of one medium."""
+class _CachedFeatures:
+    """Stands in for a preprocessor of the processor: takes cached features [S, D] of one image or clip"""
 
-    def __init__(self, kind: str, connector: dict[str, Any], has_lengths: bool) -> None:
-        self.kind = kind
-        self.outputs = (f"{kind}_encoded", f"{kind}_lengths")
+    def __init__(self, modality: str, connector: dict[str, Any], has_lengths: bool) -> None:
+        self.modality = modality
+        self.outputs = (f"{modality}_encoded", f"{modality}_lengths")
         self.connector = connector
         self.has_lengths = has_lengths
 
     def load(self, part: Part, where: str) -> list[Tensor]:
-        return part[self.kind]
+        return part[self.modality]
 
     def __call__(self, windows: list[Tensor]) -> tuple[dict[str, list[Tensor]], int]:
         values = windows, [torch.tensor(len(window)) for window in windows]
@@ -231,11 +245,11 @@ class _StoredFeatures:
         return dict(zip(self.outputs, values, strict=True)), tokens
 
     def span(self, windows: list[Tensor], tokens: int) -> Span:
-        if self.kind == "image":
+        if self.modality == "image":
             return picture_span(tokens)
-        return Span("audio", tokens, seconds=(sum(map(len, windows)) / SOUND_POSITIONS,))
+        return Span("audio", tokens, seconds=(sum(map(len, windows)) / AUDIO_POSITIONS,))
 
     def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Remove this kind from ``batch``: what the encoder would have returned."""
+        """Remove this modality's features from ``batch`` and return them as the encoder would have."""
         features_MSD, lengths_M = (batch.pop(name) for name in self.outputs)
         return features_MSD, lengths_M if self.has_lengths else None

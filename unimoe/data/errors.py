@@ -1,4 +1,4 @@
-"""What can be wrong with a data file."""
+"""Faults of data files."""
 
 from dataclasses import dataclass
 
@@ -14,28 +14,28 @@ class Fault:
     where: str
     """The file and the entry."""
     message: str
-    """What was found and what was expected."""
+    """What was found, and what was expected."""
 
 
 FAULTS = {
     "no samples": "there are no samples",
     "not JSON": "a record cannot be read",
-    "cut": "an archive or table is cut off or broken",
-    "malformed": "a record has not the form of a conversation",
+    "truncated": "a file is truncated or broken",
+    "malformed": "a record is not a conversation",
     "role": "a turn's role is unknown",
     "order": "the turns are out of order",
-    "empty turn": "a turn says nothing",
+    "empty turn": "a turn is empty",
     "placeholders": "the placeholders do not match the media",
-    "missing file": "a medium's file is not there",
-    "remote address": "a medium lies on another machine",
-    "data URL": "a medium inside the record cannot be read",
-    "empty medium": "a medium's file holds nothing",
-    "undecodable": "a medium cannot be decoded",
-    "duplicate": "a sample says the same as one before",
+    "missing file": "a media file does not exist",
+    "remote address": "media by URL are not downloaded",
+    "data URL": "inline media cannot be read",
+    "empty file": "a media file is empty or unreadable",
+    "undecodable": "media cannot be decoded",
+    "duplicate": "a sample repeats an earlier one",
     "too long": "a sample has more tokens than the limit",
-    "not for the model": "a sample cannot be made into inputs of the model",
+    "not for the model": "the model cannot encode a sample",
 }
-"""What can be wrong with a file of conversations."""
+"""Kinds of faults in a file of conversations."""
 
 
 class DataError(UserError):

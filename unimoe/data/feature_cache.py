@@ -49,8 +49,8 @@ class FeatureCache:
         ``dtype`` is what features are stored in; they are read back as float32."""
         self.folder, self.processor, self.encoders, self.dtype = Path(folder), processor, encoders, dtype
         self._context = {
-            kind: fingerprint(encoder.eval(), processor.modalities[kind]["preprocessing"], dtype)
-            for kind, encoder in encoders.items()
+            modality: fingerprint(encoder.eval(), processor.modalities[modality]["preprocessing"], dtype)
+            for modality, encoder in encoders.items()
         }
         self._open: dict[Path, Any] = {}
         self._places: dict[str, tuple[Path, int]] = {}
@@ -63,7 +63,7 @@ class FeatureCache:
         return {**self.__dict__, "_open": {}, "encoders": {}}  # for loader workers: they only read
 
     @property
-    def kinds(self) -> frozenset[str]:
+    def modalities(self) -> frozenset[str]:
         """The part types that are cached."""
         return frozenset(self._context)
 
@@ -119,7 +119,7 @@ class FeatureCache:
         for sample in samples:
             for part in sample.media():
                 place = (part["type"], str(part.get("path")))
-                if part["type"] not in self.kinds or place in seen:
+                if part["type"] not in self.modalities or place in seen:
                     continue
                 if "path" in part:
                     seen.add(place)
@@ -131,19 +131,19 @@ class FeatureCache:
         for start in range(0, len(todo), shard_size):
             entries: dict[str, list[Tensor]] = {}
             shard = todo[start : start + shard_size]
-            for kind in self.kinds:
-                keys = [key for key in shard if waiting[key][0]["type"] == kind]
+            for modality in self.modalities:
+                keys = [key for key in shard if waiting[key][0]["type"] == modality]
                 for first in range(0, len(keys), batch_size):
                     batch = {key: waiting[key] for key in keys[first : first + batch_size]}
-                    entries.update(self._encode(kind, batch))
+                    entries.update(self._encode(modality, batch))
             self.add(entries)
             seconds = time.monotonic() - started
             logger.info("encoded %d of %d media in %.0f s", start + len(shard), len(todo), seconds)
         return len(todo)
 
     @torch.no_grad()
-    def _encode(self, kind: str, media: Mapping[str, tuple[Part, str]]) -> dict[str, list[Tensor]]:
-        preprocessor, encoder = self.processor.preprocessors[kind], self.encoders[kind]
+    def _encode(self, modality: str, media: Mapping[str, tuple[Part, str]]) -> dict[str, list[Tensor]]:
+        preprocessor, encoder = self.processor.preprocessors[modality], self.encoders[modality]
         rows, owners = [], []
         for key, (part, where) in media.items():
             inputs, _ = preprocessor(preprocessor.load(part, where))

@@ -13,9 +13,9 @@ from .sampler import shuffled
 class MixedBatchSampler(Sampler[list[int]]):
     """Yields ``steps`` lists of indices, each with ``counts[i]`` samples of source i.
 
-    The samples of a source come in a new random order each time all of them were used, as a function of the
-    seed alone; batch b takes the b-th slice of that endless row, so any batch can be computed on its own.
-    With several ranks each takes its own slices.
+    A source's samples are reshuffled each time all of them were used, as a function of the seed alone; batch
+    b takes the b-th slice of that endless sequence, so any batch can be computed on its own. Each rank takes
+    slices of its own.
     """
 
     def __init__(
@@ -27,7 +27,11 @@ class MixedBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
         rank: int = 0,
     ):
-        """Source i holds ``sizes[i]`` samples, at the indices after those of the sources before it."""
+        """Source i holds ``sizes[i]`` samples, with the indices that follow those of source i - 1.
+
+        Raises:
+            UserError: a source or its share of a batch is empty.
+        """
         if len(sizes) != len(counts) or min(counts) < 1 or min(sizes) < 1:
             raise UserError(
                 f"a mix needs at least one sample of each file in a batch, found {counts} of {sizes}"
@@ -56,15 +60,19 @@ class MixedBatchSampler(Sampler[list[int]]):
         return indices
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on after so many batches."""
+        """The state from which ``load_state_dict`` resumes after ``consumed`` batches."""
         return {"consumed": consumed, "order": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Skip the batches already consumed. Raises UserError when what makes the order changed."""
+        """Skip the batches already consumed.
+
+        Raises:
+            UserError: a setting that determines the order has changed.
+        """
         for name, value in self._settings().items():
             if state["order"][name] != value:
                 raise UserError(
-                    f"cannot go on in the same order: {name} was {state['order'][name]}, now it is {value}"
+                    f"cannot resume in the same order: {name} was {state['order'][name]}, now it is {value}"
                 )
         self._start = state["consumed"]
 

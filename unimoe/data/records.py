@@ -71,11 +71,11 @@ class _Record:
         self.media_root = media_root
         self.record = self._typed(record, dict, "the sample")
         self.turns = self._turns(style)
-        self.waiting: dict[str, list[Part]] = {kind: [] for kind in MEDIA}
-        for column, kind in COLUMNS.items():
-            self.waiting[kind] += self._column(column, kind)
+        self.waiting: dict[str, list[Part]] = {modality: [] for modality in MEDIA}
+        for column, modality in COLUMNS.items():
+            self.waiting[modality] += self._column(column, modality)
         self.found: dict[str, int] = dict.fromkeys(MEDIA, 0)
-        self.given = {kind: len(parts) for kind, parts in self.waiting.items()}
+        self.given = {modality: len(parts) for modality, parts in self.waiting.items()}
         # Uni-MoE writes <audio> for speech: so it is meant when there is speech and no other sound.
         self.audio_is_speech = bool(self.given["speech"]) and not self.given["audio"]
 
@@ -84,10 +84,11 @@ class _Record:
         if system := self.record.get("system"):
             text = self._typed(system, str, '"system"')
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": text}]})
-        for kind in MEDIA:
-            if self.found[kind] != self.given[kind]:
-                media = {"speech": "speech clips", "audio": "sounds"}.get(kind, f"{kind}s")
-                found = f"found {self.found[kind]} <{kind}> placeholders and {self.given[kind]} {media}"
+        for modality in MEDIA:
+            if self.found[modality] != self.given[modality]:
+                media = {"speech": "speech clips", "audio": "audio clips"}.get(modality, f"{modality}s")
+                places = f"{self.found[modality]} <{modality}> placeholders"
+                found = f"found {places} and {self.given[modality]} {media}"
                 expected = "expected as many of each (in a part of type text a placeholder is a word)"
                 raise self._fault("placeholders", f"{found}; {expected}")
         self._check_order([message["role"] for message in messages], training)
@@ -142,69 +143,71 @@ class _Record:
             parts.append(self._next(piece) if index % 2 else {"type": "text", "text": piece})
         return parts
 
-    def _next(self, kind: str) -> Part:
+    def _next(self, modality: str) -> Part:
         """The next medium of its column. One too many is counted now and reported once all are counted."""
-        if kind == "audio" and self.audio_is_speech:
-            kind = "speech"
-        self.found[kind] += 1
-        return self.waiting[kind].pop(0) if self.waiting[kind] else {"type": kind}
+        if modality == "audio" and self.audio_is_speech:
+            modality = "speech"
+        self.found[modality] += 1
+        return self.waiting[modality].pop(0) if self.waiting[modality] else {"type": modality}
 
     def _part(self, part: Any, here: str) -> Part:
         self._typed(part, dict, f"{here}: a part")
-        kind = part.get("type")
-        if kind == "text":
+        modality = part.get("type")
+        if modality == "text":
             return {"type": "text", "text": self._typed(part.get("text"), str, f'{here}: "text"')}
-        if kind in _URLS:
-            return self._medium(_URLS[kind], part.get(kind), here)
-        if kind == "input_audio":
+        if modality in _URLS:
+            return self._medium(_URLS[modality], part.get(modality), here)
+        if modality == "input_audio":
             value = self._typed(part.get("input_audio"), dict, f'{here}: "input_audio"')
             return self._medium("speech", {"base64": value.get("data")}, here)
-        if kind not in MEDIA:
+        if modality not in MEDIA:
             known = ", ".join(("text", *MEDIA, *_URLS, "input_audio"))
-            raise self._fault("malformed", f"{here}: found a part of type {kind!r}, expected one of {known}")
-        value = part.get(kind) or {key: part[key] for key in _SOURCES if key in part}
-        return self._medium(kind, value, here) if value else self._next(kind)
+            raise self._fault(
+                "malformed", f"{here}: found a part of type {modality!r}, expected one of {known}"
+            )
+        value = part.get(modality) or {key: part[key] for key in _SOURCES if key in part}
+        return self._medium(modality, value, here) if value else self._next(modality)
 
-    def _column(self, column: str, kind: str) -> list[Part]:
+    def _column(self, column: str, modality: str) -> list[Part]:
         value = self.record.get(column)
         if value is None:
             return []
         if not isinstance(value, list):
-            return [self._medium(kind, value, f'"{column}"')]
-        if kind == "video" and len(value) > 1 and self._count_placeholders("video") == 1:
+            return [self._medium(modality, value, f'"{column}"')]
+        if modality == "video" and len(value) > 1 and self._count_placeholders("video") == 1:
             value = [value]  # Uni-MoE lists the frames of its one video
-        return [self._medium(kind, item, f'"{column}" {number}') for number, item in enumerate(value, 1)]
+        return [self._medium(modality, item, f'"{column}" {number}') for number, item in enumerate(value, 1)]
 
-    def _count_placeholders(self, kind: str) -> int:
+    def _count_placeholders(self, modality: str) -> int:
         """Places in all turns that take the next medium of a column."""
         contents = [turn.get("content", turn.get("value")) for turn in self.turns if isinstance(turn, dict)]
-        named = sum(text.count(f"<{kind}>") for text in contents if isinstance(text, str))
+        named = sum(text.count(f"<{modality}>") for text in contents if isinstance(text, str))
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        return named + parts.count({"type": kind})
+        return named + parts.count({"type": modality})
 
-    def _medium(self, kind: str, value: Any, here: str) -> Part:
+    def _medium(self, modality: str, value: Any, here: str) -> Part:
         """A part from what names a medium: path, data URL, dict of path/bytes/url/base64, list of frames."""
         if isinstance(value, dict):
             if isinstance(value.get("bytes"), bytes):
-                return {"type": kind, "bytes": value["bytes"]}
+                return {"type": modality, "bytes": value["bytes"]}
             if "stored" in value:
-                return {"type": kind, "stored": value["stored"]}
+                return {"type": modality, "stored": value["stored"]}
             if isinstance(value.get("base64"), str):
-                return {"type": kind, "bytes": self._decoded(value["base64"], here)}
+                return {"type": modality, "bytes": self._decoded(value["base64"], here)}
             value = value.get("path") or value.get("url") or value.get("frames")
             if isinstance(value, dict):  # {"path": {"stored": ...}}: the name of a shard's file
-                return self._medium(kind, value, here)
-        if kind == "video" and isinstance(value, list) and value:
+                return self._medium(modality, value, here)
+        if modality == "video" and isinstance(value, list) and value:
             frames = [self._medium("image", frame, f"{here}: a frame") for frame in value]
             keys = {key for frame in frames for key in frame if key != "type"}
             if len(keys) > 1:
                 found = f"found frames given by {' and by '.join(sorted(keys))}"
                 raise self._fault("malformed", f"{here}: {found}, expected all in one way")
             (key,) = keys
-            return {"type": kind, key: [frame[key] for frame in frames]}
+            return {"type": modality, key: [frame[key] for frame in frames]}
         if isinstance(value, str) and value.startswith("data:"):
-            return {"type": kind, "url": value}
-        return {"type": kind, "path": self._file(value, here)}
+            return {"type": modality, "url": value}
+        return {"type": modality, "path": self._file(value, here)}
 
     def _file(self, value: Any, here: str) -> str:
         if not isinstance(value, str) or not value:
@@ -244,8 +247,8 @@ class _Record:
             raise self._fault("malformed", f"{what} must be {_NAMES[wanted]}, found {_name(value)}")
         return value
 
-    def _fault(self, kind: str, message: str) -> DataError:
-        return DataError(kind, self.source, message)
+    def _fault(self, modality: str, message: str) -> DataError:
+        return DataError(modality, self.source, message)
 
 
 TURNS = ("conversations", "messages")

@@ -1,4 +1,4 @@
-"""The one form in which the suite holds a conversation, whatever file it came from."""
+"""The one in-memory form of a conversation, whichever file format it was read from."""
 
 import os
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ class Sample:
     """One conversation with its media, not yet decoded."""
 
     messages: list[Message]
-    """Turns in order: an optional system turn, then user and assistant in alternation."""
+    """Turns in order: an optional system turn, then user and assistant alternating."""
 
     source: str
-    """Where it was read, ``file:line`` or ``file[index]``; every error about the sample begins with it."""
+    """Where it was read, ``file:line`` or ``file[index]``; every error about the sample starts with it."""
 
     id: str | None = None
     """The identifier the file gives it, if any."""
@@ -35,7 +35,7 @@ class Sample:
                     yield part
 
     @property
-    def kind(self) -> str:
+    def modality(self) -> str:
         """The set of its modalities as one word, such as ``image+speech``; ``text`` if there are none."""
         present = {part["type"] for part in self.media()}
         return "+".join(name for name in MEDIA if name in present) or "text"
@@ -46,7 +46,7 @@ class Sample:
         return replace(self, messages=asked), "".join(part.get("text", "") for part in last["content"])
 
     def to_record(self, root: str | Path) -> dict[str, Any]:
-        """As an object of messages JSONL: paths relative to ``root`` if inside it, bytes as data URLs."""
+        """As one object of messages JSONL: paths inside ``root`` relative to it, bytes as data URLs."""
         record: dict[str, Any] = {} if self.id is None else {"id": self.id}
         record["messages"] = [
             {"role": message["role"], "content": [_portable(part, Path(root)) for part in message["content"]]}

@@ -1,4 +1,4 @@
-"""Batches of like with like: every batch holds samples of one modality set, and no sample is dropped."""
+"""Batches of one modality set each; no sample is dropped."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,28 +14,30 @@ T = TypeVar("T")
 
 
 class ModalityBatchSampler(Sampler[list[int]]):
-    """Yields lists of indices, each of one kind: Uni-MoE's modality-level data parallelism, losing nothing.
+    """Yields lists of indices, each of one modality set: Uni-MoE's modality-level data parallelism, without
+    loss.
 
-    1. The indices of each kind are shuffled.
-    2. Each kind is cut in global batches of ``batch_size * world_size``; the last, shorter one is kept. What
-       is too little to give each rank a sample is put together with that of the other kinds.
-    3. The global batches of all kinds are shuffled together.
-    4. Rank r takes every world_size-th index of each global batch, from its r-th on: at every step all ranks
-       have the same kind and, but for one, the same number of samples.
+    1. The indices of each modality are shuffled.
+    2. Each modality is split into global batches of ``batch_size * world_size``; the last, shorter one is
+       kept. Remainders with fewer samples than ranks are merged across modalities.
+    3. The global batches of all modalities are shuffled together.
+    4. Rank r takes every world_size-th index of each global batch, starting at its r-th: at every step all
+       ranks have the same modality and, within one, the same number of samples.
 
     Over all ranks an epoch holds every sample exactly once (unless there are fewer samples than ranks). The
-    order is a function of (seed, epoch) alone. With ``steps`` the sampler is instead one endless run of
-    epochs 0, 1, ... cut after exactly that many batches, and ``set_epoch`` has no effect.
+    order is a function of (seed, epoch) alone. With ``steps`` the sampler instead runs through epochs 0, 1,
+    ... and stops after exactly that many batches; ``set_epoch`` has no effect.
 
-    With ``weights`` an epoch has as many samples as there are, but each source's share of them is its
-    weight's: of a source with too many some wait for the next epochs, one with too few is used again.
+    With ``weights`` an epoch is as long as without, but each source's share of it is proportional to its
+    weight: samples of an over-represented source wait for later epochs, those of an under-represented one
+    repeat.
 
     ``len()`` is the number of batches in a whole epoch (or run), wherever the iteration starts.
     """
 
     def __init__(
         self,
-        kinds: Sequence[str],
+        modalities: Sequence[str],
         batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
@@ -45,10 +47,22 @@ class ModalityBatchSampler(Sampler[list[int]]):
         sizes: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """``kinds[i]`` names the modality set of sample i (``Sample.kind``); ``batch_size`` is that of one
-        rank. With ``weights`` the samples come from sources, one after the other, of ``sizes`` samples each.
-        Raises UserError for sizes that make no sense."""
-        if not kinds:
+        """
+        Args:
+            modalities: the modality set of each sample (``Sample.modality``).
+            batch_size: samples of a batch on one rank.
+            seed: of the order.
+            shuffle: random order; otherwise that of the samples.
+            world_size: number of ranks.
+            rank: this one.
+            steps: batches of the run; None for epochs.
+            sizes: with ``weights``, the number of samples of each source, in the order of the samples.
+            weights: relative weight of each source.
+
+        Raises:
+            UserError: a size, rank or weight is out of range.
+        """
+        if not modalities:
             raise UserError("there are no samples to draw batches from")
         if batch_size < 1 or (steps is not None and steps < 1):
             raise UserError(f"batch_size and steps must be at least 1, found {batch_size} and {steps}")
@@ -58,12 +72,12 @@ class ModalityBatchSampler(Sampler[list[int]]):
         self.world_size, self.rank, self.steps = world_size, rank, steps
         self.epoch = 0
         self.yielded = 0
-        """Batches of this epoch (or run) handed out so far, the skipped ones included."""
+        """Batches of this epoch (or run) yielded so far, skipped ones included."""
         self._start = 0
-        by_kind: dict[str, list[int]] = {}
-        for index, kind in enumerate(kinds):
-            by_kind.setdefault(kind, []).append(index)
-        self._members = [np.asarray(indices) for indices in by_kind.values()]
+        by_modality: dict[str, list[int]] = {}
+        for index, modality in enumerate(modalities):
+            by_modality.setdefault(modality, []).append(index)
+        self._members = [np.asarray(indices) for indices in by_modality.values()]
         self._weights = None if weights is None else list(weights)
         self._strata = None if weights is None else _strata(self._members, sizes or [], weights)
         self.batches_per_epoch = len(self._batches(0))
@@ -85,15 +99,16 @@ class ModalityBatchSampler(Sampler[list[int]]):
             yield batches[position]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration. A loaded position holds for its own epoch only."""
+        """Choose the order of the next iteration. A restored position applies to its own epoch only."""
         if self.steps is None and epoch != self.epoch:
             self.epoch, self._start = epoch, 0
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on with the identical remaining order.
+        """The state from which ``load_state_dict`` resumes the identical remaining order.
 
-        ``consumed`` is the number of batches of this epoch (or run) that were trained on. Give it whenever
-        batches are fetched ahead (DataLoader workers, Lightning); by default it is what was handed out.
+        Args:
+            consumed: batches of this epoch (or run) that were trained on. Required whenever batches are
+                prefetched (DataLoader workers, Lightning); by default the number yielded.
         """
         return {
             "epoch": self.epoch,
@@ -102,23 +117,29 @@ class ModalityBatchSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Skip the batches already consumed. UserError when the data or settings behind the order changed."""
+        """Skip the batches already consumed.
+
+        Raises:
+            UserError: the data or the settings that determine the order have changed.
+        """
         for name, value in self._order().items():
             if state["order"][name] != value:
                 raise UserError(
                     f"cannot resume in the same order: {name} was {state['order'][name]}, now it is {value}; "
-                    "set it back or start the run anew"
+                    "restore it or start a new run"
                 )
         self.epoch, self._start = state["epoch"], state["consumed"]
         self.yielded = self._start
 
     def _order(self) -> dict[str, Any]:
-        """What the order of the global batches follows from; ranks may be more or fewer with as many samples
-        in all."""
+        """What determines the order of the global batches. The number of ranks may change as long as a step
+        has as many samples in total."""
         size = self.batch_size * self.world_size
         left = [len(members) % size for members in self._members]
         return {
-            "samples of each kind": [len(members) for members in self._members],
+            "samples of each kind": [  # named so in the checkpoints of version 0.1
+                len(members) for members in self._members
+            ],
             "samples of a step": size,
             "samples too few for every rank": sum(few for few in left if few < self.world_size),
             "seed": self.seed,
@@ -130,30 +151,32 @@ class ModalityBatchSampler(Sampler[list[int]]):
         generator = np.random.default_rng([self.seed, epoch])
         size = self.batch_size * self.world_size
         groups = []
-        for kind, members in enumerate(self._members):
+        for modality, members in enumerate(self._members):
             if self._strata is not None:
-                members = np.concatenate([stratum.draw(self.seed, epoch) for stratum in self._strata[kind]])
+                members = np.concatenate(
+                    [stratum.draw(self.seed, epoch) for stratum in self._strata[modality]]
+                )
             groups.append((generator.permutation(members) if self.shuffle else members).tolist())
-        batches = cut_batches(groups, size, self.world_size)
+        batches = split_batches(groups, size, self.world_size)
         if self.shuffle:
             batches = [batches[i] for i in generator.permutation(len(batches))]
         return [batch[self.rank :: self.world_size] for batch in batches]
 
 
-def cut_batches(groups: Iterable[list[T]], size: int, ranks: int) -> list[list[T]]:
-    """Every group cut in batches of ``size``, none of fewer than ``ranks``.
+def split_batches(groups: Iterable[list[T]], size: int, ranks: int) -> list[list[T]]:
+    """Split every group into batches of ``size``, none with fewer samples than ``ranks``.
 
-    A group's last batch may be shorter. What is too little for the ranks is put together with that of other
-    groups, and in the end added to the shortest batch. Only if there is no other is it repeated.
+    A group's last batch may be shorter. Remainders with fewer samples than ranks are merged across groups,
+    and the last one is added to the shortest batch. Only if it is the only batch are its samples repeated.
     """
     batches: list[list[T]] = []
     rest: list[T] = []
     for group in groups:
-        cut = _cut(group, size)
-        if cut and len(cut[-1]) < ranks:
-            rest += cut.pop()
-        batches += cut
-    batches += _cut(rest, size)
+        parts = _split(group, size)
+        if parts and len(parts[-1]) < ranks:
+            rest += parts.pop()
+        batches += parts
+    batches += _split(rest, size)
     if batches and len(batches[-1]) < ranks:
         last = batches.pop()
         if batches:
@@ -163,22 +186,22 @@ def cut_batches(groups: Iterable[list[T]], size: int, ranks: int) -> list[list[T
     return batches
 
 
-def _cut(group: list[T], size: int) -> list[list[T]]:
+def _split(group: list[T], size: int) -> list[list[T]]:
     return [group[start : start + size] for start in range(0, len(group), size)]
 
 
 @dataclass(frozen=True)
 class _Stratum:
-    """The samples of one kind and one source."""
+    """The samples of one modality and one source."""
 
     indices: np.ndarray
     number: int
-    """Of the source."""
+    """Index of the source."""
     count: int
-    """How many of them belong to an epoch."""
+    """How many of them an epoch draws."""
 
     def draw(self, seed: int, epoch: int) -> np.ndarray:
-        """The epoch's piece of an endless row of these samples in ever new orders."""
+        """The epoch's slice of an endless sequence of permutations of these samples."""
         size, first = len(self.indices), int(self.indices[0])
         places = np.arange(epoch * self.count, (epoch + 1) * self.count)
         turns = range(places[0] // size, places[-1] // size + 1)
@@ -195,7 +218,8 @@ def shuffled(seed: tuple[int, ...], size: int) -> np.ndarray:
 def _strata(
     members: list[np.ndarray], sizes: Sequence[int], weights: Sequence[float]
 ) -> list[list[_Stratum]]:
-    """The strata of each kind. An epoch has about as many samples as there are, at least one a stratum."""
+    """The strata of each modality. An epoch draws about as many samples as there are, at least one per
+    stratum."""
     total = sum(map(len, members))
     if len(sizes) != len(weights) or sum(sizes) != total or min(weights) <= 0:
         raise UserError(f"every source needs a weight above 0, found {list(weights)} for sizes {list(sizes)}")

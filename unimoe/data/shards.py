@@ -22,11 +22,11 @@ from .records import COLUMNS, TURNS
 MEDIA_SUFFIXES = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"),
     "video": ("mp4", "webm", "mkv", "mov", "avi", "m4v"),
-    "sound": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aiff"),
+    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aiff"),
 }
-"""Endings of the files of each kind; a sound is speech or environmental audio as the text says."""
+"""File name extensions of each modality. The record says whether audio is speech."""
 
-_KIND = {suffix: kind for kind, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
+_MODALITY = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
 _SAMPLE = re.compile(r"(?!\.|__)[^.]+\..+")
 _END = 512  # bytes of zeros that end an archive, at least
 
@@ -49,7 +49,7 @@ class TarMember:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) < self.size:
-            raise OSError(0, f"found {len(content)} bytes of {self.size}; the archive is cut off")
+            raise OSError(0, f"found {len(content)} bytes of {self.size}; the archive is truncated")
         return content
 
     def __str__(self) -> str:
@@ -60,10 +60,10 @@ def shard_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (``shard:basename``, record or DataError) for each sample of a shard.
 
     The record is the ``.json`` file's, with the sample's media added to it: where it names a file of the
-    sample, in a column or in a part of a message, that file; otherwise each medium is the next of its kind,
-    in the order of the archive. A ``.txt`` without a ``.json`` is the caption of the sample's media. Files
-    whose names begin with ``.`` or ``__``, or have no ending (READMEs, macOS's forks), belong to no sample.
-    The last fault is that the archive is cut off or broken.
+    sample, in a column or in a part of a message, that file; otherwise each medium is the next of its
+    modality, in the order of the archive. A ``.txt`` without a ``.json`` is the caption of the sample's
+    media. Files whose names begin with ``.`` or ``__``, or have no ending (READMEs, macOS's forks), belong to
+    no sample. The last fault is that the archive is truncated or broken.
     """
     for key, members in groupby(_members(path), key=lambda entry: _split(entry)[0]):
         if not key:
@@ -78,17 +78,17 @@ def shard_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _members(path: Path) -> Iterator[TarMember | DataError]:
-    """The files of an archive; a fault at last if it is cut off or broken, or none at all."""
+    """The files of an archive; then a fault if it is truncated or broken."""
     try:
         with tarfile.open(path, "r:") as archive:
             for entry in archive:
                 if entry.isfile() and _SAMPLE.fullmatch(Path(entry.name).name):
                     yield TarMember(str(path), entry.name, entry.offset_data, entry.size)
         if wrong := _end_fault(path, archive.offset):
-            yield DataError("cut", str(path), wrong)
+            yield DataError("truncated", str(path), wrong)
     except tarfile.TarError as error:
         expected = "expected an uncompressed tar archive"
-        yield DataError("cut", str(path), f"the archive is broken or cut off: {error}; {expected}")
+        yield DataError("truncated", str(path), f"the archive is broken or truncated: {error}; {expected}")
     except OSError as error:
         raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
 
@@ -99,7 +99,7 @@ def _end_fault(path: Path, offset: int) -> str | None:
         file.seek(offset)
         mark = file.read(_END)
         if len(mark) < _END:
-            return "the archive is cut off: it has no end mark"
+            return "the archive is truncated: it has no end mark"
         if any(mark):
             return f"the archive is broken: found no file header at byte {offset:,}, and no end mark"
         at = offset
@@ -121,14 +121,14 @@ def _split(entry: TarMember | DataError) -> tuple[str, str]:
 
 def _record(files: dict[str, TarMember], source: str) -> Any:
     endings = {_split(member)[1]: member for member in files.values()}
-    media = {ending: member for ending, member in endings.items() if ending.rpartition(".")[2] in _KIND}
+    media = {ending: member for ending, member in endings.items() if ending.rpartition(".")[2] in _MODALITY}
     text = _text(endings["json"], source) if "json" in endings else None
     if text is None:
         if "txt" not in endings or not media:
             raise DataError("malformed", source, f"expected a .json file, found {', '.join(files)}")
         answer = {"role": "assistant", "content": _text(endings["txt"], source).strip()}
-        kinds = [_kind(ending, "") for ending in media]
-        record: Any = {"messages": [{"role": "user", "content": [{"type": k} for k in kinds]}, answer]}
+        modalities = [_modality(ending, "") for ending in media]
+        record: Any = {"messages": [{"role": "user", "content": [{"type": k} for k in modalities]}, answer]}
         text = ""
     else:
         try:
@@ -139,27 +139,27 @@ def _record(files: dict[str, TarMember], source: str) -> Any:
             return record  # parsing it says what is wrong
     named = {**{Path(name).name: member for name, member in files.items()}, **files, **endings}
     given, placed = set(), set[TarMember]()
-    for column, kind in COLUMNS.items():
+    for column, modality in COLUMNS.items():
         if record.get(column):
             record[column] = _resolve(record[column], named, placed)
-            given.add(kind)
+            given.add(modality)
     for part in _parts(record):
         part |= {key: _resolve(value, named, placed) for key, value in part.items() if key != "type"}
     for ending, member in media.items():
-        kind = _kind(ending, text)
-        if kind not in given and member not in placed:
-            record.setdefault(_COLUMN[kind], []).append({"stored": member})
+        modality = _modality(ending, text)
+        if modality not in given and member not in placed:
+            record.setdefault(_COLUMN[modality], []).append({"stored": member})
     return {"id": _split(next(iter(files.values())))[0], **record}
 
 
 _COLUMN = {"image": "images", "video": "videos", "speech": "speeches", "audio": "audios"}
 
 
-def _kind(ending: str, text: str) -> str:
+def _modality(ending: str, text: str) -> str:
     """What a file is: a sound is speech if its ending or the text says so (``000.speech.wav``, <speech>)."""
-    kind = _KIND[ending.rpartition(".")[2]]
-    if kind != "sound":
-        return kind
+    modality = _MODALITY[ending.rpartition(".")[2]]
+    if modality != "audio":
+        return modality
     says_audio = "audio" in ending.split(".")
     says_speech = "speech" in ending.split(".") or "<speech>" in text or '"speech"' in text
     return "speech" if says_speech and not says_audio else "audio"
@@ -193,4 +193,4 @@ def _text(member: TarMember, source: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError("not JSON", source, f"{member.name} is not UTF-8 text: {error.reason}") from error
     except OSError as error:
-        raise DataError("cut", source, f"{member}: {error.strerror}") from error
+        raise DataError("truncated", source, f"{member}: {error.strerror}") from error

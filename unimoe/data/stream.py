@@ -1,6 +1,6 @@
-"""Batches of like with like out of files that are read as they are needed, never as a whole.
+"""Batches of one modality set each, streamed from files that are never held in memory as a whole.
 
-files in random order -> a buffer from which samples are drawn -> one queue a kind -> global batches
+files in random order -> a buffer from which samples are drawn -> one queue per modality -> global batches
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,19 +14,19 @@ from unimoe.errors import UserError
 
 from .read import data_files, stream_samples
 from .sample import Sample
-from .sampler import cut_batches
+from .sampler import split_batches
 
 
 class SampleStream(IterableDataset):
-    """Yields ``steps`` lists of Samples, each of one kind: a ModalityBatchSampler that sees only a buffer.
+    """Yields ``steps`` lists of Samples, each of one modality set: ModalityBatchSampler over a shuffle
+    buffer.
 
     Every rank and every loader worker reads the same samples in the same order and keeps its own share of
-    each global batch, so at every step all ranks have the same kind; media are decoded only by whom they
-    belong to. An epoch holds every sample exactly once; what it leaves in the queues makes its last batches.
-    With ``weights`` there are no epochs: each sample comes from a source drawn by weight, a source that is at
-    its end begins anew.
+    each global batch, so at every step all ranks have the same modality; each decodes only its own media. An
+    epoch holds every sample exactly once; samples left in the queues form its last batches. With ``weights``
+    there are no epochs: each sample comes from a source drawn by weight, and an exhausted source restarts.
 
-    The order is a function of the seed alone. To resume, what was consumed is read and thrown away.
+    The order is a function of the seed alone. To resume, consumed samples are read again and discarded.
     """
 
     def __init__(
@@ -41,10 +41,21 @@ class SampleStream(IterableDataset):
         weights: Sequence[float] | None = None,
         media_root: str | None = None,
     ) -> None:
-        """``sources`` as :func:`data_files` takes them; ``batch_size`` is that of one rank, ``buffer`` the
-        number of samples in memory among which the next is drawn.
+        """
+        Args:
+            sources: as :func:`data_files` takes them.
+            batch_size: samples of a batch on one rank.
+            steps: batches to yield.
+            seed: of the order.
+            world_size: number of ranks.
+            rank: this one.
+            buffer: samples in memory, from which the next one is drawn.
+            weights: relative weight of each source; None for epochs over all of them.
+            media_root: folder that relative media paths are resolved against.
 
-        Raises UserError when a file is not there."""
+        Raises:
+            UserError: a file does not exist, or a number is out of range.
+        """
         if batch_size < 1 or steps < 1 or buffer < 1:
             found = f"{batch_size}, {steps} and {buffer}"
             raise UserError(f"batch_size, steps and the buffer must be at least 1, found {found}")
@@ -63,29 +74,33 @@ class SampleStream(IterableDataset):
             yield batch[self.rank :: self.world_size]
 
     def global_batches(self) -> Iterator[list[Sample]]:
-        """The batches of all ranks together, without end."""
+        """The global batches of all ranks, without end."""
         size = self.batch_size * self.world_size
         queues: dict[str, list[Sample]] = {}
         epochs = map(self._epoch, count()) if self.weights is None else [self._mixture()]
         for samples in epochs:
             for sample in samples:
-                queue = queues.setdefault(sample.kind, [])
+                queue = queues.setdefault(sample.modality, [])
                 queue.append(sample)
                 if len(queue) == size:
-                    yield queues.pop(sample.kind)
-            yield from cut_batches(queues.values(), size, self.world_size)
+                    yield queues.pop(sample.modality)
+            yield from split_batches(queues.values(), size, self.world_size)
             queues.clear()
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on after so many batches."""
+        """The state from which ``load_state_dict`` resumes after ``consumed`` batches."""
         return {"consumed": consumed, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Skip the batches already consumed. Raises UserError when what makes the order changed."""
+        """Skip the batches already consumed.
+
+        Raises:
+            UserError: a setting that determines the order has changed.
+        """
         for name, value in self._order().items():
             if state["order"][name] != value:
                 found = f"{name} was {state['order'][name]}, now it is {value}"
-                raise UserError(f"cannot go on in the same order: {found}")
+                raise UserError(f"cannot resume in the same order: {found}")
         self._start = state["consumed"]
 
     def _order(self) -> dict[str, Any]:

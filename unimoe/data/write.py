@@ -15,7 +15,7 @@ from .records import COLUMNS
 from .sample import Sample
 from .tables import require
 
-_COLUMN = {kind: column for column, kind in COLUMNS.items() if column.endswith("s")}
+_COLUMN = {modality: column for column, modality in COLUMNS.items() if column.endswith("s")}
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
@@ -91,7 +91,7 @@ def _bare(sample: Sample, **absent: None) -> list[dict[str, Any]]:
 
 
 def _ending(part: Part) -> str:
-    """Of a medium's file name: its own, or one that a reader takes for the same kind."""
+    """Of a medium's file name: its own, or one that a reader takes for the same modality."""
     name = part.get("path") or getattr(part.get("stored"), "name", "")
     usual = {"image": ".png", "video": ".mp4"}.get(part["type"], ".wav")
     return (Path(name).suffix if isinstance(name, str) else "") or usual

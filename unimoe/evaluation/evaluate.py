@@ -100,7 +100,7 @@ def score(metrics: Metric, questions: Sequence[Question], answers: Answers) -> d
     """``all`` and ``by_media`` (``image``, ``image+speech``, ...): the metrics and ``count``."""
     groups: dict[str, list[Question]] = {}
     for question in questions:
-        groups.setdefault(question.sample.kind, []).append(question)
+        groups.setdefault(question.sample.modality, []).append(question)
     over = metrics(questions, answers)
     found = {kind: {"count": len(group), **over(group)} for kind, group in sorted(groups.items())}
     return {"all": {"count": len(questions), **over(questions)}, "by_media": found}
@@ -137,7 +137,7 @@ def _ask(
                 question = left[index]
                 answers[question.id] = said
                 row = {"id": question.id, "said": said, "right": list(question.truth.answers)}
-                file.write(json.dumps({**row, "media": question.sample.kind}) + "\n")
+                file.write(json.dumps({**row, "media": question.sample.modality}) + "\n")
             file.flush()
             done += len(batch)
             print(f"{done} of {len(left)} questions", flush=True)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -24,7 +25,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
-from unimoe.artifacts import SETTINGS_FILE, StageRecord, check_same, clear, flatten, folder_hash, read_record
+from unimoe.artifacts import (
+    SETTINGS_FILE,
+    StageRecord,
+    check_same,
+    clear,
+    current_names,
+    flatten,
+    folder_hash,
+    read_record,
+)
 from unimoe.data.read import data_hashes
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
@@ -342,7 +352,7 @@ def run_cli(
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "parser_mode": _YAML},
         )
     except Finished as message:
         log.info("%s", message)
@@ -351,6 +361,21 @@ def run_cli(
         raise KeyboardInterrupt from message
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+_YAML = "yaml with current names"
+
+
+def _load_yaml(text: str) -> Any:
+    """As jsonargparse reads YAML, with the data settings of version 0.1 under their current names."""
+    found = get_loader("yaml")(text)
+    if isinstance(found, dict) and isinstance(found.get("data"), dict):
+        settings = current_names({f"data.{key}": value for key, value in found["data"].items()})
+        found["data"] = {key.removeprefix("data."): value for key, value in settings.items()}
+    return found
+
+
+set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
 
 
 def _quiet() -> None:
