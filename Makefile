@@ -20,7 +20,7 @@ help:
 	@echo "make native  compile the experts' loops (optional: faster training on a CPU; needs a C++ compiler)"
 	@echo "make demo    the whole path on real weights (ARGS=\"--control\" adds the dense control)"
 	@echo "make test    the tests, two at a time (ARGS=\"tests/moe -n 8\")"
-	@echo "make check   lint, types, import floors"
+	@echo "make check   lint, format, spelling, types, import floors"
 	@echo "make docs    the documentation, in build/site"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove build/ and caches (not $(VENV), not runs/)"
@@ -59,6 +59,8 @@ test: $(READY)
 
 check: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib
 	@$(PY) tests/tools/link_view.py
 	$(PY) -m pyright
 	$(PY) -P -m pytest -q tests/test_floors.py

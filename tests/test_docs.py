@@ -92,6 +92,7 @@ def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
     """A folder that holds what the documents name: models, pictures, a film, a recording, a conversation."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_folder, place / "runs/demo/moe")
+    shutil.copytree(tiny_folder, place / "runs/mine")
     shutil.copytree(tiny_detector_folder, place / "runs/demo-detection/base")
     sees_films, processor = tiny_model(place / "parts", {"num_experts": 4}, video=VIDEO)
     sees_films.save_pretrained(place / "runs/extended/moe")
@@ -100,6 +101,8 @@ def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
     (place / "configs").symlink_to(ROOT / "configs")
     for name in ("cat.png", "street.jpg"):
         Image.new("RGB", (60, 40), "red").save(place / name)
+    (place / "runs/demo/try").mkdir()
+    shutil.copyfile(place / "cat.png", place / "runs/demo/try/picture.png")
     soundfile.write(place / "question.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
     talk = next(
         block.text for block in BLOCKS if block.document == "docs/talk.md" and block.language == "json"
