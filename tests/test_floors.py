@@ -18,6 +18,7 @@ FLOORS = {
     "unimoe.errors": 0,
     "unimoe.files": 0,
     "unimoe.artifacts": 0,
+    "unimoe.progress": 0,
     "unimoe.kernels": 1,
     "unimoe.encoders": 1,
     "unimoe.media": 1,  # decodes files; knows nothing of the model

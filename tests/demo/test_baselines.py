@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unimoe.data import FeatureCache, Sample
-from unimoe.demo.baselines import embed_names, fit_probe, measure_floors, pooled
+from unimoe.demo.baselines import embed_names, fit_probe, measure_baselines, pooled
 from unimoe.demo.evaluate import Question
 from unimoe.errors import UserError
 
@@ -39,11 +39,11 @@ def test_separable_names_are_read_by_all(tiny_parts):
     train = [question(label, number) for label in range(4) for number in range(12)]
     train += [question(0, 99, kind="count")]
     tests = {"new_backgrounds": [question(label, 50 + label) for label in range(4)]}
-    floors = measure_floors(train, tests, Features(), tiny_parts / "text")
-    assert floors == {
+    baselines = measure_baselines(train, tests, Features(), tiny_parts / "text")
+    assert baselines == {
         reader: {"new_backgrounds": 1.0} for reader in ("nearest_neighbour", "linear_pair", "linear_probe")
     }
-    assert measure_floors(train, tests, Features(), tiny_parts / "text") == floors
+    assert measure_baselines(train, tests, Features(), tiny_parts / "text") == baselines
 
 
 def test_the_probe_starts_at_chance_and_learns():
@@ -61,7 +61,7 @@ def test_name_embeddings_do_not_depend_on_the_batch(tiny_parts):
 
 
 def test_what_cannot_be_read_is_named():
-    with pytest.raises(UserError, match="x:3: expected one picture, found 2"):
+    with pytest.raises(UserError, match="x:3: expected one image, found 2"):
         pooled([question(0, 3, pictures=2)], Features())
     with pytest.raises(UserError, match="of the kind 'name'"):
-        measure_floors([question(0, 1, kind="count")], {}, Features(), "unused")
+        measure_baselines([question(0, 1, kind="count")], {}, Features(), "unused")

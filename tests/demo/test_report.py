@@ -53,9 +53,9 @@ def folder(tmp_path):
             "load": load,
         }
         (tmp_path / "evaluation" / f"{name}.json").write_text(json.dumps(content))
-    floors = {"new_backgrounds": 0.8, "unseen_artist": 0.5}
+    baselines = {"new_backgrounds": 0.8, "unseen_artist": 0.5}
     readers = ("nearest_neighbour", "linear_pair", "linear_probe")
-    (tmp_path / "floors.json").write_text(json.dumps(dict.fromkeys(readers, floors)))
+    (tmp_path / "baselines.json").write_text(json.dumps(dict.fromkeys(readers, baselines)))
     (tmp_path / "seconds.json").write_text(json.dumps({"data": 2.0, "align": 70.5, "moe": 3.0}))
     (tmp_path / "align" / "logs").mkdir(parents=True)
     curve = [
@@ -76,21 +76,21 @@ def test_the_keys_of_the_report(folder):
         assert scores["new_backgrounds"] == scores["spoken_questions_unseen_voice"] == ACCURACY[name]
         assert all(isinstance(score, float) for score in scores.values())
     readers = {"nearest_neighbour", "linear_pair", "linear_probe"}
-    assert {name: set(found) for name, found in report["floors"].items()} == {
+    assert {name: set(found) for name, found in report["baselines"].items()} == {
         reader: {"new_backgrounds", "unseen_artist"} for reader in readers
     }
     assert (report["parameters"]["total"], report["parameters"]["active"]) == (200, 150)
     assert report["seconds"] == {"data": 2.0, "align": 70.5, "moe": 3.0, "total": 75.5}
     assert report["load"]["layers"] == [0, 2]
-    reached = {aim["text"].partition(":")[0]: aim["reached"] for aim in report["aims"]}
+    reached = {target["text"].partition(":")[0]: target["reached"] for target in report["targets"]}
     assert reached == {
-        "new backgrounds": True,  # the later of two aims: 0.75 of 0.9 x 0.8
+        "new backgrounds": True,  # the later of two targets: 0.75 of 0.9 x 0.8
         "unseen artist": True,
         "spoken questions": True,
-        "spoken by an unseen voice": True,
+        "spoken by an unseen speaker": True,
         "perplexity": True,
     }
-    assert report["aims"][0]["reached"] is False
+    assert report["targets"][0]["reached"] is False
 
 
 def test_without_the_control_it_is_not_mentioned(folder, capsys):
@@ -123,12 +123,14 @@ def test_a_set_that_was_not_tested_is_said(folder, capsys):
         content = json.loads(path.read_text())
         del content["sets"]["unseen_artist"]
         path.write_text(json.dumps(content))
-    floors = json.loads((folder / "floors.json").read_text())
-    (folder / "floors.json").write_text(json.dumps({reader: {"new_backgrounds": 0.8} for reader in floors}))
+    baselines = json.loads((folder / "baselines.json").read_text())
+    (folder / "baselines.json").write_text(
+        json.dumps({reader: {"new_backgrounds": 0.8} for reader in baselines})
+    )
     (folder / "data" / "test.unseen_artist.jsonl").unlink()
     report = make_report(folder, control=True)
     assert report["models"]["moe"]["unseen_artist"] is None
-    assert report["floors"]["linear_probe"]["unseen_artist"] is None
+    assert report["baselines"]["linear_probe"]["unseen_artist"] is None
     show_results(report)
     assert "not measured unseen artist" in capsys.readouterr().out
 
@@ -145,5 +147,5 @@ def test_results_are_said_whatever_they_are(folder, capsys):
     out = capsys.readouterr().out
     assert "MISSED" in out
     assert "worse on: new_backgrounds\n" in out
-    assert "alike on: unseen_artist," in out
-    assert "better on: nothing" in out
+    assert "same on: unseen_artist," in out
+    assert "better on: none" in out

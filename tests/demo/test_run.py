@@ -31,12 +31,12 @@ def steps(monkeypatch):
         acted.append("report")
         content = {
             "models": {"moe": {"new_backgrounds": 0.5}},
-            "floors": {"linear_probe": {}},
-            "aims": [],
+            "baselines": {"linear_probe": {}},
+            "targets": [],
             "seconds": {"total": 1.0},
         }
         atomic_write(run.folder / "report.json", json.dumps(content))
-        for name in ("picture.jpg", "question.flac"):
+        for name in ("image.jpg", "question.flac"):
             atomic_write(run.folder / "try" / name, "x")
 
     last = Step("report", "writes", 0.1, report, lambda run: False)
@@ -59,8 +59,8 @@ def test_the_same_command_goes_on_where_it_was_cut_off(steps, tmp_path, capsys):
     assert acted == ["one", "three", "three", "report"]
     out = capsys.readouterr().out
     assert "2 of 3 steps to do: about 2 min" in out
-    assert "[ 1/3] one: done before" in out and "[ 2/3] three: done in" in out
-    assert "unimoe chat" in out and "picture.jpg" in out and "question.flac" in out
+    assert "[ 1/3] one: already done" in out and "[ 2/3] three: done in" in out
+    assert "unimoe chat" in out and "image.jpg" in out and "question.flac" in out
     assert set(json.loads((tmp_path / "d" / "seconds.json").read_text())) == {"one", "three", "report"}
 
 
@@ -74,7 +74,7 @@ def test_the_control_can_be_added_later(steps, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--seed", "1"], "was begun with seed 0, found 1"),
+        (["--seed", "1"], "was started with seed 0, found 1"),
         (["--seed", "-1"], "--seed must be between"),
         (["--unseen-artist", "nowhere.ttf"], "--unseen-artist nowhere.ttf: there is no such font"),
         (["--output", "{}/demo.json"], "is a file; expected a folder"),

@@ -13,7 +13,7 @@ from unimoe.synthetic.multimodal import BuildConfig, build_data
 from unimoe.testing import IMAGE, SPEECH, VIDEO, save_tiny_llm
 
 SMALL = BuildConfig(
-    views=1, counts=4, pairs=4, test_views=1, test_questions=1, speeds=(1.0,), films=4, sounds=12
+    views=1, counts=4, pairs=4, test_views=1, test_questions=1, speeds=(1.0,), videos=4, sounds=12
 )
 
 
@@ -92,6 +92,6 @@ def test_the_extended_demo_in_miniature(miniature, capsys):
     assert "data:video/mp4" in (output / "report.html").read_text()
     out = capsys.readouterr().out
     commands = [line.split()[2:] for line in out.splitlines() if line.strip().startswith("unimoe chat")]
-    film = next(command for command in commands if "--video" in command)
-    assert cli.main(["chat", *film[:3], "-p", "What?", "--max-new-tokens", "4"]) == 0
+    video = next(command for command in commands if "--video" in command)
+    assert cli.main(["chat", *video[:3], "-p", "What?", "--max-new-tokens", "4"]) == 0
     assert cli.main(["demo", "--output", str(output)]) == 2  # begun as the extended one

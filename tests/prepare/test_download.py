@@ -107,7 +107,7 @@ def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(module, "PAUSE", 0.001)
     with Server() as closed:
         url = closed.url
-    with pytest.raises(UserError, match=r"broken off at 0 of .* bytes .*refused"):
+    with pytest.raises(UserError, match=r"interrupted at 0 of .* bytes .*refused"):
         download(url.replace("//", "//me:secret@"), tmp_path / "file.whl", len(DATA))
 
 

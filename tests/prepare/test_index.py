@@ -103,7 +103,7 @@ def test_network_down(index, tmp_path: Path):
     url = index.url
     index.server_close()
     with pytest.raises(
-        UserError, match=r"no answer .*(refused|reset).*; connect, or give the files with --wheels"
+        UserError, match=r"does not respond .*(refused|reset).*; connect, or give the files with --wheels"
     ):
         find_link(PART, Sources([url.replace("//", "//me:secret@"), tmp_path.as_uri()]))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unimoe.prepare import default_part
-from unimoe.prepare.photos import PHOTOS
+from unimoe.prepare.copied import PHOTO_FILES
 
 pytestmark = pytest.mark.weights
 
@@ -121,6 +121,6 @@ def test_sprites_and_photos_can_be_drawn(weights: Path):
     picture = Image.new("RGBA", (128, 128))
     ImageDraw.Draw(picture).text((4, 4), "🐈", font=font, embedded_color=True)
     assert picture.getbbox() and len(picture.getcolors(128 * 128) or []) > 20  # drawn, and in colours
-    for name in PHOTOS:
+    for name in PHOTO_FILES:
         with Image.open(default_part("photos") / name) as photo:
             assert min(photo.convert("RGB").size) >= 170

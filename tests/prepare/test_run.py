@@ -13,7 +13,7 @@ from zipfile import ZipFile
 import pytest
 
 from unimoe.errors import UserError
-from unimoe.prepare import cache_folder, default_part, openmoji, prepare, resolve_part, run
+from unimoe.prepare import cache_folder, copied, default_part, prepare, resolve_part, run
 from unimoe.prepare.index import Sources
 from unimoe.prepare.parts import PARTS
 
@@ -25,7 +25,7 @@ def wheels(tmp_path: Path, monkeypatch) -> Path:
     folder.mkdir()
     file = folder / "font-1.0-any.whl"
     with ZipFile(file, "w") as wheel:
-        wheel.writestr(openmoji.FONT, b"a font")
+        wheel.writestr(copied.OPENMOJI, b"a font")
         wheel.writestr("font-1.0.dist-info/LICENSE", "free")
     content = file.read_bytes()
     part = replace(
@@ -138,7 +138,7 @@ def test_full_disk_while_converting(wheels: Path, monkeypatch, in_safetensors: b
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(openmoji, "convert", full)
+    monkeypatch.setattr(copied, "openmoji", full)
     with pytest.raises(UserError, match="no space left on the disk"):
         prepare(wheels=wheels)
     assert sorted(file.name for file in cache_folder().iterdir()) == [".lock", "CACHEDIR.TAG"]
@@ -154,7 +154,7 @@ def test_cache_that_cannot_be_written(wheels: Path, tmp_path: Path, monkeypatch)
 @pytest.mark.timeout(30)
 def test_two_at_once_make_it_once(wheels: Path, monkeypatch):
     count = 0
-    convert = openmoji.convert
+    convert = copied.openmoji
 
     def slow(wheel: ZipFile, folder: Path) -> None:
         nonlocal count
@@ -162,7 +162,7 @@ def test_two_at_once_make_it_once(wheels: Path, monkeypatch):
         time.sleep(0.1)
         convert(wheel, folder)
 
-    monkeypatch.setattr(openmoji, "convert", slow)
+    monkeypatch.setattr(copied, "openmoji", slow)
     threads = [threading.Thread(target=prepare, kwargs={"wheels": wheels}, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()

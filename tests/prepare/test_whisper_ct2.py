@@ -111,7 +111,7 @@ def test_reads_what_was_written():
 @pytest.mark.parametrize("length", [2, 10, 40, 70, 100])
 def test_cut_short(length: int):
     data = pack({"a/weight": np.zeros((3, 3), np.float32), "b": np.zeros(9, np.float32)}, {})
-    with pytest.raises(UserError, match=r"cut short|ends within"):
+    with pytest.raises(UserError, match=r"truncated|ends within"):
         read_ct2(data[:length])
 
 

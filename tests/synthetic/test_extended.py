@@ -10,7 +10,7 @@ from PIL import Image
 
 from unimoe.data import load_video, read_samples
 from unimoe.synthetic.concepts import HELD_OUT, TRAINED
-from unimoe.synthetic.extended import WAYS, add_extended
+from unimoe.synthetic.extended import DIRECTIONS, add_extended
 from unimoe.synthetic.scenes import FRAMES, moving, one_after_another
 from unimoe.synthetic.sounds import ANSWERS, sound
 from unimoe.synthetic.sprites import open_artist
@@ -62,7 +62,7 @@ def redness(frame):
     return x.mean(), y.mean()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", DIRECTIONS)
 def test_things_move_where_the_answer_says(artist, way):
     frames = moving(TRAINED[0], way, artist, GROUND, random.Random(3))
     assert len(frames) == FRAMES

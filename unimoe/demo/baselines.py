@@ -1,10 +1,10 @@
-"""What simple readers of the same frozen picture features reach: the floors under the model's accuracy.
+"""Baselines: accuracy of simple classifiers on the same frozen image features.
 
-    nearest_neighbour  the name of the most similar training picture
-    linear_pair        ridge regression from a picture to the MiniLM embedding of its name, nearest name wins
-    linear_probe       logistic regression over the names: what the features hold for a linear reader
+    nearest_neighbour  the name of the most similar training image
+    linear_pair        ridge regression from image features to the MiniLM embedding of the name, nearest name
+    linear_probe       logistic regression over the names
 
-Shapes: n pictures, S encoder positions, D encoder width, C names, H width of the text encoder.
+Shapes: n images, S encoder positions, D encoder width, C names, H width of the text encoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,27 +23,30 @@ from unimoe.synthetic.questions import normalise
 from .evaluate import Question
 
 
-def measure_floors(
+def measure_baselines(
     train: Sequence[Question],
     tests: Mapping[str, Sequence[Question]],
     features: FeatureCache,
     text_encoder: str | Path,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Exact-name accuracy of each reader on each test set, ``{reader: {set: share}}``.
+    """Exact-name accuracy of each baseline on each test set, ``{baseline: {set: accuracy}}``.
 
     Args:
-        train: questions about one picture whose answer is its name; other questions are ignored.
-        tests: the same kind of question by test set.
-        features: holds every picture's features.
+        train: questions about one image; those that do not ask for its name are ignored.
+        tests: questions of each test set.
+        features: holds the features of every image.
         text_encoder: folder of a BERT-like sentence encoder.
         seed: of the logistic regression.
 
-    The readers choose among the names of the training pictures.
+    The baselines choose among the names of the training images.
+
+    Raises:
+        UserError: no training question asks for a name, or features are missing.
     """
     named = [question for question in train if question.facts.get("kind") == "name"]
     if not named:
-        raise UserError("the floors need training questions of the kind 'name'")
+        raise UserError("the baselines need training questions of the kind 'name'")
     names = sorted({normalise(question.answer) for question in named})
     x_nD, labels_n = pooled(named, features), torch.tensor([names.index(normalise(q.answer)) for q in named])
     names_CH = embed_names(names, text_encoder)
@@ -53,40 +56,40 @@ def measure_floors(
     probe = fit_probe(z_nD, labels_n, len(names), seed)
     mean_H = names_CH.mean(0)
 
-    readers = {
+    classifiers = {
         "nearest_neighbour": lambda x_mD: labels_n[_cosine((x_mD - mean_D) / std_D, z_nD).argmax(1)],
         "linear_pair": lambda x_mD: _cosine(
             (x_mD.double() @ weight_HD.T + bias_H).float() - mean_H, names_CH - mean_H
         ).argmax(1),
         "linear_probe": lambda x_mD: probe((x_mD - mean_D) / std_D).argmax(1),
     }
-    floors: dict[str, dict[str, float]] = {reader: {} for reader in readers}
+    accuracy: dict[str, dict[str, float]] = {baseline: {} for baseline in classifiers}
     for name, questions in tests.items():
         x_mD = pooled(questions, features)
-        for reader, choose in readers.items():
+        for baseline, choose in classifiers.items():
             with torch.no_grad():
                 chosen = [names[index] for index in choose(x_mD).tolist()]
             right = sum(q.is_right(answer) for q, answer in zip(questions, chosen, strict=True))
-            floors[reader][name] = round(right / len(questions), 4)
-    return floors
+            accuracy[baseline][name] = round(right / len(questions), 4)
+    return accuracy
 
 
 def pooled(questions: Sequence[Question], features: FeatureCache) -> Tensor:
-    """[n, D] mean over the positions of each question's picture."""
+    """[n, D] features of each question's image, averaged over positions."""
     rows = []
     for question in questions:
-        pictures = [part for part in question.sample.media() if part["type"] == "image"]
-        if len(pictures) != 1:
-            raise UserError(f"{question.sample.source}: expected one picture, found {len(pictures)}")
-        stored = features.get(features.key(pictures[0], question.sample.source))
+        images = [part for part in question.sample.media() if part["type"] == "image"]
+        if len(images) != 1:
+            raise UserError(f"{question.sample.source}: expected one image, found {len(images)}")
+        stored = features.get(features.key(images[0], question.sample.source))
         if stored is None:
-            raise UserError(f"{question.sample.source}: its picture is not in {features.folder}")
+            raise UserError(f"{question.sample.source}: its image is not in {features.folder}")
         rows.append(stored[0].mean(0))
     return torch.stack(rows)
 
 
 def fit_probe(z_nD: Tensor, labels_n: Tensor, classes: int, seed: int, epochs: int = 60) -> torch.nn.Linear:
-    """Logistic regression on standardised features: AdamW, batches of 64, a cosine to zero."""
+    """Logistic regression on standardised features: AdamW, batches of 64, cosine decay to zero."""
     generator = torch.Generator().manual_seed(seed)
     probe = torch.nn.Linear(z_nD.shape[1], classes)
     torch.nn.init.zeros_(probe.weight)
@@ -106,7 +109,7 @@ def fit_probe(z_nD: Tensor, labels_n: Tensor, classes: int, seed: int, epochs: i
 
 @torch.inference_mode()
 def embed_names(names: Sequence[str], text_encoder: str | Path) -> Tensor:
-    """[C, H] unit vectors: the mean of each name's token states, as sentence-transformers takes it."""
+    """[C, H] unit vectors: the mean of each name's token states, as in sentence-transformers."""
     tokenizer = AutoTokenizer.from_pretrained(text_encoder)
     encoder = AutoModel.from_pretrained(text_encoder).eval()
     batch = tokenizer(list(names), padding=True, return_tensors="pt")

@@ -27,7 +27,7 @@ DEFAULT_OUTPUT = "runs/continual"
 STRATEGIES = ("lora", "incmoelora", "dymoe", "dymoe_apart", "joint")
 TASKS = ("animals", "counting", "food", "commands", "sounds")
 """Five of the six that configs/continual/short.yaml has: half an hour."""
-ALIGN_DATA = BuildConfig(views=12, counts=4, pairs=4, test_views=1, test_questions=2, films=0, sounds=180)
+ALIGN_DATA = BuildConfig(views=12, counts=4, pairs=4, test_views=1, test_questions=2, videos=0, sounds=180)
 """Named pictures, named sounds and written-down speech for the connectors; the rest there is not used."""
 
 

@@ -1,9 +1,9 @@
-"""What one model can do: answers to the test questions, perplexity of plain English, load of its experts.
+"""Evaluation of one model: accuracy on the test questions, perplexity of English text, expert load.
 
     test.<set>.jsonl -> Question -> features from the cache -> greedy answers -> exact-name accuracy
     prose            -> perplexity                    MoE: questions -> record() -> load by layer and modality
 
-Everything found is in one JSON file that grows set by set, so that a killed run goes on with the next set.
+Results are added to one JSON file set by set, so an interrupted evaluation resumes at the next set.
 Shapes: L MoE layers, E experts.
 """
 
@@ -29,53 +29,53 @@ from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import count_parameters, to_device
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
+from unimoe.progress import progress
 from unimoe.synthetic.questions import normalise
-
-from .progress import progress
 
 log = logging.getLogger(__name__)
 
 TITLES = {
-    "new_backgrounds": "pictures on new backgrounds",
-    "unseen_artist": "pictures by an unseen artist",
-    "text_questions": "written questions about pictures",
+    "new_backgrounds": "new backgrounds",
+    "unseen_artist": "unseen artist",
+    "text_questions": "written questions about images",
     "spoken_questions": "the same questions, spoken",
-    "unseen_voice": "the same, spoken by an unseen voice",
-    "held_out": "things never trained on",
-    "speech": "spoken questions alone, written down",
-    "films": "short films",
+    "unseen_voice": "the same, spoken by an unseen speaker",
+    "held_out": "objects not seen in training",
+    "speech": "speech transcription",
+    "films": "short videos",
     "sounds": "environmental sounds",
-    "sounds_asked": "the same sounds, asked about aloud",
+    "sounds_asked": "environmental sounds, spoken question",
 }
-"""The test sets, in the order in which they are asked; a set whose file is not there is left out."""
+"""The test sets, in order; sets without a file are skipped."""
 
 EXTENDED = ("speech", "films", "sounds", "sounds_asked")
-"""Those of the extended demo."""
+"""Test sets of the extended demo."""
 
 LONGEST_ANSWER = 12
-"""Tokens; the longest right answer has about six."""
+"""Tokens; the longest correct answer has about six."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that waits for its answer."""
+    """A conversation to be answered."""
 
     sample: Sample
     """The turns before the answer."""
     answer: str
-    """The right one."""
+    """The reference answer."""
     facts: dict[str, Any]
-    """What else its line says: ``kind`` of question, ``concept``, ``speaker``, ``question`` in words."""
+    """Other keys of its record: ``kind`` of question, ``concept``, ``speaker``, ``question`` as text."""
 
     def is_right(self, answer: str) -> bool:
-        """Whether an answer is the same words, up to case, punctuation and a leading article."""
+        """Exact match, ignoring case, punctuation and a leading article."""
         return normalise(answer) == normalise(self.answer)
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a messages JSONL file whose last turns are the right answers.
+    """The questions of a messages JSONL file whose last turns are the reference answers.
 
-    Raises UserError naming file and line.
+    Raises:
+        UserError: a record is malformed (names file and line), or there is none.
     """
     questions = []
     for source, line in read_records(path):
@@ -96,13 +96,13 @@ def evaluate(
     result: str | Path,
     made_of: str,
 ) -> dict[str, Any]:
-    """Ask ``model`` every test question in the folder ``data``, and more; returns what ``result`` then holds.
+    """Evaluate ``model`` on every test set in the folder ``data``; returns the content of ``result``.
 
     Args:
-        features: for the outputs of the frozen encoders, filled here as far as needed.
-        prose: plain English, for the perplexity.
-        result: JSON file to write; what it holds already is not done again.
-        made_of: identifies model and questions; a ``result`` of something else is begun anew.
+        features: cache of the frozen encoders' outputs; missing entries are computed.
+        prose: English text for the perplexity.
+        result: JSON file to write; results it already holds are kept.
+        made_of: hash of model and questions; a ``result`` with another hash is replaced.
     """
     found = _read_result(Path(result), made_of)
 
@@ -116,13 +116,13 @@ def evaluate(
     features.fill(samples)
     for name, several in questions.items():
         if name not in found["sets"]:
-            with progress(TITLES[name], len(several)) as advance:
+            with progress(f"      {TITLES[name]}", len(several)) as advance:
                 answers = ask(model, processor, several, features, advance)
             keep(sets={**found["sets"], name: score(several, answers)})
         log.info("      %-38s %.3f", TITLES[name], found["sets"][name]["accuracy"])
     if "perplexity" not in found:
         keep(perplexity=perplexity(model, processor, prose))
-    log.info("      %-38s %.2f", "perplexity of plain English", found["perplexity"])
+    log.info("      %-38s %.2f", "perplexity of English text", found["perplexity"])
     if "load" not in found:
         total, active = count_parameters(model)
         load = expert_load(model, processor, questions, features)
@@ -146,7 +146,7 @@ def ask(
     advance: Callable[[int], None] = lambda done: None,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy answers, in order; prompts of like length share a batch. The media must be in the cache."""
+    """Greedy answers, in order; prompts of similar length share a batch. All media must be cached."""
     collator = Collator(processor, features=features)
     answers: dict[int, str] = {}
     samples = [question.sample for question in questions]
@@ -157,7 +157,7 @@ def ask(
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """``accuracy`` (share of exact names), ``count``, accuracy ``by_kind`` of question, and all answers."""
+    """``accuracy`` (exact match), ``count``, accuracy ``by_kind`` of question, and all answers."""
     rows: list[dict[str, Any]] = []
     for question, answer in zip(questions, answers, strict=True):
         right = question.is_right(answer)
@@ -181,7 +181,7 @@ def _share(rows: Sequence[Mapping[str, Any]]) -> float:
 def perplexity(
     model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, text: str, window: int = 512
 ) -> float:
-    """exp of the mean negative log-likelihood of a token of ``text`` after those before it in its window."""
+    """Perplexity of ``text``, in windows of ``window`` tokens."""
     ids = processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     loss, count = 0.0, 0
     for start in range(0, len(ids), window):
@@ -192,7 +192,7 @@ def perplexity(
         loss += torch.nn.functional.cross_entropy(logits_TV, row_1T[0, 1:], reduction="sum").item()
         count += row_1T.shape[1] - 1
     if not count:
-        raise UserError("the text for the perplexity has fewer than two tokens")
+        raise UserError("the text has fewer than two tokens; perplexity needs at least two")
     return round(math.exp(loss / count), 4)
 
 
@@ -205,7 +205,7 @@ def expert_load(
     most: int = 64,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Share of the tokens that each expert gets, over ``most`` prompts of each set; empty for a dense model.
+    """Expert load over the first ``most`` prompts of each set; empty for a dense model.
 
     Returns ``layers`` (indices of the decoder layers, L), and for ``all`` tokens and those of each modality
     that occurs a matrix [L][E] whose rows sum to 1.

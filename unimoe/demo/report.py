@@ -1,4 +1,4 @@
-"""``report.json`` for programs and ``report.html`` for people, out of what the demo's steps left behind."""
+"""``report.json`` and ``report.html``, from the results of the demo's steps."""
 
 import json
 import mimetypes
@@ -20,25 +20,25 @@ from unimoe.training.progress import clock
 
 from .evaluate import EXTENDED, TITLES, read_questions
 
-MODELS = {"moe": "mixture of experts", "dense": "dense control", "start": "untrained start"}
-SHORT = {"moe": "experts", "dense": "dense", "start": "start"}
-FLOORS = {
+MODELS = {"moe": "mixture of experts", "dense": "dense control", "start": "untrained model"}
+SHORT = {"moe": "MoE", "dense": "dense", "start": "untrained"}
+BASELINES = {
     "nearest_neighbour": "nearest neighbour",
-    "linear_pair": "linear map to words",
+    "linear_pair": "linear map to name embeddings",
     "linear_probe": "linear probe",
 }
 KEYS = {"unseen_voice": "spoken_questions_unseen_voice"}
-"""Test sets that have another name in ``report.json``."""
-PICTURE_SETS = ("new_backgrounds", "unseen_artist")
+"""Test sets with another name in ``report.json``."""
+IMAGE_SETS = ("new_backgrounds", "unseen_artist")
 
 
 @dataclass(frozen=True)
-class Aim:
-    """Something the demo should reach, and whether it did."""
+class Target:
+    """A target of the demo, and whether it was reached."""
 
     text: str
     found: float | None
-    """None where it was not measured."""
+    """None if not measured."""
     bound: float | None
     at_least: bool = True
 
@@ -50,22 +50,22 @@ class Aim:
 
 
 def make_report(folder: str | Path, control: bool) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.html`` into the demo's ``folder``; returns what the former holds.
+    """Write ``report.json`` and ``report.html`` into ``folder``; returns the content of ``report.json``.
 
-    Reads ``evaluation/*.json``, ``floors.json``, ``seconds.json``, ``assembled/manifest.yaml``, the stages'
-    logs and the test data. ``control`` says whether the dense control belongs to the run.
+    Reads ``evaluation/*.json``, ``baselines.json``, ``seconds.json``, ``assembled/manifest.yaml``, the logs
+    of the stages and the test data. ``control``: whether the run includes the dense control.
     """
     folder = Path(folder)
     names = [name for name in MODELS if control or name != "dense"]
     evaluations = {name: _read(folder / "evaluation" / f"{name}.json") for name in names}
-    report = summarise(evaluations, _read(folder / "floors.json"), _read(folder / "seconds.json"))
+    report = summarise(evaluations, _read(folder / "baselines.json"), _read(folder / "seconds.json"))
     atomic_write(folder / "report.json", json.dumps(report, indent=1) + "\n")
     atomic_write(folder / "report.html", render(folder, report, evaluations))
     return report
 
 
 def summarise(
-    evaluations: Mapping[str, dict[str, Any]], floors: dict[str, Any], seconds: dict[str, float]
+    evaluations: Mapping[str, dict[str, Any]], baselines: dict[str, Any], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The content of ``report.json``."""
     asked = [one for one in TITLES if one not in EXTENDED or one in evaluations["moe"]["sets"]]
@@ -75,10 +75,10 @@ def summarise(
         models[name] = {KEYS.get(one, one): sets[one]["accuracy"] if one in sets else None for one in asked}
         models[name]["perplexity"] = evaluation["perplexity"]
     moe = evaluations["moe"]
-    floors = {reader: {one: floors[reader].get(one) for one in PICTURE_SETS} for reader in FLOORS}
+    baselines = {reader: {one: baselines[reader].get(one) for one in IMAGE_SETS} for reader in BASELINES}
     return {
         "models": models,
-        "floors": floors,
+        "baselines": baselines,
         "parameters": {
             **moe["parameters"],
             "by_model": {name: evaluation["parameters"] for name, evaluation in evaluations.items()},
@@ -93,8 +93,9 @@ def summarise(
         "concepts": len(
             {row["concept"] for row in moe["sets"]["new_backgrounds"]["answers"] if "concept" in row}
         ),
-        "aims": [
-            asdict(aim) | {"reached": aim.reached} for aim in aims(models["moe"], models["start"], floors)
+        "targets": [
+            asdict(target) | {"reached": target.reached}
+            for target in targets(models["moe"], models["start"], baselines)
         ],
         "versions": {
             "unimoe": __version__,
@@ -104,9 +105,9 @@ def summarise(
     }
 
 
-def aims(moe: Mapping[str, Any], start: Mapping[str, Any], floors: Mapping[str, Any]) -> list[Aim]:
-    """What the demo is meant to reach, with what it did reach."""
-    probe = floors["linear_probe"]
+def targets(moe: Mapping[str, Any], start: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[Target]:
+    """The targets of the demo with the measured values."""
+    probe = baselines["linear_probe"]
 
     def gap(one: str) -> float | None:
         return None if moe[one] is None else round(abs(moe["text_questions"] - moe[one]), 4)
@@ -115,26 +116,26 @@ def aims(moe: Mapping[str, Any], start: Mapping[str, Any], floors: Mapping[str, 
         return None if probe[one] is None else round(of * probe[one], 4)
 
     return [
-        Aim("new backgrounds: at least 0.80", moe["new_backgrounds"], 0.8),
-        Aim(
+        Target("new backgrounds: at least 0.80", moe["new_backgrounds"], 0.8),
+        Target(
             "new backgrounds: at least 0.9 of the linear probe",
             moe["new_backgrounds"],
             share("new_backgrounds", 0.9),
         ),
-        Aim(
+        Target(
             "unseen artist: at least 0.8 of the linear probe",
             moe["unseen_artist"],
             share("unseen_artist", 0.8),
         ),
-        Aim("spoken questions: within 0.05 of written ones", gap("spoken_questions"), 0.05, False),
-        Aim(
-            "spoken by an unseen voice: within 0.05 of written ones",
+        Target("spoken questions: within 0.05 of written ones", gap("spoken_questions"), 0.05, False),
+        Target(
+            "spoken by an unseen speaker: within 0.05 of written ones",
             gap("spoken_questions_unseen_voice"),
             0.05,
             False,
         ),
-        Aim(
-            "perplexity: at most 1.25 times that of the start",
+        Target(
+            "perplexity: at most 1.25 times that of the untrained model",
             round(moe["perplexity"], 2),
             round(1.25 * start["perplexity"], 2),
             False,
@@ -143,7 +144,7 @@ def aims(moe: Mapping[str, Any], start: Mapping[str, Any], floors: Mapping[str, 
 
 
 def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, dict[str, Any]]) -> str:
-    """The page as text; pictures, sounds and figures lie inside it."""
+    """The page as one HTML string; images, audio and figures are embedded."""
     template = files("unimoe.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"share": _share, "clock": clock, "millions": lambda count: f"{count / 1e6:.1f} M"}
@@ -154,9 +155,9 @@ def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, di
         folder=folder,
         models={name: MODELS[name] for name in evaluations},
         short=SHORT,
-        floors=FLOORS,
+        baselines=BASELINES,
         sets={KEYS.get(one, one): title for one, title in TITLES.items()},
-        picture_sets=PICTURE_SETS,
+        image_sets=IMAGE_SETS,
         kinds=list(report["by_kind"]["moe"].get("text_questions", {})),
         curves=data_url("image/svg+xml", loss_curves({s: c for s, c in curves.items() if c}).encode()),
         load=data_url("image/svg+xml", load_maps(report["load"], experts).encode()),
@@ -169,7 +170,7 @@ def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, di
 def _samples(
     folder: Path, evaluations: Mapping[str, dict[str, Any]], sets: Sequence[str], most: int
 ) -> list[dict[str, Any]]:
-    """Questions at even distances in each set, whatever the models made of them."""
+    """Evenly spaced questions of each set, not selected by the answers."""
     samples = []
     for name in sets:
         file = folder / "data" / f"test.{name}.jsonl"

@@ -1,8 +1,7 @@
-"""The whole path in one command: parts, data, three stages, tests, report.
+"""The whole pipeline in one command: pretrained parts, data, three stages, evaluation, report.
 
-Each step leaves a result in the output folder and is skipped when that is there, so that the same command
-goes on where a run was cut off. The stages run through the entry points that a user has, with the YAML files
-of configs/.
+Each step writes a result to the output folder and is skipped if that result exists, so the same command
+resumes an interrupted run. The stages run through the public entry points, with the YAML files of configs/.
 """
 
 import hashlib
@@ -32,13 +31,13 @@ from unimoe.synthetic.multimodal import build_data
 from unimoe.training.progress import clock
 
 from . import console
-from .baselines import measure_floors
+from .baselines import measure_baselines
 from .evaluate import evaluate, read_questions
-from .report import FLOORS, MODELS, PICTURE_SETS, make_report
+from .report import BASELINES, IMAGE_SETS, MODELS, make_report
 from .steps import PREPARE, Step, configuration, exists, never, note_settings, run_steps, shipped
 
 DEFAULT_OUTPUT = "runs/demo"
-"""The folder that the configurations name."""
+"""The output folder named in the configurations."""
 EXTENDED_OUTPUT = "runs/extended"
 
 
@@ -50,9 +49,9 @@ class Demo:
     seed: int
     control: bool
     unseen_artist: str
-    """``default``, or a path."""
+    """``default``, or the path of a font or folder."""
     extended: bool = False
-    """With films and environmental sounds."""
+    """Adds video and environmental sounds."""
 
     @property
     def data(self) -> Path:
@@ -66,18 +65,18 @@ def demo(
     seed: int = 0,
     unseen_artist: str = "default",
 ):
-    """Train a mixture of experts that sees and hears from real pretrained parts, test it, and write a report.
+    """Train and evaluate a multimodal mixture of experts from real pretrained parts, and write a report.
 
-    The same command goes on where a run was cut off. Ends with report.json and report.html in the output
-    folder, and two commands to talk to the model.
+    The same command resumes an interrupted run. Writes report.json and report.html to the output folder and
+    prints commands to chat with the model.
 
     Args:
         control: also train the dense control: the same language model, data and steps without experts.
-        extended: short films and environmental sounds too, an expert for each; half as many steps again.
-        output: folder of everything that the run makes (default: runs/demo, extended: runs/extended).
-        seed: of the data, the training and the tests.
-        unseen_artist: emoji font, or folder of emoji pictures named by code point, by another artist than the
-            training pictures; for a test set only (default: what ``unimoe prepare`` made).
+        extended: add short videos and environmental sounds, with an expert for each; 50 % more steps.
+        output: output folder (default: runs/demo, or runs/extended with --extended).
+        seed: seed of the data, the training and the evaluation.
+        unseen_artist: emoji font, or folder of emoji images named by code point, by an artist not seen in
+            training; used for a test set only (default: the one from ``unimoe prepare``).
     """
     begun = time.monotonic()
     disable_progress_bar()  # transformers' own, for each model that is loaded
@@ -88,14 +87,13 @@ def demo(
     run_steps(
         run,
         steps,
-        "This trains a mixture of experts that sees and hears, from real pretrained parts, and tests it.",
+        "This trains and evaluates a mixture of experts for images and speech, from pretrained parts.",
     )
     report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     console.show_results(report)
-    console.say(
-        f"\nDone in {clock(time.monotonic() - begun)}; all steps took {clock(report['seconds']['total'])}."
-    )
-    console.say(f"The report: {run.folder / 'report.html'}\n")
+    total = clock(report["seconds"]["total"])
+    console.say(f"\nDone in {clock(time.monotonic() - begun)}; all steps together took {total}.")
+    console.say(f"Report: {run.folder / 'report.html'}\n")
     console.show_commands(run.folder)
 
 
@@ -122,19 +120,19 @@ def _evaluate(name: str, run: Demo):
     evaluate(model, processor, run.data, cache, prose, _evaluation(name, run), _made_of(name, run))
 
 
-def _floors(run: Demo):
+def _baselines(run: Demo):
     model, processor = _model("start", run)
     cache = _features(run, model, processor)
     train = read_questions(run.data / "train.image.jsonl")
-    paths = {name: run.data / f"test.{name}.jsonl" for name in PICTURE_SETS}
+    paths = {name: run.data / f"test.{name}.jsonl" for name in IMAGE_SETS}
     tests = {name: read_questions(path) for name, path in paths.items() if path.is_file()}
     cache.fill([question.sample for questions in (train, *tests.values()) for question in questions])
-    floors = measure_floors(train, tests, cache, default_part("text"), run.seed)
-    for reader, found in floors.items():
+    baselines = measure_baselines(train, tests, cache, default_part("text"), run.seed)
+    for reader, found in baselines.items():
         console.say(
-            "".join([f"      {FLOORS[reader]:<38}", *(f"{name} {x:.3f}  " for name, x in found.items())])
+            "".join([f"      {BASELINES[reader]:<38}", *(f"{name} {x:.3f}  " for name, x in found.items())])
         )
-    atomic_write(run.folder / "floors.json", json.dumps(floors, indent=1) + "\n")
+    atomic_write(run.folder / "baselines.json", json.dumps(baselines, indent=1) + "\n")
 
 
 def _report(run: Demo):
@@ -156,7 +154,7 @@ def _stage(name: str, about: str, minutes: float, control: bool = False, extende
 
 
 def _test(name: str, minutes: float, control: bool = False) -> Step:
-    about = f"questions to the {MODELS[name]}"
+    about = f"evaluate the {MODELS[name]}"
     return Step(
         f"evaluate_{name}", about, minutes, partial(_evaluate, name), partial(_evaluated, name), control
     )
@@ -164,27 +162,33 @@ def _test(name: str, minutes: float, control: bool = False) -> Step:
 
 STEPS = (
     PREPARE,
-    Step("data", "pictures, questions and clips", 0.5, _build, partial(exists, "data/manifest.json")),
-    _stage("align", "the connectors learn to speak the language model's language", 2.0),
-    _stage("expert_image", "a copy of the language model specialises in pictures", 4.5),
-    _stage("expert_speech", "another one in speech", 4.0),
-    _stage("align_more", "connectors of films and environmental sounds join them", 1.0, extended=True),
-    _stage("expert_video", "a copy of the language model specialises in films", 3.0, extended=True),
-    _stage("expert_audio", "and one in environmental sounds", 1.5, extended=True),
+    Step("data", "images, questions and speech clips", 0.5, _build, partial(exists, "data/manifest.json")),
+    _stage("align", "train the connectors", 2.0),
+    _stage("expert_image", "fine-tune a copy of the language model on images", 4.5),
+    _stage("expert_speech", "fine-tune another copy on speech", 4.0),
+    _stage("align_more", "train connectors for video and environmental sounds", 1.0, extended=True),
+    _stage("expert_video", "fine-tune a copy of the language model on video", 3.0, extended=True),
+    _stage("expert_audio", "fine-tune a copy on environmental sounds", 1.5, extended=True),
     Step(
         "assemble",
-        "their feed-forward layers become the experts of one model, and routers learn who knows what",
+        "turn their FFNs into the experts of one model and initialise the routers",
         0.5,
         _assemble,
         partial(exists, f"assembled/{STAGE_FILE}"),
     ),
-    _stage("moe", "routers, experts and attention learn to work together", 8.0),
-    Step("floors", "what simple readers reach", 0.5, _floors, partial(exists, "floors.json")),
+    _stage("moe", "train routers, experts and attention together", 8.0),
+    Step(
+        "baselines",
+        "simple classifiers on the same features",
+        0.5,
+        _baselines,
+        partial(exists, "baselines.json"),
+    ),
     _test("start", 1.5),
     _test("moe", 1.5),
-    _stage("dense", "the dense control: same data, same number of steps, no experts", 14.0, control=True),
+    _stage("dense", "train the dense control: same data and steps, no experts", 14.0, control=True),
     _test("dense", 1.5, control=True),
-    Step("report", "figures and pages", 0.2, _report, never),
+    Step("report", "write the report", 0.2, _report, never),
 )
 
 
@@ -200,7 +204,7 @@ def _configuration(stage: str, run: Demo) -> Path:
 
 
 def _model(name: str, run: Demo) -> Built:
-    """A finished stage's model, or the one that the first stage starts from."""
+    """The model of a finished stage, or the one the first stage starts from."""
     if name != "start":
         return load_model(run.folder / name)
     settings = yaml.safe_load(_configuration("align", run).read_text(encoding="utf-8"))["model"]
@@ -213,7 +217,7 @@ def _model(name: str, run: Demo) -> Built:
 
 
 def _features(run: Demo, model: Any, processor: Any) -> FeatureCache:
-    """The cache that the stages fill too."""
+    """The feature cache shared with the stages."""
     return FeatureCache(run.folder / "features", processor, model.model.encoders)
 
 
@@ -222,7 +226,7 @@ def _evaluation(name: str, run: Demo) -> Path:
 
 
 def _made_of(name: str, run: Demo) -> str:
-    """Changes when the model or the questions do."""
+    """Hash of the model and the questions."""
     digest = hashlib.sha256((run.data / "manifest.json").read_bytes())
     model = _configuration("align", run) if name == "start" else run.folder / name / STAGE_FILE
     digest.update(model.read_bytes())
@@ -230,14 +234,14 @@ def _made_of(name: str, run: Demo) -> str:
 
 
 def _write_examples(run: Demo):
-    """A picture and a spoken question about it, for the commands at the end; a film and a sound too."""
+    """Example files for the commands printed at the end: image, spoken question, video, sound."""
     with atomic_folder(run.folder / "try") as folder:
         questions = read_questions(run.data / "test.spoken_questions.jsonl")
         chosen = next((one for one in questions if one.facts.get("kind") == "name"), questions[0])
         for part in chosen.sample.media():
-            name = {"image": "picture", "speech": "question"}[part["type"]] + Path(part["path"]).suffix
+            name = {"image": "image", "speech": "question"}[part["type"]] + Path(part["path"]).suffix
             shutil.copyfile(part["path"], folder / name)
-        for name, test in (("film", "films"), ("sound", "sounds")) if run.extended else ():
+        for name, test in (("video", "films"), ("sound", "sounds")) if run.extended else ():
             (part,) = read_questions(run.data / f"test.{test}.jsonl")[0].sample.media()
             shutil.copyfile(part["path"], folder / f"{name}{Path(part['path']).suffix}")
 

@@ -1,4 +1,4 @@
-"""The steps of a demo: each leaves a result in the run's folder and is skipped when that is there."""
+"""The steps of a demo: each writes a result to the run folder and is skipped if that result exists."""
 
 import gc
 import json
@@ -31,17 +31,17 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the plan."""
+    """One step of the plan."""
 
     name: str
     """Also the key in ``seconds``."""
     about: str
-    """What it does, for people."""
+    """Description for the user."""
     minutes: float
-    """How long that takes on two quiet cores."""
+    """Duration on two idle cores."""
     act: Callable[[Any], object]
     done: Callable[[Any], bool]
-    """Whether the result is there."""
+    """Whether the result exists."""
     control: bool = False
     """Belongs to the dense control."""
     extended: bool = False
@@ -56,28 +56,28 @@ def _prepared(run: Run) -> bool:
     return all(fault(part, cache_folder()) is None for part in PARTS.values())
 
 
-PREPARE = Step("prepare", "the pretrained parts, downloaded and converted once", 0.5, _prepare, _prepared)
+PREPARE = Step("prepare", "download and convert the pretrained parts, once", 0.5, _prepare, _prepared)
 """The first step of every demo."""
 
 
 def exists(name: str, run: Run) -> bool:
-    """Whether a file or folder of the run is there."""
+    """Whether a file or folder of the run exists."""
     return (run.folder / name).exists()
 
 
 def never(run: Run) -> bool:
-    """For a step that is done every time."""
+    """For a step that always runs."""
     return False
 
 
 def shipped(name: str) -> Path:
-    """A file of configs/, without its suffix."""
+    """Path of a file in configs/; ``name`` has no suffix."""
     return Path(str(files("unimoe.configs").joinpath(f"{name}.yaml")))
 
 
 def configuration(path: Path, run: Run, default: str, **settings: Any) -> Path:
-    """A YAML file that names the folder ``default``; for another one, or other ``settings``, a copy in the
-    run's folder that says so."""
+    """The YAML file ``path`` if the run uses the output folder ``default`` and no other ``settings``;
+    otherwise a copy in the run folder with both replaced."""
     if run.folder == Path(default) and not settings:
         return path
     text = path.read_text(encoding="utf-8").replace(default, run.folder.as_posix())
@@ -89,7 +89,7 @@ def configuration(path: Path, run: Run, default: str, **settings: Any) -> Path:
 
 
 def run_steps(run: Run, steps: Sequence[Step], purpose: str):
-    """Say what will be done, and do what is not there yet, in order. ``purpose`` begins the announcement."""
+    """Print the plan, starting with ``purpose``, and run the steps whose results do not exist yet."""
     todo = [step for step in steps if not step.done(run)]
     console.announce(
         purpose, run.folder, [(step.name, step.about, step.minutes, step in todo) for step in steps]
@@ -97,7 +97,7 @@ def run_steps(run: Run, steps: Sequence[Step], purpose: str):
     for number, step in enumerate(steps, 1):
         label = f"[{number:>2}/{len(steps)}] {step.name}"
         if step not in todo:
-            console.say(f"{label}: done before")
+            console.say(f"{label}: already done")
             continue
         console.say(f"{label}: {step.about} ({console.minutes(step.minutes)})")
         started = time.monotonic()
@@ -108,7 +108,7 @@ def run_steps(run: Run, steps: Sequence[Step], purpose: str):
 
 
 def _note_seconds(run: Run, steps: Sequence[Step], name: str, seconds: float) -> float:
-    """Add a step's time to ``seconds.json``; training time that a killed run spent is counted in."""
+    """Add the duration of a step to ``seconds.json``, including the training time of killed runs."""
     path = run.folder / "seconds.json"
     noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     record = read_record(run.folder / name)
@@ -120,13 +120,17 @@ def _note_seconds(run: Run, steps: Sequence[Step], name: str, seconds: float) ->
 
 
 def note_settings(folder: Path, settings: dict[str, Any]):
-    """Write ``demo.json``. Raises UserError when the folder belongs to a run with other settings."""
+    """Write ``demo.json``.
+
+    Raises:
+        UserError: the folder belongs to a run with other settings.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; expected a folder")
     path = folder / "demo.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     for key, value in settings.items():
         if found.get(key, False) != value:  # a switch that is not noted was off
-            there = f"{folder} was begun with {key} {found.get(key, False)}, found {value}"
+            there = f"{folder} was started with {key} {found.get(key, False)}, found {value}"
             raise UserError(f"{there}; choose another --output, or delete {folder}")
     atomic_write(path, json.dumps(settings, indent=1) + "\n")

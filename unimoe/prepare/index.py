@@ -1,6 +1,6 @@
-"""Finding a pinned file on the package index that this machine's pip is set up to use.
+"""Find a pinned file on the package index that pip is configured to use.
 
-The index speaks the "simple repository API" (PEP 503 for HTML, PEP 691 for JSON).
+Uses the simple repository API (PEP 503 for HTML, PEP 691 for JSON).
 """
 
 import ast
@@ -27,30 +27,31 @@ OFFLINE = "connect, or give the files with --wheels FOLDER"
 
 @dataclass(frozen=True)
 class Sources:
-    """Where pip is set up to look."""
+    """Where pip is configured to look."""
 
     indexes: list[str] = field(default_factory=list)
     """Addresses of package indexes, in order."""
     folders: list[Path] = field(default_factory=list)
     """Folders of package files (pip's find-links)."""
     certificates: str | None = None
-    """File of trusted certificates, when pip is given one."""
+    """File of trusted certificates, if pip has one configured."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One file on offer."""
+    """One available file."""
 
     filename: str
     url: str
     sha256: str | None
-    """As the index states it; some indexes do not."""
+    """None if the index does not state it."""
 
 
 def find_sources() -> Sources:
-    """Where this machine's pip is set to look (files and PIP_* variables), else uv, else pip by default.
+    """The sources configured for pip (files and PIP_* variables), else for uv, else pip's default.
 
-    UserError when there is no pip to ask and no variable names an index.
+    Raises:
+        UserError: pip is missing and no variable names an index.
     """
     settings = _pip_settings()
     uv = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
@@ -67,7 +68,7 @@ def find_sources() -> Sources:
 
 
 def _pip_settings() -> dict[str, str]:
-    """pip's settings by their bare names; a variable beats a command's section, that the global one."""
+    """pip's settings by name; variables take precedence over command sections, these over the global one."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     found: dict[str, tuple[int, str]] = {}
@@ -91,17 +92,18 @@ def _pip_default() -> str | None:
 
 
 def _local(place: str) -> Path | None:
-    """The folder that a path or file: address names; None for another address."""
+    """The folder of a path or file: address; None for other addresses."""
     if place.startswith("file:"):
         return Path(unquote(urlsplit(place).path))
     return None if "://" in place else Path(place).expanduser()
 
 
 def find_link(part: Part, sources: Sources) -> Link:
-    """The pinned file on the first index that offers it.
+    """The pinned file on the first index that has it.
 
-    UserError, saying which, when an index cannot be reached, none has the package or the version, or the file
-    on offer has another hash.
+    Raises:
+        UserError: an index cannot be reached, none has the package or version, or the file there has another
+            hash.
     """
     unreachable, others, wrong, asked = [], [], [], []
     for index in sources.indexes:
@@ -132,7 +134,7 @@ def find_link(part: Part, sources: Sources) -> Link:
         )
     if unreachable:
         raise UserError(
-            f"{part.package}: the package index gives no answer ({'; '.join(unreachable)}); {OFFLINE}"
+            f"{part.package}: the package index does not respond ({'; '.join(unreachable)}); {OFFLINE}"
         )
     if others:
         raise UserError(
@@ -146,13 +148,17 @@ def find_link(part: Part, sources: Sources) -> Link:
 
 
 def _versions(filenames: list[str]) -> str:
-    """The versions in the names of wheels and source archives, the last six that are listed."""
+    """The last six versions among the names of wheels and source archives."""
     found = dict.fromkeys(name.removesuffix(".tar.gz").split("-")[1] for name in filenames if "-" in name)
     return ", ".join(list(found)[-6:]) or "no version"
 
 
 def _read_page(url: str, certificates: str | None) -> list[Link]:
-    """All files of a project's page. FileNotFoundError when a file: index has no such folder."""
+    """All files of a project's page.
+
+    Raises:
+        FileNotFoundError: a file: index has no such folder.
+    """
     local = _local(url)
     if local is not None:
         page = local / "index.html"

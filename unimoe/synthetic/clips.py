@@ -1,5 +1,4 @@
-"""The recorded questions that ship with the package (``assets/speech.json`` beside one FLAC file per
-voice)."""
+"""The recorded questions shipped with the package: ``assets/speech.json`` and one FLAC file per speaker."""
 
 import json
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ class Clip:
     """Sample at which each word of ``text`` ends."""
 
     def at_speed(self, speed: float) -> "Clip":
-        """Played faster or slower, which moves pitch and tempo together (linear interpolation)."""
+        """Resampled to another speed, which changes pitch and tempo together (linear interpolation)."""
         if speed == 1.0:
             return self
         at = np.arange(0, len(self.samples) - 1, speed)
@@ -30,7 +29,7 @@ class Clip:
 
 
 def load_clips() -> tuple[list[Clip], tuple[str, ...]]:
-    """Every recorded clip in the order of recording, and the voices that are kept for tests."""
+    """Every recorded clip in the order of recording, and the speakers reserved for tests."""
     index = json.loads((ASSETS / "speech.json").read_text(encoding="utf-8"))
     voices: dict[str, np.ndarray] = {}
     clips = []

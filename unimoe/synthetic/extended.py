@@ -1,9 +1,9 @@
-"""What the extended demo has beyond the demo: short films, environmental sounds, sounds asked about aloud.
+"""Additional data of the extended demo: short videos, environmental sounds, speech transcription.
 
-films    what comes first or last, which way it moves, what it is: only time can answer three of the four
-sounds   twelve kinds made by rule; half of the training questions are spoken, so that speech and sound meet
-         in one sample
-spoken   the recorded questions alone, to be written down
+videos   what comes first or last, direction of movement, name; three of the four need temporal order
+sounds   twelve synthetic classes; half of the training questions are spoken, so that a sample can hold both
+         speech and environmental sound
+speech   the recorded questions alone, to be transcribed
 """
 
 import random
@@ -19,16 +19,16 @@ from .sounds import ANSWERS, QUESTIONS, sound
 from .sprites import Artist
 from .writer import Writer, media_part, text_part
 
-FILM_QUESTIONS = {
+VIDEO_QUESTIONS = {
     "first": ("What comes first?", "What do you see first?"),
     "last": ("What comes last?", "What do you see last?"),
     "moves": ("Which way does it move?", "Where does it go?"),
     "name": ("What is in the video?", "What moves here?"),
 }
-WAYS = {"left": "Left.", "right": "Right.", "up": "Up.", "down": "Down."}
+DIRECTIONS = {"left": "Left.", "right": "Right.", "up": "Up.", "down": "Down."}
 SPOKEN = "What is this?"
-"""The recorded question that a sound is asked about with."""
-WRITE = "Write down what was said."
+"""The recorded question about environmental sounds."""
+TRANSCRIBE = "Write down what was said."
 
 
 def add_extended(
@@ -36,7 +36,7 @@ def add_extended(
     seed: int,
     artist: Artist,
     photos: Mapping[str, Sequence[Image.Image]],
-    films: int,
+    videos: int,
     sounds: int,
     questions: int,
     test_speed: float,
@@ -44,20 +44,20 @@ def add_extended(
     """Write train, val and test ``.films`` and ``.sounds``, ``test.sounds_asked`` and ``test.speech``.
 
     Args:
-        photos: of ``train`` and ``test``.
-        films: training films.
-        sounds: training sounds.
-        questions: test questions of each kind about films, and of each other set.
-        test_speed: at which recordings are heard in tests.
+        photos: backgrounds of the splits ``train`` and ``test``.
+        videos: number of training videos.
+        sounds: number of training clips of environmental sound.
+        questions: test questions of each kind about videos, and of each other set.
+        test_speed: playback speed of the recordings in tests.
     """
     clips, test_voices = load_clips()
     heard = [clip for clip in clips if clip.voice not in test_voices]
     asking = [clip for clip in heard if clip.text == SPOKEN]
-    kinds = list(FILM_QUESTIONS)
-    for part, count in (("train", films), ("val", 16), ("test", questions * len(kinds))):
+    kinds = list(VIDEO_QUESTIONS)
+    for part, count in (("train", videos), ("val", 16), ("test", questions * len(kinds))):
         for i in range(count):
             rng = random.Random(f"{seed}:film:{part}:{i}")
-            _film(
+            _video(
                 writer,
                 part,
                 kinds[i % len(kinds)],
@@ -71,24 +71,24 @@ def add_extended(
             rng = random.Random(f"{seed}:sound:{part}:{i}")
             _sound(writer, part, names[i % len(names)], asking, test_speed, rng)
     for clip in random.Random(f"{seed}:speech").sample(heard, min(questions, len(heard))):
-        parts = [media_part("speech", writer.clip(clip, test_speed)), text_part(WRITE)]
+        parts = [media_part("speech", writer.clip(clip, test_speed)), text_part(TRANSCRIBE)]
         writer.add("test.speech", [(parts, clip.text)], kind="speech", speaker=clip.voice)
 
 
-def _film(
+def _video(
     writer: Writer, part: str, kind: str, artist: Artist, photos: Sequence[Image.Image], rng: random.Random
 ) -> None:
     first, last = rng.sample(TRAINED, 2)
-    way = rng.choice(list(WAYS))
+    direction = rng.choice(list(DIRECTIONS))
     if kind in ("first", "last"):
         frames = one_after_another(first, last, artist, rng.choice(photos), rng)
         answer = name_answer(first if kind == "first" else last)
     else:
-        frames = moving(first, way, artist, rng.choice(photos), rng)
-        answer = WAYS[way] if kind == "moves" else name_answer(first)
+        frames = moving(first, direction, artist, rng.choice(photos), rng)
+        answer = DIRECTIONS[direction] if kind == "moves" else name_answer(first)
     parts = [
-        media_part("video", writer.film(frames, f"{part}.films")),
-        text_part(rng.choice(FILM_QUESTIONS[kind])),
+        media_part("video", writer.video(frames, f"{part}.films")),
+        text_part(rng.choice(VIDEO_QUESTIONS[kind])),
     ]
     writer.add(f"{part}.films", [(parts, answer)], kind=kind)
 
@@ -96,7 +96,7 @@ def _film(
 def _sound(
     writer: Writer, part: str, name: str, asking: Sequence[Clip], test_speed: float, rng: random.Random
 ) -> None:
-    file = media_part("audio", writer.sound(sound(name, rng), f"{part}.sounds"))
+    file = media_part("audio", writer.audio(sound(name, rng), f"{part}.sounds"))
     question, clip = text_part(rng.choice(QUESTIONS)), rng.choice(asking)
     spoken = media_part("speech", writer.clip(clip, test_speed if part == "test" else 1.0))
     if part == "test":

@@ -1,8 +1,7 @@
-"""Builds the demo's data from real parts: sprites on photos, recorded questions, plain dialogues.
+"""The demo's data set, built from real parts: sprites on photos, recorded questions, text dialogues.
 
-The same folder comes out for the same seed and parts. Training and test pictures differ in photos and in
-every view; the sets ``unseen_artist`` and ``held_out`` differ in the artist and in the concepts as well,
-``unseen_voice`` in the voice.
+The result is a function of the seed and the parts. Training and test images share no photo and no view; the
+sets ``unseen_artist`` and ``held_out`` also differ in artist and concepts, ``unseen_voice`` in the speaker.
 """
 
 import json
@@ -18,7 +17,7 @@ from unimoe.prepare.cache import default_part
 
 from .clips import ASSETS, Clip, load_clips
 from .concepts import HELD_OUT, TRAINED, Concept
-from .extended import WRITE, add_extended
+from .extended import TRANSCRIBE, add_extended
 from .questions import SPOKEN_CONCEPTS, ask
 from .scenes import Scene, pair, several, single
 from .sprites import Artist, load_photos, open_artist, split_photos
@@ -29,31 +28,31 @@ _OTHER_KINDS = ("group", "colour", "yes_no")
 
 @dataclass
 class BuildConfig:
-    """How much to make."""
+    """Size of the data set."""
 
     views: int = 30
-    """Training pictures of each concept alone."""
+    """Training images of each concept alone."""
     restyle: float = 0.6
-    """Share of the training pictures whose sprite loses marks of its artist (outlines, exact hues); half of
-    these stand on a recoloured ground."""
+    """Share of the training images with style augmentation (outlines and exact hues of the artist removed);
+    half of these also get a recoloured background."""
     plain: float = 0.1
-    """Share of the training pictures on a plain ground."""
+    """Share of the training images on a plain background."""
     counts: int = 240
-    """Training pictures with one to four like things."""
+    """Training images with one to four copies of a sprite."""
     pairs: int = 240
-    """Training pictures with two things side by side."""
+    """Training images with two sprites side by side."""
     test_views: int = 3
-    """Test pictures of each concept, per test set."""
+    """Test images of each concept, per test set."""
     test_questions: int = 30
-    """Questions of each kind in the sets that are asked as text and spoken."""
+    """Questions of each kind in the test sets asked in writing and aloud."""
     speeds: tuple[float, ...] = (0.88, 1.0, 1.14)
-    """Speeds at which recordings are heard in training."""
+    """Playback speeds of the recordings in training."""
     test_speed: float = 1.06
-    """Speed of the trained voices in the tests, so that no test clip was heard in training."""
-    films: int = 480
-    """Training films of the extended demo."""
+    """Playback speed of the training speakers in tests, so that no test clip occurs in training."""
+    videos: int = 480
+    """Training videos of the extended demo."""
     sounds: int = 360
-    """Training sounds of the extended demo."""
+    """Training clips of environmental sound in the extended demo."""
     seed: int = 0
 
 
@@ -66,22 +65,24 @@ def build_data(
     unseen_artist: str | Path | None = None,
     extended: bool = False,
 ) -> Path:
-    """Write the demo's data set to ``folder`` and return it.
+    """Write the demo's data set to ``folder`` and return its path.
 
     ``sprites`` and ``photos`` default to the prepared parts; ``unseen_artist`` is an emoji font or a folder
-    of emoji pictures by another artist, used for a test set only (no ``test.unseen_artist.jsonl`` is written
+    of emoji images by another artist, used for a test set only (``test.unseen_artist.jsonl`` is not written
     without it). Files, all messages JSONL with media paths relative to ``folder``:
 
-    * ``train.image`` asks every picture of one thing its name, ``train.questions`` asks for group, colour,
-      yes or no, count and place; ``train.spoken`` asks all of these aloud, ``train.transcribe`` wants the
-      recording written down, ``train.text`` is plain dialogue. ``val.image``, ``val.spoken``,
-      ``val.transcribe`` and ``val.text`` go with them.
+    * ``train.image`` asks for the name of the object in an image, ``train.questions`` for group, colour,
+      yes or no, count and position; ``train.spoken`` asks all of these aloud, ``train.transcribe`` asks for
+      a transcript, ``train.text`` is text dialogue. ``val.image``, ``val.spoken``, ``val.transcribe`` and
+      ``val.text`` are their validation splits.
     * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names;
-      ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` are the same questions on
-      the same pictures three ways.
-    * with ``extended`` what :mod:`unimoe.synthetic.extended` adds.
-    * ``manifest.json``: concepts, photos, voices and artists of the splits, and how many samples each file
-      has.
+      ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` hold the same questions on
+      the same images: written, spoken, and spoken by an unseen speaker.
+    * with ``extended``, the files of :mod:`unimoe.synthetic.extended`.
+    * ``manifest.json``: concepts, photos, speakers and artists of the splits, and the samples per file.
+
+    Raises:
+        UserError: a part is missing, or an artist has no drawing of a concept.
     """
     config = config or BuildConfig()
     config.seed = seed
@@ -94,7 +95,7 @@ def build_data(
         _tests(writer, config, artist, other, list(test_photos.values()))
         if extended:
             grounds = {"train": list(train_photos.values()), "test": list(test_photos.values())}
-            numbers = (config.films, config.sounds, 2 * config.test_questions, config.test_speed)
+            numbers = (config.videos, config.sounds, 2 * config.test_questions, config.test_speed)
             add_extended(writer, seed, artist, grounds, *numbers)
         writer.close()
         manifest = {
@@ -129,9 +130,8 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
             by_text.setdefault(clip.text, []).append(clip)
 
     def put(part: str, scene: Scene, kind: str, rng: random.Random) -> None:
-        """One picture with a written and a spoken question, on different subjects where it shows one
-        thing."""
-        path = writer.picture(scene.image, part)
+        """Add one image with a written and a spoken question, of different kinds if it shows one object."""
+        path = writer.image(scene.image, part)
         asked = kind if kind in ("count", "left", "right") else "name"
         question, reply = ask(asked, scene, rng)
         file = "train.questions" if part == "train" and asked != "name" else f"{part}.image"
@@ -147,7 +147,7 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
             else rng.choice(["name", "name", *(k for k in _OTHER_KINDS if k != "colour" or scene.colour)])
         )
         question, reply = ask(asked, scene, rng, list(SPOKEN_CONCEPTS))
-        if question not in by_text:  # the thing shown has no recorded yes/no question
+        if question not in by_text:  # no yes/no question was recorded for this concept
             asked = "name"
             question, reply = ask(asked, scene, rng)
         clip, speed = rng.choice(by_text[question]), rng.choice(config.speeds)
@@ -188,7 +188,7 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
             for speed in config.speeds:
                 rng = _rng(config, "transcribe", text, clip.voice, speed)
                 part = "val" if rng.random() < 0.05 else "train"
-                parts = [media_part("speech", writer.clip(clip, speed)), text_part(WRITE)]
+                parts = [media_part("speech", writer.clip(clip, speed)), text_part(TRANSCRIBE)]
                 ends = [round(end / 16000, 3) for end in clip.at_speed(speed).word_ends]
                 words = [list(pair) for pair in zip(text.strip("?.").split(), ends, strict=True)]
                 writer.add(f"{part}.transcribe", [(parts, text)], kind="transcribe", words=words)
@@ -199,7 +199,7 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
 
 
 def _likely(shown: Concept, rng: random.Random) -> list[Concept]:
-    """Half of the wrong yes/no questions are about a thing of the same group."""
+    """Concepts to draw the wrong ones of yes/no questions from: half of the time the same group."""
     return [c for c in TRAINED if c.group == shown.group] if rng.random() < 0.5 else list(TRAINED)
 
 
@@ -212,7 +212,7 @@ def _tests(
             for concept in concepts:
                 rng = _rng(config, name, concept.name, view)
                 scene = single(concept, hand, rng.choice(photos), rng)
-                path = writer.picture(scene.image, name)
+                path = writer.image(scene.image, name)
                 question, reply = ask("name", scene, rng)
                 writer.add(
                     f"test.{name}",
@@ -241,7 +241,7 @@ def _tests(
                 continue
             question, reply = ask(kind, scene, rng, list(SPOKEN_CONCEPTS))
             made[kind] += 1
-            image = media_part("image", writer.picture(scene.image, "questions"))
+            image = media_part("image", writer.image(scene.image, "questions"))
             facts = {"kind": kind, "question": question}
             writer.add("test.text_questions", [([image, text_part(question)], reply)], **facts)
             heard = recorded[rng.choice(voices), question]

@@ -1,4 +1,4 @@
-"""What the demo asks about a picture, and what the right answer is."""
+"""Questions about generated images, and their reference answers."""
 
 import random
 import re
@@ -19,12 +19,12 @@ FORMS = {
     "left": ("What is on the left?", "Name the thing on the left."),
     "right": ("What is on the right?", "Name the thing on the right."),
 }
-"""Kind of question -> ways to ask it. Yes/no questions ("Is this a dog?") are formed from a name."""
+"""Kind of question -> its phrasings. Yes/no questions ("Is this a dog?") are formed from a name."""
 COUNTS = ("One.", "Two.", "Three.", "Four.")
 
 
 SPOKEN_CONCEPTS = tuple(concept for i, concept in enumerate(TRAINED) if i % 3 != 2)
-"""Concepts whose yes/no question was recorded (two of three, to keep the recordings small)."""
+"""Concepts with a recorded yes/no question (two of three, to limit the size of the recordings)."""
 
 
 def yes_no(concept: Concept) -> str:
@@ -32,7 +32,7 @@ def yes_no(concept: Concept) -> str:
 
 
 def spoken_questions() -> list[str]:
-    """Every question of which a recording ships: all forms, and the yes/no questions of SPOKEN_CONCEPTS."""
+    """Every recorded question: all phrasings, and the yes/no questions of SPOKEN_CONCEPTS."""
     return [text for forms in FORMS.values() for text in forms] + [
         yes_no(concept) for concept in SPOKEN_CONCEPTS
     ]
@@ -44,7 +44,7 @@ def name_answer(concept: Concept) -> str:
 
 
 def answer(kind: str, scene: Scene) -> str:
-    """The right answer to a question of FORMS about the scene."""
+    """The reference answer to a question of FORMS about the scene."""
     if kind == "group":
         return GROUPS[scene.shown[0].group]
     if kind == "colour":
@@ -56,8 +56,8 @@ def answer(kind: str, scene: Scene) -> str:
 
 
 def ask(kind: str, scene: Scene, rng: random.Random, likely: list[Concept] | None = None) -> tuple[str, str]:
-    """(question, answer). ``yes_no`` is about the thing shown half of the time, else about another one of
-    ``likely``."""
+    """(question, answer). ``yes_no`` asks about the concept shown half of the time, else about another one
+    of ``likely``."""
     if kind != "yes_no":
         return rng.choice(FORMS[kind]), answer(kind, scene)
     if rng.random() < 0.5:
@@ -67,6 +67,6 @@ def ask(kind: str, scene: Scene, rng: random.Random, likely: list[Concept] | Non
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no leading article: what answers are compared by."""
+    """Lower case without punctuation and leading article, for comparing answers."""
     text = re.sub(r"[^a-z0-9 ]+", " ", text.lower()).strip()
     return re.sub(r"\s+", " ", re.sub(r"^(a|an|the|some)\s+", "", text))

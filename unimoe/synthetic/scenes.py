@@ -1,8 +1,6 @@
-"""Composing the demo's pictures: sprites of one artist pasted on photographs, with the truth about what was
-pasted.
+"""Generated images: sprites of one artist pasted on photos, with ground truth.
 
-Every random choice comes from the ``random.Random`` that the caller hands in, so a picture is a function of
-its seed.
+Every random choice comes from the caller's ``random.Random``, so an image is a function of its seed.
 """
 
 import random
@@ -17,26 +15,26 @@ from .concepts import Concept
 from .sprites import Artist, background, vary
 
 SIZE = 160
-"""Side of every composed picture in pixels: 5 x 5 cells of an EfficientNet."""
+"""Side of every generated image in pixels: 5 x 5 cells of an EfficientNet."""
 
 FRAMES = 8
-"""Pictures of every composed film."""
+"""Frames of every generated video."""
 
 
 @dataclass
 class Scene:
-    """A picture and what is in it. ``shown`` goes from left to right; equal sprites count one by one."""
+    """An image and its content. ``shown`` is ordered from left to right and repeats equal sprites."""
 
     image: Image.Image
     shown: list[Concept]
     colour: str | None
-    """The word for the colour that most of a single sprite has, or None where no colour leads clearly."""
+    """The dominant colour of a single sprite, None if no colour dominates."""
 
 
 def single(
     concept: Concept, artist: Artist, photo: Image.Image | None, rng: random.Random, restyle: bool = False
 ) -> Scene:
-    """One sprite, 0.55 to 0.95 of the picture's side, anywhere; on a plain ground where ``photo`` is None."""
+    """One sprite, 0.55 to 0.95 of the image's side, anywhere; on a plain background if ``photo`` is None."""
     ground = background(photo, rng, SIZE, restyle and rng.random() < 0.5) if photo else _plain(rng)
     view = vary(_sprite(artist, concept), rng, SIZE * rng.uniform(0.55, 0.95), restyle)
     view = _fit(view, SIZE)
@@ -53,7 +51,7 @@ def several(
     rng: random.Random,
     restyle: bool = False,
 ) -> Scene:
-    """``count`` (1 to 4) like sprites in different quarters of the picture, so that none hides another."""
+    """``count`` (1 to 4) copies of a sprite in different quarters of the image, without overlap."""
     ground = background(photo, rng, SIZE, restyle and rng.random() < 0.5) if photo else _plain(rng)
     sprite, half = _sprite(artist, concept), SIZE // 2
     for quarter in rng.sample(range(4), count):
@@ -86,7 +84,7 @@ def pair(
 def one_after_another(
     first: Concept, second: Concept, artist: Artist, photo: Image.Image, rng: random.Random
 ) -> list[Image.Image]:
-    """The FRAMES pictures of a film: one thing is there, then another in another place."""
+    """The frames of a video that shows one sprite, then another one elsewhere."""
     ground = background(photo, rng, SIZE)
     change = rng.randint(3, FRAMES - 3)
     frames = []
@@ -100,7 +98,7 @@ def one_after_another(
 def moving(
     concept: Concept, direction: str, artist: Artist, photo: Image.Image, rng: random.Random
 ) -> list[Image.Image]:
-    """The FRAMES pictures of a film in which a thing goes ``left``, ``right``, ``up`` or ``down``."""
+    """The frames of a video in which a sprite moves ``left``, ``right``, ``up`` or ``down``."""
     ground = background(photo, rng, SIZE)
     view = _fit(vary(_sprite(artist, concept), rng, SIZE * rng.uniform(0.4, 0.55)), SIZE * 6 // 10)
     room_x, room_y = SIZE - view.width, SIZE - view.height
@@ -146,11 +144,11 @@ _HUES = (
     (240, "pink"),
     (256, "red"),
 )
-"""Upper end of each hue on Pillow's circle of 256."""
+"""Upper bound of each hue in Pillow's range of 256."""
 
 
 def colour_word(view: Image.Image) -> str | None:
-    """The colour word of at least half of the opaque pixels that are not outline (near black), else None."""
+    """The colour of at least 55 % of the opaque pixels outside the (near black) outline, else None."""
     pixels = np.asarray(view.convert("RGB").convert("HSV")).reshape(-1, 3)
     opaque = np.asarray(view.getchannel("A")).reshape(-1) > 128
     hue, saturation, value = pixels[opaque].T.astype(int)

@@ -1,7 +1,7 @@
-"""Environmental sounds by rule: twelve kinds, every one different, nothing to download.
+"""Synthetic environmental sounds in twelve classes.
 
-No prepared part holds sounds that are not speech; these are made of noise, tones and decays, as a designer of
-sounds would sketch them. What is learned from them says that a model hears, not that it knows the world.
+No prepared part holds audio other than speech, so these are synthesised from noise, tones and decays. They
+show that a model can process environmental sound, not that it recognises recordings.
 """
 
 import random
@@ -26,12 +26,12 @@ ANSWERS = {
     "drum": "A drum.",
     "alarm": "An alarm.",
 }
-"""Kind of sound -> the answer to "What do you hear?"."""
+"""Class -> the answer to "What do you hear?"."""
 QUESTIONS = ("What do you hear?", "What makes this sound?", "Name the sound.")
 
 
 def sound(kind: str, rng: random.Random) -> np.ndarray:
-    """One to two seconds of a kind of sound, float32 in [-1, 1] at 16 kHz, over faint noise."""
+    """One to two seconds of a class of sound, float32 in [-1, 1] at 16 kHz, with faint noise."""
     t = np.arange(int(RATE * rng.uniform(1.0, 2.0))) / RATE
     noise = np.random.default_rng(rng.getrandbits(32))
     made = _KINDS[kind](t, rng, noise)
@@ -40,14 +40,14 @@ def sound(kind: str, rng: random.Random) -> np.ndarray:
 
 
 def _band(noise: np.random.Generator, count: int, low: float, high: float) -> np.ndarray:
-    """Noise between two frequencies."""
+    """Noise between two frequencies in Hz."""
     spectrum = np.fft.rfft(noise.normal(size=count))
     hertz = np.fft.rfftfreq(count, 1 / RATE)
     return np.fft.irfft(spectrum * ((hertz > low) & (hertz < high)), count)
 
 
 def _strikes(t: np.ndarray, every: float, decay: float, start: float = 0.0) -> np.ndarray:
-    """1 at each strike, falling off by e in ``decay`` seconds; 0 before the first."""
+    """Envelope: 1 at each strike, then exponential decay in ``decay`` seconds; 0 before the first."""
     since = (t - start) % every
     return np.exp(-since / decay) * (t >= start)
 

@@ -1,4 +1,4 @@
-"""Where the demo's data goes while it is made: media files, and lines of messages JSONL by file."""
+"""Writes generated data: media files, and records of messages JSONL by file."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,24 +15,24 @@ from .clips import Clip
 
 @dataclass
 class Writer:
-    """Collects samples by file and writes media as they come."""
+    """Collects samples by file; media are written at once."""
 
     folder: Path
     lines: dict[str, list[str]] = field(default_factory=dict)
     made: int = 0
     spoken: dict[str, Path] = field(default_factory=dict)
 
-    def picture(self, image: Image.Image, group: str) -> str:
+    def image(self, image: Image.Image, group: str) -> str:
         path = self._place(group, "jpg")
         image.save(self.folder / path, quality=92)
         return path
 
-    def film(self, frames: list[Image.Image], group: str) -> str:
+    def video(self, frames: list[Image.Image], group: str) -> str:
         path = self._place(group, "mp4")
         write_video(self.folder / path, frames, rate=4)
         return path
 
-    def sound(self, samples: np.ndarray, group: str) -> str:
+    def audio(self, samples: np.ndarray, group: str) -> str:
         path = self._place(group, "flac")
         soundfile.write(self.folder / path, samples, 16000, subtype="PCM_16")
         return path
@@ -54,8 +54,8 @@ class Writer:
         return path.as_posix()
 
     def add(self, file: str, turns: list[tuple[list[dict], str]], **facts: object) -> None:
-        """One conversation: (user parts, assistant text) pairs; ``facts`` are extra keys for whoever
-        evaluates."""
+        """Add one conversation of (user parts, assistant text) pairs; ``facts`` are extra keys for the
+        evaluation."""
         messages = []
         for parts, reply in turns:
             messages.append({"role": "user", "content": parts})
