@@ -24,7 +24,7 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.training.resume import Interrupted
 
-from .export import export_bank, fingerprint
+from .export import export_bank, weights_fingerprint
 from .guidance import TYPES
 from .learner import AdapterConfig
 from .report import report
@@ -120,7 +120,7 @@ def export(
     strategy, _ = strategy_of(name, {name: settings})
     disable_progress_bar()
     learner = build_learner(ModelConfig(**noted["model"]), AdapterConfig(**noted["adapters"]), None)
-    check_base(run, there["base"], fingerprint(learner.model.state_dict()))
+    check_base(run, there["base"], weights_fingerprint(learner.model.state_dict()))
     strategy.attach(learner)
     for number in range(index + 1):
         strategy.grow(number)

@@ -7,7 +7,6 @@ peft knows no router, so the exported adapter is the bank with fixed weights for
 LoRA, 1 / E each (what an undecided router gives) for a routed bank.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimoe.errors import UserError
-from unimoe.files import atomic_folder
+from unimoe.files import atomic_folder, fingerprint
 from unimoe.moe.lora_linear import AdaptedLinear, Bank, OpenGate
 
 from .router import CosineTopK, SoftmaxGate
@@ -111,15 +110,15 @@ def import_bank(folder: str | Path, layers: Mapping[str, AdaptedLinear]) -> None
         bank.requires_grad_(False)
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Hash of names, types, shapes and weights, the same on every device and for any number of threads."""
-    digest = hashlib.sha256()
+    described = []
     for name, weight in weights.items():
-        # sums of the bits as integers, which wrap around, know no order
+        # integer sums of the bits wrap around and do not depend on the order of summation
         bits = weight.detach().contiguous().flatten().view(WORD[weight.element_size()]).long()
         sums = [bits.sum().item(), bits.square().sum().item()]
-        digest.update(json.dumps([name, str(weight.dtype), list(weight.shape), sums]).encode())
-    return digest.hexdigest()
+        described.append(json.dumps([name, str(weight.dtype), list(weight.shape), sums]))
+    return fingerprint(*described)
 
 
 def _gate(layer: AdaptedLinear) -> str:
@@ -132,4 +131,4 @@ def _gate(layer: AdaptedLinear) -> str:
 
 def _base(layers: Mapping[str, AdaptedLinear]) -> str:
     """Of the adapted projections: a bank belongs to these and no others."""
-    return fingerprint({name: layer.base.weight for name, layer in layers.items()})
+    return weights_fingerprint({name: layer.base.weight for name, layer in layers.items()})

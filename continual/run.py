@@ -36,7 +36,7 @@ from unimoe.training.resume import remove
 from unimoe.training.sharding import mixed_precision_policy
 
 from .answers import evaluate, routing_of
-from .export import fingerprint
+from .export import weights_fingerprint
 from .learner import AdapterConfig, Learner
 from .metrics import AccuracyMatrix
 from .routing_log import drift
@@ -131,7 +131,7 @@ class Run:
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             learner = self._learner()
-            self._note(fingerprint(learner.model.state_dict()))
+            self._note(weights_fingerprint(learner.model.state_dict()))
             if self.config.training.processes > 1 and self.config.training.strategy == "fsdp2":
                 mesh = init_device_mesh(self.fabric.device.type, (self.fabric.world_size,))
                 learner.divide(mesh, mixed_precision_policy(self.config.training.precision))

@@ -7,7 +7,6 @@ stream:
     - ...
 """
 
-import hashlib
 import math
 import random
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.evaluation.questions import Question, read_questions
 from unimoe.evaluation.scorers import VERSION, scorer
+from unimoe.files import file_hash
 
 
 @dataclass
@@ -192,6 +192,6 @@ def _path(config: StreamConfig, file: str) -> Path:
 
 def _hash(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_hash(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a file of a task of the stream") from error

@@ -5,19 +5,17 @@ expert.safetensors       layers.{i}.gate_up_proj [2I, H] (gate rows first), laye
 connectors.safetensors   {modality}.{name}: the connectors as that stage left them
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimoe.errors import UserError
-from unimoe.files import file_hash
+from unimoe.files import file_hash, fingerprint
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import read_swiglu
 
@@ -72,12 +70,9 @@ def base_fingerprint(model: UniMoeForConditionalGeneration) -> str:
 
     Experts of one base share it whatever their FFNs learned and whichever placeholders the tokenizer got.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.model.language_model.state_dict().items()):
-        if ".mlp." not in name and "embed" not in name:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    weights = sorted(model.model.language_model.state_dict().items())
+    kept = [(name, tensor) for name, tensor in weights if ".mlp." not in name and "embed" not in name]
+    return fingerprint(*(item for name, tensor in kept for item in (name, tensor.float())))
 
 
 def ffn_tensors(model: UniMoeForConditionalGeneration) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """What a finished run leaves: the folder of its model or expert, and ``stage.json`` as the last file."""
 
-import hashlib
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .errors import UserError
-from .files import atomic_folder, atomic_write, file_hash
+from .files import atomic_folder, atomic_write, file_hash, fingerprint
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -107,11 +106,12 @@ def read_record(folder: str | Path) -> StageRecord | None:
 
 def folder_hash(folder: str | Path) -> str:
     """One hash over a result's weights files and configuration."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "expert.json"):
-            digest.update(f"{path.name} {file_hash(path)}\n".encode())
-    return digest.hexdigest()
+    hashed = [
+        f"{path.name} {file_hash(path)}\n"
+        for path in sorted(Path(folder).iterdir())
+        if path.suffix == ".safetensors" or path.name in ("config.json", "expert.json")
+    ]
+    return fingerprint(*hashed)
 
 
 def flatten(settings: Any, prefix: str = "", lists: bool = False) -> dict[str, Any]:

@@ -9,8 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 @contextmanager
@@ -58,6 +63,25 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*content: "str | bytes | Tensor") -> str:
+    """SHA-256, hexadecimal, of all ``content`` in order: text as UTF-8, tensors as their bytes."""
+    digest = hashlib.sha256()
+    for item in content:
+        if isinstance(item, str):
+            digest.update(item.encode())
+        elif isinstance(item, bytes):
+            digest.update(item)
+        else:
+            digest.update(_bytes(item))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: "Tensor") -> "np.ndarray":
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def data_url(kind: str, content: bytes) -> str:

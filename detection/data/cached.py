@@ -18,13 +18,13 @@ from unimoe.detection.model.prompt import Prompt, PromptBatch
 from .annotations import DetectionSet
 from .batches import EvalBatch, TrainBatch
 from .dataset import EvalDataset, TrainDataset, View
-from .features import FeatureStore, pictures_key
+from .features import ViewStore, pictures_key
 
 
 class CachedTrainDataset(Dataset):
     """Stored views of training pictures, each with a prompt drawn anew for (index, seed)."""
 
-    def __init__(self, data: TrainDataset, store: FeatureStore):
+    def __init__(self, data: TrainDataset, store: ViewStore):
         self.data, self.store = data, store
 
     @classmethod
@@ -62,7 +62,7 @@ class CachedTrainDataset(Dataset):
 class CachedEvalDataset(Dataset):
     """Stored maps of whole pictures: the index of a picture, for ``collate``."""
 
-    def __init__(self, data: DetectionSet, store: FeatureStore):
+    def __init__(self, data: DetectionSet, store: ViewStore):
         self.data, self.store = data, store
 
     @classmethod
@@ -123,8 +123,8 @@ def _stored(
     views: Sequence[View],
     side: int,
     made_of: dict[str, Any],
-) -> FeatureStore:
-    """The maps of some views of a set's pictures; see :meth:`FeatureStore.of`."""
+) -> ViewStore:
+    """The maps of some views of a set's pictures; see :meth:`ViewStore.of`."""
     boxes = [sample.boxes_M4.tolist() for sample in data.samples]
     made_of = {**made_of, "pictures": pictures_key(data.samples), "boxes": boxes}
-    return FeatureStore.of(folder.resolve(), model, views, side, made_of)
+    return ViewStore.of(folder.resolve(), model, views, side, made_of)

@@ -3,7 +3,7 @@
 Shapes: V views, N levels, S the side of a view in pixels, C channels, h x w cells of a level.
 """
 
-import hashlib
+import io
 import json
 import logging
 import time
@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
 
+from unimoe.data.feature_cache import FeatureStore
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
-from unimoe.files import atomic_folder
+from unimoe.files import atomic_write, fingerprint
 
 from .annotations import DetectionSample
 from .dataset import View
@@ -26,15 +26,16 @@ from .transforms import padded, pixel_masks_of
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
+_FACTS = "views.pt"  # written last: the store is complete
 
 
-class FeatureStore:
+class ViewStore:
     """Maps of V views, each padded at the right and below to a square, in half precision."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.maps = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("level*.npy"))]
-        facts = torch.load(folder / "views.pt", weights_only=True)
+        self.maps = FeatureStore(folder, torch.float16)
+        """Index of a view -> its N maps [C, h, w]."""
+        facts = torch.load(folder / _FACTS, weights_only=True)
         self.boxes, self.kept = facts["boxes"], facts["kept"]
         self.sizes: list[tuple[int, int]] = [tuple(size) for size in facts["sizes"]]
         """(height, width) of each view without padding."""
@@ -45,7 +46,8 @@ class FeatureStore:
 
     def batch(self, indices: Sequence[int]) -> list[Tensor]:
         """The N maps [B, C, h, w] of some views, float32."""
-        return [torch.from_numpy(level[list(indices)].astype(np.float32)) for level in self.maps]
+        rows = [self.maps.read(str(index)) for index in indices]
+        return [torch.stack(level) for level in zip(*rows, strict=True)]
 
     def pixel_masks(self, indices: Sequence[int]) -> Tensor | None:
         """[B, S, S] int64, 1 on the pictures; None where nothing is padded."""
@@ -62,28 +64,26 @@ class FeatureStore:
         views: Sequence[View],
         side: int,
         made_of: dict[str, Any],
-    ) -> "FeatureStore":
+    ) -> "ViewStore":
         """The store of ``views`` in ``folder``, made by the model's backbone unless it is there already.
 
         ``side``: pixels of the square. ``made_of``: everything that decides the views, for the store's name.
         """
-        key = hashlib.sha256(json.dumps([made_of, side, fingerprint(model)], sort_keys=True).encode())
-        place = folder / key.hexdigest()[:24]
-        if not (place / "views.pt").is_file():
+        description = [made_of, side, backbone_fingerprint(model), "safetensors"]
+        place = folder / fingerprint(json.dumps(description, sort_keys=True))[:24]
+        if not (place / _FACTS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{place}.lock"):  # the ranks of a run come here together
-                if not (place / "views.pt").is_file():
-                    with atomic_folder(place) as temporary:
-                        _fill(temporary, model, views, side)
+                if not (place / _FACTS).is_file():
+                    _fill(place, model, views, side)
         return cls(place)
 
 
-def fingerprint(model: DynamicDinoForObjectDetection) -> str:
+def backbone_fingerprint(model: DynamicDinoForObjectDetection) -> str:
     """Changes when the backbone's weights or its input's normalisation do."""
-    digest = hashlib.sha256(json.dumps([model.config.image_mean, model.config.image_std]).encode())
-    for name, tensor in sorted(model.backbone.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = sorted(model.backbone.state_dict().items())
+    normalisation = json.dumps([model.config.image_mean, model.config.image_std])
+    return fingerprint(normalisation, *(item for pair in weights for item in pair))
 
 
 def pictures_key(samples: Sequence[DetectionSample]) -> list[Any]:
@@ -97,16 +97,14 @@ def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[Vi
     logger.info("computing the backbone's maps of %d pictures, once", len(views))
     training, began, said = model.training, time.monotonic(), time.monotonic()
     model.eval()
-    stores: list[np.memmap] = []
+    store = FeatureStore(folder, torch.float16)
     boxes, kept, sizes = [], [], []
     for start, batch in _batches(views):
-        pixels_B3SS = torch.stack([padded(view.pixels, side, side) for view in batch])
-        for level, features in enumerate(model.encode_image(pixels_B3SS.to(model.device))):
-            if start == 0:
-                shape = (len(views), *features.shape[1:])
-                file = folder / f"level{level}.npy"
-                stores.append(np.lib.format.open_memmap(file, "w+", np.float16, shape))
-            stores[level][start : start + len(batch)] = features.half().cpu().numpy()
+        keys = [str(index) for index in range(start, start + len(batch))]
+        if not all(key in store for key in keys):  # else an interrupted call has stored them
+            pixels_B3SS = torch.stack([padded(view.pixels, side, side) for view in batch])
+            levels = [level.half().cpu() for level in model.encode_image(pixels_B3SS.to(model.device))]
+            store.add({key: [level[row] for level in levels] for row, key in enumerate(keys)})
         boxes += [view.boxes_K4 for view in batch]
         kept += [view.kept_K for view in batch]
         sizes += [list(view.pixels.shape[1:]) for view in batch]
@@ -115,9 +113,9 @@ def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[Vi
             said = time.monotonic()
             left = (said - began) / done * (len(views) - done)
             logger.info("%d of %d pictures, %.0f s left", done, len(views), left)
-    for store in stores:
-        store.flush()
-    torch.save({"boxes": boxes, "kept": kept, "sizes": sizes, "side": side}, folder / "views.pt")
+    facts = io.BytesIO()
+    torch.save({"boxes": boxes, "kept": kept, "sizes": sizes, "side": side}, facts)
+    atomic_write(folder / _FACTS, facts.getvalue())
     model.train(training)
 
 

@@ -177,7 +177,7 @@ def test_faults_name_the_sample(built, folder, samples):
         cache.fill(samples)
     (folder / "cache").mkdir(exist_ok=True)
     (folder / "cache" / "x.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         make(built, folder)
 
 

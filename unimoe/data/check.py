@@ -1,6 +1,5 @@
 """Find every fault in a file of conversations."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from unimoe.errors import UserError
+from unimoe.files import fingerprint
 from unimoe.media.decode import check_audio, frame_parts, load_image, media_bytes, open_media
 from unimoe.media.part import Part
 from unimoe.media.video import load_video
@@ -157,8 +157,8 @@ def _signature(sample: Sample) -> str:
 
     def medium(part: Part) -> Any:
         if "stored" in part or "bytes" in part:
-            return hashlib.sha256(media_bytes(part, sample.source)).hexdigest()
+            return fingerprint(media_bytes(part, sample.source))
         return part
 
     turns = [(turn["role"], [medium(part) for part in turn["content"]]) for turn in sample.messages]
-    return hashlib.sha256(json.dumps(turns, sort_keys=True).encode()).hexdigest()
+    return fingerprint(json.dumps(turns, sort_keys=True))

@@ -1,17 +1,21 @@
 """Outputs of frozen encoders, computed once and kept on disk.
 
-    each distinct medium -> decoded -> preprocessor -> encoder -> a shard of {"key.window": features_SD}
+    each distinct image or clip -> decoded -> preprocessor -> encoder -> a shard of {"key.window":
+    features_SD}
 
-Shapes: M encoder items (pictures, speech windows), S encoder positions, D encoder width.
+``FeatureStore`` is the storage (the detector keeps its backbone's maps in one too); ``FeatureCache`` fills
+one with the features of a data set's media.
+
+Shapes: M encoder items (images, speech windows), S encoder positions, D encoder width.
 """
 
-import hashlib
 import json
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, fingerprint
 from unimoe.media.decode import media_bytes
 from unimoe.media.part import Part
 
@@ -31,11 +35,76 @@ from .sample import Sample
 logger = logging.getLogger(__name__)
 
 
-class FeatureCache:
-    """Stored features of all media that frozen encoders have seen, in a folder of safetensors shards.
+class FeatureStore:
+    """Key -> list of tensors, in a folder of safetensors shards that several processes may read and
+    extend."""
 
-    The key of a medium is the hash of its bytes, its preprocessing, its encoder's configuration and weights,
-    and the storage dtype. So no entry is ever stale, and one folder serves all data sets and encoders.
+    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """``dtype`` is what tensors are stored in; they are read back as float32."""
+        self.folder, self.dtype = Path(folder), dtype
+        self._open: dict[Path, Any] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        """Key -> its shard and the number of its tensors."""
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # for loader workers: open files cannot be pickled
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def read(self, key: str) -> list[Tensor]:
+        """The tensors under ``key``."""
+        shard, count = self._places[key]
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard, "pt")
+        return [self._open[shard].get_tensor(f"{key}.{number}").float() for number in range(count)]
+
+    def get(self, key: str) -> list[Tensor] | None:
+        """The tensors under ``key``, None if there are none."""
+        return self.read(key) if key in self else None
+
+    def refresh(self) -> None:
+        """Register the shards that other processes wrote.
+
+        Raises:
+            UserError: a shard is not a complete safetensors file.
+        """
+        known = {shard for shard, _ in self._places.values()}
+        for shard in sorted(set(self.folder.glob("*.safetensors")) - known):
+            self._register(shard)
+
+    def add(self, entries: Mapping[str, list[Tensor]]) -> None:
+        """Write key -> tensors as one shard, which appears complete or not at all.
+
+        Raises:
+            UserError: the disk is full, or the folder is not writable.
+        """
+        tensors = {
+            f"{key}.{number}": tensor.to("cpu", self.dtype).contiguous().clone()
+            for key, row in entries.items()
+            for number, tensor in enumerate(row)
+        }
+        shard = self.folder / f"{fingerprint(*sorted(tensors))[:16]}.safetensors"
+        atomic_write(shard, save(tensors))
+        self._register(shard)
+
+    def _register(self, shard: Path) -> None:
+        try:
+            with safe_open(shard, "pt") as file:
+                names = list(file.keys())
+        except SafetensorError as error:
+            raise UserError(f"{shard} is not a complete safetensors file: {error}; delete it") from error
+        counts = Counter(name.partition(".")[0] for name in names)
+        self._places.update({key: (shard, count) for key, count in counts.items()})
+
+
+class FeatureCache(FeatureStore):
+    """Features of all media that frozen encoders have seen: key -> features [S, D] of each encoder item (an
+    image has one, long speech several).
+
+    A key is the hash of the file's bytes, its preprocessing, the encoder's configuration and weights, and the
+    storage dtype. So no entry is ever stale, and one folder serves all data sets and encoders.
     """
 
     def __init__(
@@ -45,74 +114,51 @@ class FeatureCache:
         encoders: Mapping[str, Encoder],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``encoders`` are those to cache, by part type ("image", "speech"); they are put in evaluation mode.
-        ``dtype`` is what features are stored in; they are read back as float32."""
-        self.folder, self.processor, self.encoders, self.dtype = Path(folder), processor, encoders, dtype
+        """``encoders`` are those to cache, by modality; they are put in evaluation mode."""
+        super().__init__(folder, dtype)
+        self.processor, self.encoders = processor, encoders
         self._context = {
-            modality: fingerprint(encoder.eval(), processor.modalities[modality]["preprocessing"], dtype)
+            modality: encoder_fingerprint(
+                encoder.eval(), processor.modalities[modality]["preprocessing"], dtype
+            )
             for modality, encoder in encoders.items()
         }
-        self._open: dict[Path, Any] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        """Key -> its shard and the number of its windows."""
         self._keys: dict[tuple[Any, ...], str] = {}
-        """Kind, path, size and time of change of a file -> its key."""
-        self.refresh()
+        """Modality, path, size and time of change of a file -> its key."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "encoders": {}}  # for loader workers: they only read
+        return {**super().__getstate__(), "encoders": {}}  # loader workers only read
 
     @property
     def modalities(self) -> frozenset[str]:
-        """The part types that are cached."""
+        """The modalities that are cached."""
         return frozenset(self._context)
 
     def key(self, part: Part, where: str) -> str:
-        """The key of a medium. Raises UserError when the file cannot be read.
+        """The key of an image, video or clip. A file is hashed again only if its size or time of change
+        differ.
 
-        A file is read again only when its size or its time of change differ from those it was read with.
+        Raises:
+            UserError: the file cannot be read.
         """
         stamp = _stamp(part)
         key = self._keys.get(stamp) if stamp else None
         if key is None:
-            content = media_bytes(part, where)
-            key = hashlib.sha256(self._context[part["type"]].encode() + content).hexdigest()
+            key = fingerprint(self._context[part["type"]], media_bytes(part, where))
             if stamp:
                 self._keys[stamp] = key
         return key
 
-    def get(self, key: str) -> list[Tensor] | None:
-        """The features [S, D] of each encoder item of a medium: a picture has one, long speech several."""
-        if key not in self._places:
-            return None
-        shard, windows = self._places[key]
-        if shard not in self._open:
-            self._open[shard] = safe_open(shard, "pt")
-        return [self._open[shard].get_tensor(f"{key}.{number}").float() for number in range(windows)]
-
-    def refresh(self) -> None:
-        """Take in the shards that other processes wrote."""
-        known = {shard for shard, _ in self._places.values()}
-        for shard in sorted(set(self.folder.glob("*.safetensors")) - known):
-            self._register(shard)
-
-    def add(self, entries: Mapping[str, list[Tensor]]) -> None:
-        """Write key -> features [S, D] of each item as one shard, which appears whole or not at all."""
-        tensors = {
-            f"{key}.{number}": window.to("cpu", self.dtype).contiguous().clone()
-            for key, windows in entries.items()
-            for number, window in enumerate(windows)
-        }
-        name = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:16]
-        shard = self.folder / f"{name}.safetensors"
-        atomic_write(shard, save(tensors))
-        self._register(shard)
-
     def fill(self, samples: Iterable[Sample], batch_size: int = 16, shard_size: int = 256) -> int:
-        """Encode every distinct medium of ``samples`` that is not stored yet; returns how many that were.
+        """Encode all distinct media of ``samples`` that are not stored yet.
 
-        A shard is written after each ``shard_size`` media; a call that was cut off goes on from the last.
-        Raises UserError, naming the sample, for a medium that cannot be decoded.
+        A shard is written after each ``shard_size`` media; an interrupted call resumes after the last one.
+
+        Returns:
+            How many were encoded.
+
+        Raises:
+            UserError: a file cannot be read or decoded; the message names the sample.
         """
         waiting: dict[str, tuple[Part, str]] = {}
         seen: set[tuple[str, str]] = set()
@@ -124,7 +170,7 @@ class FeatureCache:
                 if "path" in part:
                     seen.add(place)
                 key = self.key(part, sample.source)
-                if key not in self._places:
+                if key not in self:
                     waiting.setdefault(key, (part, sample.source))
         todo = sorted(waiting, key=lambda key: waiting[key][0]["type"])
         started = time.monotonic()
@@ -158,32 +204,21 @@ class FeatureCache:
             entries[key].append(features_MSD[item, :length])
         return entries
 
-    def _register(self, shard: Path) -> None:
-        try:
-            with safe_open(shard, "pt") as file:
-                names = list(file.keys())
-        except SafetensorError as error:
-            raise UserError(f"{shard} is not a whole safetensors file: {error}; delete it") from error
-        windows = Counter(name.partition(".")[0] for name in names)
-        self._places.update({key: (shard, count) for key, count in windows.items()})
-
 
 def _stamp(part: Part) -> tuple[Any, ...] | None:
-    """What changes when the file behind a part does; None for what is no single file."""
+    """Changes with the file behind a part; None for anything but a single file."""
     if not isinstance(part.get("path"), str):
         return None
     try:
         found = os.stat(part["path"])
     except OSError:
-        return None  # reading it says what is wrong
+        return None  # reading it reports the error
     return part["type"], part["path"], found.st_size, found.st_mtime_ns
 
 
-def fingerprint(encoder: Encoder, preprocessing: Mapping[str, Any], dtype: torch.dtype) -> str:
+def encoder_fingerprint(encoder: Encoder, preprocessing: Mapping[str, Any], dtype: torch.dtype) -> str:
     """Hash of an encoder's configuration and weights, its preprocessing, and the storage dtype."""
-    description = [encoder.config, preprocessing, str(dtype)]
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    description = json.dumps([encoder.config, preprocessing, str(dtype)], sort_keys=True, default=str)
+    weights = sorted(encoder.state_dict().items())
+    named = ((f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor) for name, tensor in weights)
+    return fingerprint(description, *chain.from_iterable(named))

@@ -4,7 +4,6 @@ Both start from the same dense base and train for the same further steps with th
 several seeds. Every step leaves its result in the output folder; the same command goes on where it stopped.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from unimoe.detection.evaluation.expert_usage import measure_expert_usage
 from unimoe.detection.evaluation.latency import decoder_latency
 from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, fingerprint
 from unimoe.synthetic.detection_scenes import SceneConfig, build_scenes
 
 from . import console
@@ -177,9 +176,9 @@ def _evaluation(name: str, run: DetectionDemo) -> Path:
 
 def _made_of(name: str, run: DetectionDemo) -> str:
     """Changes when the model or the pictures do."""
-    digest = hashlib.sha256((run.data / "manifest.json").read_bytes())
-    digest.update((run.folder / name / STAGE_FILE).read_bytes())
-    return digest.hexdigest()
+    return fingerprint(
+        (run.data / "manifest.json").read_bytes(), (run.folder / name / STAGE_FILE).read_bytes()
+    )
 
 
 def _shown(data: DetectionSet, results: list[dict[str, Any]], pictures: int = 8) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Each step writes a result to the output folder and is skipped if that result exi
 resumes an interrupted run. The stages run through the public entry points, with the YAML files of configs/.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -20,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.artifacts import STAGE_FILE
 from unimoe.data import FeatureCache
 from unimoe.errors import UserError
-from unimoe.files import atomic_folder, atomic_write
+from unimoe.files import atomic_folder, atomic_write, fingerprint
 from unimoe.model.build import Built, build_model
 from unimoe.model.loading import load_model
 from unimoe.prepare import default_part
@@ -227,10 +226,8 @@ def _evaluation(name: str, run: Demo) -> Path:
 
 def _made_of(name: str, run: Demo) -> str:
     """Hash of the model and the questions."""
-    digest = hashlib.sha256((run.data / "manifest.json").read_bytes())
     model = _configuration("align", run) if name == "start" else run.folder / name / STAGE_FILE
-    digest.update(model.read_bytes())
-    return digest.hexdigest()
+    return fingerprint((run.data / "manifest.json").read_bytes(), model.read_bytes())
 
 
 def _write_examples(run: Demo):

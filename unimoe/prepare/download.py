@@ -1,7 +1,6 @@
 """Download a file of known size, resume a partial download, check the hash."""
 
 import errno
-import hashlib
 import http.client
 import logging
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unimoe.errors import UserError
+from unimoe.files import file_hash
 
 from .network import ask, reason, shown
 
@@ -98,8 +98,7 @@ def check_hash(file: Path, sha256: str, remove: bool) -> None:
     Raises:
         UserError: they differ.
     """
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = file_hash(file)
     if found != sha256:
         if remove:
             file.unlink()
