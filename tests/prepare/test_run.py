@@ -1,49 +1,17 @@
 """Filling the cache with a tiny stand-in for a part: repeats, damage, wrong files, full disks, two runs."""
 
-import hashlib
 import json
 import shutil
 import threading
 import time
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
 from unimoe.errors import UserError
-from unimoe.prepare import cache_folder, copied, default_part, prepare, resolve_part, run
-from unimoe.prepare.index import Sources
-from unimoe.prepare.parts import PARTS
-
-
-@pytest.fixture
-def wheels(tmp_path: Path, monkeypatch) -> Path:
-    """A folder with a tiny font package, which is the only part; an empty cache; no way to the network."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    file = folder / "font-1.0-any.whl"
-    with ZipFile(file, "w") as wheel:
-        wheel.writestr(copied.OPENMOJI, b"a font")
-        wheel.writestr("font-1.0.dist-info/LICENSE", "free")
-    content = file.read_bytes()
-    part = replace(
-        PARTS["sprites"],
-        filename=file.name,
-        sha256=hashlib.sha256(content).hexdigest(),
-        size=len(content),
-    )
-    for name in [name for name in PARTS if name != "sprites"]:
-        monkeypatch.delitem(PARTS, name)
-    monkeypatch.setitem(PARTS, "sprites", part)
-    monkeypatch.setenv("UNIMOE_CACHE", str(tmp_path / "cache"))
-
-    def no_network() -> Sources:
-        raise UserError("no network in this test")
-
-    monkeypatch.setattr(run, "find_sources", no_network)
-    return folder
+from unimoe.prepare import cache_folder, copied, default_part, prepare, run
 
 
 def test_part_is_made_once(wheels: Path, capsys):
@@ -63,36 +31,6 @@ def test_part_is_made_once(wheels: Path, capsys):
     run.main()  # neither the package nor the network is needed again
     assert "nothing to do" in capsys.readouterr().out
     assert made == (folder.stat().st_mtime_ns, folder.stat().st_ino)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            lambda folder: (folder / "openmoji.ttf").write_bytes(b"a f"),
-            r"openmoji\.ttf has 3 bytes, expected 6",
-        ),
-        (lambda folder: (folder / "openmoji.ttf").unlink(), r"openmoji\.ttf is missing"),
-        (lambda folder: (folder / "part.json").write_text("{"), r"part\.json cannot be read"),
-        (lambda folder: (folder / "part.json").unlink(), "not in the cache"),
-    ],
-)
-def test_damage_is_seen_and_mended(wheels: Path, damage, message: str):
-    prepare(wheels=wheels)
-    damage(cache_folder() / "openmoji")
-    with pytest.raises(UserError, match=message):
-        default_part("sprites")
-    prepare(wheels=wheels)
-    assert (default_part("sprites") / "openmoji.ttf").read_bytes() == b"a font"
-
-
-def test_new_converter_makes_the_part_again(wheels: Path, monkeypatch):
-    prepare(wheels=wheels)
-    monkeypatch.setitem(PARTS, "sprites", replace(PARTS["sprites"], converter_version=99))
-    with pytest.raises(UserError, match="another version"):
-        default_part("sprites")
-    prepare(wheels=wheels)
-    assert json.loads((default_part("sprites") / "part.json").read_text())["converter_version"] == 99
 
 
 def test_downloaded_file_is_used_and_removed(wheels: Path, tmp_path: Path):
@@ -183,16 +121,3 @@ def test_unknown_names(wheels: Path, tmp_path: Path):
         prepare(["sprite"])
     with pytest.raises(UserError, match="no such folder"):
         prepare(wheels=tmp_path / "nowhere")
-
-
-def test_each_part_can_be_replaced(wheels: Path, tmp_path: Path, monkeypatch):
-    prepare(wheels=wheels)
-    assert resolve_part("default", "sprites") == cache_folder() / "openmoji"
-    assert resolve_part(str(tmp_path), "llm") == tmp_path
-    assert resolve_part("owner/name", "llm") == "owner/name"
-    assert resolve_part("gpt2", "llm") == "gpt2"
-    monkeypatch.chdir(tmp_path)
-    assert resolve_part("wheels", "llm") == Path("wheels")
-    for wrong in ("./missing", "/missing/folder", "~/missing-folder-of-unimoe", "runs/a/b", ""):
-        with pytest.raises(UserError, match="does not exist; expected default, a local folder or a hub id"):
-            resolve_part(wrong, "llm")

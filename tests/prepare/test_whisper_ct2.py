@@ -1,14 +1,18 @@
 """The reader of CTranslate2 files and the map to openai-whisper's names, on a tiny synthetic model."""
 
+import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from whisper.model import ModelDimensions, Whisper
 
 from unimoe.errors import UserError
+from unimoe.prepare import default_part
 from unimoe.prepare.whisper_ct2 import dimensions, read_ct2, to_openai
 
 DIMS = ModelDimensions(
@@ -143,3 +147,35 @@ def test_a_key_bias_is_refused(tiny: Whisper):
     tensors["encoder/layer_0/self_attention/linear_0/bias"] = bias
     with pytest.raises(UserError, match="key bias"):
         to_openai(tensors)
+
+
+SPOKEN = Path(__file__).parent / "animal_in_the_picture.flac"  # flite, voice slt, 16 kHz
+
+
+@pytest.mark.weights
+def test_whisper_writes_down_what_was_said(weights: Path):
+    import whisper
+    from tokenizers import Tokenizer
+
+    folder = default_part("speech")
+    config = json.loads((folder / "config.json").read_text())
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**config["dims"])).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    mel_MF = whisper.log_mel_spectrogram(_samples(SPOKEN), n_mels=80, padding=0)
+    mel_1MF = whisper.pad_or_trim(mel_MF, 3000)[None]
+    ids = list(config["prompt"])
+    with torch.no_grad():
+        features_1SD = model.encoder(mel_1MF)
+        assert features_1SD.shape == (1, 1500, 384)
+        while ids[-1] != 50256 and len(ids) < 30:
+            ids.append(int(model.decoder(torch.tensor([ids]), features_1SD)[0, -1].argmax()))
+    text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(ids[len(config["prompt"]) : -1])
+    assert text.strip().lower() == "what animal is in the picture?"
+
+
+def _samples(file: Path) -> torch.Tensor:
+    import soundfile
+
+    samples, rate = soundfile.read(file, dtype="float32")
+    assert rate == 16000
+    return torch.nn.functional.pad(torch.from_numpy(samples), (0, 30 * rate - len(samples)))
