@@ -102,7 +102,7 @@ def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
     for name in ("cat.png", "street.jpg"):
         Image.new("RGB", (60, 40), "red").save(place / name)
     (place / "runs/demo/try").mkdir()
-    shutil.copyfile(place / "cat.png", place / "runs/demo/try/picture.png")
+    shutil.copyfile(place / "cat.png", place / "runs/demo/try/image.jpg")
     soundfile.write(place / "question.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
     talk = next(
         block.text for block in BLOCKS if block.document == "docs/talk.md" and block.language == "json"
