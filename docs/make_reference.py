@@ -109,8 +109,8 @@ def configuration() -> str:
     from unimoe.encoders.encoder import _ENCODERS
     from unimoe.moe import MoEConfig
     from unimoe.stages.assemble import Manifest
-    from unimoe.stages.data import StageData
-    from unimoe.stages.module import StageModule
+    from unimoe.stages.data import StageDataConfig
+    from unimoe.stages.module import StageConfig
 
     lines = [NOTE, "# Configuration", ""]
     lines += [
@@ -124,8 +124,8 @@ def configuration() -> str:
     ]
     lines += _table(_run_rows())
     for title, about, made_of, prefix in (
-        ("Model of a stage", "For `system: stages`, the default.", StageModule, "model"),
-        ("Data of a stage", "", StageData, "data"),
+        ("Model of a stage", "For `system: stages`, the default.", StageConfig, "model"),
+        ("Data of a stage", "", StageDataConfig, "data"),
         ("Detector", "For `system: detection`.", DetectionModule, "model"),
         ("Data of a detector", "", DetectionData, "data"),
     ):

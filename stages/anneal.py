@@ -1,4 +1,4 @@
-"""Coefficients of the auxiliary losses that change while a stage trains."""
+"""Coefficients of auxiliary losses that change during training."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ COEFFICIENTS = ("balance_coef", "z_coef")
 
 @dataclass
 class Anneal:
-    """A straight line from ``start`` to ``end``, and ``end`` from then on."""
+    """Linear from ``start`` to ``end``, constant afterwards."""
 
     start: float
-    """Value at the first step; UniMoE-Audio's balance loss has 0.025."""
+    """Value at the first step; 0.025 for UniMoE-Audio's balance loss."""
 
     end: float
-    """Value after ``steps``; there 0.001."""
+    """Value from ``steps`` on; 0.001 there."""
 
     steps: int
-    """Optimizer steps from one to the other; there 10,000."""
+    """Optimizer steps from ``start`` to ``end``; 10,000 there."""
 
     def at(self, step: int) -> float:
         """The value at an optimizer step, counted from 0."""
@@ -28,7 +28,11 @@ class Anneal:
 
 
 def check_anneal(settings: dict[str, Anneal], model: UniMoeForConditionalGeneration) -> None:
-    """Raises UserError for what is no coefficient, and for a model without mixtures."""
+    """Check that every key names a coefficient that the model has.
+
+    Raises:
+        UserError: an unknown coefficient, or a model without experts.
+    """
     for key in settings:
         if key not in COEFFICIENTS:
             raise UserError(f"model.anneal: {key!r} is unknown, expected one of {', '.join(COEFFICIENTS)}")
@@ -36,8 +40,6 @@ def check_anneal(settings: dict[str, Anneal], model: UniMoeForConditionalGenerat
             raise UserError(f"model.anneal.{key}: the model is no mixture of experts, so it has no such loss")
 
 
-def set_coefficients(settings: dict[str, Anneal], model: UniMoeForConditionalGeneration, step: int) -> None:
-    """Give the model the values of an optimizer step; the last ones stay in its configuration."""
-    if settings:
-        values = {key: line.at(step) for key, line in settings.items()}
-        model.config.moe = {**(model.config.moe or {}), **values}
+def coefficients_at(settings: dict[str, Anneal], step: int) -> dict[str, float]:
+    """The coefficients of an optimizer step, to be used in place of those in the model's configuration."""
+    return {key: schedule.at(step) for key, schedule in settings.items()}

@@ -2,7 +2,7 @@
 
     unimoe fit -c configs/uni_moe/align.yaml [--output runs/align] [--data.steps 400] ...
 
-The same command again goes on where it was cut off, and says so when the stage is finished.
+The same command resumes an interrupted stage, and reports a finished one.
 """
 
 import logging
@@ -29,7 +29,7 @@ class StageCLI(RunCLI):
         find_model(init_from, "init_from", hub=False)
 
     def use_result(self, model_settings: dict[str, Any]) -> None:
-        """Evaluate what the stage left, not what it started from."""
+        """Evaluate the stage's result, not the model it started from."""
         find_model(self.output, "output", hub=False)
         model_settings["init_from"] = str(self.output)
         for key in ("llm", "modalities", "moe", "chat_template", "rope_sections", "warm_start", "anneal"):
@@ -44,19 +44,19 @@ class StageCLI(RunCLI):
         model.eval()
         total = sum(p.numel() for p in model.parameters())
         parameters = {"trained": trained, **sizes, "total": total}
-        record = self.record(name, module.init_from, parameters)
-        if module.save == "expert":
+        record = self.record(name, module.config.init_from, parameters)
+        if module.config.save == "expert":
             kept = (".mlp.", ".connectors.")
             lost = {n.rsplit(".lora_", 1)[0] for n in module.trained_names() if not any(k in n for k in kept)}
             if lost:
                 log.warning(
-                    "%s: an expert keeps FFNs and connectors only; %d other trained modules are left out",
+                    "%s: experts hold FFNs and connectors only; %d other trained modules are dropped",
                     name,
                     len(lost),
                 )
             write_result(
                 self.output,
-                lambda folder: save_expert(folder, model, module.base_llm, name, module.task),
+                lambda folder: save_expert(folder, model, module.base_llm, name, module.config.task),
                 record,
             )
         else:
@@ -67,6 +67,8 @@ class StageCLI(RunCLI):
 def main(args: list[str]) -> None:
     """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
 
-    Raises UserError for bad settings or data, KeyboardInterrupt when the run was asked to stop.
+    Raises:
+        UserError: bad settings or data.
+        KeyboardInterrupt: the run was interrupted, and its state saved.
     """
     run_cli(StageCLI, StageModule, StageData, args)

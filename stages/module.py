@@ -1,9 +1,10 @@
-"""The one LightningModule of all stages: a stage is what it starts from, what trains, and how fast.
+"""The LightningModule of all stages: what a stage starts from, what it trains, and with which optimizer.
 
 Shapes: L MoE layers, E experts.
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from unimoe.data import Collator
 from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
-from unimoe.model.build import Built, add_modalities, build_model
-from unimoe.model.loading import load_model
+from unimoe.model.build import Built
 from unimoe.model.loss import answer_loss
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
@@ -23,90 +23,82 @@ from unimoe.training.module import ResumableModule, Schedule, load_columns
 from unimoe.training.ranks import data_parallel_size, mean_over_ranks
 from unimoe.training.sharding import broadcast_module, foreach, shard
 
-from .anneal import Anneal, check_anneal, set_coefficients
+from .anneal import Anneal, check_anneal, coefficients_at
 from .data import StageData
 from .experts_file import base_fingerprint
 from .features import encode
-from .trainable import Group, LoRA, Trainable, choose
+from .start import StartConfig
+from .trainable import Group, TrainableConfig, choose
 from .warm_start import Ridge, check_kinds, read_examples, warm_start
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rates' schedule; the peak rates are those of ``trainable`` and ``lora``."""
+
+    schedule: Schedule = "cosine"
+    """Of the learning rates after warm-up: to zero along a cosine or a line, or constant."""
+
+    warmup: float = 0.03
+    """Share of all steps over which the learning rates rise linearly from zero."""
+
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices only."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+
+
+@dataclass
+class StageConfig(OptimizerConfig, TrainableConfig, StartConfig):
+    """Settings of :class:`StageModule`, the keys under ``model:``."""
+
+    warm_start: dict[str, Ridge] | None = None
+    """Modalities whose connector is initialised by ridge regression on samples of the training data."""
+
+    save: Literal["model", "expert"] = "model"
+    """``model`` writes a model folder, ``expert`` an expert folder (dense models only)."""
+
+    task: str = ""
+    """What the expert is for, noted in its folder."""
+
+    gradient_checkpointing: bool = False
+    """Recompute the LLM's blocks in the backward pass instead of keeping their activations."""
+
+    anneal: dict[str, Anneal] | None = None
+    """Schedules of the auxiliary losses' coefficients (``balance_coef``, ``z_coef``)."""
+
+    seed: int = 0
+    """Of everything random; each step depends on it and on the step's number alone."""
+
+
 class StageModule(ResumableModule):
-    """Trains parts of a UniMoe model on next-token cross-entropy over the assistant's words.
+    """Trains parts of a UniMoe model on next-token cross-entropy over the assistant's turns.
 
     The training step:
 
-    1. the decoder's hidden states, by parts of like length, with a record of every MoE layer's routing;
+    1. hidden states of the decoder, for sub-batches of similar length, recording every MoE layer's routing;
     2. the LM head at supervised positions only, mean cross-entropy;
-    3. plus the model's auxiliary losses (``balance_coef`` and ``z_coef`` of its MoE configuration).
+    3. plus the auxiliary losses (``balance_coef`` and ``z_coef`` of the MoE configuration, or ``anneal``).
 
-    Means, and the load behind the balance loss, are over the batches of all processes: what N processes do
-    with batches of B samples is what one does with N * B.
+    Means, and the expert load in the balance loss, are taken over the batches of all processes: N processes
+    with batches of B samples give the same step as one process with N * B.
     """
 
-    def __init__(
-        self,
-        init_from: str | None = None,
-        llm: str | None = None,
-        modalities: dict[str, dict[str, dict[str, Any]]] | None = None,
-        moe: dict[str, Any] | None = None,
-        chat_template: str | None = None,
-        rope_sections: list[int] | None = None,
-        warm_start: dict[str, Ridge] | None = None,
-        trainable: list[Trainable] | None = None,
-        lora: list[LoRA] | None = None,
-        save: Literal["model", "expert"] = "model",
-        task: str = "",
-        schedule: Schedule = "cosine",
-        warmup: float = 0.03,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        gradient_checkpointing: bool = False,
-        anneal: dict[str, Anneal] | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, **settings: Any):
         """
         Args:
-            init_from: folder of an earlier stage or of ``unimoe assemble``; or else give ``llm``.
-            llm: language model of a fresh start: ``default``, a local folder or a hub id.
-            modalities: ``encoder`` and ``connector`` of each medium of a fresh start, as
-                :func:`unimoe.model.build.build_model` takes them; with ``init_from`` media that are added
-                to it.
-            moe: fields of MoEConfig, to copy the FFNs of a fresh start into experts.
-            chat_template: of a fresh start: ``chatml``, a Jinja template, or the tokenizer's own.
-            rope_sections: of a fresh start whose media have times (:mod:`unimoe.model.rope_3d`).
-            warm_start: modalities whose connector starts from ridge regression on the named samples of the
-                training data.
-            trainable: parameters that train in full, by name pattern.
-            lora: adapters, merged into the weights at the end.
-            save: ``model`` writes a model folder, ``expert`` an expert folder (dense models only).
-            task: what the expert is for, noted in its folder.
-            schedule: of the learning rates after warm-up: down to zero by a cosine or a line, or constant.
-            warmup: share of all steps in which the learning rates rise from zero.
-            weight_decay: of AdamW, on matrices only.
-            betas: of AdamW.
-            gradient_checkpointing: compute the LLM's blocks again in the backward pass instead of keeping
-                their activations.
-            anneal: coefficients of auxiliary losses (``balance_coef``, ``z_coef``) that change on the way.
-            seed: of everything random; each step's numbers follow from it and the step alone.
+            settings: the fields of :class:`StageConfig`.
+
+        Raises:
+            UserError: settings that exclude each other.
         """
         super().__init__()
-        if (init_from is None) == (llm is None):
-            raise UserError(
-                "a stage starts from one of model.init_from (a folder) and model.llm (a fresh start)"
-            )
-        for key, value in (("moe", moe), ("rope_sections", rope_sections)):
-            if init_from is not None and value:
-                raise UserError(f"model.{key} belongs to a fresh start; model.init_from brings its own")
-        self.init_from, self.llm, self.modalities, self.moe = init_from, llm, modalities or {}, moe
-        self.chat_template, self.rope_sections = chat_template, rope_sections
-        self.warm_start = warm_start or {}
-        self.trainable, self.lora = trainable or [], lora or []
-        self.save, self.task = save, task
-        self.schedule, self.warmup, self.weight_decay, self.betas = schedule, warmup, weight_decay, betas
-        self.gradient_checkpointing, self.anneal, self.seed = gradient_checkpointing, anneal or {}, seed
+        self.config = config = StageConfig(**settings)
+        self.schedule, self.warmup, self.seed = config.schedule, config.warmup, config.seed
+        self.warm_start, self.anneal = config.warm_start or {}, config.anneal or {}
         self.model: UniMoeForConditionalGeneration
         self.processor: UniMoeProcessor
         self.groups: list[Group] = []
@@ -128,12 +120,12 @@ class StageModule(ResumableModule):
             return
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.groups = choose(self.model, self.trainable, self.lora)
+            self.groups = choose(self.model, self.config.trainable or [], self.config.lora or [])
         self.model.train()
         blocks, frozen = self.blocks()
         for tower in frozen:
-            tower.eval()  # a frozen tower must not move its batch statistics
-        if self.gradient_checkpointing:  # the reentrant form would lose what routers add to the loss
+            tower.eval()  # a frozen tower must not update its batch statistics
+        if self.config.gradient_checkpointing:  # the reentrant form would lose the routers' auxiliary losses
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if divided:
             for tower in frozen:
@@ -146,45 +138,39 @@ class StageModule(ResumableModule):
                 group.parameters = {name: sharded[name] for name in group.parameters}
 
     def _frame(self) -> Built:
-        """The model, whole on the first process; on all others what it looks like, on the meta device. What
-        stops the first process is raised on all."""
+        """Build on rank 0, on the meta device elsewhere.
+
+        Raises:
+            UserError: rank 0's error, on every rank.
+        """
         built = problem = None
         if self.global_rank == 0:
             try:
                 built = self._build()
             except UserError as error:
                 problem = error
-        told: Any = self.trainer.strategy.broadcast(problem or (built and (built[0].config, built[1])))
-        if isinstance(told, UserError):
-            raise told
+        received: Any = self.trainer.strategy.broadcast(problem or (built and (built[0].config, built[1])))
+        if isinstance(received, UserError):
+            raise received
         if built is None:
             with torch.device("meta"):
-                built = UniMoeForConditionalGeneration(told[0]).float(), told[1]
+                built = UniMoeForConditionalGeneration(received[0]).float(), received[1]
         return built
 
     def _build(self) -> Built:
         """The model with its weights, and its processor."""
-        if self.init_from is not None:
-            model, processor = load_model(self.init_from, "init_from", torch.float32, "cpu", hub=False)
-            if self.modalities:
-                with torch.random.fork_rng():
-                    torch.manual_seed(self.seed)
-                    processor = add_modalities(model, processor, self.modalities)
-        else:
-            assert self.llm is not None
-            with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
-                template, rope = self.chat_template, self.rope_sections
-                model, processor = build_model(self.llm, self.modalities, self.moe, template, rope)
-        if self.save == "expert":
+        model, processor = self.config.build(self.seed)
+        if self.config.save == "expert":
             if model.config.moe:
-                raise UserError(f"{self.init_from} is a mixture of experts; save: expert needs a dense model")
+                raise UserError(
+                    f"{self.config.init_from} is a mixture of experts; save: expert needs a dense model"
+                )
             self.base_llm = base_fingerprint(model)
         return model, processor
 
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """What FSDP2 gathers one after the other, and what it leaves whole: towers that do not train, which
-        may have something to do on one process and nothing on another."""
+        """The modules that FSDP2 shards one by one, and those it leaves whole: frozen towers, which may run
+        on one process and not on another."""
         towers = self.model.model.encoders.values()
         frozen = [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]
         return list(self.model.model.language_model.layers), frozen  # type: ignore[arg-type]
@@ -195,16 +181,16 @@ class StageModule(ResumableModule):
         for group in self.groups:
             matrices = [p for p in group.parameters.values() if p.ndim > 1]
             others = [p for p in group.parameters.values() if p.ndim <= 1]
-            for parameters, decay in ((matrices, self.weight_decay), (others, 0.0)):
+            for parameters, decay in ((matrices, self.config.weight_decay), (others, 0.0)):
                 if parameters:
                     entry = {"params": parameters, "lr": group.lr, "weight_decay": decay, "name": group.name}
                     settings.append(entry)
         return self.scheduled(
-            torch.optim.AdamW(settings, betas=self.betas, foreach=foreach(self.device_mesh))
+            torch.optim.AdamW(settings, betas=self.config.betas, foreach=foreach(self.device_mesh))
         )
 
     def on_fit_start(self) -> None:
-        """Say what trains, and give fresh connectors their head start unless the run resumes."""
+        """Log what trains, and initialise fresh connectors unless the run resumes."""
         groups = ", ".join(f"{group.name} {group.size():,} (lr {group.lr:g})" for group in self.groups)
         total = sum(parameter.numel() for parameter in self.model.parameters())
         log.info("trains %s of %s parameters", groups, f"{total:,}")
@@ -215,12 +201,12 @@ class StageModule(ResumableModule):
         if self.trainer.ckpt_path is not None or not self.warm_start:
             return
         data = cast(StageData, self.trainer.datamodule)  # type: ignore[attr-defined]
-        features = data.collator().features  # all processes fill the cache
+        features = data.collator().features  # every process fills its share of the cache
         if any(parameter.is_meta for parameter in self.model.parameters()):
-            return  # the first process does it, and sends all weights afterwards
-        collator = Collator(self.processor, features=features)  # of whatever length
+            return  # rank 0 does it and broadcasts all weights afterwards
+        collator = Collator(self.processor, features=features)  # of any length
         for kind, settings in self.warm_start.items():
-            examples = read_examples(data.files["train"], data.media_root, kind, settings)
+            examples = read_examples(data.config.files("train"), data.config.media_root, kind, settings)
             samples = [example.sample for example in examples]
             encoded = encode(self.model, collator, samples, kind)
             warm_start(self.model, self.processor, kind, encoded, examples, settings)
@@ -228,18 +214,14 @@ class StageModule(ResumableModule):
     # ---------------------------------------------------------------- steps
 
     def batch_loss(self, batch: list[dict[str, Any]]) -> tuple[Tensor, int]:
-        """Mean cross-entropy over the supervised tokens of all parts of a batch, and their number."""
+        """Mean cross-entropy over the supervised tokens of all sub-batches, and their number."""
         return answer_loss(self.model, batch)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        set_coefficients(self.anneal, self.model, self.trainer.global_step)
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         with record() as parts:
             loss, supervised = self.batch_loss(batch)
         records = join(parts)
-        # over what a process has on average: then the mean over the processes is the loss of all tokens
+        # relative to the mean over processes, so that the mean of their losses is that of all tokens
         real = sum(map(real_tokens, batch))
         counts = [loss.new_tensor([supervised, real]), *map(pair_counts, records)]
         mean = mean_over_ranks(torch.cat(counts))
@@ -247,7 +229,8 @@ class StageModule(ResumableModule):
         load_LE = pairs_LE / pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
         loss = loss * (supervised / mean[0].clamp(min=1e-9))
         balance_L = load_balance(records, load_LE, tokens)
-        aux = self.model.aux_loss(records, load_LE=load_LE, tokens=tokens)
+        coefficients = coefficients_at(self.anneal, self.trainer.global_step)
+        aux = self.model.aux_loss(records, coefficients, load_LE=load_LE, tokens=tokens)
         shown = mean_over_ranks(torch.cat([torch.stack([loss, aux]), balance_L.to(loss)]).detach())
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
@@ -256,11 +239,14 @@ class StageModule(ResumableModule):
         if records:
             row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load_LE, shown[2:])}
         self.log_row(row, batch_idx)
-        return loss + aux + self._touch()
+        return loss + aux + self._unused_parameters()
 
-    def _touch(self) -> Tensor:
-        """Zero, by way of everything that trains before the LLM: a medium that a batch lacks gives gradients
-        of zero, on one process as on many, and a batch of text has some when only connectors train."""
+    def _unused_parameters(self) -> Tensor:
+        """Zero-valued term that keeps encoders and connectors in the graph.
+
+        Without it, modalities that a batch lacks would have no gradients (an unused-parameter error under
+        DDP), and a text-only batch none at all when only connectors train.
+        """
         parts = (self.model.model.encoders, self.model.model.connectors)
         trained = [p for part in parts for p in part.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
@@ -274,6 +260,6 @@ class StageModule(ResumableModule):
     def _evaluate(self, batch: list[dict[str, Any]], name: str) -> None:
         loss, count = self.batch_loss(batch)
         total, tokens = mean_over_ranks(torch.stack([loss * count, loss.new_tensor(count)]))
-        # the number of tokens is each batch's weight in the mean over batches
+        # batches are weighted by their number of tokens
         ranks = data_parallel_size(self.trainer)
         self.log(name, total / tokens.clamp(min=1), batch_size=round(float(tokens) * ranks), prog_bar=True)

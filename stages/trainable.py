@@ -1,4 +1,4 @@
-"""What learns in a stage: parameters chosen by name patterns, and LoRA adapters, merged at its end."""
+"""What a stage trains: parameters chosen by name patterns, and LoRA adapters, which are merged at its end."""
 
 import logging
 from collections.abc import Iterator
@@ -32,7 +32,8 @@ class LoRA:
     """Low-rank adapters on one kind of weight of the language model."""
 
     layers: Literal["attention", "ffn", "experts"]
-    """The linear layers of attention, those of dense FFNs, or the MoE layers' experts (an adapter each)."""
+    """Linear layers of attention, linear layers of dense FFNs, or the MoE layers' experts (one adapter
+    each)."""
 
     rank: int = 16
     """Rank r of the update."""
@@ -41,13 +42,24 @@ class LoRA:
     """The update is scaled by alpha / rank."""
 
     dropout: float = 0.0
-    """Dropout on the adapter's input; experts take none."""
+    """Dropout on the adapter's input; must be 0 for experts."""
 
     lr: float = 2e-4
     """Peak learning rate."""
 
     match: str | list[str] = "*"
-    """Narrows the layers by glob pattern(s) on module names, such as ``*.q_proj``."""
+    """Only modules whose names match these glob pattern(s), such as ``*.q_proj``."""
+
+
+@dataclass
+class TrainableConfig:
+    """What trains; everything else is frozen."""
+
+    trainable: list[Trainable] | None = None
+    """Parameters that train in full, by name pattern."""
+
+    lora: list[LoRA] | None = None
+    """Adapters, merged into the weights at the end."""
 
 
 @dataclass
@@ -55,7 +67,7 @@ class Group:
     """Parameters that share a learning rate."""
 
     name: str
-    """How logs call the group."""
+    """Name in logs."""
 
     lr: float
     """Peak learning rate."""
@@ -71,8 +83,13 @@ class Group:
 def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> list[Group]:
     """Freeze ``model``, add the adapters, and unfreeze what a stage trains.
 
-    A parameter that several patterns match belongs to the first. Returns one group for each entry, the
-    adapters' last. Raises UserError when a pattern or adapter finds nothing to train.
+    A parameter that several patterns match belongs to the first.
+
+    Returns:
+        One group for each entry, the adapters' last.
+
+    Raises:
+        UserError: a pattern or an adapter finds nothing to train.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -106,7 +123,14 @@ def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> li
 
 
 def add_lora(model: nn.Module, lora: list[LoRA]) -> list[dict[str, nn.Module]]:
-    """Put adapters into ``model`` in place; returns the adapted modules of each entry by name."""
+    """Put adapters into ``model`` in place.
+
+    Returns:
+        The adapted modules of each entry, by name.
+
+    Raises:
+        UserError: an entry matches no layer, or has a dropout that its layers do not support.
+    """
     linear: dict[str, LoRA] = {}
     added: list[dict[str, nn.Module]] = []
     for entry in lora:
@@ -132,7 +156,7 @@ def add_lora(model: nn.Module, lora: list[LoRA]) -> list[dict[str, nn.Module]]:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Fold every adapter into the weight it adapts (W + alpha / r B A), in place; plain modules come back."""
+    """Merge every adapter into the weight it adapts (W + alpha / r B A), in place, and remove it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
             module.merge(safe_merge=True)  # raises on a merge that gives NaN

@@ -1,9 +1,14 @@
 import pytest
 import torch
 
+from unimoe.artifacts import read_record
 from unimoe.errors import UserError
-from unimoe.stages.anneal import Anneal, check_anneal, set_coefficients
+from unimoe.model.loading import load_model
+from unimoe.moe import record
+from unimoe.moe.records import join
+from unimoe.stages.anneal import Anneal, check_anneal, coefficients_at
 from unimoe.testing import IMAGE, tiny_model
+from unimoe.training.curve import read_curve
 
 IDS = torch.arange(10, 40).reshape(2, 15)
 LINE = Anneal(0.025, 0.001, 10_000)
@@ -15,14 +20,32 @@ def test_a_line_and_then_the_end():
     assert Anneal(1.0, 0.5, 0).at(0) == 0.5
 
 
-def test_the_loss_follows(tmp_path):
+def test_the_loss_uses_the_step_s_coefficients_and_the_configuration_keeps_its_own(tmp_path):
     model, _ = tiny_model(tmp_path, moe={"num_experts": 2, "top_k": 1, "placement": "all"}, image=IMAGE)
-    losses = []
-    for step in (0, 10_000):
-        set_coefficients({"balance_coef": LINE}, model, step)
-        losses.append(float(model(input_ids=IDS, labels=IDS).aux_loss))
+    before = dict(model.config.moe or {})
+    with record() as parts:
+        model(input_ids=IDS)
+    losses = [
+        model.aux_loss(join(parts), coefficients_at({"balance_coef": LINE}, step)).item()
+        for step in (0, 10_000)
+    ]
     assert losses[0] == pytest.approx(25 * losses[1], rel=1e-5) and losses[1] > 0
-    assert (model.config.moe or {})["balance_coef"] == 0.001
+    assert model.config.moe == before
+
+
+def test_a_stage_anneals_and_saves_what_the_user_set(align, fit):
+    """The third step's coefficient is 0: its total loss is the cross-entropy alone."""
+    align["model"]["moe"] = {"num_experts": 2, "placement": "all", "balance_coef": 0.5}
+    align["model"]["trainable"].append({"match": "*.mlp.router.*", "lr": 1e-3})
+    align["model"]["anneal"] = {"balance_coef": {"start": 1.0, "end": 0.0, "steps": 2}}
+    fit(align)
+    rows = read_curve(f"{align['output']}/logs/metrics.csv")
+    layers = [key for key in rows[0] if key.endswith("/balance_loss")]
+    for row, coefficient in zip(rows, (1.0, 0.5, 0.0), strict=True):
+        assert row["train/aux_loss"] == pytest.approx(coefficient * sum(row[key] for key in layers), rel=1e-5)
+    assert (load_model(align["output"])[0].config.moe or {})["balance_coef"] == 0.5
+    stored = read_record(align["output"])
+    assert stored is not None and stored.settings["model.anneal.balance_coef.start"] == 1.0
 
 
 def test_mistakes(tmp_path):

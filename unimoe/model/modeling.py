@@ -335,14 +335,20 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
             else None,
         )
 
-    def aux_loss(self, records: list, **over_ranks: Any) -> Tensor:
+    def aux_loss(
+        self, records: list, coefficients: dict[str, float] | None = None, **over_ranks: Any
+    ) -> Tensor:
         """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model).
 
-        ``over_ranks``: ``load_LE`` and ``tokens`` of :func:`unimoe.moe.load_balance`.
+        Args:
+            records: one of each MoE layer.
+            coefficients: ``balance_coef`` and ``z_coef`` to use in place of the configuration's.
+            over_ranks: ``load_LE`` and ``tokens`` of :func:`unimoe.moe.load_balance`.
         """
         if not records or not self.config.moe:
             return self.lm_head.weight.new_zeros(())
-        return auxiliary_loss(MoEConfig(**self.config.moe), records, **over_ranks)
+        moe = MoEConfig(**{**self.config.moe, **(coefficients or {})})
+        return auxiliary_loss(moe, records, **over_ranks)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -341,6 +341,7 @@ def run_cli(
     Raises UserError for bad settings or data, KeyboardInterrupt when the run was asked to stop.
     """
     _quiet()
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help of dataclasses' fields
     keep_memory(default=True)
     try:
         cli(
