@@ -13,12 +13,21 @@ from unimoe.detection.cli import main
 
 FOLDER = Path(str(files("unimoe.configs").joinpath("dynamic_dino")))
 RUNS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+OVERLAYS = {"moe": "base", "dense": "base", "full_moe": "full"}
+"""File -> the one that it changes."""
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_run(name, capsys):
     with pytest.raises(SystemExit) as done:
-        main(["fit", "-c", str(FOLDER / f"{name}.yaml"), "--print_config"])
+        files = [OVERLAYS[name], name] if name in OVERLAYS else [name]
+        main(
+            [
+                "fit",
+                *(word for one in files for word in ("-c", str(FOLDER / f"{one}.yaml"))),
+                "--print_config",
+            ]
+        )
     assert done.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["stage"].replace("-", "_") == name and printed["output"].endswith(printed["stage"])

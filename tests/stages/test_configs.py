@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from unimoe.demo.run import OVERLAYS
 from unimoe.moe import MoEConfig
 from unimoe.stages.assemble import read_manifest
 from unimoe.stages.cli import main
@@ -33,12 +34,15 @@ def test_manifest():
     assert sources - {"base"} <= {f"runs/demo/{stage}" for stage in STAGES}
 
 
-@pytest.mark.parametrize("stage", ["align_more", "expert_video", "expert_audio", "moe", "dense"])
+@pytest.mark.parametrize("stage", ["align_more", *OVERLAYS])
 def test_stage_of_the_extended_demo(stage, capsys):
+    under = ["-c", str(FOLDER / f"{OVERLAYS[stage]}.yaml")] if stage in OVERLAYS else []
     with pytest.raises(SystemExit) as done:
-        main(["fit", "-c", str(FOLDER / "extended" / f"{stage}.yaml"), "--print_config"])
+        main(["fit", *under, "-c", str(FOLDER / "extended" / f"{stage}.yaml"), "--print_config"])
     assert done.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["output"] == f"runs/demo/{stage}"
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["output"] == f"runs/extended/{stage}"
+    assert "runs/demo/" not in printed
 
 
 EXPERTS = ("expert_image.yaml", "expert_speech.yaml")
@@ -57,9 +61,10 @@ def test_the_control_has_as_many_steps_and_of_each_file_as_many_samples(folder, 
     assert dense["steps"] == sum(stage["steps"] for stage in mixture)
     seen = Counter()
     for stage in mixture:
-        seen.update({file: stage["steps"] * number for file, number in stage["train"].items()})
+        seen.update({Path(file).name: stage["steps"] * number for file, number in stage["train"].items()})
+    given = {Path(file).name: number for file, number in dense["train"].items()}
     # whole numbers of a batch, and something of everything
-    assert dense["train"] == {file: max(1, round(count / dense["steps"])) for file, count in seen.items()}
+    assert given == {file: max(1, round(count / dense["steps"])) for file, count in seen.items()}
 
 
 def test_the_extended_mixture_hears_and_sees():

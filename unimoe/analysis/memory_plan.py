@@ -115,7 +115,7 @@ class Plan:
 def plan(
     *,
     config: list[str],
-    frame: str = "",
+    frame: list[str] | None = None,
     gpus: int = 8,
     memory: float = 80.0,
     tokens: int = 2048,
@@ -125,8 +125,8 @@ def plan(
 
     Args:
         config: YAML file(s) of the stage, as for unimoe fit.
-        frame: configuration of the model that model.init_from will hold, where it is not there yet: a
-            config.json, or the same as YAML.
+        frame: configuration of the model that model.init_from will hold, if it does not exist yet: a
+            config.json or the same as YAML; of several files each overrides the one before it.
         gpus: devices.
         memory: of each, in GB.
         tokens: of each sample.
@@ -229,7 +229,7 @@ def measure(model: UniMoeForConditionalGeneration) -> Sizes:
     return sizes
 
 
-def build_frame(settings: dict[str, Any], frame: str = "") -> UniMoeForConditionalGeneration:
+def build_frame(settings: dict[str, Any], frame: list[str] | None = None) -> UniMoeForConditionalGeneration:
     """The model of a stage on the meta device, with what trains chosen. Raises UserError where its
     configuration cannot be had."""
     config = _configuration(settings, frame)
@@ -244,7 +244,7 @@ def build_frame(settings: dict[str, Any], frame: str = "") -> UniMoeForCondition
     return model
 
 
-def _configuration(settings: dict[str, Any], frame: str) -> UniMoeConfig:
+def _configuration(settings: dict[str, Any], frame: list[str] | None) -> UniMoeConfig:
     modalities = {}
     for kind, parts in (settings.get("modalities") or {}).items():
         spec = {name: value for name, value in parts["encoder"].items() if name != "weights"}
@@ -256,7 +256,7 @@ def _configuration(settings: dict[str, Any], frame: str) -> UniMoeConfig:
         }
     start = settings.get("init_from")
     if frame:
-        values = yaml.safe_load(Path(frame).read_text(encoding="utf-8"))
+        values = _merged(frame, "--frame")
         config = UniMoeConfig(**{k: v for k, v in values.items() if k != "model_type"})
     elif start is not None:
         if not (Path(start) / "config.json").is_file():
@@ -277,17 +277,22 @@ def _configuration(settings: dict[str, Any], frame: str) -> UniMoeConfig:
 
 def read_settings(files: list[str]) -> dict[str, Any]:
     """The YAML files, each over the one before it. Raises UserError for one that is none."""
+    merged = _merged(files, "--config")
+    if "model" not in merged or merged.get("system", "stages") != "stages":
+        raise UserError(f"{', '.join(files)}: expected a stage's settings (system stages, with a model)")
+    return merged
+
+
+def _merged(files: list[str], flag: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for file in files:
         try:
             found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"--config {file} cannot be read: {first_line(error)}") from error
+            raise UserError(f"{flag} {file} cannot be read: {first_line(error)}") from error
         if not isinstance(found, dict):
-            raise UserError(f"--config {file} holds no settings")
+            raise UserError(f"{flag} {file} holds no settings")
         _merge(merged, found)
-    if "model" not in merged or merged.get("system", "stages") != "stages":
-        raise UserError(f"{', '.join(files)}: expected a stage's settings (system stages, with a model)")
     return merged
 
 

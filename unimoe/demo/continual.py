@@ -90,7 +90,9 @@ def _fit_base(run: ContinualDemo):
 
 def _compare(run: ContinualDemo):
     name = "embedded" if run.full else "short"
-    config = configuration(shipped(f"continual/{name}"), run, DEFAULT_OUTPUT)
+    files = ["embedded"] if run.full else ["embedded", "short"]
+    paths = [configuration(shipped(f"continual/{file}"), run, DEFAULT_OUTPUT) for file in files]
+    configs = [word for path in paths for word in ("-c", str(path))]
     flags = [] if run.full else ["--strategies", *STRATEGIES, "--stream.order", json.dumps(TASKS)]
     runs = ["--seeds", str(run.seed), "--output", str(run.folder / name)]
-    compare(["continual", "compare", "-c", str(config), *flags, *runs])
+    compare(["continual", "compare", *configs, *flags, *runs])

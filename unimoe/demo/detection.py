@@ -128,7 +128,9 @@ def _build(run: DetectionDemo):
 def _fit(kind: str, seed: int, run: DetectionDemo):
     name = kind if kind == "base" else f"{kind}-{seed}"
     args = ["--output", str(run.folder / name), "--seed_everything", str(run.seed + seed)]
-    fit(["fit", "-c", str(configuration(shipped(f"dynamic_dino/{kind}"), run, DEFAULT_OUTPUT)), *args])
+    files = ["base"] if kind == "base" else ["base", kind]
+    paths = [configuration(shipped(f"dynamic_dino/{file}"), run, DEFAULT_OUTPUT) for file in files]
+    fit(["fit", *(word for path in paths for word in ("-c", str(path))), *args])
 
 
 def _stage(name: str):

@@ -105,7 +105,7 @@ def _build(run: Demo):
 
 
 def _fit(stage: str, run: Demo):
-    stages_cli(["fit", "-c", str(_configuration(stage, run)), "--seed_everything", str(run.seed)])
+    stages_cli(["fit", *_flags(stage, run), "--seed_everything", str(run.seed)])
 
 
 def _assemble(run: Demo):
@@ -194,12 +194,25 @@ STEPS = (
 # -------------------------------------------------------------------- parts of steps
 
 
+OVERLAYS = {"moe": "moe", "dense": "dense", "expert_video": "expert_image", "expert_audio": "expert_image"}
+"""Stages whose file in extended/ is an overlay, and the file that it changes."""
+
+
+def _flags(stage: str, run: Demo) -> list[str]:
+    """``-c FILE`` for each YAML file of a stage."""
+    paths = [_configuration(stage, run)]
+    if run.extended and stage in OVERLAYS:
+        paths.insert(0, configuration(shipped(f"uni_moe/{OVERLAYS[stage]}"), run, DEFAULT_OUTPUT))
+    return [word for path in paths for word in ("-c", str(path))]
+
+
 def _configuration(stage: str, run: Demo) -> Path:
     """The YAML file of a stage, with the run's folder and seed."""
-    extended = shipped(f"uni_moe/extended/{stage}")
-    path = extended if run.extended and extended.is_file() else shipped(f"uni_moe/{stage}")
     seed = {"seed": run.seed} if stage == "assemble" and run.seed else {}
-    return configuration(path, run, DEFAULT_OUTPUT, **seed)
+    extended = shipped(f"uni_moe/extended/{stage}")
+    if run.extended and extended.is_file():
+        return configuration(extended, run, EXTENDED_OUTPUT, **seed)
+    return configuration(shipped(f"uni_moe/{stage}"), run, DEFAULT_OUTPUT, **seed)
 
 
 def _model(name: str, run: Demo) -> Built:

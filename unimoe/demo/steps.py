@@ -83,7 +83,7 @@ def configuration(path: Path, run: Run, default: str, **settings: Any) -> Path:
     text = path.read_text(encoding="utf-8").replace(default, run.folder.as_posix())
     if settings:
         text = yaml.safe_dump({**yaml.safe_load(text), **settings}, sort_keys=False)
-    copy = run.folder / "configs" / path.name
+    copy = run.folder / "configs" / path.parent.name / path.name
     atomic_write(copy, text)
     return copy
 
