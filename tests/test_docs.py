@@ -104,10 +104,16 @@ def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
     (place / "runs/demo/try").mkdir()
     shutil.copyfile(place / "cat.png", place / "runs/demo/try/image.jpg")
     soundfile.write(place / "question.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    for kind in ("cat", "dog"):  # as many as the tutorial needs for both of its files
+        (place / "photos" / kind).mkdir(parents=True)
+        for number in range(1, 5):
+            shutil.copyfile(place / "street.jpg", place / f"photos/{kind}/{number:03d}.jpg")
+    (place / "mine").mkdir()
     talk = next(
         block.text for block in BLOCKS if block.document == "docs/talk.md" and block.language == "json"
     )
     (place / "talk.json").write_text(talk)
+    (place / "mine/val.jsonl").write_text(json.dumps(json.loads(talk)).replace("cat.png", "../cat.png"))
     (place / "runs/demo/data").mkdir()
     (place / "runs/demo/data/val.image.jsonl").write_text(
         json.dumps(json.loads(talk)).replace("cat.png", "../../../cat.png")
