@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unimoe.commands.main import main as unimoe
 from unimoe.continual.learner import AdapterConfig, Learner
 from unimoe.continual.strategies import strategies
+from unimoe.continual.stream import Experience, TaskConfig
 from unimoe.data import Collator
 from unimoe.data.records import parse_record
 from unimoe.model.build import build_model
@@ -163,7 +164,7 @@ def compare(output: Path, names: list[str], seeds: list[int], steps: int, overri
 def cost(model: str | None, output: Path, banks: int, repeats: int) -> None:
     """CPU seconds of a step (forward, backward) of DyMoE over those of sequential LoRA, by number of tasks,
     on ``model`` (the folder of a stage) or on the miniature. Means over a task, half of which has the routing
-    losses, without the counts for the log."""
+    losses, without the log."""
     base = output / "base"
     if model is None and not (base / "model.safetensors").is_file():
         make_base(base, 1)
@@ -175,14 +176,11 @@ def cost(model: str | None, output: Path, banks: int, repeats: int) -> None:
         learner = Learner(*built, config)
         strategy = strategies()[name]()
         strategy.attach(learner)
-        strategy.watched = False
         batch = learner.collate(samples)
         for task in range(1 if name == "lora" else banks):
-            strategy.grow(task)
-            learner.freeze_banks(but=-1)
-            if name != "lora":
-                strategy.guide.take()  # type: ignore[attr-defined]
-                strategy.guide.guided = task > 0  # type: ignore[attr-defined]
+            strategy.model_adaptation(task)
+            learner.train_bank(-1)
+            strategy.before_training_exp(Experience(task, TaskConfig("", "", ""), samples, []))
             seconds = []
             for step in range(repeats):
                 began = time.process_time()

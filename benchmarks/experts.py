@@ -37,11 +37,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from unimoe.kernels import native
-from unimoe.kernels.adapted import Bank, adapted_linear
 from unimoe.kernels.allocator import keep_memory
 from unimoe.kernels.lora import Adapters, lora_mix
+from unimoe.moe import Context, Router
 from unimoe.moe.hf import register
-from unimoe.moe.routing import sort_by_expert
+from unimoe.moe.lora_linear import LoRALinear
+from unimoe.moe.routing import Routing, sort_by_expert
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.d
     base = [torch.randn(size, **like) * 0.02 for size in sizes]
     banks = [
         [
-            (torch.randn(size, **like) * 0.02).requires_grad_()
+            nn.Parameter(torch.randn(size, **like) * 0.02)
             for size in ((shape.E * RANK, D), (P, shape.E * RANK))
         ]
         for P, D in sizes
@@ -202,8 +203,23 @@ def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.d
     def ffn(linear: Callable[[int, Tensor], Tensor]) -> Tensor:
         return linear(2, F.silu(linear(0, x)) * linear(1, x))
 
+    class Given(Router):
+        """The weights of this case."""
+
+        def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
+            return Routing.from_mask(gate_TE != 0, gate_TE, gate_TE, gate_TE)
+
+    layers = []
+    for weight_PD, bank in zip(base, banks, strict=True):
+        linear = nn.Linear(*weight_PD.shape[::-1], bias=False, **like)
+        linear.weight.data = weight_PD
+        layers.append(LoRALinear(linear, SCALE, "layers.0.mlp"))
+        added = layers[-1].add_bank(shape.E, RANK)
+        added.A, added.B = bank
+        layers[-1].router = Given()
+
     def ours(i: int, x: Tensor) -> Tensor:
-        return adapted_linear(x, base[i], None, [Bank(banks[i][0], banks[i][1], gate_TE)], SCALE)
+        return layers[i](x)
 
     def loop(i: int, x: Tensor) -> Tensor:
         """As a module of PEFT layers does it: every adapter on every token."""

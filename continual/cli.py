@@ -18,8 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from unimoe.continual.strategies import Strategy, strategies
-from unimoe.continual.strategies.dymoe import DyMoE
+from unimoe.continual.strategies import Combined, Strategy, strategies
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.training.resume import Interrupted
@@ -76,15 +75,19 @@ def diagnose(args: list[str]) -> None:
         raise UserError("diagnose needs a stream of at least two tasks")
     config = replace(config, stream=replace(config.stream, order=names), forward_transfer=True)
     strategy_of(found.strategy, found.settings)
-    if not issubclass(strategies()[found.strategy], DyMoE):
-        raise UserError(f"diagnose tells kinds of tokens apart, as {found.strategy} does not; try dymoe")
-    settings = found.settings.get(found.strategy, {})
+    guided = next((part for part in found.strategy.split("+") if strategies()[part].guided), None)
+    if guided is None:
+        raise UserError(
+            f"diagnose needs a strategy that distinguishes token types, such as dymoe; "
+            f"{found.strategy} does not"
+        )
+    settings = found.settings.get(guided, {})
     if settings.get("guidance", {}).get("assign") is False:
         raise UserError("diagnose admits tokens by their kind, which guidance.assign: false turns off")
     table: dict[str, dict[str, float]] = {}
     for kind in TYPES:
         guidance = {**settings.get("guidance", {}), "admit": [kind]}
-        admitting = {found.strategy: {**settings, "guidance": guidance}}
+        admitting = {**found.settings, guided: {**settings, "guidance": guidance}}
         result = _run(config, found.strategy, admitting, f"{output}/{kind}")
         (first, ahead), (kept, second) = result["matrix"]["scores"]
         table[kind] = {"gain on the second": second - ahead, "loss on the first": first - kept}
@@ -117,32 +120,54 @@ def export(
     noted = there["identity"]
     settings = noted["strategy"]
     name = settings.pop("name")
-    strategy, _ = strategy_of(name, {name: settings})
+    strategy, _ = strategy_of(name, settings if "+" in name else {name: settings})
     disable_progress_bar()
     learner = build_learner(ModelConfig(**noted["model"]), AdapterConfig(**noted["adapters"]), None)
     check_base(run, there["base"], weights_fingerprint(learner.model.state_dict()))
     strategy.attach(learner)
     for number in range(index + 1):
-        strategy.grow(number)
+        strategy.model_adaptation(number)
     load_state(folders[index], strategy)
     export_bank(output, learner.layers, -1, prefix)
     log.info("%s: the bank of %s, for PeftModel.from_pretrained", output, names[index])
 
 
 def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:
-    """A strategy by its name in reports, and all of its settings. Raises UserError for an unknown name."""
-    known = strategies()
-    if name not in known:
-        raise UserError(f"there is no strategy {name!r}, expected one of {', '.join(known)}")
+    """The strategy ``name``, or the combination ``name+name``, and all of its settings.
+
+    Args:
+        name: as in reports.
+        settings: by name of a strategy.
+
+    Returns:
+        The strategy, and its settings with defaults filled in: by parameter, or for a combination by name.
+
+    Raises:
+        UserError: for an unknown name, wrong settings, or strategies that cannot be combined.
+    """
+    known, names = strategies(), name.split("+")
+    for one in names:
+        if one not in known:
+            raise UserError(f"there is no strategy {one!r}, expected one of {', '.join(known)}")
     for other in settings:
         if other not in known:
             raise UserError(f"settings name the strategy {other!r}, expected one of {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--strategy {name} names a strategy twice")
+    made = {one: _build(known[one], settings.get(one, {})) for one in names}
+    if len(made) == 1:
+        return made[name]
+    combined = Combined([strategy for strategy, _ in made.values()])
+    return combined, {one: noted for one, (_, noted) in made.items()}
+
+
+def _build(strategy: type[Strategy], settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(known[name], "strategy")
-    values = parser.parse_object({"strategy": settings.get(name, {})})
+    parser.add_class_arguments(strategy, "strategy")
+    values = parser.parse_object({"strategy": settings})
     try:
         made = parser.instantiate(values).strategy
-    except ValueError as error:  # of a nested dataclass our own message is inside of jsonargparse's
+    except ValueError as error:  # jsonargparse wraps our own error about a nested dataclass
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
@@ -168,7 +193,9 @@ def _parser(verb: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"unimoe continual {verb}", exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of these settings")
     if verb != "compare":
-        parser.add_argument("--strategy", type=str, default="dymoe", help="what is done against forgetting")
+        parser.add_argument(
+            "--strategy", type=str, default="dymoe", help="against forgetting: NAME, or NAME+NAME"
+        )
     parser.add_argument("--settings", type=dict[str, dict], default={}, help="settings of strategies by name")
     parser.add_argument("--output", type=str | None, default=None, help="folder of everything that is made")
     parser.add_class_arguments(RunConfig, as_group=False)

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder, fingerprint
-from unimoe.moe.lora_linear import AdaptedLinear, Bank, OpenGate
+from unimoe.moe.lora_linear import LoRALinear
 
-from .router import CosineTopK, SoftmaxGate
+from .router import CosineTopK
 
 BANK_FILE = "bank.safetensors"
+NO_ROUTER = "OpenGate"
+"""How files call a layer without a router, whose banks all count 1."""
 WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers of so many bytes."""
 
 
-def export_bank(
-    folder: str | Path, layers: Mapping[str, AdaptedLinear], index: int, prefix: str = ""
-) -> None:
+def export_bank(folder: str | Path, layers: Mapping[str, LoRALinear], index: int, prefix: str = "") -> None:
     """Write bank ``index`` of every layer.
 
     Args:
@@ -47,17 +47,17 @@ def export_bank(
     ours: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
-        bank: Bank = layer.banks[index]  # type: ignore[assignment]
-        routed = isinstance(layer.gating, (CosineTopK, SoftmaxGate))
-        share = 1 / bank.experts if routed else 1.0
+        bank = layer.lora_banks[index]
+        # of a router for whole banks (HiDe's), each bank is one expert
+        share = 1.0 if layer.router is None else 1 / bank.experts
         full = f"{prefix}.{name}" if prefix else name
         ranks[full] = len(bank.A)
         tensors[f"base_model.model.{full}.lora_A.weight"] = bank.A.detach().cpu().contiguous()
         tensors[f"base_model.model.{full}.lora_B.weight"] = (bank.B.detach() * share).cpu().contiguous()
         ours[f"{name}.A"] = bank.A.detach().cpu().contiguous()
         ours[f"{name}.B"] = bank.B.detach().cpu().contiguous()
-        if isinstance(layer.gating, CosineTopK):
-            ours[f"{name}.rows"] = layer.gating.rows[index].detach().cpu().contiguous()
+        if isinstance(layer.router, CosineTopK):
+            ours[f"{name}.rows"] = layer.router.rows[index].detach().cpu().contiguous()
     config = LoraConfig(
         r=max(ranks.values()),
         target_modules=list(ranks),
@@ -66,14 +66,14 @@ def export_bank(
         inference_mode=True,
         task_type="CAUSAL_LM",
     )
-    about = {"base": _base(layers), "experts": str(first.banks[index].experts), "gate": _gate(first)}
+    about = {"base": _base(layers), "experts": str(first.lora_banks[index].experts), "gate": _router(first)}
     with atomic_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         save_file(ours, temporary / BANK_FILE, metadata=about)
 
 
-def import_bank(folder: str | Path, layers: Mapping[str, AdaptedLinear]) -> None:
+def import_bank(folder: str | Path, layers: Mapping[str, LoRALinear]) -> None:
     """Add an exported bank, router rows included, behind the banks that the layers have; it arrives frozen.
 
     Raises UserError, before anything is added, when it was trained on another base, is damaged or does not
@@ -91,22 +91,22 @@ def import_bank(folder: str | Path, layers: Mapping[str, AdaptedLinear]) -> None
     found, expected = about.get("base", "")[:12], _base(layers)[:12]
     if found != expected:
         raise UserError(f"{folder}: this bank was trained on another model (base {found}, here {expected})")
-    here = {_gate(layer) for layer in layers.values()}
+    here = {_router(layer) for layer in layers.values()}
     if here != {about["gate"]}:
         raise UserError(
             f"{folder}: this bank is of layers with {about['gate']}, here they are of {min(here)}"
         )
-    if not about["gate"].startswith((OpenGate.__name__, CosineTopK.__name__)):
+    if not about["gate"].startswith((NO_ROUTER, CosineTopK.__name__)):
         raise UserError(f"{folder}: {about['gate']} is one router for all banks, and is not in the file")
     experts = int(about["experts"])
     for name, layer in layers.items():
         A = tensors[f"{name}.A"]
-        bank = layer.grow(experts, len(A) // experts)
+        bank = layer.add_bank(experts, len(A) // experts)
         with torch.no_grad():
             bank.A.copy_(A)
             bank.B.copy_(tensors[f"{name}.B"])
-            if isinstance(layer.gating, CosineTopK):
-                layer.gating.grow(experts).copy_(tensors[f"{name}.rows"]).requires_grad_(False)
+            if isinstance(layer.router, CosineTopK):
+                layer.router.add_rows(experts).copy_(tensors[f"{name}.rows"]).requires_grad_(False)
         bank.requires_grad_(False)
 
 
@@ -121,14 +121,15 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     return fingerprint(*described)
 
 
-def _gate(layer: AdaptedLinear) -> str:
-    """What decides how much a bank counts, beside its own numbers."""
+def _router(layer: LoRALinear) -> str:
+    """The kind and the settings of a layer's router, without which its banks mean something else."""
     settings = [f"adapters' scale {layer.scale:g}"]
-    if isinstance(gate := layer.gating, CosineTopK):
-        settings += [f"k {gate.k}", f"scale {gate.scale:g}", f"temperature {gate.temperature:g}"]
-    return f"{type(gate).__name__} ({', '.join(settings)})"
+    if isinstance(router := layer.router, CosineTopK):
+        settings += [f"k {router.k}", f"scale {router.scale:g}", f"temperature {router.temperature:g}"]
+    kind = NO_ROUTER if router is None else type(router).__name__
+    return f"{kind} ({', '.join(settings)})"
 
 
-def _base(layers: Mapping[str, AdaptedLinear]) -> str:
+def _base(layers: Mapping[str, LoRALinear]) -> str:
     """Of the adapted projections: a bank belongs to these and no others."""
     return weights_fingerprint({name: layer.base.weight for name, layer in layers.items()})

@@ -1,16 +1,15 @@
 """Token assignment guidance and the two routing-score losses of LLaVA-DyMoE (arXiv 2603.27481).
 
-Shapes: T tokens, E = O + N experts: those of the old banks first, then the new bank's; L layers (routers).
+Shapes: T tokens, E = O + N experts: those of the old banks first, then the new bank's; K experts kept.
 
-A token is *new* if the best new row is clearly nearer to it than the best old one, *old* the other way round,
-and *ambiguous* in between. While a task after the first is learned, only tokens of the admitted types (new
-ones, in the paper) may use the new experts; and in the second half of the task two losses on the unmasked
-scores push each token's routing mass into one group, the new one where no old expert holds it. At inference
-nothing applies.
+A token is *new* if its best new row scores clearly higher than its best old row, *old* in the opposite case,
+and *ambiguous* in between. During training of every task after the first, only tokens of the admitted types
+(new ones, in the paper) may use the new experts; in the second half of the task, two losses on the unmasked
+scores push each token's routing mass into one group, the new one unless an old expert holds the token. None
+of this applies at inference.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,37 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.moe import LayerRecord
+from unimoe.moe.records import real_tokens
 
 TYPES = ("old", "ambiguous", "new")
-"""Token types by their number."""
+"""Token types, indexed by OLD, AMBIGUOUS and NEW."""
 OLD, AMBIGUOUS, NEW = range(3)
 
 
 @dataclass
 class GuidanceConfig:
-    """The switches of DyMoE; where paper notes and released code disagree, the default follows the code."""
+    """The switches of DyMoE; where the paper and the released code differ, the default follows the code."""
 
     assign: bool = True
-    """Token assignment guidance (TAG); off, and with both losses at 0, this is IncMoELoRA."""
+    """Token assignment guidance (TAG); without it, and with both losses at 0, this is IncMoELoRA."""
     threshold: float = 0.2
-    """tau: relative difference of the best scores from which a token belongs to one side."""
+    """tau: relative difference of the best scores above which a token is old or new."""
     admit: tuple[str, ...] = ("new",)
     """Token types that may use the new experts; ("ambiguous",) and ("old",) are the diagnosis experiment."""
     exclusive: bool = True
-    """Admitted tokens use the new experts only (code); off: old ones as well (notes)."""
+    """Admitted tokens use only the new experts (code); false: the old ones as well (paper)."""
     warmup_steps: int = 0
-    """Steps of a task before guidance begins; 0 in the paper. Few tokens are new to rows of chance."""
+    """Steps of a task before guidance starts; 0 in the paper. Few tokens are new to randomly initialised
+    rows."""
     exclusivity: float = 1e-3
     """Weight of L_exc, mean of g_old * g_new."""
     specialization: float = 1e-3
     """Weight of L_spe, binary cross-entropy of g_new against 1 - max old weight."""
     loss_temperature: float = 0.1
-    """Temperature of the softmax in both losses; the routing's own is far smaller."""
+    """Temperature of the softmax in both losses; that of the routing is far smaller."""
     loss_start: float = 0.5
-    """Share of a task's steps before the losses begin; their weight then rises linearly."""
+    """Fraction of a task's steps before the losses start; their weight then rises linearly."""
     balance: float = 0.0
-    """Weight of a load-balance loss over the new experts, of one process's rows of like length at a time: in
-    the paper (1e-2), not in its code."""
+    """Weight of a load-balance loss over the new experts, computed per process and per batch of similar
+    lengths: in the paper (1e-2), not in its code."""
 
     def __post_init__(self) -> None:
         self.admit = tuple(self.admit)
@@ -63,14 +65,25 @@ class GuidanceConfig:
                 raise UserError(f"guidance.{name} is {getattr(self, name)}, expected at least 0")
 
 
-def top_gates(scores_TE: Tensor, k: int, temperature: float, mask_TE: Tensor | None = None) -> Tensor:
-    """softmax(s / temperature) over each token's k largest scores among those that ``mask`` allows (True), as
-    [T, E] with zeros elsewhere."""
+def top_weights(
+    scores_TE: Tensor, k: int, temperature: float, mask_TE: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each token's k best experts among those that ``mask`` allows (True), and their weights.
+
+    Returns:
+        Expert indices [T, K] and softmax(s / temperature) over them [T, K]; an expert that is masked and
+        still listed, for want of others, has weight 0.
+    """
     if mask_TE is not None:
         scores_TE = scores_TE.masked_fill(~mask_TE, -torch.inf)
-    # also where all are kept: sorted, the softmax adds up the same way however many masked experts there are
+    # also where all are kept: sorted, the softmax sums in the same order however many experts are masked
     kept_TK, index_TK = scores_TE.topk(min(k, scores_TE.shape[-1]), dim=-1)
-    weight_TK = (kept_TK / temperature).softmax(dim=-1)
+    return index_TK, (kept_TK / temperature).softmax(dim=-1)
+
+
+def _top_dense(scores_TE: Tensor, k: int, temperature: float) -> Tensor:
+    """``top_weights`` of unmasked scores as [T, E] with zeros elsewhere."""
+    index_TK, weight_TK = top_weights(scores_TE, k, temperature)
     return torch.zeros_like(scores_TE).scatter(-1, index_TK, weight_TK)
 
 
@@ -84,7 +97,7 @@ def token_types(scores_TE: Tensor, old: int, threshold: float) -> Tensor:
 
 
 def assignment(scores_TE: Tensor, old: int, config: GuidanceConfig) -> Tensor:
-    """[T, E] bool: the experts that each token may use."""
+    """[T, E] bool: the experts that each token may use; the first ``old`` are those of earlier tasks."""
     type_T = token_types(scores_TE, old, config.threshold)
     admitted_T1 = torch.isin(type_T, torch.tensor(_numbers(config.admit), device=type_T.device))[:, None]
     is_new_E = torch.arange(scores_TE.shape[-1], device=scores_TE.device) >= old
@@ -98,31 +111,27 @@ def _numbers(names: tuple[str, ...]) -> list[int]:
 
 @dataclass
 class ScoreLosses:
-    """Both losses of one router, means over valid tokens, and the target that drives the second."""
+    """Both losses, means over tokens, and the target of the second."""
 
     exclusivity: Tensor
     specialization: Tensor
     target_T: Tensor
-    """y = 1 - max old weight of each valid token, detached."""
+    """y = 1 - max old weight of each token, detached."""
 
 
-def score_losses(
-    scores_TE: Tensor, old: int, k: int, temperature: float, valid_T: Tensor | None = None
-) -> ScoreLosses:
-    """L_exc and L_spe of one router on its unmasked scores."""
+def score_losses(scores_TE: Tensor, old: int, k: int, temperature: float) -> ScoreLosses:
+    """L_exc and L_spe on unmasked scores, those of one router or of several below each other."""
     with torch.autocast(scores_TE.device.type, enabled=False):  # CUDA's refuses binary_cross_entropy
-        weight_TE = top_gates(scores_TE, k, temperature)
-        if valid_T is not None:
-            weight_TE = weight_TE[valid_T]
+        weight_TE = _top_dense(scores_TE, k, temperature)
         old_T, new_T = weight_TE[:, :old].sum(-1), weight_TE[:, old:].sum(-1).clamp(0, 1)
         target_T = (1 - weight_TE[:, :old].amax(-1).detach()).clamp(0, 1)
         return ScoreLosses((old_T * new_T).mean(), F.binary_cross_entropy(new_T, target_T), target_T)
 
 
-def new_expert_balance(gate_TE: Tensor, scores_TE: Tensor, old: int, temperature: float) -> Tensor:
+def new_expert_balance(weight_TE: Tensor, scores_TE: Tensor, old: int, temperature: float) -> Tensor:
     """N * sum_i f_i P_i over the new experts: f_i their share of dispatches, P_i their mean probability among
     the new (our reading of the paper's L_aux); 1 when uniform."""
-    used_N = (gate_TE[:, old:] > 0).float().sum(0)
+    used_N = (weight_TE[:, old:] > 0).float().sum(0)
     share_N = used_N / used_N.sum().clamp(min=1)
     probs_N = (scores_TE[:, old:] / temperature).softmax(-1).mean(0)
     return len(share_N) * (share_N * probs_N).sum()
@@ -130,42 +139,34 @@ def new_expert_balance(gate_TE: Tensor, scores_TE: Tensor, old: int, temperature
 
 @dataclass
 class Observation:
-    """What one router did with the valid tokens of the forward passes since the last :meth:`Guide.take`."""
+    """What the routers of one block did with the real tokens of some forward passes, summed over tokens and
+    projections."""
 
     tokens: float = 0
     types: Tensor = field(default_factory=lambda: torch.zeros(3))
     """Tokens of each type, in the order of TYPES; zeros on the first task."""
     mass: Tensor = field(default_factory=lambda: torch.zeros(1))
-    """[banks] summed routing weight of each bank's experts."""
+    """[banks] routing weight of each bank's experts."""
     target: Tensor = field(default_factory=lambda: torch.zeros(3))
-    """Sum, sum of squares of the losses' target y, and the tokens it was taken over."""
+    """Sum and sum of squares of the losses' target y, and the number of tokens it was taken over."""
 
 
 class Guide:
-    """What all routers of a model share: the task's phase, which tokens are real, and what was seen.
+    """The state of guidance that all routers of a model share: task and step.
 
     A plain object that the routers hold, not a context variable: with gradient checkpointing a layer runs
-    again in the backward pass, perhaps in another thread, and must find the same flags there. The second run
-    computes the losses again (checkpointing compares what was saved) but does not collect them.
+    again in the backward pass, perhaps in another thread, and must find the same state there.
     """
 
     def __init__(self, config: GuidanceConfig):
         self.config = config
-        self.valid_T: Tensor | None = None
-        """[T] bool of the running forward pass; None when nothing is padded."""
         self.guided = False
-        """Whether a task after the first is being learned."""
+        """Whether a task after the first is being trained."""
         self.step, self.steps = 0, 1
-        self.terms: list[Tensor] = []
-        """Weighted losses of the routers, of the forward passes inside ``collect``."""
-        self.seen: dict[str, Observation] = {}
-        self.watching = True
-        """Whether to count what the routers do; costs about as much as the routing itself."""
-        self._collecting = False
 
     def start(self, guided: bool) -> None:
-        """At the first step of a task, before its first batch: nothing is left of the task before."""
-        self.guided, self.step, self.valid_T, self.seen = guided, 0, None, {}
+        """Reset to the first step of a task."""
+        self.guided, self.step = guided, 0
 
     @property
     def ramp(self) -> float:
@@ -173,69 +174,66 @@ class Guide:
         start = self.config.loss_start * self.steps
         return min(max((self.step - start) / max(self.steps - 1 - start, 1e-9), 0.0), 1.0)
 
-    @contextmanager
-    def collect(self, valid_T: Tensor | None) -> Iterator[list[Tensor]]:
-        """Around one forward pass: yields the list that the routers' loss terms go to."""
-        self.valid_T, self.terms, self._collecting = valid_T, [], True
-        try:
-            yield self.terms
-        finally:
-            self._collecting = False
-
-    def take(self) -> dict[str, Observation]:
-        """What was seen since the last call, by router."""
-        seen, self.seen = self.seen, {}
-        return seen
-
     def mask(self, scores_TE: Tensor, old: int) -> Tensor | None:
-        """What TAG allows (:func:`assignment`) with ``old`` experts of earlier tasks, or None while it is
-        off."""
+        """What TAG allows (:func:`assignment`) with ``old`` experts of earlier tasks; None while TAG is
+        inactive."""
         if not (self.guided and self.config.assign and self.step >= self.config.warmup_steps):
             return None
         return assignment(scores_TE.detach(), old, self.config)
 
-    def observe(
-        self, name: str, scores_TE: Tensor, gate_TE: Tensor, sizes: list[int], k: int, temperature: float
-    ) -> None:
-        """Add a router's losses to ``terms`` and its counts to ``seen``; ``sizes`` are the experts of each
-        bank, the new one last."""
-        config, old = self.config, sum(sizes[:-1])
-        losses = None
-        if self.guided and self.ramp > 0 and (config.exclusivity or config.specialization):
-            losses = score_losses(scores_TE, old, k, config.loss_temperature, self.valid_T)
-            term = config.exclusivity * losses.exclusivity + config.specialization * losses.specialization
-            self._add(self.ramp * term)
-        if self.guided and config.balance:
-            kept = slice(None) if self.valid_T is None else self.valid_T
-            term = new_expert_balance(gate_TE[kept], scores_TE[kept], old, temperature)
-            self._add(config.balance * term)
-        if self._collecting and self.watching:
-            self._count(name, scores_TE.detach(), gate_TE.detach(), sizes, k, losses)
+    def loss(
+        self, records: Sequence[LayerRecord], old: int, k: int, temperature: float
+    ) -> tuple[Tensor, int] | None:
+        """The weighted losses of one step.
 
-    def _add(self, term: Tensor) -> None:
-        if self._collecting:
-            self.terms.append(term)
+        Args:
+            records: of all routers, each with ``old`` experts of earlier tasks.
+            old: see above.
+            k: experts that a token keeps.
+            temperature: of the routing.
+
+        Returns:
+            Mean over real tokens and routers, and the number of those; None where the losses do not apply,
+            which depends on the configuration and the step alone.
+        """
+        config = self.config
+        scored = self.ramp > 0 and bool(config.exclusivity or config.specialization)
+        if not self.guided or not (scored or config.balance):
+            return None
+        scores = [_real(record.routing.logits_TE, record) for record in records]
+        scores_TE = torch.cat(scores)
+        total, count = scores_TE.new_zeros(()), len(scores_TE)
+        if scored:
+            losses = score_losses(scores_TE, old, k, config.loss_temperature)
+            term = config.exclusivity * losses.exclusivity + config.specialization * losses.specialization
+            total = total + self.ramp * term
+        if config.balance:
+            for record, part_TE in zip(records, scores, strict=True):
+                weight_TE = _real(record.routing.dense(), record)
+                term = new_expert_balance(weight_TE, part_TE, old, temperature)
+                total = total + config.balance * len(part_TE) / count * term
+        return total, count
 
     @torch.no_grad()
-    def _count(
-        self,
-        name: str,
-        scores_TE: Tensor,
-        gate_TE: Tensor,
-        sizes: list[int],
-        k: int,
-        losses: ScoreLosses | None,
-    ) -> None:
-        if self.valid_T is not None:
-            scores_TE, gate_TE = scores_TE[self.valid_T], gate_TE[self.valid_T]
-        seen = self.seen.setdefault(name, Observation(mass=torch.zeros(len(sizes))))
-        seen.tokens += len(scores_TE)
-        seen.mass += torch.stack([part.sum() for part in gate_TE.split(sizes, -1)]).cpu()
-        if self.guided:
-            old = sum(sizes[:-1])
-            types_T = token_types(scores_TE, old, self.config.threshold)
-            seen.types += torch.bincount(types_T, minlength=3).cpu()
-            if losses is None:
-                losses = score_losses(scores_TE, old, k, self.config.loss_temperature)
-            y_T = losses.target_T
-            seen.target += torch.tensor([y_T.sum().item(), y_T.square().sum().item(), len(y_T)])
+    def observe(self, records: Iterable[LayerRecord], sizes: Sequence[int], k: int) -> dict[int, Observation]:
+        """What the routers of each block did; ``sizes`` are the experts of each bank, the new one last."""
+        blocks: dict[int, Observation] = {}
+        old = sum(sizes[:-1])
+        for record in records:
+            scores_TE = _real(record.routing.logits_TE, record)
+            weight_TE = _real(record.routing.dense(), record)
+            seen = blocks.setdefault(record.layer, Observation(mass=torch.zeros(len(sizes))))
+            seen.tokens += len(scores_TE)
+            seen.mass += torch.stack([part.sum() for part in weight_TE.split(list(sizes), -1)]).cpu()
+            if self.guided:
+                types_T = token_types(scores_TE, old, self.config.threshold)
+                seen.types += torch.bincount(types_T, minlength=3).cpu()
+                y_T = score_losses(scores_TE, old, k, self.config.loss_temperature).target_T
+                seen.target += torch.tensor([y_T.sum().item(), y_T.square().sum().item(), len(y_T)])
+        return blocks
+
+
+def _real(value_TE: Tensor, record: LayerRecord) -> Tensor:
+    """The rows of tokens that are not padding."""
+    real_T = real_tokens(record)
+    return value_TE if real_T is None else value_TE[real_T]

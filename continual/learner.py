@@ -1,4 +1,4 @@
-"""The model that learns: a frozen base with adapters on its decoder, and what strategies ask of it.
+"""The model that learns: a frozen base with adapters on its decoder.
 
 Shapes: B rows, T tokens of a row.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -20,19 +20,21 @@ from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
-from unimoe.moe.lora_linear import PROJECTIONS, AdaptedLinear, adapt, adapter_size, plain_rank
+from unimoe.moe.lora_linear import PROJECTIONS, LoRABank, LoRALinear, adapt, adapter_size, plain_rank
+
+from .router import CosineTopK
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class AdapterConfig:
-    """Size and place of what each task may train: the same budget for every strategy."""
+    """Size and place of the adapters: the same budget of trained weights per task for every strategy."""
 
     experts: int = 16
     """Experts of a bank."""
     rank: int = 4
-    """Rank of each expert; a plain LoRA gets the rank that has as many weights as a routed bank."""
+    """Rank of each expert; a plain LoRA gets the rank at which it has as many weights as a routed bank."""
     alpha: float = 128.0
     """The update is scaled by alpha / (experts * rank) (128 / 64 in DyMoE's port; upstream's is not
     confirmed)."""
@@ -57,21 +59,22 @@ class Learner:
         features: str | Path | None = None,
         max_length: int | None = None,
     ):
-        """``features`` is the folder in which the frozen encoders' outputs are kept; None encodes each
-        time."""
+        """``features`` is the folder of the cached outputs of the frozen encoders; None encodes each time.
+
+        Raises:
+            UserError: for fewer than one expert, or adapters that match no layer.
+        """
         if config.experts < 1 or config.rank < 1:
             raise UserError(
                 f"adapters need experts and rank of at least 1, found {config.experts}, {config.rank}"
             )
         self.model, self.processor, self.config = model, processor, config
-        model.requires_grad_(False).eval()  # nothing of the base has a training mode that we want
+        model.requires_grad_(False).eval()  # dropout and the like of the base stay off
         self.decoder: nn.Module = model.model.language_model
-        self.layers: dict[str, AdaptedLinear] = adapt(
-            self.decoder, config.targets, config.layers, config.scale
-        )
+        self.layers: dict[str, LoRALinear] = adapt(self.decoder, config.targets, config.layers, config.scale)
         self.recomputes = False
         self.divided = False
-        """Whether processes share the base, and must run it together."""
+        """Whether the base is sharded over processes, which must then run it together."""
         self.features: FeatureCache | None = None
         if features is not None and len(model.model.encoders):
             towers: dict[str, Encoder] = dict(model.model.encoders.items())  # type: ignore[arg-type]
@@ -79,8 +82,8 @@ class Learner:
         self.collator = Collator(processor, max_length, self.features)
 
     def divide(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-        """Keep this process's share of the base's blocks, which gather their weights when they run (FSDP2).
-        Adapters, which come later, and all outside the blocks stay whole on every process."""
+        """Shard the blocks of the base over the processes (FSDP2). Adapters, which are added later, and
+        everything outside the blocks are replicated."""
         for block in self.decoder.layers:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.decoder, mesh=mesh, ignored_params=set(self.decoder.parameters()))
@@ -93,18 +96,17 @@ class Learner:
         size = (self.config.experts, self.config.rank)
         return sum(adapter_size(layer, *size, routed=True) for layer in self.layers.values())
 
-    def grow_plain(self) -> None:
-        """One more plain LoRA of the budget on every layer."""
+    def add_lora(self) -> None:
+        """Add a plain LoRA of the budget to every layer."""
         for layer in self.layers.values():
-            layer.grow(1, plain_rank(layer, self.config.experts, self.config.rank))
+            layer.add_bank(1, plain_rank(layer, self.config.experts, self.config.rank))
 
-    def grow_experts(self) -> None:
-        """One more bank of the budget's experts on every layer; its router is the strategy's affair."""
-        for layer in self.layers.values():
-            layer.grow(self.config.experts, self.config.rank)
+    def add_experts(self) -> list[LoRABank]:
+        """Add a bank of the budget's experts to every layer; their router belongs to the strategy."""
+        return [layer.add_bank(self.config.experts, self.config.rank) for layer in self.layers.values()]
 
     def adapters(self) -> dict[str, nn.Parameter]:
-        """Every parameter of banks and routers by name."""
+        """Every parameter of banks and routers, by name."""
         return {
             f"{name}.{inner}": parameter
             for name, layer in self.layers.items()
@@ -113,28 +115,32 @@ class Learner:
         }
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Those of them that train now."""
+        """Those that are trainable now."""
         return {name: p for name, p in self.adapters().items() if p.requires_grad}
 
-    def freeze_banks(self, but: int | None = None) -> None:
-        """Freeze every bank and router row of every layer, except those of bank ``but`` (-1: the newest)."""
+    def train_bank(self, index: int | None) -> None:
+        """Freeze all adapters except bank ``index`` (-1: the newest) and its router; None freezes all."""
         for layer in self.layers.values():
-            layer.banks.requires_grad_(False)
-            rows = getattr(layer.gating, "rows", None)
-            if rows is not None:
-                rows.requires_grad_(False)
-            if but is not None:
-                layer.banks[but].requires_grad_(True)
-                if rows is not None:
-                    rows[but].requires_grad_(True)
+            layer.requires_grad_(False)
+            if index is None:
+                continue
+            layer.lora_banks[index].requires_grad_(True)
+            if isinstance(layer.router, CosineTopK):
+                layer.router.rows[index].requires_grad_(True)
+            elif layer.router is not None:
+                layer.router.requires_grad_(True)
 
     def check_budget(self, tolerance: float = 0.02) -> int:
-        """The number of weights that train now. Raises UserError when it is off the budget."""
+        """Number of weights that are trainable now.
+
+        Raises:
+            UserError: if it differs from the budget by more than ``tolerance``.
+        """
         found, budget = sum(p.numel() for p in self.trainable().values()), self.budget()
         if abs(found / budget - 1) > tolerance:
             raise UserError(
-                f"{found:,} weights train, but the budget of each task is {budget:,}, and strategies of "
-                "unequal budgets cannot be compared; is adapters.rank too small to be divided evenly?"
+                f"{found:,} weights are trained, but the budget of each task is {budget:,}; strategies with "
+                "different budgets cannot be compared; is adapters.rank too small to be divided evenly?"
             )
         return found
 
@@ -145,14 +151,11 @@ class Learner:
         return self.model.device
 
     def collate(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Batches of rows of like length; one batch where layers run again in the backward pass, so that what
-        the routers know about padding is that of the same rows."""
-        parts = [self.collator(samples)] if self.recomputes else self.collator.bucket_by_length(samples)
-        return [to_device(part, self.device) for part in parts]
+        """Batches of rows of similar length, on the model's device."""
+        return [to_device(part, self.device) for part in self.collator.bucket_by_length(samples)]
 
     def recompute(self, on: bool) -> None:
-        """Gradient checkpointing: blocks run again in the backward pass (never in the reentrant form, which
-        loses what routers add to the loss)."""
+        """Switch gradient checkpointing; routers see the same context in both runs of a block."""
         if on == self.recomputes:
             return
         self.recomputes = on
@@ -165,7 +168,6 @@ class Learner:
                 block.training = on  # blocks recompute in training mode only; their parts stay as they are
 
 
-def valid_tokens(part: dict[str, Any]) -> Tensor | None:
-    """[B * T] bool, False on padding; None when there is none."""
-    mask = part.get("attention_mask")
-    return None if mask is None or bool(mask.all()) else mask.flatten().bool()
+def current_names(state: dict[str, Any]) -> dict[str, Any]:
+    """A saved state under today's names: until version 0.2 routers were called ``gating``."""
+    return {name.replace(".gating.", ".router."): value for name, value in state.items()}

@@ -25,7 +25,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from unimoe.artifacts import differences, flatten
 from unimoe.continual.strategies import Strategy
-from unimoe.continual.strategies.dymoe import IncMoELoRA
 from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
 from unimoe.model.build import build_model
@@ -37,7 +36,7 @@ from unimoe.training.sharding import mixed_precision_policy
 
 from .answers import evaluate, routing_of
 from .export import weights_fingerprint
-from .learner import AdapterConfig, Learner
+from .learner import AdapterConfig, Learner, current_names
 from .metrics import AccuracyMatrix
 from .routing_log import drift
 from .stream import Experience, Stream, StreamConfig
@@ -144,7 +143,7 @@ class Run:
         for index, task in enumerate(self.tasks):
             with torch.random.fork_rng():
                 torch.manual_seed(self.config.seed * 1009 + index)  # a new bank's numbers
-                self.strategy.grow(index)
+                self.strategy.model_adaptation(index)
             if index >= done:
                 self._learn(task)
             elif index == done - 1 or self._read_row(index) is None:
@@ -161,7 +160,8 @@ class Run:
             self._untrained()
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed * 1009 + task.index)
-            strategy.begin(task)
+            strategy.learner.train_bank(-1)
+            strategy.before_training_exp(task)
             trained = strategy.learner.check_budget()
             label = f"[{task.index + 1}/{len(self.tasks)}] {task.name}"
             log.info("%s  %s trains %s weights", label, strategy.name, f"{trained:,}")
@@ -173,7 +173,8 @@ class Run:
             strategy.learner.recompute(False)
             nn.Module.to(strategy.learner.model, self.fabric.device)  # the trainer leaves it on the CPU
             began = time.monotonic()
-            strategy.end(task)
+            strategy.after_training_exp(task)
+            strategy.learner.train_bank(None)
         self._keep(folder, trained, seconds + time.monotonic() - began)
 
     @rank_zero_only
@@ -198,7 +199,7 @@ class Run:
         began, scores, routing = time.monotonic(), {}, {}
         for task in self.stream.experiences[: seen + ahead]:
             scores[task.name] = evaluate(self.strategy, task, self.config.eval_batch_size)
-            if isinstance(self.strategy, IncMoELoRA) and self.config.probes and task.index < seen:
+            if self.strategy.routed and self.config.probes and task.index < seen:
                 found = routing_of(self.strategy, task, self.config.probes)
                 routing[task.name] = {**found, "drift": drift(found["mass"], task.index)}
             log.info("      %-20s %5.1f", task.name, scores[task.name]["accuracy"])
@@ -364,16 +365,16 @@ def check_base(run: str | Path, noted: str, base: str) -> None:
 def load_state(folder: Path, strategy: Strategy) -> None:
     """Give a strategy, grown as far as that, the adapters and the memory that a task left in its folder."""
     state = _state(folder, strategy.learner.device)
-    parameters = strategy.learner.adapters()
-    if parameters.keys() != state["adapters"].keys():
+    adapters, parameters = current_names(state["adapters"]), strategy.learner.adapters()
+    if parameters.keys() != adapters.keys():
         raise UserError(
             f"{folder}/state.pt does not belong to this run; delete {folder.parent} to begin anew"
         )
     with torch.no_grad():
-        for name, value in state["adapters"].items():
+        for name, value in adapters.items():
             parameters[name].copy_(value)
     strategy.memory = state["memory"]
-    strategy.learner.freeze_banks()
+    strategy.learner.train_bank(None)
 
 
 def _state(folder: Path, device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The directions that earlier tasks' tokens have in common, at every adapted projection.
+"""Principal directions of earlier tasks' tokens, at every adapted projection.
 
 Shapes: T tokens, D inputs of a projection, O directions of earlier tasks, P new ones.
 """

@@ -19,6 +19,7 @@ from torch.distributed import all_reduce
 from unimoe.continual.strategies import Strategy
 from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.errors import UserError, first_line
+from unimoe.moe import record
 from unimoe.training.curve import CurveLogger
 from unimoe.training.elastic import check_processes, own_store
 from unimoe.training.loader import ResumableLoader
@@ -27,6 +28,7 @@ from unimoe.training.progress import PlainProgress
 from unimoe.training.ranks import mean_over_ranks
 from unimoe.training.resume import LastCheckpoint, latest_checkpoint
 
+from .learner import current_names
 from .stream import Experience
 
 log = logging.getLogger(__name__)
@@ -134,28 +136,33 @@ class TaskModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         trained = self.strategy.learner.trainable()
-        routers = [p for name, p in trained.items() if ".gating." in name]
-        others = [p for name, p in trained.items() if ".gating." not in name]
+        routers = [p for name, p in trained.items() if ".router." in name]
+        others = [p for name, p in trained.items() if ".router." not in name]
         router_lr = self.config.lr if self.config.router_lr is None else self.config.router_lr
         rates = ((others, self.config.lr), (routers, router_lr))
         groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
         return self.scheduled(torch.optim.AdamW(groups, weight_decay=self.config.weight_decay))
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
-        step = self.global_step
-        self.strategy.watched = step % self.config.log_every == 0
-        loss = self.strategy.loss(batch, step, self.steps)
-        # guidance may keep every token of a process from what trains: gradients are then zero, not missing
-        loss = loss + sum(0.0 * p.sum() for p in self.strategy.learner.trainable().values())
+        step, strategy = self.global_step, self.strategy
+        strategy.before_training_iteration()
+        with record() as records:
+            loss = strategy.loss(batch, step, self.steps) + strategy.penalty()
+        # guidance may keep all tokens of a process from the trained bank, whose gradients are then zero
+        loss = loss + sum(0.0 * p.sum() for p in strategy.learner.trainable().values())
         shown = mean_over_ranks(loss).item()
         if not math.isfinite(shown):
             raise UserError(f"the loss is {shown} at step {step}; try a smaller training.lr")
         self.log_row({"loss": shown, "lr": self.config.lr * self.rate(step, self.steps)}, batch_idx)
-        seen = self.strategy.observed() if self.strategy.watched else {}
+        seen = strategy.routing(records) if step % self.config.log_every == 0 else {}
         if seen and self.trainer.is_global_zero:
             with self.routing_log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **seen}) + "\n")
         return loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = current_names(checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
 
 
 class SharedSampler(MixedBatchSampler):
@@ -214,7 +221,7 @@ def _loader(
 ) -> ResumableLoader:
     """A rank's share of batches of the task's samples, joined by what the strategy rehearses; a function of
     seed and step."""
-    past, joined = strategy.rehearsed(task, batch_size)
+    past, joined = strategy.replay_samples(task, batch_size)
     sizes, counts = [len(task.samples)], [batch_size]
     if joined:
         sizes, counts = [*sizes, len(past)], [*counts, joined]

@@ -98,7 +98,7 @@ def test_a_bank_gives_the_same_logits_here_and_in_peft():
     routed, plain = (build_model(str(WRITTEN / "llm"), {}, None, "chatml")[0] for _ in range(2))
     layers = adapt(routed.model.language_model, scale=2.0)  # alpha 8 over 4 experts of rank 1
     for layer in layers.values():
-        layer.gating = CosineTopK(layer.in_features, k=4, temperature=0.1)
+        layer.router = CosineTopK(layer.in_features, k=4, temperature=0.1)
     import_bank(WRITTEN / "bank", layers)
     averaged = PeftModel.from_pretrained(plain, str(WRITTEN / "bank"))
     with torch.no_grad():

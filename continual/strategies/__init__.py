@@ -1,16 +1,17 @@
-"""What is done against forgetting: one strategy a file, found by its class name in YAML."""
+"""Strategies against forgetting, one per file."""
 
 import pkgutil
 from importlib import import_module
 
 from .base import Strategy
+from .combined import Combined
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 
 def strategies() -> dict[str, type[Strategy]]:
-    """Every strategy by its name in reports, in the order of the modules."""
+    """Every strategy by name, sorted."""
     found: dict[str, type[Strategy]] = {}
     waiting = [Strategy]
     while waiting:
@@ -21,4 +22,4 @@ def strategies() -> dict[str, type[Strategy]]:
     return dict(sorted(found.items()))
 
 
-__all__ = ["Strategy", "strategies"]
+__all__ = ["Combined", "Strategy", "strategies"]

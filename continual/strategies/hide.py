@@ -1,79 +1,89 @@
-"""HiDe-LLaVA: task-specific top block, shared rest."""
+"""HiDe-LLaVA: task-specific top block, shared rest.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Shapes: B rows of a batch, T tokens (of a row, or of a whole batch in a router), K banks, D features.
+"""
+
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
-from unimoe.moe.lora_linear import block_of
+from unimoe.moe import Context, Router, Routing
 
 from .base import Strategy
 
 
-class TaskGate(nn.Module):
-    """A weight per bank for each row of the batch: all of a row's tokens get it."""
+class TaskRouter(Router):
+    """Weights the banks, one LoRA each, by row of the batch: all tokens of a row get the row's weights."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_experts = 0
+        """Banks so far."""
         self.weight_BK: Tensor | None = None
-        """[rows, banks]; None opens the newest bank alone, as in training."""
-        self.banks = 0
+        """[B, K]; None uses the newest bank alone, as in training."""
 
-    def gate(self, x_TD: Tensor) -> list[Tensor]:
-        """[T, 1] or [1, 1] for each bank (its experts are one wide LoRA)."""
+    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         if self.weight_BK is None:
-            last = self.banks - 1
-            return [x_TD.new_full((1, 1), float(bank == last)) for bank in range(self.banks)]
-        tokens = len(x_TD) // len(self.weight_BK)
-        return list(self.weight_BK.to(x_TD).repeat_interleave(tokens, 0).split(1, dim=-1))
+            weight_TK = x_TD.new_zeros(len(x_TD), self.num_experts)
+            weight_TK[:, -1] = 1.0
+        else:
+            tokens = len(x_TD) // len(self.weight_BK)
+            weight_TK = self.weight_BK.to(x_TD).repeat_interleave(tokens, 0)
+        return Routing.from_mask(weight_TK != 0, weight_TK, weight_TK.log(), weight_TK)
 
 
 class HiDe(Strategy):
-    """A LoRA per task. In training the task's own is alone. At inference the top blocks mix all by how near
-    the question is to each task's prototype, softmax(similarity / temperature); the other blocks sum them
-    (Guo et al., arXiv 2503.12941).
+    """A LoRA per task; training uses the task's own alone. At inference, the top blocks weight all of them by
+    the similarity of the question to each task's prototype, softmax(similarity / temperature), and the other
+    blocks sum them (Guo et al., arXiv 2503.12941).
 
-    Prototypes are running means, one a modality, of what the model itself sees: frozen encoders' outputs and
-    embeddings of the text; similarity is the mean cosine over the question's modalities (the original has
-    CLIP's picture and text towers, with which this agrees for pictures with a text). The original sums A's
-    and B's separately, which adds cross terms between tasks; here it is the sum of the products.
+    Prototypes are running means, one per modality, of the model's own features: outputs of the frozen
+    encoders and text embeddings; similarity is the mean cosine over the question's modalities (the original
+    uses CLIP's image and text towers; for images with text both agree). The original sums A and B
+    separately, which adds cross terms between tasks; here the products are summed.
     """
 
     name = "hide"
+    shares_adapters = False
 
     def __init__(self, temperature: float = 0.1, top_blocks: int = 1):
         """
         Args:
             temperature: of the softmax over tasks.
-            top_blocks: blocks that are mixed by task, from the top; 0 or fewer means all (as DISCO).
+            top_blocks: number of top blocks that are weighted by task; 0 or fewer means all (as in DISCO).
+
+        Raises:
+            UserError: for a ``temperature`` that is not above 0.
         """
         super().__init__()
         if temperature <= 0:
             raise UserError(f"hide needs a temperature above 0, found {temperature}")
         self.temperature, self.top_blocks = temperature, top_blocks
-        self.shared, self.mixed = TaskGate(), TaskGate()
+        self.shared, self.mixed = TaskRouter(), TaskRouter()
 
     def attach(self, learner: Learner) -> None:
+        """
+        Raises:
+            UserError: for more ``top_blocks`` than blocks that have adapters.
+        """
         super().attach(learner)
-        blocks = sorted({block_of(name) for name in learner.layers})
+        blocks = sorted({layer.block for layer in learner.layers.values()})
         if self.top_blocks > len(blocks):
             raise UserError(f"hide: top_blocks is {self.top_blocks}, and {len(blocks)} blocks are adapted")
         top = set(blocks[-self.top_blocks :] if self.top_blocks > 0 else blocks)
-        for name, layer in learner.layers.items():
-            layer.gating = self.mixed if block_of(name) in top else self.shared
+        for layer in learner.layers.values():
+            layer.router = self.mixed if layer.block in top else self.shared
 
-    def grow(self, index: int) -> None:
-        self.learner.grow_plain()
-        self.shared.banks = self.mixed.banks = index + 1
+    def model_adaptation(self, index: int) -> None:
+        self.learner.add_lora()
+        self.shared.num_experts = self.mixed.num_experts = index + 1
 
-    def end(self, task: Experience) -> None:
-        super().end(task)
+    def after_training_exp(self, task: Experience) -> None:
         sums: dict[str, Tensor] = {}
         for sample in task.samples:
             for kind, vector_D in self.describe(self.learner.collate([sample])[0])[0].items():
@@ -82,7 +92,7 @@ class HiDe(Strategy):
 
     @torch.no_grad()
     def describe(self, part: dict[str, Any]) -> list[dict[str, Tensor]]:
-        """One vector a modality for each row, from what a question holds (no answer is looked at)."""
+        """One vector per modality for each row, from the question alone (answers are not used)."""
         model, ids_BT = self.learner.model, part["input_ids"]
         real_BT = part["attention_mask"].bool()
         media = model.config.token_ids()
@@ -103,8 +113,7 @@ class HiDe(Strategy):
                     row[kind] = vector_ND.mean(0)
         return rows
 
-    @contextmanager
-    def answering(self, batch: dict[str, Any]) -> Iterator[None]:
+    def before_eval(self, batch: dict[str, Any]) -> None:
         similarity_BK = torch.tensor(
             [
                 [self._similarity(row, prototype) for prototype in self.memory.get("prototypes", {}).values()]
@@ -114,13 +123,12 @@ class HiDe(Strategy):
         if similarity_BK.numel():
             self.mixed.weight_BK = (similarity_BK / self.temperature).softmax(-1)
             self.shared.weight_BK = torch.ones_like(similarity_BK)
-        try:
-            yield
-        finally:
-            self.mixed.weight_BK = self.shared.weight_BK = None
+
+    def after_eval(self) -> None:
+        self.mixed.weight_BK = self.shared.weight_BK = None
 
     def _similarity(self, row: dict[str, Tensor], prototype: dict[str, Tensor]) -> float:
-        """Mean cosine over the row's modalities; one that the task never had counts as 0."""
+        """Mean cosine over the row's modalities; a modality that the task never had counts as 0."""
         cosines = [
             float(F.cosine_similarity(vector_D, prototype[kind], dim=0)) if kind in prototype else 0.0
             for kind, vector_D in row.items()
@@ -129,9 +137,9 @@ class HiDe(Strategy):
 
 
 def _items(places_B: Tensor, items: int) -> Tensor:
-    """How many of a medium's items each row has, by its places for them: one, or in proportion.
+    """Number of items of a modality in each row, from its placeholder tokens: one, or in proportion.
 
-    That is exact where all items take as many places, as pictures do.
+    Exact if all items have the same number of placeholders, as images do.
     """
     if items == (places_B > 0).sum():
         return (places_B > 0).long()

@@ -19,16 +19,20 @@ from .base import Strategy
 class LwF(Strategy):
     """loss + alpha T^2 KL(p_old || p_new) on the answers of the new data (Li and Hoiem, arXiv 1606.09282).
 
-    The teacher is the same base with the adapter as the last task left it: no second model.
+    The teacher is the same base with the adapter as the previous task left it: no second model is kept.
     """
 
     name = "lwf"
+    needs_shared_adapters = True
 
     def __init__(self, alpha: float = 1.0, temperature: float = 2.0):
         """
         Args:
             alpha: weight of the distillation.
             temperature: of both distributions.
+
+        Raises:
+            UserError: for a negative ``alpha`` or a ``temperature`` that is not above 0.
         """
         super().__init__()
         if alpha < 0 or temperature <= 0:
@@ -51,13 +55,12 @@ class LwF(Strategy):
             count += len(labels_S)
         return rank_weighted(total / max(count, 1), count)
 
-    def end(self, task: Experience) -> None:
-        super().end(task)
+    def after_training_exp(self, task: Experience) -> None:
         self.memory["teacher"] = {name: p.detach().clone() for name, p in self.learner.adapters().items()}
 
     @contextmanager
     def _teacher(self) -> Iterator[None]:
-        """Inside, the adapters are those of the last task."""
+        """Within, the adapters are those of the previous task."""
         parameters = self.learner.adapters()
         student = {name: p.data for name, p in parameters.items()}
         for name, p in parameters.items():

@@ -3,8 +3,7 @@
 from torch import nn
 
 from unimoe.continual.learner import Learner
-from unimoe.continual.router import SoftmaxGate
-from unimoe.continual.stream import Experience
+from unimoe.continual.router import SoftmaxRouter
 
 from .base import Strategy
 
@@ -12,8 +11,8 @@ from .base import Strategy
 class MoELoRA(Strategy):
     """One bank of experts under a dense softmax router, all trained on every task (CoIN, arXiv 2403.08350).
 
-    A starts from N(0, 0.01^2), as there. The softmax begins near 1 / E, so that an expert's effective scale
-    begins E times below that of a plain LoRA.
+    A is initialised from N(0, 0.01^2), as in CoIN. The softmax starts near 1 / E, so the effective scale of
+    an expert starts E times below that of a plain LoRA.
     """
 
     name = "moelora"
@@ -21,15 +20,9 @@ class MoELoRA(Strategy):
     def attach(self, learner: Learner) -> None:
         super().attach(learner)
         for layer in learner.layers.values():
-            layer.gating = SoftmaxGate(layer.in_features, learner.config.experts).to(layer.weight.device)
+            layer.router = SoftmaxRouter(layer.in_features, learner.config.experts).to(layer.weight.device)
 
-    def grow(self, index: int) -> None:
+    def model_adaptation(self, index: int) -> None:
         if index == 0:
-            self.learner.grow_experts()
-            for layer in self.learner.layers.values():
-                nn.init.normal_(layer.banks[0].A, std=0.01)  # type: ignore[arg-type]
-
-    def begin(self, task: Experience) -> None:
-        super().begin(task)
-        for layer in self.learner.layers.values():
-            layer.gating.requires_grad_(True)  # type: ignore[union-attr]
+            for bank in self.learner.add_experts():
+                nn.init.normal_(bank.A, std=0.01)

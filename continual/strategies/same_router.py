@@ -1,13 +1,12 @@
-"""The router's part of SAME (arXiv 2602.01990), on a fixed mixture of LoRA experts.
+"""The router part of SAME (arXiv 2602.01990), on a fixed mixture of LoRA experts.
 
 Shapes: D inputs of a projection, E experts, O directions of earlier tasks.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from unimoe.continual.router import SoftmaxRouter
 from unimoe.continual.stream import Experience
 from unimoe.continual.subspace import Subspace, outside
 
@@ -15,12 +14,12 @@ from .moelora import MoELoRA
 
 
 class SameRouter(MoELoRA):
-    """MoELoRA whose routers learn later tasks outside of the principal directions of earlier tasks' tokens,
-    so that an old token keeps its experts, whatever these learn.
+    """MoELoRA whose routers learn later tasks outside the principal directions of earlier tasks' tokens, so
+    that an old token keeps its experts, whatever these learn.
 
-    What a task changes is projected, after the optimizer: AdamW would turn a projected gradient out of the
-    complement again. SAME's other parts (gradients rescaled inside the directions, preconditioned experts,
-    experts that freeze) are not here.
+    The change of the weights is projected after the optimizer's step: AdamW would rotate a projected gradient
+    out of the complement. SAME's other parts (gradients rescaled inside the directions, preconditioned
+    experts, experts that freeze) are not implemented.
     """
 
     name = "same_router"
@@ -28,24 +27,21 @@ class SameRouter(MoELoRA):
     def __init__(self, energy: float = 0.9, samples: int = 32):
         """
         Args:
-            energy: share of the squared length of a task's tokens that is kept from the router.
-            samples: of each task, whose tokens the directions are taken from.
+            energy: fraction of the squared length of a task's tokens that is protected from the router.
+            samples: of each task, whose tokens the directions are computed from.
         """
         super().__init__()
         self.subspace = Subspace(energy, samples)
 
     @torch.no_grad()
-    def begin(self, task: Experience) -> None:
-        super().begin(task)
-        self.memory["before"] = {name: self._router(name).clone() for name in self.learner.layers}
+    def before_training_exp(self, task: Experience) -> None:
+        self.memory["before"] = {name: weight_ED.clone() for name, weight_ED in self._weights().items()}
 
-    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
-        self._keep_out()
-        return super().loss(batch, step, steps)
+    def before_training_iteration(self) -> None:
+        self._project()
 
-    def end(self, task: Experience) -> None:
-        super().end(task)
-        self._keep_out()
+    def after_training_exp(self, task: Experience) -> None:
+        self._project()
         del self.memory["before"]
         self.memory["basis"] = self.subspace.grown(self._basis(), self.learner, task)
 
@@ -53,11 +49,18 @@ class SameRouter(MoELoRA):
         """[O, D] by projection, orthonormal rows."""
         return self.memory.get("basis", {})
 
-    def _router(self, name: str) -> Tensor:
-        return self.learner.layers[name].gating.weight  # type: ignore[union-attr, return-value]
+    def _weights(self) -> dict[str, Tensor]:
+        """[E, D] weight of the router of each projection."""
+        return {
+            name: layer.router.weight
+            for name, layer in self.learner.layers.items()
+            if isinstance(layer.router, SoftmaxRouter)
+        }
 
     @torch.no_grad()
-    def _keep_out(self) -> None:
+    def _project(self) -> None:
+        """Remove the part of this task's change that lies inside the basis."""
+        weights = self._weights()
         for name, basis_OD in self._basis().items():
-            router_ED, before_ED = self._router(name), self.memory["before"][name]
-            router_ED.copy_(before_ED + outside(router_ED - before_ED, basis_OD))
+            weight_ED, before_ED = weights[name], self.memory["before"][name]
+            weight_ED.copy_(before_ED + outside(weight_ED - before_ED, basis_OD))

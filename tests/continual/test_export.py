@@ -28,9 +28,9 @@ def causal(seed=0):
 def fill(layers, experts=4, rank=2, route=False):
     for layer in layers.values():
         if route:
-            layer.gating = CosineTopK(layer.in_features, 4)
-            layer.gating.grow(experts)
-        torch.nn.init.normal_(layer.grow(experts, rank).B, std=0.1)
+            layer.router = CosineTopK(layer.in_features, 4)
+            layer.router.add_rows(experts)
+        torch.nn.init.normal_(layer.add_bank(experts, rank).B, std=0.1)
 
 
 def test_peft_gives_the_same_outputs(tmp_path):
@@ -55,7 +55,7 @@ def test_a_routed_bank_is_exported_at_the_gate_of_an_undecided_router(tmp_path):
     export_bank(tmp_path / "bank", layers, 0, "model")
     ids = torch.arange(20).reshape(2, 10)
     for layer in layers.values():
-        layer.gating.rows[0].data.copy_(layer.gating.rows[0][:1].clone())  # all rows alike: every weight 1/4
+        layer.router.rows[0].data.copy_(layer.router.rows[0][:1].clone())  # all rows alike: every weight 1/4
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "bank"))
     assert (loaded(ids).logits - model(ids).logits).abs().max() < 1e-5
 
@@ -66,7 +66,7 @@ def test_a_bank_comes_back_with_its_router(tmp_path):
     fill(layers, route=True)
     export_bank(tmp_path / "bank", layers, 0)
     for layer in again.values():
-        layer.gating = CosineTopK(layer.in_features, 4)
+        layer.router = CosineTopK(layer.in_features, 4)
     import_bank(tmp_path / "bank", again)
     ids = torch.arange(20).reshape(2, 10)
     assert torch.equal(model(ids).logits, other(ids).logits)
@@ -102,7 +102,7 @@ def test_a_bank_that_would_mean_something_else_is_refused_whole(tmp_path):
     export_bank(tmp_path / "routed", routed, 0)
     hotter = adapt(causal().model)
     for layer in hotter.values():
-        layer.gating = CosineTopK(layer.in_features, 4, temperature=0.1)
+        layer.router = CosineTopK(layer.in_features, 4, temperature=0.1)
     for bank, layers in (("plain", scaled), ("routed", adapt(causal().model)), ("routed", hotter)):
         with pytest.raises(UserError, match="this bank is of layers with"):
             import_bank(tmp_path / bank, layers)

@@ -17,11 +17,13 @@ from unimoe.continual.guidance import (
     new_expert_balance,
     score_losses,
     token_types,
-    top_gates,
+    top_weights,
 )
 from unimoe.continual.router import CosineTopK
 from unimoe.errors import UserError
-from unimoe.moe.lora_linear import AdaptedLinear
+from unimoe.moe import Context, Routing, record, routing_context
+from unimoe.moe.lora_linear import LoRALinear
+from unimoe.moe.records import LayerRecord
 
 
 def slow_type(row, old, tau):
@@ -55,7 +57,7 @@ def test_types_masks_and_losses_equal_the_slow_reference():
     assert open_mask[:, :old].all() and torch.equal(open_mask[:, old:], mask[:, old:])
 
     valid = torch.rand(200) < 0.7
-    losses = score_losses(scores, old, k, temperature, valid)
+    losses = score_losses(scores[valid], old, k, temperature)
     exc, spe = [], []
     for row, real in zip(scores.tolist(), valid.tolist(), strict=True):
         if not real:
@@ -71,11 +73,12 @@ def test_types_masks_and_losses_equal_the_slow_reference():
     assert losses.specialization.item() == pytest.approx(sum(spe) / len(spe), rel=1e-9)
 
 
-def test_gates_equal_the_slow_reference():
+def test_weights_equal_the_slow_reference():
     scores = torch.randn(50, 9, dtype=torch.float64)
     mask = torch.rand(50, 9) < 0.6
     mask[:, 0] = True
-    gates = top_gates(scores, 4, 0.1, mask)
+    index, weight = top_weights(scores, 4, 0.1, mask)
+    gates = torch.zeros_like(scores).scatter(-1, index, weight)
     for row, allowed, gate in zip(scores.tolist(), mask.tolist(), gates, strict=True):
         masked = [value if ok else -math.inf for value, ok in zip(row, allowed, strict=True)]
         assert gate.tolist() == pytest.approx(slow_weights(masked, 4, 0.1), abs=1e-12)
@@ -113,11 +116,11 @@ def test_balance_of_the_new_experts_is_one_when_uniform():
 
 
 def grown(guide, banks=2, k=4):
-    layer = AdaptedLinear(nn.Linear(8, 6), 2.0, "layer")
-    layer.gating = CosineTopK(8, k, temperature=0.05, guide=guide, name="layer")
+    layer = LoRALinear(nn.Linear(8, 6), 2.0, "layer")
+    layer.router = CosineTopK(8, k, temperature=0.05, guide=guide)
     for _ in range(banks):
-        nn.init.normal_(layer.grow(4, 2).B)
-        layer.gating.grow(4)
+        nn.init.normal_(layer.add_bank(4, 2).B)
+        layer.router.add_rows(4)
     return layer
 
 
@@ -127,8 +130,8 @@ def test_all_tokens_old_is_the_previous_model():
     layer = grown(guide, banks=1)
     x = torch.randn(40, 8)
     before = layer(x)
-    nn.init.normal_(layer.grow(4, 2).B)
-    layer.gating.grow(4)
+    nn.init.normal_(layer.add_bank(4, 2).B)
+    layer.router.add_rows(4)
     guide.guided = True
     assert torch.equal(layer(x), before)
     guide.guided = False
@@ -139,18 +142,18 @@ def test_a_step_leaves_old_banks_and_rows_alone():
     guide = Guide(GuidanceConfig(exclusivity=1.0, specialization=1.0))
     layer = grown(guide)
     layer.banks[0].requires_grad_(False)
-    layer.gating.rows[0].requires_grad_(False)
-    old = [p.clone() for p in (layer.banks[0].A, layer.banks[0].B, layer.gating.rows[0])]
-    new = [p.clone() for p in (layer.banks[1].A, layer.banks[1].B, layer.gating.rows[1])]
+    layer.router.rows[0].requires_grad_(False)
+    old = [p.clone() for p in (layer.banks[0].A, layer.banks[0].B, layer.router.rows[0])]
+    new = [p.clone() for p in (layer.banks[1].A, layer.banks[1].B, layer.router.rows[1])]
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
     guide.guided, guide.step, guide.steps = True, 9, 10
-    with guide.collect(None) as terms:
-        loss = layer(torch.randn(64, 8)).square().mean() + sum(terms)
-    loss.backward()
+    with record() as records:
+        loss = layer(torch.randn(64, 8)).square().mean()
+    (loss + guide.loss(records, 4, 4, 0.05)[0]).backward()
     optimizer.step()
-    for before, now in zip(old, (layer.banks[0].A, layer.banks[0].B, layer.gating.rows[0]), strict=True):
+    for before, now in zip(old, (layer.banks[0].A, layer.banks[0].B, layer.router.rows[0]), strict=True):
         assert torch.equal(before, now)
-    for before, now in zip(new, (layer.banks[1].A, layer.banks[1].B, layer.gating.rows[1]), strict=True):
+    for before, now in zip(new, (layer.banks[1].A, layer.banks[1].B, layer.router.rows[1]), strict=True):
         assert not torch.equal(before, now)
 
 
@@ -159,15 +162,16 @@ def test_old_and_ambiguous_tokens_do_not_train_the_new_bank():
     layer = grown(guide)
     guide.guided = True
     x = torch.randn(200, 8)
-    types = token_types(layer.gating.scores(x), 4, 0.2)
+    types = token_types(layer.router.scores(x), 4, 0.2)
     layer(x[types != NEW]).square().sum().backward()
-    assert layer.banks[1].A.grad is None and layer.gating.rows[1].grad.abs().sum() == 0
+    assert layer.banks[1].A.grad is None and layer.router.rows[1].grad.abs().sum() == 0
     layer(x[types == NEW]).square().sum().backward()
-    assert layer.banks[1].A.grad.abs().sum() > 0 and layer.gating.rows[1].grad.abs().sum() > 0
+    assert layer.banks[1].A.grad.abs().sum() > 0 and layer.router.rows[1].grad.abs().sum() > 0
 
 
 def test_checkpointing_gives_the_same_gradients():
-    """The layer runs again in the backward pass: losses are collected once, and the mask is still there."""
+    """The layer runs again in the backward pass: the losses are those of the first run, and the mask is still
+    there."""
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -175,15 +179,43 @@ def test_checkpointing_gives_the_same_gradients():
         layer = grown(guide)
         guide.guided, guide.step, guide.steps = True, 9, 10
         x = torch.randn(30, 8)
-        valid = torch.arange(30) < 25
-        with guide.collect(valid) as terms:
+        with record() as records, routing_context(Context(pad_T=torch.arange(30) >= 25)):
             y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-        assert len(terms) == 1
-        (y.square().mean() + sum(terms)).backward()
-        assert len(guide.terms) == 1
-        gradients.append([p.grad for p in (*layer.banks[1].parameters(), layer.gating.rows[1])])
+        loss, tokens = guide.loss(records, 4, 4, 0.05)
+        assert tokens == 25
+        (y.square().mean() + loss).backward()
+        assert len(records) == 1
+        gradients.append([p.grad for p in (*layer.banks[1].parameters(), layer.router.rows[1])])
     for plain, again in zip(*gradients, strict=True):
         assert torch.equal(plain, again)
+
+
+def test_the_losses_are_means_over_real_tokens_and_routers():
+    """Two forward passes of different lengths, one of them padded, under two routers."""
+    torch.manual_seed(0)
+    guide = Guide(GuidanceConfig(exclusivity=0.5, specialization=0.25, balance=0.125))
+    guide.guided, guide.step, guide.steps = True, 9, 10
+    layers = [grown(guide), grown(guide)]
+    pads = [torch.arange(20) >= 12, torch.zeros(7, dtype=torch.bool)]
+    with record() as records:
+        for pad in pads:
+            with routing_context(Context(pad_T=pad)):
+                for layer in layers:
+                    layer(torch.randn(len(pad), 8))
+    loss, tokens = guide.loss(records, 4, 4, 0.05)
+    assert tokens == 2 * (12 + 7)
+    total = 0.0
+    for entry in records:
+        real = ~entry.ctx.pad_T
+        scores, weights = entry.routing.logits_TE[real], entry.routing.dense()[real]
+        one = score_losses(scores, 4, 4, guide.config.loss_temperature)
+        term = 0.5 * one.exclusivity + 0.25 * one.specialization
+        total += real.sum() * (term + 0.125 * new_expert_balance(weights, scores, 4, 0.05))
+    torch.testing.assert_close(loss, total / tokens)
+    guide.step = 0
+    assert guide.loss(records, 4, 4, 0.05) is not None  # the balance loss has no ramp
+    guide.guided = False
+    assert guide.loss(records, 4, 4, 0.05) is None
 
 
 def test_ramp_and_warm_up():
@@ -194,32 +226,41 @@ def test_ramp_and_warm_up():
         ramps.append(guide.ramp)
     assert ramps[0] == ramps[1] == 0 and 0.4 < ramps[2] < 0.6 and ramps[3] == 1
     layer = grown(guide)
-    scores = layer.gating.scores(torch.randn(5, 8))
+    scores = layer.router.scores(torch.randn(5, 8))
     guide.guided, guide.step = True, 2
-    assert guide.mask(scores, sum(layer.gating.sizes[:-1])) is None
+    assert guide.mask(scores, sum(layer.router.sizes[:-1])) is None
     guide.step = 3
-    assert guide.mask(scores, sum(layer.gating.sizes[:-1])) is not None
+    assert guide.mask(scores, sum(layer.router.sizes[:-1])) is not None
 
 
-def test_what_was_seen_is_counted_over_real_tokens():
+def test_observations_count_real_tokens():
     guide = Guide(GuidanceConfig())
     layer = grown(guide)
     guide.guided = True
-    valid = torch.arange(20) < 12
-    with guide.collect(valid):
+    with record() as records, routing_context(Context(pad_T=torch.arange(20) >= 12)):
         layer(torch.randn(20, 8))
-    seen = guide.take()["layer"]
-    assert seen.tokens == 12 and seen.types.sum() == 12 and seen.target[2] == 12
-    assert seen.mass.sum().item() == pytest.approx(12, abs=1e-4)
-    assert guide.take() == {}
+    seen = guide.observe(records, [4, 4], 4)
+    assert list(seen) == [-1]  # the layer of this test lies in no block
+    assert seen[-1].tokens == 12 and seen[-1].types.sum() == 12 and seen[-1].target[2] == 12
+    assert seen[-1].mass.sum().item() == pytest.approx(12, abs=1e-4)
+
+
+def test_observations_of_the_projections_of_a_block_are_added():
+    guide = Guide(GuidanceConfig())
+    scores, weights = torch.randn(5, 8), torch.rand(5, 8)
+    routing = Routing.from_mask(weights > 0, weights, scores, weights)
+    seen = guide.observe([LayerRecord(3, routing, Context(), name) for name in ("q", "k")], [4, 4], 4)
+    assert list(seen) == [3] and seen[3].tokens == 10
+    torch.testing.assert_close(seen[3].mass, 2 * torch.stack([weights[:, :4].sum(), weights[:, 4:].sum()]))
+    assert seen[3].types.sum() == 0  # of the first task
 
 
 def test_half_precision_inputs_are_routed_in_float32():
     layer = grown(None)
     x = torch.randn(16, 8).bfloat16()
-    assert layer.gating.scores(x).dtype == torch.float32
+    assert layer.router.scores(x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.gating.scores(x), layer.gating.scores(x.float()))
+        assert torch.equal(layer.router.scores(x), layer.router.scores(x.float()))
 
 
 def test_unknown_type():

@@ -23,7 +23,7 @@ def test_new_rows_stay_outside_of_what_earlier_tasks_look_like(config, command, 
             if index:
                 seen_OD = states[index - 1]["memory"]["basis"][name]
                 assert torch.equal(basis_OD[: len(seen_OD)], seen_OD)
-                row_ED = found["adapters"][f"{name}.gating.rows.{index}"]
+                row_ED = found["adapters"][f"{name}.router.rows.{index}"]
                 cosine_EO = torch.nn.functional.normalize(row_ED, dim=-1) @ seen_OD.T
                 assert cosine_EO.abs().max() < 1e-4
 
@@ -36,7 +36,7 @@ def test_same_routers_give_old_tokens_what_they_gave(config, command, tmp_path):
         for name, basis_OD in before["memory"]["basis"].items():
             assert 0 < len(basis_OD) < basis_OD.shape[1]
             change_ED = (
-                after["adapters"][f"{name}.gating.weight"] - before["adapters"][f"{name}.gating.weight"]
+                after["adapters"][f"{name}.router.weight"] - before["adapters"][f"{name}.router.weight"]
             )
             assert (change_ED @ basis_OD.T).abs().max() < 1e-5
             moved = max(moved, float(change_ED.abs().max()))

@@ -5,7 +5,8 @@ from transformers import LlamaConfig, LlamaModel
 
 from unimoe.continual.router import CosineTopK
 from unimoe.errors import UserError
-from unimoe.moe.lora_linear import PROJECTIONS, AdaptedLinear, adapt, adapter_size, plain_rank
+from unimoe.moe import Context, Routing, record
+from unimoe.moe.lora_linear import PROJECTIONS, LoRALinear, adapt, adapter_size, plain_rank
 
 
 def decoder(layers=2, hidden=16):
@@ -24,11 +25,11 @@ def decoder(layers=2, hidden=16):
 
 
 def routed(banks=2, experts=4, rank=2, k=4, inputs=8, outputs=6):
-    layer = AdaptedLinear(nn.Linear(inputs, outputs), 2.0, "layer")
-    layer.gating = CosineTopK(inputs, k, temperature=0.1)
+    layer = LoRALinear(nn.Linear(inputs, outputs), 2.0, "layer")
+    layer.router = CosineTopK(inputs, k, temperature=0.1)
     for _ in range(banks):
-        nn.init.normal_(layer.grow(experts, rank).B)
-        layer.gating.grow(experts)
+        nn.init.normal_(layer.add_bank(experts, rank).B)
+        layer.router.add_rows(experts)
     return layer
 
 
@@ -39,7 +40,7 @@ def test_every_projection_of_every_block_is_wrapped_and_a_new_bank_changes_nothi
     layers = adapt(model)
     assert len(layers) == 2 * len(PROJECTIONS)
     for layer in layers.values():
-        layer.grow(4, 2)
+        layer.add_bank(4, 2)
     assert torch.equal(model(ids).last_hidden_state, before)
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"A", "B"}
@@ -56,7 +57,7 @@ def test_the_sum_over_experts():
     """Against one matrix product an expert, in float64."""
     layer = routed().double()
     x = torch.randn(3, 5, 8, dtype=torch.float64)
-    gates = layer.gating.gate(x.reshape(-1, 8))
+    gates = layer.router(x.reshape(-1, 8), Context()).dense().split(4, dim=-1)
     expected = layer.base(x).reshape(-1, 6)
     for bank, gate in zip(layer.banks, gates, strict=True):
         for e in range(4):
@@ -69,8 +70,10 @@ def test_the_sum_over_experts():
 def test_a_bank_that_no_token_reaches_is_not_there():
     """To the last bit, and whether the banks train or not is another grouping of the same sum."""
     layer, x = routed(k=1), torch.randn(64, 8)
-    old, new = layer.gating.gate(x)
-    layer.gating.gate = lambda x: [old, torch.zeros_like(new)]
+    routing = layer.router(x, Context())
+    only_old = routing.dense() * (torch.arange(8) < 4)
+    scores = routing.logits_TE
+    layer.router.forward = lambda x, ctx: Routing.from_mask(only_old != 0, only_old, scores, only_old)
     alone = layer(x)
     layer.banks[1].A.data.fill_(torch.nan)  # never read
     assert torch.equal(layer(x), alone)
@@ -90,13 +93,32 @@ def test_concatenating_banks_changes_nothing():
     with torch.no_grad():
         one.banks[0].A.copy_(torch.cat([bank.A for bank in two.banks]))
         one.banks[0].B.copy_(torch.cat([bank.B for bank in two.banks], 1))
-        one.gating.rows[0].copy_(torch.cat(list(two.gating.rows)))
+        one.router.rows[0].copy_(torch.cat(list(two.router.rows)))
     x = torch.randn(32, 8)
     torch.testing.assert_close(two(x), one(x), rtol=1e-6, atol=1e-6)
 
 
+def test_routing_is_recorded_under_the_name_of_the_projection():
+    layers = adapt(decoder(), ["v_proj"])
+    for layer in layers.values():
+        layer.router = CosineTopK(layer.in_features, 2, temperature=0.1)
+        layer.add_bank(4, 2)
+        layer.router.add_rows(4)
+    x = torch.randn(2, 3, 16)
+    with record() as records:
+        for layer in layers.values():
+            layer(x)
+    assert [(entry.layer, entry.projection) for entry in records] == [
+        (0, "layers.0.self_attn.v_proj"),
+        (1, "layers.1.self_attn.v_proj"),
+    ]
+    dense_TE = records[0].routing.dense()
+    assert dense_TE.shape == (6, 4) and (dense_TE != 0).sum(-1).tolist() == [2] * 6
+    torch.testing.assert_close(dense_TE.sum(-1), torch.ones(6))
+
+
 def test_budget_of_a_plain_lora_is_that_of_a_routed_bank():
-    layer = AdaptedLinear(nn.Linear(576, 1536), 1.0, "x")
+    layer = LoRALinear(nn.Linear(576, 1536), 1.0, "x")
     routed_size = adapter_size(layer, 16, 4, routed=True)
     assert routed_size == 64 * (576 + 1536) + 16 * 576
     plain = adapter_size(layer, 1, plain_rank(layer, 16, 4), routed=False)

@@ -34,13 +34,16 @@ class Context:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One MoE layer's routing in one forward pass; its tensors are part of the autograd graph."""
+    """The routing of one MoE layer, or of one projection with banks of experts, in one forward pass; its
+    tensors are part of the autograd graph."""
 
     layer: int
     """Index of the decoder layer, -1 where nobody set it."""
     routing: Routing
     ctx: Context
     """As it was during the forward pass."""
+    projection: str = ""
+    """Name of the projection, empty for an MoE layer."""
 
 
 _NOTHING_KNOWN = Context()
@@ -74,9 +77,9 @@ def record() -> Iterator[list[LayerRecord]]:
 
 def join(records: list[LayerRecord]) -> list[LayerRecord]:
     """One record a layer out of several forward passes' records, as if all tokens had come in one pass."""
-    layers: dict[int, list[LayerRecord]] = {}
+    layers: dict[tuple[int, str], list[LayerRecord]] = {}
     for entry in records:
-        layers.setdefault(entry.layer, []).append(entry)
+        layers.setdefault((entry.layer, entry.projection), []).append(entry)
     return [_join(entries) if len(entries) > 1 else entries[0] for entries in layers.values()]
 
 
@@ -101,7 +104,7 @@ def _join(entries: list[LayerRecord]) -> LayerRecord:
     for name in ("pad_T", "modality_T", "sample_T"):
         parts = [getattr(entry.ctx, name) for entry in entries]
         known[name] = torch.cat(parts) if all(part is not None for part in parts) else None
-    return LayerRecord(entries[0].layer, routing, Context(**known))
+    return LayerRecord(entries[0].layer, routing, Context(**known), entries[0].projection)
 
 
 def _join_extra(extras: Sequence[dict[str, Tensor]], order_N: Tensor) -> dict[str, Tensor]:
@@ -191,8 +194,8 @@ def mean_over_tokens(
     return (values_TX * real_T1).sum(dim=0) / (real_T1.sum().clamp(min=1) if tokens is None else tokens)
 
 
-def append(layer: int, routing: Routing) -> None:
+def append(layer: int, routing: Routing, projection: str = "") -> None:
     """Adds to the active ``record()``, if there is one."""
     records = _records.get()
     if records is not None:
-        records.append(LayerRecord(layer, routing, _context.get()))
+        records.append(LayerRecord(layer, routing, _context.get(), projection))

@@ -3,6 +3,7 @@
 Shapes: T tokens, E experts, K slots per token, N (token, expert) pairs sorted by expert.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -37,23 +38,28 @@ class Routing:
         self,
         num_experts: int,
         logits_TE: Tensor,
-        probs_TE: Tensor,
+        probs_TE: Tensor | Callable[[], Tensor],
         extra: dict[str, Tensor] | None = None,
     ):
+        """``probs_TE`` may be a function, called on first use, where the choice does not need them."""
         self.num_experts = num_experts
         self.logits_TE = logits_TE
         """[T, E] float32 router logits before the choice; differentiable."""
-        self.probs_TE = probs_TE
-        """[T, E] float32 router probabilities before the choice; differentiable."""
+        self._probs_TE = probs_TE
         self.extra = extra or {}
         """Tensors that a router hands to its own loss. A name ends in its shape letters: the first is T (one
         row per token) or N (one per pair), or the tensor belongs to the whole layer."""
 
     @classmethod
     def from_topk(
-        cls, index_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, probs_TE: Tensor, num_experts: int
+        cls,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        logits_TE: Tensor,
+        probs_TE: Tensor | Callable[[], Tensor],
+        num_experts: int,
     ) -> "Routing":
-        """K slots per token, each a different expert."""
+        """K slots per token, each a different expert; see ``__init__`` for ``probs_TE``."""
         return _SlotRouting(index_TK, weight_TK, logits_TE, probs_TE, num_experts)
 
     @classmethod
@@ -69,6 +75,11 @@ class Routing:
     ) -> "Routing":
         """Pairs that are sorted already."""
         return _PairRouting(pairs, logits_TE, probs_TE, extra)
+
+    @cached_property
+    def probs_TE(self) -> Tensor:
+        """[T, E] float32 router probabilities before the choice; differentiable."""
+        return self._probs_TE if isinstance(self._probs_TE, Tensor) else self._probs_TE()
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -115,7 +126,12 @@ class Routing:
 
 class _SlotRouting(Routing):
     def __init__(
-        self, index_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, probs_TE: Tensor, num_experts: int
+        self,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        logits_TE: Tensor,
+        probs_TE: Tensor | Callable[[], Tensor],
+        num_experts: int,
     ):
         super().__init__(num_experts, logits_TE, probs_TE)
         self._index_TK, self._weight_TK = index_TK, weight_TK
