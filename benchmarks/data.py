@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
 from unimoe.data.collate import real_tokens
-from unimoe.media.decode import load_audio
+from unimoe.media.audio import load_audio
 from unimoe.media.video import write_video
 from unimoe.model.build import Built, build_model
 from unimoe.model.configuration import IGNORED

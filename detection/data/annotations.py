@@ -17,7 +17,7 @@ from torch import Tensor
 from unimoe.data.errors import Fault
 from unimoe.detection.model.prompt import clean_name
 from unimoe.errors import UserError
-from unimoe.media.decode import load_image
+from unimoe.media.image import load_image
 
 _ORIENTATION = 0x0112  # EXIF
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from unimoe.errors import UserError
-from unimoe.media.decode import load_image
+from unimoe.media.image import load_image
 
 log = logging.getLogger(__name__)
 

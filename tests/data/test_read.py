@@ -6,7 +6,7 @@ from PIL import Image
 from unimoe.data import Sample, load_image, load_video, read_samples, write_samples
 from unimoe.data.read import stream_samples
 from unimoe.errors import UserError
-from unimoe.media.decode import describe, media_bytes
+from unimoe.media.source import describe, media_bytes
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 MESSAGES = [{"role": "user", "content": "Hello\u2028there"}, {"role": "assistant", "content": "Hi"}]

@@ -7,7 +7,7 @@ import pytest
 from unimoe.data import read_samples
 from unimoe.data.shards import shard_records
 from unimoe.errors import UserError
-from unimoe.media.decode import frame_parts, media_bytes
+from unimoe.media.source import frame_parts, media_bytes
 
 ASKED = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}]
 

@@ -5,7 +5,7 @@ import pytest
 from unimoe.data import read_samples
 from unimoe.data.read import data_files, stream_samples
 from unimoe.errors import UserError
-from unimoe.media.decode import describe, media_bytes
+from unimoe.media.source import describe, media_bytes
 
 datasets = pytest.importorskip("datasets")
 

@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import tempfile
 from fractions import Fraction
@@ -190,7 +191,7 @@ def test_a_truncated_video_is_an_error(format, options, tmp_path):
     path = tmp_path / f"half.{format}"
     path.write_bytes(whole[: len(whole) // 2])
     message = fault({"path": str(path)}, frames=4)
-    assert str(path) in message and ("cut off" in message) + ("cannot decode" in message) == 1
+    assert str(path) in message and re.search("is truncated|cannot decode", message)
     assert message.count("data.jsonl:4") == 1
 
 
@@ -203,10 +204,10 @@ def test_a_video_without_frames(tmp_path):
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert "holds no pictures; it holds audio" in fault({"path": str(path)})
+    assert "holds no frames; it holds audio" in fault({"path": str(path)})
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(160), 16000, format="WAV")
-    assert "holds no pictures" in fault({"bytes": buffer.getvalue()})
+    assert "holds no frames" in fault({"bytes": buffer.getvalue()})
 
 
 def test_what_is_no_video(tmp_path):

@@ -14,7 +14,8 @@ from huggingface_hub import InferenceClient
 from PIL import Image
 
 from unimoe.inference.generate import generate
-from unimoe.media.decode import load_audio, load_image
+from unimoe.media.audio import load_audio
+from unimoe.media.image import load_image
 from unimoe.media.video import write_video
 from unimoe.serve.answer import Answer
 from unimoe.serve.batch import RunningBatch

@@ -16,8 +16,9 @@ from unimoe.data.read import read_samples
 from unimoe.data.sample import Sample
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, data_url
-from unimoe.media.decode import describe, load_audio, load_image
-from unimoe.media.part import Part
+from unimoe.media.audio import load_audio
+from unimoe.media.image import load_image
+from unimoe.media.source import Part, describe
 from unimoe.media.video import load_video
 from unimoe.model.configuration import IGNORED, PLACEHOLDERS
 from unimoe.model.loading import open_processor

@@ -6,7 +6,7 @@ from unimoe.detection.data.transforms import padded, resize_for
 from unimoe.detection.inference.onnx import export_onnx
 from unimoe.detection.inference.sources import find_inputs, split_prompt
 from unimoe.detection.model.loading import load_detector
-from unimoe.media.decode import load_image
+from unimoe.media.image import load_image
 
 log = logging.getLogger(__name__)
 

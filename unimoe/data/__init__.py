@@ -1,7 +1,8 @@
 """Data: files -> Samples -> batches of like with like -> the model's inputs with labels."""
 
-from unimoe.media.decode import load_audio, load_image
-from unimoe.media.part import Part
+from unimoe.media.audio import load_audio
+from unimoe.media.image import load_image
+from unimoe.media.source import Part
 from unimoe.media.video import load_video
 
 from .collate import Collator

@@ -11,8 +11,9 @@ import numpy as np
 
 from unimoe.errors import UserError
 from unimoe.files import fingerprint
-from unimoe.media.decode import check_audio, frame_parts, load_image, media_bytes, open_media
-from unimoe.media.part import Part
+from unimoe.media.audio import check_audio
+from unimoe.media.image import load_image
+from unimoe.media.source import Part, frame_parts, media_bytes, open_media
 from unimoe.media.video import load_video
 
 from .errors import DataError, Fault

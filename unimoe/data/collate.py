@@ -15,8 +15,7 @@ from torch import Tensor
 
 from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
-from unimoe.media.decode import describe
-from unimoe.media.part import Part
+from unimoe.media.source import Part, describe
 from unimoe.model.configuration import IGNORED, PLACEHOLDERS
 from unimoe.model.rope_3d import Span, picture_span
 

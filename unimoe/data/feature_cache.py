@@ -27,8 +27,7 @@ from torch import Tensor
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, fingerprint
-from unimoe.media.decode import media_bytes
-from unimoe.media.part import Part
+from unimoe.media.source import Part, media_bytes
 
 from .sample import Sample
 

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unimoe.media.part import Part
+from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA
 
 from .errors import DataError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unimoe.files import data_url
-from unimoe.media.part import Part
+from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA
 
 Message = dict[str, Any]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unimoe.files import atomic_write
-from unimoe.media.decode import frame_parts, media_bytes
-from unimoe.media.part import Part
+from unimoe.media.source import Part, frame_parts, media_bytes
 
 from .records import COLUMNS
 from .sample import Sample

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from unimoe.data import Collator, Sample
 from unimoe.errors import UserError
 from unimoe.inference.generate import ask_all
-from unimoe.media.part import Part
+from unimoe.media.source import Part
 from unimoe.model.loading import load_model
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from unimoe.data.records import parse_record
 from unimoe.data.sample import Message, Sample
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
-from unimoe.media.part import Part
+from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.routing_stats import share_table
 from unimoe.errors import UserError
-from unimoe.media.decode import describe
+from unimoe.media.source import describe
 from unimoe.model.loading import load_model
 from unimoe.model.utils import count_parameters
 from unimoe.prepare.cache import cache_folder

@@ -1,6 +1,6 @@
-"""Decoding moving pictures: a few frames, in order, out of a file or a list of pictures.
+"""Decode a few frames of a video, in order, from a file or from a list of images.
 
-file -> times of all its frames (nothing decoded) -> which ones -> decoded, from the key frame before each
+file -> times of all frames (nothing decoded) -> the chosen ones -> decoded, each from the key frame before it
 """
 
 from bisect import bisect_left, bisect_right
@@ -14,49 +14,51 @@ from PIL import Image
 
 from unimoe.errors import UserError
 
-from .decode import describe, frame_parts, load_image, open_media
-from .part import Part
+from .container import is_cover, open_container, require_av
+from .image import load_image
+from .source import Part, describe, frame_parts, open_media
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 _WHOLE = 0.9
-"""Share of the frames that a file announces which must be there, or it is called cut off."""
+"""Share of the announced frames that must be present, or the file is called truncated."""
 
 
 def load_video(
     part: Part, where: str, frames: int = 8, rate: float | None = None, longest: int | None = None
 ) -> list[Image.Image]:
-    """Decode a video part to RGB frames in the order of time, upright; ``info["seconds"]`` of each says when
-    it is shown, where the video has a clock.
-
-    ``part`` holds ``path``, ``bytes`` or a data URL ``url``, of a file or a list of those of pictures, or
-    pictures under ``video``.
+    """Decode a video part to upright RGB frames in order; ``info["seconds"]`` of a frame is its presentation
+    time, if the video has one.
 
     Args:
-        where: what errors begin with.
-        frames: as many, at even distances from the first to the last; of a shorter video all.
-        rate: take so many a second instead, and ``frames`` at even distances where these are more. A list of
-            pictures has no clock: of it ``frames`` are taken.
-        longest: scale frames down to so many pixels on the longer side.
+        part: holds ``path``, ``bytes`` or a data URL ``url``, of a file or, as a list, of images; or images
+            under ``video``.
+        where: what errors start with.
+        frames: how many to take, evenly spaced from the first to the last; all frames of a shorter video.
+        rate: frames to take per second, unless that gives more than ``frames``. A list of images has no
+            times: of it ``frames`` are taken.
+        longest: scale frames down to this many pixels on the longer side.
 
-    Raises UserError for a video that cannot be decoded, is cut off, or holds no frames.
+    Raises:
+        UserError: the video cannot be decoded, is truncated, or holds no frames.
     """
-    pictures = frame_parts(part)
+    images = frame_parts(part)
     if part.get("video") is not None:
-        pictures = [{"type": "image", "image": picture} for picture in part["video"]]
-    if pictures is None:
+        images = [{"type": "image", "image": image} for image in part["video"]]
+    if images is None:
         return _decode(part, where, frames, rate, longest)
-    if not pictures:
+    if not images:
         raise UserError(f"{where}: the video {describe(part)} holds no frames")
-    return [load_image(pictures[index], where, longest) for index in spread(range(len(pictures)), frames)]
+    return [load_image(images[index], where, longest) for index in spread(range(len(images)), frames)]
 
 
 def spread(times: Any, frames: int, rate: float | None = None) -> list[int]:
-    """Indices of the frames to take, rising and each once.
+    """Indices of the frames to take, increasing, each once.
 
-    ``times``: when each frame is shown, rising; in seconds if there is a ``rate``.
+    ``times``: presentation times, increasing; in seconds if there is a ``rate``.
     """
     first, last = times[0], times[-1]
     if rate and (last - first) * rate < frames:
@@ -75,11 +77,11 @@ def _nearest(times: Any, time: float) -> int:
 def _decode(
     part: Part, where: str, frames: int, rate: float | None, longest: int | None
 ) -> list[Image.Image]:
-    av = _av(f"{where}: a video file")
+    av = require_av(f"{where}: a video file")
     what = f"{where}: the video {describe(part)}"
     with open_media(part, where) as file:
         try:
-            with av.open(file) as container:
+            with open_container(file, what) as container:
                 return _frames(container, what, frames, rate, longest)
         except UserError:
             raise
@@ -91,10 +93,10 @@ def _decode(
 def _frames(
     container: "InputContainer", what: str, frames: int, rate: float | None, longest: int | None
 ) -> list[Image.Image]:
-    if not container.streams.video:
+    stream = next((stream for stream in container.streams.video if not is_cover(stream)), None)
+    if stream is None:
         held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        raise UserError(f"{what} holds no pictures; it holds {held}")
-    stream = container.streams.video[0]
+        raise UserError(f"{what} holds no frames; it holds {held}")
     shown = [
         (packet.pts, packet.is_keyframe, packet.duration or 0)
         for packet in container.demux(stream)
@@ -106,37 +108,39 @@ def _frames(
     tick = float(stream.time_base or 1)
     whole = stream.duration and times[-1] - times[0] >= _WHOLE * stream.duration  # trimmed by an edit list
     if stream.frames and len(times) < _WHOLE * stream.frames and not whole:
-        raise UserError(f"{what} is cut off: it announces {stream.frames} frames and holds {len(times)}")
-    seconds, alone = (container.duration or 0) / 1e6, len(container.streams) == 1  # a sound may last longer
-    end = max(pts + duration for pts, _, duration in shown) * tick  # the last frame may be held for long
+        raise UserError(f"{what} is truncated: it announces {stream.frames} frames and holds {len(times)}")
+    seconds, alone = (container.duration or 0) / 1e6, len(container.streams) == 1  # audio may last longer
+    end = max(pts + duration for pts, _, duration in shown) * tick  # the last frame may be shown for long
     if alone and stream.frames != len(times) and end - times[0] * tick < _WHOLE * seconds - 1:
-        raise UserError(f"{what} is cut off: it announces {seconds:.1f} s and ends at {end:.1f} s")
+        raise UserError(f"{what} is truncated: it announces {seconds:.1f} s and ends at {end:.1f} s")
     chosen = [times[index] for index in spread([time * tick for time in times], frames, rate)]
 
-    pictures: list[Image.Image] = []
-    reader = _Reader(container, times, keys)
+    images: list[Image.Image] = []
+    reader = _Reader(container, stream, times, keys)
     for time in chosen:
         frame = reader.read(time)
         if frame is None:
-            raise UserError(f"{what} is cut off: its frame at {time * tick:.2f} s cannot be decoded")
-        picture = frame.to_image()
+            raise UserError(f"{what} is truncated: its frame at {time * tick:.2f} s cannot be decoded")
+        image = frame.to_image()
         if frame.rotation:
-            picture = picture.rotate(frame.rotation, expand=True)
+            image = image.rotate(frame.rotation, expand=True)
         if longest:
-            picture.thumbnail((longest, longest))
-        picture.info["seconds"] = (time - times[0]) * tick
-        pictures.append(picture)
-    return pictures
+            image.thumbnail((longest, longest))
+        image.info["seconds"] = (time - times[0]) * tick
+        images.append(image)
+    return images
 
 
 class _Reader:
-    """Decodes frames of a container's first video stream, each later than the one before."""
+    """Decodes frames of a video stream, each later than the one before."""
 
-    def __init__(self, container: "InputContainer", times: list[int], keys: list[int]) -> None:
-        """``times`` of all packets, and of the ``keys`` among them, rising, in ticks of the stream."""
-        self.container, self.stream, self.times = container, container.streams.video[0], times
-        # AVI says when a frame is decoded, not when it is shown: with B-frames only their order is known.
-        # An MPEG program stream has times for some frames only; after a seek they are guessed wrongly.
+    def __init__(
+        self, container: "InputContainer", stream: "VideoStream", times: list[int], keys: list[int]
+    ) -> None:
+        """``times`` of all packets, and of the ``keys`` among them, increasing, in ticks of the stream."""
+        self.container, self.stream, self.times = container, stream, times
+        # AVI has decoding times, not presentation times: with B-frames only the frames' order is known.
+        # An MPEG program stream has times for some frames only, and wrong ones after a seek.
         self.untimed = container.format.name == "avi" and self.stream.codec_context.has_b_frames
         self.keys = [] if self.untimed or container.format.name == "mpeg" else keys
         self.decoded: Iterator[tuple[int, VideoFrame]] = iter(())
@@ -144,14 +148,14 @@ class _Reader:
         self.sought = False
 
     def read(self, time: int) -> "VideoFrame | None":
-        """The frame that is shown at ``time``, or None if there is none even when all before it is decoded.
+        """The frame of ``time``, or None if it is missing even after decoding everything before it.
 
-        In MPEG-TS a seek may end behind the key frame it is for. Then it is tried from the key frame before,
-        at last from the start.
+        In MPEG-TS a seek may end after its key frame. Then the key frame before that is tried, and at last
+        the start of the file.
         """
         before = self.keys[: bisect_right(self.keys, time)]
         frame = None
-        if self.at is not None and not (before and before[-1] > self.at):  # else all up to it can be skipped
+        if self.at is not None and not (before and before[-1] > self.at):  # else skip to the key frame
             frame = self._next(time)
         for start in before[:-3:-1]:
             if frame is None:
@@ -163,7 +167,7 @@ class _Reader:
         return frame
 
     def _seek(self, start: int | None) -> None:
-        """Decode from the key frame at ``start`` on; None: from the start of the file."""
+        """Decode from the key frame at ``start``; None: from the start of the file."""
         self.sought = start is not None
         self.container.seek(min(0, self.times[0]) if start is None else start, stream=self.stream)
         frames = self.container.decode(self.stream)
@@ -173,38 +177,32 @@ class _Reader:
             self.decoded = ((frame.pts, frame) for frame in frames if frame.pts is not None)
 
     def _next(self, time: int, key: int | None = None) -> "VideoFrame | None":
-        """Decode up to ``time``; None if there is no such frame, or the first one is behind ``key``."""
+        """Decode up to ``time``; None if there is no such frame, or the first one is later than ``key``."""
         for at, frame in self.decoded:
             self.at = at
             if key is not None and at > key:
                 return None
-            if at >= time:  # decoded from the start on, where nothing is skipped, a later one is the next one
+            if at >= time:  # without a seek nothing was skipped: a later frame is the next one
                 return frame if at == time or not self.sought else None
             key = None
         return None
 
 
 def write_video(path: str | Path, frames: Sequence[Image.Image], rate: float) -> None:
-    """Encode RGB pictures of one size (of even sides), ``rate`` a second, as MP4.
+    """Encode RGB images of one size (with even sides) as MP4, ``rate`` frames per second.
 
-    H.264, which browsers play, where this PyAV has an encoder for it, else MPEG-4. Raises UserError when PyAV
-    is not installed.
+    The codec is H.264, which browsers play, if this PyAV can encode it, else MPEG-4.
+
+    Raises:
+        UserError: PyAV is not installed.
     """
-    av = _av("writing a video")
+    av = require_av("writing a video")
     with av.open(str(path), "w", format="mp4") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 1_000_000
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
-
-
-def _av(what: str) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(f"{what} needs PyAV: pip install 'unimoe[video]'") from error
-    return av

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from unimoe.errors import UserError, first_line
-from unimoe.media.part import Part
+from unimoe.media.source import Part
 from unimoe.prepare.cache import resolve_part
 
 from .build import prepare_tokenizer

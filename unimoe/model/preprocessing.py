@@ -17,8 +17,9 @@ from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 from unimoe.encoders import num_tokens
 from unimoe.encoders.beats import BeatsEncoder, fbank
 from unimoe.errors import UserError
-from unimoe.media.decode import load_audio, load_image
-from unimoe.media.part import Part
+from unimoe.media.audio import load_audio
+from unimoe.media.image import load_image
+from unimoe.media.source import Part
 from unimoe.media.video import load_video
 
 from .configuration import MEDIA_INPUTS

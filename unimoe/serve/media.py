@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from unimoe.errors import UserError
-from unimoe.media.decode import load_audio, media_bytes
+from unimoe.media.audio import load_audio
+from unimoe.media.source import media_bytes
 
 from .protocol import ContentPart, Message
 
