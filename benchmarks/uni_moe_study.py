@@ -40,7 +40,6 @@ from unimoe.demo.steps import note_settings, shipped
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, file_hash
 from unimoe.model.loading import load_model
-from unimoe.model.loss import answer_loss
 from unimoe.moe import MoEConfig
 from unimoe.stages.assemble import assemble
 from unimoe.stages.cli import main as stages_cli
@@ -215,7 +214,7 @@ class Study:
             said = ask(model, processor, chosen, features)
             right = [question.is_right(answer) for question, answer in zip(chosen, said, strict=True)]
             with torch.no_grad():
-                loss = answer_loss(model, collator.bucket_by_length(answered))[0].item()
+                loss = model.answer_loss(collator.bucket_by_length(answered))[0].item()
             found[name] = {"accuracy": statistics.fmean(right), "loss": loss, "count": len(right)}
         prose = (ASSETS / "prose.txt").read_text(encoding="utf-8")[:4000]
         return {"sets": found, "perplexity": perplexity(model, processor, prose)}

@@ -104,7 +104,7 @@ class Asker:
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
             row = self.processor.encode(messages, add_generation_prompt=answer is None)
-            kept = {name: row[name] for name in ("input_ids", "assistant_mask")}
+            kept = {**row, "media": {}}
             self.rows[question, answer] = kept
         return self.rows[question, answer]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.model.loss import last_hidden
 
 from .learner import Learner
 from .stream import Experience
@@ -51,7 +50,7 @@ class Subspace:
         for sample in task.samples[: self.samples]:
             for part in learner.collate([sample]):
                 chosen_T = torch.randperm(part["input_ids"].numel(), generator=chance)[:each]
-                last_hidden(learner.model, part)
+                learner.model.last_hidden(part)
         for handle in handles:
             handle.remove()
         return {name: torch.cat(parts) for name, parts in tokens.items()}

@@ -136,3 +136,15 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> N
             raise UserError(f"{source}: tensor {name!r} has shape {found}, expected {wanted}")
     module.load_state_dict({name: tensors[name] for name in expected})
     logger.info("%s: read %d tensors, left %d aside", source, len(expected), len(tensors) - len(expected))
+
+
+def own_weights(module: nn.Module) -> None:
+    """Move parameters and buffers that lie in a mapped file into memory of the process, in place.
+
+    safetensors maps files: when a file is replaced, the weights change, or the process ends by SIGBUS. Such
+    weights also begin wherever the file has them, while matrix libraries choose their kernels, and with them
+    the rounding, by alignment. Memory of torch's allocator is aligned to 64 bytes.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()

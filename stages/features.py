@@ -8,7 +8,9 @@ from torch.nn import functional as nnf
 
 from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.encoders import Encoder
-from unimoe.model.modeling import MEDIA_INPUTS, Encoded, UniMoeForConditionalGeneration
+from unimoe.model.configuration import MEDIA_INPUTS
+from unimoe.model.inputs import EncodedMedia
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 
 
@@ -36,7 +38,7 @@ def fill_cache(
 @torch.no_grad()
 def encode(
     model: UniMoeForConditionalGeneration, collator: Collator, samples: list[Sample], kind: str
-) -> Encoded:
+) -> EncodedMedia:
     """The frozen encoder's features of one medium of each sample: features_nSD, and lengths_n or None."""
     encoder = model.model.encoders[kind]
     features: list[torch.Tensor] = []

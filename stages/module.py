@@ -14,7 +14,6 @@ from unimoe.data import Collator
 from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
 from unimoe.model.build import Built
-from unimoe.model.loss import answer_loss
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import load_balance, pair_counts, record
@@ -215,7 +214,7 @@ class StageModule(ResumableModule):
 
     def batch_loss(self, batch: list[dict[str, Any]]) -> tuple[Tensor, int]:
         """Mean cross-entropy over the supervised tokens of all sub-batches, and their number."""
-        return answer_loss(self.model, batch)
+        return self.model.answer_loss(batch)
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         with record() as parts:

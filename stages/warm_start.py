@@ -21,7 +21,8 @@ from unimoe.data import Sample, parse_record
 from unimoe.data.read import read_records
 from unimoe.encoders import ridge_init
 from unimoe.errors import UserError
-from unimoe.model.modeling import Encoded, UniMoeForConditionalGeneration
+from unimoe.model.inputs import EncodedMedia
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def warm_start(
     model: UniMoeForConditionalGeneration,
     processor: UniMoeProcessor,
     kind: str,
-    encoded: Encoded,
+    encoded: EncodedMedia,
     examples: list[Example],
     settings: Ridge,
 ) -> None:
@@ -141,7 +142,7 @@ def spoken_tokens(
 
 
 def _by_token(
-    encoded: Encoded, examples: list[Example], processor: UniMoeProcessor, stack: int
+    encoded: EncodedMedia, examples: list[Example], processor: UniMoeProcessor, stack: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every ``stack`` positions of a clip as an item of its own: features, lengths, the token spoken then."""
     features_nSD, lengths_n = encoded

@@ -49,9 +49,10 @@ def hearing(tmp_path_factory) -> Any:
 @pytest.mark.parametrize(("seconds", "tokens"), [(2, 50), (30, 50), (31, 100), (65, 150)])
 def test_tokens_of_sounds(hearing, kind, seconds, tokens):
     _, processor = hearing
-    features, found = processor.preprocessors[kind](np.zeros(16000 * seconds, np.float32))
-    assert found == tokens
-    assert len(features[f"{kind}_features"]) == tokens // 50
+    part = {"type": kind, kind: np.zeros(16000 * seconds, np.float32)}
+    prepared = processor.preprocessors[kind](part, "test")
+    assert prepared.tokens == tokens
+    assert len(prepared.inputs[f"{kind}_features"]) == tokens // 50
 
 
 def test_tokens_of_pictures_and_frames():

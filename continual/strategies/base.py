@@ -8,7 +8,6 @@ from torch import Tensor
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
-from unimoe.model.loss import answer_loss
 from unimoe.moe import LayerRecord
 from unimoe.training.ranks import rank_weighted
 
@@ -74,7 +73,7 @@ class Strategy:
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """The loss of a step (0-based) out of ``steps``."""
-        return rank_weighted(*answer_loss(self.learner.model, batch))
+        return rank_weighted(*self.learner.model.answer_loss(batch))
 
     def penalty(self) -> Tensor | float:
         """Added to the loss; depends on the weights alone."""

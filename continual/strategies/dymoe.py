@@ -10,7 +10,6 @@ from unimoe.continual.learner import Learner
 from unimoe.continual.router import CosineTopK
 from unimoe.continual.routing_log import by_block, over_ranks
 from unimoe.continual.stream import Experience
-from unimoe.model.loss import answer_loss
 from unimoe.moe import LayerRecord, record
 from unimoe.training.ranks import rank_weighted
 
@@ -53,7 +52,7 @@ class IncMoELoRA(Strategy):
         """Cross-entropy plus the guide's losses, which are means over routers and tokens."""
         self.guide.step, self.guide.steps = step, steps
         with record() as records:
-            loss = rank_weighted(*answer_loss(self.learner.model, batch))
+            loss = rank_weighted(*self.learner.model.answer_loss(batch))
         routing = self.guide.loss(_of_banks(records), sum(self._sizes[:-1]), self._kept, self.temperature)
         return loss if routing is None else loss + rank_weighted(*routing)
 

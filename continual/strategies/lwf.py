@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
-from unimoe.model.loss import answer_logits
 from unimoe.training.ranks import rank_weighted
 
 from .base import Strategy
@@ -46,8 +45,8 @@ class LwF(Strategy):
         total, count = torch.zeros((), device=self.learner.device), 0
         for part in batch:
             with torch.no_grad(), self._teacher():
-                old_SV = answer_logits(self.learner.model, part)[0] / self.temperature
-            new_SV, labels_S = answer_logits(self.learner.model, part)
+                old_SV = self.learner.model.answer_logits(part)[0] / self.temperature
+            new_SV, labels_S = self.learner.model.answer_logits(part)
             total = total + F.cross_entropy(new_SV, labels_S, reduction="sum")
             student_SV = (new_SV / self.temperature).log_softmax(-1)
             distance = F.kl_div(student_SV, old_SV.log_softmax(-1), reduction="sum", log_target=True)

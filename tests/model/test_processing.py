@@ -45,8 +45,8 @@ def test_placeholders_grow_to_one_a_media_token(processor):
     assert decoded.count("<image>") == 4
     assert decoded.count("<speech>") == 10
     assert decoded.index("<image>") < decoded.index("<speech>") < decoded.index("hi")
-    assert [tuple(tensor.shape) for tensor in encoded["pixel_values"]] == [(3, 64, 64)]
-    assert [tuple(tensor.shape) for tensor in encoded["speech_features"]] == [(80, 100)]
+    assert [tuple(tensor.shape) for tensor in encoded["media"]["pixel_values"]] == [(3, 64, 64)]
+    assert [tuple(tensor.shape) for tensor in encoded["media"]["speech_features"]] == [(80, 100)]
 
 
 def test_the_answer_and_its_end_are_learned_and_nothing_else(processor):
@@ -100,7 +100,7 @@ def test_an_answer_that_quotes_a_control_token_is_learned_as_text(processor):
 
 def test_long_speech_is_cut_in_windows(processor):
     encoded = processor.encode(user({"type": "speech", "speech": sound(31)}))
-    assert [tensor.shape[-1] for tensor in encoded["speech_features"]] == [3000, 100]
+    assert [tensor.shape[-1] for tensor in encoded["media"]["speech_features"]] == [3000, 100]
     speech = processor.tokenizer.convert_tokens_to_ids("<speech>")
     assert encoded["input_ids"].count(speech) == 300 + 10
 
@@ -119,7 +119,8 @@ def test_media_stand_where_the_conversation_has_them(every):
     encoded = every.encode(user(*parts))
     expected = "<audio>" * 3 + "a" + "<image>" * 4 + "<video>" * 2 + "<image>" * 4 + "b" + "<speech>" * 2
     assert f"user\n{expected}{'<video>' * 4}<|im_end|>" in every.tokenizer.decode(encoded["input_ids"])
-    assert [tuple(video.shape) for video in encoded["video_pixels"]] == [(2, 3, 64, 64), (4, 3, 64, 64)]
+    shapes = [tuple(video.shape) for video in encoded["media"]["video_pixels"]]
+    assert shapes == [(2, 3, 64, 64), (4, 3, 64, 64)]
     prompt = "<video>a<speech><image>"
     given = {"images": [picture()], "videos": [[picture()] * 2], "speech": sound(0.2)}
     assert every.tokenizer.decode(every(prompt, **given)["input_ids"][0]) == (
@@ -143,7 +144,7 @@ def test_a_q_former_gives_its_queries_for_each_window(every, seconds, windows):
 
 def test_the_longest_sound_is_announced(every, caplog):
     encoded = every.encode(user({"type": "audio", "audio": np.zeros(11 * 60 * 16_000)}), where="x.json:3")
-    assert len(encoded["audio_features"]) == 20
+    assert len(encoded["media"]["audio_features"]) == 20
     assert (
         "x.json:3: the sound given in memory lasts 660 s; what comes after 600 s is left out" in caplog.text
     )
@@ -151,12 +152,13 @@ def test_the_longest_sound_is_announced(every, caplog):
 
 def test_a_sound_in_memory_is_resampled(every):
     part = {"type": "audio", "audio": sound(2)[: 2 * 8000], "sampling_rate": 8000}
-    assert every.encode(user(part))["audio_frames"][0] == 200
+    assert every.encode(user(part))["media"]["audio_frames"][0] == 200
 
 
 def test_one_sample_is_heard(every):
     encoded = every.encode(user({"type": "speech", "speech": np.zeros(1)}))
-    assert encoded["speech_frames"][0] == 10 and "<speech>" in every.tokenizer.decode(encoded["input_ids"])
+    assert encoded["media"]["speech_frames"][0] == 10
+    assert "<speech>" in every.tokenizer.decode(encoded["input_ids"])
 
 
 def test_batches_pad_left_for_answers_and_right_for_learning(processor):
@@ -220,5 +222,5 @@ def test_saved_and_loaded_it_does_the_same(processor, tmp_path):
     )
     one, two = processor.encode(messages), again.encode(messages)
     assert one["input_ids"] == two["input_ids"]
-    assert (one["pixel_values"][0] == two["pixel_values"][0]).all()
-    assert (one["speech_features"][0] == two["speech_features"][0]).all()
+    assert (one["media"]["pixel_values"][0] == two["media"]["pixel_values"][0]).all()
+    assert (one["media"]["speech_features"][0] == two["media"]["speech_features"][0]).all()

@@ -17,7 +17,9 @@ from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
 from unimoe.media.source import Part, describe
 from unimoe.model.configuration import IGNORED, PLACEHOLDERS
-from unimoe.model.rope_3d import Span, picture_span
+from unimoe.model.inputs import EncodedConversation, Prepared
+from unimoe.model.processing import UniMoeProcessor
+from unimoe.model.rope_3d import Span, image_span
 
 from .feature_cache import FeatureCache
 from .sample import Message, Sample
@@ -29,6 +31,9 @@ Overflow = Literal["error", "truncate", "drop"]
 
 AUDIO_POSITIONS = 50
 """Encoder positions per second of audio, of Whisper and of BEATs."""
+
+Row = tuple[EncodedConversation, list[int]]
+"""A sample's inputs, and its labels [T]."""
 
 
 class Collator:
@@ -43,14 +48,14 @@ class Collator:
 
     def __init__(
         self,
-        processor: Any,
+        processor: UniMoeProcessor,
         max_length: int | None = None,
         features: FeatureCache | None = None,
         overflow: Overflow = "error",
     ) -> None:
         """
         Args:
-            processor: a UniMoeProcessor.
+            processor: of the model.
             max_length: most tokens of a sample; None for no limit.
             features: cache of frozen encoders' features, filled.
             overflow: what to do with a longer sample: raise ("error"), skip it with a warning ("drop"), or
@@ -91,7 +96,7 @@ class Collator:
 
         Otherwise a short question would cost as much as the long text beside it.
         """
-        parts: list[list[tuple[dict[str, Any], list[int]]]] = []
+        parts: list[list[Row]] = []
         tokens = 0
         for row in sorted(self._encode(samples), key=lambda row: len(row[1])):
             length = len(row[1])
@@ -108,7 +113,7 @@ class Collator:
         There is no padding and no ``attention_mask``: ``position_ids`` [1, T] restart at 0 with every sample,
         from which transformers derives block-diagonal attention. A longer sample gets a row of its own.
         """
-        rows: list[list[tuple[dict[str, Any], list[int]]]] = []
+        rows: list[list[Row]] = []
         room: list[int] = []
         for row in sorted(self._encode(samples), key=lambda row: -len(row[1])):  # first fit, longest first
             fits = next((index for index, left in enumerate(room) if len(row[1]) <= left), len(rows))
@@ -135,15 +140,15 @@ class Collator:
                 chosen = order[first : first + batch_size]
                 yield [start + index for index in chosen], self._pad([rows[i] for i in chosen], "left")
 
-    def _prompts(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    def _prompts(self, samples: Sequence[Sample]) -> list[EncodedConversation]:
         return [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]
 
-    def _encode(self, samples: Sequence[Sample]) -> list[tuple[dict[str, Any], list[int]]]:
+    def _encode(self, samples: Sequence[Sample]) -> list[Row]:
         """Inputs and labels of each sample."""
-        rows = []
+        rows: list[Row] = []
         for sample in samples:
             one = self.processor.encode(self._messages(sample), where=sample.source)
-            mask = one.pop("assistant_mask")
+            mask = one["assistant_mask"]
             if not self._fit(one, mask, sample):
                 continue
             if not any(mask):
@@ -151,21 +156,27 @@ class Collator:
             pairs = zip(one["input_ids"], mask, strict=True)
             rows.append((one, [token if learned else IGNORED for token, learned in pairs]))
         if samples and not rows:  # all were dropped: a step without labels
-            rows.append(({"input_ids": [self.processor.tokenizer.eos_token_id]}, [IGNORED]))
+            end = [self.processor.tokenizer.eos_token_id]
+            empty = EncodedConversation(input_ids=end, assistant_mask=[0], position_ids=None, media={})
+            rows.append((empty, [IGNORED]))
         return rows
 
-    def _batch(self, rows: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
+    def _batch(self, rows: list[Row]) -> dict[str, Any]:
         batch = self._pad([encoded for encoded, _ in rows], "right")
         width = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
         return batch
 
-    def _join(self, rows: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
+    def _join(self, rows: list[Row]) -> dict[str, Any]:
         """Concatenate several rows into one, with the media of all."""
-        joined: dict[str, Any] = {}
+        joined = EncodedConversation(input_ids=[], assistant_mask=[], position_ids=None, media={})
         for encoded, _ in rows:
-            for name, items in encoded.items():
-                joined.setdefault(name, []).extend(items)
+            joined["input_ids"] += encoded["input_ids"]
+            joined["assistant_mask"] += encoded["assistant_mask"]
+            if encoded["position_ids"] is not None:
+                joined["position_ids"] = (joined["position_ids"] or []) + encoded["position_ids"]
+            for name, items in encoded["media"].items():
+                joined["media"].setdefault(name, []).extend(items)
         batch = self._pad([joined], "right")
         del batch["attention_mask"]
         if "position_ids" not in batch:
@@ -174,14 +185,14 @@ class Collator:
         batch["labels"] = torch.tensor([sum(([IGNORED, *labels[1:]] for _, labels in rows), [])])
         return batch
 
-    def _pad(self, rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
+    def _pad(self, rows: Sequence[EncodedConversation], side: str) -> dict[str, Any]:
         batch = dict(self.processor.pad(rows, side))
         present = [modality for modality, stored in self._cached.items() if stored.outputs[0] in batch]
         if present:
             batch["encoded_media"] = {modality: self._cached[modality].take(batch) for modality in present}
         return batch
 
-    def _fit(self, row: dict[str, Any], mask: list[int], sample: Sample) -> bool:
+    def _fit(self, row: EncodedConversation, mask: list[int], sample: Sample) -> bool:
         """Apply ``overflow`` to the sample, in place; False drops it."""
         input_ids = row["input_ids"]
         if self.max_length is None or len(input_ids) <= self.max_length:
@@ -197,7 +208,7 @@ class Collator:
             return False
         if self._media_ids.intersection(input_ids[self.max_length :]) or not any(mask[: self.max_length]):
             raise UserError(f"{found}, and truncating it would remove media or all assistant text")
-        for tokens in (input_ids, mask, row.get("position_ids", [])):
+        for tokens in (input_ids, mask, row["position_ids"] or []):
             del tokens[self.max_length :]
         return True
 
@@ -227,7 +238,7 @@ def real_tokens(batch: dict[str, Any]) -> int:
 
 
 class _CachedFeatures:
-    """Stands in for a preprocessor of the processor: takes cached features [S, D] of one image or clip"""
+    """Stands in for a preprocessor: a part holds the cached features [S, D] of each item of a medium."""
 
     def __init__(self, modality: str, connector: dict[str, Any], has_lengths: bool) -> None:
         self.modality = modality
@@ -235,18 +246,18 @@ class _CachedFeatures:
         self.connector = connector
         self.has_lengths = has_lengths
 
-    def load(self, part: Part, where: str) -> list[Tensor]:
-        return part[self.modality]
+    def load(self, part: Part, where: str) -> Part:
+        return part
 
-    def __call__(self, windows: list[Tensor]) -> tuple[dict[str, list[Tensor]], int]:
+    def __call__(self, part: Part, where: str) -> Prepared:
+        windows: list[Tensor] = part[self.modality]
         values = windows, [torch.tensor(len(window)) for window in windows]
         tokens = sum(num_tokens(self.connector, len(window)) for window in windows)
-        return dict(zip(self.outputs, values, strict=True)), tokens
-
-    def span(self, windows: list[Tensor], tokens: int) -> Span:
         if self.modality == "image":
-            return picture_span(tokens)
-        return Span("audio", tokens, seconds=(sum(map(len, windows)) / AUDIO_POSITIONS,))
+            span = image_span(tokens)
+        else:
+            span = Span("audio", tokens, seconds=(sum(map(len, windows)) / AUDIO_POSITIONS,))
+        return Prepared(dict(zip(self.outputs, values, strict=True)), tokens, span)
 
     def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Remove this modality's features from ``batch`` and return them as the encoder would have."""

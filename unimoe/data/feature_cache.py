@@ -28,6 +28,8 @@ from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, fingerprint
 from unimoe.media.source import Part, media_bytes
+from unimoe.model.inputs import EncodedConversation
+from unimoe.model.processing import UniMoeProcessor
 
 from .sample import Sample
 
@@ -109,7 +111,7 @@ class FeatureCache(FeatureStore):
     def __init__(
         self,
         folder: str | Path,
-        processor: Any,
+        processor: UniMoeProcessor,
         encoders: Mapping[str, Encoder],
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -191,8 +193,10 @@ class FeatureCache(FeatureStore):
         preprocessor, encoder = self.processor.preprocessors[modality], self.encoders[modality]
         rows, owners = [], []
         for key, (part, where) in media.items():
-            inputs, _ = preprocessor(preprocessor.load(part, where))
-            rows.append({"input_ids": [0], **inputs})
+            inputs = preprocessor(part, where).inputs
+            rows.append(
+                EncodedConversation(input_ids=[0], assistant_mask=[0], position_ids=None, media=inputs)
+            )
             owners += [key] * len(inputs[preprocessor.outputs[-1]])
         batch = self.processor.pad(rows)
         device = next(encoder.parameters()).device

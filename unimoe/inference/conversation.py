@@ -206,7 +206,7 @@ class Conversation:
         if kind not in self.processor.preprocessors:
             takes = ", ".join(["text", *self.processor.modalities])
             raise UserError(f"{where} {part.get('path', '')}: this model takes no {kind}; it takes {takes}")
-        return {**part, kind: self.processor.preprocessors[kind].load(part, where)}
+        return self.processor.preprocessors[kind].load(part, where)
 
     def _check_length(self, length: int):
         longest = getattr(self.model.config.text_config, "max_position_embeddings", None)

@@ -1,13 +1,18 @@
 """From prompt text to ids.
 
-What users typed stays text, placeholders grow to one a media token, answers are marked.
-Marks are private-use characters that travel through the chat template and are gone after :func:`tokenize`:
+What users typed stays text, placeholders expand to one for each media token, answers are marked.
+Marks are private-use characters that pass through the chat template and are removed by :func:`tokenize`:
 
     user text with a typed control token    what does <image> mean  ->  what does \\ue000<image>\\ue001 mean
     an assistant's words                    A fox.                  ->  \\ue002A fox.\\ue003
 """
 
 import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Any
+
+from unimoe.errors import UserError
 
 from .configuration import PLACEHOLDERS
 
@@ -40,6 +45,20 @@ VICUNA = (
 
 TYPED, TYPED_END, ANSWER, ANSWER_END = "\ue000", "\ue001", "\ue002", "\ue003"
 _MARKS = re.compile(f"[{TYPED}-{ANSWER_END}]")
+_ANSWERS = re.compile(f"{ANSWER}(.*?){ANSWER_END}", re.DOTALL)
+_OTHER = "choose another chat_template, such as chatml"
+
+
+@dataclass
+class Tokens:
+    """A tokenized prompt."""
+
+    ids: list[int] = field(default_factory=list)
+    """[T]"""
+    said: list[int] = field(default_factory=list)
+    """[T], 1 on what the assistant said and on the token that ends its turn."""
+    ends: list[int] = field(default_factory=list)
+    """The ids of the tokens that end the assistant's turns."""
 
 
 def unmark(text: str) -> str:
@@ -47,38 +66,43 @@ def unmark(text: str) -> str:
     return _MARKS.sub("", text)
 
 
-def control_pattern(tokenizer) -> re.Pattern:
+def control_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Matches every control token of the tokenizer, and the placeholders."""
     tokens = {*_special(tokenizer).values(), *PLACEHOLDERS.values()}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
-def _special(tokenizer) -> dict[int, str]:
+def _special(tokenizer: Any) -> dict[int, str]:
     """Every control token of the tokenizer, named ones (such as eos) and others."""
     return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def mark_typed(text: str, control: re.Pattern) -> str:
+def mark_typed(text: str, control: re.Pattern[str]) -> str:
     """User text in which control tokens are marked as characters that somebody typed."""
     return control.sub(lambda match: f"{TYPED}{match.group()}{TYPED_END}", unmark(text))
 
 
-def tokenize(text: str, tokenizer, counts: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    """Ids of a marked prompt and, for each id, whether the assistant said it (1) or not (0).
+def mark_answer(text: str) -> str:
+    """An assistant's words, marked."""
+    return f"{ANSWER}{text.strip()}{ANSWER_END}"
+
+
+def tokenize(text: str, tokenizer: Any, counts: dict[str, list[int]]) -> Tokens:
+    """Ids of a marked prompt, and which of them the assistant said.
 
     Args:
         text: prompt with marks.
         tokenizer: a fast tokenizer (offsets are needed) that has the placeholders as special tokens.
-        counts: for each medium the number of tokens of each of its items, in order.
+        counts: for each modality the number of tokens of each of its items, in order.
 
     The control token that follows an answer, blanks aside, ends the turn and counts as said.
     """
     remaining = {
-        tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind]): list(items) for kind, items in counts.items()
+        tokenizer.convert_tokens_to_ids(PLACEHOLDERS[modality]): list(items)
+        for modality, items in counts.items()
     }
     special = _special(tokenizer)
-    ids: list[int] = []
-    said: list[int] = []
+    tokens = Tokens()
     answering = False
     for index, piece in enumerate(re.split(f"{TYPED}(.*?){TYPED_END}", text)):
         typed = index % 2 == 1  # the pattern's group: every other piece
@@ -89,10 +113,65 @@ def tokenize(text: str, tokenizer, counts: dict[str, list[int]]) -> tuple[list[i
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ends_turn = token in special and any(at <= start and not clean[at:start].strip() for at in ends)
             repeat = remaining[token].pop(0) if not typed and token in remaining else 1
-            ids += [token] * repeat
-            said += [int(any(inside[start:end]) or ends_turn)] * repeat
+            tokens.ids += [token] * repeat
+            tokens.said += [int(any(inside[start:end]) or ends_turn)] * repeat
+            tokens.ends += [token] * ends_turn
         answering = inside[-1]
-    return ids, said
+    return tokens
+
+
+def check_answers(text: str, answers: list[str], where: str) -> None:
+    """See that a chat template left every answer as it was.
+
+    Args:
+        text: the rendered conversation, with marks.
+        answers: what the template was given, marked as by :func:`mark_answer`.
+        where: what errors begin with.
+
+    Raises:
+        UserError: an answer is missing, is changed, or is there twice.
+    """
+    found = [mark_answer(answer) for answer in _ANSWERS.findall(text)]
+    if found == answers:
+        return
+    for answer in answers:
+        if found.count(answer) < answers.count(answer):
+            kept = unmark(answer)[-40:]
+            raise UserError(f"{where}: the chat template drops or rewrites the answer '...{kept}'; {_OTHER}")
+    counts = f"writes {len(found)} answers, the conversation has {len(answers)}"
+    raise UserError(f"{where}: the chat template {counts}; {_OTHER}")
+
+
+def check_learned(tokens: Tokens, tokenizer: Any, text: str, where: str) -> None:
+    """See that the tokens which are learned decode to the answers of ``text`` and to their ends.
+
+    Raises:
+        UserError: they do not, or a turn ends with something that is no control token, so that a model would
+            not learn to stop.
+    """
+    answers = _ANSWERS.findall(text)
+    if len(tokens.ends) < len(answers):
+        control = tuple(_special(tokenizer).values())
+        after = [unmark(rest.partition(ANSWER)[0]) for rest in text.split(ANSWER_END)[1:]]
+        found = next((rest for rest in after if not rest.lstrip().startswith(control)), after[0])
+        raise UserError(
+            f"{where}: the chat template ends an answer with {found[:20]!r}, which begins with no control "
+            f"token of the tokenizer, so that the model would not learn to stop; {_OTHER}"
+        )
+    learned = [token for token, said in zip(tokens.ids, tokens.said, strict=True) if said]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in learned:
+        return  # characters that the vocabulary lacks
+    decoded, at = _letters(tokenizer.decode(learned)), 0
+    for answer in map(_letters, map(unmark, answers)):
+        at = decoded.find(answer, at)
+        if at < 0:
+            raise UserError(f"{where}: the tokens of the answer decode to {decoded[:60]!r}; {_OTHER}")
+        at += len(answer)
+
+
+def _letters(text: str) -> str:
+    """What tokenizers leave of a text: blanks, case and composed characters may change."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _answers(piece: str, answering: bool) -> tuple[str, list[bool], set[int]]:

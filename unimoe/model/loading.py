@@ -17,6 +17,7 @@ from unimoe.prepare.cache import resolve_part
 
 from .build import prepare_tokenizer
 from .configuration import MEDIA, UniMoeConfig
+from .inputs import Prepared
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 
@@ -141,17 +142,17 @@ def open_processor(model: str) -> UniMoeProcessor:
         raise UserError(f"{model}: no model or tokenizer can be loaded: {first_line(error)}") from error
     prepare_tokenizer(tokenizer)
     processor = UniMoeProcessor(tokenizer)
-    processor.preprocessors = dict.fromkeys(MEDIA, _Placeholder())  # type: ignore[assignment]
+    processor.preprocessors = dict.fromkeys(MEDIA, _Placeholder())
     return processor
 
 
 class _Placeholder:
     """Stands in for a preprocessor: a medium is one token, and is not decoded."""
 
-    outputs = ()
+    outputs: tuple[str, ...] = ()
 
     def load(self, part: Part, where: str) -> Part:
         return part
 
-    def __call__(self, part: Part) -> tuple[dict[str, Any], int]:
-        return {}, 1
+    def __call__(self, part: Part, where: str) -> Prepared:
+        return Prepared({}, 1)

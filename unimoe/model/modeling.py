@@ -1,9 +1,11 @@
 """The model: encoders and connectors in front of a causal LM, some of whose FFNs are mixtures of experts.
 
-Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (pictures, videos,
-windows of sound), S encoder positions of an item, D encoder width, N media tokens over the whole batch.
+Shapes: B rows, T tokens of a row, H hidden size of the LLM, V vocabulary, M media items (images, videos,
+audio windows), S encoder positions of an item, D encoder width, N media tokens of a whole batch, K supervised
+tokens of a batch.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
+from transformers.utils.generic import ModelOutput, can_return_tuple
+from typing_extensions import Unpack
 
 from unimoe.encoders import Encoder, build_connector, build_encoder
+from unimoe.encoders.weights import own_weights
 from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, remember_context, routing_context
 from unimoe.moe.install import install_moe
 
+from .causal_head import CausalHead
 from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
+from .inputs import EncodedMedia, MediaInputs, takes_media
+from .loss import cross_entropy_sum, supervised
 from .rope_3d import install_time_rotary, time_ids
 
-Encoded = tuple[Tensor, Tensor | None]
-"""Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
+MEDIA_NAMES = tuple(MediaInputs.__annotations__)
+"""The arguments of ``forward`` that hold media."""
 
 
 @dataclass
@@ -45,7 +52,7 @@ class UniMoeOutput(ModelOutput):
 
 
 class UniMoePreTrainedModel(PreTrainedModel):
-    """What both model classes tell transformers about themselves."""
+    """What both model classes declare to transformers."""
 
     config: UniMoeConfig
     base_model_prefix = "model"
@@ -56,6 +63,13 @@ class UniMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with weights that are independent of the files (:func:`own_weights`)."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        own_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any):
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -78,21 +92,21 @@ class UniMoeModel(UniMoePreTrainedModel):
     The forward pass:
 
     1. Embed ``input_ids``.
-    2. For each medium that is present, encode the items, connect them to the LLM's width, and put the
-       resulting tokens in the places of the medium's placeholder. A medium that is absent runs nothing.
-    3. Run the decoder, with the modality of every token and the padding at hand for the routers.
+    2. For each modality that is present, encode its items, project them to the LLM's width, and put the
+       resulting tokens in the places of its placeholder. A modality that is absent runs nothing.
+    3. Run the decoder; routers see the modality of every token and the padding.
     """
 
     def __init__(self, config: UniMoeConfig):
         super().__init__(config)
         modalities = config.modalities or {}
         hidden_size = config.get_text_config().hidden_size
-        encoders = {kind: build_encoder(parts["encoder"]) for kind, parts in modalities.items()}
+        encoders = {modality: build_encoder(parts["encoder"]) for modality, parts in modalities.items()}
         self.encoders = nn.ModuleDict(encoders)
         self.connectors = nn.ModuleDict(
             {
-                kind: build_connector(parts["connector"], encoders[kind].hidden_size, hidden_size)
-                for kind, parts in modalities.items()
+                modality: build_connector(parts["connector"], encoders[modality].hidden_size, hidden_size)
+                for modality, parts in modalities.items()
             }
         )
         self.language_model = AutoModel.from_config(config.text_config)
@@ -108,53 +122,50 @@ class UniMoeModel(UniMoePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
-    def connect(self, kind: str, encoded: Encoded) -> Tensor:
-        """Media tokens [N, H] of all items of one medium, in order, from its encoder's output."""
-        tokens_MNH, counts_M = self.connectors[kind](*encoded)
+    def connect(self, modality: str, encoded: EncodedMedia) -> Tensor:
+        """Media tokens [N, H] of all items of one modality, in order, from its encoder's output."""
+        tokens_MNH, counts_M = self.connectors[modality](*encoded)
         valid_MN = torch.arange(tokens_MNH.shape[1], device=tokens_MNH.device) < counts_M[:, None]
         return tokens_MNH[valid_MN]
 
-    def insert_media(self, kind: str, input_ids: Tensor, embeds_BTH: Tensor, tokens_NH: Tensor) -> Tensor:
+    def insert_media(self, modality: str, input_ids: Tensor, embeds_BTH: Tensor, tokens_NH: Tensor) -> Tensor:
         """Put the media tokens, in order, where ``input_ids`` hold the placeholder.
 
-        Raises ValueError if the numbers differ.
+        Raises:
+            ValueError: the number of tokens is not the number of placeholders.
         """
-        places_BT = input_ids == self.config.token_ids()[kind]
+        places_BT = input_ids == self.config.token_ids()[modality]
         counts = places_BT.sum(1).tolist()
         if sum(counts) != len(tokens_NH):
             raise ValueError(
-                f"the rows hold {counts} <{kind}> placeholder tokens ({sum(counts)} in all), but the {kind} "
-                f"inputs give {len(tokens_NH)} tokens; scattering them would misplace media, so expand the "
-                "placeholders with the processor"
+                f"the rows hold {counts} <{modality}> placeholder tokens ({sum(counts)} in all), but the "
+                f"{modality} inputs give {len(tokens_NH)} tokens; scattering them would misplace media, so "
+                "expand the placeholders with the processor"
             )
         return embeds_BTH.masked_scatter(places_BT[..., None], tokens_NH.to(embeds_BTH))
 
-    def embed(
-        self,
-        input_ids: Tensor | None,
-        encoded_media: dict[str, Encoded] | None = None,
-        **raw: Tensor | None,
-    ) -> Tensor:
+    def embed(self, input_ids: Tensor, **media: Unpack[MediaInputs]) -> Tensor:
         """Steps 1 and 2: [B, T, H], the tokens' embeddings with the media in their places.
 
-        Arguments as of :meth:`forward`.
+        Raises:
+            ValueError: media of a modality that the model does not have, or of another number of tokens than
+                there are placeholders.
         """
-        if input_ids is None:
-            raise ValueError("give input_ids or inputs_embeds")
-        encoded_media = dict(encoded_media or {})
-        for kind, names in MEDIA_INPUTS.items():
-            if raw.get(names[0]) is not None:
-                if kind not in self.encoders:
+        encoded_media = dict(media.get("encoded_media") or {})
+        for modality, names in MEDIA_INPUTS.items():
+            if media.get(names[0]) is not None:
+                if modality not in self.encoders:
                     raise ValueError(
-                        f"{names[0]} given, but this model has no {kind} encoder; "
+                        f"{names[0]} given, but this model has no {modality} encoder; "
                         f"it has {list(self.encoders)}"
                     )
-                encoded_media[kind] = self.encoders[kind](*(raw[name] for name in names))
+                encoded_media[modality] = self.encoders[modality](*(media.get(name) for name in names))
         embeds_BTH = self.get_input_embeddings()(input_ids)
-        for kind, encoded in encoded_media.items():
-            embeds_BTH = self.insert_media(kind, input_ids, embeds_BTH, self.connect(kind, encoded))
+        for modality, encoded in encoded_media.items():
+            embeds_BTH = self.insert_media(modality, input_ids, embeds_BTH, self.connect(modality, encoded))
         return embeds_BTH
 
+    @takes_media
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -162,48 +173,31 @@ class UniMoeModel(UniMoePreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        video_pixels: Tensor | None = None,
-        video_frames: Tensor | None = None,
-        speech_features: Tensor | None = None,
-        speech_frames: Tensor | None = None,
-        audio_features: Tensor | None = None,
-        audio_frames: Tensor | None = None,
-        encoded_media: dict[str, Encoded] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> UniMoeOutput:
         """Run the model.
 
         Args:
             input_ids: [B, T], media placeholders expanded to one for each media token.
             attention_mask: [B, T], 0 on padding (with a cache: [B, past + T]).
-            position_ids: [B, T]; without an ``attention_mask`` a sample begins wherever they do not go on by
-                one, and attends to itself only (packing). With ``rope_sections`` they may be [3, B, T]: time,
-                height and width (:mod:`unimoe.model.rope_3d`), or [4, B, T]: these behind the others.
-            inputs_embeds: [B, T, H], from :meth:`embed`, with the media in their places; ``input_ids`` beside
-                them only tell the modality of each token.
-            pixel_values: [M, 3, height, width], the pictures of all rows in order.
-            video_pixels: [M, frames, 3, height, width], the videos of all rows in order.
-            video_frames: [M], the valid frames of each video.
-            speech_features: [M, mel bins, F], log-mel windows of all rows in order.
-            speech_frames: [M], the valid frames of each window.
-            audio_features: the same of environmental sound.
-            audio_frames: the same of environmental sound.
-            encoded_media: outputs of frozen encoders computed beforehand, by medium; they take the place of
-                raw inputs.
+            position_ids: [B, T]; without an ``attention_mask`` a new sample begins wherever they do not
+                increase by one, and attends to itself only (packing). With ``rope_sections`` they may be
+                [3, B, T]: time, height and width (:mod:`unimoe.model.rope_3d`), or [4, B, T]: [B, T] in front
+                of these.
+            inputs_embeds: [B, T, H], from :meth:`embed`, with the media in their places; ``input_ids`` given
+                as well only tell the modality of each token.
+            kwargs: the media of the batch (:class:`~unimoe.model.inputs.MediaInputs`), and what else the
+                decoder takes.
+
+        Raises:
+            ValueError: inputs that do not go together.
         """
-        raw = {
-            "pixel_values": pixel_values,
-            "video_pixels": video_pixels,
-            "video_frames": video_frames,
-            "speech_features": speech_features,
-            "speech_frames": speech_frames,
-            "audio_features": audio_features,
-            "audio_frames": audio_frames,
-        }
+        media: Any = {name: kwargs.pop(name, None) for name in MEDIA_NAMES}
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, encoded_media, **raw)
-        elif encoded_media or any(value is not None for value in raw.values()):
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, **media)
+        elif any(value is not None for value in media.values()):
             raise ValueError("media need input_ids alone: their placeholders say where the media tokens go")
         axes = None
         if position_ids is not None and position_ids.dim() == 3:
@@ -239,8 +233,8 @@ class UniMoeModel(UniMoePreTrainedModel):
         rows, length = embeds_BTH.shape[:2]
         modality_BT = torch.zeros(rows, length, dtype=torch.long, device=embeds_BTH.device)
         if input_ids is not None:
-            for kind, token_id in self.config.token_ids().items():
-                modality_BT[input_ids == token_id] = MODALITIES.index(kind)
+            for modality, token_id in self.config.token_ids().items():
+                modality_BT[input_ids == token_id] = MODALITIES.index(modality)
         pad_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             pad_T = (attention_mask[:, -length:] == 0).flatten()
@@ -257,19 +251,40 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = UniMoeModel(config)
         text = config.get_text_config()
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.causal_head = CausalHead(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=self.causal_head.has_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def head(self, hidden_H: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H], with the scaling or soft cap that some LLMs define."""
-        logits_V = self.lm_head(hidden_H) / getattr(self.config.text_config, "logits_scaling", 1.0)
-        if cap := getattr(self.config.text_config, "final_logit_softcapping", None):
-            logits_V = torch.tanh(logits_V / cap) * cap
-        return logits_V
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [B, T, V] or [N, V] of hidden states [B, T, H] or [N, H], as the LLM's own class computes
+        them."""
+        return self.causal_head(self.lm_head, hidden)
 
+    def answer_logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits [K, V] in float32 and labels [K] of a collated batch; the head runs at these positions."""
+        hidden_KH, labels_K = supervised(self.last_hidden(batch), batch["labels"])
+        return self.head(hidden_KH).float(), labels_K
+
+    def answer_loss(self, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, int]:
+        """Mean cross-entropy over the supervised tokens of several collated batches together, and their
+        number. Auxiliary losses are not part of it."""
+        total, count = torch.zeros((), device=self.device), 0
+        for batch in batches:
+            logits_KV, labels_K = self.answer_logits(batch)
+            total = total + cross_entropy_sum(logits_KV, labels_K)
+            count += len(labels_K)
+        return total / max(count, 1), count
+
+    def last_hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """[B, T, H] of a collated batch, with or without labels."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.model(**inputs, use_cache=False).last_hidden_state
+
+    @can_return_tuple
+    @takes_media
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -277,18 +292,10 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        video_pixels: Tensor | None = None,
-        video_frames: Tensor | None = None,
-        speech_features: Tensor | None = None,
-        speech_frames: Tensor | None = None,
-        audio_features: Tensor | None = None,
-        audio_frames: Tensor | None = None,
-        encoded_media: dict[str, Encoded] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> UniMoeOutput:
         """As :meth:`UniMoeModel.forward`, and:
 
@@ -305,14 +312,6 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                pixel_values=pixel_values,
-                video_pixels=video_pixels,
-                video_frames=video_frames,
-                speech_features=speech_features,
-                speech_frames=speech_frames,
-                audio_features=audio_features,
-                audio_frames=audio_frames,
-                encoded_media=encoded_media,
                 **kwargs,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -320,9 +319,8 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         loss = aux_loss = None
         if labels is not None:
             aux_loss = self.aux_loss(records)
-            loss = aux_loss + nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-            )
+            logits_KV, labels_K = supervised(logits, labels)
+            loss = aux_loss + cross_entropy_sum(logits_KV, labels_K) / max(len(labels_K), 1)
         return UniMoeOutput(
             loss=loss,
             aux_loss=aux_loss,
@@ -351,16 +349,18 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         return auxiliary_loss(moe, records, **over_ranks)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
     ) -> dict:
         """Media enter with the prompt; later steps find them in the cache."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  (their protocol for self)
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for names in (*MEDIA_INPUTS.values(), ("encoded_media",)):
-                for name in names:
-                    inputs[name] = None
+            inputs |= dict.fromkeys(MEDIA_NAMES)
         return inputs
 
     def _expand_inputs_for_generation(
@@ -372,7 +372,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor | None, dict]:
         """Repeat rows for beams or several answers.
 
-        transformers repeats media one by one, so that a row's second picture would go to its first copy."""
+        transformers repeats media one by one, so that a row's second image would go to its first copy."""
         media = {name: inputs.pop(name, None) for names in MEDIA_INPUTS.values() for name in names}
         encoded = inputs.pop("encoded_media", None)
         rows = input_ids
@@ -380,30 +380,30 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
             expand_size, is_encoder_decoder, input_ids, **inputs
         )
         if expand_size > 1 and rows is not None:
-            for kind, names in MEDIA_INPUTS.items():
+            for modality, names in MEDIA_INPUTS.items():
                 order = self._repeated_items(
-                    kind, rows, [media[name] for name in names], encoded, expand_size
+                    modality, rows, [media[name] for name in names], encoded, expand_size
                 )
                 for name in names:
                     media[name] = None if media[name] is None else media[name][order]
-                if encoded and kind in encoded:
-                    features, lengths = encoded[kind]
+                if encoded and modality in encoded:
+                    features, lengths = encoded[modality]
                     encoded = {
                         **encoded,
-                        kind: (features[order], None if lengths is None else lengths[order]),
+                        modality: (features[order], None if lengths is None else lengths[order]),
                     }
         return input_ids, {**inputs, **media, "encoded_media": encoded}
 
     def _repeated_items(
-        self, kind: str, rows_BT: Tensor, raw: list, encoded: dict[str, Encoded] | None, times: int
+        self, modality: str, rows_BT: Tensor, raw: list, encoded: dict[str, EncodedMedia] | None, times: int
     ) -> list[int]:
-        """Indices of one medium's items when every row, with all its items, stands ``times`` times."""
-        if kind not in self.model.encoders:
+        """Indices of one modality's items when every row, with all its items, stands ``times`` times."""
+        if modality not in self.model.encoders:
             return []
-        encoder: Any = self.model.encoders[kind]
-        connector: Any = self.model.connectors[kind]
-        if encoded and kind in encoded:
-            features, lengths = encoded[kind]
+        encoder: Any = self.model.encoders[modality]
+        connector: Any = self.model.connectors[modality]
+        if encoded and modality in encoded:
+            features, lengths = encoded[modality]
             positions = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
         elif raw[0] is None:
             return []
@@ -414,7 +414,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         tokens = [connector.num_tokens(count) for count in positions]
         order: list[int] = []
         item = 0
-        for places in (rows_BT == self.config.token_ids()[kind]).sum(1).tolist():
+        for places in (rows_BT == self.config.token_ids()[modality]).sum(1).tolist():
             begin = item
             while places > 0:
                 places -= tokens[item]

@@ -1,12 +1,14 @@
-"""From what a message holds to what its encoder takes, and to the number of tokens it will become.
+"""From a part of a message to what its encoder takes, and to the number of tokens it will become.
 
-    part -> load (decoded, as little of it as is needed) -> call -> encoder inputs, number of tokens
+    part -> load (decoded, as little of it as is needed) -> encoder inputs, number of tokens, span
 
-Each class is made from the ``preprocessing`` part of a modality in the processor's configuration.
+Each class is made from the ``preprocessing`` part of a modality in the processor's configuration, and is a
+:class:`~unimoe.model.inputs.Preprocessor`.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,25 +25,23 @@ from unimoe.media.source import Part
 from unimoe.media.video import load_video
 
 from .configuration import MEDIA_INPUTS
-from .rope_3d import Span, picture_span
-
-Inputs = dict[str, list[Tensor]]
-"""Each of the encoder's inputs: one tensor for each of the encoder's items that a medium becomes."""
+from .inputs import EncoderInputs, Prepared, Preprocessor
+from .rope_3d import Span, image_span
 
 _ROOM = 8
-"""Pictures are decoded to at most so many times the encoder's side, which bounds the memory of huge ones."""
+"""Images are decoded to at most so many times the encoder's side, which bounds the memory of huge ones."""
 
 
 class ImagePreprocessor:
-    """RGB pictures to [3, S, S]: resized to the encoder's square, normalised.
+    """RGB images to [3, S, S]: resized to the encoder's square, normalised.
 
     Args of ``config``: ``image_size`` (pixels), ``mean`` and ``std`` (3 numbers each, of pixels in 0..1),
-    ``interpolation`` (PIL's name), ``positions`` (encoder positions of a picture), ``fit``: ``stretch``
+    ``interpolation`` (PIL's name), ``positions`` (encoder positions of an image), ``fit``: ``stretch``
     (default; all of it stays in view), ``crop`` (its longer sides are cut) or ``pad`` (bars of the mean).
     """
 
-    def __init__(self, kind: str, config: dict, connector: dict):
-        self.outputs = MEDIA_INPUTS[kind]
+    def __init__(self, modality: str, config: dict[str, Any], connector: dict[str, Any]):
+        self.outputs = MEDIA_INPUTS[modality]
         size, self.fit = config["image_size"], config.get("fit", "stretch")
         self.mean = tuple(int(255 * channel) for channel in config["mean"])
         resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[
@@ -59,16 +59,13 @@ class ImagePreprocessor:
         self.positions = config["positions"]
         self.connector = connector
 
-    def load(self, part: Part, where: str) -> Image.Image:
-        return load_image(part, where, self.longest)
+    def load(self, part: Part, where: str) -> Part:
+        return {**part, "image": load_image(part, where, self.longest)}
 
-    def __call__(self, image: Image.Image) -> tuple[Inputs, int]:
-        """The encoder inputs of a picture and its number of tokens."""
-        return {self.outputs[0]: [self.pixels(image)]}, num_tokens(self.connector, self.positions)
-
-    def span(self, image: Image.Image, tokens: int) -> Span:
-        """Where the tokens of a picture are, for models whose positions have a clock."""
-        return picture_span(tokens)
+    def __call__(self, part: Part, where: str) -> Prepared:
+        pixels = self.pixels(self.load(part, where)["image"])
+        tokens = num_tokens(self.connector, self.positions)
+        return Prepared({self.outputs[0]: [pixels]}, tokens, image_span(tokens))
 
     def pixels(self, image: Image.Image) -> Tensor:
         """[3, S, S]"""
@@ -79,39 +76,53 @@ class ImagePreprocessor:
 
 
 class VideoPreprocessor(ImagePreprocessor):
-    """Frames to [frames, 3, S, S], each as a picture.
+    """Frames to [frames, 3, S, S], each as an image.
 
     Further args of ``config``: ``frames`` and ``rate`` as of :func:`unimoe.media.video.load_video`;
     ``positions`` are those of a frame.
     """
 
-    def __init__(self, kind: str, config: dict, connector: dict):
-        super().__init__(kind, config, connector)
+    def __init__(self, modality: str, config: dict[str, Any], connector: dict[str, Any]):
+        super().__init__(modality, config, connector)
         self.frames, self.rate = config["frames"], config.get("rate")
 
-    def load(self, part: Part, where: str) -> list[Image.Image]:  # type: ignore[override]
-        return load_video(part, where, self.frames, self.rate, self.longest)
+    def load(self, part: Part, where: str) -> Part:
+        return {**part, "video": load_video(part, where, self.frames, self.rate, self.longest)}
 
-    def __call__(self, image: list[Image.Image]) -> tuple[Inputs, int]:  # type: ignore[override]
-        """``image``: the frames of one video, in order."""
-        if not 1 <= len(image) <= self.frames:
-            raise UserError(f"a video has {len(image)} frames, expected 1 to {self.frames}")
-        pixels = torch.stack([self.pixels(frame) for frame in image])
-        tokens = num_tokens(self.connector, len(image) * self.positions)
-        return dict(zip(self.outputs, ([pixels], [torch.tensor(len(image))]), strict=True)), tokens
+    def __call__(self, part: Part, where: str) -> Prepared:
+        frames: list[Image.Image] = self.load(part, where)["video"]
+        if not 1 <= len(frames) <= self.frames:
+            raise UserError(f"{where}: a video has {len(frames)} frames, expected 1 to {self.frames}")
+        values = [torch.stack([self.pixels(frame) for frame in frames])], [torch.tensor(len(frames))]
+        tokens = num_tokens(self.connector, len(frames) * self.positions)
+        return Prepared(dict(zip(self.outputs, values, strict=True)), tokens, self.span(frames, tokens))
 
-    def span(self, image: list[Image.Image], tokens: int) -> Span:  # type: ignore[override]
-        """Pictures without a clock of their own are taken for one a second."""
+    def span(self, frames: list[Image.Image], tokens: int) -> Span:
+        """When each frame is shown; frames without a time of their own are taken as one a second."""
         if self.connector.get("time") == "mean":
-            return picture_span(tokens)
-        seconds = [frame.info.get("seconds", float(index)) for index, frame in enumerate(image)]
-        return Span("video", tokens, picture_span(tokens // len(image)).grid, seconds)
+            return image_span(tokens)
+        seconds = [frame.info.get("seconds", float(index)) for index, frame in enumerate(frames)]
+        return Span("video", tokens, image_span(tokens // len(frames)).grid, seconds)
 
 
-class SoundPreprocessor:
-    """Mono sound at 16 kHz to windows of at most 30 s as the encoder's spectrum [mel bins, frames].
+class Spectrum(Protocol):
+    """From a window of audio to the spectrum that an encoder takes."""
 
-    A window is as long as its sound: a short clip costs little. Args of ``config``: ``spectrum`` (a key of
+    def __call__(self, window: np.ndarray) -> Tensor:
+        """[mel bins, frames] of [samples] at 16 kHz."""
+        ...
+
+    @staticmethod
+    def positions(frames: int) -> int:
+        """Encoder positions of so many frames."""
+        ...
+
+
+class AudioPreprocessor:
+    """Mono audio at 16 kHz, speech or other, to windows of at most 30 s as the encoder's spectrum [mel bins,
+    frames].
+
+    A window is as long as its audio: a short clip costs little. Args of ``config``: ``spectrum`` (a key of
     SPECTRA, default ``whisper``), ``mel_bins``, ``max_windows`` (None: as many as there are).
     """
 
@@ -120,34 +131,30 @@ class SoundPreprocessor:
     window = 30 * 16_000
     """Samples of the longest window that the encoders have positions for."""
 
-    def __init__(self, kind: str, config: dict, connector: dict):
-        self.outputs = MEDIA_INPUTS[kind]
+    def __init__(self, modality: str, config: dict[str, Any], connector: dict[str, Any]):
+        self.modality = modality
+        self.outputs = MEDIA_INPUTS[modality]
         self.spectrum = SPECTRA[config.get("spectrum", "whisper")](config["mel_bins"])
         self.connector = connector
         most = config.get("max_windows")
         self.longest = most and most * self.window / self.rate
 
-    def load(self, part: Part, where: str) -> np.ndarray:
-        return load_audio(part, where, self.rate, self.longest)
+    def load(self, part: Part, where: str) -> Part:
+        samples = load_audio(part, where, self.rate, self.longest)
+        return {**part, part["type"]: samples, "sampling_rate": self.rate}
 
-    def __call__(self, sound: np.ndarray) -> tuple[Inputs, int]:
-        """``sound``: [samples] float in -1..1.
+    def __call__(self, part: Part, where: str) -> Prepared:
+        samples: np.ndarray = self.load(part, where)[part["type"]]
+        inputs, tokens = self.windows(samples)
+        return Prepared(inputs, tokens, Span("audio", tokens, seconds=(len(samples) / self.rate,)))
 
-        Returns the encoder inputs of each window and the number of tokens of all.
-        """
-        sound = np.asarray(sound, dtype=np.float32)
-        if sound.ndim != 1 or not len(sound):
-            raise UserError(
-                f"sound must be one channel of at least one sample, found an array of shape {sound.shape}"
-            )
-        windows = [sound[start : start + self.window] for start in range(0, len(sound), self.window)]
+    def windows(self, samples: np.ndarray) -> tuple[EncoderInputs, int]:
+        """The encoder inputs of each window of [samples] float in -1..1, and the number of tokens of all."""
+        windows = [samples[start : start + self.window] for start in range(0, len(samples), self.window)]
         features = [self.spectrum(window) for window in windows]
         frames = [torch.tensor(one.shape[-1]) for one in features]
         tokens = sum(num_tokens(self.connector, self.spectrum.positions(one.shape[-1])) for one in features)
         return dict(zip(self.outputs, (features, frames), strict=True)), tokens
-
-    def span(self, sound: np.ndarray, tokens: int) -> Span:
-        return Span("audio", tokens, seconds=(len(sound) / self.rate,))
 
 
 class WhisperSpectrum:
@@ -193,11 +200,12 @@ class BeatsSpectrum:
         return fbank(torch.from_numpy(np.pad(window, (0, max(0, self.shortest - len(window))))))
 
 
-SPECTRA: dict[str, Any] = {"whisper": WhisperSpectrum, "beats": BeatsSpectrum}
+SPECTRA: dict[str, Callable[[int], Spectrum]] = {"whisper": WhisperSpectrum, "beats": BeatsSpectrum}
 
-PREPROCESSORS: dict[str, Any] = {
+PREPROCESSORS: dict[str, Callable[[str, dict[str, Any], dict[str, Any]], Preprocessor]] = {
     "image": ImagePreprocessor,
     "video": VideoPreprocessor,
-    "speech": SoundPreprocessor,
-    "audio": SoundPreprocessor,
+    "speech": AudioPreprocessor,
+    "audio": AudioPreprocessor,
 }
+"""By modality; each is made of the modality, its ``preprocessing`` and its ``connector`` configuration."""

@@ -48,7 +48,7 @@ class Span:
     """Starts at the time at which the span before it started: the sound of a video."""
 
 
-def picture_span(tokens: int) -> Span:
+def image_span(tokens: int) -> Span:
     """An image of so many tokens: a square of them, or where they are none (queries) a line."""
     side = math.isqrt(tokens)
     return Span("image", tokens, (side, side) if side * side == tokens else (1, tokens))

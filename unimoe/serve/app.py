@@ -14,7 +14,6 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -108,10 +107,7 @@ class Service:
         most = min(self.config.max_prompt_tokens or self.context, self.context)
         self._check_length(request.characters() // CHARACTERS_PER_TOKEN, most)
         messages = self.media.read(request.messages)
-        try:
-            encoded = self.processor.encode(messages, add_generation_prompt=True, where="messages")
-        except TemplateError as error:
-            raise UserError(f"messages: the model's chat template refuses them: {error}") from error
+        encoded = self.processor.encode(messages, add_generation_prompt=True, where="messages")
         length = len(encoded["input_ids"])
         self._check_length(length, most)
         defaults = self.model.generation_config

@@ -1,0 +1,110 @@
+"""The types by which a medium travels from its file to the LLM's embeddings.
+
+    Part -> Preprocessor -> Prepared -> EncodedConversation -> Batch -> forward(**MediaInputs) -> EncodedMedia
+
+Shapes: B rows, T tokens of a row, M encoder items (images, videos, audio windows), S encoder positions of an
+item, D encoder width, F frames.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict, TypeVar
+
+from torch import Tensor
+
+from unimoe.media.source import Part
+
+from .rope_3d import Span
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EncoderInputs = dict[str, list[Tensor]]
+"""Arguments of an encoder by name: one tensor for each of the encoder's items that a medium becomes."""
+
+EncodedMedia = tuple[Tensor, Tensor | None]
+"""Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
+
+
+class MediaInputs(TypedDict, total=False):
+    """The media of a batch as ``forward`` takes them; what belongs to an absent modality is left out."""
+
+    pixel_values: Tensor | None
+    """[M, 3, height, width], the images of all rows in order."""
+    video_pixels: Tensor | None
+    """[M, F, 3, height, width], the videos of all rows in order."""
+    video_frames: Tensor | None
+    """[M], the valid frames of each video."""
+    speech_features: Tensor | None
+    """[M, mel bins, F], the log-mel windows of all rows in order."""
+    speech_frames: Tensor | None
+    """[M], the valid frames of each window."""
+    audio_features: Tensor | None
+    """As ``speech_features``, of environmental sound."""
+    audio_frames: Tensor | None
+    """As ``speech_frames``, of environmental sound."""
+    encoded_media: dict[str, EncodedMedia] | None
+    """By modality, outputs of frozen encoders that were computed beforehand; they replace the raw inputs."""
+
+
+@dataclass
+class Prepared:
+    """One medium, ready for its encoder."""
+
+    inputs: EncoderInputs
+    """What its encoder takes."""
+    tokens: int
+    """The number of tokens that the connector will make of it."""
+    span: Span | None = None
+    """Where these tokens lie in time and space, for models with ``rope_sections``."""
+
+
+class Preprocessor(Protocol):
+    """From a part of a message to the inputs of an encoder."""
+
+    outputs: tuple[str, ...]
+    """Names of the encoder's inputs."""
+
+    def load(self, part: Part, where: str) -> Part:
+        """The part with its medium decoded, under its own type.
+
+        Raises:
+            UserError: the medium cannot be decoded; the message begins with ``where``.
+        """
+        ...
+
+    def __call__(self, part: Part, where: str) -> Prepared:
+        """The medium, decoded if it is not yet, as encoder inputs.
+
+        Raises:
+            UserError: the medium cannot be decoded, or is not what the encoder takes.
+        """
+        ...
+
+
+class EncodedConversation(TypedDict):
+    """One conversation as the model takes it, without a batch dimension."""
+
+    input_ids: list[int]
+    """[T], each placeholder repeated once for each media token."""
+    assistant_mask: list[int]
+    """[T], 1 on the assistant's words and on the token that ends its turn."""
+    position_ids: list[list[int]] | None
+    """[T][4] place, time, height, width of each token; None for models without ``rope_sections``."""
+    media: EncoderInputs
+    """The encoder inputs of all media."""
+
+
+def takes_media(forward: F) -> F:
+    """Spell out the names of :class:`MediaInputs` in the signature of a ``forward``.
+
+    transformers reads that signature to tell known arguments from misspelt ones.
+    """
+    signature = inspect.signature(forward)
+    *named, rest = signature.parameters.values()
+    media = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in MediaInputs.__annotations__.items()
+    ]
+    forward.__signature__ = signature.replace(parameters=[*named, *media, rest])  # type: ignore[attr-defined]
+    return forward
