@@ -8,14 +8,13 @@ tokens of a batch.
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput, can_return_tuple
-from typing_extensions import Unpack
 
 from unimoe.encoders import Encoder, build_connector, build_encoder
 from unimoe.encoders.weights import own_weights
