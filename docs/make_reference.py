@@ -203,7 +203,7 @@ def _run_rows() -> list[Row]:
             pass
 
     RunCLI.add_arguments_to_parser(None, Asked())  # type: ignore[arg-type]
-    seed = ("seed_everything", "int | bool", "true", "Seed of model and data; true draws one.")
+    seed = ("seed_everything", "int or bool", "0", "Seed of model and data; true draws one at random.")
     return [*Asked.rows, seed]
 
 
@@ -272,8 +272,8 @@ def _type(hint: Any) -> str:
         return hint.__name__
     text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(hint)).replace("NoneType", "None")
     if (values := re.fullmatch(r"Literal\[(.*)\]( \| None)?", text)) is not None:
-        return values[1].replace("'", "").replace(", ", " | ") + (values[2] or "")
-    return text
+        text = values[1].replace("'", "").replace(", ", " or ") + (values[2] or "")
+    return text.replace(" | ", " or ")  # a bar would end the table's cell
 
 
 def _value(default: Any) -> str:
