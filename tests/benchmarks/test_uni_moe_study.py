@@ -83,7 +83,7 @@ def test_rows_are_made_scored_and_not_made_twice(study, demo, tmp_path, capsys, 
     assert steps == [2, 1, 1]  # the dense model's first phase is as long as both specialists'
     monkeypatch.setattr(study.Study, "run", None)
     assert study.main([*where, "--cells", *names])["runs"] == found["runs"]
-    with pytest.raises(UserError, match="was begun with steps 1, found 2"):
+    with pytest.raises(UserError, match="was started with steps 1, found 2"):
         study.main([*where, "--steps", "2"])
 
 

@@ -1,6 +1,7 @@
 """The order of the continual demo's steps, and what is skipped; the steps themselves are tested elsewhere."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,11 @@ def test_the_same_command_goes_on(acted, tmp_path, monkeypatch, capsys):
     (args,) = acted[-1][1]
     assert args[-6:-4] == ["--stream.order", json.dumps(subject.TASKS)]
     assert args[-4:] == ["--seeds", "3", "--output", "out/short"]
-    config = yaml.safe_load(Path(args[args.index("-c") + 1]).read_text())
-    assert config["model"]["init_from"] == "out/base" and config["stream"]["root"] == "out/data"
-    assert [task["name"] for task in config["stream"]["tasks"]][:5] == [*subject.TASKS]
+    base, overlay = (
+        yaml.safe_load(Path(after).read_text()) for word, after in pairwise(args) if word == "-c"
+    )
+    assert base["model"]["init_from"] == "out/base" and base["stream"]["root"] == "out/data"
+    assert [task["name"] for task in overlay["stream"]["tasks"]][:5] == [*subject.TASKS]
     assert cli.main(["demo", "continual", "--output", "out", "--full"]) == 0
     assert [name for name, _ in acted[4:]] == ["compare"]
     assert "base: done before" in capsys.readouterr().out

@@ -86,4 +86,4 @@ def test_the_whole_demo_in_miniature(miniature, capsys, monkeypatch):
     assert cli.main(args) == 0
     assert before == {path: path.stat().st_mtime for path in output.rglob("stage.json")}
     assert cli.main([*args, "--seed", "5"]) == 2
-    assert "was begun with seed 0, found 5" in capsys.readouterr().err
+    assert "was started with seed 0, found 5" in capsys.readouterr().err
