@@ -9,7 +9,7 @@ import soundfile
 from PIL import Image
 
 from unimoe.commands import main as cli
-from unimoe.commands.data_show import _medium, draw, shown
+from unimoe.commands.data_show import _media, draw, shown
 from unimoe.data import Collator, Sample, parse_record
 from unimoe.model.configuration import IGNORED
 from unimoe.testing import save_tiny_llm, tiny_model
@@ -46,6 +46,21 @@ def test_the_page(folder, capsys):
     assert cli.main(["data", "show", str(folder / "set.jsonl"), "--count", "0"]) == 2
 
 
+def test_faulty_samples_are_skipped_and_the_exit_status_says_so(folder, capsys):
+    llm = save_tiny_llm(folder / "llm")
+    (folder / "a.png").write_bytes(b"no image")
+    with (folder / "set.jsonl").open("a") as file:
+        file.write('\n{"messages": 3}\n{"half": \n')
+    page = folder / "page.html"
+    arguments = [str(folder / "set.jsonl"), "--model", str(llm), "--output", str(page), "--count", "11"]
+    assert cli.main(["data", "show", *arguments]) == 1
+    said = capsys.readouterr().out
+    assert "10 of 11 samples" in said and page.read_text(encoding="utf-8").count("<article>") == 10
+    skipped = [line.partition("set.jsonl:")[2] for line in said.splitlines() if line.startswith("skipped: ")]
+    assert [line.partition(":")[0] for line in skipped] == ["12", "13", "1"]
+    assert "cannot decode the image" in skipped[2] and "cannot decode" in page.read_text(encoding="utf-8")
+
+
 def test_tokens_of_a_sample_are_those_of_its_batch(folder):
     _, processor = tiny_model(folder)
     sample = parse_record(record("<image>\nWhat is it?", "Ein Käfer 🐞.", images=["a.png"]), "f:1", folder)
@@ -58,16 +73,16 @@ def test_tokens_of_a_sample_are_those_of_its_batch(folder):
     assert [(t.text, t.times) for t in page.tokens if t.times > 1] == [("<image>", 4)]
 
 
-def test_of_a_long_sound_only_the_beginning_is_read(tmp_path, monkeypatch):
+def test_of_long_audio_only_the_beginning_is_read(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(5 * 16000), 16000)
     part = {"type": "audio", "path": str(path)}
-    assert _medium(part, "f:1").name == f"{path}, 5.0 s"
+    assert _media(part, "f:1").name == f"{path}, 5.0 s"
     monkeypatch.setattr("unimoe.commands.data_show._LONGEST", 2.0)
-    assert _medium(part, "f:1").name == f"{path}, 2.0 s or more"
+    assert _media(part, "f:1").name == f"{path}, 2.0 s or more"
 
 
-def test_every_kind_is_drawn_in_turn():
+def test_every_modality_is_drawn_in_turn():
     samples = [Sample([], f"f:{n}") for n in range(50)]
     with_picture = Sample([{"role": "user", "content": [{"type": "image"}]}], "f:50")
     drawn = draw([*samples, with_picture], 5, seed=1)

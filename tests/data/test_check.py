@@ -12,7 +12,7 @@ import soundfile
 from PIL import Image
 
 from unimoe.commands import main as cli
-from unimoe.data import read_samples, write_samples
+from unimoe.data import check, read_samples, write_samples
 from unimoe.data.check import check_conversations
 from unimoe.data.errors import FAULTS
 
@@ -211,3 +211,42 @@ def test_the_verb(folder, capsys, tmp_path):
     ):
         assert cli.main(["data", "check", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_whatever_is_wrong_with_one_sample_the_others_are_checked(tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]
+    lines = [{"messages": turns, "images": [f"{number}.png"]} for number in range(3)]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png((number, 0, 0)))
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def broken(part, where):
+        if part["path"].endswith("1.png"):
+            raise ZeroDivisionError("of a codec")
+
+    monkeypatch.setitem(check._DECODE, "image", broken)
+
+    def length(sample):
+        if sample.source.endswith(":1"):
+            raise KeyError("a template's")
+        return 3
+
+    report = check_conversations(tmp_path / "set.jsonl", length=length)
+    assert report.samples == 3 and report.tokens["sum"] == 3
+    assert [(fault.kind, fault.message) for fault in report.faults] == [
+        ("not for the model", 'KeyError: "a template\'s"'),
+        ("undecodable", "ZeroDivisionError: of a codec"),
+    ]
+
+
+def test_one_unreadable_file_does_not_end_the_others(tmp_path, capsys):
+    write_samples(tmp_path / "b.parquet", [])
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+    shard = tmp_path / "one.jsonl"
+    shard.write_text(json.dumps({"messages": turns}))
+    write_samples(tmp_path / "c.parquet", read_samples(shard))
+    (tmp_path / "b.parquet").unlink()
+    assert cli.main(["data", "check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "1 samples, 2 turns" in said and "a.parquet: cannot be read as a table" in said

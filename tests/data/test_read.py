@@ -1,10 +1,12 @@
+import gzip
 import json
 
 import pytest
 from PIL import Image
 
-from unimoe.data import Sample, load_image, load_video, read_samples, write_samples
-from unimoe.data.read import stream_samples
+from unimoe.data import Sample, load_image, load_video, parse_record, read_samples, write_samples
+from unimoe.data.errors import DataError
+from unimoe.data.read import scan_records, stream_samples
 from unimoe.errors import UserError
 from unimoe.media.source import describe, media_bytes
 
@@ -148,5 +150,50 @@ def test_unreadable_files(tmp_path):
     assert fault(tmp_path / "gone.json") == f"there is no data file {tmp_path / 'gone.json'}"
     assert "cannot read the data file" in fault(tmp_path)
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
-    assert "not UTF-8 text" in fault(tmp_path / "latin.json")
+    assert "not UTF-8 or UTF-16 text" in fault(tmp_path / "latin.json")
     assert "found the data format 'csv'" in fault(tmp_path / "latin.json", format="csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".txt"])
+def test_every_unicode_encoding(encoding, suffix, tmp_path):
+    turns = [{"role": "user", "content": "hö? 狐"}, {"role": "assistant", "content": "Hö."}]
+    records = [{"messages": turns, "id": str(number)} for number in range(3)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    text = json.dumps(records, ensure_ascii=False, indent=1) if suffix == ".json" else "\r\n".join(lines)
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(text.encode(encoding))
+    samples = read_samples(path)
+    assert [sample.id for sample in samples] == ["0", "1", "2"]
+    assert samples[2].messages[0]["content"][0]["text"] == "hö? 狐"
+
+
+def test_files_joined_with_byte_order_marks(tmp_path):
+    line = json.dumps({"messages": MESSAGES}).encode()
+    path = tmp_path / "joined.jsonl"
+    path.write_bytes(b"".join(b"\xef\xbb\xbf" + line + b"\r\n" for _ in range(3)))
+    assert len(read_samples(path)) == 3
+
+
+def test_the_format_is_told_by_content(tmp_path):
+    samples = [parse_record({"messages": MESSAGES}, "x")]
+    for suffix in (".parquet", ".tar", ".jsonl"):
+        write_samples(tmp_path / f"set{suffix}", samples * 2)
+        (tmp_path / f"set{suffix}").rename(tmp_path / "download")
+        assert len(read_samples(tmp_path / "download")) == 2
+
+
+def test_one_bad_line_does_not_end_the_file(tmp_path):
+    line = json.dumps({"messages": MESSAGES}).encode()
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join([line, b'{"caf\xe9": 1}', line, b"{", line]))
+    found = list(scan_records(path))
+    faults = {source: record.message for source, record in found if isinstance(record, DataError)}
+    assert len(found) == 5 and set(faults) == {f"{path}:2", f"{path}:4"}
+    assert faults[f"{path}:2"].startswith("not UTF-8 text") and fault(path).startswith(f"{path}:2: not UTF-8")
+
+
+def test_a_compressed_file_is_said_to_be_packed(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({"messages": MESSAGES}).encode()))
+    assert "expected .json, .jsonl, .parquet, .arrow or .tar, unpacked" in fault(path)

@@ -1,9 +1,14 @@
 import base64
+import io
+import os
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from unimoe.data import parse_record
 from unimoe.errors import UserError
+from unimoe.media.source import open_media
 
 TEXT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
@@ -119,7 +124,7 @@ def test_a_prompt_needs_no_answer_outside_training():
         (llava("<image><image>", "x", image=["a.png"]), "found 2 <image> placeholders and 1 images"),
         (llava("<audio>", "x", voice=["a.wav", "b.wav"]), "found 1 <speech> placeholders and 2 speech clips"),
         (llava("<image>", "x", image="gone.png"), "gone.png"),
-        (llava("<image>", "x", image="https://a.b/c.png"), "remote address"),
+        (llava("<image>", "x", image="https://a.b/c.png"), "remote URL"),
         (llava("<image>", "x", image=3), "expected a path or a data URL, found a number"),
         (llava("Hi", "an <image>", image="a.png"), "turn 2: found image in an assistant turn"),
         (llava("Hi", " "), "turn 2 (gpt) is empty"),
@@ -128,7 +133,7 @@ def test_a_prompt_needs_no_answer_outside_training():
         ({"text": "Hi"}, "found ['text']"),
         ({"messages": TEXT, "conversations": []}, "expected the key"),
         (llava("<image>", "x", image=""), "expected a path or a data URL, found an empty text"),
-        (llava("<image>", "x", image="HTTP://a.b/c.png"), "remote address"),
+        (llava("<image>", "x", image="HTTP://a.b/c.png"), "remote URL"),
         (llava("<image>", "x", image="../"), "is a folder, expected a file"),
         (llava("\ud83d", "x"), "turn 1 holds half a character"),
         ({"messages": "Hi"}, '"messages" must be a list, found text'),
@@ -173,3 +178,93 @@ def test_frames_of_the_one_video_that_a_part_stands_for(media):
     turns = [{"role": "user", "content": [{"type": "video"}, text("What?")]}, TEXT[1]]
     (part,) = parse({"messages": turns, "video": ["a.png", "b.png"]}, media).media()
     assert part["path"] == [str(media / "a.png"), str(media / "b.png")]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a b.png", "café.png", "a#1.png", "100%25.png", "ü?x.png"])
+def test_file_urls_of_any_name(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"content")
+    for url in (
+        path.as_uri(),
+        f"file://localhost{path}",
+        f"FILE://{path}",
+        f"file:{path}",
+        f"file:///{path}",
+    ):
+        sample = parse(llava("<image>What?", "Red.", image=url))
+        assert os.path.realpath(next(sample.media())["path"]) == str(path)
+
+
+def test_paths_written_on_windows(media):
+    (media / "sub").mkdir()
+    (media / "sub" / "c.png").write_bytes(b"content")
+    sample = parse(llava("<image>What?", "Red.", image="sub\\c.png"), media)
+    assert next(sample.media())["path"] == str(media / "sub" / "c.png")
+
+
+def png(*size):
+    noise = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (300, 300)])
+def test_base64_without_a_data_url(size):
+    content = png(*size)
+    text = base64.b64encode(content).decode()
+    for value in (text, {"bytes": text, "path": None}, {"base64": text}, f"DATA:image/png;BASE64,{text}"):
+        part = next(parse(llava("<image>What?", "Noise.", images=[value])).media())
+        assert open_media(part, "x").read() == content
+
+
+def test_no_message_holds_a_whole_file():
+    unknown = base64.b64encode(b"no media at all " * 30_000).decode()
+    message = fault(llava("<image>What?", "Noise.", image=unknown))
+    assert "there is no file" in message and "looks like base64 of no known format" in message
+    assert len(message) < 250
+    for value in ("https://example.org/" + "a" * 9000, "S3+x://bucket/" + "a" * 9000):
+        message = fault(llava("<image>What?", "Noise.", image=value))
+        assert "is a remote URL; download it" in message and len(message) < 300
+
+
+def test_nulls_that_tables_leave(media):
+    empty = {"bytes": None, "path": None}
+    turns = [
+        {"from": "human", "value": "<image>What?", "role": None, "content": None},
+        {"from": "gpt", "value": "A cat.", "weight": float("nan")},
+    ]
+    record = {
+        "conversations": turns,
+        "messages": None,
+        "images": [None, "a.png", empty],
+        "video": float("nan"),
+    }
+    sample = parse({**record, "audio": empty, "system": None, "id": None}, media)
+    assert [part["path"] for part in sample.media()] == [str(media / "a.png")] and sample.id is None
+    asked = [
+        {"type": "image", "text": None, "path": None, "image": None},
+        {"type": "text", "text": "What?", "path": None, "image": None},
+        {"type": "image", "text": None, "path": "b.png", "image": empty},
+    ]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Two."}]
+    sample = parse({"messages": messages, "images": ["a.png"]}, media)
+    assert [part["path"] for part in sample.media()] == [str(media / "a.png"), str(media / "b.png")]
+    missing = fault({"messages": messages, "images": [None]}, media)
+    assert "found 1 <image> placeholders and 0 images" in missing
+
+
+def test_nested_lists_of_images(media):
+    sample = parse(llava("<image><image>", "Two.", images=[["a.png"], ["b.png"]]), media)
+    assert len(list(sample.media())) == 2
+    asked = [{"type": "image", "image": ["a.png"]}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "One."}]
+    assert next(parse({"messages": messages}, media).media())["path"] == str(media / "a.png")
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": ["image"]}, {"type": {}}, {"type": 3}, {}, {"type": "image", "path": 3}]
+)
+def test_parts_of_wrong_types(part):
+    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "x"}]
+    assert "turn 1" in fault({"messages": messages})

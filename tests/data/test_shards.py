@@ -87,7 +87,7 @@ def test_a_video_of_frames_in_a_shard(tmp_path):
     with pytest.raises(UserError, match=r'a\.tar:000: "video" 1: a frame: there is no file .*000\.7\.png'):
         read_samples(write(tmp_path / "a.tar", {"000.json": gone, **frames}))
     (tmp_path / "000.7.png").touch()
-    with pytest.raises(UserError, match="found frames given by path and by stored, expected all in one way"):
+    with pytest.raises(UserError, match="found frames given by path and by stored, expected one way for all"):
         read_samples(tmp_path / "a.tar")
 
 

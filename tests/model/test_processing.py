@@ -146,7 +146,7 @@ def test_the_longest_sound_is_announced(every, caplog):
     encoded = every.encode(user({"type": "audio", "audio": np.zeros(11 * 60 * 16_000)}), where="x.json:3")
     assert len(encoded["media"]["audio_features"]) == 20
     assert (
-        "x.json:3: the sound given in memory lasts 660 s; what comes after 600 s is left out" in caplog.text
+        "x.json:3: the audio given in memory lasts 660 s; what follows after 600 s is dropped" in caplog.text
     )
 
 

@@ -1,4 +1,4 @@
-"""``unimoe data check``: what is wrong with a data file, and where."""
+"""``unimoe data check``: find every fault in a data file."""
 
 import json as json_format
 from collections import Counter
@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from unimoe.data.check import ConversationReport, check_conversations
 from unimoe.data.errors import FAULTS
-from unimoe.data.read import data_files, scan_records
+from unimoe.data.read import data_files, file_format, scan_records
 from unimoe.data.sample import Sample
-from unimoe.data.tables import SUFFIXES
 from unimoe.detection.data.annotations import FAULTS as BOX_FAULTS
 from unimoe.detection.data.check import CheckReport, check_detection
 from unimoe.detection.data.formats import yolo_file
@@ -28,21 +27,21 @@ def check(
     model: str | None = None,
     max_length: int | None = None,
 ) -> int:
-    """Say what is wrong with a data file.
+    """Find every fault in a data file.
 
-    Conversations: LLaVA JSON, messages JSON or JSONL, parquet or arrow, WebDataset shards. Boxes: COCO or
-    LVIS JSON, ODVG JSONL, or a YOLO data.yaml. The exit status is 1 if there is anything.
+    Conversations: LLaVA JSON, messages JSON or JSONL, Parquet or Arrow, WebDataset shards. Boxes: COCO or
+        LVIS JSON, ODVG JSONL, or a YOLO data.yaml. The exit status is 1 if there are faults.
 
     Args:
-        path: the file, or files (set-{00..09}.tar, a folder of shards or tables, a YOLO folder).
-        images: folder of the pictures and sounds, where it is not the file's own.
-        decode: also decode every picture and sound.
+        path: one or several files (set-{00..09}.tar, a folder of shards or tables, a YOLO folder).
+        images: folder of the media files, if it is not the data file's own.
+        decode: also decode all media.
         show: faults of each kind to list.
         json: print everything as one JSON object.
-        kind: what is in the file; by default its content says it.
-        training: expect every conversation to end in an answer.
+        kind: what the file contains; detected by default.
+        training: every conversation must end in an answer.
         model: count tokens as this model would (a finished stage's folder, an LLM, or default).
-        max_length: the most tokens a conversation may have.
+        max_length: most tokens of a conversation.
     """
     if max_length is not None and model is None:
         raise UserError("--max-length counts a model's tokens; say which: --model MODEL")
@@ -71,14 +70,16 @@ def check(
 
 
 def _holds_boxes(path: str) -> bool:
-    """Whether the file is one of boxes: by its name, or by the keys of its first record."""
+    """Whether the file holds boxes: by its name, or by the keys of its first record."""
     if yolo_file(Path(path)) or Path(path).suffix in (".yaml", ".yml"):
         return True
     file = data_files(path)[0]
-    if file.suffix in (*SUFFIXES, ".tar"):
+    try:
+        if file_format(file) != "json":
+            return False
+        first = next((record for _, record in scan_records(file) if isinstance(record, dict)), {})
+    except UserError:  # the check itself reports it
         return False
-    records = (record for _, record in scan_records(file) if isinstance(record, dict))
-    first = next(records, {})
     return "annotations" in first or (
         "filename" in first and not {"messages", "conversations"} & first.keys()
     )
@@ -99,11 +100,8 @@ def _summary(report: CheckReport | ConversationReport) -> str:
     if isinstance(report, CheckReport):
         return f"{report.images} images, {report.boxes} boxes of {report.categories} categories"
     lines = [f"{report.samples} samples, {report.turns} turns"]
-    for title, counts in (
-        ("samples of", report.modalities),
-        ("media", report.media),
-        ("tokens", report.tokens),
-    ):
+    counted = {"samples of": report.modalities, "media": report.media, "tokens": report.tokens}
+    for title, counts in counted.items():
         if counts:
             lines.append(f"{title:<10}  " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""``unimoe data show``: drawn samples as a page, with a model's tokens and what it learns of them."""
+"""``unimoe data show``: drawn samples as an HTML page, with a model's tokens and those it is trained on."""
 
 import io
 import random
@@ -10,9 +10,12 @@ from typing import Any
 
 import jinja2
 import soundfile
+from PIL.Image import Image
 
 from unimoe.data.collate import Collator
-from unimoe.data.read import read_samples
+from unimoe.data.errors import DataError
+from unimoe.data.read import data_files, scan_records
+from unimoe.data.records import parse_record
 from unimoe.data.sample import Sample
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, data_url
@@ -25,14 +28,15 @@ from unimoe.model.loading import open_processor
 
 _THUMB = 320  # pixels
 _FRAMES = 4  # of a video
-_SECONDS = 30.0  # of a sound that can be heard
-_LONGEST = 600.0  # seconds of a sound that are read at all, as for training
+_SECONDS = 30.0  # of audio that can be played
+_LONGEST = 600.0  # seconds of audio that are read at all, as for training
 _RATE = 16000
+_FAULTS = 20  # that are listed
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token, or several that are shown as one: halves of a character, the tokens of one medium."""
+    """One token, or several shown as one: the bytes of a character, the tokens of one image."""
 
     text: str
     ids: str
@@ -42,13 +46,15 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Medium:
-    """A picture, video or sound as the page shows it."""
+class Media:
+    """An image, video or audio clip as the page shows it."""
 
-    kind: str
+    modality: str
     name: str
-    pictures: tuple[str, ...] = ()
-    sound: str = ""
+    images: tuple[str, ...] = ()
+    """Data URLs."""
+    audio: str = ""
+    """Data URL."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,19 @@ class Shown:
     """A sample on the page."""
 
     source: str
-    kind: str
+    modality: str
     tokens: list[Token]
     length: int
     learned: int
-    media: list[Medium]
+    media: list[Media]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A drawn sample that cannot be shown."""
+
+    source: str
+    reason: str
 
 
 def show(
@@ -70,38 +84,69 @@ def show(
     count: int = 12,
     images: str | None = None,
     seed: int = 0,
-) -> None:
-    """Write an HTML page of drawn samples with their tokens; those that are learned are marked.
+) -> int:
+    """Write an HTML page of drawn samples with their tokens; those that are trained on are marked.
+
+    Faulty samples are reported and skipped; the exit status is then 1.
 
     Args:
         path: file of conversations, as for data check.
         output: the page.
-        model: whose tokens: a finished stage's folder, an LLM (each medium is then one token), or default.
+        model: whose tokens: a finished stage's folder, an LLM (media are then one token each), or default.
         count: samples to draw, each modality in turn.
-        images: folder of the pictures and sounds, where it is not the file's own.
+        images: folder of the media files, if it is not the data file's own.
         seed: of the drawing.
     """
     if count < 1:
         raise UserError(f"--count must be at least 1, found {count}")
-    samples = read_samples(path, media_root=images)
+    samples, faults = _readable(path, images)
     collator = Collator(open_processor(model))
-    drawn = draw(samples, count, seed)
-    kinds = Counter(sample.modality for sample in samples)
+    drawn = [_try_to_show(sample, collator) for sample in draw(samples, count, seed)]
+    good = [sample for sample in drawn if isinstance(sample, Shown)]
+    faults += [f"{sample.source}: {sample.reason}" for sample in drawn if isinstance(sample, Skipped)]
+    modalities = Counter(sample.modality for sample in samples)
     template = files("unimoe.commands").joinpath("samples.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
         path=path,
         model=model,
-        kinds=kinds.most_common(),
+        modalities=modalities.most_common(),
         total=len(samples),
-        samples=[shown(sample, collator) for sample in drawn],
+        samples=good,
+        skipped=[sample for sample in drawn if isinstance(sample, Skipped)],
     )
     atomic_write(output, page)
-    print(f"{len(drawn)} of {len(samples)} samples in {output}")
+    print(f"{len(good)} of {len(samples)} samples in {output}")
+    for fault in faults[:_FAULTS]:
+        print(f"skipped: {fault}")
+    if len(faults) > _FAULTS:
+        print(f"and {len(faults) - _FAULTS} more; `unimoe data check {path}` lists all")
+    return int(bool(faults))
+
+
+def _readable(path: str, media_root: str | None) -> tuple[list[Sample], list[str]]:
+    """The samples of all files, and what is wrong with the others. Raises UserError when there are none."""
+    samples: list[Sample] = []
+    faults: list[str] = []
+    for file in data_files(path):
+        root = file.parent if media_root is None else media_root
+        try:
+            for source, record in scan_records(file):
+                try:
+                    if isinstance(record, DataError):
+                        raise record
+                    samples.append(parse_record(record, source, root))
+                except DataError as error:
+                    faults.append(str(error))
+        except UserError as error:
+            faults.append(str(error))
+    if not samples:
+        raise UserError(faults[0] if faults else f"{path}: the file holds no samples")
+    return samples, faults
 
 
 def draw(samples: list[Sample], count: int, seed: int) -> list[Sample]:
-    """Random samples, of every kind in turn as long as it has some, in the order of the file."""
+    """Random samples, each modality in turn while it has some, in the order of the file."""
     indices = list(range(len(samples)))
     random.Random(seed).shuffle(indices)
     turn: Counter[str] = Counter()
@@ -112,8 +157,19 @@ def draw(samples: list[Sample], count: int, seed: int) -> list[Sample]:
     return [samples[index] for index in sorted(index for _, index in sorted(ranked)[:count])]
 
 
+def _try_to_show(sample: Sample, collator: Collator) -> Shown | Skipped:
+    try:
+        return shown(sample, collator)
+    except UserError as error:
+        return Skipped(sample.source, str(error).removeprefix(f"{sample.source}: "))
+
+
 def shown(sample: Sample, collator: Collator) -> Shown:
-    """What the page shows of a sample. Raises UserError naming it when a medium cannot be decoded."""
+    """What the page shows of a sample.
+
+    Raises:
+        UserError: media cannot be decoded, or the model cannot encode the sample.
+    """
     batch = collator([sample])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     return Shown(
@@ -122,12 +178,12 @@ def shown(sample: Sample, collator: Collator) -> Shown:
         tokens(ids, labels, collator.processor.tokenizer),
         len(ids),
         sum(label != IGNORED for label in labels),
-        [_medium(part, sample.source) for part in sample.media()],
+        [_media(part, sample.source) for part in sample.media()],
     )
 
 
 def tokens(ids: list[int], labels: list[int], tokenizer: Any) -> list[Token]:
-    """The tokens as people read them. Tokens that are whole characters only together are one."""
+    """The tokens as text. Tokens that form a character only together are merged into one."""
     placeholders = {tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS.values()}
     special = set(tokenizer.all_special_ids) | placeholders
     found: list[Token] = []
@@ -149,21 +205,21 @@ def tokens(ids: list[int], labels: list[int], tokenizer: Any) -> list[Token]:
     return found
 
 
-def _medium(part: Part, where: str) -> Medium:
-    kind, name = part["type"], describe(part)
-    if kind in ("image", "video"):
-        frames = [load_image(part, where)] if kind == "image" else load_video(part, where, _FRAMES)
-        return Medium(kind, name, pictures=tuple(map(_thumbnail, frames)))
+def _media(part: Part, where: str) -> Media:
+    modality, name = part["type"], describe(part)
+    if modality in ("image", "video"):
+        frames = [load_image(part, where)] if modality == "image" else load_video(part, where, _FRAMES)
+        return Media(modality, name, images=tuple(map(_thumbnail, frames)))
     samples = load_audio(part, where, _RATE, _LONGEST)
     buffer = io.BytesIO()
     soundfile.write(buffer, samples[: int(_SECONDS * _RATE)], _RATE, format="OGG", subtype="VORBIS")
     more = " or more" if len(samples) >= _LONGEST * _RATE else ""
-    sound = data_url("audio/ogg", buffer.getvalue())
-    return Medium(kind, f"{name}, {len(samples) / _RATE:.1f} s{more}", sound=sound)
+    audio = data_url("audio/ogg", buffer.getvalue())
+    return Media(modality, f"{name}, {len(samples) / _RATE:.1f} s{more}", audio=audio)
 
 
-def _thumbnail(picture: Any) -> str:
-    small = picture.copy()
+def _thumbnail(image: Image) -> str:
+    small = image.copy()
     small.thumbnail((_THUMB, _THUMB))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)

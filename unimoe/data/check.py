@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 from unimoe.files import fingerprint
 from unimoe.media.audio import check_audio
 from unimoe.media.image import load_image
@@ -69,7 +69,7 @@ def check_conversations(
     Raises:
         UserError: there is no such file.
     """
-    report, media, said, lengths = ConversationReport(), _Media(decode), dict[str, str](), []
+    report, media, first_of, lengths = ConversationReport(), _Media(decode), dict[str, str](), []
     for file in data_files(path):
         root = file.parent if media_root is None else media_root
         for source, where, record in _records(file):
@@ -81,12 +81,15 @@ def check_conversations(
             except DataError as error:
                 report.faults.append(Fault(error.kind, where, error.message))
                 continue
+            except Exception as error:  # noqa: BLE001  (a record nobody thought of; the others are checked)
+                report.faults.append(Fault("malformed", where, _reason(error, source)))
+                continue
             report.turns += len(sample.messages)
             report.modalities[sample.modality] += 1
             report.media.update(part["type"] for part in sample.media())
             faults = [Fault(kind, where, message) for kind, message in media.faults(sample)]
             if not faults:
-                first = said.setdefault(_signature(sample), where)
+                first = first_of.setdefault(_signature(sample), where)
                 if first != where:
                     faults.append(Fault("duplicate", where, f"the sample is the same as {first}"))
             if length and not faults:
@@ -107,8 +110,8 @@ def _records(file: Path) -> Iterator[tuple[str, str, Any]]:
         lines = line_numbers(file)
         for index, (source, record) in enumerate(scan_records(file)):
             yield source, f"{source} (line {lines[index]})" if lines else source, record
-    except UserError as error:  # the file cannot be read at all
-        yield str(file), str(file), DataError("truncated", str(file), str(error).removeprefix(f"{file}: "))
+    except Exception as error:  # noqa: BLE001  (this file cannot be read; the others are)
+        yield str(file), str(file), DataError("truncated", str(file), _reason(error, str(file)))
 
 
 def _too_long(
@@ -116,8 +119,8 @@ def _too_long(
 ) -> list[Fault]:
     try:
         lengths.append(length(sample))
-    except UserError as error:
-        return [Fault("not for the model", where, str(error).removeprefix(f"{sample.source}: "))]
+    except Exception as error:  # noqa: BLE001  (whatever is wrong with one sample, the others are checked)
+        return [Fault("not for the model", where, _reason(error, sample.source))]
     if most is not None and lengths[-1] > most:
         return [Fault("too long", where, f"found {lengths[-1]} tokens, expected at most {most}")]
     return []
@@ -148,9 +151,15 @@ class _Media:
             kind = "undecodable"
             if self.decode:
                 _DECODE[part["type"]](part, where)
-        except UserError as error:
-            return kind, str(error).removeprefix(f"{where}: ")
+        except Exception as error:  # noqa: BLE001  (whatever is wrong with one file, the others are checked)
+            return kind, _reason(error, where)
         return None
+
+
+def _reason(error: Exception, where: str) -> str:
+    if isinstance(error, UserError):
+        return str(error).removeprefix(f"{where}: ")
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _signature(sample: Sample) -> str:

@@ -1,13 +1,17 @@
-"""Data files -> list of Samples; writers.py has the way back.
+"""Data files -> Samples; write.py is the inverse.
 
 file.json        [{...}, {...}]      record -> records.parse_record -> Sample(source="file.json[0]")
 file.jsonl       {...}\\n{...}\\n                                   -> Sample(source="file.jsonl:1")
 file.parquet     rows, also .arrow                                -> Sample(source="file.parquet[0]")
 shard.tar        000.json 000.jpg ..., a WebDataset shard         -> Sample(source="shard.tar:000")
 set-{00..09}.tar, set-*.parquet, a folder of either, a folder from Dataset.save_to_disk: several files
+
+The format is told by content, the encoding of text (UTF-8, UTF-16, UTF-32, with or without byte order marks)
+too.
 """
 
 import glob
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -30,13 +34,19 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 def read_samples(
     path: str | Path, format: str = "auto", media_root: str | Path | None = None, training: bool = True
 ) -> list[Sample]:
-    """Read every sample of a file, or files; no medium is decoded, but every one must exist.
+    """Read all samples of one or several files. Media are not decoded, but must exist.
 
-    ``path`` is what :func:`data_files` takes. ``format`` is "llava" (turns under "conversations"), "messages"
-    (turns under "messages"), or "auto": whichever each record has. Key names may be LLaVA's, Uni-MoE's,
-    ShareGPT's or OpenAI's in either (see records.py). Relative media paths are taken from ``media_root``, by
-    default the folder of the file. With ``training`` every sample must end in an assistant turn. Raises
-    UserError naming ``file:line`` (JSON and tables: ``file[index]``; shards: ``file:basename``).
+    Args:
+        path: what :func:`data_files` takes.
+        format: "llava" (turns under "conversations"), "messages" (turns under "messages"), or "auto":
+            whichever each record has. Key names may be LLaVA's, Uni-MoE's, ShareGPT's or OpenAI's (see
+            records.py).
+        media_root: folder that relative media paths are resolved against, by default that of the file.
+        training: every sample must end in an assistant turn.
+
+    Raises:
+        UserError: a record is faulty; the message names ``file:line`` (JSON and tables: ``file[index]``;
+            shards: ``file:basename``).
     """
     samples = list(stream_samples(path, format, media_root, training))
     if not samples:
@@ -51,8 +61,8 @@ def stream_samples(
     training: bool = True,
     convert: bool = True,
 ) -> Iterator[Sample]:
-    """As :func:`read_samples`, one by one. Without ``convert`` the samples of parquet files hold their media,
-    and nothing is written to the cache of the ``datasets`` library."""
+    """As :func:`read_samples`, one by one. Without ``convert``, samples of parquet files hold their media in
+    memory, and nothing is written to the cache of the ``datasets`` library."""
     if format not in FORMATS:
         raise UserError(f"found the data format {format!r}, expected one of {', '.join(FORMATS)}")
     for file in data_files(path):
@@ -62,7 +72,11 @@ def stream_samples(
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (source, decoded value) of each record of a file or files. UserError at the first fault."""
+    """Yield (source, decoded value) of each record of one or several files.
+
+    Raises:
+        UserError: at the first fault.
+    """
     for file in data_files(path):
         yield from _raised(scan_records(file))
 
@@ -70,9 +84,11 @@ def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
 def data_files(path: str | Path) -> list[Path]:
     """The files that ``path`` means, in order.
 
-    It is one file, a name with ``{000..099}``, ``{a,b}``, ``*`` or ``?``, a folder that
-    ``datasets.Dataset.save_to_disk`` wrote, or a folder of shards or tables. Raises UserError when one is not
-    there.
+    ``path`` is one file, a pattern with ``{000..099}``, ``{a,b}``, ``*`` or ``?``, a folder written by
+    ``datasets.Dataset.save_to_disk``, or a folder of shards or tables.
+
+    Raises:
+        UserError: a file does not exist.
     """
     files: list[Path] = []
     for name in [str(path)] if Path(path).exists() else _expand(str(path)):
@@ -85,10 +101,12 @@ def data_files(path: str | Path) -> list[Path]:
 
 
 def data_hashes(names: Iterable[str], quick: bool = False) -> dict[str, str]:
-    """SHA-256 of every file that ``names`` mean, by path. Raises UserError when one is not there.
+    """SHA-256 of every file that ``names`` mean, by path.
 
-    ``quick`` takes the size and the time of the last change instead: of files too large to be read at every
-    start.
+    ``quick`` takes size and time of change instead, for files too large to be read at every start.
+
+    Raises:
+        UserError: a file does not exist.
     """
 
     def stamp(file: Path) -> str:
@@ -100,22 +118,27 @@ def data_hashes(names: Iterable[str], quick: bool = False) -> dict[str, str]:
 
 
 def scan_records(path: Path, convert: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield (source, decoded value or DataError) for each record of one file: faults do not end it.
+    """Yield (source, decoded value or DataError) for each record of one file; a faulty record does not end
+    it.
 
-    JSON is told from the content: a file that begins with ``[`` is a list, any other holds one value a line
-    unless it is one value over several lines. Raises UserError when the file cannot be read at all.
+    A file of JSON that starts with ``[`` is a list, any other holds one value per line unless it is one value
+    over several lines.
+
+    Raises:
+        UserError: the file cannot be read at all.
     """
-    if path.suffix in tables.SUFFIXES:
+    kind = file_format(path)
+    if kind in ("parquet", "arrow"):
         yield from tables.table_records(path) if convert else tables.stream_table(path)
-    elif path.suffix == ".tar":
+    elif kind == "tar":
         yield from shards.shard_records(path)
     else:
         yield from _json_records(path)
 
 
 def line_numbers(path: Path) -> list[int]:
-    """The line on which each element of a JSON list begins; nothing for any other file."""
-    if path.suffix in (*tables.SUFFIXES, ".tar"):
+    """The line on which each element of a JSON list starts; an empty list for any other file."""
+    if file_format(path) != "json":
         return []
     text = _read_text(path)
     if not text.lstrip().startswith("[") or not _is_json(text):
@@ -138,7 +161,7 @@ def _raised(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    first = next(filter(str.strip, _lines(path)), "").lstrip()
+    first = next((text for _, text in _lines(path) if isinstance(text, str) and text.strip()), "").lstrip()
     if first.startswith("["):
         found = _decode(_read_text(path), str(path))
         if isinstance(found, DataError):
@@ -149,20 +172,66 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     elif first.startswith("{") and path.suffix != ".jsonl" and not _is_json(first):
         yield f"{path}[0]", _decode(_read_text(path), str(path))
     else:
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                yield f"{path}:{number}", _decode(line, f"{path}:{number}", first_line=number)
+        for number, line in _lines(path):
+            source = f"{path}:{number}"
+            if isinstance(line, DataError):
+                yield source, line
+            elif line.strip():
+                yield source, _decode(line, source, first_line=number)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """One after the other: a file may be larger than the memory."""
-    with _text_errors(path), path.open(encoding="utf-8-sig") as file:
-        yield from (line.rstrip("\n") for line in file)
+def _lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
+    """The numbered lines, one at a time: a file may exceed the memory. Byte order marks are removed, also
+    those left where files were concatenated."""
+    encoding = _encoding(path)
+    with _text_errors(path), path.open("rb") as binary:
+        if encoding != "utf-8":
+            with io.TextIOWrapper(binary, encoding) as file:
+                for number, line in enumerate(file, 1):
+                    yield number, line.rstrip("\n").lstrip(_MARK)
+            return
+        for number, raw in enumerate(binary, 1):
+            try:
+                yield number, raw.decode().rstrip("\r\n").lstrip(_MARK)
+            except UnicodeDecodeError as error:
+                if number == 1:
+                    raise  # no text file at all
+                yield number, DataError("not JSON", f"{path}:{number}", f"not UTF-8 text ({error.reason})")
 
 
 def _read_text(path: Path) -> str:
     with _text_errors(path):
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding=_encoding(path)).lstrip(_MARK)
+
+
+_MARK = "\ufeff"
+
+
+def _encoding(path: Path) -> str:
+    """Of a text file whose first character is ASCII, as in JSON: by its byte order mark or its zero bytes."""
+    return json.detect_encoding(_head(path, 4)).replace("utf-8-sig", "utf-8")
+
+
+def file_format(path: Path) -> str:
+    """``parquet``, ``arrow``, ``tar`` or ``json``, by content; by suffix where the content does not say.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    head = _head(path, 512)
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+        return "arrow"
+    if head[257:262] == b"ustar":
+        return "tar"
+    by_suffix = {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
+    return by_suffix.get(path.suffix, "json")
+
+
+def _head(path: Path, size: int) -> bytes:
+    with _text_errors(path), path.open("rb") as file:
+        return file.read(size)
 
 
 @contextmanager
@@ -171,13 +240,14 @@ def _text_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         expected = "expected .json, .jsonl, .parquet, .arrow or .tar, unpacked"
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); {expected}") from error
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{path}: not UTF-8 or UTF-16 text ({reason}); {expected}") from error
 
 
 def _decode(text: str, source: str, first_line: int = 1) -> Any:
-    """The value, or what is wrong with it."""
+    """The value, or the fault."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -207,7 +277,8 @@ def _expand(name: str) -> list[str]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The files of a folder: those of a saved ``datasets.Dataset`` in order, else all shards or tables."""
+    """The files of a folder: those of a saved ``datasets.Dataset`` in order, otherwise all shards or
+    tables."""
     state = folder / "state.json"
     if state.is_file():
         content = json.loads(state.read_text(encoding="utf-8"))

@@ -1,21 +1,23 @@
-"""One decoded JSON object of a data file -> Sample, in the key styles of LLaVA, Uni-MoE, ShareGPT and OpenAI.
+"""One record of a data file -> Sample, in the key styles of LLaVA, Uni-MoE, ShareGPT and OpenAI.
 
 turns     "conversations" or "messages": [{"from", "value"} or {"role", "content"}, ...]
 content   a string in which <image>, <video>, <speech>, <audio> stand for media listed beside the turns,
           or a list of parts: {"type": "text"}, {"type": "image", "path": ...}, image_url, video_url,
           audio_url, input_audio
           (TRL's "prompt" and "completion", strings or lists of turns, are read as turns too)
-columns   image(s), video(s), voice/speech(es), audio(s): one medium or a list, in placeholder order
+columns   image(s), video(s), voice/speech(es), audio(s): one file or a list, in placeholder order
+files     a path, a file:// URL, a data URL, bare base64, or a dictionary with path, bytes, url or base64
 """
 
-import base64
-import binascii
+import math
 import os
 import re
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unimoe.media.source import Part
+from unimoe.media.source import Part, bare_base64, decode_base64, is_data_url
 from unimoe.model.configuration import MEDIA
 
 from .errors import DataError
@@ -30,7 +32,7 @@ ROLES = {
     "model": "assistant",
     "bot": "assistant",
 }
-"""Role names of every supported style -> ours."""
+"""Role names of all supported styles -> ours."""
 
 COLUMNS = {
     "image": "image",
@@ -43,9 +45,9 @@ COLUMNS = {
     "audio": "audio",
     "audios": "audio",
 }
-"""Names of media columns -> part type."""
+"""Names of media columns -> modality."""
 
-# LLaVA puts a line break between a medium and the text; what stands there is the chat template's affair.
+# LLaVA puts a line break between media and text; separators are up to the chat template.
 _PLACEHOLDER = re.compile(r"\n?<(image|video|speech|audio)>\n?")
 
 
@@ -54,29 +56,37 @@ def parse_record(
 ) -> Sample:
     """Turn one record into a Sample whose messages are in content-part form.
 
-    In string content a placeholder stands for the next medium of its column. In a list of parts text is text,
-    whatever it says; a medium part that holds nothing takes the next of its column. Relative paths are
-    resolved against ``media_root``, and every file must exist. ``style`` is "llava" (turns under
-    "conversations"), "messages", or "auto" for either. For ``training`` the last turn must be the
-    assistant's. Raises DataError, which begins with ``source``.
+    In string content a placeholder stands for the next file of its column. In a list of parts, text is text
+    whatever it says, and a media part without content takes the next file of its column. Nulls (None, NaN),
+    which tables leave in absent fields, are ignored.
+
+    Args:
+        record: a decoded JSON object, or a row of a table.
+        source: where it was read; errors start with it.
+        media_root: folder that relative paths are resolved against; every file must exist.
+        style: "llava" (turns under "conversations"), "messages", or "auto" for either.
+        training: the last turn must be the assistant's.
+
+    Raises:
+        DataError: the record is not a conversation, or a file is missing.
     """
     return _Record(record, source, Path(media_root), style).sample(training)
 
 
 class _Record:
-    """A record while it is read: the media not yet placed, and the counts of placeholders met."""
+    """State of parsing one record: the media not yet placed, and the placeholders counted."""
 
     def __init__(self, record: Any, source: str, media_root: Path, style: str) -> None:
         self.source = source
         self.media_root = media_root
-        self.record = self._typed(record, dict, "the sample")
+        self.record = self._typed(_without_nulls(record), dict, "the sample")
         self.turns = self._turns(style)
         self.waiting: dict[str, list[Part]] = {modality: [] for modality in MEDIA}
         for column, modality in COLUMNS.items():
             self.waiting[modality] += self._column(column, modality)
         self.found: dict[str, int] = dict.fromkeys(MEDIA, 0)
         self.given = {modality: len(parts) for modality, parts in self.waiting.items()}
-        # Uni-MoE writes <audio> for speech: so it is meant when there is speech and no other sound.
+        # Uni-MoE writes <audio> for speech: that is meant if there is speech and no other audio.
         self.audio_is_speech = bool(self.given["speech"]) and not self.given["audio"]
 
     def sample(self, training: bool) -> Sample:
@@ -89,7 +99,7 @@ class _Record:
                 media = {"speech": "speech clips", "audio": "audio clips"}.get(modality, f"{modality}s")
                 places = f"{self.found[modality]} <{modality}> placeholders"
                 found = f"found {places} and {self.given[modality]} {media}"
-                expected = "expected as many of each (in a part of type text a placeholder is a word)"
+                expected = "expected equal numbers (in a part of type text a placeholder is plain text)"
                 raise self._fault("placeholders", f"{found}; {expected}")
         self._check_order([message["role"] for message in messages], training)
         identifier = self.record.get("id")
@@ -144,7 +154,7 @@ class _Record:
         return parts
 
     def _next(self, modality: str) -> Part:
-        """The next medium of its column. One too many is counted now and reported once all are counted."""
+        """The next file of its column. A missing one is counted now, and reported once all are counted."""
         if modality == "audio" and self.audio_is_speech:
             modality = "speech"
         self.found[modality] += 1
@@ -152,80 +162,96 @@ class _Record:
 
     def _part(self, part: Any, here: str) -> Part:
         self._typed(part, dict, f"{here}: a part")
-        modality = part.get("type")
+        modality = self._typed(part.get("type"), str, f'{here}: "type"')
         if modality == "text":
             return {"type": "text", "text": self._typed(part.get("text"), str, f'{here}: "text"')}
         if modality in _URLS:
-            return self._medium(_URLS[modality], part.get(modality), here)
+            return self._media_part(_URLS[modality], part.get(modality), here)
         if modality == "input_audio":
             value = self._typed(part.get("input_audio"), dict, f'{here}: "input_audio"')
-            return self._medium("speech", {"base64": value.get("data")}, here)
+            return self._media_part("speech", {"base64": value.get("data")}, here)
         if modality not in MEDIA:
             known = ", ".join(("text", *MEDIA, *_URLS, "input_audio"))
             raise self._fault(
                 "malformed", f"{here}: found a part of type {modality!r}, expected one of {known}"
             )
         value = part.get(modality) or {key: part[key] for key in _SOURCES if key in part}
-        return self._medium(modality, value, here) if value else self._next(modality)
+        if isinstance(value, list) and modality != "video" and len(value) == 1:
+            (value,) = value
+        return self._media_part(modality, value, here) if value else self._next(modality)
 
     def _column(self, column: str, modality: str) -> list[Part]:
         value = self.record.get(column)
         if value is None:
             return []
         if not isinstance(value, list):
-            return [self._medium(modality, value, f'"{column}"')]
+            return [self._media_part(modality, value, f'"{column}"')]
+        if modality != "video":  # a video may be a list of frames
+            value = list(_flat(value))
         if modality == "video" and len(value) > 1 and self._count_placeholders("video") == 1:
-            value = [value]  # Uni-MoE lists the frames of its one video
-        return [self._medium(modality, item, f'"{column}" {number}') for number, item in enumerate(value, 1)]
+            value = [value]  # Uni-MoE lists the frames of its only video
+        return [
+            self._media_part(modality, item, f'"{column}" {number}') for number, item in enumerate(value, 1)
+        ]
 
     def _count_placeholders(self, modality: str) -> int:
-        """Places in all turns that take the next medium of a column."""
+        """Places in all turns that take the next file of a column."""
         contents = [turn.get("content", turn.get("value")) for turn in self.turns if isinstance(turn, dict)]
         named = sum(text.count(f"<{modality}>") for text in contents if isinstance(text, str))
         parts = [part for content in contents if isinstance(content, list) for part in content]
         return named + parts.count({"type": modality})
 
-    def _medium(self, modality: str, value: Any, here: str) -> Part:
-        """A part from what names a medium: path, data URL, dict of path/bytes/url/base64, list of frames."""
+    def _media_part(self, modality: str, value: Any, here: str) -> Part:
+        """A part from what names its content: path, URL, base64, dict of path/bytes/url/base64, list of
+        frames."""
+        if isinstance(value, bytes):
+            return {"type": modality, "bytes": value}
         if isinstance(value, dict):
             if isinstance(value.get("bytes"), bytes):
                 return {"type": modality, "bytes": value["bytes"]}
+            if isinstance(value.get("bytes"), str):  # as pandas and TSV files write them
+                return {"type": modality, "bytes": self._decoded(value["bytes"], here)}
             if "stored" in value:
                 return {"type": modality, "stored": value["stored"]}
             if isinstance(value.get("base64"), str):
                 return {"type": modality, "bytes": self._decoded(value["base64"], here)}
             value = value.get("path") or value.get("url") or value.get("frames")
-            if isinstance(value, dict):  # {"path": {"stored": ...}}: the name of a shard's file
-                return self._medium(modality, value, here)
+            if isinstance(value, dict):  # {"path": {"stored": ...}}: a member of a shard
+                return self._media_part(modality, value, here)
         if modality == "video" and isinstance(value, list) and value:
-            frames = [self._medium("image", frame, f"{here}: a frame") for frame in value]
+            frames = [self._media_part("image", frame, f"{here}: a frame") for frame in value]
             keys = {key for frame in frames for key in frame if key != "type"}
             if len(keys) > 1:
                 found = f"found frames given by {' and by '.join(sorted(keys))}"
-                raise self._fault("malformed", f"{here}: {found}, expected all in one way")
+                raise self._fault("malformed", f"{here}: {found}, expected one way for all")
             (key,) = keys
             return {"type": modality, key: [frame[key] for frame in frames]}
-        if isinstance(value, str) and value.startswith("data:"):
+        if isinstance(value, str) and is_data_url(value):
             return {"type": modality, "url": value}
+        if isinstance(value, str) and (content := bare_base64(value)) is not None:
+            return {"type": modality, "bytes": content}
         return {"type": modality, "path": self._file(value, here)}
 
     def _file(self, value: Any, here: str) -> str:
         if not isinstance(value, str) or not value:
             found = "an empty text" if value == "" else _name(value)
             raise self._fault("malformed", f"{here}: expected a path or a data URL, found {found}")
-        if re.match(r"(?!file:)[A-Za-z0-9]+://", value):
-            raise self._fault("remote address", f"{here}: {value[:80]} is a remote address; expected a file")
-        path = os.path.abspath(self.media_root / value.removeprefix("file://"))
-        if not os.path.exists(path):
-            raise self._fault("missing file", f"{here}: there is no file {path}")
+        if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", value, re.IGNORECASE):
+            found = f"{_shown(value)} is a remote URL; download it, expected a file"
+            raise self._fault("remote address", f"{here}: {found}")
+        paths = [os.path.abspath(self.media_root / name) for name in _names(value)]
+        path = next((path for path in paths if os.path.exists(path)), None)
+        if path is None:
+            advice = " (it looks like base64 of no known format)" if len(value) > 255 else ""
+            raise self._fault("missing file", f"{here}: there is no file {_shown(paths[0])}{advice}")
         if os.path.isdir(path):
-            raise self._fault("missing file", f"{here}: {path} is a folder, expected a file")
+            raise self._fault("missing file", f"{here}: {_shown(path)} is a folder, expected a file")
         return path
 
     def _decoded(self, data: str, here: str) -> bytes:
         try:
-            return base64.b64decode("".join(data.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
+            return decode_base64(data)
+        except ValueError as error:
             raise self._fault("data URL", f"{here}: not valid base64: {error}") from error
 
     def _check_order(self, roles: list[str], training: bool) -> None:
@@ -261,3 +287,42 @@ _NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float
 
 def _name(value: Any) -> str:
     return "nothing" if value is None else _NAMES.get(type(value), type(value).__name__)
+
+
+def _without_nulls(value: Any) -> Any:
+    """``value`` without the entries of dictionaries and lists that are None, NaN, or a dictionary of these
+    alone."""
+    if isinstance(value, dict):
+        return {key: kept for key, item in value.items() if not _is_null(kept := _without_nulls(item))}
+    if isinstance(value, list):
+        return [kept for item in value if not _is_null(kept := _without_nulls(item))]
+    return value
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value == {} or (isinstance(value, float) and math.isnan(value))
+
+
+def _flat(items: list[Any]) -> Iterator[Any]:
+    """The entries of lists of lists, in order: images nested by turn."""
+    for item in items:
+        if isinstance(item, list):
+            yield from _flat(item)
+        else:
+            yield item
+
+
+def _names(value: str) -> Iterator[str]:
+    """The file names that a path or ``file:`` URL may mean, the likeliest first."""
+    if value[:5].lower() == "file:":
+        value = value[5:].removeprefix("//").removeprefix("localhost")
+        yield value  # not percent-encoded, as some write it
+        yield urllib.parse.unquote(value)
+    else:
+        yield value
+        yield value.replace("\\", "/")  # written on Windows
+
+
+def _shown(value: str) -> str:
+    """For messages: whole lines of base64 are no file names."""
+    return value if len(value) <= 255 else f"{value[:80]}... ({len(value):,} characters)"

@@ -1,8 +1,8 @@
-"""WebDataset shards: uncompressed tar archives in which neighbours of one basename are a sample.
+"""WebDataset shards: uncompressed tar archives in which neighbouring files of one basename are a sample.
 
     000.json 000.jpg 000.wav 001.json ...  ->  {..., "images": [{"stored": TarMember}], ...}
 
-Only the headers and the JSON are read; a medium stays where it is, so samples can be drawn in any order.
+Only headers and JSON are read; media stay where they are, so samples can be drawn in any order.
 """
 
 import json
@@ -20,13 +20,13 @@ from .errors import DataError
 from .records import COLUMNS, TURNS
 
 MEDIA_SUFFIXES = {
-    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"),
-    "video": ("mp4", "webm", "mkv", "mov", "avi", "m4v"),
-    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aiff"),
+    "image": "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm avif heic heif jp2 j2k tga",
+    "video": "mp4 webm mkv mov avi m4v ts m2ts mpg mpeg wmv flv ogv 3gp 3g2",
+    "audio": "wav flac mp3 ogg oga opus m4a aac aif aiff wma weba amr caf",
 }
-"""File name extensions of each modality. The record says whether audio is speech."""
+"""File name extensions of each modality, separated by blanks. The record says whether audio is speech."""
 
-_MODALITY = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
+_MODALITY = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes.split()}
 _SAMPLE = re.compile(r"(?!\.|__)[^.]+\..+")
 _END = 512  # bytes of zeros that end an archive, at least
 

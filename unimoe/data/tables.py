@@ -1,9 +1,9 @@
-"""Parquet and arrow files, read through the ``datasets`` library: a row is a record.
+"""Parquet and Arrow files, read through the ``datasets`` library: a row is a record.
 
     row -> {"messages": [...], "images": [{"bytes": b"..."}]} -> {..., "images": [{"stored": TableCell}]}
 
-Arrow files are mapped into memory as they are; a parquet file is converted once, into that library's cache
-(``HF_DATASETS_CACHE``), or streamed as it is. Pictures and sounds are never decoded here.
+Arrow files are memory-mapped; a Parquet file is converted once, into that library's cache
+(``HF_DATASETS_CACHE``), or streamed. Media are never decoded here.
 """
 
 import glob
@@ -25,14 +25,14 @@ Keys = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class TableCell:
-    """Binary content of a parquet or arrow file."""
+    """Binary content of a Parquet or Arrow file."""
 
     path: str
     """The file."""
     row: int
     """From 0."""
     keys: tuple[str | int, ...]
-    """The column, and the way on into its lists and structures."""
+    """The column, and the path into its lists and structures."""
 
     def read(self) -> bytes:
         value = open_table(self.path)[self.row : self.row + 1].to_pylist()[0]
@@ -45,7 +45,7 @@ class TableCell:
 
 
 def table_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (``file[row]``, record) for each row; binary values are replaced by where they are."""
+    """Yield (``file[row]``, record) for each row, with a :class:`TableCell` in place of each binary value."""
     table = open_table(str(path))
     for start in range(0, len(table), _ROWS):
         for row, record in enumerate(table[start : start + _ROWS].to_pylist(), start):
@@ -58,7 +58,7 @@ def table_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def stream_table(path: Path) -> Iterator[tuple[str, Any]]:
     """As :func:`table_records`, without a conversion: records hold their binary values."""
-    if path.suffix == ".arrow":
+    if not _is_parquet(path):
         yield from table_records(path)
         return
     parquet = require("pyarrow.parquet")
@@ -75,22 +75,27 @@ def stream_table(path: Path) -> Iterator[tuple[str, Any]]:
 
 @lru_cache(maxsize=32)
 def open_table(path: str) -> Any:
-    """The file as a ``datasets.Dataset`` whose slices are arrow tables. Raises UserError if it is none."""
+    """The file as a ``datasets.Dataset`` whose slices are Arrow tables.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     datasets = require("datasets")
     if not sys.stderr.isatty():
         datasets.utils.disable_progress_bars()
     try:
-        if path.endswith(".arrow"):
-            table = datasets.Dataset.from_file(path)
-        else:
+        if _is_parquet(Path(path)):
             table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
+        else:
+            table = datasets.Dataset.from_file(path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(path, error) from error
     return table.with_format("arrow")
 
 
 def _clean(value: Any, place: Callable[[bytes, Keys], dict[str, Any]], keys: Keys = ()) -> Any:
-    """``value`` without what is None (arrow fills up absent keys), and with ``place`` of binary content."""
+    """``value`` without entries that are None (Arrow fills absent keys), and with ``place`` of binary
+    content."""
     if isinstance(value, bytes):
         return place(value, keys)
     if isinstance(value, dict):
@@ -103,7 +108,11 @@ def _clean(value: Any, place: Callable[[bytes, Keys], dict[str, Any]], keys: Key
 
 
 def require(module: str) -> Any:
-    """Import a module of the extra ``data``. Raises UserError when it is missing."""
+    """Import a module of the extra ``data``.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -112,6 +121,11 @@ def require(module: str) -> Any:
         ) from error
 
 
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1" or path.suffix == ".parquet"
+
+
 def _unreadable(path: Path | str, error: Exception) -> UserError:
     reason = " ".join(str(error.__cause__ or error).split())
-    return UserError(f"{path}: cannot be read as {Path(path).suffix[1:]}: {reason}")
+    return UserError(f"{path}: cannot be read as a table: {reason}")

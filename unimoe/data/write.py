@@ -1,4 +1,4 @@
-"""List of Samples -> a data file that readers.py reads back."""
+"""Samples -> a data file; the inverse of read.py."""
 
 import io
 import json
@@ -18,11 +18,13 @@ _COLUMN = {modality: column for column, modality in COLUMNS.items() if column.en
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Write the samples in the format that the ending says.
+    """Write the samples in the format of the suffix.
 
-    ``.parquet`` is a Hugging Face data set and ``.tar`` a WebDataset shard, both with their media inside; any
-    other is messages JSONL, in which paths inside its folder become relative. Raises UserError when a medium
-    cannot be read, or the disk is full.
+    ``.parquet`` is a Hugging Face dataset and ``.tar`` a WebDataset shard, both with their media inside; any
+    other is messages JSONL, in which paths inside its folder become relative.
+
+    Raises:
+        UserError: a media file cannot be read, or the disk is full.
     """
     path = Path(path)
     write = {".parquet": _parquet, ".tar": _shard}.get(path.suffix, _jsonl)
@@ -47,7 +49,7 @@ def _parquet(samples: Iterable[Sample], root: Path) -> bytes:
 
 
 def _cell(part: Part, where: str) -> dict[str, Any]:
-    """A medium as the datasets library has it; frames are a list of such pictures."""
+    """A media file as the datasets library stores it; frames are a list of such images."""
     if frames := frame_parts(part):
         return {"bytes": None, "path": None, "frames": [_cell(frame, where) for frame in frames]}
     return {"bytes": media_bytes(part, where), "path": None}
@@ -70,7 +72,7 @@ def _shard(samples: Iterable[Sample], root: Path) -> bytes:
                     videos += files if part["type"] == "video" else []
                 media |= files
             if any(isinstance(video, list) for video in videos):
-                record["videos"] = videos  # which pictures are whose frames
+                record["videos"] = videos  # which images are the frames of which video
             contents = {f"{index:06d}.json": json.dumps(record, ensure_ascii=False).encode()}
             contents |= {name: media_bytes(part, sample.source) for name, part in media.items()}
             for name, content in contents.items():
@@ -81,7 +83,7 @@ def _shard(samples: Iterable[Sample], root: Path) -> bytes:
 
 
 def _bare(sample: Sample, **absent: None) -> list[dict[str, Any]]:
-    """The messages with parts that only say where a medium belongs. ``absent``: keys that every part has."""
+    """The messages with parts that only mark the places of media. ``absent``: keys that every part has."""
 
     def part(one: Part) -> Part:
         return one if one["type"] == "text" else {"type": one["type"], **absent}
@@ -90,7 +92,7 @@ def _bare(sample: Sample, **absent: None) -> list[dict[str, Any]]:
 
 
 def _ending(part: Part) -> str:
-    """Of a medium's file name: its own, or one that a reader takes for the same modality."""
+    """Suffix of a media file's name: its own, or one that a reader takes for the same modality."""
     name = part.get("path") or getattr(part.get("stored"), "name", "")
     usual = {"image": ".png", "video": ".mp4"}.get(part["type"], ".wav")
     return (Path(name).suffix if isinstance(name, str) else "") or usual
