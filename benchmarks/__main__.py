@@ -1,15 +1,16 @@
-"""``make bench ARGS="NAME ..."``: runs one of the files of this folder; the rest of ARGS is for it.
+"""``make bench ARGS="NAME ..."``: run one benchmark of this folder; the rest of ARGS is passed to it.
 
-continual  every strategy on a stream in miniature
-cuda       the Triton forms on a GPU: checks and figures in one call
-data       what packing and stored features are worth on the demo's data
-detection  the experts' decoder beside the dense one, whole detectors at 640 pixels
-experts    the experts' kernels beside every implementation a user could pick instead (the default)
-model      what the kernels do to a training step and to decoding
-scale      tokens a second and memory by strategy on one and two processes
-serve      many clients of one server, beside one at a time
-uni_moe_study  specialised experts against copies and a dense control, placement, top-k, balance, modalities
-video_order  what came first: frames kept in time beside Uni-MoE's mean over frames
+continual      every strategy on a miniature stream
+cuda           correctness, speed and memory of the Triton kernels on a GPU
+data           speed-up from sequence packing and from cached encoder features
+detection      latency of the MoE decoder beside the dense one, and of whole detectors at 640 pixels
+experts        the expert kernels beside the implementations a user could pick instead (the default)
+model          tokens per second of training and decoding, by expert implementation
+same_losses    compare every loss with an earlier commit's
+scale          throughput and memory by distributed strategy, on one and two processes
+serve          continuous batching beside one request at a time, and a soak test
+uni_moe_study  ablations: specialised experts, placement, top-k, load balance, modalities
+video_order    temporal order: frames kept in time beside Uni-MoE's mean over frames
 """
 
 import runpy

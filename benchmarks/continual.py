@@ -1,10 +1,10 @@
-"""``python -m benchmarks.continual``: every strategy on a stream in miniature, minutes on one core.
+"""``make bench ARGS="continual"``: every strategy on a miniature stream, in minutes on one core.
 
-A LLaMA of 0.2 M parameters over bytes is first taught to copy, count and name (its "pretraining"), then meets
-the embedded stream's tasks with pictures written as words in brackets, so that forms and conflicts of answers
-are the same and everything else is cheap. Writes OUTPUT/report.json and report.html over all seeds.
+A byte-level LLaMA of 0.2 M parameters is first pretrained to copy, count and name. It then learns the tasks
+of the embedded stream with images written as words in brackets: answer formats and their conflicts are the
+same, and training is cheap. Writes OUTPUT/report.json and report.html over all seeds.
 
-``--cost`` measures instead how long a step of DyMoE takes beside one of sequential LoRA, task after task.
+``--cost`` instead measures the time of a DyMoE step relative to sequential LoRA, for each task.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ASKED = {
 
 
 def tasks(rng: random.Random) -> dict[str, tuple[str, str]]:
-    """One (question, answer) of each task."""
+    """One (question, answer) pair for each task."""
     animal, food, word = rng.choice(ANIMALS), rng.choice(FOODS), rng.choice(ANIMALS + FOODS)
     count, corner, kind = rng.randint(1, 4), rng.randrange(4), rng.choice(list(ASKED))
     shown = rng.choice([w for w in ANIMALS + FOODS if w != word])
@@ -57,7 +57,7 @@ def tasks(rng: random.Random) -> dict[str, tuple[str, str]]:
 
 
 def general(rng: random.Random) -> tuple[str, str]:
-    """What the base knows before: the same skills by other names and in one plain form."""
+    """One pretraining pair: the same skills under other names, in one plain answer format."""
     word, other = (rng.choice(ANIMALS + FOODS) for _ in range(2))
     count, corner = rng.randint(1, 4), rng.randrange(4)
     grid = "".join("o" if place == corner else "." for place in range(4))
@@ -73,7 +73,7 @@ def general(rng: random.Random) -> tuple[str, str]:
 
 
 def make_base(folder: Path, steps: int) -> None:
-    """The pretrained LLM."""
+    """Pretrain the base LLM and save it in ``folder``."""
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -120,7 +120,7 @@ def sample(question: str, answer: str):
 
 
 def make_stream(folder: Path, steps: int, train: int = 400, test: int = 40) -> dict:
-    """Files of every task, and the stream's part of a configuration."""
+    """Write the files of every task; returns the ``stream`` section of a configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("test", test)):
         rng = random.Random(part)
@@ -138,7 +138,7 @@ def make_stream(folder: Path, steps: int, train: int = 400, test: int = 40) -> d
 
 
 def compare(output: Path, names: list[str], seeds: list[int], steps: int, overrides: dict) -> None:
-    """Run ``unimoe continual compare`` on the miniature."""
+    """Run ``unimoe continual compare`` on the miniature stream."""
     base = output / "base"
     if not (base / "model.safetensors").is_file():
         make_base(base, 500)
@@ -162,9 +162,16 @@ def compare(output: Path, names: list[str], seeds: list[int], steps: int, overri
 
 
 def cost(model: str | None, output: Path, banks: int, repeats: int) -> None:
-    """CPU seconds of a step (forward, backward) of DyMoE over those of sequential LoRA, by number of tasks,
-    on ``model`` (the folder of a stage) or on the miniature. Means over a task, half of which has the routing
-    losses, without the log."""
+    """Print CPU time of a step (forward and backward) by number of tasks, and its ratio to sequential LoRA.
+
+    Means over a task, with the routing losses in half of the steps and without the routing log.
+
+    Args:
+        model: folder of a finished stage; None takes the miniature base.
+        output: folder of the miniature base.
+        banks: number of tasks.
+        repeats: steps per task; the first is not counted.
+    """
     base = output / "base"
     if model is None and not (base / "model.safetensors").is_file():
         make_base(base, 1)
@@ -196,14 +203,14 @@ def cost(model: str | None, output: Path, banks: int, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="every strategy on a stream in miniature")
+    parser = argparse.ArgumentParser(description="every strategy on a miniature stream")
     parser.add_argument("--output", type=Path, default=Path("runs/continual/miniature"))
     parser.add_argument("--strategies", nargs="+", default=list(strategies()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60, help="of each task")
-    parser.add_argument("--set", type=yaml.safe_load, default={}, help="settings to change, as YAML")
+    parser.add_argument("--steps", type=int, default=60, help="steps per task")
+    parser.add_argument("--set", type=yaml.safe_load, default={}, help="settings to override, as YAML")
     parser.add_argument("--cost", action="store_true", help="measure the time of a step instead")
-    parser.add_argument("--model", help="with --cost: folder of a finished stage instead of the miniature")
+    parser.add_argument("--model", help="with --cost: folder of a finished stage to measure on")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.cost:

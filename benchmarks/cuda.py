@@ -1,12 +1,11 @@
-"""``python -P benchmarks/cuda.py``: every check and figure of the Triton kernels on one GPU, in one call.
+"""``make bench ARGS="cuda"``: correctness, speed and memory of the Triton kernels on one GPU.
 
 Shapes: T tokens, K experts per token, E experts, H hidden, I intermediate.
 
-Peers that are not installed (liger-kernel, scattermoe) are left out and named. Times are medians over rounds
-in which all implementations take turns, with the distance of the quartiles; shares are of the ceilings that
-the same run measures. A part that fails is reported, the others go on, and the exit code is 1. ``--tune``
-tries the neighbours of each entry of the table of tiles instead. On a machine without the project's other
-packages, soundfile and soxr are needed to import it.
+Peers that are not installed (liger-kernel, scattermoe) are skipped and listed. Times are medians and
+interquartile ranges over rounds in which all implementations take turns; ``share`` is relative to the peak
+rates measured in the same run. If a part fails, it is reported, the others still run, and the exit code is 1.
+``--tune`` searches tile sizes instead.
 """
 
 import argparse
@@ -42,7 +41,7 @@ SHAPES = {
     "S4": (4096, 14336, 8, 2),
     "S5": (2048, 1024, 64, 8),
 }
-"""H, I, E, K: the demo's, fine-grained, Qwen3-30B-A3B's, Mixtral's, OLMoE's"""
+"""H, I, E, K of the demo, a fine-grained MoE, Qwen3-30B-A3B, Mixtral and OLMoE."""
 Rows = Iterator[dict[str, Any]]
 
 
@@ -51,7 +50,7 @@ class Run:
     """One implementation on one batch."""
 
     layer: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """tokens [T, H], experts [T, K] and weights [T, K] -> [T, H]"""
+    """Tokens [T, H], experts [T, K] and weights [T, K] to output [T, H]."""
     batch: tuple[Tensor, Tensor, Tensor]
     parameters: list[Tensor]
 
@@ -59,17 +58,18 @@ class Run:
         return self.layer(*self.batch)
 
     def step(self) -> tuple[Tensor, ...]:
-        """Output and gradients of tokens, weights and parameters."""
+        """Output, and gradients of tokens, weights and parameters."""
         y_TH, (x_TH, _, weight_TK) = self.forward(), self.batch
         leaves = [x_TH, weight_TK, *self.parameters]
-        # y is a gradient as good as any: random, and there already
+        # y serves as the upstream gradient: it is random and already allocated
         return y_TH, *torch.autograd.grad(y_TH, leaves, y_TH.detach(), allow_unused=True)
 
 
 def batch(shape: str, T: int, routing: str = "uniform") -> tuple[Tensor, Tensor, Tensor]:
+    """Random x_TH, index_TK and weight_TK."""
     H, _, E, K = SHAPES[shape]
     scores_TE = torch.rand(T, E, device="cuda")
-    if routing == "zipf":  # the r-th expert is drawn in proportion to 1 / r
+    if routing == "zipf":  # the r-th expert is drawn with probability proportional to 1 / r
         scores_TE = -scores_TE.log().neg().log() - torch.arange(1, E + 1, device="cuda").log()
     if routing == "one-hot":  # every token's first choice is the same expert
         scores_TE[:, 0] = 2
@@ -81,8 +81,11 @@ def batch(shape: str, T: int, routing: str = "uniform") -> tuple[Tensor, Tensor,
 
 
 def layers(shape: str) -> dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], list[Tensor]]]:
-    """Name to layer and parameters, with equal bfloat16 weights; the sorting of the pairs is part of each.
-    ``dense`` is an FFN of the same products without routing, the floor."""
+    """Implementation to layer and parameters.
+
+    All have equal bfloat16 weights and include sorting the pairs. ``dense``, the lower bound, is an FFN of
+    the same FLOPs without routing.
+    """
     H, I, E, K = SHAPES[shape]  # noqa: E741
     config = MixtralConfig(hidden_size=H, intermediate_size=I, num_local_experts=E, num_experts_per_tok=K)
     with torch.device("cuda"):
@@ -117,7 +120,7 @@ def layers(shape: str) -> dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Ten
         )
     if find_spec("scattermoe"):
         scatter = import_module("scattermoe.mlp").GLUMLP(H, I, E, K).to(gate_up)
-        with torch.no_grad():  # it has the rows of up first
+        with torch.no_grad():  # it stores up before gate
             scatter.experts.weight.copy_(torch.cat(gate_up.chunk(2, 1)[::-1], 1))
             scatter.output_experts.weight.copy_(down)
         found["scattermoe"] = (lambda x, index, weight: scatter(x, weight, index), list(scatter.parameters()))
@@ -125,7 +128,7 @@ def layers(shape: str) -> dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Ten
 
 
 def times(runs: dict[str, Callable[[], object]], rounds: int = 11) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of each run and the distance of its quartiles; the runs take turns."""
+    """Median and interquartile range of each run's milliseconds; the runs are interleaved."""
     counts, measured = {}, {name: [] for name in runs}
     for name, run in runs.items():
         for _ in range(3):
@@ -147,7 +150,11 @@ def times(runs: dict[str, Callable[[], object]], rounds: int = 11) -> dict[str, 
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """``run`` as a CUDA graph; raises if it waits for the GPU anywhere."""
+    """``run`` as a CUDA graph.
+
+    Raises:
+        RuntimeError: if it synchronizes with the GPU.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -160,8 +167,8 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def ceilings() -> Rows:
-    """What this GPU reaches in a large product and in a large copy, on random numbers."""
+def peak_rates() -> Rows:
+    """Peak rates of this GPU: a large product and a large copy of random numbers."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -171,7 +178,7 @@ def ceilings() -> Rows:
 
 
 def correctness() -> Rows:
-    """Errors against float64 over those of the plain loop in the same dtype; then rows past 2^31 elements."""
+    """Errors against float64 relative to those of a plain loop in the same dtype; then over 2^31 elements."""
 
     def loop(x: Tensor, token: Tensor, *args: Tensor) -> Tensor:
         return torch.zeros_like(x).index_add(0, token, swiglu_experts_reference(x[token], *args))
@@ -185,7 +192,11 @@ def correctness() -> Rows:
 
     sizes = [(300, 97, 47, 7, 3), (5, 64, 32, 3, 1), (1, 576, 256, 64, 8), (64, 576, 1536, 8, 2)]
     sizes += [(1000, 576, 256, 64, 8), (4096, 576, 1536, 8, 2), (1024, 2048, 768, 128, 8)]
-    kinds = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 10}  # float32 is made of products in tf32
+    kinds = {
+        torch.bfloat16: 2,
+        torch.float16: 2,
+        torch.float32: 10,
+    }  # float32 is built from tf32
     for (T, H, I, E, K), (dtype, most) in itertools.product(sizes, kinds.items()):  # noqa: E741
         draw = partial(torch.randn, device="cuda", dtype=dtype)
         weight_TK, index_TK = torch.rand(T, E, device="cuda").topk(K)
@@ -204,8 +215,12 @@ def correctness() -> Rows:
             ((a - right).norm() / ((b - right).norm() + 1e-7 * right.norm())).item()
             for a, b, right in zip(found, plain, exact, strict=True)
         ]
-        yield {"T H I E K": (T, H, I, E, K), "dtype": str(dtype), "y dx dW1 dW2 dw over the loop's": errors}
-        assert max(errors) < most, "less exact than the plain loop"
+        yield {
+            "T H I E K": (T, H, I, E, K),
+            "dtype": str(dtype),
+            "y dx dW1 dW2 dw relative to the loop": errors,
+        }
+        assert max(errors) < most, "less accurate than the plain loop"
         assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True)), "two runs differ"
     x, index, weight = batch("S3", 2**17 + 2000)
     layer, parameters = layers("S3")["unimoe"]
@@ -213,13 +228,13 @@ def correctness() -> Rows:
     y, dx, *_ = Run(layer, (x, index, weight), parameters).step()
     alone = Run(layer, few, parameters).step()
     errors = [((a[-500:] - b).norm() / b.norm()).item() for a, b in zip((y, dx), alone[:2], strict=True)]
-    yield {"what": "the last 500 of 133072 tokens with and without the others: y, dx", "errors": errors}
+    yield {"what": "y and dx of the last 500 of 133072 tokens, alone and in the batch", "errors": errors}
     assert max(errors) < 0.01
 
 
 def graphs() -> Rows:
-    """torch.compile takes the layer as one graph, no step waits for the GPU, and a captured one follows its
-    inputs to another routing."""
+    """The layer compiles as one graph, no step synchronizes with the GPU, and a captured CUDA graph follows a
+    change of the routing."""
     for shape, T in (("S2", 1), ("S2", 64), ("S3", 1024)):
         layer, parameters = layers(shape)["unimoe"]
         x, index, weight = batch(shape, T)
@@ -248,6 +263,7 @@ def graphs() -> Rows:
 
 
 def throughput(matmul: float) -> Rows:
+    """Training throughput; ``matmul`` is the peak rate in TFLOP/s."""
     wanted = [("S3", 8192, "uniform"), ("S3", 32768, "uniform")]
     wanted += [("S3", 8192, routing) for routing in ("zipf", "one-hot", "half empty")]
     wanted += [
@@ -275,8 +291,10 @@ def throughput(matmul: float) -> Rows:
 
 
 def decoding(copy: float) -> Rows:
-    """Few tokens, eight routings after one another: bytes per second of the experts they need. As CUDA
-    graphs, but for peers that wait for the GPU."""
+    """Few tokens, eight routings in sequence: weight bytes of the visited experts per second.
+
+    Runs as CUDA graphs, except for peers that synchronize with the GPU. ``copy`` is the peak rate in TB/s.
+    """
     H, I, _, _ = SHAPES["S3"]  # noqa: E741
     for T in (1, 2, 8, 64):
         batches = [batch("S3", T) for _ in range(8)]
@@ -291,8 +309,8 @@ def decoding(copy: float) -> Rows:
                     for inputs in batches:
                         layer(*inputs)
 
-            waits = name in ("liger", "scattermoe")
-            steps[name] = several if waits else captured(several).replay
+            synchronizes = name in ("liger", "scattermoe")
+            steps[name] = several if synchronizes else captured(several).replay
             if name == "unimoe":
                 steps["unimoe without a graph"] = several
         for name, (ms, spread) in times(steps).items():
@@ -306,7 +324,7 @@ def decoding(copy: float) -> Rows:
 
 
 def memory() -> Rows:
-    """What a forward keeps over 4TKI bytes, and peaks over 2TH + 4TKI."""
+    """Saved bytes of a forward relative to 4TKI, and peaks relative to 2TH + 4TKI."""
     H, I, _, K = SHAPES["S3"]  # noqa: E741
     for T in (8192, 32768):
         inputs, kept_least, least = batch("S3", T), 4 * T * K * I, 2 * T * H + 4 * T * K * I
@@ -353,7 +371,7 @@ def row(
 
 
 def tune() -> Rows:
-    """Twice through the kernels at S3: the fastest neighbour of a tile takes its place."""
+    """Two rounds of local search at S3: each tile is replaced by its fastest neighbour."""
     layer, parameters = layers("S3")["unimoe"]
     for _, ((most, itemsize), T) in itertools.product(
         range(2), {(16, 2): 64, (128, 2): 1024, (None, 2): 8192}.items()
@@ -365,7 +383,7 @@ def tune() -> Rows:
                 triton_swiglu.TILES[key] = before._replace(**{part: tile})
                 try:
                     found[tile] = times({"": run.forward if part == "gate_up" else run.step}, rounds=5)[""][0]
-                except (RuntimeError, TritonError):  # more than the chip has
+                except (RuntimeError, TritonError):  # exceeds the shared memory
                     continue
             fastest = min(found, key=lambda tile: found[tile])
             triton_swiglu.TILES[key] = before._replace(**{part: fastest})
@@ -375,7 +393,7 @@ def tune() -> Rows:
 
 
 def neighbours(tile: Tile, rows_too: bool) -> list[Tile]:
-    """The tile and those that differ in one number."""
+    """The tile and those that differ in one parameter."""
     changes: dict[str, list[int]] = {"columns": [tile.columns // 2, tile.columns * 2]}
     changes |= {"inner": [tile.inner // 2, tile.inner * 2], "warps": [12 - tile.warps]}
     changes |= {"stages": [tile.stages - 1, tile.stages + 1]}
@@ -385,24 +403,24 @@ def neighbours(tile: Tile, rows_too: bool) -> list[Tile]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/cuda.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", metavar="FILE", help="write all rows there")
-    parser.add_argument("--tune", action="store_true", help="try other tiles instead")
-    parser.add_argument("--seconds", type=float, default=540, help="stop after so many seconds")
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", metavar="FILE", help="also write all rows to this file")
+    parser.add_argument("--tune", action="store_true", help="search tile sizes instead")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("unimoe: error: no CUDA device here; tests/kernels checks the kernels without one")
+        sys.exit("unimoe: error: no CUDA device found; tests/kernels tests the kernels without one")
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print("peers not installed:", [name for name in ("liger_kernel", "scattermoe") if not find_spec(name)])
-    ceiling: dict[str, float] = {}
+    peak: dict[str, float] = {}
     parts: dict[str, Callable[[], Rows]] = {
-        "ceilings": ceilings,
+        "peak rates": peak_rates,
         "correctness": correctness,
         "graphs": graphs,
         "memory": memory,
-        "throughput": lambda: throughput(ceiling["TFLOP/s"]),
-        "decoding": lambda: decoding(ceiling["TB/s"]),
+        "throughput": lambda: throughput(peak["TFLOP/s"]),
+        "decoding": lambda: decoding(peak["TB/s"]),
     }
     start, rows, failed = time.perf_counter(), [], []
     for name, part in {"tune": tune}.items() if args.tune else parts.items():
@@ -410,8 +428,8 @@ def main() -> None:
         try:
             for one in part():
                 rows.append({"part": name, **one})
-                if name == "ceilings":
-                    ceiling |= one
+                if name == "peak rates":
+                    peak |= one
                 print("  ", "  ".join(f"{key} {shown(value)}" for key, value in one.items()), flush=True)
                 if time.perf_counter() - start > args.seconds:
                     raise AssertionError(f"stopped after {args.seconds:.0f} s")

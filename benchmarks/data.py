@@ -1,11 +1,11 @@
-"""``python -m benchmarks.data``: what packing and stored features are worth, on the demo's data and parts.
+"""``make bench ARGS="data"``: speed-up from sequence packing and from cached encoder features.
 
-packing  a training step of the LLM on the words of the demo's samples: one padded batch, parts of like
-         length, packed rows
-cache    two epochs of the alignment stage, the towers' features being stored in the first
+packing  a training step of the LLM on the text of the demo's samples: one padded batch, length buckets,
+         packed rows
+cache    two epochs of the alignment stage; the first fills the feature cache, the second reads it
 
-Needs ``unimoe prepare`` and the data of ``unimoe demo``. Seconds are of the processor (one thread) unless the
-model is on a GPU, so that a busy machine does not change them. Prints a table, and JSON with ``--json FILE``.
+Needs ``unimoe prepare`` and the data of ``unimoe demo``. Times are CPU seconds of one thread, which a busy
+machine does not change, or wall-clock seconds on a GPU. Prints a table; ``--json FILE`` also writes JSON.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MODALITIES = {
         "connector": {"type": "pooled_mlp", "depth": 1, "stack": 5},
     },
 }
-"""Those of configs/uni_moe/align.yaml."""
+"""As in configs/uni_moe/align.yaml."""
 
 
 def main() -> None:
@@ -52,13 +52,13 @@ def main() -> None:
         "what", nargs="*", default=["packing", "cache"], help="packing, cache (default: both)"
     )
     parser.add_argument("--data", default="runs/demo/data", help="folder of the demo's data")
-    parser.add_argument("--llm", default="default", help="packing: an LLM, or small: 14 M random weights")
-    parser.add_argument("--batch", type=int, default=32, help="dialogues of a batch (packing)")
-    parser.add_argument("--pack", type=int, default=512, help="tokens of a packed row")
-    parser.add_argument("--samples", type=int, default=48, help="samples of an epoch (cache)")
-    parser.add_argument("--repeat", type=int, default=3, help="batches that are timed, the median counts")
+    parser.add_argument("--llm", default="default", help="packing: an LLM, or small (14 M, random)")
+    parser.add_argument("--batch", type=int, default=32, help="packing: conversations per batch")
+    parser.add_argument("--pack", type=int, default=512, help="packing: tokens per packed row")
+    parser.add_argument("--samples", type=int, default=48, help="cache: samples per epoch")
+    parser.add_argument("--repeat", type=int, default=3, help="batches to time; the median is reported")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Tokens per second of forward and backward passes over the whole LLM, padding not counted."""
+    """Tokens per second of forward and backward passes through the whole LLM, padding excluded."""
     with tempfile.TemporaryDirectory() as folder:
         llm = save_small_llm(folder) if args.llm == "small" else args.llm
         model, processor = build_model(llm, chat_template="chatml")
@@ -89,8 +89,8 @@ def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     collator = Collator(processor)
     ways: dict[str, Callable[[list[Sample]], list[dict[str, Any]]]] = {
         "one padded batch": lambda batch: [collator(batch)],
-        "parts of like length": collator.bucket_by_length,
-        f"rows of {args.pack}": partial(collator.packed, length=args.pack),
+        "length buckets": collator.bucket_by_length,
+        f"packed rows of {args.pack}": partial(collator.packed, length=args.pack),
     }
     print(f"{'packing':<24}{'rows':>6}{'padding':>10}{'tokens/s':>12}{'gain':>8}")
     found: dict[str, dict[str, float]] = {}
@@ -111,7 +111,7 @@ def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def save_small_llm(folder: str) -> str:
-    """A LLaMA of 8 layers and 14 M random weights beside its embedding, with the default LLM's tokenizer."""
+    """A random LLaMA of 8 layers and 14 M parameters plus embeddings, with the default LLM's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(default_part("llm"))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -127,17 +127,19 @@ def save_small_llm(folder: str) -> str:
 
 
 def without_media(sample: Sample) -> Sample:
-    """The words alone."""
+    """A copy of the sample that keeps text parts only."""
     kept = [[part for part in turn["content"] if part["type"] == "text"] for turn in sample.messages]
     messages = [{**turn, "content": parts} for turn, parts in zip(sample.messages, kept, strict=True)]
     return Sample(messages, sample.source)
 
 
 def cache(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Seconds of two epochs of the alignment stage (only connectors train), by kind of data: the towers run
-    in the first, the second reads the store. ``input`` is all that comes before the model: reading,
-    decoding, towers, tokens."""
-    heads = f"{'input':>9}{'training':>10}{'epoch':>9}   gain of input, epoch   (seconds)"
+    """Seconds of two epochs of the alignment stage (only connectors train), by type of data.
+
+    The encoders run in the first epoch; the second reads the cache. ``input`` is everything before the LLM:
+    reading, decoding, encoders, tokenization.
+    """
+    heads = f"{'input':>9}{'training':>10}{'epoch':>9}   speed-up of input, epoch   (seconds)"
     print(f"{'cache':<20}{'samples':>8}{'':>9}{heads}")
     found: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -166,37 +168,41 @@ def cache(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def cache_data(args: argparse.Namespace, folder: Path) -> dict[str, tuple[dict[str, Any], list[Sample]]]:
-    """Modalities and samples of each row: the demo's pictures and clips, films of five seconds (120 frames of
-    320 x 240, of which 8 are seen at 224 pixels), and speech of 30 s (50 tokens, as in Uni-MoE)."""
+    """Modalities and samples of each row.
+
+    The demo's images and speech clips; videos of five seconds (120 frames of 320 x 240, 8 of them sampled at
+    224 pixels); and speech of 30 s (50 tokens, as in Uni-MoE).
+    """
     names = ("train.image.jsonl", "train.transcribe.jsonl", "train.spoken.jsonl")
     read = [read_samples(Path(args.data) / name)[: -(-args.samples // len(names))] for name in names]
     tower = {"type": "timm", "name": "tf_efficientnet_lite0", "image_size": 224}
-    film = {
+    video = {
         "encoder": {"type": "frames", "image": tower, "frames": 8, "weights": "default"},
         "connector": {"type": "pooled_mlp", "depth": 1, "pool": 1},
     }
     long = {**MODALITIES["speech"], "connector": {"type": "pooled_mlp", "depth": 1, "stack": 30}}
     photos = [photo.convert("RGB") for photo in load_photos(default_part("photos")).values()]
     clips = [part["path"] for sample in read[1] for part in sample.media()]
-    sounds = [load_audio({"type": "speech", "path": path}, path) for path in clips]
-    films, speeches = [], []
+    waveforms = [load_audio({"type": "speech", "path": path}, path) for path in clips]
+    videos, speeches = [], []
     for number in range(args.samples // 4):
         photo = photos[number % len(photos)].resize((440, 300))
         frames = [photo.crop((at, at // 2, at + 320, at // 2 + 240)) for at in range(120)]
         write_video(folder / f"{number}.mp4", frames, 24)
-        films.append(question("video", folder / f"{number}.mp4"))
-        sound = np.resize(np.concatenate(sounds[number % len(sounds) :] + sounds), 30 * 16_000)
-        soundfile.write(folder / f"{number}.flac", sound, 16_000)
+        videos.append(question("video", folder / f"{number}.mp4"))
+        waveform = np.resize(np.concatenate(waveforms[number % len(waveforms) :] + waveforms), 30 * 16_000)
+        soundfile.write(folder / f"{number}.flac", waveform, 16_000)
         speeches.append(question("speech", folder / f"{number}.flac"))
     return {
-        "pictures and clips": (MODALITIES, [sample for part in read for sample in part][: args.samples]),
-        "films": ({"video": film}, films),
+        "images and speech clips": (MODALITIES, [sample for part in read for sample in part][: args.samples]),
+        "videos": ({"video": video}, videos),
         "speech of 30 s": ({"speech": long}, speeches),
     }
 
 
-def question(kind: str, path: Path) -> Sample:
-    asked = [{"type": kind, "path": str(path)}, {"type": "text", "text": "What is it?"}]
+def question(modality: str, path: Path) -> Sample:
+    """A sample that asks about one media file."""
+    asked = [{"type": modality, "path": str(path)}, {"type": "text", "text": "What is it?"}]
     answer = [{"type": "text", "text": "A picture of a quiet place, and somebody who speaks."}]
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return Sample(turns, path.name)
@@ -205,7 +211,7 @@ def question(kind: str, path: Path) -> Sample:
 def read_epoch(
     processor: Any, samples: list[Sample], stored: FeatureCache, batches: list[list[dict[str, Any]]]
 ) -> None:
-    """Every sample once, into ``batches``."""
+    """Collate every sample once and append the batches to ``batches``."""
     stored.fill(samples)
     collator = Collator(processor, features=stored)
     for batch in ModalityBatchSampler([sample.modality for sample in samples], 8):
@@ -218,7 +224,7 @@ def train_epoch(built: Built, batches: list[list[dict[str, Any]]], device: str) 
 
 
 def step(model: Any, parts: list[dict[str, Any]], device: str) -> None:
-    """Forward and backward, with the head at supervised positions only, as the stages do."""
+    """Forward and backward; the LM head runs at supervised positions only, as in the stages."""
     total = torch.zeros((), device=device)
     for part in parts:
         inputs = {name: _to(value, device) for name, value in part.items()}
@@ -241,7 +247,7 @@ def _to(value: Any, device: str) -> Any:
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
-    """Processor seconds of a call; on a GPU those of the clock."""
+    """CPU seconds of a call; wall-clock seconds on a GPU."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     began = clock()
     function()

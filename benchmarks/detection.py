@@ -1,11 +1,11 @@
-"""How long detection takes: the experts' decoder beside the dense one, and whole models at 640 pixels.
+"""Detection latency: the MoE decoder beside the dense one, and whole models at 640 pixels.
 
     make bench ARGS="detection"                             # decoder and efficientvit_b0
     make bench ARGS="detection --backbones efficientvit_b0 efficientvit_l1 --json latency.json"
 
-The decoders have the paper's sizes (6 layers of width 256, FFNs of 2048, 16 experts of 1024 of which a query
-visits 2), so the same number of weights is active in both; they take turns in one process on the same random
-tokens. Weights are random everywhere: they do not change the time.
+The decoders have the paper's sizes: 6 layers of width 256, FFNs of 2048, 16 experts of 1024 with top-2
+routing, so both have the same number of active parameters. They take turns in one process on the same random
+tokens. All weights are random, which does not affect latency.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PAPER: dict[str, Any] = {
 }
 SIZE = 640
 TOKENS, SEGMENT = 240, 3
-"""80 names of two tokens and a full stop."""
+"""80 class names of two tokens and a full stop each."""
 
 
 def detector(
@@ -52,14 +52,14 @@ def detector(
 
 
 def small_text() -> BertConfig:
-    """For models whose text encoder does not run."""
+    """A placeholder for models whose text encoder does not run."""
     return BertConfig(
         vocab_size=10, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
 
 
 def decoders(copies: int, slices: int, rounds: int, **sizes: Any) -> dict[str, Any]:
-    """The dense decoder and the same one after MoE-Tuning."""
+    """Latency of the dense decoder and of the same one after MoE-Tuning."""
     dense, moe = (detector("test_efficientnet", (2, 3, 4), small_text(), **sizes) for _ in range(2))
     moe_tuning(moe, copies, slices)
     queries = dense.config.num_queries
@@ -69,13 +69,13 @@ def decoders(copies: int, slices: int, rounds: int, **sizes: Any) -> dict[str, A
 def whole_model(
     backbone: str, rounds: int, size: int = SIZE, levels: Sequence[int] = (1, 2, 3), **sizes: Any
 ) -> dict[str, dict[str, float]]:
-    """p50 and p95 of a picture, with BERT-base running and with its features cached, and of the parts."""
-    place_L = torch.arange(TOKENS)
+    """p50 and p95 latency per image, with BERT-base running and its features cached, and of each part."""
+    position_L = torch.arange(TOKENS)
     prompt = PromptBatch(
         input_ids=torch.ones(1, TOKENS, dtype=torch.int64),
         text_mask=torch.ones(1, TOKENS, dtype=torch.bool),
-        text_attention_mask=(place_L[:, None] // SEGMENT == place_L // SEGMENT)[None],
-        text_position_ids=(place_L % SEGMENT)[None],
+        text_attention_mask=(position_L[:, None] // SEGMENT == position_L // SEGMENT)[None],
+        text_position_ids=(position_L % SEGMENT)[None],
         name_tokens=[],
     )
     return model_latency(detector(backbone, levels, BertConfig(), **sizes), prompt, size, rounds)
@@ -87,13 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--backbones", nargs="*", default=["efficientvit_b0"], help="timm models with stride 8 to 32"
+        "--backbones",
+        nargs="*",
+        default=["efficientvit_b0"],
+        help="timm models with strides 8, 16 and 32",
     )
-    parser.add_argument("--copies", type=int, default=8, help="of each FFN")
-    parser.add_argument("--slices", type=int, default=2, help="of each copy, and experts of a query")
+    parser.add_argument("--copies", type=int, default=8, help="copies of each FFN")
+    parser.add_argument("--slices", type=int, default=2, help="slices of each copy, and experts per query")
     parser.add_argument("--queries", type=int, default=900)
-    parser.add_argument("--rounds", type=int, default=10, help="measurements of each form")
-    parser.add_argument("--json", help="where to write all numbers")
+    parser.add_argument("--rounds", type=int, default=10, help="measurements of each variant")
+    parser.add_argument("--json", help="write the results to this file")
     found = parser.parse_args(arguments)
     result: dict[str, Any] = {
         "threads": torch.get_num_threads(),
@@ -104,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decoder = result["decoder"]
     console.print(
         f"decoder, {decoder['queries']} queries: experts {decoder['moe']['p50_ms']:.0f} ms, dense "
-        f"{decoder['dense']['p50_ms']:.0f} ms, ratio {decoder['ratio']:.3f} (median over rounds in turns)"
+        f"{decoder['dense']['p50_ms']:.0f} ms, ratio {decoder['ratio']:.3f} (median over interleaved rounds)"
     )
     table = Table(f"{SIZE} px, {result['threads']} threads", "part", "p50 ms", "p95 ms")
     for name, parts in result["models"].items():

@@ -1,19 +1,19 @@
-"""``make bench ARGS="experts ..."``: the experts' kernels beside what a user could pick instead.
+"""``make bench ARGS="experts ..."``: the expert kernels beside the implementations a user could pick instead.
 
 Shapes: T tokens, K experts per token, N = T*K pairs, E experts, H hidden, I intermediate, r rank.
 
 Operations:
-- ``experts``: one layer of SwiGLU experts, all weights trained. Floor: dense GEMMs of equal FLOPs, one set of
-  weights, outputs allocated before, nothing between them; at T = 1 the K experts' weights read once by
-  matrix-vector products.
-- ``lora_experts``: the same with an adapter per expert and frozen weights. Floor: one frozen FFN on as many
-  rows, by autograd.
-- ``lora_mix``: one frozen FFN whose three linear layers carry E gated adapters (k of them open). Floor: the
-  FFN without adapters, by autograd.
+- ``experts``: one layer of SwiGLU experts, all weights trained. Lower bound: dense GEMMs of equal FLOPs with
+  one set of weights, preallocated outputs and nothing between them; at T = 1 matrix-vector products that read
+  the weights of the K experts once.
+- ``lora_experts``: the same with an adapter per expert and frozen weights. Lower bound: one frozen FFN on the
+  same number of rows, under autograd.
+- ``lora_mix``: one frozen FFN whose three linear layers carry E gated adapters (K of them active). Lower
+  bound: the FFN without adapters, under autograd.
 
-All implementations of a case run in one process and take turns; one that takes ten times as long as the
-fastest leaves after two rounds. They must agree before they are timed. ``saved_bytes`` is what autograd
-keeps for the backward, without parameters and the input.
+All implementations of a case run in one process and take turns; one that is ten times slower than the
+fastest is dropped after two rounds. Their outputs and gradients are compared before they are timed.
+``saved_bytes`` is what autograd keeps for the backward pass, without parameters and the input.
 """
 
 import argparse
@@ -61,8 +61,8 @@ SHAPES = {
     "S5": Shape(2048, 1024, 64, 8),
     "L1": Shape(2048, 5632, 8, 2),
 }
-"""The model that travels with the suite, a fine-grained one, Qwen3-30B-A3B, Mixtral, OLMoE; a dense FFN of
-TinyLlama's size for lora_mix."""
+"""The default LLM, a fine-grained MoE, Qwen3-30B-A3B, Mixtral, OLMoE; for lora_mix a dense FFN of TinyLlama's
+size."""
 RANK, SCALE = 16, 2.0
 PHASES = ("forward", "forward+backward")
 COLUMNS = (
@@ -81,14 +81,14 @@ COLUMNS = (
 
 @dataclass
 class Case:
-    """One operation at one size: what the implementations share, and the implementations."""
+    """One operation at one size: its implementations and what they share."""
 
     floor: dict[str, Callable[[], Any]]
-    """For each phase the floor's work."""
+    """Phase to the lower bound's work."""
     runs: dict[str, Callable[[], Tensor]]
-    """Name to forward pass."""
+    """Implementation to forward pass."""
     leaves: list[Tensor]
-    """What gets gradients; the first is the input."""
+    """Tensors that receive gradients; the first is the input."""
     dy: Tensor
 
 
@@ -96,8 +96,18 @@ class Case:
 
 
 def route(kind: str, T: int, shape: Shape, device: str) -> tuple[Tensor, Tensor]:
-    """(index_TK, weight_TK) of T tokens: ``uniform``, ``zipf`` (expert e in proportion to 1/(e+1)) or
-    ``one-hot`` (all tokens visit the same K experts)."""
+    """Random routing of T tokens.
+
+    Args:
+        kind: ``uniform``, ``zipf`` (expert e with probability proportional to 1/(e+1)) or ``one-hot`` (the
+            same K experts for all tokens).
+        T: tokens.
+        shape: number of experts and experts per token.
+        device: of the result.
+
+    Returns:
+        index_TK and weight_TK.
+    """
     if kind == "one-hot":
         index_TK = torch.arange(shape.K, device=device).expand(T, shape.K).contiguous()
     else:
@@ -112,7 +122,7 @@ def route(kind: str, T: int, shape: Shape, device: str) -> tuple[Tensor, Tensor]
 
 
 def experts(shape: Shape, T: int, routing: str, device: str, dtype: torch.dtype, lora: bool = False) -> Case:
-    """SwiGLU experts of transformers' Mixtral, with adapters on frozen weights where ``lora``."""
+    """SwiGLU experts of transformers' Mixtral; with ``lora`` their weights are frozen and carry adapters."""
     config = MixtralConfig(
         hidden_size=shape.H, intermediate_size=shape.I, num_local_experts=shape.E, num_experts_per_tok=shape.K
     )
@@ -137,17 +147,19 @@ def experts(shape: Shape, T: int, routing: str, device: str, dtype: torch.dtype,
         leaves += list(module.parameters())
         runs["unimoe"] = lambda: ALL_EXPERTS_FUNCTIONS["unimoe"](module, x, index_TK, weight_TK)
         for name in ("grouped_mm", "batched_mm", "eager"):
-            # batched_mm copies the weights of every pair: more than the machine has, beyond a few tokens
+            # batched_mm copies the weights of every pair, which exceeds memory beyond a few tokens
             if name != "batched_mm" or T * shape.K * 3 * shape.H * shape.I * x.itemsize < 2**31:
                 runs[f"transformers {name}"] = partial(by, name)
         runs |= _peers(module, x, index_TK, weight_TK)
-    return Case((_frozen_floor if lora else _floor)(shape, T, x), runs, leaves, torch.randn_like(x))
+    return Case(
+        (_frozen_lower_bound if lora else _lower_bound)(shape, T, x), runs, leaves, torch.randn_like(x)
+    )
 
 
 def _lora_runs(
     module: nn.Module, shape: Shape, x: Tensor, index_TK: Tensor, weight_TK: Tensor
 ) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor]]:
-    """Ours and PEFT's on the same adapters' values, and the adapters that train (both sets)."""
+    """Our forward and PEFT's on equal adapters, and the trained parameters of both."""
     from peft import LoraConfig, inject_adapter_in_model
 
     module.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
@@ -179,13 +191,13 @@ def _lora_runs(
         for name, one in theirs.items():
             outer = one.shape[-1] == shape.H or one.shape[0] == 2 * shape.I
             A, B = adapters[:2] if outer else adapters[2:]
-            # PEFT: A with the experts slowest, B with them fastest
+            # PEFT stores experts as the slowest dimension of A and the fastest of B
             one.copy_(A.flatten(0, 1) if "lora_A" in name else B.permute(1, 2, 0).flatten(1))
     return {"unimoe": ours, "peft target_parameters": peft}, [*adapters, *theirs.values()]
 
 
 def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.dtype) -> Case:
-    """A frozen SwiGLU FFN with gated adapters in each of its linear layers."""
+    """A frozen SwiGLU FFN with gated adapters on each of its linear layers."""
     like = {"device": device, "dtype": dtype}
     x = torch.randn(T, shape.H, **like).requires_grad_()
     index_TK, weight_TK = route(routing, T, shape, device)
@@ -222,7 +234,7 @@ def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.d
         return layers[i](x)
 
     def loop(i: int, x: Tensor) -> Tensor:
-        """As a module of PEFT layers does it: every adapter on every token."""
+        """As PEFT layers do: every adapter runs on every token."""
         A, B = banks[i]
         y = F.linear(x, base[i])
         for e, (A_e, B_e) in enumerate(zip(A.split(RANK), B.split(RANK, dim=1), strict=True)):
@@ -237,7 +249,7 @@ def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.d
 
 
 def _peers(module: Any, x: Tensor, index_TK: Tensor, weight_TK: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """liger-kernel and ScatterMoE, where installed and a GPU is used."""
+    """liger-kernel and ScatterMoE, if installed, on a GPU."""
     peers: dict[str, Callable[[], Tensor]] = {}
     if x.device.type != "cuda":
         return peers
@@ -251,15 +263,15 @@ def _peers(module: Any, x: Tensor, index_TK: Tensor, weight_TK: Tensor) -> dict[
 
         E, F2, H = module.gate_up_proj.shape
         mlp = GLUMLP(H, F2 // 2, E, index_TK.shape[1], activation=nn.SiLU()).to(x)
-        with torch.no_grad():  # its halves lie the other way round
+        with torch.no_grad():  # it stores up before gate
             mlp.experts.weight.copy_(module.gate_up_proj.unflatten(1, (2, -1)).flip(1).flatten(1, 2))
             mlp.output_experts.weight.copy_(module.down_proj)
         peers["scattermoe"] = lambda: mlp(x, weight_TK, index_TK)
     return peers
 
 
-def _frozen_floor(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """A dense FFN on N rows whose weights are frozen."""
+def _frozen_lower_bound(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """A dense FFN with frozen weights on N rows."""
     N, H, I = T * shape.K, shape.H, shape.I  # noqa: E741
     x_N, dy = torch.randn(N, H).to(x).requires_grad_(), torch.randn(N, H).to(x)
     gate_up, down = torch.randn(2 * I, H).to(x), torch.randn(H, I).to(x)
@@ -271,8 +283,8 @@ def _frozen_floor(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any
     return {PHASES[0]: forward, PHASES[1]: lambda: torch.autograd.grad(forward(), x_N, dy)}
 
 
-def _floor(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """Products of equal FLOPs with one set of weights; at T = 1 with the K experts' own."""
+def _lower_bound(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Products of equal FLOPs with one set of weights; at T = 1 with one set per expert."""
     N, H, I = T * shape.K, shape.H, shape.I  # noqa: E741
     sets = shape.K if T == 1 else 1
     rows = N // sets
@@ -312,7 +324,7 @@ OPS: dict[str, Callable[..., Case]] = {
 
 
 def saved_bytes(run: Callable[[], Tensor], leaves: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of ``run``, each storage once, the leaves' not counted."""
+    """Bytes that autograd keeps for the backward of ``run``: each storage once, ``leaves`` excluded."""
     known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     kept: dict[int, Tensor] = {}
 
@@ -328,7 +340,11 @@ def saved_bytes(run: Callable[[], Tensor], leaves: list[Tensor]) -> int:
 
 
 def check(case: Case) -> None:
-    """All implementations give the same output and the same gradient of the input, to rounding."""
+    """Compare the outputs and input gradients of all implementations.
+
+    Raises:
+        SystemExit: if they differ by more than rounding.
+    """
     results: dict[str, tuple[Tensor, Tensor]] = {}
     for name, run in case.runs.items():
         y = run()
@@ -339,11 +355,11 @@ def check(case: Case) -> None:
         for theirs, ours in zip(results[name], results[first], strict=True):
             error = (theirs - ours).abs().max() / ours.abs().max()
             if not error <= tolerance:
-                raise SystemExit(f"{name} differs from {first} by {error:.1e} of the largest value: no times")
+                raise SystemExit(f"{name} differs from {first} by {error:.1e} of the largest value")
 
 
 def race(runs: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turns for about ``seconds``, at least three rounds."""
+    """Milliseconds of each run, interleaved for about ``seconds`` and at least three rounds."""
     synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -366,7 +382,7 @@ def race(runs: dict[str, Callable[[], Any]], device: str, seconds: float) -> dic
 def measure(
     case: Case, phases: list[str], device: str, seconds: float
 ) -> Iterator[tuple[str, str, list[float], int]]:
-    """(phase, implementation, milliseconds of each round, saved bytes)."""
+    """Yield (phase, implementation, milliseconds of each round, saved bytes)."""
     saved = {name: saved_bytes(run, case.leaves) for name, run in case.runs.items()}
 
     def without_grad(run: Callable[[], Tensor]) -> None:
@@ -402,9 +418,9 @@ def main(args: list[str] | None = None) -> None:
         "--dtype", choices=["float32", "bfloat16"], help="default: float32 (CPU), bfloat16 (CUDA)"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case and phase (default 4)")
-    parser.add_argument("--quick", action="store_true", help="T = 64 only, one second each")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time per case and phase (default 4)")
+    parser.add_argument("--quick", action="store_true", help="only T = 64, one second per case")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(args)
     on_gpu = options.device == "cuda"
     shapes = options.shapes or ["S1", "S2", *(("S3", "S4", "S5") if on_gpu else ())]
@@ -414,21 +430,19 @@ def main(args: list[str] | None = None) -> None:
     kept = keep_memory()
     name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     loop = "C++" if native.ops() else "Python"
-    print(
-        f"{name}, torch {torch.__version__}; loop in {loop}; freed memory {'kept' if kept else 'given back'}"
-    )
+    print(f"{name}, torch {torch.__version__}; loop in {loop}; freed memory {'kept' if kept else 'released'}")
     rows: list[dict[str, Any]] = []
     for op in options.ops:
         for shape in ["L1"] if op == "lora_mix" else shapes:
             for T in tokens if op == "experts" else [T for T in tokens if T in (64, 1024)]:
                 for routing in options.routings:
-                    rows += one(op, shape, T, routing, options.device, dtype, options.phases, seconds)
+                    rows += run_case(op, shape, T, routing, options.device, dtype, options.phases, seconds)
                     gc.collect()
                     if options.json:
                         options.json.write_text(json.dumps(rows, indent=1))
 
 
-def one(
+def run_case(
     op: str,
     shape: str,
     T: int,
@@ -438,7 +452,7 @@ def one(
     phases: list[str],
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Measures, prints and returns the rows of one case."""
+    """Measure one case; prints and returns its rows."""
     torch.manual_seed(0)
     case = OPS[op](SHAPES[shape], T, routing, device, dtype)
     check(case)

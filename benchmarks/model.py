@@ -1,12 +1,12 @@
-"""``make bench ARGS="model"``: what the kernels do to a whole model, in tokens per second, in one process.
+"""``make bench ARGS="model"``: tokens per second of a whole model, by implementation of its experts.
 
 - ``mixtral``: a stock transformers Mixtral of the default LLM's sizes, all weights trained. Its experts
   run as transformers' ``eager`` and ``grouped_mm``, and as ours through the same interface.
-- ``demo``: the default LLM with the demo's mixture and its last stage's adapters on frozen weights. The plain
-  autograd form is what a reader would write first; the other two are the CPU form's loops.
+- ``demo``: the default LLM with the demo's MoE layers and its last stage's LoRA on frozen weights. ``plain
+  autograd`` is the reference implementation; the other two are the CPU kernel's loops.
 
-The forms take turns. A step is forward and backward without the optimizer, which no form changes; decoding is
-greedy, one conversation, with a cache.
+The implementations take turns in one process. A step is forward and backward without the optimizer, whose
+cost is the same for all; decoding is greedy, one conversation, with a KV cache.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Form = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Environment variables for a while; which loop the kernels run is asked anew."""
+    """Set environment variables inside the block; the kernels choose their loop again."""
     try:
         with patch.dict(os.environ, values):
             native.ops.cache_clear()
@@ -46,7 +46,7 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def mixtral() -> tuple[Any, dict[str, Form]]:
-    """The stock model, and what makes each form current for a while."""
+    """The stock model, and a context manager that selects each implementation."""
     register()
     config = MixtralConfig(
         vocab_size=49152,
@@ -71,7 +71,7 @@ def mixtral() -> tuple[Any, dict[str, Form]]:
 
 
 def demo() -> tuple[Any, dict[str, Form]]:
-    """The demo's mixture with its adapters, and the environment of each form."""
+    """The demo's MoE model with its adapters, and a context manager that selects each implementation."""
     model, _ = build_model("default", moe={"num_experts": EXPERTS, "top_k": TOP_K})
     choose(model, [], [LoRA("attention", rank=8, alpha=16), LoRA("experts", rank=8, alpha=16)])
     forms = {
@@ -87,7 +87,7 @@ MODELS = {"mixtral": mixtral, "demo": demo}
 
 
 def step(model: Any, ids_BT: torch.Tensor) -> int:
-    """One forward and backward; returns the number of tokens."""
+    """One forward and backward pass; returns the number of tokens."""
     model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
     model.zero_grad(set_to_none=True)
     return ids_BT.numel()
@@ -95,7 +95,7 @@ def step(model: Any, ids_BT: torch.Tensor) -> int:
 
 @torch.inference_mode()
 def decode(model: Any, ids_BT: torch.Tensor, new: int) -> int:
-    """Greedy answer to the first row; returns the number of new tokens."""
+    """Greedy generation from the first row; returns the number of new tokens."""
     prompt = ids_BT[:1, :64]
     plain = {
         "attention_mask": torch.ones_like(prompt),
@@ -108,7 +108,7 @@ def decode(model: Any, ids_BT: torch.Tensor, new: int) -> int:
 
 
 def race(model: Any, forms: dict[str, Form], work: Callable[[], int], rounds: int) -> dict[str, list[float]]:
-    """Tokens per second of each form in each round, after one that is not counted."""
+    """Tokens per second of each implementation in each round, after one warm-up round."""
     rates: dict[str, list[float]] = {title: [] for title in forms}
     for _ in range(rounds + 1):
         for title, form in forms.items():
@@ -124,10 +124,10 @@ def main() -> None:
         prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each form (default 5)")
-    parser.add_argument("--rows", type=int, default=8, help="samples of a training step (default 8)")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sample (default 128)")
-    parser.add_argument("--new", type=int, default=32, help="tokens of an answer (default 32)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
+    parser.add_argument("--rows", type=int, default=8, help="samples per training step (default 8)")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sample (default 128)")
+    parser.add_argument("--new", type=int, default=32, help="new tokens to decode (default 32)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -142,7 +142,7 @@ def main() -> None:
             "decoding": partial(decode, model, ids_BT, options.new),
         }
         for phase, work in works.items():
-            print(f"\n{name}, {phase}: tokens per second (median, quartiles), and times the first")
+            print(f"\n{name}, {phase}: tokens per second (median, quartiles), and relative to the first")
             first = None
             for title, rates in race(model, forms, work, options.rounds).items():
                 low, median, high = statistics.quantiles(rates, n=4, method="inclusive")

@@ -1,8 +1,8 @@
-"""``make bench ARGS="scale"``: tokens a second and memory of training by strategy, on one and two processes.
+"""``make bench ARGS="scale"``: training throughput and memory by distributed strategy.
 
-The processes share this machine (one thread each, gloo), so that the figures show what a strategy costs, not
-what many machines would gain. The model is random: a LLaMA of ``--layers`` and ``--hidden`` with 4 experts in
-every second layer. On a machine with GPUs the runs take those (``--accelerator gpu``). Prints a table.
+The two processes share this machine (one thread each, gloo), so the results show the overhead of a strategy,
+not its scaling over machines. The model is a random LLaMA of ``--layers`` and ``--hidden`` with 4 experts in
+every second layer. ``--accelerator gpu`` runs on GPUs. Prints a table.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def sharded(**settings) -> dict:
 
 
 STRATEGIES = {
-    "alone": (1, "auto"),
+    "single process": (1, "auto"),
     "ddp": (2, "ddp"),
     "fsdp2": (2, "fsdp2"),
     "experts, all_to_all": (2, sharded(expert_parallel=2, exchange="all_to_all")),
@@ -37,8 +37,8 @@ STRATEGIES = {
 }
 
 
-def write_world(folder: Path, layers: int, hidden: int) -> None:
-    """A random LLM and a file of dialogues."""
+def write_inputs(folder: Path, layers: int, hidden: int) -> None:
+    """Write a random LLM and a file of conversations."""
     save_tiny_llm(folder / "llm", layers, hidden)
     turns = [
         {"role": "user", "content": "count " * 20},
@@ -48,8 +48,12 @@ def write_world(folder: Path, layers: int, hidden: int) -> None:
 
 
 def measure(folder: Path, name: str, steps: int, accelerator: str) -> tuple[float, float, float]:
-    """Tokens a second (median over the steps), and memory in MB: of the first process, which builds the
-    model, and of the last."""
+    """Train for a few steps.
+
+    Returns:
+        Tokens per second (median over the steps), and peak memory in MB of the first process, which builds
+        the model, and of the last.
+    """
     ranks, strategy = STRATEGIES[name]
     output = folder / name.replace(", ", "_")
     batch = 8 if name.endswith("all_reduce") else 8 // ranks
@@ -66,8 +70,8 @@ def measure(folder: Path, name: str, steps: int, accelerator: str) -> tuple[floa
     }
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(run))
-    said = run_together(ranks, RUN, str(file))
-    peaks = [int(text.rsplit("peak", 1)[1].split()[0]) / 1024 for text in said]
+    outputs = run_together(ranks, RUN, str(file))
+    peaks = [int(text.rsplit("peak", 1)[1].split()[0]) / 1024 for text in outputs]
     speeds = [row.get("train/tokens_per_second") for row in read_curve(output / "logs" / "metrics.csv")]
     return median(speed for speed in speeds if speed is not None), peaks[0], peaks[-1]
 
@@ -84,7 +88,7 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{'strategy':22}{'processes':>10}{'tokens/s':>10}{'MB, first':>10}{'MB, last':>10}")
     with tempfile.TemporaryDirectory() as temporary:
-        write_world(Path(temporary), given.layers, given.hidden)
+        write_inputs(Path(temporary), given.layers, given.hidden)
         for name in given.strategies:
             found = measure(Path(temporary), name, given.steps, given.accelerator)
             print(f"{name:22}{STRATEGIES[name][0]:10}" + "".join(f"{one:10.0f}" for one in found), flush=True)

@@ -1,12 +1,12 @@
-"""What serving together gives: tokens a second and time to the first word, beside one at a time; and a soak.
+"""Continuous batching beside one request at a time: throughput and time to first token; and a soak test.
 
     make bench ARGS="serve runs/demo/moe"            # 1, 4 and 16 clients
     make bench ARGS="serve runs/demo/moe --soak 5"   # 20 clients for 5 minutes
     make bench ARGS="serve"                          # a tiny random model, to try the script
 
-Two processes serve the same model, one of them with --max-batch 1; they take turns on the same questions
-(every third with a picture), so that a busy machine slows both. Decoding is greedy, and every answer is
-compared with the one that the same question got alone.
+Two processes serve the same model, one of them with --max-batch 1. They take turns on the same requests
+(every third with an image), so a busy machine slows both. Decoding is greedy, and every answer is compared
+with the answer to the same request without batching.
 """
 
 import argparse
@@ -37,27 +37,27 @@ from unimoe.files import data_url
 from unimoe.testing import tiny_model
 
 QUESTIONS = (
-    "What is in this picture?",
+    "What is in this image?",
     "Tell me a story.",
     "Name some animals, please.",
     "Why is the sky blue?",
 )
 SOAK_CLIENTS = 20
-TOGETHER, ALONE = "together", "one at a time"
+BATCHED, SEQUENTIAL = "batched", "one at a time"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, and when it came."""
+    """One answer and its latency."""
 
     text: str
     tokens: int
     first_s: float
-    """From the request to its first word."""
+    """Time to first token, from the request."""
 
 
 class Served:
-    """A server in a process of its own."""
+    """A server running in its own process."""
 
     def __init__(self, url: str, process: psutil.Process):
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
@@ -82,14 +82,14 @@ class Served:
 
 @contextmanager
 def serving(model: str, *flags: str) -> Iterator[Served]:
-    """``unimoe serve``, until the block ends."""
+    """Run ``unimoe serve`` until the block ends."""
     command = [sys.executable, "-P", "-m", "unimoe", "serve", model, "--port", "0", "--name", "model", *flags]
     quiet = subprocess.DEVNULL  # where the server logs each request
     with subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
-        said = []
+        lines = []
         for line in process.stderr:
-            said.append(line)
+            lines.append(line)
             if found := re.search(r"running on (http://\S+)", line):
                 threading.Thread(target=process.stderr.read, daemon=True).start()  # or the pipe fills
                 try:
@@ -97,15 +97,15 @@ def serving(model: str, *flags: str) -> Iterator[Served]:
                 finally:
                     process.terminate()
                 return
-    sys.exit(f"unimoe: error: the server did not start: {''.join(said)}")
+    sys.exit(f"unimoe: error: the server did not start: {''.join(lines)}")
 
 
-def questions(count: int, pictures: bool) -> list[list[Any]]:
-    """Conversations of one turn, all different."""
+def questions(count: int, images: bool) -> list[list[Any]]:
+    """Distinct single-turn conversations."""
     asked = []
     for index in range(count):
         content: list[dict[str, Any]] = [{"type": "text", "text": f"{index}: {QUESTIONS[index % 4]}"}]
-        if pictures and index % 3 == 0:
+        if images and index % 3 == 0:
             file = io.BytesIO()
             Image.new("RGB", (64, 64), (13 * index % 256, 90, 160)).save(file, "PNG")
             url = data_url("image/png", file.getvalue())
@@ -115,7 +115,7 @@ def questions(count: int, pictures: bool) -> list[list[Any]]:
 
 
 def load(server: Served, asked: list[list[Any]], tokens: int, clients: int) -> tuple[list[Reply], float]:
-    """All questions, ``clients`` at a time. The replies in order, and the seconds that all took."""
+    """Send all requests, ``clients`` at a time; returns the replies in order and the total seconds."""
     begin = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         replies = list(pool.map(lambda one: server.ask(one, tokens), asked))
@@ -123,10 +123,10 @@ def load(server: Served, asked: list[list[Any]], tokens: int, clients: int) -> t
 
 
 def compare(servers: dict[str, Served], asked: list[list[Any]], tokens: int, clients: list[int]) -> dict:
-    """Both servers with 1, 4, ... clients; answers against those of the first."""
+    """Measure both servers at each number of clients; answers are compared with the sequential ones."""
     for server in servers.values():
-        load(server, asked[:2], tokens, 1)  # the first answers of a process are slow
-    expected = [reply.text for reply in load(servers[ALONE], asked, tokens, 1)[0]]
+        load(server, asked[:2], tokens, 1)  # warm-up
+    expected = [reply.text for reply in load(servers[SEQUENTIAL], asked, tokens, 1)[0]]
     rows = []
     for count in clients:
         for name, server in servers.items():
@@ -136,7 +136,7 @@ def compare(servers: dict[str, Served], asked: list[list[Any]], tokens: int, cli
                     "clients": count,
                     "served": name,
                     "tokens_per_s": sum(reply.tokens for reply in replies) / seconds,
-                    "first_word_s": median(reply.first_s for reply in replies),
+                    "first_token_s": median(reply.first_s for reply in replies),
                     "different": sum(r.text != text for r, text in zip(replies, expected, strict=True)),
                 }
             )
@@ -144,7 +144,7 @@ def compare(servers: dict[str, Served], asked: list[list[Any]], tokens: int, cli
 
 
 def soak(server: Served, asked: list[list[Any]], tokens: int, minutes: float) -> dict:
-    """20 clients without a pause. Memory counts from when each question was asked once, by all at once."""
+    """20 clients without a pause. The memory baseline is taken after each request was sent once."""
     expected = [server.ask(one, tokens).text for one in asked]
     load(server, asked, tokens, SOAK_CLIENTS)
     before, end = server.megabytes(), time.monotonic() + 60 * minutes
@@ -183,9 +183,9 @@ def show(result: dict):
     console = Console()
     if "rows" not in result:
         return console.print_json(data=result)
-    table = Table("clients", "served", "tokens/s", "first word (s)", "answers that differ")
+    table = Table("clients", "served", "tokens/s", "first token (s)", "different answers")
     for row in result["rows"]:
-        figures = (f"{row['tokens_per_s']:.1f}", f"{row['first_word_s']:.2f}", str(row["different"]))
+        figures = (f"{row['tokens_per_s']:.1f}", f"{row['first_token_s']:.2f}", str(row["different"]))
         table.add_row(str(row["clients"]), row["served"], *figures)
     console.print(table)
 
@@ -197,24 +197,26 @@ def main():
     parser.add_argument("model", nargs="?", help="folder of a model (default: a tiny random one)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=48, help="longest answer")
+    parser.add_argument("--tokens", type=int, default=48, help="maximum new tokens per answer")
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="20 clients for so long, instead")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="run 20 clients for this long instead")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
             for part in tiny_model(Path(folder) / "parts"):
                 part.save_pretrained(folder)
         model = args.model or folder
-        pictures = "image" in json.loads((Path(model) / "config.json").read_text())["modalities"]
-        asked = questions(max(args.questions, SOAK_CLIENTS if args.soak else 1), pictures)
-        with serving(model, "--max-batch", str(args.max_batch)) as together:
+        images = "image" in json.loads((Path(model) / "config.json").read_text())["modalities"]
+        asked = questions(max(args.questions, SOAK_CLIENTS if args.soak else 1), images)
+        with serving(model, "--max-batch", str(args.max_batch)) as batched:
             if args.soak:
-                result = soak(together, asked, args.tokens, args.soak)
+                result = soak(batched, asked, args.tokens, args.soak)
             else:
-                with serving(model, "--max-batch", "1") as alone:
-                    result = compare({ALONE: alone, TOGETHER: together}, asked, args.tokens, args.clients)
+                with serving(model, "--max-batch", "1") as sequential:
+                    result = compare(
+                        {SEQUENTIAL: sequential, BATCHED: batched}, asked, args.tokens, args.clients
+                    )
     show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))

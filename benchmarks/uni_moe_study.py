@@ -1,21 +1,23 @@
-"""``make bench ARGS="uni_moe_study"``: what Uni-MoE's choices are worth, over several seeds.
+"""``make bench ARGS="uni_moe_study"``: ablations of Uni-MoE's design choices, over several seeds.
 
-Every row starts from the demo's aligned model (``unimoe demo``: its data and its stage ``align``) and trains
-in two phases by the demo's recipe, with fewer steps and smaller batches, on as many samples as any other row:
+Every row starts from the demo's aligned model (the data and the stage ``align`` of ``unimoe demo``) and
+trains in two phases by the demo's recipe with fewer steps and smaller batches. All rows see the same number
+of samples:
 
-phase 1  specialised: a copy of the language model learns pictures, another one speech, half of the steps
-         each; copies, dense: one model learns the same samples of both
-phase 2  specialised: those two and two untouched FFNs become the experts of a mixture; copies: four copies of
-         phase 1's FFNs do; dense: phase 1's model goes on. Then all train on everything.
+phase 1  specialised: one copy of the language model trains on images, another on speech, half of the steps
+         each; copies, dense: one model trains on the same samples of both
+phase 2  specialised: the FFNs of those two models and two of the base become the experts of an MoE model;
+         copies: four copies of phase 1's FFNs do; dense: phase 1's model continues. Then all train on
+         everything.
 
-All mixtures have routers that start from samples of each slot (stages/router_start.py). Phase 1 trains only
-the layers that phase 2 makes mixtures of. Top-1 weighs by the probability over all experts: of one kept logit
-the softmax would be 1, from which a router learns nothing. ``pictures only`` and ``speech only`` are the
-dense model on one modality.
+All MoE models initialise their routers from samples of each expert (stages/router_start.py). Phase 1 trains
+only the layers that become MoE layers in phase 2. Top-1 routing weighs by the probability over all experts:
+the softmax of a single kept logit is 1 and gives the router no gradient. ``images only`` and ``speech only``
+are the dense model on one modality.
 
-Scores are the share of questions answered exactly, and the mean loss of the right answer's tokens (which
-tells models apart that answer alike). All of it is small: a model of 135 M parameters, a few hundred samples,
-a few dozen questions a set. A cell is a file of ``--output``; the same command goes on where it was cut off.
+Scores are exact-match accuracy and the mean loss of the reference answers, which also separates models with
+equal answers. The scale is small: 135 M parameters, a few hundred samples, a few dozen questions per set.
+Each cell is a file in ``--output``; the same command resumes an interrupted study.
 """
 
 import argparse
@@ -46,31 +48,31 @@ from unimoe.stages.cli import main as stages_cli
 from unimoe.synthetic.clips import ASSETS
 
 MIXES = {
-    "pictures": {"image": 8, "questions": 4},
+    "images": {"image": 8, "questions": 4},
     "speech": {"transcribe": 4, "spoken": 8},
     "both": {"image": 4, "questions": 2, "transcribe": 2, "spoken": 4},
     "all": {"image": 4, "questions": 2, "spoken": 4, "transcribe": 1, "text": 1},
 }
-"""Samples of each training file in a batch of 12; ``both`` is what the two specialists see together."""
+"""Samples of each training file in a batch of 12; ``both`` is the union of the two specialists' data."""
 SETS = {
-    "pictures": "test.new_backgrounds",
+    "images": "test.new_backgrounds",
     "written": "test.text_questions",
     "spoken": "test.spoken_questions",
     "speech": "val.transcribe",
 }
-"""Questions: a picture's name; questions about pictures, written and spoken; speech alone, written down."""
-SLOTS = {
-    "words": ["text"],
-    "picture": ["image", "questions"],
+"""Test sets: naming images, questions about images (written and spoken), and transcribing speech."""
+EXPERTS = {
+    "text": ["text"],
+    "image": ["image", "questions"],
     "speech": ["spoken", "transcribe"],
-    "words2": ["text"],
+    "text2": ["text"],
 }
-"""What each slot's router starts from."""
+"""Expert to the training files its router row is initialised from."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of the table."""
+    """One row of the table."""
 
     start: Literal["specialised", "copies", "dense"]
     placement: str = "interval"
@@ -90,13 +92,13 @@ CELLS = {
     "all layers": Cell("specialised", placement="all"),
     "first half": Cell("specialised", placement="first_half"),
     "second half": Cell("specialised", placement="second_half"),
-    "pictures only": Cell("dense", data="pictures"),
+    "images only": Cell("dense", data="images"),
     "speech only": Cell("dense", data="speech"),
 }
 
 
 class Study:
-    """The rows of one seed. Models of phase 1 are shared by the rows that need them."""
+    """The rows of one seed. Rows share the phase 1 models they have in common."""
 
     def __init__(self, demo: Path, folder: Path, seed: int, steps: tuple[int, int], questions: int):
         self.demo, self.seed, self.steps, self.questions = demo, seed, steps, questions
@@ -104,11 +106,11 @@ class Study:
         self.layers = AutoConfig.from_pretrained(demo / "align").get_text_config().num_hidden_layers
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Train and score a row; its phase 2 is deleted."""
+        """Train and score one row; its phase 2 models are deleted."""
         began = time.process_time()
         phase2 = self.work / "phase2"
         shutil.rmtree(phase2, ignore_errors=True)
-        start = self.dense(cell) if cell.start == "dense" else self.mixture(cell, phase2)
+        start = self.dense(cell) if cell.start == "dense" else self.moe(cell, phase2)
         recipe = self.recipe("moe", start, phase2 / "trained", cell.data, self.steps[1])
         if cell.start == "dense":
             recipe["model"]["trainable"] = [{"match": self.connectors(cell.data), "lr": 1.0e-5}]
@@ -122,14 +124,16 @@ class Study:
     # ---------------------------------------------------------------- phase 1
 
     def dense(self, cell: Cell) -> Path:
-        """One model that learned what the specialists do, or one modality."""
+        """One model trained on the specialists' data, or on one modality."""
         data = "both" if cell.data == "all" else cell.data
         return self.phase1("dense", data, cell.placement, 2 * self.steps[0])
 
-    def specialist(self, kind: str, placement: str) -> Path:
-        return self.phase1("expert", kind, placement, self.steps[0])
+    def specialist(self, modality: str, placement: str) -> Path:
+        """A model trained on one modality."""
+        return self.phase1("expert", modality, placement, self.steps[0])
 
     def phase1(self, result: str, data: str, placement: str, steps: int) -> Path:
+        """The folder of a phase 1 model; ``result`` is ``dense`` or ``expert``."""
         output = self.work / f"{result}-{data}-{placement}"
         recipe = self.recipe("expert_image", self.demo / "align", output, data, steps)
         recipe["model"] |= {"save": "expert" if result == "expert" else "model", "task": data}
@@ -138,29 +142,30 @@ class Study:
         return self.fit(recipe)
 
     def placed(self, placement: Any) -> list[str]:
-        """Patterns of the layers that become mixtures."""
+        """Name patterns of the layers that become MoE layers."""
         return [f"*layers.{layer}.mlp.*" for layer in MoEConfig(placement=placement).layers(self.layers)]
 
     def connectors(self, data: str) -> str:
-        kind = {"pictures": "image.", "speech": "speech."}.get(data, "")
-        return f"model.connectors.{kind}*"
+        """Name pattern of the connectors that ``data`` trains."""
+        modality = {"images": "image.", "speech": "speech."}.get(data, "")
+        return f"model.connectors.{modality}*"
 
     # ---------------------------------------------------------------- phase 2
 
-    def mixture(self, cell: Cell, folder: Path) -> Path:
-        """A mixture that has not been trained as one yet."""
-        sources = dict.fromkeys(SLOTS, "base")
+    def moe(self, cell: Cell, folder: Path) -> Path:
+        """An assembled MoE model, before phase 2 training."""
+        sources = dict.fromkeys(EXPERTS, "base")
         manifest = yaml.safe_load(shipped("uni_moe/assemble").read_text(encoding="utf-8"))
         manifest |= {"base": str(self.demo / "align"), "connectors": {}, "output": str(folder / "assembled")}
         if cell.start == "copies":
             manifest["base"] = str(self.dense(cell))
         else:
-            experts = {kind: str(self.specialist(kind, cell.placement)) for kind in ("pictures", "speech")}
-            sources |= {"picture": experts["pictures"], "speech": experts["speech"]}
-            manifest["connectors"] = {"image": experts["pictures"], "speech": experts["speech"]}
+            experts = {name: str(self.specialist(name, cell.placement)) for name in ("images", "speech")}
+            sources |= {"image": experts["images"], "speech": experts["speech"]}
+            manifest["connectors"] = {"image": experts["images"], "speech": experts["speech"]}
         manifest["experts"] = [
             {"name": name, "from": sources[name], "data": [self.file(f"train.{file}") for file in files]}
-            for name, files in SLOTS.items()
+            for name, files in EXPERTS.items()
         ]
         gating = {"gating": "topk_softmax"}
         if cell.top_k == 1:
@@ -169,7 +174,7 @@ class Study:
         manifest |= {"moe": {**sizes, **gating}, "routers": {"samples": 100}, "seed": self.seed}
         path = folder / "assemble.yaml"
         atomic_write(path, yaml.safe_dump(manifest))
-        stored = folder / "features"  # where routers look for what towers gave
+        stored = folder / "features"  # the routers' samples are already encoded
         stored.unlink(missing_ok=True)
         stored.symlink_to((self.demo / "features").resolve())
         assemble(str(path))
@@ -181,7 +186,7 @@ class Study:
         return str(self.demo / "data" / f"{name}.jsonl")
 
     def recipe(self, name: str, start: Path, output: Path, data: str, steps: int) -> dict[str, Any]:
-        """One of the demo's stages on so many of our batches."""
+        """Settings of one of the demo's stages, on ``steps`` batches of ``data``."""
         settings = yaml.safe_load(shipped(f"uni_moe/{name}").read_text(encoding="utf-8"))
         settings |= {"output": str(output), "checkpoint_every": steps}
         settings["model"]["init_from"] = str(start)
@@ -201,7 +206,7 @@ class Study:
         return output
 
     def score(self, folder: Path) -> dict[str, Any]:
-        """Accuracy and loss by set of questions, the same for every row and seed, and prose's perplexity."""
+        """Accuracy and loss on each test set, the same for every row and seed, and perplexity on prose."""
         model, processor = load_model(folder)
         features = FeatureCache(self.demo / "features", processor, dict(model.model.encoders))  # type: ignore[arg-type]
         collator = Collator(processor, features=features)
@@ -211,23 +216,23 @@ class Study:
             chosen = random.Random(0).sample(every, min(self.questions, len(every)))
             answered = [whole(question) for question in chosen]
             features.fill(answered)
-            said = ask(model, processor, chosen, features)
-            right = [question.is_right(answer) for question, answer in zip(chosen, said, strict=True)]
+            answers = ask(model, processor, chosen, features)
+            correct = [question.is_right(answer) for question, answer in zip(chosen, answers, strict=True)]
             with torch.no_grad():
                 loss = model.answer_loss(collator.bucket_by_length(answered))[0].item()
-            found[name] = {"accuracy": statistics.fmean(right), "loss": loss, "count": len(right)}
+            found[name] = {"accuracy": statistics.fmean(correct), "loss": loss, "count": len(correct)}
         prose = (ASSETS / "prose.txt").read_text(encoding="utf-8")[:4000]
         return {"sets": found, "perplexity": perplexity(model, processor, prose)}
 
 
 def whole(question: Question) -> Sample:
-    """The conversation with its right answer."""
+    """The conversation with its reference answer."""
     answer = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
     return Sample([*question.sample.messages, answer], question.sample.source)
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """The table: mean and standard deviation over the seeds that are there."""
+    """Lines of the table: mean and standard deviation over the finished seeds."""
     heads = "".join(f"{name:>14}" for name in (*SETS, "mean", "loss", "perplexity"))
     lines = [f"{'':<22}{'seeds':>6}{heads}"]
     for name in dict.fromkeys(run["cell"] for run in runs):
@@ -238,33 +243,37 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def figures(run: dict[str, Any]) -> list[float]:
-    """A row's accuracies in percent, their mean, the mean loss, the perplexity."""
+    """A row's accuracies in percent, their mean, the mean loss and the perplexity."""
     accuracies = [100 * run["sets"][name]["accuracy"] for name in SETS]
     loss = statistics.fmean(run["sets"][name]["loss"] for name in SETS)
     return [*accuracies, statistics.fmean(accuracies), loss, run["perplexity"]]
 
 
 def spread(values: Sequence[float]) -> str:
+    """``mean ± standard deviation``, or the mean of a single value."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Uni-MoE's choices against controls of the same training.")
+    parser = argparse.ArgumentParser(description="ablations of Uni-MoE's design choices")
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of the demo's run")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the cells")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
     parser.add_argument(
-        "--expert-steps", type=int, default=20, help="of each specialist; twice that of others"
+        "--expert-steps",
+        type=int,
+        default=20,
+        help="phase 1 steps of a specialist; twice that for others",
     )
-    parser.add_argument("--steps", type=int, default=16, help="of phase 2")
-    parser.add_argument("--questions", type=int, default=40, help="of each set")
-    parser.add_argument("--keep", action="store_true", help="keep the models of phase 1 when a seed is done")
+    parser.add_argument("--steps", type=int, default=16, help="phase 2 steps")
+    parser.add_argument("--questions", type=int, default=40, help="questions per test set")
+    parser.add_argument("--keep", action="store_true", help="keep the phase 1 models of a finished seed")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if not (options.demo / "align" / "config.json").is_file():
-        raise UserError(f"{options.demo}/align is not there; run `unimoe demo` as far as that first")
+        raise UserError(f"{options.demo}/align does not exist; run `unimoe demo` up to that stage first")
     sizes = {"expert_steps": options.expert_steps, "steps": options.steps, "questions": options.questions}
     note_settings(options.output, {**sizes, "align": file_hash(options.demo / "align" / "model.safetensors")})
     runs: list[dict[str, Any]] = []

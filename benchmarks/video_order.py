@@ -1,16 +1,16 @@
-"""``make bench ARGS="video_order"``: which came first? A question that only time can answer.
+"""``make bench ARGS="video_order"``: temporal order, with and without Uni-MoE's mean over frames.
 
-A video shows one thing for some of its 8 frames and then another; every frame is another view on another
-photograph. The tower is the real one (EfficientNet-Lite0, frozen, ``unimoe prepare``); the connector and a
-small language model of bytes learn from scratch, once with the frames' tokens kept in time and once with
-Uni-MoE's mean over frames, on the same videos. Test videos have views and photographs that were never trained
-on.
+A video shows one object for some of its 8 frames and then another; each frame is a new view on a new
+background photograph. The model is asked which object came first. The image encoder is EfficientNet-Lite0
+(frozen, from ``unimoe prepare``); the connector and a small byte-level language model are trained from
+scratch on the same videos, once with frames kept in time and once averaged. Test videos use unseen views and
+backgrounds.
 
-- ``right``: share of test questions answered with the right name. Who sees both things but not their order
-  gets 0.5.
-- ``either``: share answered with one of the two things shown: that the model sees them at all.
+- ``accuracy``: share of test questions answered correctly. A model that recognizes both objects but not their
+  order scores 0.5.
+- ``recognized``: share of answers that name one of the two objects shown.
 
-Shapes: P pictures, S positions of a frame, D tower width.
+Shapes: P images, S positions of a frame, D encoder width.
 """
 
 import argparse
@@ -38,18 +38,18 @@ from unimoe.synthetic.sprites import load_photos, open_artist, split_photos
 from unimoe.testing import tiny_tokenizer
 
 NAMES = ("dog", "owl", "bee", "apple", "pizza", "cactus", "bus", "rocket", "key", "gift")
-THINGS = [BY_NAME[name] for name in NAMES]
+OBJECTS = [BY_NAME[name] for name in NAMES]
 QUESTIONS = {"Which came first?": 0, "Which came last?": -1}
 FRAMES = 8
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
-"""No more than is needed: every byte is a token of the small language model."""
+"""Minimal, because every byte is a token of the small language model."""
 
 Pool = dict[str, Tensor]
-"""Name of a thing -> features [P, S, D] of its pictures."""
+"""Object name to features [P, S, D] of its images."""
 
 
 def fresh_model(time_: str, seed: int, folder: Path) -> Built:
-    """The real tower, a fresh connector over time, a fresh language model of 0.4 million parameters."""
+    """The prepared image encoder, a fresh connector and a fresh language model of 0.4 million parameters."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -66,31 +66,31 @@ def fresh_model(time_: str, seed: int, folder: Path) -> Built:
 
 
 @torch.no_grad()
-def picture_pool(built: Built, views: int, test: bool) -> Pool:
-    """Features of ``views`` pictures of each thing, on the photographs of one split."""
+def feature_pool(built: Built, views: int, test: bool) -> Pool:
+    """Encoder features of ``views`` images of each object, on the backgrounds of one split."""
     model, processor = built
     artist = open_artist(default_part("sprites"))
     photos = list(split_photos(load_photos(default_part("photos")))[test].values())
     pool = {}
-    for thing in THINGS:
+    for thing in OBJECTS:
         rng = random.Random(f"{thing.name}:{test}")
         scenes = [single(thing, artist, rng.choice(photos), rng).image for _ in range(views)]
         pixels = torch.stack([processor.preprocessors["video"].pixels(scene) for scene in scenes])
-        tower: Any = model.model.encoders["video"]
-        pool[thing.name] = tower.image(pixels)[0]
+        encoder: Any = model.model.encoders["video"]
+        pool[thing.name] = encoder.image(pixels)[0]
     return pool
 
 
 def draw(pool: Pool, rng: random.Random) -> tuple[Tensor, list[Concept]]:
-    """A video's features [FRAMES * S, D], and the two things it shows, in order."""
-    pair = rng.sample(THINGS, 2)
+    """A video's features [FRAMES * S, D], and the two objects it shows, in order."""
+    pair = rng.sample(OBJECTS, 2)
     first = rng.randint(2, FRAMES - 2)
     shown = [pair[0]] * first + [pair[1]] * (FRAMES - first)
     return torch.cat([rng.choice(list(pool[thing.name])) for thing in shown]), pair
 
 
-class Asker:
-    """Batches of questions about drawn videos. All videos are of one length, so each text is made once."""
+class QuestionBatcher:
+    """Batches of questions about random videos. All videos have one length, so each text is encoded once."""
 
     def __init__(self, built: Built):
         self.model, self.processor = built
@@ -98,7 +98,7 @@ class Asker:
 
     def row(self, question: str, answer: str | None) -> dict[str, Any]:
         if (question, answer) not in self.rows:
-            blank = [Image.new("RGB", (8, 8))] * FRAMES  # the features take the pictures' place
+            blank = [Image.new("RGB", (8, 8))] * FRAMES  # replaced by the features
             parts = [{"type": "video", "video": blank}, {"type": "text", "text": question}]
             messages: list[dict] = [{"role": "user", "content": parts}]
             if answer is not None:
@@ -108,18 +108,20 @@ class Asker:
             self.rows[question, answer] = kept
         return self.rows[question, answer]
 
-    def batch(self, pool: Pool, size: int, rng: random.Random, asking: bool) -> tuple[dict[str, Any], list]:
-        """The model's inputs (labels unless ``asking``), and (right answer, things shown) of each row."""
+    def batch(
+        self, pool: Pool, size: int, rng: random.Random, generating: bool
+    ) -> tuple[dict[str, Any], list]:
+        """The model's inputs (with labels unless ``generating``), and (answer, objects shown) of each row."""
         videos, rows, truths = [], [], []
         for _ in range(size):
             features, pair = draw(pool, rng)
             question = rng.choice(list(QUESTIONS))
             answer = pair[QUESTIONS[question]].name
             videos.append(features)
-            rows.append(self.row(question, None if asking else answer))
+            rows.append(self.row(question, None if generating else answer))
             truths.append((answer, [thing.name for thing in pair]))
         batch = dict(self.processor.pad(rows, "left"))
-        if not asking:
+        if not generating:
             width = batch["input_ids"].shape[1]
             masks = [[0] * (width - len(row["input_ids"])) + row["assistant_mask"] for row in rows]
             batch["labels"] = batch["input_ids"].masked_fill(torch.tensor(masks) == 0, IGNORED)
@@ -129,16 +131,16 @@ class Asker:
 
 
 def train(built: Built, pool: Pool, steps: int, batch_size: int, seed: int) -> float:
-    """Train everything but the tower; returns the mean loss of the last tenth of the steps."""
+    """Train everything except the encoder; returns the mean loss of the last tenth of the steps."""
     model, _ = built
     model.train()
     model.model.encoders.requires_grad_(False).eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    asker, rng, losses = Asker(built), random.Random(f"train:{seed}"), []
+    batcher, rng, losses = QuestionBatcher(built), random.Random(f"train:{seed}"), []
     for step in range(1, steps + 1):
-        batch, _ = asker.batch(pool, batch_size, rng, asking=False)
+        batch, _ = batcher.batch(pool, batch_size, rng, generating=False)
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -153,25 +155,25 @@ def train(built: Built, pool: Pool, steps: int, batch_size: int, seed: int) -> f
 
 
 def score(built: Built, pool: Pool, questions: int) -> dict[str, float]:
-    """Shares of answers that are right, and that are one of the things shown."""
+    """Accuracy, and the share of answers that name one of the objects shown."""
     model, processor = built
     model.eval()
-    batch, truths = Asker(built).batch(pool, questions, random.Random("test"), asking=True)
+    batch, truths = QuestionBatcher(built).batch(pool, questions, random.Random("test"), generating=True)
     answers = [normalise(answer) for answer in generate(model, processor, batch, 10)]
-    right = sum(answer == truth for answer, (truth, _) in zip(answers, truths, strict=True))
-    either = sum(answer in shown for answer, (_, shown) in zip(answers, truths, strict=True))
-    return {"right": round(right / questions, 3), "either": round(either / questions, 3)}
+    correct = sum(answer == truth for answer, (truth, _) in zip(answers, truths, strict=True))
+    recognized = sum(answer in shown for answer, (_, shown) in zip(answers, truths, strict=True))
+    return {"accuracy": round(correct / questions, 3), "recognized": round(recognized / questions, 3)}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Which came first? Time kept against the mean over frames.")
+    parser = argparse.ArgumentParser(description="temporal order with and without a mean over frames")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--times", nargs="+", choices=("keep", "mean"), default=["keep", "mean"])
-    parser.add_argument("--views", type=int, default=16, help="training pictures of each thing")
+    parser.add_argument("--views", type=int, default=16, help="training images per object")
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, Any] = {"settings": {**vars(options), "json": None}, "runs": []}
@@ -181,7 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 built = fresh_model(time_, seed, Path(folder))
             if pools is None:
-                pools = picture_pool(built, options.views, False), picture_pool(built, 8, True)
+                pools = feature_pool(built, options.views, False), feature_pool(built, 8, True)
             began = time.monotonic()
             loss = train(built, pools[0], options.steps, options.batch_size, seed)
             seconds = round(time.monotonic() - began, 1)

@@ -60,7 +60,7 @@ def demo(tmp_path):
 def test_every_row_trains_on_as_many_samples(study):
     mixes = study.MIXES
     assert {sum(mix.values()) for mix in mixes.values()} == {12}
-    both = {**mixes["pictures"], **mixes["speech"]}  # a step of each, against two steps of both
+    both = {**mixes["images"], **mixes["speech"]}  # a step of each, against two steps of both
     assert both == {file: 2 * count for file, count in mixes["both"].items()}
 
 
@@ -70,12 +70,12 @@ def test_rows_are_made_scored_and_not_made_twice(study, demo, tmp_path, capsys, 
     found = study.main([*where, "--cells", *names])
     assert [run["cell"] for run in found["runs"]] == names
     for run in found["runs"]:
-        assert set(run["sets"]) == {"pictures", "written", "spoken", "speech"} and run["perplexity"] > 1
+        assert set(run["sets"]) == {"images", "written", "spoken", "speech"} and run["perplexity"] > 1
         assert all(part["count"] == 2 and part["loss"] > 0 for part in run["sets"].values())
     assert "specialised, balance       1" in capsys.readouterr().out
     work = tmp_path / "study" / "seed-0"
     assert {path.name for path in work.iterdir() if path.is_dir()} == {
-        "expert-pictures-interval",
+        "expert-images-interval",
         "expert-speech-interval",
         "dense-both-interval",
     }
@@ -96,14 +96,14 @@ def test_the_recipes_differ_in_what_the_row_says(study, demo, tmp_path, monkeypa
         study, "assemble", lambda path: assembled.append(study.yaml.safe_load(Path(path).read_text()))
     )
     one = study.Study(demo, tmp_path / "study", 3, (5, 4), 2)
-    one.mixture(study.CELLS["copies, top-1"], tmp_path / "phase2")
-    one.mixture(study.CELLS["second half"], tmp_path / "phase2")
+    one.moe(study.CELLS["copies, top-1"], tmp_path / "phase2")
+    one.moe(study.CELLS["second half"], tmp_path / "phase2")
     copies, half = assembled
     assert {slot["from"] for slot in copies["experts"]} == {"base"} and "dense-both" in copies["base"]
     assert copies["moe"]["top_k"] == 1 and copies["moe"]["renormalize"] is False and copies["seed"] == 3
     assert [Path(slot["from"]).name for slot in half["experts"]] == [
         "base",
-        "expert-pictures-second_half",
+        "expert-images-second_half",
         "expert-speech-second_half",
         "base",
     ]
