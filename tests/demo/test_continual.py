@@ -48,5 +48,5 @@ def test_the_same_command_goes_on(acted, tmp_path, monkeypatch, capsys):
     assert [task["name"] for task in overlay["stream"]["tasks"]][:5] == [*subject.TASKS]
     assert cli.main(["demo", "continual", "--output", "out", "--full"]) == 0
     assert [name for name, _ in acted[4:]] == ["compare"]
-    assert "base: done before" in capsys.readouterr().out
+    assert "base: already done" in capsys.readouterr().out
     assert cli.main(["demo", "continual", "--output", "out", "--seed", "-1"]) == 2
