@@ -17,7 +17,7 @@ from typing import Any
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.evaluation.questions import Question, read_questions
-from unimoe.evaluation.scorers import VERSION, scorer
+from unimoe.evaluation.scorers import scorer
 from unimoe.files import file_hash
 
 
@@ -119,7 +119,7 @@ class Stream:
             "tasks": [asdict(experience.config) for experience in self.experiences],
             "seed": self.config.seed,
             "content": self.files,
-            "scorers": VERSION,
+            "scorers": max(scorer(experience.config.scorer).version for experience in self.experiences),
         }
 
 

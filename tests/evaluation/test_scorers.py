@@ -1,7 +1,8 @@
 import pytest
 
 from unimoe.errors import UserError
-from unimoe.evaluation.scorers import SCORERS, Truth, forms, grade_all, knows, scorer
+from unimoe.evaluation.normalize import forms
+from unimoe.evaluation.scorers import SCORERS, Truth, grade_all, knows, scorer
 
 
 def grade(name, prediction, *answers, **options):
@@ -19,6 +20,15 @@ def test_an_empty_answer_is_wrong(name):
     [
         ("exact", " a DOG. ", ["A dog"], 1),
         ("exact", "dog", ["A dog"], 0),
+        ("exact", "yes .", ["Yes"], 1),
+        ("exact", "Yes", ["yes ."], 1),
+        ("exact", "yes . .\n", ["yes"], 1),
+        ("exact", "...", ["yes"], 0),
+        ("exact", ".", [". "], 1),
+        ("exact", "3.5", ["35"], 0),
+        ("anls", "hello.", ["hello"], 5 / 6),
+        ("anls", "HELLO  there", ["hello there"], 1),
+        ("number", "1e3", ["1000"], 1),
         ("verbatim", "a dog", ["A dog"], 0),
         ("contains", "It is a hot dog.", ["hot dog"], 1),
         ("contains", "dogma", ["dog"], 0),
@@ -37,9 +47,18 @@ def test_an_empty_answer_is_wrong(name):
         ("number", "+.5", ["0.5"], 1),
         ("grounding", "[1.0, 0.2, 0.9, 0.85]", ["[0, 0.2, 0.9, 0.85]"], 0),
         ("grounding", "[0.1, 0.2, 0.9, 0.85]", ["[0.1, 0.2, 0.9, 0.8]"], 1),
+        ("grounding", "[1e-05, 0.1, 0.5, 0.5]", ["[0.0, 0.1, 0.5, 0.5]"], 1),
+        ("grounding", "[0, 0.1, .5, 5.0E-1]", ["[5e-05, 0.1, 0.5, 0.5]"], 1),
+        ("grounding", "1 2 3 4 5e-05", ["[1, 2, 3, 4]"], 0),
         ("anls", "hallo", ["hello"], 0.8),
         ("anls", "xyz", ["hello"], 0),
         ("rouge", "a dog runs", ["the cat", "a dog runs fast"], 2.44 * 0.75 / (0.75 + 1.44)),
+        ("rouge", "A dog runs.", ["a dog runs"], 1),
+        ("rouge", "a dog runs .", ["A dog runs."], 1),
+        ("rouge", "a dog, running; fast!", ["A dog running fast"], 1),
+        ("rouge", "a dog", ["dog"], 2.44 * 0.5 / (1 + 1.44 * 0.5)),
+        # precision of the first reference and recall of the second, as in pycocoevalcap
+        ("rouge", "a b c d", ["a b c d e f g h", "a b"], 1),
     ],
 )
 def test_rules(name, prediction, answers, expected):

@@ -33,8 +33,9 @@ from unimoe.files import atomic_write, file_hash
 from unimoe.inference.generate import ask_all
 from unimoe.model.loading import find_model, load_model
 
+from .normalize import caption_tokens
 from .questions import Question, read_questions
-from .scorers import VERSION, grade_all, scorer, words
+from .scorers import grade_all, scorer
 
 Answers = dict[str, str]
 """Id of a question -> what the model said."""
@@ -88,7 +89,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
     }
     answers = _ask(model, questions, Path(output), identity, batch_size, max_new_tokens)
-    scores = {"task": task, "model": model, "data": data, "scorers": VERSION}
+    scores = {"task": task, "model": model, "data": data, "scorers": scorer(RULES[task]).version}
     scores |= score(metrics, questions, answers)
     atomic_write(Path(output) / "scores.json", json.dumps(scores, indent=1) + "\n")
     for kind, found in {"all": scores["all"], **scores["by_media"]}.items():
@@ -212,9 +213,9 @@ def _caption() -> Metric:
     cider, rouge = _package("pycocoevalcap.cider.cider").Cider(), _graded("rouge")
 
     def metrics(questions: Sequence[Question], answers: Answers) -> Over:
-        # our own words instead of the Penn Treebank's, which would need Java
-        right = {q.id: [" ".join(words(answer)) for answer in q.truth.answers] for q in questions}
-        said = {q.id: [" ".join(words(answers[q.id]))] for q in questions}
+        # our own tokens instead of the Penn Treebank's, which would need Java
+        right = {q.id: [" ".join(caption_tokens(answer)) for answer in q.truth.answers] for q in questions}
+        said = {q.id: [" ".join(caption_tokens(answers[q.id]))] for q in questions}
         scores = cider.compute_score(right, said)[1]
         ciders = _means({"CIDEr": dict(zip(right, map(float, scores), strict=True))})
         rouges = rouge(questions, answers)

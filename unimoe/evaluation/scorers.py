@@ -1,33 +1,29 @@
-"""How an answer is graded: per-task scorers, and whether a wrong answer was lost knowledge or only its form.
+"""Grades of answers: one scorer per task, and whether a wrong answer is lost knowledge or only lost form.
 
-Each scorer gives a strict grade in [0, 1], the task's own. ``knows`` is the lenient question beside it: is
-the right answer in there at all, whatever the letter case, numerals or words around it? An answer that is
-wrong strictly and known leniently has drifted in format; the published numbers count it as forgotten.
+Each scorer gives a strict grade in [0, 1], the task's own. ``knows`` is the lenient question beside it:
+whether the right answer is contained at all, regardless of letter case, numerals or surrounding words. An
+answer that is wrong strictly and known leniently has drifted in format; published numbers count it as
+forgotten.
 
-Answers are matched to questions by id, never by position, and an empty answer is wrong everywhere. The
-scorers named ``*-legacy`` reproduce the code behind published tables, defects included.
+Answers are matched to questions by id, never by position, and an empty answer is wrong under every scorer.
+The scorers named ``*-legacy`` reproduce the code behind published tables, including its defects.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from unimoe.errors import UserError
 
-VERSION = 2
-"""Raised whenever a grade changes; runs note it, so that grades of different rules are never compared."""
-
-_NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
-_NUMBERS = {word: str(number) for number, word in enumerate(_NUMERALS.split())}
-_ARTICLES = {"a", "an", "the"}
+from .normalize import NUMBERS, caption_tokens, forms, one_line, without_stop, words
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is right for one question."""
+    """The reference of one question."""
 
     answers: tuple[str, ...]
-    """Accepted answers; for ``vqa`` those of the ten annotators."""
+    """Accepted answers; for ``vqa`` the answers of the ten annotators."""
     options: dict[str, str] = field(default_factory=dict)
     """Of a multiple choice: capital letter -> text."""
 
@@ -41,7 +37,9 @@ class Scorer:
     fits: Callable[[Truth], str] = lambda truth: ""
     """Why the rule cannot grade such an answer; empty where it can."""
     empty: float = 0.0
-    """Grade of an empty prediction; only a legacy rule gives any."""
+    """Grade of an empty prediction; not 0 only for a legacy rule."""
+    version: int = 2
+    """Raised whenever a grade changes; runs record it, so that different rules are never compared."""
 
     def __call__(self, prediction: str, truth: Truth) -> float:
         prediction = prediction.strip()
@@ -49,29 +47,23 @@ class Scorer:
 
 
 def scorer(name: str) -> Scorer:
-    """The scorer of that name. Raises UserError that lists all."""
+    """
+    Raises:
+        UserError: for an unknown name; lists all.
+    """
     if name not in SCORERS:
         raise UserError(f"there is no scorer {name!r}, expected one of {', '.join(SCORERS)}")
     return SCORERS[name]
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words, numerals for number words, without punctuation and articles."""
-    found: list[str] = re.findall(r"[^\W_]+(?:[.'][^\W_]+)*", text.lower())
-    return [_NUMBERS.get(word, word) for word in found if word not in _ARTICLES]
-
-
-def forms(answers: Iterable[str]) -> set[tuple[str, ...]]:
-    """Answers as words, without those of which no word is left."""
-    return {form for answer in answers if (form := tuple(words(answer)))}
-
-
 def knows(prediction: str, truth: Truth, others: Set[tuple[str, ...]] = frozenset()) -> bool:
-    """Whether a right answer is in the prediction as whole words, in any form.
+    """Whether the prediction contains a right answer as whole words, in any form.
 
     Args:
-        others: ``forms`` of the task's other answers. A prediction that names one of them too is a guess, not
-            knowledge (unless that one is part of the right answer, such as "dog" in "hot dog").
+        prediction: what the model answered.
+        truth: the reference.
+        others: ``forms`` of the task's other answers. A prediction that names one of them as well is a guess,
+            not knowledge (unless it is part of the right answer, such as "dog" in "hot dog").
     """
     others = others | forms(truth.options.values())
     letters = [answer.strip("(). ").upper() for answer in truth.answers]
@@ -100,13 +92,9 @@ def _remove(said: list[str], gone: list[str]) -> list[str]:
 # -------------------------------------------------------------------- the rules
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
-
-
 def _exact(prediction: str, truth: Truth) -> float:
-    """Case, runs of blanks and a full stop at the end aside."""
-    return float(_plain(prediction) in {_plain(answer) for answer in truth.answers})
+    """Regardless of case, runs of blanks, and a full stop at the end with the blanks before it."""
+    return float(without_stop(prediction) in {without_stop(answer) for answer in truth.answers})
 
 
 def _verbatim(prediction: str, truth: Truth) -> float:
@@ -114,11 +102,13 @@ def _verbatim(prediction: str, truth: Truth) -> float:
 
 
 def _contained(prediction: str, truth: Truth) -> float:
-    """The answer stands in the prediction as whole words, or is all of it where it has none ("a", "%")."""
+    """The prediction contains the answer as whole words, or equals it if it has none ("a", "%")."""
     said = words(prediction)
     return float(
         any(
-            _contains(said, wanted) if (wanted := words(answer)) else _plain(prediction) == _plain(answer)
+            _contains(said, wanted)
+            if (wanted := words(answer))
+            else without_stop(prediction) == without_stop(answer)
             for answer in truth.answers
         )
     )
@@ -135,15 +125,15 @@ _ANOTHER = re.compile(r"(?:(?:and|or|&|/|,)\s*)*[\[(]?[A-Z](?:$|[\]),./&:]|\s+(?
 def _letter(text: str, options: dict[str, str]) -> str | None:
     """Letter of the option that ``text`` names, if it does: "B", "(b)", "B: ...", "B dog", "dog"."""
     text = text.strip().strip("*_").strip()
-    by_text = {_plain(option): letter for letter, option in options.items()}
+    by_text = {without_stop(option): letter for letter, option in options.items()}
     match = _LETTERED.fullmatch(text)
-    if not match or (match[2] and _plain(text) in by_text):  # "E. coli" is no letter
-        return by_text.get(_plain(text))
+    if not match or (match[2] and without_stop(text) in by_text):  # "E. coli" is no letter
+        return by_text.get(without_stop(text))
     letter, rest = match[1].upper(), match[2]
     between = text[match.end(1) : match.start(2)].strip(" ")
-    sure = by_text.get(_plain(rest)) == letter
+    sure = by_text.get(without_stop(rest)) == letter
     marked = sure or ((between or not rest) and not _ANOTHER.match(rest))  # "A, B" chooses none
-    return letter if marked and (letter in options or not options) else by_text.get(_plain(text))
+    return letter if marked and (letter in options or not options) else by_text.get(without_stop(text))
 
 
 def _chosen(text: str, options: dict[str, str]) -> str | None:
@@ -173,12 +163,12 @@ def _soft(prediction: str, truth: Truth) -> float:
 
 
 def _vqa(text: str) -> list[str] | str:
-    return words(re.sub(r"(?<=\d),(?=\d{3}\b)|'", "", text)) or _plain(text)
+    return words(re.sub(r"(?<=\d),(?=\d{3}\b)|'", "", text)) or without_stop(text)
 
 
 def _number(text: str) -> float | None:
-    number = r"\s*\$?([-+]?(?:\d[\d,]*\.?\d*|\.\d+))\s*%?\.?\s*"
-    match = re.fullmatch(number, _NUMBERS.get(_plain(text), text))
+    number = r"\s*\$?([-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*%?\.?\s*"
+    match = re.fullmatch(number, NUMBERS.get(without_stop(text), text))
     return float(match[1].replace(",", "")) if match else None
 
 
@@ -188,7 +178,7 @@ def _numeric(prediction: str, truth: Truth) -> float:
 
 
 def _box(text: str) -> list[float] | None:
-    numbers = [float(found) for found in re.findall(r"-?\d*\.?\d+", text)]
+    numbers = [float(found) for found in re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", text)]
     return numbers if len(numbers) == 4 else None
 
 
@@ -209,10 +199,11 @@ def _grounding(prediction: str, truth: Truth) -> float:
 
 
 def _anls(prediction: str, truth: Truth) -> float:
-    """Average normalised Levenshtein similarity, 0 below 0.5 (DocVQA)."""
+    """Normalised Levenshtein similarity to the nearest answer, regardless of case and runs of blanks; 0 below
+    0.5 (Biten et al., 2019; DocVQA)."""
     best = 0.0
     for answer in truth.answers:
-        one, other = _plain(prediction), _plain(answer)
+        one, other = one_line(prediction), one_line(answer)
         best = max(best, 1 - _distance(one, other) / max(len(one), len(other), 1))
     return best if best >= 0.5 else 0.0
 
@@ -227,30 +218,37 @@ def _distance(one: str, other: str) -> int:
 
 
 def _rouge(prediction: str, truth: Truth) -> float:
-    """ROUGE-L (Lin, 2004): F of the longest common subsequence of words, beta 1.2 as in COCO captions; the
-    best reference counts."""
-    said, best = prediction.lower().split(), 0.0
+    """ROUGE-L (Lin, 2004) as COCO's caption evaluation computes it: F with beta 1.2 of the longest common
+    subsequence of tokens; precision and recall are each the best over the references."""
+    said, precision, recall = caption_tokens(prediction), 0.0, 0.0
     for answer in truth.answers:
-        wanted = answer.lower().split()
-        row = [0] * (len(wanted) + 1)
-        for one in said:
-            previous, row = row, [0]
-            for j, other in enumerate(wanted):
-                row.append(previous[j] + 1 if one == other else max(previous[j + 1], row[-1]))
-        precision, recall = row[-1] / len(said), row[-1] / max(len(wanted), 1)
-        if row[-1]:
-            best = max(best, (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision))
-    return best
+        wanted = caption_tokens(answer)
+        common = _common_subsequence(said, wanted)
+        precision = max(precision, common / max(len(said), 1))
+        recall = max(recall, common / max(len(wanted), 1))
+    if not precision:
+        return 0.0
+    return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
+
+
+def _common_subsequence(said: Sequence[str], wanted: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(wanted) + 1)
+    for one in said:
+        previous, row = row, [0]
+        for j, other in enumerate(wanted):
+            row.append(previous[j] + 1 if one == other else max(previous[j + 1], row[-1]))
+    return row[-1]
 
 
 def _imagenet_legacy(prediction: str, truth: Truth) -> float:
-    """CoIN's: either string inside the other."""
+    """CoIN's: one string contains the other."""
     said, answer = prediction.lower(), truth.answers[0].lower()
     return float(answer in said or said in answer)
 
 
 def _grounding_legacy(prediction: str, truth: Truth) -> float:
-    """CoIN's: brackets are removed, and then the first and last character are cut once more."""
+    """CoIN's: brackets are removed, and then the first and the last character as well."""
 
     def read(text: str) -> list[float] | None:
         try:
@@ -291,19 +289,19 @@ def _wants_some_text(truth: Truth) -> str:
 
 
 SCORERS = {
-    "exact": Scorer(_exact, _wants_text),
+    "exact": Scorer(_exact, _wants_text, version=3),
     "verbatim": Scorer(_verbatim, _wants_text),
-    "contains": Scorer(_contained, _wants_text),
-    "choice": Scorer(_choice, _wants_letter),
-    "vqa": Scorer(_soft, _wants_some_text),  # an annotator may have written nothing
-    "number": Scorer(_numeric, _wants_number),
-    "grounding": Scorer(_grounding, _wants_box),
-    "anls": Scorer(_anls, _wants_text),
-    "rouge": Scorer(_rouge, _wants_text),
+    "contains": Scorer(_contained, _wants_text, version=3),
+    "choice": Scorer(_choice, _wants_letter, version=3),
+    "vqa": Scorer(_soft, _wants_some_text, version=3),  # an annotator may have written nothing
+    "number": Scorer(_numeric, _wants_number, version=3),
+    "grounding": Scorer(_grounding, _wants_box, version=3),
+    "anls": Scorer(_anls, _wants_text, version=3),
+    "rouge": Scorer(_rouge, _wants_text, version=3),
     "imagenet-legacy": Scorer(_imagenet_legacy, _wants_text, empty=1.0),
     "grounding-legacy": Scorer(_grounding_legacy, _wants_box),
 }
-"""Name in a stream's YAML -> rule."""
+"""Scorers by name, as in the YAML of a stream."""
 
 
 @dataclass(frozen=True)
@@ -313,13 +311,17 @@ class Grade:
     score: float
     """Strict, by the task's scorer."""
     known: float
-    """1 where the right answer is in there in any form, and never below the strict score."""
+    """1 if the right answer is contained in any form; never below the strict score."""
 
 
 def grade_all(
     rule: Scorer, predictions: dict[str, str], truths: dict[str, Truth], where: str
 ) -> dict[str, Grade]:
-    """Grade answers by id. Raises UserError when an answer is missing or belongs to no question."""
+    """Grade answers by id.
+
+    Raises:
+        UserError: if an answer is missing or belongs to no question.
+    """
     if predictions.keys() != truths.keys():
         wrong = sorted(predictions.keys() ^ truths.keys())
         side = "is missing" if wrong[0] in truths else "belongs to no question"
