@@ -27,7 +27,7 @@ from .export import export_bank, weights_fingerprint
 from .guidance import TYPES
 from .learner import AdapterConfig
 from .report import report
-from .run import ModelConfig, Run, RunConfig, build_learner, check_base, load_state
+from .run import ModelConfig, Run, RunConfig, base_model, build_learner, check_base, load_state, task_folders
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,13 @@ def compare(args: list[str]) -> None:
     for flag, given in (("--strategies", found.strategies), ("--seeds", found.seeds)):
         if len(set(given)) < len(given):
             raise UserError(f"{flag} names one twice: {' '.join(map(str, given))}")
+    configs = {
+        seed: replace(config, seed=seed) for seed in found.seeds
+    }  # all are checked before the first run
     runs = [(name, seed) for seed in found.seeds for name in found.strategies]
     folders = [f"{output}/{name}-{seed}" for name, seed in runs]
     for (name, seed), folder in zip(runs, folders, strict=True):
-        _run(replace(config, seed=seed), name, found.settings, folder)
+        _run(configs[seed], name, found.settings, folder)
     rank_zero_only(report)(folders, output)
 
 
@@ -96,40 +99,40 @@ def diagnose(args: list[str]) -> None:
     rank_zero_only(atomic_write)(f"{output}/diagnosis.json", text)
 
 
-def export(
-    run: str, output: str, /, *, task: str | None = None, prefix: str = "model.language_model"
-) -> None:
+def export(run: str, output: str, /, *, task: str | None = None, prefix: str | None = None) -> None:
     """Write the bank that a task of a run left as an adapter for peft.
 
-    peft has no router: the bank's experts get the fixed weights that an undecided router gives, 1 / E each.
+    peft has no router: the experts of the bank get the fixed weights of an undecided router, 1 / E each.
 
     Args:
         run: folder of a run.
         output: folder of the adapter; an adapter that is there is replaced.
-        task: whose bank (default: of the last task that was learned).
-        prefix: path of the decoder in the model that peft loads it on; ``model`` for the LLM alone.
+        task: whose bank (default: the last task that was learned).
+        prefix: path of the decoder in the model that peft loads the adapter on (default: that of the run's
+            base, ``model.language_model`` of a unimoe model or ``model`` of an LLM).
     """
-    folders = sorted(path.parent for path in Path(run).glob("[0-9][0-9]-*/state.pt"))
-    names = [folder.name[3:] for folder in folders]
-    if not folders or not (Path(run) / "run.json").is_file():
+    folders = task_folders(run)
+    learned = {name: folder for name, folder in folders.items() if (folder / "state.pt").is_file()}
+    if not learned or not (Path(run) / "run.json").is_file():
         raise UserError(f"{run} is no continual run with a task that was learned")
-    if task is not None and task not in names:
-        raise UserError(f"{run} has learned no task {task!r}, only {', '.join(names)}")
-    index = len(names) - 1 if task is None else names.index(task)
+    if task is not None and task not in learned:
+        raise UserError(f"{run} has learned no task {task!r}, only {', '.join(learned)}")
+    chosen = list(learned)[-1] if task is None else task
     there = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))
     noted = there["identity"]
     settings = noted["strategy"]
     name = settings.pop("name")
     strategy, _ = strategy_of(name, settings if "+" in name else {name: settings})
     disable_progress_bar()
-    learner = build_learner(ModelConfig(**noted["model"]), AdapterConfig(**noted["adapters"]), None)
+    model = ModelConfig(**noted["model"])
+    learner = build_learner(model, AdapterConfig(**noted["adapters"]), None)
     check_base(run, there["base"], weights_fingerprint(learner.model.state_dict()))
     strategy.attach(learner)
-    for number in range(index + 1):
+    for number in range(list(folders).index(chosen) + 1):
         strategy.model_adaptation(number)
-    load_state(folders[index], strategy)
-    export_bank(output, learner.layers, -1, prefix)
-    log.info("%s: the bank of %s, for PeftModel.from_pretrained", output, names[index])
+    load_state(learned[chosen], strategy)
+    export_bank(output, learner.layers, -1, prefix, base_model(model))
+    log.info("%s: the bank of %s, for PeftModel.from_pretrained", output, chosen)
 
 
 def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:

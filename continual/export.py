@@ -30,15 +30,28 @@ WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers of so many bytes."""
 
 
-def export_bank(folder: str | Path, layers: Mapping[str, LoRALinear], index: int, prefix: str = "") -> None:
+def export_bank(
+    folder: str | Path,
+    layers: Mapping[str, LoRALinear],
+    index: int,
+    prefix: str | None = "",
+    base: tuple[str, bool] | None = None,
+) -> None:
     """Write bank ``index`` of every layer.
 
     Args:
-        folder: an export that is there is replaced; UserError for a folder that holds anything else.
+        folder: an export that is there is replaced.
         layers: as :func:`unimoe.moe.lora_linear.adapt` returned them.
+        index: of the bank; -1 is the newest.
         prefix: path of the decoder inside the model that peft will load it on, such as ``model`` for a
-            ``LlamaForCausalLM``.
+            ``LlamaForCausalLM``; None takes that of the base.
+        base: path or hub id of the base, for peft's ``AutoPeftModel``, and whether it is a unimoe model.
+
+    Raises:
+        UserError: for a folder that holds anything else.
     """
+    own = "model.language_model" if base and base[1] else "model"
+    prefix = own if prefix is None else prefix
     target = Path(folder)
     if target.exists() and not (target / BANK_FILE).is_file() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{folder} is there and holds no exported bank; choose another folder")
@@ -64,8 +77,16 @@ def export_bank(folder: str | Path, layers: Mapping[str, LoRALinear], index: int
         rank_pattern={f"^{name}$": rank for name, rank in ranks.items()},
         alpha_pattern={f"^{name}$": first.scale * rank for name, rank in ranks.items()},  # type: ignore[misc]
         inference_mode=True,
-        task_type="CAUSAL_LM",
     )
+    if base and prefix == own:
+        config.base_model_name_or_path = base[0]
+    if base and base[1]:  # AutoPeftModel finds the class by the name of its library
+        config.auto_mapping = {
+            "base_model_class": "AutoModelForImageTextToText",
+            "parent_library": "transformers",
+        }
+    else:
+        config.task_type = "CAUSAL_LM"
     about = {"base": _base(layers), "experts": str(first.lora_banks[index].experts), "gate": _router(first)}
     with atomic_folder(folder) as temporary:
         config.save_pretrained(str(temporary))

@@ -10,6 +10,7 @@ OUTPUT/result.json           metrics, parameters, seconds; written last
 import json
 import logging
 import random
+import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
 from unimoe.model.build import build_model
 from unimoe.model.loading import load_model
+from unimoe.prepare.cache import resolve_part
 from unimoe.training.progress import clock
 from unimoe.training.ranks import shard_across_ranks
 from unimoe.training.resume import remove
@@ -40,7 +42,7 @@ from .learner import AdapterConfig, Learner, current_names
 from .metrics import AccuracyMatrix
 from .routing_log import drift
 from .stream import Experience, Stream, StreamConfig
-from .training import TrainingConfig, launch, train_task
+from .training import TrainingConfig, launch, task_seed, train_task
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ class RunConfig:
         if self.eval_batch_size < 1 or self.probes < 0:
             found = f"{self.eval_batch_size} and {self.probes}"
             raise UserError(f"eval_batch_size must be at least 1 and probes at least 0, found {found}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}, expected a number from 0 to {2**32 - 1}")
 
 
 class Run:
@@ -142,7 +146,7 @@ class Run:
             log.warning("%s: no FWT: untrained.json, made before the first task, is gone", self.output)
         for index, task in enumerate(self.tasks):
             with torch.random.fork_rng():
-                torch.manual_seed(self.config.seed * 1009 + index)  # a new bank's numbers
+                torch.manual_seed(task_seed(self.config.seed, index))  # for the initialisation of a new bank
                 self.strategy.model_adaptation(index)
             if index >= done:
                 self._learn(task)
@@ -159,7 +163,7 @@ class Run:
         if task.index == 0 and self._wants_untrained:
             self._untrained()
         with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed * 1009 + task.index)
+            torch.manual_seed(task_seed(self.config.seed, task.index))
             strategy.learner.train_bank(-1)
             strategy.before_training_exp(task)
             trained = strategy.learner.check_budget()
@@ -282,7 +286,7 @@ class Run:
         batch_size, samples, steps = self.config.training.batch_size, [], 0
         for task in self.stream:
             whole, rest = divmod(task.steps(batch_size) * batch_size, len(task.samples))
-            some = random.Random(self.config.seed * 1009 + task.index).sample(task.samples, rest)
+            some = random.Random(task_seed(self.config.seed, task.index)).sample(task.samples, rest)
             samples += task.samples * whole + some
             steps += task.steps(batch_size)
         config = replace(self.stream[0].config, name="all", steps=steps)
@@ -308,10 +312,10 @@ class Run:
         return self._read(f"{self._folder(index).name}/row.json", "scores")
 
     def _begun(self) -> Any:
-        """What ``run.json`` notes, unless the run ended before it had anything that depends on it."""
+        """The content of ``run.json``, unless the run ended before anything depended on it."""
         there = self._read("run.json", "identity")
-        kept = (*self.output.glob("[0-9][0-9]-*/*"), *self.output.glob("untrained.json"))
-        return there if kept else None
+        kept = any(any(folder.iterdir()) for folder in task_folders(self.output).values())
+        return there if kept or (self.output / "untrained.json").is_file() else None
 
     def _compare(self) -> None:
         """Raises UserError when the output folder belongs to other settings or another stream."""
@@ -339,6 +343,23 @@ class Run:
     @rank_zero_only
     def _save(self, name: str, content: Any, indent: int | None = None) -> None:
         atomic_write(self.output / name, json.dumps(content, indent=indent) + "\n")
+
+
+def task_folders(run: str | Path) -> dict[str, Path]:
+    """The folders of a run's tasks by name, in the order of the stream: ``01-animals`` to ``100-text``."""
+    found = []
+    for path in Path(run).glob("*-*"):
+        number, _, name = path.name.partition("-")
+        if path.is_dir() and re.fullmatch(r"[0-9]{2,}", number):
+            found.append((int(number), name, path))
+    return {name: path for _, name, path in sorted(found)}
+
+
+def base_model(model: ModelConfig) -> tuple[str, bool]:
+    """Absolute path or hub id of a run's base, and whether it is a unimoe model rather than an LLM."""
+    name = model.init_from or resolve_part(model.llm or "default", "llm")
+    path = Path(name)
+    return str(path.resolve()) if path.is_dir() else str(name), model.init_from is not None
 
 
 def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | Path | None) -> Learner:

@@ -165,6 +165,11 @@ class TaskModule(ResumableModule):
         super().on_load_checkpoint(checkpoint)
 
 
+def task_seed(seed: int, index: int) -> int:
+    """The seed of one task, small enough for torch after :class:`ResumableModule` has multiplied it."""
+    return (seed * 1009 + index) % 2**32
+
+
 class SharedSampler(MixedBatchSampler):
     """Gives each rank its share of the batches that one would take alone."""
 
@@ -183,7 +188,7 @@ def train_task(
     those of interrupted runs included. All processes of the run call it."""
     steps = task.steps(config.batch_size)
     routing_log = folder / ROUTING_LOG
-    module = TaskModule(strategy, config, steps, seed * 1009 + task.index, routing_log)
+    module = TaskModule(strategy, config, steps, task_seed(seed, task.index), routing_log)
     curve = CurveLogger(folder)
     checkpoint = LastCheckpoint(folder / "last.ckpt", config.checkpoint_every)
     resume, done = latest_checkpoint(checkpoint.path) or (None, 0)
@@ -225,7 +230,7 @@ def _loader(
     sizes, counts = [len(task.samples)], [batch_size]
     if joined:
         sizes, counts = [*sizes, len(past)], [*counts, joined]
-    sampler = SharedSampler(*ranks, sizes, counts, steps, seed=seed * 1009 + task.index)
+    sampler = SharedSampler(*ranks, sizes, counts, steps, seed=task_seed(seed, task.index))
     samples: Sequence[Any] = [*task.samples, *past]
     return ResumableLoader(samples, batch_sampler=sampler, collate_fn=strategy.learner.collate)  # type: ignore[arg-type]
 
