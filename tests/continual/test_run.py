@@ -305,6 +305,62 @@ def test_the_bank_of_a_task_is_exported(config, command, llm, tmp_path, capsys):
     assert "is no continual run" in refused(["continual", "export", str(tmp_path), "x"], capsys)
 
 
+def test_an_exported_bank_knows_its_base(config, command, llm, tmp_path, monkeypatch):
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM
+
+    from unimoe.model.build import build_model
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config["stream"]["tasks"] = config["stream"]["tasks"][:1]
+    model, processor = build_model(str(llm), {}, None, "chatml")
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    bases = {"causal": config["model"], "unimoe": {"init_from": str(tmp_path / "base")}}
+    for name, base in bases.items():
+        config["model"] = base
+        assert main(command(config, name, "--strategy", "lora")) == 0
+        assert main(["continual", "export", str(tmp_path / name), str(tmp_path / f"{name}-bank")]) == 0
+    ids = torch.arange(8)[None]
+    causal = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "causal-bank"))
+    unimoe = AutoPeftModel.from_pretrained(str(tmp_path / "unimoe-bank"))
+    with torch.no_grad():
+        for loaded, plain in ((causal, causal.get_base_model()), (unimoe, unimoe.get_base_model())):
+            adapted = loaded(input_ids=ids).logits
+            with loaded.disable_adapter():
+                assert (plain(input_ids=ids).logits - adapted).abs().max() > 1e-4
+        torch.testing.assert_close(
+            unimoe(input_ids=ids).logits[..., :200], causal(input_ids=ids).logits[..., :200]
+        )
+
+
+def test_the_bank_behind_the_hundredth_task_is_exported(config, command, tmp_path, capsys):
+    """Folders are ordered by their number, of whatever width."""
+    assert main(command(config, "run", "--strategy", "olora")) == 0
+    run = tmp_path / "run"
+    (run / "03-last").rename(run / "100-last")
+    (run / "02-twice").rename(run / "99-twice")
+    (run / "100-notes.txt").write_text("mine")
+    for task, flags in (("last", []), ("last", ["--task", "last"]), ("twice", ["--task", "twice"])):
+        assert main(["continual", "export", str(run), str(tmp_path / "bank"), *flags]) == 0
+        exported = load_file(tmp_path / "bank" / "bank.safetensors")["layers.0.mlp.up_proj.A"]
+        folder, bank = ("100-last", 2) if task == "last" else ("99-twice", 1)
+        assert torch.equal(exported, state(run / folder)[f"layers.0.mlp.up_proj.banks.{bank}.A"])
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), str(2**64 - 1)])
+def test_a_seed_out_of_range_leaves_nothing(seed, config, command, tmp_path, capsys):
+    assert "expected a number from 0 to" in refused(command(config, "run", f"--seed={seed}"), capsys)
+    arguments = command(config, "all", "--strategies", "lora", "--seeds", "0", seed)
+    arguments[1] = "compare"
+    assert "expected a number from 0 to" in refused(arguments, capsys)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "all").exists()
+
+
+def test_the_largest_seed(config, command):
+    config["stream"]["tasks"] = config["stream"]["tasks"][:2]
+    assert main(command(config, "run", "--strategy", "replay", f"--seed={2**32 - 1}")) == 0
+
+
 def test_diagnosis(config, command, tmp_path, capsys):
     arguments = command(config, "tokens", "--probes", "0")
     arguments[1] = "diagnose"

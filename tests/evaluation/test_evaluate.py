@@ -66,6 +66,34 @@ def test_a_run_that_was_cut_asks_only_the_rest(command, tmp_path, capsys, monkey
     assert sum(asked) == 3
 
 
+def test_a_question_that_cannot_be_read_is_reported_and_the_rest_is_scored(command, data, tmp_path, caplog):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[1]["messages"][0]["content"][0]["path"] = "gone.png"
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    rows[3]["messages"][0]["content"][0]["path"] = "broken.png"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("--task", "classification", "--batch-size", "2") == 1
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert found["all"]["count"] == 3 and set(found["by_media"]) == {"text"}
+    missing, broken = found["failed"].items()
+    assert missing[0] == f"{data}:2" and "there is no file" in missing[1] and broken[0] == "q3"
+    assert "broken.png" in caplog.text and "2 of 5 questions could not be asked" in caplog.text
+    for name in ("gone.png", "broken.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    assert command("--task", "classification") == 0  # asks what is missing, and scores all
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert found["all"]["count"] == 5 and found["failed"] == {}
+
+
+def test_no_question_that_can_be_read(command, data, tmp_path, capsys):
+    row = json.loads(data.read_text().splitlines()[1])
+    row["messages"][0]["content"][0]["path"] = "gone.png"
+    data.write_text(json.dumps(row))
+    assert command("--task", "vqa") == 2
+    assert "no question can be asked; the first: " in capsys.readouterr().err
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
 def test_answers_of_another_model_are_not_taken_for_this_ones(command, tmp_path, capsys):
     assert command("--task", "vqa") == 0
     path = tmp_path / "out" / "predictions.jsonl"

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, M encoder items (pictures, speech windows), S encoder 
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -129,16 +129,35 @@ class Collator:
         return self._pad(self._prompts(samples), "left")
 
     def prompt_batches(
-        self, samples: Sequence[Sample], batch_size: int
+        self,
+        samples: Sequence[Sample],
+        batch_size: int,
+        skip: Callable[[int, UserError], object] | None = None,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """The :meth:`prompts` of all samples, sorted by length within windows of 16 batches: the samples'
-        indices, and their batch."""
+        """The :meth:`prompts` of all samples, sorted by length within windows of 16 batches.
+
+        Args:
+            samples: conversations that wait for an answer.
+            batch_size: rows of a batch.
+            skip: called with the index and the error of a sample that cannot be encoded, which is then left
+                out; without it the error is raised.
+
+        Yields:
+            The samples' indices, and their batch.
+        """
         for start in range(0, len(samples), 16 * batch_size):
-            rows = self._prompts(samples[start : start + 16 * batch_size])
-            order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-            for first in range(0, len(rows), batch_size):
+            rows: dict[int, dict[str, Any]] = {}
+            for index in range(start, min(start + 16 * batch_size, len(samples))):
+                try:
+                    (rows[index],) = self._prompts([samples[index]])
+                except UserError as error:
+                    if skip is None:
+                        raise
+                    skip(index, error)
+            order = sorted(rows, key=lambda index: len(rows[index]["input_ids"]))
+            for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
-                yield [start + index for index in chosen], self._pad([rows[i] for i in chosen], "left")
+                yield chosen, self._pad([rows[index] for index in chosen], "left")
 
     def _prompts(self, samples: Sequence[Sample]) -> list[EncodedConversation]:
         return [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]

@@ -1,4 +1,4 @@
-"""``unimoe evaluate``: a model's answers to a file of questions, scored the way its task is.
+"""``unimoe evaluate``: a model's answers to a file of questions, scored by the metrics of its task.
 
     questions (conversations whose last turn is the answer, or items with "text" and "answer")
       -> batches of like length -> greedy answers, appended to OUTPUT/predictions.jsonl as they come
@@ -17,6 +17,7 @@ task                metrics
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +38,8 @@ from .normalize import caption_tokens
 from .questions import Question, read_questions
 from .scorers import grade_all, scorer
 
+log = logging.getLogger(__name__)
+
 Answers = dict[str, str]
 """Id of a question -> what the model said."""
 Over = Callable[[Sequence[Question]], dict[str, float]]
@@ -56,10 +59,11 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = 64,
-) -> None:
+) -> int:
     """Ask a model every question of a file and score its answers.
 
-    The same command goes on where it was cut off.
+    The same command resumes an interrupted run. A question whose media cannot be read is reported and not
+    scored, and the rest is; the exit status is then 1.
 
     Args:
         model: folder of a finished stage (or a hub id of a unimoe model).
@@ -70,6 +74,12 @@ def evaluate(
         limit: ask the first questions only; 0 asks all.
         batch_size: questions at a time; does not change the answers beyond rounding.
         max_new_tokens: longest answer.
+
+    Returns:
+        0, or 1 if a question could not be asked.
+
+    Raises:
+        UserError: for wrong settings, a file that is broken as a whole, or when no question can be asked.
     """
     for name, value, least in (
         ("limit", limit, 0),
@@ -79,7 +89,15 @@ def evaluate(
         if value < least:
             raise UserError(f"--{name} is {value}, expected at least {least}")
     metrics = METRICS[task]()
-    questions = read_questions(data, media_root)[: limit or None]
+    failed: dict[str, str] = {}
+
+    def skip(name: str, error: UserError) -> None:
+        failed[name] = str(error)
+        log.warning("%s", error)
+
+    questions = read_questions(data, media_root, skip)[: limit or None]
+    if not questions:
+        raise UserError(f"{data}: no question can be asked; the first: {next(iter(failed.values()))}")
     _check_answers(task, questions)
     find_model(model)
     identity = {
@@ -88,13 +106,23 @@ def evaluate(
         "media_root": media_root,
         "max_new_tokens": max_new_tokens,
     }
-    answers = _ask(model, questions, Path(output), identity, batch_size, max_new_tokens)
+    answers = _ask(model, questions, Path(output), identity, batch_size, max_new_tokens, skip)
+    if not answers:
+        raise UserError(f"{data}: no question can be asked; the first: {next(iter(failed.values()))}")
+    questions = [question for question in questions if question.id not in failed]
     scores = {"task": task, "model": model, "data": data, "scorers": scorer(RULES[task]).version}
-    scores |= score(metrics, questions, answers)
+    scores |= {**score(metrics, questions, answers), "failed": failed}
     atomic_write(Path(output) / "scores.json", json.dumps(scores, indent=1) + "\n")
     for kind, found in {"all": scores["all"], **scores["by_media"]}.items():
         values = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if name != "count")
         print(f"{kind:<16}{found['count']:>7} questions  {values}")
+    if failed:
+        log.warning(
+            "%d of %d questions could not be asked and are not scored",
+            len(failed),
+            len(failed) + len(questions),
+        )
+    return int(bool(failed))
 
 
 def score(metrics: Metric, questions: Sequence[Question], answers: Answers) -> dict[str, Any]:
@@ -117,8 +145,9 @@ def _ask(
     identity: dict[str, Any],
     batch_size: int,
     max_new_tokens: int,
+    skip: Callable[[str, UserError], object],
 ) -> Answers:
-    """Answers to all questions; those that the folder has are not asked again."""
+    """Answers by id of the question; those in the folder are not asked again."""
     path = folder / "predictions.jsonl"
     answers = _read(path, identity)
     left = [question for question in questions if question.id not in answers]
@@ -133,7 +162,11 @@ def _ask(
     collator, done = Collator(processor), 0
     with path.open("a", encoding="utf-8") as file:
         samples = [question.sample for question in left]
-        for batch in ask_all(loaded, collator, samples, batch_size, max_new_tokens):
+
+        def skip_one(index: int, error: UserError) -> None:
+            skip(left[index].id, error)
+
+        for batch in ask_all(loaded, collator, samples, batch_size, max_new_tokens, skip=skip_one):
             for index, said in batch.items():
                 question = left[index]
                 answers[question.id] = said

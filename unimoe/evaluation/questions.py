@@ -1,12 +1,12 @@
-"""Test files: conversations or the published benchmarks' items -> questions with what is right about them.
+"""Test files: conversations or the items of published benchmarks -> questions with their references.
 
 LLaVA or messages records    the last assistant turn is the answer
-items of CoIN, UCIT, ...     {"question_id", "image", "text", "answer"}; any column of media, "question" for
+items of CoIN, UCIT, ...     {"question_id", "image", "text", "answer"}; any media column, "question" for
                              "text", "answers" for "answer", which may be a list, "options" of a choice;
-                             CoIN's "answer_bbox" is the answer where it is there, [x1, y1, x2, y2] of 0 to 1
+                             CoIN's "answer_bbox", if present, is the answer: [x1, y1, x2, y2] from 0 to 1
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -22,32 +22,51 @@ from .scorers import Truth
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that waits for its answer."""
+    """A conversation up to the answer, and its reference."""
 
     id: str
-    """Unique in its file; grades are matched by it."""
+    """Unique in its file; answers are matched to questions by it."""
     sample: Sample
     """The turns before the answer."""
     truth: Truth
 
 
-def read_questions(path: str | Path, media_root: str | Path | None = None) -> list[Question]:
-    """Every question of a file, or files (what :func:`data_files` takes).
+def read_questions(
+    path: str | Path,
+    media_root: str | Path | None = None,
+    skip: Callable[[str, UserError], object] | None = None,
+) -> list[Question]:
+    """Every question of a file, or of several files (what :func:`data_files` takes).
 
-    Raises UserError naming file and line: for a broken record, for an answer that is missing, or when two
-    questions share an id.
+    Args:
+        path: the file or files.
+        media_root: folder that relative media paths start from (default: that of each file).
+        skip: called with the source and the error of a record that cannot be used, which is then left out;
+            without it the error is raised.
+
+    Raises:
+        UserError: with file and line, for a broken record, a missing medium or answer, or two questions with
+            the same id.
     """
+    skipped = False
     questions: dict[str, Question] = {}
     for file in data_files(path):
         root = file.parent if media_root is None else Path(media_root)
         for source, record in read_records(file):
-            question = _question(record, source, root)
+            try:
+                question = _question(record, source, root)
+            except UserError as error:
+                if skip is None:
+                    raise
+                skip(source, error)
+                skipped = True
+                continue
             if question.id in questions:
                 raise UserError(
                     f"{source}: the id {question.id!r} is that of {questions[question.id].sample.source}"
                 )
             questions[question.id] = question
-    if not questions:
+    if not questions and not skipped:
         raise UserError(f"{path}: the file holds no questions")
     return list(questions.values())
 
@@ -93,7 +112,7 @@ def _options(record: Mapping[str, Any], source: str) -> dict[str, str]:
 
 
 def _as_conversation(record: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """An item of a test file as a LLaVA record; its text may lack the placeholders of its media."""
+    """An item of a test file as a LLaVA record; placeholders that its text lacks are added."""
     media = {column: record[column] for column in COLUMNS if record.get(column) is not None}
     missing = ""
     for kind in dict.fromkeys(COLUMNS[column] for column in media):

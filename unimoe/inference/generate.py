@@ -8,6 +8,7 @@ import torch
 from transformers.generation.streamers import TextStreamer
 
 from unimoe.data import Collator, Sample
+from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
@@ -52,12 +53,21 @@ def ask_all(
     batch_size: int = 16,
     max_new_tokens: int = 64,
     around: Callable[[Any], AbstractContextManager] = nullcontext,
+    skip: Callable[[int, UserError], object] | None = None,
 ) -> Iterator[dict[int, str]]:
     """Greedy answers to conversations that wait for one, by index, as many at a time as share a batch.
 
-    ``around`` makes of each batch, on the model's device, the context in which it is answered.
+    Args:
+        model: answers.
+        collator: makes the batches.
+        samples: the conversations.
+        batch_size: conversations in a batch.
+        max_new_tokens: longest answer.
+        around: makes of each batch, on the model's device, the context in which it is answered.
+        skip: called with the index and the error of a conversation that cannot be read, which is then left
+            out; without it the error is raised.
     """
-    for chosen, prompts in collator.prompt_batches(samples, batch_size):
+    for chosen, prompts in collator.prompt_batches(samples, batch_size, skip):
         batch = to_device(prompts, model.device)
         with torch.no_grad(), around(batch):
             answers = generate(model, collator.processor, batch, max_new_tokens)
