@@ -99,7 +99,7 @@ def layers(shape: str) -> dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Ten
     def unimoe(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         slot_N, token_N, _, offsets_E1 = sort_by_expert(index_TK, E)
         weight_N = weight_TK.reshape(-1)[slot_N]
-        return triton_swiglu.swiglu_mix(x_TH, token_N, offsets_E1, gate_up, down, weight_N)
+        return triton_swiglu.fused_experts(x_TH, offsets_E1, gate_up, down, weight_N, token_N)
 
     def dense(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         gate, up = F.linear(x_TH, wide).chunk(2, -1)
@@ -180,6 +180,9 @@ def peak_rates() -> Rows:
 def correctness() -> Rows:
     """Errors against float64 relative to those of a plain loop in the same dtype; then over 2^31 elements."""
 
+    def fused(x: Tensor, token: Tensor, *args: Tensor) -> Tensor:
+        return triton_swiglu.fused_experts(x, *args, token_N=token)
+
     def loop(x: Tensor, token: Tensor, *args: Tensor) -> Tensor:
         return torch.zeros_like(x).index_add(0, token, swiglu_experts_reference(x[token], *args))
 
@@ -210,7 +213,7 @@ def correctness() -> Rows:
         ]
         on = partial(gradients, leaves=[leaf.to(dtype) for leaf in leaves], routing=(token, offsets))
         exact, plain = on(loop, dtype=torch.float64), on(loop, dtype=dtype)
-        found, again = (on(triton_swiglu.swiglu_mix, dtype=dtype) for _ in range(2))
+        found, again = (on(fused, dtype=dtype) for _ in range(2))
         errors = [
             ((a - right).norm() / ((b - right).norm() + 1e-7 * right.norm())).item()
             for a, b, right in zip(found, plain, exact, strict=True)

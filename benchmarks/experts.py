@@ -8,8 +8,8 @@ Operations:
   the weights of the K experts once.
 - ``lora_experts``: the same with an adapter per expert and frozen weights. Lower bound: one frozen FFN on the
   same number of rows, under autograd.
-- ``lora_mix``: one frozen FFN whose three linear layers carry E gated adapters (K of them active). Lower
-  bound: the FFN without adapters, under autograd.
+- ``adapted_linear``: one frozen FFN whose three linear layers carry E gated adapters (K of them active).
+  Lower bound: the FFN without adapters, under autograd.
 
 All implementations of a case run in one process and take turns; one that is ten times slower than the
 fastest is dropped after two rounds. Their outputs and gradients are compared before they are timed.
@@ -38,7 +38,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
-from unimoe.kernels.lora import Adapters, lora_mix
+from unimoe.kernels.lora import Adapters, fused_lora_experts
 from unimoe.moe import Context, Router
 from unimoe.moe.hf import register
 from unimoe.moe.lora_linear import LoRALinear
@@ -61,8 +61,8 @@ SHAPES = {
     "S5": Shape(2048, 1024, 64, 8),
     "L1": Shape(2048, 5632, 8, 2),
 }
-"""The default LLM, a fine-grained MoE, Qwen3-30B-A3B, Mixtral, OLMoE; for lora_mix a dense FFN of TinyLlama's
-size."""
+"""The default LLM, a fine-grained MoE, Qwen3-30B-A3B, Mixtral, OLMoE; for adapted_linear a dense FFN of
+TinyLlama's size."""
 RANK, SCALE = 16, 2.0
 PHASES = ("forward", "forward+backward")
 COLUMNS = (
@@ -181,7 +181,7 @@ def _lora_runs(
     def ours() -> Tensor:
         slot_N, token_N, _, offsets_E1 = sort_by_expert(index_TK, E)
         weight_N = weight_TK.reshape(-1)[slot_N]
-        return lora_mix(x, token_N, offsets_E1, gate_up, down, adapters, SCALE, weight_N)
+        return fused_lora_experts(x, offsets_E1, gate_up, down, adapters, SCALE, weight_N, token_N)
 
     names = ["experts.gate_up_proj", "experts.down_proj"]
     target = LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_parameters=names, target_modules=[])
@@ -317,7 +317,7 @@ def _lower_bound(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]
 OPS: dict[str, Callable[..., Case]] = {
     "experts": experts,
     "lora_experts": partial(experts, lora=True),
-    "lora_mix": lora_mixture,
+    "adapted_linear": lora_mixture,
 }
 
 # -------------------------------------------------------------------- measuring
@@ -433,7 +433,7 @@ def main(args: list[str] | None = None) -> None:
     print(f"{name}, torch {torch.__version__}; loop in {loop}; freed memory {'kept' if kept else 'released'}")
     rows: list[dict[str, Any]] = []
     for op in options.ops:
-        for shape in ["L1"] if op == "lora_mix" else shapes:
+        for shape in ["L1"] if op == "adapted_linear" else shapes:
             for T in tokens if op == "experts" else [T for T in tokens if T in (64, 1024)]:
                 for routing in options.routings:
                     rows += run_case(op, shape, T, routing, options.device, dtype, options.phases, seconds)

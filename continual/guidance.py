@@ -18,7 +18,6 @@ from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.moe import LayerRecord
-from unimoe.moe.records import real_tokens
 
 TYPES = ("old", "ambiguous", "new")
 """Token types, indexed by OLD, AMBIGUOUS and NEW."""
@@ -235,5 +234,5 @@ class Guide:
 
 def _real(value_TE: Tensor, record: LayerRecord) -> Tensor:
     """The rows of tokens that are not padding."""
-    real_T = real_tokens(record)
+    real_T = record.real_T
     return value_TE if real_T is None else value_TE[real_T]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from unimoe.analysis.routing_stats import load_columns
 from unimoe.detection.data.batches import EvalBatch, TrainBatch
 from unimoe.detection.evaluation.average_precision import Evaluation, Style
 from unimoe.detection.evaluation.evaluator import DetectionEvaluator
@@ -28,9 +29,9 @@ from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.moe_tuning import freeze_for_tuning, moe_tuning
 from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
-from unimoe.moe import LayerRecord, MoEConfig, load_balance, record
-from unimoe.training.module import ResumableModule, Schedule, load_columns
-from unimoe.training.ranks import data_parallel_size, mean_over_ranks
+from unimoe.moe import LayerRecord, MoEConfig, expert_load, load_balance, record
+from unimoe.training.module import ResumableModule, Schedule
+from unimoe.training.ranks import data_parallel_size, expert_load_over_ranks, mean_over_ranks
 from unimoe.training.sharding import foreach, shard
 
 log = logging.getLogger(__name__)
@@ -218,12 +219,11 @@ class DetectionModule(ResumableModule):
             return {}
         slices = MoEConfig.from_dict(self.model.config.moe or {}).top_k
         chosen = [visited_experts(entry) for entry in records]
-        pairs_LE = mean_over_ranks(torch.stack([visits_QE.sum(0) for visits_QE in chosen]))
+        load = expert_load_over_ranks(expert_load(records))
         together_LEE = mean_over_ranks(torch.stack([coactivation(visits_QE) for visits_QE in chosen]))
         together_LEE = together_LEE * data_parallel_size(self.trainer)
-        load_LE = pairs_LE / pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        balance_L = mean_over_ranks(load_balance(records, load_LE, pairs_LE[0].sum() / slices))
-        row = load_columns(records, load_LE, balance_L)
+        balance_L = mean_over_ranks(load_balance(records, load))
+        row = load_columns(records, load, balance_L)
         partners_L, twins_L = effective_partners(together_LEE), twin_share(together_LEE, slices)
         for entry, partners, twins in zip(records, partners_L.tolist(), twins_L.tolist(), strict=True):
             name = f"moe/layer{entry.layer:02d}"

@@ -40,8 +40,9 @@ def prepare(operation: str, x: Tensor, stacks: Sequence[Tensor], weight_N: Tenso
 def without_autocast(x: Tensor) -> Any:
     """A context without autocast, which the arguments have been through already."""
     kind = x.device.type
-    # entering torch.autocast takes as long as a small product
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    # entering torch.autocast takes as long as a small product; the meta device has none
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -107,6 +108,15 @@ def empty_rows(x: Tensor, token_N: Tensor | None, bounds: list[int]) -> Tensor:
 def sum_pairs(x_TD: Tensor, token_N: Tensor, y_ND: Tensor) -> Tensor:
     """Rows of the pairs summed per token, [T, H]."""
     return torch.zeros_like(x_TD).index_add_(0, token_N[: y_ND.shape[0]], y_ND)
+
+
+def gather_and_sum(
+    rows_to_rows: Callable[..., Tensor], x: Tensor, token_N: Tensor | None, *rest: Any
+) -> Tensor:
+    """The reference forms on rows, or with ``token_N`` on tokens [T, H] whose pairs are summed."""
+    if token_N is None:
+        return rows_to_rows(x, *rest)
+    return sum_pairs(x, token_N, rows_to_rows(x.index_select(0, token_N), *rest))
 
 
 def zero_unvisited(grads: Sequence[Tensor | None], bounds: list[int]) -> None:

@@ -18,10 +18,7 @@ import torch
 from unimoe.errors import UserError
 
 FORMS = ("reference", "cpu", "triton")
-TRITON = {
-    "swiglu_experts": "triton_swiglu",
-    "swiglu_mix": "triton_swiglu",
-}
+TRITON = {"fused_experts": "triton_swiglu"}
 """Operations with a Triton form, and the file in this folder whose function of the same name it is."""
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _logger = logging.getLogger(__name__)

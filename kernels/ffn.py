@@ -12,6 +12,7 @@ loop over experts in C++ where that is built (native.py).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from . import native
 from .arguments import (
     empty_rows,
     fast_dtype,
+    gather_and_sum,
     groups,
     mm_into,
     needs_grad,
@@ -36,13 +38,12 @@ from .arguments import (
     without_autocast,
     zero_unvisited,
 )
-from .dispatch import triton_form
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
-def ffn_experts(
-    x_ND: Tensor,
+def fused_ffn_experts(
+    x: Tensor,
     offsets_E1: Tensor,
     up_proj: Tensor,
     up_bias: Tensor,
@@ -50,18 +51,18 @@ def ffn_experts(
     down_bias: Tensor,
     act: str = "relu",
     weight_N: Tensor | None = None,
+    token_N: Tensor | None = None,
 ) -> Tensor:
-    """Runs every row through its expert.
+    """Runs every pair through its expert; with ``token_N`` gather, experts and sum in one.
 
     Args:
-        x_ND: rows grouped by expert, [N, H]; rows past ``offsets_E1[-1]`` belong to nobody and give zeros.
-        offsets_E1: [E+1] int64, starts with 0, never decreasing.
+        x, offsets_E1, token_N: as of :func:`~unimoe.kernels.swiglu.fused_experts`.
         up_proj, up_bias, down_proj, down_bias: [E, I, H], [E, I], [E, H, I], [E, H].
         act: ``relu`` or ``gelu`` (the exact one, by erf).
-        weight_N: [N] factor of each row's output, biases included, or None for 1.
+        weight_N: [N] factor of each pair's output, biases included, or None for 1.
 
     Returns:
-        [N, H] in x's dtype (autocast's dtype under autocast).
+        [N, H], or [T, H] with ``token_N``, in x's dtype (autocast's dtype under autocast).
 
     Raises:
         UserError: another activation.
@@ -69,37 +70,12 @@ def ffn_experts(
     if act not in ACTS:
         raise UserError(f"FFN experts got the activation {act!r}, expected one of {', '.join(ACTS)}")
     stacks = (up_proj, up_bias, down_proj, down_bias)
-    form, x_ND, stacks, weight_N = prepare("ffn_experts", x_ND, stacks, weight_N)
-    with without_autocast(x_ND):
-        if form == "triton":
-            return triton_form("ffn_experts")(x_ND, offsets_E1, *stacks, act, weight_N)
+    form, x, stacks, weight_N = prepare("fused_ffn_experts", x, stacks, weight_N)
+    with without_autocast(x):
         if form == "reference":
-            return ffn_experts_reference(x_ND, offsets_E1, *stacks, act=act, weight_N=weight_N)
-        return _grouped(x_ND, None, offsets_E1, stacks, act, weight_N)
-
-
-def ffn_mix(
-    x_TD: Tensor,
-    token_N: Tensor,
-    offsets_E1: Tensor,
-    up_proj: Tensor,
-    up_bias: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor,
-    act: str,
-    weight_N: Tensor,
-) -> Tensor:
-    """Every token through its experts, weighted and summed: [T, H] -> [T, H], as ``swiglu_mix`` does."""
-    stacks = (up_proj, up_bias, down_proj, down_bias)
-    form, x_TD, stacks, weight = prepare("ffn_mix", x_TD, stacks, weight_N)
-    with without_autocast(x_TD):
-        if form == "triton":
-            return triton_form("ffn_mix")(x_TD, token_N, offsets_E1, *stacks, act, weight)
-        if form == "reference":
-            x_ND = x_TD.index_select(0, token_N)
-            y_ND = ffn_experts_reference(x_ND, offsets_E1, *stacks, act=act, weight_N=weight)
-            return sum_pairs(x_TD, token_N, y_ND)
-        return _grouped(x_TD, token_N, offsets_E1, stacks, act, weight)
+            run = partial(ffn_experts_reference, act=act, weight_N=weight_N)
+            return gather_and_sum(run, x, token_N, offsets_E1, *stacks)
+        return _grouped(x, token_N, offsets_E1, stacks, act, weight_N)
 
 
 def ffn_experts_reference(
@@ -112,7 +88,7 @@ def ffn_experts_reference(
     act: str = "relu",
     weight_N: Tensor | None = None,
 ) -> Tensor:
-    """The same as ``ffn_experts``, one expert after the other in plain autograd."""
+    """``fused_ffn_experts`` on rows, one expert after the other in plain autograd."""
 
     def expert(x: Tensor, weight: Tensor | None, up: Tensor, up_b: Tensor, *last: Tensor) -> Tensor:
         y = F.linear(ACTS[act](F.linear(x, up, up_b)), *last)

@@ -12,6 +12,7 @@ no work for weights that are frozen. Stacked weights are never indexed under aut
 zero tensor as large as the stack. Its loop over experts is in C++ where that is built (native.py).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from . import native
 from .arguments import (
     empty_rows,
     fast_dtype,
+    gather_and_sum,
     groups,
     mm_into,
     needs_grad,
@@ -37,67 +39,44 @@ from .arguments import (
 from .dispatch import triton_form
 
 
-def swiglu_experts(
-    x_ND: Tensor, offsets_E1: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_N: Tensor | None = None
-) -> Tensor:
-    """Runs every row through its expert.
-
-    Args:
-        x_ND: rows grouped by expert, [N, H]; rows past ``offsets_E1[-1]`` belong to nobody and give zeros.
-        offsets_E1: [E+1] int64, starts with 0, never decreasing.
-        gate_up_proj: [E, 2I, H], gate rows first.
-        down_proj: [E, H, I].
-        weight_N: [N] factor of each row's output, or None for 1. It is applied to the activation, which is
-            the same thing.
-
-    Returns:
-        [N, H] in x's dtype (autocast's dtype under autocast).
-    """
-    form, x_ND, stacks, weight_N = prepare("swiglu_experts", x_ND, (gate_up_proj, down_proj), weight_N)
-    with without_autocast(x_ND):
-        if form == "triton":
-            return triton_form("swiglu_experts")(x_ND, offsets_E1, *stacks, weight_N)
-        if form == "reference":
-            return swiglu_experts_reference(x_ND, offsets_E1, *stacks, weight_N=weight_N)
-        return grouped_swiglu(x_ND, None, offsets_E1, Weights(*stacks), weight_N)
-
-
-def swiglu_mix(
-    x_TD: Tensor,
-    token_N: Tensor,
+def fused_experts(
+    x: Tensor,
     offsets_E1: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    weight_N: Tensor,
+    weight_N: Tensor | None = None,
+    token_N: Tensor | None = None,
 ) -> Tensor:
-    """Every token through its experts, weighted and summed: gather, ``swiglu_experts`` and sum in one.
+    """Runs every pair through its expert; with ``token_N`` gather, experts and sum in one.
 
     Args:
-        x_TD: tokens, [T, H].
-        token_N: [N] int64 token of each pair, pairs sorted by expert; pairs past ``offsets_E1[-1]`` are
-            skipped.
-        offsets_E1, gate_up_proj, down_proj: as in ``swiglu_experts``.
-        weight_N: [N] factor of each pair.
+        x: rows grouped by expert, [N, H]; with ``token_N`` tokens, [T, H].
+        offsets_E1: [E+1] int64, starts with 0, never decreasing. Pairs past ``offsets_E1[-1]`` belong to no
+            expert: their rows give zeros, and a sum leaves them out.
+        gate_up_proj: [E, 2I, H], gate rows first.
+        down_proj: [E, H, I].
+        weight_N: [N] factor of each pair's output, or None for 1. It multiplies the activation, which is
+            equivalent.
+        token_N: [N] int64 token of each pair, pairs sorted by expert.
 
     Returns:
-        [T, H] in x's dtype (autocast's dtype under autocast); zeros for a token without pairs.
+        [N, H] outputs of the rows, or [T, H] sums over the pairs of each token, zeros for a token without
+        pairs; in x's dtype (autocast's dtype under autocast).
     """
-    form, x_TD, stacks, weight = prepare("swiglu_mix", x_TD, (gate_up_proj, down_proj), weight_N)
-    with without_autocast(x_TD):
+    form, x, stacks, weight_N = prepare("fused_experts", x, (gate_up_proj, down_proj), weight_N)
+    with without_autocast(x):
         if form == "triton":
-            return triton_form("swiglu_mix")(x_TD, token_N, offsets_E1, *stacks, weight)
+            return triton_form("fused_experts")(x, offsets_E1, *stacks, weight_N, token_N)
         if form == "reference":
-            y_ND = swiglu_experts_reference(
-                x_TD.index_select(0, token_N), offsets_E1, *stacks, weight_N=weight
-            )
-            return sum_pairs(x_TD, token_N, y_ND)
-        return grouped_swiglu(x_TD, token_N, offsets_E1, Weights(*stacks), weight)
+            run = partial(swiglu_experts_reference, weight_N=weight_N)
+            return gather_and_sum(run, x, token_N, offsets_E1, *stacks)
+        return grouped_swiglu(x, token_N, offsets_E1, Weights(*stacks), weight_N)
 
 
 def swiglu_experts_reference(
     x_ND: Tensor, offsets_E1: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_N: Tensor | None = None
 ) -> Tensor:
-    """The same as ``swiglu_experts``, one expert after the other in plain autograd."""
+    """``fused_experts`` on rows, one expert after the other in plain autograd."""
 
     def expert(x: Tensor, weight: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
         gate, up = F.linear(x, gate_up).chunk(2, dim=-1)

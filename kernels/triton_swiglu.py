@@ -1,4 +1,4 @@
-"""Grouped SwiGLU experts in Triton: the two functions of swiglu.py for CUDA.
+"""Grouped SwiGLU experts in Triton: ``fused_experts`` of swiglu.py for CUDA.
 
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, H hidden, I intermediate, M tiles.
 
@@ -59,31 +59,22 @@ def tiles_for(num_rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
     return fitting[0]
 
 
-def swiglu_experts(
-    x_ND: Tensor, offsets_E1: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_N: Tensor | None = None
-) -> Tensor:
-    """``unimoe.kernels.swiglu.swiglu_experts``, whose arguments and result it has; bfloat16, float16 or
-    float32."""
-    keep = needs_grad(x_ND, gate_up_proj, down_proj, weight_N)
-    return _SwiGLU.apply(x_ND, None, offsets_E1, gate_up_proj, down_proj, weight_N, keep)
-
-
-def swiglu_mix(
-    x_TD: Tensor,
-    token_N: Tensor,
+def fused_experts(
+    x: Tensor,
     offsets_E1: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
     weight_N: Tensor | None = None,
+    token_N: Tensor | None = None,
 ) -> Tensor:
-    """``unimoe.kernels.swiglu.swiglu_mix``, whose arguments and result it has: [T, H] tokens -> [T, H].
-    Neither the gathered rows nor a sum by atomics."""
-    keep = needs_grad(x_TD, gate_up_proj, down_proj, weight_N)
-    return _SwiGLU.apply(x_TD, token_N, offsets_E1, gate_up_proj, down_proj, weight_N, keep)
+    """:func:`~unimoe.kernels.swiglu.fused_experts`, whose arguments and result it has, in bfloat16, float16
+    or float32. With ``token_N`` it neither stores the gathered rows nor sums by atomics."""
+    keep = needs_grad(x, gate_up_proj, down_proj, weight_N)
+    return _SwiGLU.apply(x, token_N, offsets_E1, gate_up_proj, down_proj, weight_N, keep)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Both functions; without ``token_N`` the rows of x are the pairs and nothing is summed."""
+    """Without ``token_N`` the rows of x are the pairs and nothing is summed."""
 
     @staticmethod
     def forward(

@@ -240,7 +240,7 @@ def _fill_slot(
         raise UserError(
             f"experts[{slot}]: {source} was trained from another LLM: fingerprint {found}, expected {wanted}"
         )
-    slices = MoEConfig(**(model.config.moe or {})).slices
+    slices = MoEConfig.from_dict(model.config.moe or {}).slices
     for index, layer in moe_layers(model).items():
         experts = layer.experts
         assert isinstance(experts, SwiGLUExperts)

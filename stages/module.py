@@ -10,15 +10,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from unimoe.analysis.routing_stats import load_columns
 from unimoe.data import Collator
 from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
 from unimoe.model.build import Built
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.moe import load_balance, pair_counts, record
+from unimoe.moe import ExpertLoad, expert_load, load_balance, record
 from unimoe.moe.records import join
-from unimoe.training.module import ResumableModule, Schedule, load_columns
+from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.ranks import data_parallel_size, mean_over_ranks
 from unimoe.training.sharding import broadcast_module, foreach, shard
 
@@ -222,21 +223,21 @@ class StageModule(ResumableModule):
         records = join(parts)
         # relative to the mean over processes, so that the mean of their losses is that of all tokens
         real = sum(map(real_tokens, batch))
-        counts = [loss.new_tensor([supervised, real]), *map(pair_counts, records)]
-        mean = mean_over_ranks(torch.cat(counts))
-        tokens, pairs_LE = mean[1], mean[2:].reshape(max(len(records), 1), -1)
-        load_LE = pairs_LE / pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        pairs = [expert_load(one).tokens_per_expert for one in records]
+        mean = mean_over_ranks(torch.cat([loss.new_tensor([supervised, real]), *pairs]))
+        tokens = mean[1]
+        load = ExpertLoad(mean[2:].reshape(max(len(records), 1), -1), tokens)
         loss = loss * (supervised / mean[0].clamp(min=1e-9))
-        balance_L = load_balance(records, load_LE, tokens)
+        balance_L = load_balance(records, load)
         coefficients = coefficients_at(self.anneal, self.trainer.global_step)
-        aux = self.model.aux_loss(records, coefficients, load_LE=load_LE, tokens=tokens)
+        aux = self.model.aux_loss(records, load, coefficients)
         shown = mean_over_ranks(torch.cat([torch.stack([loss, aux]), balance_L.to(loss)]).detach())
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
         speed = self.speed(float(tokens) * data_parallel_size(self.trainer))
         row = {"train/loss": float(shown[0]), **rates, **speed}
         if records:
-            row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load_LE, shown[2:])}
+            row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load, shown[2:])}
         self.log_row(row, batch_idx)
         return loss + aux + self._unused_parameters()
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from unimoe.data import Collator, FeatureCache, Sample, read_samples
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.moe import OneExpert, TopK, TopP, current_context
+from unimoe.moe import FixedExpertRouter, TopK, TopP, current_context
 from unimoe.moe.install import moe_layers
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _through(model: nn.Module, expert: int, see: dict[int, Callable[[Tensor], No
     layers: dict[int, Any] = moe_layers(model)  # type: ignore[assignment]
     own = {layer: moe.router for layer, moe in layers.items()}
     for layer, moe in layers.items():
-        moe.router = OneExpert(own[layer].num_experts, expert)
+        moe.router = FixedExpertRouter(own[layer].num_experts, expert)
         moe.router.register_forward_pre_hook(partial(_show, see[layer]))
     try:
         yield

@@ -187,7 +187,7 @@ def _wrap_experts(layer: nn.Module, entry: LoRA):
     experts = layer.experts
     if not isinstance(experts, SwiGLUExperts):
         raise UserError(f"lora on experts adapts SwiGLUExperts, found {type(experts).__name__}")
-    layer.experts = LoRAExperts(experts, experts.num_experts, entry.rank, entry.alpha)
+    layer.experts = LoRAExperts(experts, entry.rank, entry.alpha)
 
 
 def _targets(model: nn.Module, kind: str) -> Iterator[str]:

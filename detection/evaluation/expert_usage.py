@@ -19,7 +19,7 @@ from unimoe.detection.data.batches import EvalBatch
 from unimoe.detection.inference.detect import PromptChunks
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.text_cache import TextFeatureCache
-from unimoe.moe import LayerRecord, MoEConfig, record
+from unimoe.moe import ExpertLoad, LayerRecord, MoEConfig, record
 
 from .evaluator import search
 
@@ -100,7 +100,7 @@ def measure_expert_usage(
     label_Q = torch.cat(labels)
     tables = [_pairs(visits_QE, label_Q, len(names)) for visits_QE in visits_LQE]
     return ExpertUsage(
-        visits_LQE.sum(1) / visits_LQE.sum((1, 2))[:, None],
+        ExpertLoad(visits_LQE.sum(1)).share,
         coactivation(visits_LQE),
         list(names),
         [table for table, _ in tables],
@@ -111,10 +111,8 @@ def measure_expert_usage(
 
 def visited_experts(entry: LayerRecord) -> Tensor:
     """[Q, E] float, 1 where a query visited an expert; without padding."""
-    routing, pad_Q = entry.routing, entry.ctx.pad_T
-    visits_QE = torch.zeros(routing.num_tokens, routing.num_experts, device=routing.token_N.device)
-    visits_QE[routing.token_N, routing.expert_N] = 1.0
-    return visits_QE if pad_Q is None else visits_QE[~pad_Q]
+    visits_QE, real_Q = entry.routing.chosen().float(), entry.real_T
+    return visits_QE if real_Q is None else visits_QE[real_Q]
 
 
 def coactivation(visits_XQE: Tensor) -> Tensor:

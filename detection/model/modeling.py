@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
 
-from unimoe.moe import Context, LayerRecord, MoEConfig, load_balance, pair_counts, record, routing_context
-from unimoe.training.ranks import mean_over_ranks
+from unimoe.moe import Context, LayerRecord, MoEConfig, expert_load, load_balance, record, routing_context
+from unimoe.training.ranks import expert_load_over_ranks
 
 from .configuration import DynamicDinoConfig
 from .decoder import Decoder
@@ -207,12 +207,11 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         """The weighted load-balance loss, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
         if not records or not self.config.moe:
             return torch.zeros((), device=self.device)
-        moe, pairs_LE = MoEConfig(**self.config.moe), torch.stack([pair_counts(entry) for entry in records])
+        load = expert_load(records)
         if self.training:  # over all ranks, which take training steps together, but not those of evaluation
-            pairs_LE = mean_over_ranks(pairs_LE)
-        pairs_L1 = pairs_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        balance_L = load_balance(records, pairs_LE / pairs_L1, pairs_L1[0] / moe.top_k)
-        return moe.balance_coef * balance_L.sum()
+            load = expert_load_over_ranks(load)
+        coefficient = MoEConfig.from_dict(self.config.moe).balance_coef
+        return coefficient * load_balance(records, load).sum()
 
 
 def _projections(channels: Sequence[int], config: DynamicDinoConfig) -> nn.ModuleList:

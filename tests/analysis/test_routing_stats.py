@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from unimoe.analysis.plots import load_maps, pathways
-from unimoe.analysis.routing_stats import ANSWER, Traffic
+from unimoe.analysis.plots import pathways, plot_expert_load
+from unimoe.analysis.routing_stats import ANSWER, RoutingStats
 from unimoe.moe import Context, LayerRecord, Pairs, Routing, record
 from unimoe.testing import tiny_model
 
@@ -27,62 +27,62 @@ def records():
 
 
 def test_load_leaves_out_padding_and_tells_modalities_apart(records):
-    traffic = Traffic()
-    traffic.add(records)
-    load = traffic.load()
+    stats = RoutingStats()
+    stats.add(records)
+    load = stats.expert_load()
     assert load["layers"] == [0, 2]
     assert load["text"] == [[0.5, 0.5, 0], [0.5, 0.5, 0]]
     assert load["image"] == [[0, 0.5, 0.5], [0.5, 0, 0.5]]
     assert load["all"][0] == [0.1667, 0.5, 0.3333]
-    assert traffic.tokens() == {"text": 1, "image": 2}
-    assert traffic.mean_load()["image"] == [0.25, 0.25, 0.5]
+    assert stats.tokens() == {"text": 1, "image": 2}
+    assert stats.mean_expert_load()["image"] == [0.25, 0.25, 0.5]
 
 
 def test_a_pathway_follows_the_largest_weight(records):
-    traffic = Traffic()
-    traffic.add(records)
-    found = traffic.pathways()
+    stats = RoutingStats()
+    stats.add(records)
+    found = stats.pathways()
     assert found["text"] == {"tokens": 1, "distinct": 1, "top": [{"experts": [0, 1], "share": 1.0}]}
     assert {tuple(path["experts"]) for path in found["image"]["top"]} == {(2, 2), (2, 0)}
-    flow = np.array(traffic.flow()["image"])
+    flow = np.array(stats.flow()["image"])
     assert flow.shape == (1, 3, 3)
     assert flow[0, 2].tolist() == [0.5, 0, 0.5] and flow.sum() == 1
 
 
 def test_passes_add_up_and_may_be_given_a_kind_of_their_own(records):
-    traffic = Traffic()
-    traffic.add([*records, *records])
-    traffic.add(records, ANSWER)
-    assert traffic.tokens() == {"text": 2, "image": 4, "answer": 3}
-    assert traffic.kinds == ["text", "image", "answer"]
-    assert traffic.load()["image"] == [[0, 0.5, 0.5], [0.5, 0, 0.5]]
+    stats = RoutingStats()
+    stats.add([*records, *records])
+    stats.add(records, ANSWER)
+    assert stats.tokens() == {"text": 2, "image": 4, "answer": 3}
+    assert stats.kinds == ["text", "image", "answer"]
+    assert stats.expert_load()["image"] == [[0, 0.5, 0.5], [0.5, 0, 0.5]]
 
 
 def test_a_token_without_an_expert_is_led_by_none():
     pairs = Pairs(torch.tensor([1]), torch.tensor([2]), torch.ones(1), torch.tensor([0, 0, 0, 1]))
     routing = Routing.from_pairs(pairs, torch.zeros(2, 3), torch.zeros(2, 3))
-    traffic = Traffic()
-    traffic.add([LayerRecord(0, routing, Context()), LayerRecord(1, routing, Context())])
-    assert {tuple(path["experts"]) for path in traffic.pathways()["text"]["top"]} == {(-1, -1), (2, 2)}
-    assert np.array(traffic.flow()["text"]).sum() == 0.5
+    stats = RoutingStats()
+    stats.add([LayerRecord(0, routing, Context()), LayerRecord(1, routing, Context())])
+    assert {tuple(path["experts"]) for path in stats.pathways()["text"]["top"]} == {(-1, -1), (2, 2)}
+    assert np.array(stats.flow()["text"]).sum() == 0.5
 
 
 def test_nothing_counted_is_nothing():
-    traffic = Traffic()
-    traffic.add([])
-    assert traffic.load() == traffic.pathways() == traffic.tokens() == {}
+    stats = RoutingStats()
+    stats.add([])
+    assert stats.expert_load() == stats.pathways() == stats.tokens() == {}
 
 
 def test_pictures_of_a_model(tmp_path):
     model, processor = tiny_model(tmp_path, {"num_experts": 4, "top_k": 2, "placement": "all"})
     batch = processor(["hello", "a longer text"])
-    traffic = Traffic()
+    stats = RoutingStats()
     with record() as records, torch.no_grad():
         model(**batch)
-    traffic.add(records)
-    assert traffic.tokens() == {"text": int(batch["attention_mask"].sum())}
+    stats.add(records)
+    assert stats.tokens() == {"text": int(batch["attention_mask"].sum())}
     experts = ["words", "picture", "speech", "more"]
     for columns in (None, 1):
-        picture = load_maps(traffic.load(), experts, columns)
+        picture = plot_expert_load(stats.expert_load(), experts, columns)
         assert picture.count("<!-- speech -->") == 2  # the axis of both panels
-    assert "<!-- text tokens -->" in pathways(traffic.flow(), traffic.layers, experts)
+    assert "<!-- text tokens -->" in pathways(stats.flow(), stats.layers, experts)

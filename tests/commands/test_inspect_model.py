@@ -5,9 +5,13 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from unimoe.commands import main as cli
+from unimoe.data import read_samples
+from unimoe.moe import record
+from unimoe.moe.install import moe_layers
 from unimoe.testing import tiny_model
 
 
@@ -74,6 +78,47 @@ def test_pathways_lead_through_several_layers(data, tmp_path, capsys):
     assert all(len(path["experts"]) == 2 for kind in found["pathways"].values() for path in kind["top"])
     assert np.isclose(np.array(found["flow"]["text"]).sum(), 1, atol=1e-3)
     assert (out / "pathways.svg").read_text().count("tokens -->") == 3
+
+
+@pytest.mark.parametrize(
+    ("moe", "stated"),
+    [
+        ({"top_k": 1}, 1),
+        ({"top_k": 3, "null_experts": 2}, 2),  # 3 of 6, of which two thirds have weights
+        ({"router": "top_p", "top_p": 0.6}, 3),  # 3 / 4 is the first share that reaches 0.6
+        (
+            {"router": "top_p", "top_p": 0.6, "null_experts": 1, "shared_experts": 1},
+            2.4,
+        ),  # 3 of 5
+    ],
+)
+def test_active_parameters_of_every_router(data, tmp_path, capsys, moe, stated):
+    """Without data as each router says of itself, with data as measured; null experts have no weights."""
+    moe = {"num_experts": 4, "router_init_std": 3.0, **moe}
+    model, processor = tiny_model(tmp_path / "parts", moe)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    layer = moe_layers(model)[0]
+    one = sum(weight.numel() for weight in layer.experts.parameters()) // 4
+
+    def inspected(*args):
+        assert cli.main(["inspect", str(tmp_path / "model"), *args, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = inspected()
+    idle = found["parameters"]["total"] - found["parameters"]["active"]
+    assert found["moe"]["experts_per_token"] == stated and idle == round((4 - stated) * one)
+    found = inspected(str(data), "--batch-size", "1")
+    with torch.inference_mode(), record() as records:
+        for sample in read_samples(str(data), training=False):
+            model.model(**processor.pad([processor.encode(sample.messages, where="")]))
+    routings = [entry.routing for entry in records]
+    pairs = sum(int((routing.expert_N < 4).sum()) for routing in routings)
+    measured = pairs / sum(routing.num_tokens for routing in routings)
+    idle = found["parameters"]["total"] - found["parameters"]["active"]
+    assert found["moe"]["experts_per_token"] == pytest.approx(measured, abs=1e-3)
+    assert idle == pytest.approx((4 - measured) * one, abs=1)
+    assert found["moe"]["measured"] and (measured == stated) == ("null_experts" not in moe and "top_k" in moe)
 
 
 @pytest.mark.parametrize(

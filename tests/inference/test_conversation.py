@@ -84,13 +84,13 @@ def test_who_took_part(talk, files):
     talk.attach("image", str(files / "a b.png"), "!image")
     talk.attach("speech", str(files / "q.wav"), "!audio")
     talk.ask("what?", silent)
-    tokens = talk.traffic.tokens()
+    tokens = talk.stats.tokens()
     prompt = talk.processor.encode(talk.turns[:1], add_generation_prompt=True)["input_ids"]
     assert (tokens["image"], tokens["speech"], tokens["answer"]) == (4, 5, 5)  # the sixth was never read
     assert sum(tokens.values()) == len(prompt) + 5
-    before = talk.traffic
+    before = talk.stats
     talk.ask("and now?", silent)
-    assert talk.traffic is not before
+    assert talk.stats is not before
 
 
 def test_a_saved_conversation_is_taken_up_where_it_was(talk, built, files):

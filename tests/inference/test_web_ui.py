@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from unimoe.analysis.routing_stats import Traffic
+from unimoe.analysis.routing_stats import RoutingStats
 from unimoe.commands import main as cli
 from unimoe.inference import web_ui as web
 from unimoe.inference.conversation import Conversation
@@ -180,7 +180,7 @@ def test_what_cannot_be_answered_is_said(tiny_folder, tmp_path, monkeypatch):
     ):
         assert list(chat.answer({"text": text, "files": files}, [], 8, 0, 0, "")) == []
         assert says in said.pop()
-    assert "is dense" in chat.panel(Traffic())
+    assert "is dense" in chat.panel(RoutingStats())
 
 
 @needs_gradio

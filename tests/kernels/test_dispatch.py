@@ -32,9 +32,9 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(dispatch, "_installed", lambda package: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match="UNIMOE_KERNELS is 'triton', but the tensors are on cpu"):
-        dispatch.choose("swiglu_experts", torch.zeros(1))
+        dispatch.choose("fused_experts", torch.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch.choose("swiglu_experts", torch.zeros(1)) == "triton"
+    assert dispatch.choose("fused_experts", torch.zeros(1)) == "triton"
 
 
 def test_an_operation_without_a_triton_form_runs_in_another_and_says_so(monkeypatch, caplog):

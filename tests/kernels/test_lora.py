@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from unimoe.kernels.lora import Adapters, lora_experts, lora_experts_reference, lora_mix, shared_lora_experts
+from unimoe.kernels.lora import Adapters, fused_lora_experts, lora_experts_reference
 
 pytestmark = pytest.mark.usefixtures("loop")
 R, H, I = 2, 6, 10  # noqa: E741
@@ -27,16 +27,6 @@ def case(counts, dtype=torch.float64) -> Any:
     return x, offsets, gate_up, down, adapters(E, dtype), 0.5, weight
 
 
-def shared_case(counts, tokens, dtype=torch.float64) -> Any:
-    E, N = len(counts), sum(counts)
-    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
-    x = torch.randn(tokens, H, dtype=dtype, requires_grad=True)
-    token = torch.randint(0, max(tokens, 1), (N,))
-    base = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((I, H), (I, H), (H, I))]
-    weight = torch.rand(N, dtype=dtype, requires_grad=True)
-    return x, token, offsets, *base, adapters(E, dtype), 0.5, weight
-
-
 def leaves(tensors):
     flat = []
     for tensor in tensors:
@@ -54,16 +44,7 @@ def run(function, tensors, form, monkeypatch):
 @pytest.mark.parametrize("counts", COUNTS)
 def test_per_expert_equals_the_reference(counts, monkeypatch):
     tensors = case(counts)
-    ours, plain = (run(lora_experts, tensors, form, monkeypatch) for form in ("cpu", "reference"))
-    for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_shared_base_equals_the_reference(counts, tokens, monkeypatch):
-    tensors = shared_case(counts, tokens)
-    ours, plain = (run(shared_lora_experts, tensors, form, monkeypatch) for form in ("cpu", "reference"))
+    ours, plain = (run(fused_lora_experts, tensors, form, monkeypatch) for form in ("cpu", "reference"))
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
@@ -72,23 +53,15 @@ def test_gradcheck(monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
     x, offsets, gate_up, down, lora, scale, weight = case([2, 0, 1])
     assert gradcheck(
-        lambda x, g, d, w, *ab: lora_experts(x, offsets, g, d, Adapters(*ab), scale, w),
+        lambda x, g, d, w, *ab: fused_lora_experts(x, offsets, g, d, Adapters(*ab), scale, w),
         (x, gate_up, down, weight, *lora),
     )
-    x, token, offsets, gate, up, down, lora, scale, weight = shared_case([2, 0, 1], 2)
-    assert gradcheck(
-        lambda x, g, u, d, w, *ab: shared_lora_experts(x, token, offsets, g, u, d, Adapters(*ab), scale, w),
-        (x, gate, up, down, weight, *lora),
-    )
 
 
-@pytest.mark.parametrize(
-    "make, function", [(case, lora_experts), (lambda c: shared_case(c, 4), shared_lora_experts)]
-)
 @pytest.mark.parametrize("trained", range(6))
-def test_frozen_subsets(make, function, trained, monkeypatch):
+def test_frozen_subsets(trained, monkeypatch):
     """Only x, only the weight, only the adapters, all but the base, only B, some."""
-    tensors = make([3, 0, 2])
+    tensors = case([3, 0, 2])
     lora = next(one for one in tensors if isinstance(one, Adapters))
     x, weight = tensors[0], tensors[-1]
     keep = [[x], [weight], [*lora], [x, weight, *lora], [lora.B_gate_up, lora.B_down], [weight, lora.A_down]][
@@ -96,30 +69,30 @@ def test_frozen_subsets(make, function, trained, monkeypatch):
     ]
     for leaf in leaves(tensors):
         leaf.requires_grad_(any(leaf is one for one in keep))
-    ours, plain = (run(function, tensors, form, monkeypatch) for form in ("cpu", "reference"))
+    ours, plain = (run(fused_lora_experts, tensors, form, monkeypatch) for form in ("cpu", "reference"))
     torch.testing.assert_close(ours, plain)
 
 
 def test_a_zero_B_is_the_base_to_the_last_bit(monkeypatch):
-    from unimoe.kernels.swiglu import swiglu_experts
+    from unimoe.kernels.swiglu import fused_experts
 
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
     x, offsets, gate_up, down, lora, scale, weight = case([3, 0, 2], torch.float32)
     with torch.no_grad():
         lora.B_gate_up.zero_()
         lora.B_down.zero_()
-    adapted = lora_experts(x, offsets, gate_up, down, lora, scale, weight)
-    assert torch.equal(adapted, swiglu_experts(x, offsets, gate_up, down, weight))
+    adapted = fused_lora_experts(x, offsets, gate_up, down, lora, scale, weight)
+    assert torch.equal(adapted, fused_experts(x, offsets, gate_up, down, weight))
 
 
 @pytest.mark.parametrize("form", ["cpu", "reference"])
-def test_mix_is_gather_and_sum(form, monkeypatch):
+def test_with_tokens_it_gathers_and_sums(form, monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", form)
     x, offsets, gate_up, down, lora, scale, weight = case([3, 0, 2])
     token, tokens = torch.tensor([0, 2, 3, 0, 2]), x[:4]
     rest = (offsets, gate_up, down, lora, scale, weight)
-    y = torch.zeros_like(tokens).index_add(0, token, lora_experts(tokens[token], *rest))
-    torch.testing.assert_close(lora_mix(tokens, token, *rest), y)
+    y = torch.zeros_like(tokens).index_add(0, token, fused_lora_experts(tokens[token], *rest))
+    torch.testing.assert_close(fused_lora_experts(tokens, *rest, token_N=token), y)
 
 
 def test_equals_merged_weights(monkeypatch):
@@ -134,31 +107,23 @@ def test_equals_merged_weights(monkeypatch):
 
 def test_saved_bytes(monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
-    for tensors, function, rows in (
-        (case([30, 0, 34], torch.float32), lora_experts, 64),
-        (shared_case([30, 0, 34], 40, torch.float32), shared_lora_experts, 40),
-    ):
-        owned = {one.data_ptr() for one in leaves(tensors)} | {
-            one.data_ptr() for one in tensors if isinstance(one, torch.Tensor)
-        }
-        saved = []
+    tensors = case([30, 0, 34], torch.float32)
+    owned = {one.data_ptr() for one in [*leaves(tensors), tensors[1]]}
+    saved = []
 
-        def pack(tensor, owned=owned, saved=saved):
-            if tensor.data_ptr() not in owned:
-                saved.append(tensor.numel() * tensor.element_size())
-            return tensor
+    def pack(tensor):
+        if tensor.data_ptr() not in owned:
+            saved.append(tensor.numel() * tensor.element_size())
+        return tensor
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            function(*tensors)
-        assert sum(saved) == rows * 2 * I * 4
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused_lora_experts(*tensors)
+    assert sum(saved) == 64 * 2 * I * 4
 
 
 def test_expanded_gradient(monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
-    for tensors, function in (
-        (case([3, 0, 2]), lora_experts),
-        (shared_case([3, 0, 2], 4), shared_lora_experts),
-    ):
-        expanded = torch.autograd.grad(function(*tensors).sum(), leaves(tensors))
-        y = function(*tensors)
-        torch.testing.assert_close(expanded, torch.autograd.grad(y, leaves(tensors), torch.ones_like(y)))
+    tensors = case([3, 0, 2])
+    expanded = torch.autograd.grad(fused_lora_experts(*tensors).sum(), leaves(tensors))
+    y = fused_lora_experts(*tensors)
+    torch.testing.assert_close(expanded, torch.autograd.grad(y, leaves(tensors), torch.ones_like(y)))

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from unimoe.kernels import arguments
-from unimoe.kernels.swiglu import swiglu_experts, swiglu_experts_reference
+from unimoe.kernels.swiglu import fused_experts, swiglu_experts_reference
 
 H, I = 12, 20  # noqa: E741
 GROUPINGS = {
@@ -49,14 +49,14 @@ def test_equals_the_reference_with_every_gradient(counts, weighted):
         tensors[4] = None
     grad = torch.randn(sum(counts), H, dtype=torch.float64)
     for ours, plain in zip(
-        gradients(swiglu_experts, tensors, grad),
+        gradients(fused_experts, tensors, grad),
         gradients(swiglu_experts_reference, tensors, grad),
         strict=True,
     ):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [swiglu_experts, swiglu_experts_reference])
+@pytest.mark.parametrize("function", [fused_experts, swiglu_experts_reference])
 def test_gradcheck(function):
     x, offsets, gate_up, down, weight = case([2, 0, 1], hidden=3, inner=4)
     assert gradcheck(lambda *args: function(args[0], offsets, *args[1:]), (x, gate_up, down, weight))
@@ -68,7 +68,7 @@ def test_gate_weight_of_zero_has_the_right_gradient():
         weight.zero_()
     tensors = (x, offsets, gate_up, down, weight)
     grad = torch.randn(4, H, dtype=torch.float64)
-    ours, plain = gradients(swiglu_experts, tensors, grad), gradients(swiglu_experts_reference, tensors, grad)
+    ours, plain = gradients(fused_experts, tensors, grad), gradients(swiglu_experts_reference, tensors, grad)
     torch.testing.assert_close(ours, plain)
     assert ours[-1].abs().min() > 0
 
@@ -79,11 +79,11 @@ def test_every_frozen_subset(trained):
     for bit, i in enumerate((0, 2, 3, 4)):
         tensors[i].requires_grad_(bool(trained >> bit & 1))
     if not trained:
-        assert not swiglu_experts(*tensors).requires_grad
+        assert not fused_experts(*tensors).requires_grad
         return
     grad = torch.randn(5, H, dtype=torch.float64)
     torch.testing.assert_close(
-        gradients(swiglu_experts, tensors, grad), gradients(swiglu_experts_reference, tensors, grad)
+        gradients(fused_experts, tensors, grad), gradients(swiglu_experts_reference, tensors, grad)
     )
 
 
@@ -94,7 +94,7 @@ def test_no_weight_gradient_work_for_frozen_weights(loop, monkeypatch):
     tensors = case([3, 2])
     for i in (2, 3):
         tensors[i].requires_grad_(False)
-    y = swiglu_experts(*tensors)
+    y = fused_experts(*tensors)
     products = []
     plain = torch.mm
     monkeypatch.setattr(
@@ -107,7 +107,7 @@ def test_no_weight_gradient_work_for_frozen_weights(loop, monkeypatch):
 
 def test_empty_expert_has_exactly_zero_gradient():
     tensors = case([4, 0, 2])
-    swiglu_experts(*tensors).sum().backward()
+    fused_experts(*tensors).sum().backward()
     assert tensors[2].grad[1].count_nonzero() == 0 and tensors[3].grad[1].count_nonzero() == 0
 
 
@@ -115,7 +115,7 @@ def test_weights_of_experts_without_rows_do_not_leak():
     x, offsets, gate_up, down, weight = case([4, 0, 2])
     with torch.no_grad():
         gate_up[1], down[1] = float("nan"), float("nan")
-    y = swiglu_experts(x, offsets, gate_up, down, weight)
+    y = fused_experts(x, offsets, gate_up, down, weight)
     y.sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all() and weight.grad.isfinite().all()
 
@@ -128,7 +128,7 @@ def test_every_output_is_written():
         with torch.no_grad():
             more: Any = torch.cat([x, torch.full((2, H), float("nan"))]).requires_grad_()
         weights: Any = torch.cat([weight.detach(), torch.ones(2)]).requires_grad_()
-        y = swiglu_experts(more, offsets, gate_up, down, weights)
+        y = fused_experts(more, offsets, gate_up, down, weights)
         y.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -144,7 +144,7 @@ def test_every_output_is_written():
 def test_expanded_and_strided_tensors():
     x, offsets, gate_up, down, weight = case([4, 0, 2])
     plain = gradients(
-        swiglu_experts, (x, offsets, gate_up, down, weight), torch.ones(6, H, dtype=torch.float64)
+        fused_experts, (x, offsets, gate_up, down, weight), torch.ones(6, H, dtype=torch.float64)
     )
     strided_x = torch.randn(H, 6, dtype=torch.float64).t()
     strided_down = down.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
@@ -152,9 +152,9 @@ def test_expanded_and_strided_tensors():
         strided_x.copy_(x)
     strided = (strided_x.requires_grad_(), offsets, gate_up, strided_down, weight)
     grad = torch.ones(1, 1, dtype=torch.float64).expand(6, H)
-    torch.testing.assert_close(gradients(swiglu_experts, strided, grad), plain)
+    torch.testing.assert_close(gradients(fused_experts, strided, grad), plain)
     torch.testing.assert_close(
-        gradients(swiglu_experts, strided, torch.ones(H, 6, dtype=torch.float64).t()), plain
+        gradients(fused_experts, strided, torch.ones(H, 6, dtype=torch.float64).t()), plain
     )
 
 
@@ -169,21 +169,21 @@ def test_saves_only_the_input_and_the_preactivations():
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        swiglu_experts(*tensors)
+        fused_experts(*tensors)
     assert sum(saved) == 64 * 2 * I * 4
 
 
 def test_keeps_nothing_without_a_backward():
     tensors = case([3, 2], dtype=torch.float32)
     with torch.no_grad():
-        y = swiglu_experts(*tensors)
+        y = fused_experts(*tensors)
     assert y.grad_fn is None
     with torch.inference_mode():
-        torch.testing.assert_close(swiglu_experts(*tensors), y)
+        torch.testing.assert_close(fused_experts(*tensors), y)
 
 
 def test_stacked_weights_are_not_indexed_under_autograd():
-    y = swiglu_experts(*case([3, 0, 2]))
+    y = fused_experts(*case([3, 0, 2]))
     seen, stack = [], [y.grad_fn]
     while stack:
         node = stack.pop()
@@ -195,9 +195,9 @@ def test_stacked_weights_are_not_indexed_under_autograd():
 
 def test_two_backwards_add_up():
     tensors = case([3, 2])
-    swiglu_experts(*tensors).sum().backward()
+    fused_experts(*tensors).sum().backward()
     once = tensors[2].grad.clone()
-    swiglu_experts(*tensors).sum().backward()
+    fused_experts(*tensors).sum().backward()
     torch.testing.assert_close(tensors[2].grad, 2 * once)
 
 
@@ -205,7 +205,7 @@ def test_two_runs_are_bitwise_equal():
     tensors = case([30, 0, 34], dtype=torch.float32, hidden=64, inner=96)
     grad = torch.randn(64, 64)
     for one, two in zip(
-        gradients(swiglu_experts, tensors, grad), gradients(swiglu_experts, tensors, grad), strict=True
+        gradients(fused_experts, tensors, grad), gradients(fused_experts, tensors, grad), strict=True
     ):
         assert torch.equal(one, two)
 
@@ -215,7 +215,7 @@ def test_float32_error_is_that_of_the_plain_loop():
     grad = torch.randn(64, 48, dtype=torch.float64)
     exact = gradients(swiglu_experts_reference, tensors, grad)
     narrow = [t.detach().float().requires_grad_() if t.is_floating_point() else t for t in tensors]
-    ours = gradients(swiglu_experts, narrow, grad.float())
+    ours = gradients(fused_experts, narrow, grad.float())
     plain = gradients(swiglu_experts_reference, narrow, grad.float())
     for a, b, c in zip(ours, plain, exact, strict=True):
         assert (a - c).abs().max() <= 2 * (b - c).abs().max()
@@ -224,12 +224,12 @@ def test_float32_error_is_that_of_the_plain_loop():
 def test_autocast_runs_in_its_dtype():
     x, offsets, gate_up, down, weight = case([3, 2], dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = swiglu_experts(x, offsets, gate_up, down, weight)
+        y = fused_experts(x, offsets, gate_up, down, weight)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert gate_up.grad.dtype == torch.float32
     torch.testing.assert_close(
-        y.float(), swiglu_experts(x, offsets, gate_up, down, weight), rtol=0.05, atol=1.0
+        y.float(), fused_experts(x, offsets, gate_up, down, weight), rtol=0.05, atol=1.0
     )
 
 
@@ -242,7 +242,7 @@ def test_bfloat16_is_no_less_exact_than_a_loop_in_bfloat16(counts, has, monkeypa
     narrow = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in tensors]
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in narrow]
     grad = torch.randn(sum(counts), 48).bfloat16()
-    ours, plain = (gradients(f, narrow, grad) for f in (swiglu_experts, swiglu_experts_reference))
+    ours, plain = (gradients(f, narrow, grad) for f in (fused_experts, swiglu_experts_reference))
     for a, b, c in zip(ours, plain, gradients(swiglu_experts_reference, exact, grad.double()), strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - c).abs().max() <= 1.5 * (b - c).abs().max()
@@ -250,7 +250,7 @@ def test_bfloat16_is_no_less_exact_than_a_loop_in_bfloat16(counts, has, monkeypa
 
 def test_graph_is_freed_after_backward():
     tensors = case([3, 2])
-    y = swiglu_experts(*tensors)
+    y = fused_experts(*tensors)
     node = weakref.ref(y.grad_fn)
     y.sum().backward()
     del y

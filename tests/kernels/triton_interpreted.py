@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from unimoe.kernels import triton_routing, triton_swiglu
-from unimoe.kernels.swiglu import swiglu_experts_reference, swiglu_mix
+from unimoe.kernels.swiglu import fused_experts, swiglu_experts_reference
 from unimoe.kernels.triton_grouped import Tile, rows_times_weights
 from unimoe.kernels.triton_routing import by_token, combine, tile_bound, tile_map
 
@@ -37,7 +37,7 @@ def _small_tiles(monkeypatch):
 
 
 def case(counts, tokens=None, tail=0, dtype=torch.float32) -> Any:
-    """Arguments of swiglu_mix, or of swiglu_experts if there are no tokens."""
+    """Arguments of fused_experts, the tokens second where there are any."""
     E, N = len(counts), sum(counts) + tail
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
     x = torch.randn(N if tokens is None else tokens, H)
@@ -45,6 +45,11 @@ def case(counts, tokens=None, tail=0, dtype=torch.float32) -> Any:
     values = [torch.randn(E, 2 * I, H) / 4, torch.randn(E, H, I) / 4, torch.rand(N)]
     x, *values = (value.to(dtype).requires_grad_() for value in (x, *values))
     return [x, *token, offsets, *values]
+
+
+def in_order(x, *rest):
+    *token, offsets, gate_up, down, weight = rest
+    return x, offsets, gate_up, down, weight, *token
 
 
 def reference(*args):
@@ -56,7 +61,7 @@ def reference(*args):
 
 
 def ours(*args):
-    return (triton_swiglu.swiglu_experts if len(args) == 5 else triton_swiglu.swiglu_mix)(*args)
+    return triton_swiglu.fused_experts(*in_order(*args))
 
 
 def leaves(args):
@@ -212,10 +217,10 @@ def test_the_custom_ops_keep_their_contract(tokens, weighted):
 def test_the_dispatcher_gets_here(monkeypatch):
     args = case([3, 0, 2], tokens=4)
     monkeypatch.setenv("UNIMOE_KERNELS", "triton")
-    y = swiglu_mix(*args)
+    y = fused_experts(*in_order(*args))
     assert torch.equal(y, ours(*args))
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
-    torch.testing.assert_close(y, swiglu_mix(*args), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, fused_experts(*in_order(*args)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tail", [0, 3])

@@ -35,7 +35,10 @@ def test_round_trip_through_json():
         ({"num_experts": 5, "slices": 2}, "moe.num_experts is 5, expected a multiple of 2"),
         ({"null_experts": -1}, "moe.null_experts is -1, expected at least 0"),
         ({"router": "hash"}, "moe.router is 'hash', expected top_k or top_p"),
-        ({"mixer": "paper"}, "moe.mixer is 'paper', which belongs to moe.router: top_p"),
+        (
+            {"gradient_estimator": "paper"},
+            "moe.gradient_estimator is 'paper', which belongs to moe.router: top_p",
+        ),
         ({"placement": "odd"}, "moe.placement is 'odd', expected interval"),
     ],
 )

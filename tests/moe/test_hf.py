@@ -83,8 +83,8 @@ def run(model, implementation, ids):
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_models_equal_eager(name, monkeypatch):
     calls = []
-    plain = hf.swiglu_mix
-    monkeypatch.setattr(hf, "swiglu_mix", lambda *args: calls.append(1) or plain(*args))
+    plain = hf.fused_experts
+    monkeypatch.setattr(hf, "fused_experts", lambda *args: calls.append(1) or plain(*args))
     model = STOCK[name]()
     ids = torch.randint(1, 64, (2, 17))
     logits, gradients = run(model, "eager", ids)

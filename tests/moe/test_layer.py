@@ -112,7 +112,10 @@ def test_state_dict_has_the_names_of_the_contract(tmp_path):
     save_file(moe.state_dict(), tmp_path / "moe.safetensors")
     with torch.device("meta"):
         other = layer()
-    other.load_state_dict(load_file(tmp_path / "moe.safetensors"), assign=True)
+    state = {name: tensor.clone() for name, tensor in load_file(tmp_path / "moe.safetensors").items()}
+    other.load_state_dict(state, assign=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in moe.state_dict().items())
+    # the file's tensors begin wherever its header ends; their copies are aligned as fresh weights are
     assert torch.equal(moe(x), other(x))
 
 

@@ -57,7 +57,7 @@ def test_warm_up_trains_what_is_new_and_the_balance_loss_fades(world, aligned, e
             "shared_experts": 2,
             "shared_size": 8,
             "placement": "all",
-            "mixer": "code",
+            "gradient_estimator": "code",
         },
         "output": str(tmp_path / "start"),
     }
@@ -83,4 +83,7 @@ def test_warm_up_trains_what_is_new_and_the_balance_loss_fades(world, aligned, e
     moe: Any = after.config.moe
     assert moe["balance_coef"] == 0.001
     layer: Any = moe_layers(after)[0]
-    assert layer.router.mixer == "code" and layer.router.num_experts == layer.experts.num_experts + 1 == 5
+    assert (
+        layer.router.gradient_estimator == "code"
+        and layer.router.num_experts == layer.experts.num_experts + 1 == 5
+    )

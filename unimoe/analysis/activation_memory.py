@@ -5,18 +5,20 @@ intermediate.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as nnf
+from transformers import AttentionInterface
 
 from unimoe.model.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import MoELayer, Routing
+from unimoe.moe import Experts, Routing, TopK
+from unimoe.moe.dispatcher import Dispatcher
+from unimoe.moe.install import moe_layers
 
 
 @dataclass
@@ -129,23 +131,47 @@ class _Attention(torch.autograd.Function):
         return output
 
 
-@contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[None]:
-    """Kernels and attention read numbers or choose by device; on the meta device others stand in for them."""
+class _CountingDispatcher(Dispatcher):
+    """In the place of the experts, whose kernels read numbers that the meta device does not have."""
 
-    def mix(experts: Any, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
-        stacks = list(experts.parameters())
-        down = next(p for name, p in experts.named_parameters() if name.endswith("down_proj"))
-        trained = next((p for p in stacks if p.requires_grad), stacks[0])
+    def __call__(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        stacks = dict(experts.named_parameters())
+        down = next(stack for name, stack in stacks.items() if name.endswith("down_proj"))
+        trained = next((stack for stack in stacks.values() if stack.requires_grad), down)
         return _Experts.apply(x_TD, routing.token_N, weight_N, down.shape[-1], trained)
 
-    kinds = {type(module.experts) for module in model.modules() if isinstance(module, MoELayer)}
-    patches: list[Any] = [patch.object(kind, "mix", mix) for kind in kinds]
-    patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None))
-    attend = patch.object(nnf, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))
-    patches.append(attend)
-    patches.append(patch("torch.autocast", lambda *_, **__: nullcontext()))
-    with ExitStack() as stack:
-        for one in patches:
-            stack.enter_context(one)
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """An attention function of transformers."""
+    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _stand_ins(model: UniMoeForConditionalGeneration) -> Iterator[None]:
+    """Experts and attention that save what the real ones save.
+
+    A router whose choice depends on the numbers gives way to one that chooses as many experts on average.
+    """
+    decoder: Any = model.model.language_model
+    implementation = decoder.config._attn_implementation
+    layers = list(moe_layers(model).values())
+    own = [(layer.router, layer.dispatcher) for layer in layers]
+    for layer in layers:
+        layer.dispatcher = _CountingDispatcher()
+        router = layer.router.describe()
+        if not router.fixed or router.num_experts > layer.num_experts:
+            weight = next(layer.router.parameters())
+            k = max(1, round(layer.experts_per_token))
+            with torch.device("meta"):
+                layer.router = TopK(weight.shape[1], layer.num_experts, k)
+            layer.router.requires_grad_(weight.requires_grad)
+    AttentionInterface.register("unimoe_saved_bytes", _attend)
+    decoder.set_attn_implementation("unimoe_saved_bytes")
+    try:
         yield
+    finally:
+        decoder.set_attn_implementation(implementation)
+        for layer, (router, dispatcher) in zip(layers, own, strict=True):
+            layer.router, layer.dispatcher = router, dispatcher

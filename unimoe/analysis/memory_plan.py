@@ -41,7 +41,7 @@ from unimoe.errors import UserError, first_line
 from unimoe.model.build import add_placeholders, connector_settings
 from unimoe.model.configuration import UniMoeConfig
 from unimoe.model.modeling import UniMoeForConditionalGeneration
-from unimoe.moe import MoEConfig, MoELayer
+from unimoe.moe import MoELayer
 from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import resolve_part
 from unimoe.stages.trainable import LoRA, Trainable, choose
@@ -185,7 +185,7 @@ def make_plan(
     layers = list(moe_layers(model).values())
     share = 1
     if strategy == "expert_parallel" and layers:
-        experts = layers[0].router.num_experts
+        experts = layers[0].num_experts
         share = max(e for e in range(1, min(gpus, experts) + 1) if experts % e == 0 and gpus % e == 0)
     whole = [a + b for a, b in zip(sizes.blocks, sizes.others, strict=True)]
     weights = 4 * ((sizes.total - sizes.towers[0]) / gpus + sizes.towers[0])
@@ -196,8 +196,8 @@ def make_plan(
     moved = width * (2 * whole[0] * send + 2 * sizes.experts[0] / share * (away - 1) / away) * accumulate
     moved += 4 * (whole[1] * send + sizes.experts[1] / share * (away - 1) / away) * accumulate
     hidden = model.config.get_text_config().hidden_size
-    k = MoEConfig(**model.config.moe).top_k if model.config.moe else 0
-    traffic = 4 * len(layers) * k * hidden * width * batch.tokens * accumulate * (share - 1) / share
+    visits = sum(layer.experts_per_token for layer in layers)
+    traffic = 4 * visits * hidden * width * batch.tokens * accumulate * (share - 1) / share
     return Plan(weights, trained, 2 * trained, gathered, activations, moved, traffic)
 
 

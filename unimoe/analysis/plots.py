@@ -50,11 +50,11 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
     return _svg(figure)
 
 
-def load_maps(load: Mapping[str, Any], experts: Sequence[str], columns: int | None = None) -> str:
+def plot_expert_load(load: Mapping[str, Any], experts: Sequence[str], columns: int | None = None) -> str:
     """One heat map [L, E] for all tokens and one for each kind of them, on the same colour scale.
 
-    ``load`` is what :meth:`unimoe.analysis.routing_stats.Traffic.load` gives; ``columns`` panels stand side
-    by side (None: all).
+    ``load`` is what :meth:`unimoe.analysis.routing_stats.RoutingStats.expert_load` gives; ``columns`` panels
+    stand side by side (None: all).
     """
     tables = {name: np.array(table) for name, table in load.items() if name != "layers"}
     layers = load["layers"]
@@ -92,7 +92,7 @@ def pathways(flow: Mapping[str, Any], layers: Sequence[int], experts: Sequence[s
     """One panel a kind of token: how its tokens go from the leading expert of one MoE layer to that of the
     next. A ribbon is as wide as its share of the tokens.
 
-    ``flow`` is what :meth:`unimoe.analysis.routing_stats.Traffic.flow` gives, for two layers or more.
+    ``flow`` is what :meth:`unimoe.analysis.routing_stats.RoutingStats.flow` gives, for two layers or more.
     """
     height = 0.9 + 0.36 * len(experts)
     figure = Figure(figsize=(max(4.5, 0.55 * len(layers)), height * len(flow)), layout="constrained")

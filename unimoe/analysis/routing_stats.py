@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from unimoe.model.configuration import MODALITIES
-from unimoe.moe import LayerRecord, pair_counts
+from unimoe.moe import ExpertLoad, LayerRecord, expert_load, expert_load_by_modality
 from unimoe.moe.records import join
 
 ANSWER = "answer"
 """The kind of the tokens that the model wrote itself, where somebody tells them apart."""
 
 
-class Traffic:
+class RoutingStats:
     """Counts that grow with every forward pass that is added.
 
     >>> with record() as records:
     ...     model(**batch)
-    >>> traffic = Traffic()
-    >>> traffic.add(records)
-    >>> traffic.load()["image"]  # one row a layer, one column an expert
+    >>> stats = RoutingStats()
+    >>> stats.add(records)
+    >>> stats.expert_load()["image"]  # one row a layer, one column an expert
     """
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class Traffic:
         """
         layers = join(list(records))
         for entry in layers:
-            found = {kind: pair_counts(entry)} if kind else _by_name(pair_counts(entry, by_modality=True))
-            for name, count_E in found.items():
+            found = {kind: expert_load(entry)} if kind else _by_name(expert_load_by_modality(entry))
+            for name, load in found.items():
                 own = self.pairs.setdefault(name, {})
-                own[entry.layer] = own.get(entry.layer, 0) + count_E.cpu()
+                own[entry.layer] = own.get(entry.layer, 0) + load.tokens_per_expert.cpu()
         if layers:
             self._add_paths(layers, kind)
 
@@ -78,7 +78,7 @@ class Traffic:
         """How many tokens of each kind went through."""
         return {kind: self.paths[kind].total() for kind in self.kinds}
 
-    def load(self) -> dict[str, Any]:
+    def expert_load(self) -> dict[str, Any]:
         """Share of the tokens' places that each expert got; empty when nothing was counted.
 
         ``layers`` holds the indices of the MoE layers, ``all`` and every kind a table [L, E] whose rows
@@ -91,9 +91,18 @@ class Traffic:
         tables = {"all": everything, **tables}
         return {"layers": self.layers} | {name: list(map(_shares, table)) for name, table in tables.items()}
 
-    def mean_load(self) -> dict[str, list[float]]:
+    def experts_per_token(self, num_experts: int) -> dict[int, float]:
+        """For each MoE layer the mean number of its first ``num_experts`` experts, those with weights, that a
+        token visited; empty when nothing was counted."""
+        tokens = sum(self.tokens().values())
+        return {
+            layer: float(sum(own[layer][:num_experts].sum() for own in self.pairs.values())) / tokens
+            for layer in (self.layers if self.pairs else [])
+        }
+
+    def mean_expert_load(self) -> dict[str, list[float]]:
         """For ``all`` and every kind the share of the places that each expert got in the mean layer [E]."""
-        tables = {name: torch.tensor(table) for name, table in self.load().items() if name != "layers"}
+        tables = {name: torch.tensor(table) for name, table in self.expert_load().items() if name != "layers"}
         return {name: [round(share, 4) for share in table.mean(0).tolist()] for name, table in tables.items()}
 
     def pathways(self, most: int = 5) -> dict[str, Any]:
@@ -130,7 +139,20 @@ class Traffic:
         return found
 
 
-def share_table(rows: Mapping[str, Sequence[float]], experts: Sequence[str]) -> str:
+def load_columns(
+    records: Sequence[LayerRecord], load: ExpertLoad, balance_L: Sequence[Tensor] | Tensor
+) -> dict[str, float]:
+    """Columns of a step's log: fullest expert over the mean and balance loss of each MoE layer, and the floor
+    of both; nothing for a dense model."""
+    columns = {"moe/floor": 1.0} if records else {}
+    for index, (entry, balance) in enumerate(zip(records, balance_L, strict=True)):
+        name = f"moe/layer{entry.layer:02d}"
+        columns[f"{name}/load_max_over_mean"] = float(load.layer(index).max_over_mean)
+        columns[f"{name}/balance_loss"] = balance.item()
+    return columns
+
+
+def format_load_table(rows: Mapping[str, Sequence[float]], experts: Sequence[str]) -> str:
     """Shares as lines of per cent, one a row, under the names of the experts."""
     wide = max(map(len, rows))
     columns = [max(5, len(name)) for name in experts]
@@ -142,8 +164,8 @@ def share_table(rows: Mapping[str, Sequence[float]], experts: Sequence[str]) -> 
     return "\n".join(lines)
 
 
-def _by_name(counts: dict[int, Tensor]) -> dict[str, Tensor]:
-    return {MODALITIES[index]: count_E for index, count_E in counts.items()}
+def _by_name(loads: dict[int, ExpertLoad]) -> dict[str, ExpertLoad]:
+    return {MODALITIES[index]: load for index, load in loads.items()}
 
 
 def _leading(entry: LayerRecord) -> Tensor:
@@ -156,4 +178,4 @@ def _leading(entry: LayerRecord) -> Tensor:
 
 
 def _shares(count_E: Any) -> list[float]:
-    return [round(share, 4) for share in (count_E / count_E.sum().clamp(min=1)).tolist()]
+    return [round(share, 4) for share in ExpertLoad(count_E).share.tolist()]

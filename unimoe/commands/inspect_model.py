@@ -14,8 +14,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.analysis.expert_names import expert_names
-from unimoe.analysis.plots import load_maps, pathways
-from unimoe.analysis.routing_stats import Traffic, share_table
+from unimoe.analysis.plots import pathways, plot_expert_load
+from unimoe.analysis.routing_stats import RoutingStats, format_load_table
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
@@ -58,25 +58,25 @@ def inspect(
     )
     disable_progress_bar()
     found, processor = load_model(model)
-    report = {"model": model, **describe_model(found, model)}
+    if data is not None and not moe_layers(found):
+        raise UserError(f"{model} is a dense model: it has no experts to look at; leave {data} out")
+    stats = observe(found, processor, chosen, batch_size)
+    report = {"model": model, **describe_model(found, model, stats)}
     pictures: dict[str, str] = {}
     if data is not None:
-        if not report["moe"]:
-            raise UserError(f"{model} is a dense model: it has no experts to look at; leave {data} out")
-        traffic = observe(found, processor, chosen, batch_size)
         report |= {
             "data": data,
             "samples": len(chosen),
-            "tokens": traffic.tokens(),
-            "load": traffic.load(),
-            "mean_load": traffic.mean_load(),
-            "pathways": traffic.pathways(top),
+            "tokens": stats.tokens(),
+            "load": stats.expert_load(),
+            "mean_load": stats.mean_expert_load(),
+            "pathways": stats.pathways(top),
         }
         experts = report["moe"]["experts"]
-        pictures["load.svg"] = load_maps(report["load"], experts)
-        if len(traffic.layers) > 1:
-            report["flow"] = traffic.flow()
-            pictures["pathways.svg"] = pathways(report["flow"], traffic.layers, experts)
+        pictures["load.svg"] = plot_expert_load(report["load"], experts)
+        if len(stats.layers) > 1:
+            report["flow"] = stats.flow()
+            pictures["pathways.svg"] = pathways(report["flow"], stats.layers, experts)
     text = json_format.dumps(report, indent=1) + "\n"
     if output:
         with atomic_folder(output) as folder:
@@ -87,9 +87,18 @@ def inspect(
         print(f"\nwritten to {output}: {', '.join(['inspect.json', *pictures])}")
 
 
-def describe_model(model: UniMoeForConditionalGeneration, folder: str | Path) -> dict[str, Any]:
-    """Parameters in all, active for a token, and by part; and the mixture (empty for a dense model)."""
-    total, active = count_parameters(model)
+def describe_model(
+    model: UniMoeForConditionalGeneration, folder: str | Path, stats: RoutingStats | None = None
+) -> dict[str, Any]:
+    """Parameters in all, active for a token, and by part; and the mixture (empty for a dense model).
+
+    How many experts a token visits is measured where ``stats`` counted something.
+    """
+    sparse = moe_layers(model)
+    visits: dict[int, float] = {}
+    if stats is not None and sparse:
+        visits = stats.experts_per_token(next(iter(sparse.values())).num_experts)
+    total, active = count_parameters(model, visits or None)
     parts = {"language model": model.model.language_model}
     for kind in model.model.encoders:
         parts |= {
@@ -97,17 +106,21 @@ def describe_model(model: UniMoeForConditionalGeneration, folder: str | Path) ->
             f"{kind} connector": model.model.connectors[kind],
         }
     sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
-    sparse = moe_layers(model)
     moe: dict[str, Any] = {}
     if sparse:
         first, null = next(iter(sparse.values())), (model.config.moe or {}).get("null_experts", 0)
+        router = first.router.describe()
+        stated = {index: layer.experts_per_token for index, layer in sparse.items()}
+        counts = list((visits or stated).values())
         sizes["experts"] = sum(w.numel() for layer in sparse.values() for w in layer.experts.parameters())
         sizes["routers"] = sum(w.numel() for layer in sparse.values() for w in layer.router.parameters())
         moe = {
             "layers": sorted(sparse),
             "of": model.config.get_text_config().num_hidden_layers,
-            "experts": expert_names(folder, first.experts.num_experts + null, null),
-            "experts_per_token": getattr(first.router, "k", None),
+            "experts": expert_names(folder, first.num_experts + null, null),
+            "null_experts": null,
+            "experts_per_token": round(sum(counts) / len(counts), 3),
+            "measured": bool(visits) or (router.fixed and not null),
             "router": type(first.router).__name__,
         }
     return {"parameters": {"total": total, "active": active, "parts": sizes}, "moe": moe}
@@ -125,15 +138,15 @@ def observe(
     processor: UniMoeProcessor,
     samples: Sequence[Sample],
     batch_size: int = 8,
-) -> Traffic:
+) -> RoutingStats:
     """Send whole conversations through the model and count where their tokens go."""
-    traffic = Traffic()
+    stats = RoutingStats()
     for rows in _batches(samples, batch_size):
         encoded = [processor.encode(sample.messages, where=sample.source) for sample in rows]
         with record() as records:
             model.model(**to_device(dict(processor.pad(encoded)), model.device))
-        traffic.add(records)
-    return traffic
+        stats.add(records)
+    return stats
 
 
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
@@ -152,7 +165,8 @@ def as_text(report: dict[str, Any]) -> str:
     if not moe:
         return "\n".join([*lines, "  a dense model"]) + "\n"
     experts, layers = moe["experts"], moe["layers"]
-    chosen = f"{moe['experts_per_token']} for each token by {moe['router']}"
+    how = "" if moe["measured"] else " if all are equally probable (give data to measure it)"
+    chosen = f"{moe['experts_per_token']:g} with weights per token by {moe['router']}{how}"
     lines += [
         f"  MoE layers        {len(layers)} of {moe['of']}: {', '.join(map(str, layers))}",
         f"  experts           {len(experts)} ({', '.join(experts)}), {chosen}",
@@ -162,7 +176,7 @@ def as_text(report: dict[str, Any]) -> str:
         lines += [
             f"\n{report['samples']} conversations of {report['data']}: {counts} tokens",
             "\n  shares of the experts, mean of the MoE layers",
-            indent(share_table(report["mean_load"], experts), "  "),
+            indent(format_load_table(report["mean_load"], experts), "  "),
             "\n  commonest pathways: the leading expert of each MoE layer, by number",
         ]
         for kind, found in report["pathways"].items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from unimoe.analysis.routing_stats import Traffic
+from unimoe.analysis.routing_stats import RoutingStats
 from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
@@ -210,7 +210,7 @@ def expert_load(
     Returns ``layers`` (indices of the decoder layers, L), and for ``all`` tokens and those of each modality
     that occurs a matrix [L][E] whose rows sum to 1.
     """
-    traffic, collator = Traffic(), Collator(processor, features=features)
+    stats, collator = RoutingStats(), Collator(processor, features=features)
     if moe_layers(model):
         for several in questions.values():
             for start in range(0, min(len(several), most), batch_size):
@@ -218,5 +218,5 @@ def expert_load(
                 batch = collator.prompts([question.sample for question in chosen])
                 with record() as records:
                     model.model(**to_device(batch, model.device))
-                traffic.add(records)
-    return traffic.load()
+                stats.add(records)
+    return stats.expert_load()

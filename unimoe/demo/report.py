@@ -13,7 +13,7 @@ import jinja2
 
 from unimoe import __version__
 from unimoe.analysis.expert_names import expert_names
-from unimoe.analysis.plots import load_maps, loss_curves
+from unimoe.analysis.plots import loss_curves, plot_expert_load
 from unimoe.files import atomic_write, data_url
 from unimoe.training.curve import read_curve
 from unimoe.training.progress import clock
@@ -160,7 +160,7 @@ def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, di
         image_sets=IMAGE_SETS,
         kinds=list(report["by_kind"]["moe"].get("text_questions", {})),
         curves=data_url("image/svg+xml", loss_curves({s: c for s, c in curves.items() if c}).encode()),
-        load=data_url("image/svg+xml", load_maps(report["load"], experts).encode()),
+        load=data_url("image/svg+xml", plot_expert_load(report["load"], experts).encode()),
         seen=_samples(folder, evaluations, ("new_backgrounds", "unseen_artist", "films"), 8),
         heard=_samples(folder, evaluations, ("spoken_questions", "unseen_voice", "sounds_asked"), 6),
         titles=TITLES,

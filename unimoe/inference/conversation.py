@@ -1,7 +1,7 @@
 """A conversation with a model: turns, what is attached to the next one, which experts took part; saved and
 read back.
 
-    attach(kind, path) ... ask(text) -> words as they come -> answer, traffic
+    attach(kind, path) ... ask(text) -> words as they come -> answer, stats
     save(file) / load(file)      a messages JSON that names its media by path, as training reads it too
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from transformers import set_seed
 from transformers.generation.streamers import TextStreamer
 
-from unimoe.analysis.routing_stats import ANSWER, Traffic
+from unimoe.analysis.routing_stats import ANSWER, RoutingStats
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
 from unimoe.data.sample import Message, Sample
@@ -83,7 +83,7 @@ class Conversation:
         """What was said, the settings' system text not among it; media are decoded."""
         self.attached: list[Part] = []
         """Media of the next message."""
-        self.traffic = Traffic()
+        self.stats = RoutingStats()
         """Where the tokens of the last prompt and its answer went."""
 
     def attach(self, kind: str, path: str, where: str):
@@ -94,7 +94,7 @@ class Conversation:
 
     def clear(self):
         """Forget the turns and what is attached."""
-        self.turns, self.attached, self.traffic = [], [], Traffic()
+        self.turns, self.attached, self.stats = [], [], RoutingStats()
 
     def ask(self, text: str, write: Callable[[str], object], stopped: threading.Event | None = None) -> str:
         """Send ``text`` with what is attached, hand the answer to ``write`` word by word, and remember both.
@@ -136,9 +136,9 @@ class Conversation:
                         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
                     ]
                 prompt = len(moe_layers(self.model))  # one record a layer for the prompt, then for each token
-                self.traffic = Traffic()
-                self.traffic.add(records[:prompt])
-                self.traffic.add(records[prompt : len(records) - len(records) % max(prompt, 1)], ANSWER)
+                self.stats = RoutingStats()
+                self.stats.add(records[:prompt])
+                self.stats.add(records[prompt : len(records) - len(records) % max(prompt, 1)], ANSWER)
         return answer
 
     def stream(self, text: str) -> Iterator[str]:

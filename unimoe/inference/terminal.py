@@ -16,11 +16,12 @@ from textwrap import indent
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.analysis.expert_names import expert_names
-from unimoe.analysis.routing_stats import share_table
+from unimoe.analysis.routing_stats import format_load_table
 from unimoe.errors import UserError
 from unimoe.media.source import describe
 from unimoe.model.loading import load_model
 from unimoe.model.utils import count_parameters
+from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import cache_folder
 
 from .conversation import Conversation, Settings, kind_of
@@ -173,24 +174,24 @@ class Terminal:
             print(f"{'> ' if turn['role'] == 'user' else ''}{text}")
 
     def _experts(self, rest: str):
-        traffic = self.talk.traffic
+        stats = self.talk.stats
         if rest not in ("", "layers"):
             raise UserError(f"!experts {rest}: expected nothing or the word layers after it")
-        if not traffic.pairs:
+        if not stats.pairs:
             dense = not self.talk.model.config.moe
             raise UserError(f"!experts: {'this model is dense, it has none' if dense else 'no answer yet'}")
-        load = traffic.load()
+        load = stats.expert_load()
         moe = self.talk.model.config.moe or {}
         names = expert_names(self.name, len(load["all"][0]), moe.get("null_experts", 0))
-        counts = ", ".join(f"{count} {kind}" for kind, count in traffic.tokens().items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in stats.tokens().items())
         print(f"  tokens of the last prompt and its answer: {counts}")
         if rest:
-            for kind in traffic.kinds:
+            for kind in stats.kinds:
                 rows = {str(layer): load[kind][row] for row, layer in enumerate(load["layers"])}
-                print(f"\n  {kind}, by decoder layer\n{indent(share_table(rows, names), '  ')}")
+                print(f"\n  {kind}, by decoder layer\n{indent(format_load_table(rows, names), '  ')}")
         else:
             print(f"  shares of the experts, mean of {len(load['layers'])} MoE layers")
-            print(indent(share_table(traffic.mean_load(), names), "  "))
+            print(indent(format_load_table(stats.mean_expert_load(), names), "  "))
 
     def _help(self, _: str):
         for name, (_action, value, about) in self.commands.items():
@@ -198,7 +199,9 @@ class Terminal:
 
     def _status(self, _: str):
         model = self.talk.model
-        total, active = count_parameters(model)
+        layers = list(moe_layers(model).values())
+        visits = self.talk.stats.experts_per_token(layers[0].num_experts) if layers else {}
+        total, active = count_parameters(model, visits or None)
         print(f"  model            {self.name} on {model.device}")
         print(f"  parameters       {total / 1e6:.1f} M, {active / 1e6:.1f} M of them active for a token")
         for name, value in vars(self.talk.settings).items():

@@ -18,8 +18,8 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.analysis.expert_names import expert_names
-from unimoe.analysis.plots import load_maps
-from unimoe.analysis.routing_stats import Traffic
+from unimoe.analysis.plots import plot_expert_load
+from unimoe.analysis.routing_stats import RoutingStats
 from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.detection.inference.predictor import Detector
 from unimoe.detection.inference.sources import split_prompt
@@ -203,7 +203,7 @@ class ChatTab:
             for words in talk.stream(message["text"].strip()):
                 said += words
                 yield said, gr.skip()
-            yield said or "(the model said nothing)", self.panel(talk.traffic)
+            yield said or "(the model said nothing)", self.panel(talk.stats)
         except UserError as error:
             gr.Warning(str(error))  # the question stays, without an answer
 
@@ -212,14 +212,14 @@ class ChatTab:
             name = Path(file["path"]).name
             talk.attach(kind_of(name, self.processor, speech), file["path"], name)
 
-    def panel(self, traffic: Traffic) -> str:
+    def panel(self, stats: RoutingStats) -> str:
         """The expert load of an exchange by layer and kind of token, as HTML."""
-        load = traffic.load()
+        load = stats.expert_load()
         if not load:
             return _note("This model is dense: it has no experts.")
-        counts = ", ".join(f"{count} {kind}" for kind, count in traffic.tokens().items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in stats.tokens().items())
         null = (self.model.config.moe or {}).get("null_experts", 0)
-        picture = load_maps(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
+        picture = plot_expert_load(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
         source = data_url("image/svg+xml", picture.encode())
         text = "Where the tokens of the last prompt and its answer went, in per cent of each layer's row"
         return _note(f"{text}: {counts} tokens.") + (

@@ -18,7 +18,16 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from unimoe.encoders import Encoder, build_connector, build_encoder
 from unimoe.encoders.weights import own_weights
-from unimoe.moe import Context, MoEConfig, auxiliary_loss, record, remember_context, routing_context
+from unimoe.moe import (
+    Context,
+    ExpertLoad,
+    LayerRecord,
+    MoEConfig,
+    auxiliary_loss,
+    record,
+    remember_context,
+    routing_context,
+)
 from unimoe.moe.install import install_moe
 
 from .causal_head import CausalHead
@@ -110,7 +119,7 @@ class UniMoeModel(UniMoePreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         if config.moe:
-            install_moe(self.language_model, MoEConfig(**config.moe))
+            install_moe(self.language_model, MoEConfig.from_dict(config.moe))
         if config.rope_sections:
             install_time_rotary(self.language_model, config.rope_sections)
         self.post_init()
@@ -333,19 +342,22 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         )
 
     def aux_loss(
-        self, records: list, coefficients: dict[str, float] | None = None, **over_ranks: Any
+        self,
+        records: Sequence[LayerRecord],
+        load: ExpertLoad | None = None,
+        coefficients: Mapping[str, float] | None = None,
     ) -> Tensor:
         """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model).
 
         Args:
             records: one of each MoE layer.
+            load: that of the global batch, as of :func:`unimoe.moe.load_balance`.
             coefficients: ``balance_coef`` and ``z_coef`` to use in place of the configuration's.
-            over_ranks: ``load_LE`` and ``tokens`` of :func:`unimoe.moe.load_balance`.
         """
         if not records or not self.config.moe:
             return self.lm_head.weight.new_zeros(())
-        moe = MoEConfig(**{**self.config.moe, **(coefficients or {})})
-        return auxiliary_loss(moe, records, **over_ranks)
+        moe = MoEConfig.from_dict({**self.config.moe, **(coefficients or {})})
+        return auxiliary_loss(moe, records, load)
 
     def prepare_inputs_for_generation(
         self,

@@ -1,5 +1,6 @@
 """Small helpers around a model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,15 +9,22 @@ from torch import nn
 from unimoe.moe.install import moe_layers
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters of a model, and the active ones: without the experts that are not chosen for a token."""
+def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None) -> tuple[int, int]:
+    """All parameters of a model, and the active ones: without the experts that a token does not visit.
+
+    Args:
+        model: dense or with MoE layers.
+        visits: measured mean number of experts with weights that a token visits, by MoE layer
+            (``RoutingStats.experts_per_token``). None takes what each router says of itself, which for one
+            that chooses another number for each token is that of equally probable experts.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
-    for layer in moe_layers(model).values():
+    for index, layer in moe_layers(model).items():
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        chosen = getattr(layer.router, "k", layer.experts.num_experts)
-        idle += experts - experts * chosen // layer.experts.num_experts
-    return total, total - idle
+        visited = layer.experts_per_token if visits is None else visits[index]
+        idle += experts * (1 - visited / layer.num_experts)
+    return total, total - round(idle)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

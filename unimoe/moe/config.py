@@ -28,7 +28,7 @@ class MoEConfig:
     """Experts that every token visits; top_p gives them weights, top_k adds them as they are."""
     shared_size: int | None = None
     """Intermediate size of a shared expert; None is that of the others."""
-    mixer: Literal["paper", "code"] | None = None
+    gradient_estimator: Literal["paper", "code"] | None = None
     """For top_p: the gradient estimator of Uni-MoE-2.0-Omni, with its paper's or UniMoE-Audio's constants."""
     placement: Literal["interval", "all", "first_half", "second_half", "none"] | list[int] = "interval"
     """Decoder layers whose FFN becomes an MoE layer: every even layer (0, 2, ...), all, one half, none, or a
@@ -60,8 +60,10 @@ class MoEConfig:
             )
         if self.router not in ("top_k", "top_p"):
             raise UserError(f"moe.router is {self.router!r}, expected top_k or top_p")
-        if self.mixer and self.router != "top_p":
-            raise UserError(f"moe.mixer is {self.mixer!r}, which belongs to moe.router: top_p")
+        if self.gradient_estimator and self.router != "top_p":
+            raise UserError(
+                f"moe.gradient_estimator is {self.gradient_estimator!r}, which belongs to moe.router: top_p"
+            )
         if isinstance(self.placement, str) and self.placement not in PLACEMENTS:
             choices = ", ".join(PLACEMENTS)
             raise UserError(
@@ -73,6 +75,9 @@ class MoEConfig:
         """Reads a plain dict; an unknown key is a UserError that names it."""
         if isinstance(values, MoEConfig):
             return values
+        values = dict(values)
+        if "mixer" in values:  # its name in configurations saved by 0.1
+            values["gradient_estimator"] = values.pop("mixer")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

@@ -15,7 +15,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from unimoe.kernels.swiglu import swiglu_mix
+from unimoe.kernels.swiglu import fused_experts
 
 from .routing import sort_by_expert
 
@@ -47,7 +47,7 @@ def experts_forward(
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     slot_N, token_N, _, offsets_E1 = sort_by_expert(top_k_index, gate_up.shape[0])
     weight_N = top_k_weights.reshape(-1).index_select(0, slot_N)
-    return swiglu_mix(hidden_states, token_N, offsets_E1, gate_up, down, weight_N).to(hidden_states.dtype)
+    return fused_experts(hidden_states, offsets_E1, gate_up, down, weight_N, token_N).to(hidden_states.dtype)
 
 
 def _not_ours(experts: nn.Module) -> str | None:

@@ -37,7 +37,7 @@ def build_router(hidden_size: int, moe: MoEConfig) -> TopK | TopP:
             moe.null_experts,
             moe.shared_experts,
             renormalize=moe.renormalize,
-            mixer=moe.mixer,
+            gradient_estimator=moe.gradient_estimator,
             init_std=moe.router_init_std,
         )
     return TopK(

@@ -18,33 +18,30 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from unimoe.errors import UserError
 from unimoe.moe.experts.base import Experts
 
+from .dispatcher import Dispatcher
+from .layer import MoELayer
 from .routing import Pairs, Routing
 
 Exchange = Literal["all_to_all", "all_reduce"]
 
 
-class ExpertParallel:
-    """What ``MoELayer.parallel`` calls in place of ``experts.mix``; experts hold their shard as DTensors.
+class _GroupDispatcher(Dispatcher):
+    """Experts hold their shard as DTensors, divided among the processes of ``group``."""
 
-    ``all_reduce``: the processes of the group see the same tokens. Each runs those of its own experts, and
-    the outputs are summed. Tokens and weights enter by :class:`_SumGradients` and outputs leave by
-    :class:`_SumOutputs`: with torch's differentiable all-reduce in their place, expert gradients would be P
-    times too large.
-
-    ``all_to_all``: each process sees tokens of its own. A token's rows travel to the processes of its
-    experts, and their outputs travel back.
-    """
-
-    def __init__(self, group: ProcessGroup, exchange: Exchange):
-        self.group, self.exchange = group, exchange
+    def __init__(self, group: ProcessGroup):
+        self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
-    def mix(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
-        """[T, D] tokens -> [T, D]: every token's experts, weighted and summed."""
-        form = self._all_to_all if self.exchange == "all_to_all" else self._all_reduce
-        return form(experts, x_TD, routing, weight_N)
 
-    def _all_reduce(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+class AllReduceDispatcher(_GroupDispatcher):
+    """The processes of the group see the same tokens. Each runs those of its own experts, and the outputs are
+    summed.
+
+    Tokens and weights enter by :class:`_SumGradients` and outputs leave by :class:`_SumOutputs`: with torch's
+    differentiable all-reduce in their place, expert gradients would be P times too large.
+    """
+
+    def __call__(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         own = routing.num_experts // self.size
         offsets_F1 = routing.offsets_E1[self.rank * own : (self.rank + 1) * own + 1]
         pairs = slice(int(offsets_F1[0]), int(offsets_F1[-1]))
@@ -56,9 +53,14 @@ class ExpertParallel:
         )
         local = Routing.from_pairs(mine, routing.logits_TE, routing.probs_TE)
         x_TD, weight_N = _SumGradients.apply(self.group, x_TD, weight_N)
-        return _SumOutputs.apply(self.group, experts.mix(x_TD, local, weight_N[pairs]))
+        return _SumOutputs.apply(self.group, experts(x_TD, local, weight_N[pairs]))
 
-    def _all_to_all(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+
+class AllToAllDispatcher(_GroupDispatcher):
+    """Each process sees tokens of its own. A token's rows travel to the processes of its experts, and their
+    outputs travel back."""
+
+    def __call__(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         # (1) how many rows of each expert go where
         sent_E = routing.offsets_E1.diff()
         came_E = torch.empty_like(sent_E)
@@ -70,16 +72,24 @@ class ExpertParallel:
         x_MD = all_to_all_single_autograd(x_ND, came_P, sent_P, self.group)
         # an expert's gradient is the mean over the processes whose tokens it saw, as of all other weights
         x_MD = _ScaleGradient.apply(x_MD, float(self.size))
-        # (3) what came is sorted by sender, then by expert: sort it by expert
-        expert_M = torch.arange(came_PF.shape[1], device=x_TD.device).repeat(self.size)
-        order_M = expert_M.repeat_interleave(came_E).argsort(stable=True)
-        offsets_F1 = torch.cat([came_E.new_zeros(1), came_PF.sum(0).cumsum(0)])
-        y_MD = _ScaleGradient.apply(experts(x_MD.index_select(0, order_M), offsets_F1), 1 / self.size)
-        back_MD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD)
+        # (3) what came is sorted by sender, then by expert; each row visits one expert
+        y_MD = experts(x_MD, _visits(x_MD, came_PF), x_MD.new_ones(len(x_MD)))
         # (4) home again, in the order in which they left
-        y_ND = all_to_all_single_autograd(back_MD, sent_P, came_P, self.group)
+        y_MD = _ScaleGradient.apply(y_MD, 1 / self.size)
+        y_ND = all_to_all_single_autograd(y_MD, sent_P, came_P, self.group)
         zeros_TD = torch.zeros_like(x_TD, dtype=y_ND.dtype)
         return zeros_TD.index_add(0, routing.token_N, y_ND * weight_N[:, None].to(y_ND.dtype))
+
+
+def _visits(x_MD: Tensor, came_PF: Tensor) -> Routing:
+    """The routing of rows that lie by sender, then by expert."""
+    experts = came_PF.shape[1]
+    expert_M = torch.arange(experts, device=x_MD.device).repeat(len(came_PF))
+    expert_M, order_M = expert_M.repeat_interleave(came_PF.flatten()).sort(stable=True)
+    offsets_F1 = torch.cat([came_PF.new_zeros(1), came_PF.sum(0).cumsum(0)])
+    unknown_MF = x_MD.new_zeros(len(x_MD), experts)
+    pairs = Pairs(order_M, expert_M, x_MD.new_ones(len(x_MD)), offsets_F1)
+    return Routing.from_pairs(pairs, unknown_MF, unknown_MF)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -126,13 +136,12 @@ class _SumOutputs(torch.autograd.Function):
         return None, gradient
 
 
-def divide_experts(layer: nn.Module, mesh: DeviceMesh, exchange: Exchange) -> None:
+def divide_experts(layer: MoELayer, mesh: DeviceMesh, exchange: Exchange) -> None:
     """Keep this process's share of an MoE layer's experts, in place.
 
     Raises UserError where the experts cannot be shared out evenly.
     """
     experts = layer.experts
-    assert isinstance(experts, Experts)
     if experts.num_experts % mesh.size():
         raise UserError(
             f"{experts.num_experts} experts cannot be divided among {mesh.size()} processes; set "
@@ -144,4 +153,5 @@ def divide_experts(layer: nn.Module, mesh: DeviceMesh, exchange: Exchange) -> No
                 raise UserError(f"experts that share {name} cannot be divided; leave expert_parallel at 1")
             shared = distribute_tensor(stack.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(module, name, nn.Parameter(shared, requires_grad=stack.requires_grad))
-    layer.parallel = ExpertParallel(mesh.get_group(), exchange)  # type: ignore[assignment]
+    dispatcher = AllToAllDispatcher if exchange == "all_to_all" else AllReduceDispatcher
+    layer.dispatcher = dispatcher(mesh.get_group())

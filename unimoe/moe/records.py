@@ -45,6 +45,20 @@ class LayerRecord:
     projection: str = ""
     """Name of the projection, empty for an MoE layer."""
 
+    @property
+    def real_T(self) -> Tensor | None:
+        """[T] bool, False where the token is padding; None when nothing is padded."""
+        pad_T = self.ctx.pad_T
+        return None if pad_T is None else ~pad_T.reshape(-1).bool()
+
+    def mean(self, values_TX: Tensor, tokens: Tensor | float | None = None) -> Tensor:
+        """[X] sum of the values of real tokens over their number, or over ``tokens``."""
+        real_T = self.real_T
+        if real_T is None:
+            return values_TX.sum(dim=0) / (max(values_TX.shape[0], 1) if tokens is None else tokens)
+        real_T1 = real_T[:, None].to(values_TX.dtype)
+        return (values_TX * real_T1).sum(dim=0) / (real_T1.sum().clamp(min=1) if tokens is None else tokens)
+
 
 _NOTHING_KNOWN = Context()
 _context: ContextVar[Context] = ContextVar("unimoe_routing_context", default=_NOTHING_KNOWN)
@@ -176,22 +190,6 @@ def _unrecorded(function: Callable[..., Any], *inputs: Any, **options: Any) -> A
 def current_context() -> Context:
     """The innermost ``routing_context``, or one that knows nothing."""
     return _context.get()
-
-
-def real_tokens(record: LayerRecord) -> Tensor | None:
-    """[T] bool, False where the token is padding; None when nothing is padded."""
-    pad_T = record.ctx.pad_T
-    return None if pad_T is None else ~pad_T.reshape(-1).bool()
-
-
-def mean_over_tokens(
-    values_TX: Tensor, real_T: Tensor | None, tokens: Tensor | float | None = None
-) -> Tensor:
-    """[X] mean of the values of real tokens; ``tokens`` divides in place of their number."""
-    if real_T is None:
-        return values_TX.sum(dim=0) / (max(values_TX.shape[0], 1) if tokens is None else tokens)
-    real_T1 = real_T[:, None].to(values_TX.dtype)
-    return (values_TX * real_T1).sum(dim=0) / (real_T1.sum().clamp(min=1) if tokens is None else tokens)
 
 
 def append(layer: int, routing: Routing, projection: str = "") -> None:

@@ -2,15 +2,12 @@
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from unimoe.errors import UserError
-from unimoe.moe import LayerRecord
 
 from .sharding import clip_norm
 
@@ -100,16 +97,3 @@ class ResumableModule(LightningModule):
     def trained_names(self) -> set[str]:
         """Names, in this module's state_dict, of the parameters that train."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-
-def load_columns(
-    records: Sequence[LayerRecord], load_LE: Sequence[Tensor] | Tensor, balance_L: Sequence[Tensor] | Tensor
-) -> dict[str, float]:
-    """Fullest expert over the mean and balance loss of each MoE layer, and the floor of both; nothing for a
-    dense model."""
-    columns = {"moe/floor": 1.0} if records else {}
-    for entry, share_E, balance in zip(records, load_LE, balance_L, strict=True):
-        name = f"moe/layer{entry.layer:02d}"
-        columns[f"{name}/load_max_over_mean"] = float(share_E.max() / share_E.mean().clamp(min=1e-9))
-        columns[f"{name}/balance_loss"] = balance.item()
-    return columns

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed import (
@@ -13,6 +14,8 @@ from torch.distributed import (
     is_available,
     is_initialized,
 )
+
+from unimoe.moe import ExpertLoad
 
 T = TypeVar("T")
 
@@ -38,6 +41,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     all_reduce(total)
     return total / get_world_size()
+
+
+def expert_load_over_ranks(load: ExpertLoad) -> ExpertLoad:
+    """The mean load of a rank's layers [L, E]; every rank must call it."""
+    assert isinstance(load.tokens, Tensor)
+    mean = mean_over_ranks(torch.cat([load.tokens_per_expert, load.tokens[:, None]], dim=1))
+    return ExpertLoad(mean[:, :-1], mean[:, -1])
 
 
 def rank_weighted(mean: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@ from typing import Any
 
 import torch
 
-from unimoe.moe import Context, LayerRecord, Routing, TopK, load, load_balance
+from unimoe.moe import Context, ExpertLoad, LayerRecord, Routing, TopK, expert_load, load_balance
 
 
 def uniform(tokens=8, E=4, k=2, ctx=None):
@@ -43,7 +43,7 @@ def test_balance_equals_its_definition():
 def test_balance_gradient_pushes_down_the_busy_expert():
     x = torch.randn(32, 8)
     router: Any = TopK(8, 4, 1, init_std=1.0)
-    busy = load(LayerRecord(0, router(x, Context()), Context())).argmax()
+    busy = expert_load(LayerRecord(0, router(x, Context()), Context())).share.argmax()
     before = router(x, Context()).probs_TE.mean(0)[busy].item()
     for _ in range(20):
         router.zero_grad()
@@ -57,8 +57,15 @@ def test_load_of_a_global_batch_can_be_given():
     one = random()
     share = torch.tensor([1.0, 0, 0, 0])
     expected = 4 * one.routing.probs_TE.mean(0)[0]
-    torch.testing.assert_close(load_balance(one, share), expected)
-    torch.testing.assert_close(load_balance([one], share[None]), expected[None])
+    torch.testing.assert_close(load_balance(one, ExpertLoad(share)), expected)
+    torch.testing.assert_close(load_balance([one], ExpertLoad(share[None])), expected[None])
+
+
+def test_the_tokens_of_a_global_batch_divide_the_probabilities():
+    one = random()
+    load = expert_load(one)
+    twice = ExpertLoad(load.tokens_per_expert, 2 * load.tokens)
+    torch.testing.assert_close(load_balance(one, twice), load_balance(one) / 2)
 
 
 def test_padding_counts_nowhere():

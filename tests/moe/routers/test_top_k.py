@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
-from unimoe.moe import Context, TopK
+from unimoe.moe import Context, RouterDescription, TopK
 
 
 def route(router, x):
@@ -72,3 +72,7 @@ def test_mistakes_name_what_was_found():
         TopK(8, 4, 5)
     with pytest.raises(UserError, match="gating is 'sigmoid'"):
         TopK(8, 4, 2, gating="sigmoid")  # type: ignore[arg-type]
+
+
+def test_it_describes_itself():
+    assert TopK(8, 4, 2).describe() == RouterDescription(4, 2, fixed=True)

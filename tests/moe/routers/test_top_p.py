@@ -10,10 +10,11 @@ from unimoe.errors import UserError
 from unimoe.moe import (
     Context,
     MoELayer,
+    RouterDescription,
     Routing,
     SwiGLUExperts,
     TopP,
-    load,
+    expert_load,
     load_balance,
     record,
 )
@@ -111,12 +112,12 @@ def test_tokens_that_choose_nothing_but_null_experts_get_zeros():
     assert y.count_nonzero() == 0
     y.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in moe.parameters())
-    assert load(records[0]).tolist() == [0, 0, 0, 0, 1]  # the null expert's load is seen
+    assert expert_load(records[0]).share.tolist() == [0, 0, 0, 0, 1]  # the null expert's load is seen
     assert load_balance(records[0]).item() == pytest.approx(5)
 
 
 def test_mixer_draws_as_many_experts_as_hold_the_mass_in_training_only():
-    moe, x = layer(mixer="code", null=0), torch.randn(40, H)
+    moe, x = layer(gradient_estimator="code", null=0), torch.randn(40, H)
     plain = layer(null=0)
     plain.load_state_dict(moe.state_dict())
     assert torch.equal(moe.eval()(x), plain.eval()(x))
@@ -140,5 +141,12 @@ def test_ragged_pairs_are_sorted_by_expert():
 def test_mistakes_name_what_was_found():
     with pytest.raises(UserError, match="p = 1.5"):
         TopP(H, 4, 1.5)
-    with pytest.raises(UserError, match="mixer is 'grin', expected one of paper, code"):
-        TopP(H, 4, mixer="grin")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="gradient_estimator is 'grin', expected one of paper, code"):
+        TopP(H, 4, gradient_estimator="grin")  # type: ignore[arg-type]
+
+
+def test_it_describes_an_untrained_router():
+    """With equal probabilities: the first multiple of 1 / E that reaches p."""
+    assert TopP(H, 4, 0.7).describe() == RouterDescription(4, 3, fixed=False)
+    assert TopP(H, 3, 0.7, null_experts=1).describe() == RouterDescription(4, 3, fixed=False)
+    assert TopP(H, 4, 1.0).describe().experts_per_token == 4

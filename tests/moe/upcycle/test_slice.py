@@ -39,7 +39,7 @@ def ffn(act: nn.Module | None = None, bias: bool = True) -> Any:
 def test_slices_of_one_ffn_summed_unweighted_are_exact(combine, exact):
     dense, x = mlp(), torch.randn(50, H)
     experts: Any = slice_experts(dense, 4)
-    assert experts.intermediate_size == I // 4 and experts.origin.exact
+    assert experts.intermediate_size == I // 4
     moe: Any = MoELayer(TopK(H, 4, 4, init_std=1.0), experts, combine=combine)
     assert torch.allclose(moe(x), dense(x), rtol=0, atol=2e-6) == bool(exact)
 
@@ -61,7 +61,7 @@ def test_sliced_ffns_with_biases_are_exact(dense, slices, copies, combine):
     router = TopK(H, slices * copies, slices, init_std=1.0)
     repeat_router(router, slices)
     experts: Any = slice_ffn(dense, slices, copies)
-    assert experts.up_proj.shape == (slices * copies, I // slices, H) and experts.origin.exact
+    assert experts.up_proj.shape == (slices * copies, I // slices, H)
     x = torch.randn(50, H, dtype=torch.float64)
     torch.testing.assert_close(MoELayer(router, experts, combine)(x), dense(x), rtol=0, atol=1e-6)
 
@@ -71,18 +71,18 @@ def test_a_slice_has_its_share_of_the_last_bias():
     experts: Any = slice_ffn(dense, 4, copies=2)
     torch.testing.assert_close(experts.down_bias, (dense.fc2.bias / 4).expand(8, -1))
     noisy: Any = slice_ffn(dense, 4, noise=0.1)
-    assert not noisy.origin.exact and not torch.equal(noisy.up_proj[0], experts.up_proj[0])
+    assert not torch.equal(noisy.up_proj[0], experts.up_proj[0])
 
 
 def test_specialists_split_in_more_experts():
     """4 specialists, 2 slices: the two slices of one are that one (UniMoE-Audio)."""
     dense, x = [mlp() for _ in range(4)], torch.randn(9, H)
     experts: Any = split_experts(dense, 2)
-    assert (experts.num_experts, experts.intermediate_size, experts.origin.exact) == (8, I // 2, False)
+    assert (experts.num_experts, experts.intermediate_size) == (8, I // 2)
     for model, one in enumerate(dense):
         slices = torch.tensor([2 * model, 2 * model + 1]).repeat(9, 1)
         routing = Routing.from_topk(slices, torch.ones(9, 2), torch.zeros(9, 8), torch.zeros(9, 8), 8)
-        torch.testing.assert_close(experts.mix(x, routing, routing.weight_N), one(x), rtol=0, atol=2e-6)
+        torch.testing.assert_close(experts(x, routing, routing.weight_N), one(x), rtol=0, atol=2e-6)
 
 
 def test_shared_experts_start_as_the_first_slices():

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.kernels.ffn import ACTS, ffn_experts, ffn_mix
+from unimoe.kernels.ffn import ACTS, fused_ffn_experts
 from unimoe.moe.routing import Routing
 
-from .base import Experts, Origin, local
+from .base import Experts, local
 
 
 class FFNExperts(Experts):
@@ -37,7 +37,6 @@ class FFNExperts(Experts):
             intermediate_size,
         )
         self.act, self.init_std = act, init_std
-        self.origin: Origin | None = None
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
         self.up_bias = nn.Parameter(torch.empty(num_experts, intermediate_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
@@ -50,14 +49,9 @@ class FFNExperts(Experts):
             nn.init.normal_(weight, std=self.init_std)
             nn.init.zeros_(bias)
 
-    def forward(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        return ffn_experts(x_ND, offsets_E1, *self._stacks(), self.act, weight_N)
-
-    def mix(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
-        return ffn_mix(x_TD, routing.token_N, routing.offsets_E1, *self._stacks(), self.act, weight_N)
-
-    def _stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return local(self.up_proj), local(self.up_bias), local(self.down_proj), local(self.down_bias)
+    def forward(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        stacks = map(local, (self.up_proj, self.up_bias, self.down_proj, self.down_bias))
+        return fused_ffn_experts(x_TD, routing.offsets_E1, *stacks, self.act, weight_N, routing.token_N)
 
     def extra_repr(self) -> str:
         sizes = (

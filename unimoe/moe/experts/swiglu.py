@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.kernels.swiglu import swiglu_experts, swiglu_mix
+from unimoe.kernels.lora import Adapters, fused_lora_experts
+from unimoe.kernels.swiglu import fused_experts
 from unimoe.moe.routing import Routing
 
-from .base import Experts, Origin, local
+from .base import Experts, local
 
 
 class SwiGLUExperts(Experts):
@@ -36,7 +37,6 @@ class SwiGLUExperts(Experts):
             intermediate_size,
         )
         self.init_std = init_std
-        self.origin: Origin | None = None
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.reset_parameters()
@@ -45,12 +45,22 @@ class SwiGLUExperts(Experts):
         nn.init.normal_(self.gate_up_proj, std=self.init_std)
         nn.init.normal_(self.down_proj, std=self.init_std)
 
-    def forward(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        return swiglu_experts(x_ND, offsets_E1, local(self.gate_up_proj), local(self.down_proj), weight_N)
+    def forward(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        weight_N: Tensor,
+        adapters: Adapters | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """As of :class:`Experts`.
 
-    def mix(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
-        stacks = local(self.gate_up_proj), local(self.down_proj)
-        return swiglu_mix(x_TD, routing.token_N, routing.offsets_E1, *stacks, weight_N)
+        ``adapters`` add ``scale`` times a low-rank product to the weights of each expert (see LoRAExperts).
+        """
+        stacks, token_N = (local(self.gate_up_proj), local(self.down_proj)), routing.token_N
+        if adapters is None:
+            return fused_experts(x_TD, routing.offsets_E1, *stacks, weight_N, token_N)
+        return fused_lora_experts(x_TD, routing.offsets_E1, *stacks, adapters, scale, weight_N, token_N)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"

@@ -11,10 +11,10 @@ from unimoe.errors import UserError
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import Router
+from .base import Router, RouterDescription
 
 
-class OneExpert(Router):
+class FixedExpertRouter(Router):
     """Sends every token to one expert, with weight 1: routing by a task that is known."""
 
     def __init__(self, num_experts: int, expert: int):
@@ -29,3 +29,6 @@ class OneExpert(Router):
         return Routing.from_topk(
             index_TK, x_TD.new_ones(len(x_TD), 1), probs_TE.log(), probs_TE, self.num_experts
         )
+
+    def describe(self) -> RouterDescription:
+        return RouterDescription(self.num_experts, 1, fixed=True)

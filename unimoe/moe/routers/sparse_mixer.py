@@ -6,7 +6,7 @@ Shapes: T tokens, E experts.
 import torch
 from torch import Tensor
 
-MIXERS = {"paper": (5 / 8, 2.0), "code": (1 / 4, 1.0)}
+GRADIENT_ESTIMATORS = {"paper": (5 / 8, 2.0), "code": (1 / 4, 1.0)}
 """Chance that a pick other than the best keeps its whole weight, and the factor of the weight's gradient: as
 Uni-MoE-2.0-Omni (2511.12609) writes, and as UniMoE-Audio's code has."""
 

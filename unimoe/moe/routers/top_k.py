@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.kernels.arguments import without_autocast
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import Router
+from .base import Router, RouterDescription
 
 
 class TopK(Router):
@@ -48,7 +49,7 @@ class TopK(Router):
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
             probs_TE = logits_TE.softmax(dim=-1)
             if self.gating == "topk_softmax":
@@ -59,6 +60,9 @@ class TopK(Router):
                 if self.renormalize:
                     weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
         return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, self.num_experts)
+
+    def describe(self) -> RouterDescription:
+        return RouterDescription(self.num_experts, self.k, fixed=True)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, gating={self.gating}, renormalize={self.renormalize}"

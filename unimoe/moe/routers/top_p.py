@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.kernels.arguments import without_autocast
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import Router
-from .sparse_mixer import MIXERS, sparse_mixer
+from .base import Router, RouterDescription
+from .sparse_mixer import GRADIENT_ESTIMATORS, sparse_mixer
 
 
 class TopP(Router):
@@ -25,8 +26,8 @@ class TopP(Router):
     2. the smallest number of experts, sorted by probability, whose sum reaches ``p``; at least one
     3. weights: softmax over the chosen and the shared, so that they sum to 1; without ``renormalize`` the
        probabilities over all as they are
-    4. with a ``mixer``, in training, the chosen are drawn instead, see :func:`sparse_mixer`; their weights
-       are divided by their sum and share what step 3 gives the chosen
+    4. with a ``gradient_estimator``, in training, the chosen are drawn instead, see :func:`sparse_mixer`;
+       their weights are divided by their sum and share what step 3 gives the chosen
 
     The shared experts' weights are ``Routing.extra["shared_TS"]``. Sources: DCMoE and UniMoE-Audio
     (2510.13344); without null and shared experts and ``renormalize``: Huang et al., 2403.07652.
@@ -40,17 +41,19 @@ class TopP(Router):
         null_experts: int = 0,
         shared_experts: int = 0,
         renormalize: bool = True,
-        mixer: Literal["paper", "code"] | None = None,
+        gradient_estimator: Literal["paper", "code"] | None = None,
         jitter: float = 0.01,
         init_std: float = 0.02,
     ):
         super().__init__()
         if not 0 < p <= 1:
             raise UserError(f"top-p router got p = {p}, expected above 0 and at most 1")
-        if mixer is not None and mixer not in MIXERS:
-            raise UserError(f"mixer is {mixer!r}, expected one of {', '.join(MIXERS)}")
+        if gradient_estimator is not None and gradient_estimator not in GRADIENT_ESTIMATORS:
+            known = ", ".join(GRADIENT_ESTIMATORS)
+            raise UserError(f"gradient_estimator is {gradient_estimator!r}, expected one of {known}")
         self.num_experts, self.shared_experts = num_experts + null_experts, shared_experts
-        self.p, self.renormalize, self.mixer, self.jitter = p, renormalize, mixer, jitter
+        self.p, self.renormalize, self.jitter = p, renormalize, jitter
+        self.gradient_estimator = gradient_estimator
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(self.num_experts + shared_experts, hidden_size))
         self.reset_parameters()
@@ -59,7 +62,7 @@ class TopP(Router):
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD):
             all_TX = F.linear(x_TD.float(), self.weight.float())
             logits_TE = all_TX[:, : self.num_experts]
             probs_TE = logits_TE.softmax(dim=-1)
@@ -68,8 +71,10 @@ class TopP(Router):
             rank_TE = torch.arange(self.num_experts, device=x_TD.device).expand_as(order_TE)
             chosen_TE = torch.zeros_like(order_TE).scatter(1, order_TE, rank_TE) < k_T[:, None]
             mixed_TE = None
-            if self.mixer is not None and self.training:
-                mixed_TE = sparse_mixer(logits_TE, k_T, self.jitter, *MIXERS[self.mixer])
+            if self.gradient_estimator is not None and self.training:
+                mixed_TE = sparse_mixer(
+                    logits_TE, k_T, self.jitter, *GRADIENT_ESTIMATORS[self.gradient_estimator]
+                )
                 chosen_TE = mixed_TE.detach() > 0
             shared_TS = chosen_TE.new_ones(len(x_TD), self.shared_experts)
             kept_TX = torch.cat([chosen_TE, shared_TS], dim=1)
@@ -92,6 +97,10 @@ class TopP(Router):
             max=self.num_experts
         )  # rounding may leave the whole sum below 1
 
+    def describe(self) -> RouterDescription:
+        uniform_1E = torch.full((1, self.num_experts), 1 / self.num_experts)
+        return RouterDescription(self.num_experts, int(self.counts(uniform_1E)), fixed=False)
+
     def extra_repr(self) -> str:
         shared = f", shared={self.shared_experts}" if self.shared_experts else ""
-        return f"experts={self.num_experts}, p={self.p}, mixer={self.mixer}{shared}"
+        return f"experts={self.num_experts}, p={self.p}, gradient_estimator={self.gradient_estimator}{shared}"

@@ -1,7 +1,7 @@
 """Experts that start as slices of an FFN's hidden dimension (Dynamic-DINO's MoE-Tuning, UniMoE-Audio).
 
-Each upcycler returns experts whose ``origin`` says whether the MoE layer starts as exactly the dense FFN, and
-under which condition.
+The MoE layer starts as exactly the dense FFN where a token visits all slices of one copy and their outputs
+are summed unweighted.
 
 Shapes: E experts, H hidden, I intermediate.
 """
@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.moe.experts.base import Origin
 from unimoe.moe.experts.ffn import FFNExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.routers.top_k import TopK
 
 from .read import read_ffn, read_swiglu
-
-_NOISY = "noise was added"
 
 
 def split_experts(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) -> SwiGLUExperts:
@@ -40,12 +37,8 @@ def split_experts(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) ->
             raise UserError(
                 f"the FFN for expert {slot} has down_proj {found}, expected {expected} as expert 0 has"
             )
-    if len(read) > 1:
-        origin = Origin("dense", False, "the experts differ")
-    else:
-        origin = _copied(noise) if slices == 1 else _sliced(noise)
     cuts = [cut for gate_up, down in weights for cut in cut_swiglu(gate_up, down, slices)]
-    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], noise, origin)
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], noise)
 
 
 def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> SwiGLUExperts:
@@ -76,7 +69,6 @@ def slice_ffn(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) 
         copied = torch.cat([stack] * copies)
         # biases may all be zero: noise on weights only
         setattr(experts, name, nn.Parameter(_noisy(copied, noise) if name.endswith("proj") else copied))
-    experts.origin = _sliced(noise)
     return experts
 
 
@@ -88,8 +80,7 @@ def leading_slices(mlp: nn.Module, count: int, width: int) -> SwiGLUExperts:
         raise UserError(f"{count} shared experts of width {width} need more than the FFN's {inner}")
     (gate, up), kept = gate_up.chunk(2), count * width
     cuts = cut_swiglu(torch.cat([gate[:kept], up[:kept]]), down[:, :kept], count)
-    origin = Origin("slice", False, f"{inner - kept} of {inner} hidden units are left out")
-    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], 0.0, origin)
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], 0.0)
 
 
 def cut_swiglu(gate_up: Tensor, down: Tensor, slices: int) -> list[tuple[Tensor, Tensor]]:
@@ -113,15 +104,6 @@ def repeat_router(router: TopK, slices: int) -> None:
     router.weight.copy_(router.weight[::slices].repeat_interleave(slices, dim=0))
 
 
-def _copied(noise: float) -> Origin:
-    return Origin("copy", noise == 0, _NOISY if noise else "the combine weights of each token sum to 1")
-
-
-def _sliced(noise: float) -> Origin:
-    when = "each token visits all slices of one copy and their outputs are summed unweighted"
-    return Origin("slice", noise == 0, _NOISY if noise else when)
-
-
 def _slice_width(inner: int, slices: int) -> int:
     if slices < 1 or inner % slices:
         raise UserError(
@@ -130,14 +112,13 @@ def _slice_width(inner: int, slices: int) -> int:
     return inner // slices
 
 
-def _stack(gate_ups: list[Tensor], downs: list[Tensor], noise: float, origin: Origin) -> SwiGLUExperts:
+def _stack(gate_ups: list[Tensor], downs: list[Tensor], noise: float) -> SwiGLUExperts:
     hidden, inner = downs[0].shape
     with torch.device("meta"):
         experts = SwiGLUExperts(len(downs), hidden, inner)
     # clones: stacked weights of their own, so that a copied expert does not share memory with the dense model
     experts.gate_up_proj = nn.Parameter(_noisy(torch.stack(gate_ups), noise))
     experts.down_proj = nn.Parameter(_noisy(torch.stack(downs), noise))
-    experts.origin = origin
     return experts
 
 
