@@ -165,7 +165,8 @@ class MLPConnector(Connector):
         return layer
 
     def forward(self, features_BSD: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        tokens_BNH = self.layers(self.gather(features_BSD, lengths_B).to(self.last.weight.dtype))
+        dtype = next(self.layers.parameters()).dtype  # also where adapters took the place of layers
+        tokens_BNH = self.layers(self.gather(features_BSD, lengths_B).to(dtype))
         return tokens_BNH, self.counts(features_BSD, lengths_B)
 
     def gather(self, features_BSD: Tensor, lengths_B: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from unimoe.errors import UserError
 from unimoe.model.build import Built, add_modalities, build_model
 from unimoe.model.loading import load_model
+from unimoe.model.saving import check_saveable
 
 
 @dataclass
@@ -50,18 +51,21 @@ class StartConfig:
             seed: of the fresh weights (connectors, routers).
 
         Raises:
-            UserError: ``init_from``, the LLM or a modality's part is missing or does not fit.
+            UserError: ``init_from``, the LLM or a modality's part is missing or does not fit, or the finished
+                model could not be saved.
         """
         if self.init_from is None:
             assert self.llm is not None
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                return build_model(
+                model, processor = build_model(
                     self.llm, self.modalities or {}, self.moe, self.chat_template, self.rope_sections
                 )
-        model, processor = load_model(self.init_from, "init_from", torch.float32, "cpu", hub=False)
-        if self.modalities:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                processor = add_modalities(model, processor, self.modalities)
+        else:
+            model, processor = load_model(self.init_from, "init_from", torch.float32, "cpu", hub=False)
+            if self.modalities:
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed)
+                    processor = add_modalities(model, processor, self.modalities)
+        check_saveable(model, processor)
         return model, processor

@@ -38,8 +38,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from unimoe.encoders import build_encoder
 from unimoe.errors import UserError, first_line
-from unimoe.model.build import add_placeholders, connector_settings
+from unimoe.model.build import connector_settings
 from unimoe.model.configuration import UniMoeConfig
+from unimoe.model.llm import add_placeholders
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoELayer
 from unimoe.moe.install import moe_layers

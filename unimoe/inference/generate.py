@@ -1,4 +1,4 @@
-"""Asking a model: one conversation as a stream, or many as batches."""
+"""Answers of a model: to one conversation as a stream, or to many in batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,12 +9,10 @@ from transformers.generation.streamers import TextStreamer
 
 from unimoe.data import Collator, Sample
 from unimoe.errors import UserError
+from unimoe.model.generation import decoding_settings
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
-
-NO_SAMPLING = {"temperature": None, "top_p": None, "top_k": None, "min_p": None, "typical_p": None}
-"""Settings that some LLMs bring along and that mean nothing to greedy decoding."""
 
 
 def generate(
@@ -30,14 +28,12 @@ def generate(
     Args:
         batch: from ``processor.pad(..., side="left")`` or ``apply_chat_template(..., tokenize=True)``.
         max_new_tokens: longest answer.
-        temperature: 0 takes the most probable token each time.
-        streamer: is told each token as it comes (one conversation only).
+        temperature: 0 for greedy decoding; otherwise sampling, with what else the model's generation settings
+            say about it (``top_p`` and the like).
+        streamer: receives each token as it is generated (one conversation only).
     """
-    sampling: dict[str, Any] = {"do_sample": False, **NO_SAMPLING}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature}
     inputs = {name: to_device(value, model.device) for name, value in batch.items()}
-    settings = {"max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
+    settings = {"streamer": streamer, **decoding_settings(max_new_tokens, temperature)}
     with torch.inference_mode():
         ids: Any = model.generate(**inputs, **settings)  # type: ignore[operator]
     answers = processor.tokenizer.batch_decode(
@@ -55,7 +51,7 @@ def ask_all(
     around: Callable[[Any], AbstractContextManager] = nullcontext,
     skip: Callable[[int, UserError], object] | None = None,
 ) -> Iterator[dict[int, str]]:
-    """Greedy answers to conversations that wait for one, by index, as many at a time as share a batch.
+    """Greedy answers to conversations, by index, one batch at a time.
 
     Args:
         model: answers.
@@ -63,7 +59,7 @@ def ask_all(
         samples: the conversations.
         batch_size: conversations in a batch.
         max_new_tokens: longest answer.
-        around: makes of each batch, on the model's device, the context in which it is answered.
+        around: makes the context in which a batch, already on the model's device, is answered.
         skip: called with the index and the error of a conversation that cannot be read, which is then left
             out; without it the error is raised.
     """

@@ -19,7 +19,8 @@ from unimoe.encoders import build_encoder
 from unimoe.encoders.weights import fill, select_prefix
 from unimoe.errors import UserError, first_line
 
-from .build import Built, add_placeholders, assemble_model
+from .build import Built, assemble_model
+from .llm import add_placeholders
 
 log = logging.getLogger(__name__)
 

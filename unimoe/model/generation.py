@@ -1,0 +1,53 @@
+"""What a model keeps of an LLM's generation settings, and what an answer is decoded with."""
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+)
+"""Settings of an LLM that are kept, and used where an answer is sampled."""
+
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "do_sample", *SAMPLING)
+
+_GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(SAMPLING), "repetition_penalty": 1.0}
+
+
+def clean_generation_config(given: GenerationConfig | None, **ids: Any) -> GenerationConfig:
+    """Generation settings that can be saved and that mean what they say.
+
+    Kept are the token ids and the sampling settings; beam search, length limits, penalties of n-grams and the
+    like are dropped: greedy decoding is what the command line promises without a temperature. Sampling
+    settings without ``do_sample``, as Vicuna has them, switch it on: transformers refuses to save them
+    otherwise. Sampling settings that it refuses anyhow are dropped.
+
+    Args:
+        given: of the LLM or of a folder.
+        ids: token ids that replace those of ``given``.
+    """
+    kept = {name: value for name in _KEPT if (value := getattr(given, name, None)) is not None} | ids
+    sampling = [name for name in SAMPLING if name in kept and name != "repetition_penalty"]
+    if sampling:
+        kept["do_sample"] = True
+    config = GenerationConfig(**kept)
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        dropped = ("do_sample", *SAMPLING)
+        config = GenerationConfig(**{name: value for name, value in kept.items() if name not in dropped})
+    return config
+
+
+def decoding_settings(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Arguments of ``generate``: greedy at temperature 0, else sampling as the model's own settings say."""
+    if not temperature:
+        return {"max_new_tokens": max_new_tokens, **_GREEDY}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature}

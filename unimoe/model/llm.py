@@ -1,0 +1,91 @@
+"""The dense LLM that a model starts from, and its tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from unimoe.encoders.weights import own_weights
+from unimoe.errors import UserError, first_line
+from unimoe.prepare.cache import resolve_part
+
+from .chat_template import CHATML, CHATML_TOKENS, VICUNA
+from .configuration import PLACEHOLDERS
+
+TEMPLATES = {"chatml": CHATML, "vicuna": VICUNA}
+"""Chat templates that have a name."""
+
+_NEEDED = ("embed_tokens", "layers")
+"""What a decoder must have under these names."""
+
+
+def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
+    """A dense causal LM and its tokenizer, both with the media placeholders.
+
+    The tokenizer gets the chat template, and ChatML's control tokens where that needs them.
+
+    Raises:
+        UserError: the LLM cannot be loaded, is an adapter, is quantised, or is of another build.
+    """
+    path = str(resolve_part(llm, "llm"))
+    adapter = "is an adapter, not a model; merge it into its base (merge_and_unload) and save that"
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"llm '{llm}' {adapter}")
+    try:
+        quantised = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+        if quantised is None:
+            causal: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"llm '{llm}' cannot be loaded: {first_line(error)}") from error
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UserError(f"llm '{llm}' is quantised ({method}) and cannot be trained; give the original")
+    if getattr(causal, "_hf_peft_config_loaded", False):  # one from the hub
+        raise UserError(f"llm '{llm}' {adapter}")
+    decoder = getattr(causal, causal.base_model_prefix)
+    if missing := [name for name in _NEEDED if not hasattr(decoder, name)]:
+        raise UserError(
+            f"llm '{llm}' is of type {causal.config.model_type!r}, whose decoder has no {missing[0]}; "
+            "expected one that is built as those of LLaMA, Mistral, Qwen, Gemma, Phi and the like"
+        )
+    own_weights(causal)
+    add_placeholders(causal, tokenizer, chat_template)
+    return causal, tokenizer
+
+
+def prepare_tokenizer(tokenizer: Any, chat_template: str | None = None) -> int:
+    """Give a tokenizer the media placeholders and the chat template, in place; returns how many are new.
+
+    Raises:
+        UserError: the tokenizer has several templates and none is called default.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, dict) and chat_template is None:
+        if "default" not in own:
+            raise UserError(
+                f"the tokenizer has the chat templates {', '.join(own)}; set chat_template to one"
+            )
+        own = own["default"]
+    chat_template = chat_template or own or "chatml"
+    if isinstance(own, dict):
+        chat_template = own.get(chat_template, chat_template)
+    tokenizer.chat_template = TEMPLATES.get(chat_template, chat_template)
+    needed = [*PLACEHOLDERS.values(), *(CHATML_TOKENS if tokenizer.chat_template == CHATML else ())]
+    return tokenizer.add_special_tokens({"extra_special_tokens": needed}, replace_extra_special_tokens=False)
+
+
+def add_placeholders(causal: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+    """Give a causal LM and its tokenizer the media placeholders and the chat template, in place."""
+    new = prepare_tokenizer(tokenizer, chat_template)
+    rows = causal.get_input_embeddings().weight.shape[0]
+    if new and len(tokenizer) > rows:
+        causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        head = causal.get_output_embeddings()
+        with torch.no_grad():  # never read as inputs; as outputs they are suppressed
+            for weight in {causal.get_input_embeddings().weight, head.weight}:
+                weight[rows:] = weight[:rows].mean(0)
+            if head.bias is not None:
+                head.bias[rows:] = head.bias[:rows].mean()
