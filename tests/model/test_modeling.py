@@ -272,3 +272,47 @@ def test_gradient_checkpointing_gives_the_same_gradients(built):
     model.eval()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_embeddings_take_the_place_of_tokens_and_media(built):
+    """In ``forward`` and in ``generate``."""
+    model, processor = built
+    inputs = batch(processor, CONVERSATIONS[1:2])
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+    with torch.no_grad():
+        embeds_BTH = model.model.embed(inputs["input_ids"], pixel_values=inputs["pixel_values"])
+        logits = model(inputs_embeds=embeds_BTH, attention_mask=inputs["attention_mask"]).logits
+        torch.testing.assert_close(logits, model(**inputs).logits)
+    found = model.generate(inputs_embeds=embeds_BTH, attention_mask=inputs["attention_mask"], **settings)
+    assert found[0].tolist() == wanted.tolist()
+    with pytest.raises(ValueError, match="media need input_ids alone"):
+        model(inputs_embeds=embeds_BTH, pixel_values=inputs["pixel_values"])
+
+
+def test_a_tuple_is_returned_on_request(built):
+    model, processor = built
+    inputs = batch(processor, CONVERSATIONS[:1])
+    with torch.no_grad():
+        found = model(**inputs, return_dict=False)
+        assert isinstance(found, tuple) and torch.equal(found[0], model(**inputs).logits)
+
+
+def test_misspelt_arguments_of_generate_are_refused(built):
+    model, processor = built
+    with pytest.raises(ValueError, match="pixel_valeus"):
+        model.generate(**batch(processor, CONVERSATIONS[:1]), pixel_valeus=torch.zeros(1), max_new_tokens=1)
+
+
+def test_a_loaded_model_does_not_read_the_file_any_more(built, tmp_path):
+    """safetensors maps the file; a server whose folder is replaced must answer as before."""
+    model, processor = built
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    inputs = batch(processor, CONVERSATIONS[1:2])
+    with torch.no_grad():
+        before = loaded(**inputs).logits
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(b"\xff" * file.stat().st_size)
+        assert torch.equal(loaded(**inputs).logits, before)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.parameters())

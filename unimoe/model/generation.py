@@ -27,23 +27,18 @@ def clean_generation_config(given: GenerationConfig | None, **ids: Any) -> Gener
     Kept are the token ids and the sampling settings; beam search, length limits, penalties of n-grams and the
     like are dropped: greedy decoding is what the command line promises without a temperature. Sampling
     settings without ``do_sample``, as Vicuna has them, switch it on: transformers refuses to save them
-    otherwise. Sampling settings that it refuses anyhow are dropped.
+    otherwise. A temperature of 0 switches it off.
 
     Args:
         given: of the LLM or of a folder.
         ids: token ids that replace those of ``given``.
     """
     kept = {name: value for name in _KEPT if (value := getattr(given, name, None)) is not None} | ids
-    sampling = [name for name in SAMPLING if name in kept and name != "repetition_penalty"]
-    if sampling:
+    if kept.get("temperature", 1.0) <= 0:  # greedy decoding is meant
+        kept = {name: value for name, value in kept.items() if name not in ("do_sample", *SAMPLING)}
+    if any(name in kept for name in SAMPLING if name != "repetition_penalty"):
         kept["do_sample"] = True
-    config = GenerationConfig(**kept)
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        dropped = ("do_sample", *SAMPLING)
-        config = GenerationConfig(**{name: value for name, value in kept.items() if name not in dropped})
-    return config
+    return GenerationConfig(**kept)
 
 
 def decoding_settings(max_new_tokens: int, temperature: float) -> dict[str, Any]:
