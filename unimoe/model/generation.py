@@ -18,6 +18,18 @@ SAMPLING = (
 
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "do_sample", *SAMPLING)
 
+_PLAIN: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": None,
+}
+"""Of both ways of decoding, whatever a folder's settings say."""
+
 _GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(SAMPLING), "repetition_penalty": 1.0}
 
 
@@ -43,6 +55,5 @@ def clean_generation_config(given: GenerationConfig | None, **ids: Any) -> Gener
 
 def decoding_settings(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     """Arguments of ``generate``: greedy at temperature 0, else sampling as the model's own settings say."""
-    if not temperature:
-        return {"max_new_tokens": max_new_tokens, **_GREEDY}
-    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature}
+    how = {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
+    return {"max_new_tokens": max_new_tokens, **_PLAIN, **how}

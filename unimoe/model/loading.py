@@ -16,7 +16,6 @@ from unimoe.media.source import Part
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, UniMoeConfig
-from .generation import clean_generation_config
 from .inputs import Prepared
 from .llm import prepare_tokenizer
 from .modeling import UniMoeForConditionalGeneration
@@ -100,8 +99,6 @@ class ModelKind(Generic[M, P]):
             if names := sorted(map(str, info[problem])):
                 found = f"{len(names)} {problem.replace('_', ' ')}, such as {names[0]}"
                 raise UserError(f"{setting} {source}: config.json and weights differ: {found}")
-        if built.can_generate():
-            built.generation_config = clean_generation_config(built.generation_config)
         return built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
     def _check_type(self, found: Any, setting: str, where: str | Path) -> str:
