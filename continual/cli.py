@@ -3,8 +3,7 @@
     unimoe continual run -c configs/continual/embedded.yaml --strategy dymoe --seed 0 --output runs/c/dymoe-0
     unimoe continual compare -c configs/continual/embedded.yaml --seeds 0 1 --output runs/c
 
-Flags and YAML are :class:`unimoe.continual.run.RunConfig`. The same command again goes on where it was cut
-off.
+Flags and YAML are :class:`unimoe.continual.run.RunConfig`. The same command again resumes an interrupted run.
 """
 
 import json
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def run(args: list[str]) -> None:
-    """One strategy on one stream; ``args`` are those after ``unimoe``."""
+    """Train one strategy on one stream; ``args`` are those after ``unimoe``."""
     parser = _parser("run")
     found = parser.parse_args(args[2:])
     config, output = _settings(parser, found)
@@ -41,22 +40,22 @@ def run(args: list[str]) -> None:
 
 
 def compare(args: list[str]) -> None:
-    """Several strategies and seeds, and their report; ``args`` are those after ``unimoe``."""
+    """Train several strategies and seeds, and write their report; ``args`` are those after ``unimoe``."""
     parser = _parser("compare")
-    parser.add_argument("--strategies", type=str, nargs="+", default=list(strategies()), help="names")
+    parser.add_argument(
+        "--strategies", type=str, nargs="+", default=list(strategies()), help="NAME or NAME+NAME"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each strategy's runs")
     found = parser.parse_args(args[2:])
     config, output = _settings(parser, found)
     if config.seed:
         raise UserError(f"compare takes --seeds, found seed {config.seed}")
     for name in found.strategies:
-        strategy_of(name, found.settings)  # whatever is wrong with one is said before the first begins
+        strategy_of(name, found.settings)  # all are checked before the first run
     for flag, given in (("--strategies", found.strategies), ("--seeds", found.seeds)):
         if len(set(given)) < len(given):
             raise UserError(f"{flag} names one twice: {' '.join(map(str, given))}")
-    configs = {
-        seed: replace(config, seed=seed) for seed in found.seeds
-    }  # all are checked before the first run
+    configs = {seed: replace(config, seed=seed) for seed in found.seeds}
     runs = [(name, seed) for seed in found.seeds for name in found.strategies]
     folders = [f"{output}/{name}-{seed}" for name, seed in runs]
     for (name, seed), folder in zip(runs, folders, strict=True):
@@ -65,10 +64,10 @@ def compare(args: list[str]) -> None:
 
 
 def diagnose(args: list[str]) -> None:
-    """Which tokens of a second task teach it, and which cost the first.
+    """Measure which tokens of a second task teach it, and which make the model forget the first.
 
-    DyMoE, or a strategy made from it, on the stream's first two tasks, with only new, ambiguous or old tokens
-    admitted to the new experts; ``args`` are those after ``unimoe``.
+    Trains DyMoE, or a strategy based on it, on the stream's first two tasks, admitting only new, ambiguous or
+    old tokens to the new experts; ``args`` are those after ``unimoe``.
     """
     parser = _parser("diagnose")
     found = parser.parse_args(args[2:])
@@ -86,7 +85,7 @@ def diagnose(args: list[str]) -> None:
         )
     settings = found.settings.get(guided, {})
     if settings.get("guidance", {}).get("assign") is False:
-        raise UserError("diagnose admits tokens by their kind, which guidance.assign: false turns off")
+        raise UserError("diagnose admits tokens by type, which guidance.assign: false turns off")
     table: dict[str, dict[str, float]] = {}
     for kind in TYPES:
         guidance = {**settings.get("guidance", {}), "admit": [kind]}
@@ -178,7 +177,7 @@ def _build(strategy: type[Strategy], settings: dict[str, Any]) -> tuple[Strategy
 
 
 def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> dict[str, Any]:
-    if rank_zero_only.rank:  # only one process speaks
+    if rank_zero_only.rank:  # only rank 0 logs
         logging.getLogger("unimoe").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -188,7 +187,7 @@ def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str
     try:
         return Run(config, made, noted, output)()
     except Interrupted as message:
-        log.info("%s; the same command goes on from there", message)
+        log.info("%s; the same command resumes from there", message)
         raise KeyboardInterrupt from message
 
 
@@ -200,13 +199,13 @@ def _parser(verb: str) -> ArgumentParser:
             "--strategy", type=str, default="dymoe", help="against forgetting: NAME, or NAME+NAME"
         )
     parser.add_argument("--settings", type=dict[str, dict], default={}, help="settings of strategies by name")
-    parser.add_argument("--output", type=str | None, default=None, help="folder of everything that is made")
+    parser.add_argument("--output", type=str | None, default=None, help="folder of the result")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
 
 
 def _settings(parser: ArgumentParser, found: Namespace) -> tuple[RunConfig, str]:
     if found.output is None:
-        raise UserError("say where the result goes: --output FOLDER (or output: in the YAML)")
+        raise UserError("--output FOLDER (or output: in the YAML) is missing: where the result goes")
     made = parser.instantiate(found)
     return RunConfig(**{one.name: made[one.name] for one in fields(RunConfig)}), found.output

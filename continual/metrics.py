@@ -1,4 +1,4 @@
-"""What a continual run is judged by: one accuracy matrix, and every published number as a function of it.
+"""Metrics of a continual run: one accuracy matrix, and every published number as a function of it.
 
 Shapes: T tasks; scores_TT[t, j] is the accuracy, in percent, on task j after training task t.
 
@@ -25,18 +25,18 @@ METRICS = ("MFN", "MAA", "BWT", "BWT_CoIN", "MFT", "forgetting", "FWT")
 
 @dataclass
 class AccuracyMatrix:
-    """a[t][j] of one run; NaN where nothing was measured, so a metric that needs it is None.
+    """a[t][j] of one run; NaN if not measured, in which case the metrics that need it are None.
 
-    A method that trains on all tasks at once (the joint bound) has a last row only.
+    A method that trains on all tasks at once (the joint bound) has only the last row.
     """
 
     tasks: list[str]
     """Names in the order of training."""
     scores_TT: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    """Percent; rows are filled as training goes on. Seen tasks are j <= t; entries above the diagonal are
-    measured only for forward transfer."""
+    """Percent, filled row by row during training. Entries above the diagonal (j > t) are measured only for
+    forward transfer."""
     untrained_T: np.ndarray | None = None
-    """Percent of the model before the first task, for forward transfer."""
+    """Percent before the first task, for forward transfer."""
 
     def __post_init__(self) -> None:
         T = len(self.tasks)
@@ -87,14 +87,14 @@ class AccuracyMatrix:
         return _mean(np.diagonal(self.scores_TT, offset=1) - self.untrained_T[1:])
 
     def summary(self) -> dict[str, float | None]:
-        """Every metric by the name that reports use."""
+        """Every metric by its name in reports."""
         values = (self.mfn, self.maa, self.bwt, self.bwt_coin, self.mft, self.forgetting, self.fwt)
         return {name: value() for name, value in zip(METRICS, values, strict=True)}
 
     # ---------------------------------------------------------------- files
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; what was not measured is null."""
+        """For JSON, with null for what was not measured."""
         untrained = None if self.untrained_T is None else _plain(self.untrained_T)
         return {
             "tasks": self.tasks,
@@ -112,7 +112,7 @@ class AccuracyMatrix:
         )
 
     def to_csv(self) -> str:
-        """A header of tasks, and a row for each trained task; cells that were not measured are empty."""
+        """A header of tasks and one row per trained task; cells that were not measured are empty."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(["trained", *self.tasks])
@@ -127,7 +127,7 @@ class AccuracyMatrix:
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and sample standard deviation (divisor n - 1) over seeds; None where a value is missing."""
+    """Mean and sample standard deviation (divisor n - 1) over seeds; None if a value is missing."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return {"mean": None, "std": None}
@@ -135,7 +135,7 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """None where a value was not measured, or there is nothing to average (one task has no transfer)."""
+    """None if a value was not measured, or if there is nothing to average (one task has no transfer)."""
     return None if not values.size or np.isnan(values).any() else float(values.mean())
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures over finished runs: spread over seeds, accuracy matrices, drift, parameters, time."""
+"""Report on finished runs: metrics over seeds, accuracy matrices, drift, parameters, time."""
 
 import html
 import json
@@ -22,18 +22,21 @@ Result = dict[str, Any]
 
 CAPTIONS = {
     "matrices": "Accuracy on each task (column) after each task was learned (row), mean over seeds.",
-    "drift": "Share of the routing weight of a task's questions that goes to the banks of tasks learned after"
-    " it, mean over blocks and seeds: 0 where routing stays as it was.",
+    "drift": "Share of the routing weight of a task's questions on the banks of later tasks, mean over blocks"
+    " and seeds; 0 if routing does not change.",
 }
 
 
 def report(runs: list[str], output: str | None = None) -> None:
-    """Write report.json, report.html and figures over finished runs.
+    """Write report.json, report.html and plots of finished runs.
 
     Args:
-        runs: folders of finished runs that differ in strategy and seed alone; seeds of a strategy are taken
-            together.
-        output: folder of the report (default: the folder that the runs lie in).
+        runs: folders of finished runs that differ only in strategy and seed; the seeds of a strategy are
+            averaged.
+        output: folder of the report (default: the folder that contains the runs).
+
+    Raises:
+        UserError: for a run that is not finished or cannot be compared with the others.
     """
     results = [_read(Path(run), "result.json", "strategy") for run in runs]
     if not results:
@@ -48,17 +51,17 @@ def report(runs: list[str], output: str | None = None) -> None:
         "divisors": {"BWT": "T - 1 (GEM, MLLM-CL, MCITlib)", "BWT_CoIN": "T (CoIN's tables): MFN - MFT"},
         "strategies": {name: _summary(several) for name, several in groups.items()},
     }
-    figures = [_heat_maps(groups, folder)]
+    plots = [_plot_matrices(groups, folder)]
     if len(results[0]["tasks"]) > 1 and any(any(result["drift"]) for result in results):
-        figures.append(_drift_curves(groups, folder))
+        plots.append(_plot_drift(groups, folder))
     atomic_write(folder / "report.json", json.dumps(summary, indent=1) + "\n")
-    atomic_write(folder / "report.html", _page(summary, figures))
+    atomic_write(folder / "report.html", _page(summary, plots))
     print(table(summary))
-    print(f"\nThe report: {folder / 'report.html'}")
+    print(f"\nReport: {folder / 'report.html'}")
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Strategies by metric, mean and standard deviation over seeds, in percent."""
+    """A text table of strategies and metrics: mean and standard deviation over seeds, in percent."""
     columns = [name for name in METRICS if name != "FWT"]
     lines = ["strategy     " + "".join(f"{name:>16}" for name in columns)]
     for name, found in summary["strategies"].items():
@@ -86,7 +89,10 @@ def _read(folder: Path, name: str, key: str) -> Result:
 
 
 def _compare(runs: Sequence[str]) -> None:
-    """Raises UserError for runs that differ in more than strategy and seed, and for one given twice."""
+    """
+    Raises:
+        UserError: for runs that differ in more than strategy and seed, or one that is given twice.
+    """
     seen: dict[tuple[str, int], str] = {}
     stands: dict[str, tuple[str, dict[str, Any]]] = {}
     for run in runs:
@@ -102,7 +108,7 @@ def _compare(runs: Sequence[str]) -> None:
 
 
 def _summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Of the seeds of one strategy."""
+    """Metrics over the seeds of one strategy."""
     values = {name: spread([result["metrics"][name] for result in results]) for name in METRICS}
     known = {name: spread([result["known"][name] for result in results]) for name in ("MFN", "BWT")}
     return {
@@ -122,15 +128,15 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _format_drift(values: dict[str, Any], known: dict[str, Any]) -> float | None:
-    """Points of BWT that are lost in form alone: the answer is still known, but said in another way."""
+    """BWT of the lenient grades less that of the strict ones: points lost in form alone."""
     strict, lenient = values["BWT"]["mean"], known["BWT"]["mean"]
     return None if strict is None or lenient is None else lenient - strict
 
 
-# -------------------------------------------------------------------- figures
+# -------------------------------------------------------------------- plots
 
 
-def _heat_maps(groups: dict[str, list[Result]], folder: Path) -> Path:
+def _plot_matrices(groups: dict[str, list[Result]], folder: Path) -> Path:
     """The accuracy matrix of each strategy, mean over seeds."""
     columns = min(len(groups), 4)
     rows = -(-len(groups) // columns)
@@ -154,8 +160,8 @@ def _heat_maps(groups: dict[str, list[Result]], folder: Path) -> Path:
     return _save(figure, folder / "matrices.png")
 
 
-def _drift_curves(groups: dict[str, list[Result]], folder: Path) -> Path:
-    """Routing mass of each task's questions on banks of later tasks, mean over blocks and seeds."""
+def _plot_drift(groups: dict[str, list[Result]], folder: Path) -> Path:
+    """Share of routing mass of each task's questions on banks of later tasks, mean over blocks and seeds."""
     routed = {name: results for name, results in groups.items() if any(results[0]["drift"])}
     figure, axes = plt.subplots(1, len(routed), figsize=(4 * len(routed), 3), squeeze=False, sharey=True)
     for axis, (name, results) in zip(axes.flat, routed.items(), strict=True):
@@ -182,7 +188,7 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _page(summary: dict[str, Any], figures: Sequence[Path]) -> str:
+def _page(summary: dict[str, Any], plots: Sequence[Path]) -> str:
     heads = "".join(f"<th>{name}</th>" for name in METRICS)
     rows = ""
     for name, found in summary["strategies"].items():
@@ -191,18 +197,18 @@ def _page(summary: dict[str, Any], figures: Sequence[Path]) -> str:
         extra = f"{found['parameters']['added']:,}", f"{found['seconds']['train']:.0f}"
         cells += f"<td>{drift}</td>" + "".join(f"<td>{value}</td>" for value in extra)
         rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
-    pictures = "".join(
+    images = "".join(
         f'<figure><img src="{figure.name}" alt="{figure.stem}"><figcaption>{CAPTIONS[figure.stem]}'
         "</figcaption></figure>"
-        for figure in figures
+        for figure in plots
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>continual learning</title>
 <style>body {{ font: 15px sans-serif; margin: 2em }} td, th {{ padding: .3em .8em; text-align: right }}
 figure {{ margin: 2em 0 }} img {{ max-width: 100% }}</style>
 <h1>Continual learning</h1>
 <p>Tasks in order: {html.escape(", ".join(summary["tasks"]))}. Percent, mean ± standard deviation over seeds.
-BWT divides by T - 1, BWT_CoIN by T. "Form": points of BWT that are lost in form alone, the answer being
-there, said in another way (below zero: form was won back). "Seconds": of training.</p>
+BWT divides by T - 1, BWT_CoIN by T. "Form": points of BWT that are lost in form alone, while the right answer
+is still contained in another form (negative: form was regained). "Seconds": training time.</p>
 <table><tr><th>strategy</th>{heads}<th>form</th><th>weights added</th><th>seconds</th></tr>{rows}</table>
-{pictures}</html>
+{images}</html>
 """

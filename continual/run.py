@@ -1,10 +1,14 @@
-"""A continual run: every task in order, an accuracy-matrix row after each, resumable at any moment.
+"""A continual run: every task in order, a row of the accuracy matrix after each, resumable at any time.
 
-OUTPUT/run.json              settings, identity of stream and base; a run goes on with the same
-OUTPUT/01-animals/           last.ckpt while it trains; then state.pt, metrics.csv, routing.jsonl,
+OUTPUT/run.json              settings, identity of stream and base; a run resumes only with the same ones
+OUTPUT/01-animals/           last.ckpt during training; then state.pt, metrics.csv, routing.jsonl,
                              row.json
-OUTPUT/matrix.json, .csv     accuracy matrix, rows as they come
+OUTPUT/matrix.json, .csv     accuracy matrix, row by row
 OUTPUT/result.json           metrics, parameters, seconds; written last
+
+An interrupted run resumes to the same bits on the same kind of processor with the same number of threads:
+everything it loads is copied into memory that is allocated as in an uninterrupted run. On another processor,
+or with other threads, matrix products are rounded differently, and the runs agree within that rounding.
 """
 
 import json
@@ -47,43 +51,43 @@ from .training import TrainingConfig, launch, task_seed, train_task
 log = logging.getLogger(__name__)
 
 HARMLESS = ("checkpoint_every", "log_every", "accelerator", "devices", "num_nodes", "strategy")
-"""Settings of the training that do not change the result."""
+"""Training settings that do not affect the result."""
 
 
 @dataclass
 class ModelConfig:
-    """The base: a finished model, or an LLM with towers and fresh connectors."""
+    """The base: a finished model, or an LLM with encoders and untrained connectors."""
 
     init_from: str | None = None
-    """Folder of a stage (``unimoe fit``) or hub id; its connectors are trained."""
+    """Folder of a stage (``unimoe fit``) or hub id, with trained connectors."""
     llm: str | None = None
-    """Or a causal LM: ``default``, a local folder or a hub id."""
+    """Instead, a causal LM: ``default``, a local folder or a hub id."""
     modalities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``encoder`` and ``connector`` of each medium, with ``llm``."""
+    """``encoder`` and ``connector`` of each modality, with ``llm``."""
     chat_template: str | None = None
-    """``chatml``, a Jinja template, or the tokenizer's own, with ``llm``."""
+    """With ``llm``: ``chatml`` or a Jinja template; None takes the tokenizer's own."""
     max_length: int | None = None
-    """Longest sample in tokens."""
+    """Maximum sample length in tokens."""
     features: str | None = None
-    """Folder for the frozen encoders' outputs (default: ``features`` beside the run's folder)."""
+    """Folder of the frozen encoders' cached outputs (default: ``features`` beside the run's folder)."""
 
 
 @dataclass
 class RunConfig:
-    """Everything that decides a run."""
+    """Everything that determines a run."""
 
     stream: StreamConfig
     model: ModelConfig
     adapters: AdapterConfig
     training: TrainingConfig
     forward_transfer: bool = False
-    """Also measure each task before it is learned, and the untrained model; costs that many more answers."""
+    """Also evaluate each task before it is learned, and the untrained model, for FWT."""
     probes: int = 32
-    """Questions of each earlier task by which routing drift is measured after each task; 0: none."""
+    """Questions of each earlier task on which routing drift is measured after each task; 0 for none."""
     eval_batch_size: int = 16
-    """Questions asked at once; does not change the answers beyond rounding."""
+    """Questions per batch; affects the answers only through rounding."""
     seed: int = 0
-    """Of adapters, of the order of samples, and of the samples that a strategy keeps."""
+    """Of the adapters' initialisation, the order of samples, and what a strategy draws."""
 
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1 or self.probes < 0:
@@ -96,18 +100,24 @@ class RunConfig:
 class Run:
     """One strategy on one stream.
 
-    With several processes (``training.devices``) each calls all of this. They share out the samples of every
-    step and, unless they share the base, the questions; the first one writes the files.
+    With several processes (``training.devices``) each calls all of this. The samples of every step are
+    divided among them, and so are the questions unless the base is sharded; rank 0 writes the files.
     """
 
     fabric: Fabric
-    """The processes of the run, once it is called."""
+    """The processes of the run, set when it is called."""
 
     def __init__(self, config: RunConfig, strategy: Strategy, settings: dict[str, Any], output: str | Path):
         """Reads and checks everything before anything is built or written.
 
         Args:
-            settings: of the strategy, as ``run.json`` notes them.
+            config: the run.
+            strategy: what is trained, and how.
+            settings: of the strategy, as recorded in ``run.json``.
+            output: folder of the run.
+
+        Raises:
+            UserError: for a stream that cannot be read, or a folder that belongs to other settings.
         """
         self.config, self.strategy, self.output = config, strategy, Path(output)
         strategy.seed = config.seed
@@ -125,12 +135,20 @@ class Run:
         self._compare()
 
     def __call__(self) -> dict[str, Any]:
-        """Train and evaluate what is not done yet; returns the content of ``result.json``."""
+        """Train and evaluate what is not done yet.
+
+        Returns:
+            The content of ``result.json``.
+
+        Raises:
+            UserError: for a base that does not match, a damaged file, or a loss that is not a number.
+            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+        """
         if (result := self._read("result.json", "matrix")) is not None:
-            log.info("%s: finished before", self.output)
+            log.info("%s: already finished", self.output)
             return result
         self.fabric = launch(self.config.training)
-        self.fabric.barrier()  # nobody writes before all have looked at what is there
+        self.fabric.barrier()  # no process writes before all have read what is there
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             learner = self._learner()
@@ -143,7 +161,7 @@ class Run:
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
         done = [*trained, False].index(False)
         if done and self._wants_untrained and self._read("untrained.json") is None:
-            log.warning("%s: no FWT: untrained.json, made before the first task, is gone", self.output)
+            log.warning("%s: no FWT: untrained.json, written before the first task, is missing", self.output)
         for index, task in enumerate(self.tasks):
             with torch.random.fork_rng():
                 torch.manual_seed(task_seed(self.config.seed, index))  # for the initialisation of a new bank
@@ -183,7 +201,7 @@ class Run:
 
     @rank_zero_only
     def _keep(self, folder: Path, trained: int, seconds: float) -> None:
-        """Adapters and memory, in the place of the checkpoint."""
+        """Save adapters and memory, and remove the checkpoint."""
         strategy = self.strategy
         state = {
             "adapters": {name: p.detach().cpu().clone() for name, p in strategy.learner.adapters().items()},
@@ -197,7 +215,7 @@ class Run:
         remove(folder / "last.ckpt")
 
     def _write_row(self, index: int) -> None:
-        """Ask the questions of every seen task, and note where their tokens were routed."""
+        """Evaluate every task so far, and record where their tokens are routed."""
         seen = len(self.stream) if self.strategy.joint else index + 1
         ahead = self.config.forward_transfer and index + 1 < len(self.stream)
         began, scores, routing = time.monotonic(), {}, {}
@@ -227,7 +245,7 @@ class Run:
     # ---------------------------------------------------------------- the whole
 
     def matrix(self, entry: str = "accuracy") -> AccuracyMatrix:
-        """The rows that are there; ``known`` for the lenient matrix."""
+        """The accuracy matrix so far; ``entry`` is ``accuracy``, or ``known`` for the lenient grades."""
         scores_TT = np.full((len(self.stream), len(self.stream)), np.nan)
         for index in range(len(self.tasks)):
             if (row := self._read_row(index)) is not None:
@@ -282,7 +300,7 @@ class Run:
         return learner
 
     def _all_at_once(self) -> Experience:
-        """The samples of every task as one experience, each as often as its task's steps would take it."""
+        """The samples of all tasks as one experience, each repeated as often as in its own task's steps."""
         batch_size, samples, steps = self.config.training.batch_size, [], 0
         for task in self.stream:
             whole, rest = divmod(task.steps(batch_size) * batch_size, len(task.samples))
@@ -298,7 +316,11 @@ class Run:
         return self.output / f"{index + 1:02d}-{self.tasks[index].name}"
 
     def _read(self, name: str, key: str | None = None) -> Any:
-        """A file of the run, an object with that key, or None if it is not there."""
+        """The JSON object in a file of the run, None if there is no file.
+
+        Raises:
+            UserError: for a damaged file, or one without ``key``.
+        """
         path = self.output / name
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -311,19 +333,22 @@ class Run:
     def _read_row(self, index: int) -> Any:
         return self._read(f"{self._folder(index).name}/row.json", "scores")
 
-    def _begun(self) -> Any:
+    def _started(self) -> Any:
         """The content of ``run.json``, unless the run ended before anything depended on it."""
         there = self._read("run.json", "identity")
         kept = any(any(folder.iterdir()) for folder in task_folders(self.output).values())
         return there if kept or (self.output / "untrained.json").is_file() else None
 
     def _compare(self) -> None:
-        """Raises UserError when the output folder belongs to other settings or another stream."""
-        there = self._begun()
+        """
+        Raises:
+            UserError: if the output folder belongs to other settings or another stream.
+        """
+        there = self._started()
         if there is None:
             strange = [path for path in self.output.glob("*") if path.name != "run.json"]
             if strange or self.output.is_file():
-                raise UserError(f"--output {self.output} is there and is no continual run; choose another")
+                raise UserError(f"--output {self.output} exists and is no continual run; choose another")
             return
         ours = json.loads(json.dumps(self.identity))
         different = differences(flatten(there["identity"], lists=True), flatten(ours, lists=True))
@@ -331,12 +356,12 @@ class Run:
             key, values = next(iter(different.items()))
             what = "the stream changed" if key.startswith("stream") else "the settings changed"
             raise UserError(
-                f"{self.output} was begun otherwise, {what}: {key}: {values} ({len(different)} such); "
-                "set it back or choose another --output"
+                f"{self.output} was started with other settings, {what}: {key}: {values} "
+                f"({len(different)} differ); change it back or choose another --output"
             )
 
     def _note(self, base: str) -> None:
-        if (there := self._begun()) is not None:
+        if (there := self._started()) is not None:
             check_base(self.output, there["base"], base)
         self._save("run.json", {"identity": self.identity, "base": base}, indent=1)
 
@@ -363,9 +388,14 @@ def base_model(model: ModelConfig) -> tuple[str, bool]:
 
 
 def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | Path | None) -> Learner:
-    """The base with places for adapters."""
+    """The base, with its projections wrapped for adapters.
+
+    Raises:
+        UserError: unless exactly one of ``init_from`` and ``llm`` is given, or for a model that cannot be
+            loaded.
+    """
     if (model.init_from is None) == (model.llm is None):
-        raise UserError("model: give one of init_from (a folder) and llm (a fresh start)")
+        raise UserError("model: give one of init_from (a trained model) and llm (an LLM)")
     if model.init_from is not None:
         built = load_model(model.init_from, "model.init_from", dtype=torch.float32)
     else:
@@ -375,7 +405,10 @@ def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | P
 
 
 def check_base(run: str | Path, noted: str, base: str) -> None:
-    """Raises UserError when a run's banks, trained on the base ``noted``, are to go onto another one."""
+    """
+    Raises:
+        UserError: if ``base`` is not the model on which the banks of a run were trained.
+    """
     if noted != base:
         raise UserError(
             f"{run}: its banks were trained on another model (base {noted[:12]}, now {base[:12]}); "
@@ -384,12 +417,20 @@ def check_base(run: str | Path, noted: str, base: str) -> None:
 
 
 def load_state(folder: Path, strategy: Strategy) -> None:
-    """Give a strategy, grown as far as that, the adapters and the memory that a task left in its folder."""
+    """Load the adapters and the memory that a task left in ``folder``.
+
+    Args:
+        folder: of the task.
+        strategy: with the banks of all tasks up to this one.
+
+    Raises:
+        UserError: if they do not belong together.
+    """
     state = _state(folder, strategy.learner.device)
     adapters, parameters = current_names(state["adapters"]), strategy.learner.adapters()
     if parameters.keys() != adapters.keys():
         raise UserError(
-            f"{folder}/state.pt does not belong to this run; delete {folder.parent} to begin anew"
+            f"{folder}/state.pt does not belong to this run; delete {folder.parent} to start again"
         )
     with torch.no_grad():
         for name, value in adapters.items():
@@ -404,7 +445,7 @@ def _state(folder: Path, device: torch.device) -> dict[str, Any]:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
         found = f"{path} is damaged ({first_line(error)})"
-        raise UserError(f"{found}; delete it, and this task and those after it are learned again") from error
+        raise UserError(f"{found}; delete it, and this task and all later ones are trained again") from error
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

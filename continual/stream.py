@@ -1,4 +1,4 @@
-"""Streams of experiences: tasks in the order in which they are learned.
+"""Streams of experiences: tasks in the order of training.
 
 stream:
   media_root: data/coin
@@ -26,41 +26,41 @@ class TaskConfig:
     """One task of a stream."""
 
     name: str
-    """How reports call it; unique in the stream."""
+    """Its name in reports; unique in the stream."""
     train: str
     """File of training samples: LLaVA JSON, messages JSON or JSONL."""
     test: str
-    """File of questions: the same, or the test items of CoIN, UCIT and MLLM-CL."""
+    """File of questions: the same formats, or the test items of CoIN, UCIT and MLLM-CL."""
     scorer: str = "exact"
-    """How answers are graded, a key of :data:`unimoe.evaluation.scorers.SCORERS`."""
+    """Name of the scorer, a key of :data:`unimoe.evaluation.scorers.SCORERS`."""
     prompt: str = "{question}"
-    """What becomes of each user text, in training and test alike."""
+    """Template around each user text, in training and test."""
     steps: int | None = None
-    """Optimizer steps; None takes ``epochs``."""
+    """Optimizer steps; None derives them from ``epochs``."""
     epochs: float = 1.0
-    """Times that the training samples are gone through, where ``steps`` does not say."""
+    """Passes over the training samples, unless ``steps`` is given."""
     max_new_tokens: int = 12
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
     train_limit: int | None = None
-    """Use only so many training samples, drawn by the stream's seed."""
+    """Use at most this many training samples, drawn with the stream's seed."""
     test_limit: int | None = None
-    """Ask only so many questions, drawn by the stream's seed."""
+    """Use at most this many questions, drawn with the stream's seed."""
 
 
 @dataclass
 class StreamConfig:
-    """A stream."""
+    """Tasks, their order, and where their files are."""
 
     tasks: list[TaskConfig] = field(default_factory=list)
-    """In the order of learning."""
+    """In the order of training."""
     root: str | None = None
-    """Folder that the tasks' files are relative to (default: the working folder)."""
+    """Folder that the tasks' files are relative to (default: the working directory)."""
     media_root: str | None = None
-    """Folder that relative media paths start from (default: that of each task's file)."""
+    """Folder that media paths are relative to (default: that of each task's file)."""
     order: list[str] | None = None
-    """Names in another order, or fewer of them."""
+    """Names of the tasks in another order, or of some of them."""
     seed: int = 0
-    """Of the draws that ``train_limit`` and ``test_limit`` make; the same for every run of a comparison."""
+    """Of the draws of ``train_limit`` and ``test_limit``; the same for every run of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Experience:
     """One task with its data."""
 
     index: int
-    """Place in the stream, from 0."""
+    """Position in the stream, from 0."""
     config: TaskConfig
     samples: list[Sample]
     questions: list[Question]
@@ -78,16 +78,18 @@ class Experience:
         return self.config.name
 
     def steps(self, batch_size: int) -> int:
-        """Optimizer steps of batches of so many samples."""
+        """Number of optimizer steps with batches of ``batch_size`` samples."""
         return self.config.steps or math.ceil(self.config.epochs * len(self.samples) / batch_size)
 
 
 class Stream:
-    """The experiences of a run; nothing is decoded, but every file was read and found whole."""
+    """The experiences of a run; all files are read and checked, no media are decoded."""
 
     def __init__(self, config: StreamConfig):
-        """Raises UserError for a task without samples, a name that occurs twice, a scorer that does not
-        fit."""
+        """
+        Raises:
+            UserError: for a task without samples, a name that occurs twice, or a scorer that does not fit.
+        """
         self.config = config
         chosen = _ordered(config)
         named = [file for task in chosen for file in (task.train, task.test)]
@@ -108,13 +110,13 @@ class Stream:
         return [experience.name for experience in self.experiences]
 
     def samples(self) -> Iterator[Sample]:
-        """Every conversation of training and test."""
+        """All training and test conversations."""
         for experience in self.experiences:
             yield from experience.samples
             yield from (question.sample for question in experience.questions)
 
     def identity(self) -> dict[str, Any]:
-        """What a run that goes on must find unchanged: tasks, order, contents of files, rules of grading."""
+        """What must be unchanged for a run to resume: tasks, order, contents of files, scorers."""
         return {
             "tasks": [asdict(experience.config) for experience in self.experiences],
             "seed": self.config.seed,
@@ -174,7 +176,7 @@ def _draw(items: list, limit: int | None, config: StreamConfig) -> list:
 
 
 def _prompted(sample: Sample, prompt: str) -> Sample:
-    """The sample with the prompt around the last text of each user turn."""
+    """The sample with ``prompt`` around the last text of each user turn."""
     messages = []
     for message in sample.messages:
         content = list(message["content"])

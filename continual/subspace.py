@@ -16,12 +16,12 @@ from .stream import Experience
 
 @dataclass
 class Subspace:
-    """How the directions of a task are found."""
+    """How the directions of a task are computed."""
 
     energy: float = 0.9
-    """Share of the squared length of a task's tokens that its directions and those before it cover."""
+    """Fraction of the squared length of a task's tokens that its directions and earlier ones cover."""
     samples: int = 32
-    """Of each task, whose tokens they are taken from."""
+    """Number of samples of each task whose tokens are used."""
 
     def __post_init__(self) -> None:
         if not 0 < self.energy < 1 or self.samples < 1:
@@ -31,9 +31,12 @@ class Subspace:
 
     @torch.no_grad()
     def tokens(self, learner: Learner, task: Experience, each: int = 64) -> dict[str, Tensor]:
-        """[T, D] by projection: normalised tokens, at most ``each`` of a sample, as the model is now.
+        """Normalised inputs of every projection in the model's current state.
 
-        Before a task that is with the guidance of its first step.
+        Before a task, guidance is that of its first step.
+
+        Returns:
+            [T, D] by projection, at most ``each`` tokens of a sample.
         """
         tokens: dict[str, list[Tensor]] = {name: [] for name in learner.layers}
         chance = torch.Generator().manual_seed(task.index)
@@ -56,7 +59,7 @@ class Subspace:
         return {name: torch.cat(parts) for name, parts in tokens.items()}
 
     def grown(self, basis: dict[str, Tensor], learner: Learner, task: Experience) -> dict[str, Tensor]:
-        """``basis`` ([O, D] by projection, orthonormal rows; empty at first) and behind it the principal
+        """``basis`` ([O, D] by projection, orthonormal rows; empty at first) extended by the principal
         directions of a task's tokens."""
         found = {}
         for name, tokens_TD in self.tokens(learner, task).items():
@@ -66,7 +69,7 @@ class Subspace:
 
 
 def principal(tokens_TD: Tensor, seen_OD: Tensor, energy: float) -> Tensor:
-    """[P, D] the fewest directions that, with those seen before, cover ``energy`` of the tokens."""
+    """[P, D] the fewest directions that, with those of earlier tasks, cover ``energy`` of the tokens."""
     outside_TD = outside(tokens_TD, seen_OD)
     squared_D, direction_DD = torch.linalg.eigh(outside_TD.T @ outside_TD)  # ascending; a column each
     missing_D = squared_D.cumsum(0)  # of the tokens, before each direction joins
@@ -74,5 +77,5 @@ def principal(tokens_TD: Tensor, seen_OD: Tensor, energy: float) -> Tensor:
 
 
 def outside(x_D: Tensor, basis_OD: Tensor) -> Tensor:
-    """What of x [..., D] is orthogonal to the basis."""
+    """The component of x [..., D] orthogonal to the basis."""
     return x_D - x_D @ basis_OD.T @ basis_OD

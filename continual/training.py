@@ -38,39 +38,37 @@ ROUTING_LOG = "routing.jsonl"
 
 @dataclass
 class TrainingConfig:
-    """How each task is trained; the same for every strategy."""
+    """Training of each task; the same for every strategy."""
 
     batch_size: int = 16
-    """New samples of a step, on all devices together."""
+    """New samples per step, over all devices."""
     lr: float = 2e-4
     """Peak learning rate of AdamW (CoIN's scripts)."""
     router_lr: float | None = None
-    """Of the routers' rows; None takes ``lr``."""
+    """Learning rate of the routers; None takes ``lr``."""
     schedule: Schedule = "cosine"
-    """Of the learning rate after the warm-up: down to zero within each task by a cosine or a line, or
-    constant."""
+    """Learning rate after the warm-up: cosine or linear decay to zero within each task, or constant."""
     warmup: float = 0.03
-    """Share of a task's steps in which the learning rate rises from zero."""
+    """Fraction of a task's steps in which the learning rate rises from zero."""
     weight_decay: float = 0.0
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     checkpoint_every: int = 50
     """Steps between checkpoints inside a task."""
     log_every: int = 10
     """Steps between rows of the logs."""
     gradient_checkpointing: bool = False
-    """Compute the blocks again in the backward pass instead of keeping their activations."""
+    """Recompute the blocks in the backward pass instead of storing their activations."""
     precision: str = "32-true"
     """Lightning's; routing is float32 in any case."""
     accelerator: str = "auto"
     """Lightning's."""
     devices: int = 1
-    """Of each machine; each has a process that takes its share of every step's samples."""
+    """Per machine, each with a process that takes its share of every step's samples."""
     num_nodes: int = 1
     """Machines."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """Of several processes: each holds the whole base, or a share of each of its blocks; adapters are whole
-    on all."""
+    """With several processes: replicate the base, or shard its blocks; adapters are always replicated."""
 
     @property
     def processes(self) -> int:
@@ -79,7 +77,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.processes <= self.batch_size:
             raise UserError(
-                f"training: a step of {self.batch_size} samples (batch_size) cannot be shared out among "
+                f"training: a step of {self.batch_size} samples (batch_size) cannot be divided among "
                 f"{self.processes} processes (devices, num_nodes)"
             )
         if self.batch_size < 1 or self.lr <= 0 or self.checkpoint_every < 1 or self.log_every < 1:
@@ -89,15 +87,19 @@ class TrainingConfig:
             )
         if not 0 <= self.warmup <= 1 or self.clip <= 0:
             found = f"{self.warmup} and {self.clip}"
-            raise UserError(f"training: warmup must be a share from 0 to 1 and clip above 0, found {found}")
+            raise UserError(f"training: warmup must be from 0 to 1 and clip above 0, found {found}")
 
 
 hold_store = cache(own_store)
-"""The first process keeps it until it ends, over all runs of a comparison."""
+"""Kept by the first process until it ends, over all runs of a comparison."""
 
 
 def launch(config: TrainingConfig) -> Fabric:
-    """The processes of a run, begun here unless they are there; knows this one's rank and device."""
+    """The processes of a run, started unless they already run.
+
+    Raises:
+        UserError: for devices or a precision that are not available.
+    """
     settings: dict[str, Any] = {"accelerator": config.accelerator, "devices": config.devices}
     settings["precision"] = config.precision  # the trainer's; tried here, before anything is written
     several = "ddp" if config.processes > 1 else "auto"
@@ -126,7 +128,7 @@ class ManualAllReduceStrategy(DDPStrategy):
 
 
 class TaskModule(ResumableModule):
-    """One task under one strategy; checkpoints hold what trains and nothing else."""
+    """One task under one strategy; checkpoints hold the trained weights alone."""
 
     def __init__(self, strategy: Strategy, config: TrainingConfig, steps: int, seed: int, routing_log: Path):
         super().__init__()
@@ -171,7 +173,7 @@ def task_seed(seed: int, index: int) -> int:
 
 
 class SharedSampler(MixedBatchSampler):
-    """Gives each rank its share of the batches that one would take alone."""
+    """Gives each rank its share of the batches of a single process."""
 
     def __init__(self, ranks: int, rank: int, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -184,8 +186,11 @@ class SharedSampler(MixedBatchSampler):
 def train_task(
     strategy: Strategy, task: Experience, config: TrainingConfig, folder: Path, seed: int, label: str
 ) -> float:
-    """Train ``task``, going on from the checkpoint in ``folder`` if there is one; returns the seconds spent,
-    those of interrupted runs included. All processes of the run call it."""
+    """Train ``task``, from the checkpoint in ``folder`` if there is one. All processes of the run call it.
+
+    Returns:
+        Training time in seconds, including that of interrupted runs.
+    """
     steps = task.steps(config.batch_size)
     routing_log = folder / ROUTING_LOG
     module = TaskModule(strategy, config, steps, task_seed(seed, task.index), routing_log)
@@ -214,7 +219,7 @@ def train_task(
     if trainer.is_global_zero:
         _cut_routing(routing_log, done)
     if resume:
-        log.info("%s  goes on after step %d of %d", label, done, steps)
+        log.info("%s  resumes after step %d of %d", label, done, steps)
     ranks = (trainer.world_size, trainer.global_rank)
     batches = _loader(strategy, task, config.batch_size, steps, seed, ranks)
     trainer.fit(module, batches, ckpt_path=resume, weights_only=True)
@@ -224,7 +229,7 @@ def train_task(
 def _loader(
     strategy: Strategy, task: Experience, batch_size: int, steps: int, seed: int, ranks: tuple[int, int]
 ) -> ResumableLoader:
-    """A rank's share of batches of the task's samples, joined by what the strategy rehearses; a function of
+    """A rank's share of the batches: the task's samples and the strategy's replay samples, as a function of
     seed and step."""
     past, joined = strategy.replay_samples(task, batch_size)
     sizes, counts = [len(task.samples)], [batch_size]
@@ -236,7 +241,7 @@ def _loader(
 
 
 def _cut_routing(path: Path, step: int) -> None:
-    """Drop the rows that a resumed run writes again, and a last one that a kill cut short."""
+    """Drop the rows that a resumed run writes again, and an incomplete last one."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")]
         path.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")

@@ -1,20 +1,18 @@
 """One expert and one gate row per task in the linear model: plain growth, guidance, early stop.
 
-The theory (theory.py) stops the gate; DyMoE freezes old rows but adds new ones, which opens the same race
-again, old inputs against new rows. Here that race is run on its own. While task n is learned
+The theory (linear_model.py) stops the gate. DyMoE freezes old rows but adds new ones, so that old inputs
+compete for new rows again; this module simulates that competition alone. During task n
 
 * a token is *new* (signal v_n, truth w_n), *old* (signal and truth of an earlier task j) or *ambiguous*
-(signal
-  (v_n + v_j) / sqrt 2, truth w_n);
+  (signal (v_n + v_j) / sqrt 2, truth w_n);
 * only expert n and row n learn. The row descends the expected loss under soft routing, sum_m pi_m l_m, so
-that
-  d/dh_n = pi_n (l_n - sum_m pi_m l_m); the expert takes the step of theory.py on the tokens that reach it;
-* losses l_m are the exact expected errors of the experts under the recursion of theory.py, so that nothing
-but
-  the gate's inputs is sampled.
+  that d/dh_n = pi_n (l_n - sum_m pi_m l_m); the expert takes the step of linear_model.py on the tokens that
+  reach it;
+* the losses l_m are the exact expected errors of the experts under the recursion of linear_model.py; only the
+  gate's inputs are sampled.
 
-Forgetting of a task is its error at the end less that right after it was learned, each the exact error of the
-experts weighted by how often fresh tokens of the task are routed to them; drift is the share of those tokens
+Forgetting of a task is its final error minus its error right after training, each the exact error of the
+experts weighted by how often new samples of the task are routed to them; drift is the share of those samples
 that is routed to later experts.
 """
 
@@ -29,44 +27,44 @@ RULES: tuple[Rule, ...] = ("plain", "guidance", "guidance after warm-up", "early
 
 @dataclass(frozen=True)
 class Growth:
-    """The setting."""
+    """Parameters of the simulation."""
 
     tasks: int = 8
     rounds: int = 300
-    """Tokens of a task."""
+    """Tokens per task."""
     dimensions: int = 20
     ratio: float = 0.6
-    """r = 1 - s/d: share of an expert's error that one token leaves."""
+    """r = 1 - s/d: fraction of an expert's error that remains after one token."""
     old: float = 0.2
-    """Share of old tokens in a task's data."""
+    """Fraction of old tokens in a task's data."""
     ambiguous: float = 0.3
-    """Share of ambiguous ones."""
+    """Fraction of ambiguous tokens."""
     noise: float = 0.1
-    """Standard deviation, in each dimension, of what the gate sees beside the signal."""
+    """Standard deviation, per dimension, of the noise on the gate's inputs."""
     rate: float = 0.1
     """Learning rate of the gate."""
     start: float = 0.5
-    """Length of a new row's random start."""
+    """Norm of a new row's random initialisation."""
     threshold: float = 0.2
     """tau of guidance, on the relative difference of the best scores."""
     stop: float = 0.1
-    """Share of a task after which early stop freezes the new row, and warm-up ends."""
+    """Fraction of a task after which early stopping freezes the new row, and warm-up ends."""
     probes: int = 200
-    """Fresh tokens of each task by which routing is measured."""
+    """New samples of each task on which routing is measured."""
 
 
 @dataclass(frozen=True)
 class Grown:
-    """What came out, one value a seed."""
+    """The results, one value per seed."""
 
     forgetting: np.ndarray
-    """Mean over the tasks but the last of error at the end less error when learned."""
+    """Final error minus error when learned, mean over all tasks but the last."""
     learned: np.ndarray
-    """Mean error on each task right after it was learned (lower is more plastic)."""
+    """Error right after training, mean over tasks (lower is more plastic)."""
     drift: np.ndarray
     """[S, tasks] drift_j at the end."""
     admitted: np.ndarray
-    """[S, tasks] share of the task's tokens that reached the new expert."""
+    """[S, tasks] share of the task's tokens that the new expert received."""
 
 
 def grow(setting: Growth, rule: Rule, seeds: int) -> Grown:
@@ -87,7 +85,7 @@ def _one(
     learned_T, admitted_T = np.zeros(T), np.zeros(T)
 
     def routed(task: int, experts: int) -> np.ndarray:
-        """Share of fresh tokens of ``task`` that each of the experts so far gets."""
+        """Share of new samples of ``task`` that each expert so far receives."""
         x_Pd = signal_Td[task] + setting.noise * generator.standard_normal((setting.probes, d))
         return np.bincount((x_Pd @ row_Md[:experts].T).argmax(-1), minlength=experts) / setting.probes
 
@@ -128,7 +126,7 @@ def _one(
 
 
 def _kind(setting: Growth, n: int, generator: np.random.Generator) -> tuple[str, int]:
-    """Type of a token of task n, and the earlier task that an old or ambiguous one has to do with."""
+    """Type of a token of task n, and the earlier task that an old or ambiguous one relates to."""
     if n == 0:
         return "new", 0
     chance, j = generator.random(), int(generator.integers(n))

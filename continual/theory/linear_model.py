@@ -114,7 +114,7 @@ def fit(w_Sd: np.ndarray, X_Sds: np.ndarray, truth_Sd: np.ndarray) -> np.ndarray
 
 @dataclass(frozen=True)
 class World:
-    """The paper's setting; numbers as its figure 1 has them (recalled, not confirmed)."""
+    """The paper's setting, with the values of its figure 1 (recalled, not confirmed)."""
 
     rounds: int = 2000
     tasks: int = 6
@@ -124,7 +124,7 @@ class World:
     signal_noise: float = 0.1
     """Standard deviation of the columns that carry no signal."""
     cluster_noise: float = 0.16
-    """Spread of truths and signals around their cluster's centre (ours: the paper does not say)."""
+    """Spread of truths and signals around their cluster's centre (ours; the paper does not give it)."""
     strength: float = 1.0
     """Factor on the column that carries the task's signal."""
     exploration_noise: float = 0.3

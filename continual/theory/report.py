@@ -1,5 +1,4 @@
-"""``unimoe continual theory``: the linear model's curves, the check of its exact errors, and the growing
-gate."""
+"""``unimoe continual theory``: curves of the linear model, a check of its exact errors, the growing gate."""
 
 import json
 from pathlib import Path
@@ -25,9 +24,12 @@ def theory(output: str = "runs/theory", seeds: int = 20, rounds: int = 2000) -> 
     """Forgetting and generalisation of mixtures in continual linear regression; minutes on one core.
 
     Args:
-        output: folder of theory.json and its figures.
-        seeds: worlds that each curve is a mean over.
-        rounds: length of each.
+        output: folder of theory.json and its plots.
+        seeds: simulations that each curve averages.
+        rounds: length of each simulation.
+
+    Raises:
+        UserError: for fewer than 2 seeds or 50 rounds.
     """
     if seeds < 2 or rounds < 50:
         raise UserError(f"--seeds and --rounds must be at least 2 and 50, found {seeds} and {rounds}")
@@ -48,8 +50,7 @@ def theory(output: str = "runs/theory", seeds: int = 20, rounds: int = 2000) -> 
 
 
 def monte_carlo(histories: int = 2, runs: int = 4000) -> dict[str, float]:
-    """Distance of sampled from exact errors, in standard errors, over random histories: the worst of all
-    points."""
+    """Largest distance of sampled from exact errors over random histories, in standard errors."""
     worst = []
     for seed in range(histories):
         generator = np.random.default_rng(seed)
@@ -64,9 +65,9 @@ def monte_carlo(histories: int = 2, runs: int = 4000) -> dict[str, float]:
     return {"worst": max(worst), "histories": histories, "runs": runs}
 
 
-def headline(world: World, seeds: int, figure: Path) -> dict[str, dict[str, Any]]:
-    """F and G over the rounds for each number of experts and each rule of stopping the gate."""
-    picture, axes = plt.subplots(2, len(STOPS), figsize=(12, 6), sharex=True, sharey="row")
+def headline(world: World, seeds: int, path: Path) -> dict[str, dict[str, Any]]:
+    """Plot F and G over the rounds, for each number of experts and each rule for stopping the gate."""
+    figure, axes = plt.subplots(2, len(STOPS), figsize=(12, 6), sharex=True, sharey="row")
     found = {}
     for column, stop in enumerate(STOPS):
         for experts in EXPERTS:
@@ -83,14 +84,14 @@ def headline(world: World, seeds: int, figure: Path) -> dict[str, dict[str, Any]
     axes[0, 0].set_ylabel("forgetting")
     axes[1, 0].set_ylabel("generalisation error")
     axes[0, 0].legend(fontsize=8)
-    _save(picture, figure)
+    _save(figure, path)
     return found
 
 
-def growing(setting: Growth, seeds: int, figure: Path) -> dict[str, dict[str, Any]]:
-    """One expert and one row per task under each rule, with the standard error over seeds."""
+def growing(setting: Growth, seeds: int, path: Path) -> dict[str, dict[str, Any]]:
+    """Simulate one expert and one row per task under each rule; means and standard errors over seeds."""
     found: dict[str, dict[str, Any]] = {}
-    picture, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = plt.subplots(figsize=(7, 3.5))
     for rule in RULES:
         grown = grow(setting, rule, seeds)
         values = {
@@ -107,11 +108,11 @@ def growing(setting: Growth, seeds: int, figure: Path) -> dict[str, dict[str, An
     axis.set_xlabel("task")
     axis.set_ylabel("share routed to later experts")
     axis.legend(fontsize=8)
-    _save(picture, figure)
+    _save(figure, path)
     return found
 
 
-def _save(picture: Any, path: Path) -> None:
-    picture.tight_layout()
-    picture.savefig(path, dpi=110)
-    plt.close(picture)
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -112,7 +112,7 @@ def test_a_process_that_is_killed_inside_a_task_is_started_again(kind, config, c
         timeout=500,
     )
     assert done.returncode == 0, done.stdout
-    assert "goes on after step 8 of 20" in done.stdout, done.stdout
+    assert "resumes after step 8 of 20" in done.stdout, done.stdout
     assert_same(tmp_path / "run", tmp_path / "whole", weights=0)
 
 
@@ -120,5 +120,5 @@ def test_more_devices_than_samples(config, command, capsys):
     config["training"] |= {"devices": 4}
     assert main(command(config, "run")) == 2
     assert (
-        "a step of 3 samples (batch_size) cannot be shared out among 4 processes" in capsys.readouterr().err
+        "a step of 3 samples (batch_size) cannot be divided among 4 processes" in capsys.readouterr().err
     )

@@ -400,7 +400,7 @@ def test_a_stop_between_steps_is_no_error(config, command, tmp_path, monkeypatch
             "guidance.loss_temperature is 0",
         ),
         (["--settings", '{"dymoe": {"guidance": {"threshold": -1}}}'], "guidance.threshold is -1"),
-        (["--training.warmup", "5"], "warmup must be a share"),
+        (["--training.warmup", "5"], "warmup must be from 0 to 1"),
         (["--training.precision", "fp16"], "training: "),
         (["--training.accelerator", "cdu"], "training: "),
         (["--eval_batch_size", "0"], "eval_batch_size must be at least 1"),
