@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
+from unimoe.model.loss import cross_entropy_sum
 from unimoe.training.ranks import rank_weighted
 
 from .base import Strategy
@@ -47,7 +48,7 @@ class LwF(Strategy):
             with torch.no_grad(), self._teacher():
                 old_SV = self.learner.model.answer_logits(part)[0] / self.temperature
             new_SV, labels_S = self.learner.model.answer_logits(part)
-            total = total + F.cross_entropy(new_SV, labels_S, reduction="sum")
+            total = total + cross_entropy_sum(new_SV, labels_S)
             student_SV = (new_SV / self.temperature).log_softmax(-1)
             distance = F.kl_div(student_SV, old_SV.log_softmax(-1), reduction="sum", log_target=True)
             total = total + self.alpha * self.temperature**2 * distance

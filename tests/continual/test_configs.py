@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unimoe.continual.cli import _parser, _settings, strategy_of
+from unimoe.continual.cli import _parser, _settings
 from unimoe.evaluation.scorers import SCORERS
 
 FOLDER = Path(str(files("unimoe.configs").joinpath("continual")))
@@ -27,9 +27,3 @@ def test_mllm_cl_abilities_are_tested_on_files_of_their_own():
     assert [task.test for task in config.stream.tasks] == [
         f"{task.name}_test/test.json" for task in config.stream.tasks
     ]
-
-
-def test_settings_of_strategies_are_parsed_into_their_types():
-    made, noted = strategy_of("dymoe", {"dymoe": {"guidance": {"threshold": 0.3, "admit": ["new", "old"]}}})
-    assert made.guide.config.threshold == 0.3 and made.guide.config.admit == ("new", "old")
-    assert noted["k"] is None and noted["guidance"]["threshold"] == 0.3

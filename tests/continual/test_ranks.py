@@ -119,6 +119,4 @@ def test_a_process_that_is_killed_inside_a_task_is_started_again(kind, config, c
 def test_more_devices_than_samples(config, command, capsys):
     config["training"] |= {"devices": 4}
     assert main(command(config, "run")) == 2
-    assert (
-        "a step of 3 samples (batch_size) cannot be divided among 4 processes" in capsys.readouterr().err
-    )
+    assert "a step of 3 samples (batch_size) cannot be divided among 4 processes" in capsys.readouterr().err

@@ -1,46 +1,8 @@
-"""Routers that keep out of the span of earlier tasks' tokens."""
-
-from itertools import pairwise
-
+import pytest
 import torch
 
-from unimoe.commands.main import main
-from unimoe.continual.subspace import principal
-
-
-def remembered(folder):
-    return torch.load(folder / "state.pt", weights_only=True)
-
-
-def test_new_rows_stay_outside_of_what_earlier_tasks_look_like(config, command, tmp_path):
-    config["settings"] = {"dymoe_apart": {"k": 4, "temperature": 0.1, "energy": 0.8}}
-    assert main(command(config, "run", "--strategy", "dymoe_apart")) == 0
-    states = [remembered(tmp_path / "run" / task) for task in ("01-upper", "02-twice", "03-last")]
-    for index, found in enumerate(states):
-        for name, basis_OD in found["memory"]["basis"].items():
-            assert 0 < len(basis_OD) < basis_OD.shape[1]
-            torch.testing.assert_close(basis_OD @ basis_OD.T, torch.eye(len(basis_OD)), atol=1e-4, rtol=0)
-            if index:
-                seen_OD = states[index - 1]["memory"]["basis"][name]
-                assert torch.equal(basis_OD[: len(seen_OD)], seen_OD)
-                row_ED = found["adapters"][f"{name}.router.rows.{index}"]
-                cosine_EO = torch.nn.functional.normalize(row_ED, dim=-1) @ seen_OD.T
-                assert cosine_EO.abs().max() < 1e-4
-
-
-def test_same_routers_give_old_tokens_what_they_gave(config, command, tmp_path):
-    assert main(command(config, "run", "--strategy", "same_router")) == 0
-    states = [remembered(tmp_path / "run" / task) for task in ("01-upper", "02-twice", "03-last")]
-    for before, after in pairwise(states):
-        moved = 0.0
-        for name, basis_OD in before["memory"]["basis"].items():
-            assert 0 < len(basis_OD) < basis_OD.shape[1]
-            change_ED = (
-                after["adapters"][f"{name}.router.weight"] - before["adapters"][f"{name}.router.weight"]
-            )
-            assert (change_ED @ basis_OD.T).abs().max() < 1e-5
-            moved = max(moved, float(change_ED.abs().max()))
-        assert moved > 1e-3
+from unimoe.continual.subspace import Subspace, outside, principal
+from unimoe.errors import UserError
 
 
 def test_the_fewest_directions_that_cover_enough():
@@ -51,7 +13,14 @@ def test_the_fewest_directions_that_cover_enough():
     torch.testing.assert_close(principal(tokens_TD, first, 0.9).abs(), torch.eye(4)[1:2])
 
 
-def test_energy_is_a_share(config, command, capsys):
-    config["settings"] = {"dymoe_apart": {"energy": 1.0}}
-    assert main(command(config, "run", "--strategy", "dymoe_apart")) == 2
-    assert "energy" in capsys.readouterr().err
+def test_what_is_outside_is_orthogonal():
+    basis_OD = torch.linalg.qr(torch.randn(6, 3)).Q.T
+    rest_TD = outside(torch.randn(5, 6), basis_OD)
+    assert (rest_TD @ basis_OD.T).abs().max() < 1e-5
+    torch.testing.assert_close(outside(rest_TD, basis_OD), rest_TD)
+
+
+@pytest.mark.parametrize("settings", [{"energy": 1.0}, {"energy": 0.0}, {"samples": 0}])
+def test_settings(settings):
+    with pytest.raises(UserError, match="energy must lie between 0 and 1 and samples be above 0"):
+        Subspace(**settings)

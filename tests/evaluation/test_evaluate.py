@@ -169,15 +169,3 @@ def test_an_output_that_is_a_file(command, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert command("--task", "vqa") == 2
     assert "cannot write" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
-
-
-def test_media_lie_beside_each_of_several_files(tmp_path):
-    for name in ("qa", "qb"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
-        item = {"id": None, "image": "a.png", "text": "?", "answer": name, "answers": None}
-        (tmp_path / name / "q.jsonl").write_text(json.dumps(item))
-    questions = read_questions(tmp_path / "q{a,b}" / "q.jsonl")
-    paths = [next(question.sample.media())["path"] for question in questions]
-    assert paths == [str(tmp_path / name / "a.png") for name in ("qa", "qb")]
-    assert [question.truth.answers for question in questions] == [("qa",), ("qb",)]
