@@ -9,6 +9,7 @@ when a page is stale.
 import inspect
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -266,14 +267,16 @@ def _sentence(text: str) -> str:
 
 
 def _type(hint: Any) -> str:
-    if hint is Any:
-        return "any"
-    if isinstance(hint, type) and not typing.get_args(hint):
-        return hint.__name__
-    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(hint)).replace("NoneType", "None")
-    if (values := re.fullmatch(r"Literal\[(.*)\]( \| None)?", text)) is not None:
-        text = values[1].replace("'", "").replace(", ", " or ") + (values[2] or "")
-    return text.replace(" | ", " or ")  # a bar would end the table's cell
+    """A type in words without bars, which would end the table's cell."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type, arguments))
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if hint in (Any, type(None), ...):
+        return {Any: "Any", type(None): "None", ...: "..."}[hint]
+    name = getattr(origin or hint, "__name__", str(hint))
+    return f"{name}[{', '.join(map(_type, arguments))}]" if arguments else name
 
 
 def _value(default: Any) -> str:

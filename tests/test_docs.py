@@ -30,6 +30,7 @@ from PIL import Image
 from unimoe.commands import main as cli
 from unimoe.data.records import parse_record
 from unimoe.media.video import write_video
+from unimoe.prepare.parts import PARTS
 from unimoe.stages.assemble import read_manifest
 from unimoe.testing import VIDEO, tiny_model
 
@@ -260,6 +261,32 @@ def test_generated_pages_are_current():
     stale = [name for name, page in pages.items() if (ROOT / "docs" / name).read_text() != page]
     assert not stale, f"{', '.join(stale)}: run python docs/make_reference.py"
     assert all(f"### unimoe {verb}\n" in pages["commands.md"] for verb in cli.VERBS)
+
+
+def test_length_of_the_first_page():
+    """900 to 1,200 words of prose and tables, without code blocks, link targets and table rules."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    words = [word for word in text.replace("|", " ").split() if re.search(r"\w", word)]
+    assert 900 <= len(words) <= 1200
+
+
+def test_the_first_page_lists_the_default_parts():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [
+        row
+        for part in PARTS.values()
+        if (row := f"| {part.title} | {part.size / 1e6:.0f} MB | {part.licence} |") not in text
+    ]
+    assert not missing
+
+
+def test_pictures_are_small_and_shown():
+    pictures = [*(ROOT / "docs/images").glob("*"), ROOT / "docs/moe.svg"]
+    text = "".join((ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert not [
+        file.name for file in pictures if file.stat().st_size > 150_000 or f"{file.name})" not in text
+    ]
 
 
 @pytest.mark.slow
