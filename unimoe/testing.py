@@ -1,10 +1,13 @@
-"""Tiny random models for tests: every part of the real ones, nothing to download, milliseconds to run."""
+"""Tiny random models for tests with every part of the real ones: nothing to download, milliseconds to run."""
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ IMAGE = {
     "encoder": {"type": "timm", "name": "test_efficientnet", "image_size": 64},
     "connector": {"type": "pooled_mlp", "pool": 2},
 }
-"""A picture becomes 4 tokens."""
+"""4 tokens per image."""
 
 SPEECH = {
     "encoder": {
@@ -34,18 +37,17 @@ SPEECH = {
     },
     "connector": {"type": "pooled_mlp", "stack": 5, "depth": 2},
 }  # fmt: skip
-"""A second of speech becomes 10 tokens."""
-
+"""10 tokens per second of speech."""
 
 VIDEO = {
     "encoder": {"type": "frames", "image": IMAGE["encoder"], "frames": 4},
     "connector": {"type": "pooled_mlp", "pool": 1},
 }
-"""A video becomes a token for each of at most 4 frames."""
+"""1 token per frame, at most 4 frames per video."""
 
 AUDIO = {"encoder": SPEECH["encoder"], "connector": {"type": "qformer", "num_queries": 3, "num_layers": 1,
                                                      "num_heads": 2, "hidden_size": 16}}  # fmt: skip
-"""A sound becomes 3 tokens for each 30 s."""
+"""3 tokens per 30 s of audio."""
 
 BEATS = {
     "encoder": {"type": "beats", "embed_dim": 8, "encoder_layers": 1, "encoder_embed_dim": 16,
@@ -53,14 +55,14 @@ BEATS = {
                 "conv_pos_groups": 2},
     "connector": AUDIO["connector"],
 }  # fmt: skip
-"""The same with Uni-MoE's tower for sounds."""
+"""The same with Uni-MoE's audio encoder."""
 
 SPEED = {"train/tokens_per_second", "train/pictures_per_second"}
-"""Differs from run to run, and the first step after a start has none."""
+"""Columns that differ from run to run; missing in the first step after a start."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and ChatML's control tokens."""
+    """A byte-level tokenizer with ChatML's control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {token: index for index, token in enumerate([*control, *alphabet])}
@@ -77,7 +79,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_llm(folder: str | Path, layers: int = 2, hidden_size: int = 32) -> Path:
-    """A random LLaMA of a few thousand parameters and its tokenizer, a folder that ``build_model`` takes."""
+    """Save a random LLaMA of a few thousand parameters and its tokenizer in a folder for ``build_model``."""
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -99,7 +101,7 @@ def save_tiny_llm(folder: str | Path, layers: int = 2, hidden_size: int = 32) ->
 
 
 def tiny_model(folder: str | Path, moe: dict[str, Any] | None = None, **modalities: dict[str, Any]) -> Built:
-    """A random model that sees and hears (or what ``modalities`` names); its LLM is in ``folder``/llm."""
+    """A random model with images and speech, or with ``modalities``; its LLM is saved in ``folder``/llm."""
     llm = Path(folder) / "llm"
     if not llm.exists():
         save_tiny_llm(llm)
@@ -107,38 +109,67 @@ def tiny_model(folder: str | Path, moe: dict[str, Any] | None = None, **modaliti
 
 
 def run_together(ranks: int, code: str, *arguments: str, timeout: float = 1200) -> list[str]:
-    """Run Python code in so many processes of one run, each on one thread; returns what each of them said.
+    """Run Python code in several processes of one distributed run, each with one thread.
 
-    Raises RuntimeError with all of it when one fails.
+    The processes are forked from a server that has imported the suite, which saves each the seconds of its
+    imports.
+
+    Args:
+        ranks: number of processes.
+        code: source; finds ``arguments`` in ``sys.argv[1:]`` and its rank in the environment.
+        arguments: as on a command line.
+        timeout: seconds until a process counts as hanging.
+
+    Returns:
+        What each process wrote to stdout and stderr.
+
+    Raises:
+        RuntimeError: if a process fails; with the output of all.
+        TimeoutError: if a process does not end in time.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["unimoe.testing", "unimoe.stages.cli"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            env={
-                **os.environ,
-                **place,
-                "OMP_NUM_THREADS": "1",
-                "WORLD_SIZE": str(ranks),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    said = [process.communicate(timeout=timeout)[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError("\n".join(said))
-    return said
+        port = str(free.getsockname()[1])
+    run = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(ranks)]
+        processes = []
+        for rank, file in enumerate(files):
+            environment = {**os.environ, **run, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(target=_run_rank, args=(code, arguments, environment, file))
+            process.start()
+            processes.append(process)
+        try:
+            end = time.monotonic() + timeout
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
+            if any(process.exitcode is None for process in processes):
+                raise TimeoutError(f"a process of the run did not end within {timeout:.0f} s")
+        finally:
+            for process in processes:
+                process.kill()
+        outputs = [file.read_text() for file in files]
+    if any(process.exitcode for process in processes):
+        raise RuntimeError("\n".join(outputs))
+    return outputs
+
+
+def _run_rank(code: str, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
+    """One process of :func:`run_together`."""
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+    torch.set_num_threads(1)
+    exec(code, {"__name__": "__main__"})
 
 
 class StopAfter(Callback):
-    """Asks a run to stop, as Ctrl-C does, after so many optimizer steps."""
+    """Interrupts a run, as Ctrl-C does, after ``step`` optimizer steps."""
 
     def __init__(self, step: int):
         self.step = step
@@ -149,8 +180,7 @@ class StopAfter(Callback):
 
 
 class DieAt(Callback):
-    """Ends a process of a run as ``kill -9`` does, at the beginning of a step, unless torchrun has started it
-    again."""
+    """Kills one process of a run (SIGKILL) at the start of a step, unless torchrun has restarted it."""
 
     def __init__(self, step: int, rank: int):
         self.step, self.rank = step, rank
@@ -162,7 +192,7 @@ class DieAt(Callback):
 
 
 def assert_same_run(output: Path, other: Path) -> None:
-    """Two finished stages have the same curve and weights, within 1e-5."""
+    """Check that two finished stages have the same curve and weights, within 1e-5."""
     curves = [read_curve(folder / "logs" / "metrics.csv") for folder in (output, other)]
     assert len(curves[0]) == len(curves[1])
     for one, two in zip(*curves, strict=True):
