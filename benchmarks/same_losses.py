@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -48,7 +47,7 @@ class Tree:
 
     def __init__(self, code: Path, folder: Path):
         self.code, self.folder = code, folder
-        folder.mkdir()
+        folder.mkdir(parents=True)
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         """Start ``unimoe ARGS`` in the folder, its output in log.txt."""
@@ -74,15 +73,14 @@ def run(trees: list[Tree], *args: str, until: str | None = None) -> None:
     Args:
         trees: where to run it.
         args: verb and flags; paths are relative to the tree's folder.
-        until: a file; once it exists the command is interrupted, as by Ctrl-C, and counts as successful.
+        until: a file; once it exists the command is killed and counts as successful.
     """
     processes = [tree.start(*args) for tree in trees]
     try:
         for tree, process in zip(trees, processes, strict=True):
             while process.poll() is None:
                 if until and (tree.folder / until).is_file():
-                    process.send_signal(signal.SIGINT)
-                    process.wait()
+                    process.kill()
                 time.sleep(0.2)
             reached = until is not None and (tree.folder / until).is_file()
             if process.returncode and not reached:
@@ -132,7 +130,7 @@ def write_task(folder: Path, name: str) -> dict[str, Any]:
 
 def detection(trees: list[Tree]) -> None:
     """A dense detector of random weights, then the same with experts."""
-    run(trees, "data", "scenes", "scenes", "--images", "16", "--test_images", "2", "--size", "64")
+    run(trees, "data", "scenes", "scenes", "--images", "16", "--test-images", "2", "--size", "64")
     sizes = {"image_size": 64, "d_model": 32, "ffn_dim": 64, "num_heads": 4, "decoder_layers": 2}
     edge = {"num_queries": 12, "learned_queries": False, "csp_blocks": 1, "csp_expansion": 0.5}
     models = {
@@ -169,7 +167,9 @@ RUNS = {"align": align, "continual": continual, "detection": detection}
 
 
 def read_curve(path: Path) -> Curve:
-    """All values of a metrics.csv except speeds."""
+    """All values of a metrics.csv except speeds; none if the file does not exist."""
+    if not path.is_file():
+        return {}
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {
@@ -201,7 +201,8 @@ def compare(found: Path, expected: Path) -> list[tuple[str, int, float, bool]]:
         rows.append((str(name).removesuffix("/logs"), steps, difference, difference <= limit))
     for path in sorted(expected.rglob("matrix.json")):
         name = path.relative_to(expected)
-        equal = json.loads((found / name).read_text()) == json.loads(path.read_text())
+        other = found / name
+        equal = other.is_file() and json.loads(other.read_text()) == json.loads(path.read_text())
         rows.append((str(name), len(TASKS), 0.0 if equal else math.inf, equal))
     return rows
 
@@ -222,18 +223,20 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("commit")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     given = parser.parse_args(args)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        with checkout(given.commit, root / "code") as code:
+    print(f"{'run':<44} {'steps':>5}  equal  largest relative difference", flush=True)
+    same = True
+    with tempfile.TemporaryDirectory() as temporary, checkout(given.commit, Path(temporary) / "code") as code:
+        for name in given.runs:
+            root = Path(temporary) / name
             trees = [Tree(ROOT, root / "here"), Tree(code, root / "there")]
-            for name in given.runs:
-                RUNS[name](trees)
-        rows = compare(trees[0].folder, trees[1].folder)
-    print(f"{'run':<44} {'steps':>5}  equal  largest relative difference")
-    for name, steps, difference, allowed in rows:
-        note = "" if allowed else "  <- not allowed"
-        print(f"{name:<44} {steps:>5}  {'yes' if not difference else 'no':<5}  {difference:.1e}{note}")
-    return 0 if rows and all(allowed for *_, allowed in rows) else 1
+            RUNS[name](trees)
+            rows = compare(trees[0].folder, trees[1].folder)
+            same = same and bool(rows)
+            for run_name, steps, difference, allowed in rows:
+                equal, note = "no" if difference else "yes", "" if allowed else "  <- not allowed"
+                print(f"{run_name:<44} {steps:>5}  {equal:<5}  {difference:.1e}{note}", flush=True)
+                same = same and allowed
+    return 0 if same else 1
 
 
 if __name__ == "__main__":

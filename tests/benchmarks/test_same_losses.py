@@ -52,6 +52,11 @@ def test_a_shorter_curve_differs(bench, tmp_path):
     assert (steps, difference, allowed) == (2, float("inf"), False)
 
 
+def test_a_missing_run_differs(bench, tmp_path):
+    write(tmp_path / "there", "lora-0", "0,0.5,100\n")
+    assert [row[-1] for row in bench.compare(tmp_path / "here", tmp_path / "there")] == [False, False]
+
+
 def test_a_checkout_is_the_commit_and_is_removed(bench, tmp_path, monkeypatch):
     repository, folder = tmp_path / "repository", tmp_path / "code"
     repository.mkdir()
