@@ -167,7 +167,7 @@ def test_the_command_as_a_process():
 def test_what_needs_no_model_does_not_wait_for_torch():
     code = """
 import sys
-from unimoe import cli
+from unimoe.commands import main as cli
 print(*[cli.main([word]) for word in ("--help", "--version", "chta")], "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -248,5 +248,5 @@ def test_records_of_films_and_both_kinds_of_sound_become_a_batch(tmp_path):
     model(**batch).loss.backward()
     assert model.model.connectors["video"].positions.grad.abs().sum(1).gt(0).tolist() == [True] * 4
     record["videos"] = ["s.wav"]
-    with pytest.raises(UserError, match=r"data.json\[1\]: the video .*s.wav holds no pictures"):
+    with pytest.raises(UserError, match=r"data.json\[1\]: the video .*s.wav holds no frames"):
         Collator(processor)([parse_record(record, "data.json[1]", tmp_path)])

@@ -97,7 +97,7 @@ def test_another_folder_gets_moved_configurations(tmp_path, monkeypatch):
     there = Demo(tmp_path / "x", 3, False, "default")
     for stage in ("align", "moe", "assemble"):
         moved = subject._configuration(stage, there)
-        assert moved.parent == tmp_path / "x" / "configs"
+        assert moved.parent == tmp_path / "x" / "configs" / "uni_moe"
         text = moved.read_text()
         assert "runs/demo" not in text and f"{tmp_path}/x/" in text
     assert yaml.safe_load(text)["seed"] == 3

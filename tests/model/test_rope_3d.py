@@ -247,7 +247,7 @@ def test_packed_rows_and_stored_features_train_like_the_padded_batch(clocked, tm
         torch.testing.assert_close(found[name][0], found["padded"][0], atol=1e-5, rtol=1e-5)
         for key, grad in found[name][1].items():
             torch.testing.assert_close(grad, found["padded"][1][key], atol=1e-5, rtol=1e-4, msg=key)
-    with pytest.raises(UserError, match="stored features of films have no times"):
+    with pytest.raises(UserError, match="cached features of videos have no times"):
         Collator(processor, features=FeatureCache(tmp_path, processor, dict(model.model.encoders)))
 
 
