@@ -33,22 +33,24 @@ class DetectionCLI(RunCLI):
         model = module.model.eval()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        record = self.record(name, module.init_from, {"trained": trained, "total": total})
+        record = self.record(name, module.config.init_from, {"trained": trained, "total": total})
         write_model(self.output, model, module.tokenizer, record)
         return record.metrics.get("train/loss", float("nan"))
 
     def _evaluate(self, results: Any) -> None:
-        """Also leave the detections, all numbers and the curves in ``logs/validate`` or ``logs/test``."""
+        """Also write the detections, all numbers and the curves into ``logs/validate`` or ``logs/test``."""
         super()._evaluate(results)
         if self.trainer.is_global_zero:
             module, folder = self.model, self.output / "logs" / str(self.subcommand)
             atomic_write(folder / "detections.json", json.dumps(module.evaluator.results) + "\n")
-            write_report(module.scores, module.evaluation, folder / "scores.json", folder)
+            write_report(module.scores, module.config.evaluation, folder / "scores.json", folder)
 
 
 def main(args: list[str]) -> None:
     """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
 
-    Raises UserError for bad settings or data, KeyboardInterrupt when the run was asked to stop.
+    Raises:
+        UserError: bad settings or data.
+        KeyboardInterrupt: the run was interrupted, and its state saved.
     """
     run_cli(DetectionCLI, DetectionModule, DetectionData, args)

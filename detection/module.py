@@ -5,7 +5,7 @@ Shapes: B images, L text tokens, W width of the text encoder.
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unimoe.analysis.routing_stats import load_columns
 from unimoe.detection.data.batches import EvalBatch, TrainBatch
+from unimoe.detection.data.datamodule import DetectionData
 from unimoe.detection.evaluation.average_precision import Evaluation, Style
 from unimoe.detection.evaluation.evaluator import DetectionEvaluator
 from unimoe.detection.evaluation.expert_usage import (
@@ -53,6 +54,61 @@ class MoETuningConfig:
     """Of the router's fresh rows."""
 
 
+@dataclass
+class StartConfig:
+    """The model before training."""
+
+    init_from: str | None = None
+    """Folder of an earlier run, or public Grounding DINO weights; or else give ``detector``."""
+    detector: dict[str, Any] | None = None
+    """Of a fresh start: ``backbone``, ``weights``, ``text_encoder`` and fields of DynamicDinoConfig, as
+    :func:`unimoe.detection.model.build.build_detector` takes them."""
+    moe: MoETuningConfig | None = None
+    """Turns the decoder's FFNs into experts and freezes what the paper freezes."""
+
+
+@dataclass
+class TrainableConfig:
+    """The weights that train."""
+
+    trainable: list[str] | None = None
+    """Shell patterns of the parameters that train (default: all, or what MoE-Tuning trains)."""
+    freeze_encoders: bool = True
+    """Keep backbone and text encoder as they are."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rates."""
+
+    lr: float = 4e-4
+    """Peak learning rate."""
+    encoder_lr: float = 0.1
+    """That of backbone and text encoder, as a share of ``lr``."""
+    schedule: Schedule = "cosine"
+    """Of the learning rates after warm-up."""
+    warmup: float = 0.1
+    """Share of all steps over which the learning rates rise linearly from zero."""
+    weight_decay: float = 1e-4
+    """On matrices only."""
+
+
+@dataclass
+class DetectionConfig(OptimizerConfig, TrainableConfig, StartConfig):
+    """Settings of :class:`DetectionModule`, the keys under ``model:``."""
+
+    criterion: CriterionConfig | None = None
+    """Weights of the losses and of the matching."""
+    denoising: DenoisingConfig | None = None
+    """Extra queries of a training step (``queries: 0`` for none)."""
+    evaluation: Style = "coco"
+    """Protocol of the average precision."""
+    max_detections: int = 300
+    """Of an image for each prompt, for the average precision."""
+    seed: int = 0
+    """Of everything random; each step depends on it and on the step's number alone."""
+
+
 class DetectionModule(ResumableModule):
     """Trains a detector on boxes and names.
 
@@ -63,61 +119,29 @@ class DetectionModule(ResumableModule):
     3. the criterion over all decoder layers, the proposals and the denoising queries, plus the balance loss
     """
 
-    batch_unit = "pictures"
+    batch_unit = "images"
 
-    def __init__(
-        self,
-        init_from: str | None = None,
-        detector: dict[str, Any] | None = None,
-        moe: MoETuningConfig | None = None,
-        trainable: list[str] | None = None,
-        freeze_encoders: bool = True,
-        criterion: CriterionConfig | None = None,
-        denoising: DenoisingConfig | None = None,
-        lr: float = 4e-4,
-        encoder_lr: float = 0.1,
-        schedule: Schedule = "cosine",
-        warmup: float = 0.1,
-        weight_decay: float = 1e-4,
-        evaluation: Style = "coco",
-        max_detections: int = 300,
-        seed: int = 0,
-    ):
+    def __init__(self, **settings: Any):
         """
         Args:
-            init_from: folder of an earlier run; or else give ``detector``.
-            detector: of a fresh start: ``backbone``, ``weights``, ``text_encoder`` and fields of
-                DynamicDinoConfig, as :func:`unimoe.detection.model.build.build_detector` takes them.
-            moe: turns the decoder's FFNs into experts and freezes what the paper freezes.
-            trainable: shell patterns of the parameters that train (default: all, or what MoE-Tuning trains).
-            freeze_encoders: keep backbone and text encoder as they are.
-            criterion: weights of the losses and of the matching.
-            denoising: extra queries of a training step (``queries: 0`` for none).
-            lr: peak learning rate of AdamW.
-            encoder_lr: that of backbone and text encoder, as a share of ``lr``.
-            schedule: of the learning rates after warm-up.
-            warmup: share of all steps in which the learning rates rise from zero.
-            weight_decay: of AdamW, on matrices only.
-            evaluation: protocol of the average precision.
-            max_detections: of a picture for each prompt, for the average precision.
-            seed: of everything random; each step's numbers follow from it and the step alone.
+            settings: the fields of :class:`DetectionConfig`.
+
+        Raises:
+            UserError: not exactly one of ``init_from`` and ``detector`` is given.
         """
         super().__init__()
-        if (init_from is None) == (detector is None):
+        self.config = config = DetectionConfig(**settings)
+        if (config.init_from is None) == (config.detector is None):
             raise UserError(
                 "a run starts from one of model.init_from (a folder) and model.detector (a fresh start)"
             )
-        self.init_from, self.detector, self.moe, self.trainable = init_from, detector, moe, trainable
-        self.freeze_encoders = freeze_encoders
-        self.criterion = DetectionCriterion(criterion)
-        self.denoising = denoising or DenoisingConfig()
-        self.lr, self.encoder_lr, self.weight_decay = lr, encoder_lr, weight_decay
-        self.schedule, self.warmup, self.max_detections, self.seed = schedule, warmup, max_detections, seed
-        self.evaluation: Style = evaluation
+        self.schedule, self.warmup, self.seed = config.schedule, config.warmup, config.seed
+        self.criterion = DetectionCriterion(config.criterion)
+        self.denoising = config.denoising or DenoisingConfig()
         self.model: DynamicDinoForObjectDetection
         self.tokenizer: PreTrainedTokenizerBase
         self.evaluator: DetectionEvaluator
-        """Of the latest evaluation, with everything that was found."""
+        """Of the latest evaluation, with every detection."""
         self.scores: Evaluation
         """Of the latest evaluation."""
         self._text: TextFeatureCache | None = None
@@ -125,23 +149,37 @@ class DetectionModule(ResumableModule):
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Build the model and choose what trains, once; Lightning calls this before every verb."""
+        """Build the model and choose what trains, once; Lightning calls this before every verb.
+
+        Raises:
+            UserError: the model cannot be built or loaded, nothing would train, or the run is in half
+                precision.
+        """
         if hasattr(self, "model"):
             return
+        config = self.config
+        training = self._trainer is None or self.trainer.training
+        if training and self._trainer is not None:
+            check_precision(self.trainer.precision)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            if self.init_from is not None:
-                model, tokenizer = load_detector(self.init_from, "init_from")
+            if config.init_from is not None:
+                model, tokenizer = load_detector(config.init_from, "init_from")
             else:
-                model, tokenizer = build_detector(**(self.detector or {}))
-            if self.moe is not None:
-                moe_tuning(model, **vars(self.moe))
-        if self.trainable is not None:
-            freeze_for_tuning(model, tuple(self.trainable))
-        if self.freeze_encoders:
+                model, tokenizer = build_detector(**(config.detector or {}))
+            if config.moe is not None:
+                moe_tuning(model, **vars(config.moe))
+        if config.trainable is not None:
+            freeze_for_tuning(model, tuple(config.trainable))
+        if config.freeze_encoders:
             model.freeze_encoders()
-        if self._trainer is not None and not self.trainer.training:
+        if not training:
             model.requires_grad_(False)
+        elif not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(
+                f"nothing trains: model.trainable is {config.trainable}, and model.freeze_encoders "
+                f"({str(config.freeze_encoders).lower()}) freezes what begins with backbone. or text_encoder."
+            )
         self.model, self.tokenizer = model.train(), tokenizer
         if not any(p.requires_grad for p in model.text_encoder.parameters()):
             self._text = TextFeatureCache(model)
@@ -149,14 +187,14 @@ class DetectionModule(ResumableModule):
             shard(self, *self.blocks())
 
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """What FSDP2 gathers one after the other, and what it leaves whole: encoders that do not train, which
-        run outside of steps too."""
+        """The modules that FSDP2 shards one by one, and those it leaves whole: frozen encoders, which run
+        outside of steps too."""
         encoders: list[nn.Module] = [self.model.backbone, self.model.text_encoder]
         frozen = [part for part in encoders if not any(p.requires_grad for p in part.parameters())]
         return [*self.model.enhancer.layers, *self.model.decoder.layers], frozen
 
     def configure_optimizers(self) -> Any:
-        """AdamW; matrices and vectors, of the encoders and of the rest, are parameter groups."""
+        """AdamW with four parameter groups: matrices and vectors, of the encoders and of the rest."""
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -165,15 +203,15 @@ class DetectionModule(ResumableModule):
         settings = [
             {
                 "params": parameters,
-                "lr": self.lr * (self.encoder_lr if encoder else 1.0),
-                "weight_decay": self.weight_decay if matrix else 0.0,
+                "lr": self.config.lr * (self.config.encoder_lr if encoder else 1.0),
+                "weight_decay": self.config.weight_decay if matrix else 0.0,
             }
             for (encoder, matrix), parameters in groups.items()
         ]
         return self.scheduled(torch.optim.AdamW(settings, foreach=foreach(self.device_mesh)))
 
     def on_fit_start(self) -> None:
-        """Say what trains."""
+        """Log how much trains."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         log.info("trains %.2f of %.2f million weights", trained / 1e6, total / 1e6)
@@ -181,7 +219,7 @@ class DetectionModule(ResumableModule):
     # ---------------------------------------------------------------- steps
 
     def batch_amount(self, batch: TrainBatch) -> float:
-        """Pictures of a batch, for the speed in the progress."""
+        """Images of a batch, for the speed in the progress."""
         return len(batch.targets)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
@@ -202,7 +240,7 @@ class DetectionModule(ResumableModule):
         # (3)
         labels = queries.labels if queries else None
         losses = self.criterion(output, batch.targets, prompts.name_tokens, labels)
-        if self.denoising.queries:  # no object in any picture of this rank
+        if self.denoising.queries:  # no object in any image of this rank
             losses.setdefault("denoising", torch.zeros_like(losses["loss"]))
         shown = mean_over_ranks(torch.stack(list(losses.values())).detach())
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
@@ -214,7 +252,7 @@ class DetectionModule(ResumableModule):
 
     @torch.no_grad()
     def _expert_use(self, records: list[LayerRecord]) -> dict[str, float]:
-        """What the experts of each layer did in a step on all ranks, by name of the column."""
+        """Columns on the load of each layer's experts in a step, over all ranks."""
         if not records:
             return {}
         slices = MoEConfig.from_dict(self.model.config.moe or {}).top_k
@@ -239,10 +277,9 @@ class DetectionModule(ResumableModule):
         self.evaluator = self._evaluator("test")
 
     def _evaluator(self, split: str) -> DetectionEvaluator:
-        data = self.trainer.datamodule.sets[split]  # type: ignore[attr-defined]
-        return DetectionEvaluator(
-            self.model, self.tokenizer, data, self.evaluation, top=self.max_detections, text=self._text
-        )
+        data = cast(DetectionData, cast(Any, self.trainer).datamodule).sets[split]
+        style, top = self.config.evaluation, self.config.max_detections
+        return DetectionEvaluator(self.model, self.tokenizer, data, style, top=top, text=self._text)
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         self.evaluator.update(batch)
@@ -260,3 +297,18 @@ class DetectionModule(ResumableModule):
         self.scores = self.evaluator.compute()
         metrics = {f"{split}/{name}": value for name, value in self.scores.metrics.items()}
         self.log_dict(metrics, rank_zero_only=False)
+
+
+def check_precision(precision: str) -> None:
+    """Refuse weights in half precision, before the first step.
+
+    Positions in an image and box corners are counted in the precision of the weights, and bfloat16 has eight
+    bits: it cannot tell pixel 1000 from pixel 1003.
+
+    Raises:
+        UserError: ``precision``, as Lightning names it, stores the weights in half precision.
+    """
+    if precision.endswith("-true") and precision not in ("32-true", "64-true"):
+        raise UserError(
+            f"trainer.precision {precision} rounds boxes to a few pixels; set bf16-mixed, 16-mixed or 32-true"
+        )

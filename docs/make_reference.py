@@ -105,7 +105,7 @@ def configuration() -> str:
     from unimoe.continual.strategies import strategies
     from unimoe.detection.data.datamodule import DetectionData
     from unimoe.detection.model.configuration import DynamicDinoConfig
-    from unimoe.detection.module import DetectionModule
+    from unimoe.detection.module import DetectionConfig
     from unimoe.encoders.connector import ConnectorConfig
     from unimoe.encoders.encoder import _ENCODERS
     from unimoe.moe import MoEConfig
@@ -127,7 +127,7 @@ def configuration() -> str:
     for title, about, made_of, prefix in (
         ("Model of a stage", "For `system: stages`, the default.", StageConfig, "model"),
         ("Data of a stage", "", StageDataConfig, "data"),
-        ("Detector", "For `system: detection`.", DetectionModule, "model"),
+        ("Detector", "For `system: detection`.", DetectionConfig, "model"),
         ("Data of a detector", "", DetectionData, "data"),
     ):
         lines += ["", f"### {title}", "", *([about] if about else []), *_table(rows_of(made_of, prefix))]

@@ -57,7 +57,7 @@ BEATS = {
 }  # fmt: skip
 """The same with Uni-MoE's audio encoder."""
 
-SPEED = {"train/tokens_per_second", "train/pictures_per_second"}
+SPEED = {"train/tokens_per_second", "train/images_per_second"}
 """Columns that differ from run to run; missing in the first step after a start."""
 
 

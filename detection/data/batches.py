@@ -1,4 +1,4 @@
-"""What goes through the trainer: pictures with what is asked of them.
+"""Batches of images: with a prompt and targets for training, or whole for evaluation.
 
 Shapes: B images, S x S pixels, N levels of the backbone, C channels, h x w cells of a level.
 """
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from unimoe.detection.model.output import Target
 from unimoe.detection.model.prompt import Prompt, PromptBatch
-
-from .annotations import DetectionSample
 
 
 @dataclass
@@ -31,14 +29,15 @@ class TrainBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "TrainBatch":
         targets = [Target(one.boxes_M4.to(device), one.names_M.to(device)) for one in self.targets]
-        return replace(_moved(self, device), prompt_batch=self.prompt_batch.to(device), targets=targets)
+        return replace(_images_to(self, device), prompt_batch=self.prompt_batch.to(device), targets=targets)
 
 
 @dataclass
 class EvalBatch:
-    """Pictures to be searched for every name of their set."""
+    """Images in which every name of their set is searched."""
 
-    samples: list[DetectionSample]
+    rows: list[int]
+    """Of the set's samples."""
     sizes: list[tuple[int, int]]
     """(width, height) in the pixels of the annotations."""
     pixel_mask: Tensor | None
@@ -49,14 +48,14 @@ class EvalBatch:
     """N maps [B, C, h, w]."""
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "EvalBatch":
-        return _moved(self, device)
+        return _images_to(self, device)
 
 
 AnyBatch = TypeVar("AnyBatch", TrainBatch, EvalBatch)
 
 
-def _moved(batch: AnyBatch, device: torch.device | str) -> AnyBatch:
-    """With the pictures on ``device``."""
+def _images_to(batch: AnyBatch, device: torch.device | str) -> AnyBatch:
+    """The batch with its images on ``device``."""
     maps = batch.image_features
     return replace(
         batch,

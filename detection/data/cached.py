@@ -1,4 +1,4 @@
-"""Pictures whose backbone maps are computed once: what is stored, and data sets that read it.
+"""Datasets of images whose backbone maps are computed once.
 
 Shapes: B images, N levels, C channels, h x w cells of a level.
 """
@@ -18,11 +18,11 @@ from unimoe.detection.model.prompt import Prompt, PromptBatch
 from .annotations import DetectionSet
 from .batches import EvalBatch, TrainBatch
 from .dataset import EvalDataset, TrainDataset, View
-from .features import ViewStore, pictures_key
+from .view_store import ViewStore, images_key
 
 
 class CachedTrainDataset(Dataset):
-    """Stored views of training pictures, each with a prompt drawn anew for (index, seed)."""
+    """Stored views of training images, each with a prompt drawn anew for (index, seed)."""
 
     def __init__(self, data: TrainDataset, store: ViewStore):
         self.data, self.store = data, store
@@ -31,7 +31,7 @@ class CachedTrainDataset(Dataset):
     def of(
         cls, data: TrainDataset, copies: int, folder: Path, model: DynamicDinoForObjectDetection
     ) -> "CachedTrainDataset":
-        """``copies`` augmented views of each picture; their maps are kept in ``folder``."""
+        """``copies`` augmented views of each image; their maps are kept in ``folder``."""
         config = data.augment.config
         made_of = {"augment": asdict(config), "copies": copies}
         return cls(data, _stored(folder, data.data, model, _Views(data, copies), config.longest, made_of))
@@ -60,19 +60,19 @@ class CachedTrainDataset(Dataset):
 
 
 class CachedEvalDataset(Dataset):
-    """Stored maps of whole pictures: the index of a picture, for ``collate``."""
+    """Stored maps of whole images: the index of an image, for ``collate``."""
 
     def __init__(self, data: DetectionSet, store: ViewStore):
         self.data, self.store = data, store
 
     @classmethod
     def of(
-        cls, pictures: EvalDataset, folder: Path, model: DynamicDinoForObjectDetection
+        cls, images: EvalDataset, folder: Path, model: DynamicDinoForObjectDetection
     ) -> "CachedEvalDataset":
-        """Every picture as it is; their maps are kept in ``folder``."""
+        """Every image as it is; their maps are kept in ``folder``."""
         made_of = {"size": model.config.image_size}
-        longest = pictures.resize.longest
-        return cls(pictures.data, _stored(folder, pictures.data, model, _Whole(pictures), longest, made_of))
+        views, longest = _Whole(images), images.resize.longest
+        return cls(images.data, _stored(folder, images.data, model, views, longest, made_of))
 
     def __len__(self) -> int:
         return len(self.data.samples)
@@ -84,11 +84,11 @@ class CachedEvalDataset(Dataset):
         samples = [self.data.samples[index] for index in indices]
         sizes = [sample.size or sample.load().size for sample in samples]
         maps = self.store.batch(indices)
-        return EvalBatch(samples, sizes, self.store.pixel_masks(indices), image_features=maps)
+        return EvalBatch(list(indices), sizes, self.store.pixel_masks(indices), image_features=maps)
 
 
 class _Views(Sequence[View]):
-    """``copies`` augmented views of each training picture, the same ones whatever the run's seed: runs share
+    """``copies`` augmented views of each training image, the same ones whatever the run's seed: runs share
     the store."""
 
     def __init__(self, data: TrainDataset, copies: int):
@@ -104,16 +104,17 @@ class _Views(Sequence[View]):
 
 
 class _Whole(Sequence[View]):
-    """Pictures as they are evaluated; their boxes are not needed."""
+    """Images as they are evaluated; their boxes are not needed."""
 
-    def __init__(self, pictures: EvalDataset):
-        self.pictures = pictures
+    def __init__(self, images: EvalDataset):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> View:  # type: ignore[override]
-        return View(self.pictures[index][0], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        image = self.images.data.samples[index].load()
+        return View(self.images.resize(image), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
 
 def _stored(
@@ -124,7 +125,7 @@ def _stored(
     side: int,
     made_of: dict[str, Any],
 ) -> ViewStore:
-    """The maps of some views of a set's pictures; see :meth:`ViewStore.of`."""
+    """The maps of some views of a set's images; see :meth:`ViewStore.of`."""
     boxes = [sample.boxes_M4.tolist() for sample in data.samples]
-    made_of = {**made_of, "pictures": pictures_key(data.samples), "boxes": boxes}
+    made_of = {**made_of, "images": images_key(data.samples), "boxes": boxes}
     return ViewStore.of(folder.resolve(), model, views, side, made_of)

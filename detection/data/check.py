@@ -1,4 +1,4 @@
-"""What is wrong with a file of boxes and its pictures."""
+"""Checks a file of boxes and its images."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,36 +29,37 @@ class CheckReport:
 def check_detection(path: str | Path, images: str | Path | None = None, decode: bool = True) -> CheckReport:
     """Read a file of boxes (of YOLO: all its splits) and collect every fault.
 
-    With ``decode`` each picture is opened too, and its size compared with what the file says. Raises
-    UserError for what is not a file of boxes at all.
+    With ``decode`` each image is opened too, and its size compared with what the file says.
+
+    Raises:
+        UserError: ``path`` is not a file of boxes at all.
     """
     file = yolo_file(Path(path))
     splits = yolo_splits(file) if file else ["train"]
     sets = [read_detection(path, images, strict=False, split=split) for split in splits]
     faults = dict.fromkeys(fault for found in sets for fault in found.faults)  # categories are in every split
     if decode:
-        faults |= dict.fromkeys(fault for found in sets for fault in _pictures(found))
+        faults |= dict.fromkeys(fault for found in sets for fault in _check_images(found))
     return CheckReport(
         images=sum(len(found.samples) for found in sets),
-        boxes=sum(len(sample.boxes_M4) for found in sets for sample in found.samples),
+        boxes=sum(found.boxes for found in sets),
         categories=len(sets[0].categories),
         faults=list(faults),
     )
 
 
-def _pictures(found: DetectionSet) -> list[Fault]:
+def _check_images(found: DetectionSet) -> list[Fault]:
     faults = []
     for sample in found.samples:
         if not sample.path.is_file():
             continue  # reading said so
         try:
-            width, height = sample.load().size
+            size = sample.decode().size
         except UserError as error:
             faults.append(
                 Fault("unreadable image", sample.source, str(error).removeprefix(f"{sample.source}: "))
             )
             continue
-        if sample.size and sample.size != (width, height):
-            wanted = f"found {width} x {height} pixels, the file says {sample.size[0]} x {sample.size[1]}"
-            faults.append(Fault("size", sample.source, wanted))
+        if sample.size and sample.size != size:
+            faults.append(Fault("size", sample.source, sample.size_problem(size)))
     return faults

@@ -1,12 +1,13 @@
-"""The LightningDataModule of detection: files of boxes in, batches with a prompt for each picture out."""
+"""The LightningDataModule of detection: from files of boxes to batches with a prompt for each image."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Protocol, cast
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from unimoe.data import ModalityBatchSampler
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
@@ -19,18 +20,21 @@ from .cached import CachedEvalDataset, CachedTrainDataset
 from .dataset import EvalDataset, TrainDataset
 from .formats import read_detection
 from .sampling import PromptSampler, SamplingConfig
-from .transforms import Augment, AugmentConfig, resize_for
-
-if TYPE_CHECKING:
-    from unimoe.detection.module import DetectionModule
-
+from .transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, AugmentConfig, resize_for
 
 logger = logging.getLogger(__name__)
 
 
+class HasDetector(Protocol):
+    """The part of the LightningModule that the data depends on."""
+
+    model: DynamicDinoForObjectDetection
+    tokenizer: PreTrainedTokenizerBase
+
+
 class SeededSampler(ModalityBatchSampler):
-    """Gives each index with a seed of its own, which follows from the run's seed, the step and the place in
-    the global batch: however many ranks share it, pictures and prompts are the same."""
+    """Pairs each index with a seed that follows from the run's seed, the step and the place in the global
+    batch: however many ranks share it, images and prompts are the same."""
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -61,17 +65,20 @@ class DetectionData(LightningDataModule):
             train: COCO or LVIS .json, ODVG .jsonl, or a YOLO data.yaml.
             val: the same, for the average precision after training.
             test: the same, for ``unimoe test``.
-            images: folder of the pictures, where it is not the files' own; or one for each of train, val and
+            images: folder of the images, where it is not the files' own; or one for each of train, val and
                 test.
-            steps: optimizer steps; the data is gone through as often as that takes.
-            batch_size: pictures of a batch on each device.
-            augment: random changes of training pictures.
-            prompts: what training pictures are asked for.
-            cache_features: run the frozen backbone once over all pictures and keep its maps on disk; a path
+            steps: optimizer steps; the data is repeated as often as that takes.
+            batch_size: images of a batch on each device.
+            augment: random changes of training images.
+            prompts: how the prompts of training images are drawn.
+            cache_features: run the frozen backbone once over all images and keep its maps on disk; a path
                 says where (true: ``features`` beside the output folder).
-            copies: with cache_features: augmented views of each training picture.
+            copies: with cache_features: augmented views of each training image.
             num_workers: processes that prepare batches.
-            seed: of the order of pictures, their prompts and, without cache_features, their augmentation.
+            seed: of the order of images, their prompts and, without cache_features, their augmentation.
+
+        Raises:
+            UserError: a number is below 1, or ``images`` names an unknown split.
         """
         super().__init__()
         if min(steps, batch_size, copies) < 1:
@@ -80,7 +87,7 @@ class DetectionData(LightningDataModule):
                 f" and {copies}"
             )
         if copies > 1 and not cache_features:
-            logger.warning("data.copies is %d, which means nothing without data.cache_features", copies)
+            logger.warning("data.copies is %d, which has no effect without data.cache_features", copies)
         self.files = {"train": train, "val": val, "test": test}
         self.images = images if isinstance(images, dict) else dict.fromkeys(self.files, images)
         if unknown := sorted(self.images.keys() - self.files.keys()):
@@ -91,34 +98,49 @@ class DetectionData(LightningDataModule):
         self.sets: dict[str, DetectionSet] = {}
 
     def setup(self, stage: str) -> None:
-        """Read the annotations (not the pictures). Raises UserError naming file and entry of a bad one."""
+        """Read the annotations, and compare the sizes that they give with those of up to 1,000 images.
+
+        Raises:
+            UserError: a file or an entry is bad, or ``stage`` needs a file that the settings do not name.
+        """
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in wanted:
             file = self.files[split]
             if file is not None and split not in self.sets:
                 self.sets[split] = read_detection(file, self.images.get(split), split=split)
-        if stage == "fit" and not self.sets["train"].samples:
-            raise UserError(f"{self.files['train']}: there are no pictures to train on")
+                self.sets[split].check_sizes()
+        if stage == "fit":
+            self._check_training(self.sets["train"])
         if stage != "fit" and wanted and wanted[0] not in self.sets:
             raise UserError(f"data.{wanted[0]} names no file; `unimoe {stage}` needs one")
 
+    def _check_training(self, data: DetectionSet) -> None:
+        file = self.files["train"]
+        if not data.samples:
+            raise UserError(f"{file}: there are no images to train on")
+        if not data.annotated:
+            raise UserError(f"{file} has no annotations to train on")
+        if data.boxes_read and not data.boxes:
+            raise UserError(f"{file}: none of its {data.boxes_read} boxes has an area inside its image")
+
     @property
-    def module(self) -> "DetectionModule":
+    def module(self) -> HasDetector:
+        """The module that this data is for."""
         assert self.trainer is not None
-        return cast("DetectionModule", self.trainer.lightning_module)
+        return cast(HasDetector, self.trainer.lightning_module)
 
     # ---------------------------------------------------------------- training
 
     def train_dataloader(self) -> ResumableLoader:
         assert self.trainer is not None
         module, data = self.module, self.sets["train"]
-        config: Any = module.model.config
+        config = module.model.config
         training = TrainDataset(
             data,
-            Augment(self.augment, config.image_mean, config.image_std),
+            Augment(self.augment, config.image_mean or IMAGENET_MEAN, config.image_std or IMAGENET_STD),
             PromptSampler(data.names, module.tokenizer, self.prompts),
         )
-        items: Any = training
+        items: TrainDataset | CachedTrainDataset = training
         if self.features is not None:
             if any(parameter.requires_grad for parameter in module.model.backbone.parameters()):
                 raise UserError("data.cache_features needs a frozen backbone; set model.freeze_encoders")
@@ -138,11 +160,13 @@ class DetectionData(LightningDataModule):
 
     @property
     def features(self) -> Path | None:
-        """Folder of the backbone's maps."""
+        """Folder of the backbone's maps, None without them."""
         if isinstance(self.cache_features, str):
             return Path(self.cache_features)
-        folder = Path(self.trainer.default_root_dir) / ".." / "features"  # type: ignore[union-attr]
-        return folder if self.cache_features else None
+        if not self.cache_features:
+            return None
+        assert self.trainer is not None
+        return Path(self.trainer.default_root_dir) / ".." / "features"
 
     # ---------------------------------------------------------------- evaluation
 
@@ -153,7 +177,7 @@ class DetectionData(LightningDataModule):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: str) -> DataLoader:
-        """This rank's share of the pictures: as many as any other's, so that all take the same steps."""
+        """This rank's share of the images: as many as any other's, so that all take the same steps."""
         assert self.trainer is not None
         count = len(self.sets[split].samples)
         ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
@@ -170,22 +194,24 @@ def eval_dataloader(
     batch_size: int = 16,
     num_workers: int = 0,
     chosen: Sequence[int] | None = None,
+    skip_unreadable: bool = False,
 ) -> DataLoader:
-    """The pictures of a set, whole and in order, as batches of EvalBatch.
+    """The images of a set, whole and in order, as batches of :class:`EvalBatch`.
 
     Args:
         data: the set.
-        model: whose backbone sees the pictures.
+        model: whose backbone sees the images.
         features: folder to keep the backbone's maps in.
-        batch_size: pictures of a batch.
+        batch_size: images of a batch.
         num_workers: processes that prepare batches.
         chosen: rows of ``data.samples`` (default: all).
+        skip_unreadable: log an image that cannot be read and leave it out, instead of raising.
     """
-    pictures = EvalDataset(data, resize_for(model.config))
-    sampler = chosen if chosen is not None else range(len(pictures))
+    images = EvalDataset(data, resize_for(model.config), skip_unreadable)
+    sampler = chosen if chosen is not None else range(len(images))
     if features is None:
         return DataLoader(
-            pictures, batch_size, sampler=sampler, collate_fn=pictures.collate, num_workers=num_workers
+            images, batch_size, sampler=sampler, collate_fn=images.collate, num_workers=num_workers
         )
-    cached = CachedEvalDataset.of(pictures, features, model)
+    cached = CachedEvalDataset.of(images, features, model)
     return DataLoader(cached, batch_size, sampler=sampler, collate_fn=cached.collate)

@@ -12,12 +12,11 @@ What is wrong with a file is collected in ``faults``; what can be repaired is.
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from unimoe.data.read import read_records
 from unimoe.errors import UserError
 
-from .annotations import FAULTS, REPAIRED, Category, DetectionSet
+from .annotations import FAULTS, REPAIRED, DetectionSet
+from .coco import read_coco
 from .odvg import read_odvg
 from .yolo import read_yolo, yolo_file
 
@@ -29,9 +28,15 @@ def read_detection(
 ) -> DetectionSet:
     """Read a file of boxes by the table at the top.
 
-    ``images`` is the folder of the pictures where it is not the file's own; ``split`` says which of a YOLO
-    file's sets is meant. With ``strict`` a fault that cannot be repaired raises UserError, and repairs are
-    logged; without it all faults are only collected.
+    Args:
+        path: the file, or the folder of a YOLO data.yaml.
+        images: folder of the images, where it is not the file's own.
+        strict: raise for a fault that cannot be repaired, and log repairs; without it all faults are only
+            collected.
+        split: which of a YOLO file's sets is meant.
+
+    Raises:
+        UserError: the file is none of these, or with ``strict`` has a fault that cannot be repaired.
     """
     path = yolo_file(Path(path)) or Path(path)
     folder = Path(images) if images else None
@@ -48,61 +53,12 @@ def read_detection(
     else:
         found = read_yolo(path, folder, split)
     if strict:
-        _complain(found)
+        _raise_faults(found)
     return found
 
 
-def read_coco(path: Path, images: Path | None = None) -> DetectionSet:
-    """COCO and LVIS. Pictures lie in ``images``, else in the file's folder or in ``images/`` beside it."""
-    found = DetectionSet(path)
-    content = next((record for _, record in read_records(path)), None)
-    keys = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
-        raise UserError(f"{path}: not a COCO file; expected an object with the lists {', '.join(keys)}")
-    for index, entry in enumerate(content["categories"]):
-        with found.entry(f"categories[{index}]"):
-            found.categories.append(Category(int(entry["id"]), str(entry["name"]), entry.get("frequency")))
-    row_of = found.rows_by_id()
-
-    objects: dict[Any, list[tuple]] = {}
-    for index, entry in enumerate(content["images"]):
-        with found.entry(where := f"images[{index}]"):
-            if entry["id"] in objects:
-                found.fault("duplicate image id", where, f"image id {entry['id']} is used twice")
-            objects.setdefault(entry["id"], [])
-    ids: set[Any] = set()
-    for index, entry in enumerate(content["annotations"]):
-        with found.entry(where := f"annotations[{index}]"):
-            x, y, width, height = map(float, entry["bbox"])
-            image, category = entry["image_id"], entry["category_id"]
-            if entry["id"] in ids:
-                found.fault("duplicate annotation id", where, f"annotation id {entry['id']} is used twice")
-            ids.add(entry["id"])
-            if image not in objects:
-                found.fault("unknown image", where, f"there is no image with the id {image}")
-            elif category not in row_of:
-                found.fault("unknown category", where, f"there is no category with the id {category}")
-            else:
-                box = (x, y, x + width, y + height)
-                objects[image].append((box, row_of[category], bool(entry.get("iscrowd", 0))))
-
-    for index, entry in enumerate(content["images"]):
-        with found.entry(f"images[{index}]"):
-            # LVIS has only the address, which ends in .../val2017/000000397133.jpg
-            name = entry.get("file_name") or "/".join(entry["coco_url"].split("/")[-2:])
-            size = (int(entry["width"]), int(entry["height"])) if "width" in entry else None
-            negatives = entry.get("neg_category_ids")
-            if negatives is not None:
-                negatives = tuple(row_of[category] for category in negatives if category in row_of)
-            file = found.find(name, images, f"image {entry['id']}")
-            where = f"image {entry['id']} ({name})"
-            boxes, rows, crowd = ([fact[i] for fact in objects[entry["id"]]] for i in range(3))
-            found.add(file, entry["id"], where, boxes, rows, crowd, size, negatives=negatives)
-    return found
-
-
-def _complain(found: DetectionSet) -> None:
-    """Raise for faults that cannot be repaired, tell of those that were."""
+def _raise_faults(found: DetectionSet) -> None:
+    """Raise for faults that cannot be repaired, log those that were."""
     fatal = [fault for fault in found.faults if fault.kind not in REPAIRED]
     if fatal:
         more = f" (and {len(fatal) - 1} more; `unimoe data check {found.path}` lists them)"

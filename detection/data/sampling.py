@@ -1,4 +1,4 @@
-"""What a training picture is asked: the classes it shows, and some that it does not.
+"""Prompts of training images: the classes that an image shows, and some that it does not.
 
 Shapes: M objects of an image.
 
@@ -8,12 +8,12 @@ there (Grounding DINO 1.5, arXiv 2405.10300, section 3).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from unimoe.detection.model.prompt import MAX_TOKENS, Prompt, token_counts
+from unimoe.detection.model.prompt import MAX_TOKENS, Prompt, check_names, class_prompts, token_counts
 
 
 @dataclass
@@ -29,27 +29,49 @@ class SamplingConfig:
 
 
 class PromptSampler:
-    """Draws a prompt for the objects of one picture, from torch's global generator.
+    """Draws a prompt for the objects of one image, from torch's global generator.
 
-    A class called "a/b" (Objects365) is asked for by one of its names.
+    A class of several names ("pen/pencil") is asked for by one of them.
     """
 
-    def __init__(self, names: Sequence[str], tokenizer: Any, config: SamplingConfig | None = None):
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        config: SamplingConfig | None = None,
+    ):
+        """
+        Args:
+            names: of the classes.
+            tokenizer: the detector's.
+            config: how many absent names a prompt has.
+
+        Raises:
+            UserError: the tokenizer does not know a name, or does not tell two apart.
+        """
         self.tokenizer = tokenizer
         self.config = config or SamplingConfig()
-        self.alternatives = [[part for part in name.split("/") if part.strip()] or [name] for name in names]
+        self.alternatives = class_prompts(names)
         flat = [name for names in self.alternatives for name in names]
+        check_names(flat, tokenizer)
         self.tokens = dict(zip(flat, token_counts(flat, tokenizer), strict=True))
 
     def __call__(
-        self, category_M: Tensor, absent: Sequence[int] | None = None, present: Sequence[int] = ()
+        self,
+        category_M: Tensor,
+        absent: Sequence[int] | None = None,
+        present: Sequence[int] = (),
+        hidden: Sequence[int] = (),
     ) -> tuple[Prompt, Tensor]:
         """(the prompt, [M] int64: each object's name in it, -1 where its class did not fit).
+
+        The prompt is empty where every class may be there.
 
         Args:
             category_M: the class of each object, a row of ``names``.
             absent: classes known not to be there (default: all but those of the objects).
             present: further classes that are there, such as those of crowds; never asked for as absent.
+            hidden: classes whose objects were cut off by a crop; asked for as absent where nothing else is.
         """
         config = self.config
         shown = set(category_M.tolist())
@@ -71,8 +93,12 @@ class PromptSampler:
                     asked[rows[place]] = name
                     room -= self.tokens[name]
                     taken += 1
-        if not asked:  # nothing is known to be there or absent, and a prompt must ask for something
-            row = int(torch.randint(len(self.alternatives), ()))
+        if not asked:  # a prompt should ask for something, but for nothing that may be there
+            rest = [row for row in range(len(self.alternatives)) if row not in known]
+            rows = pool or sorted(set(hidden) - known) or rest
+            if not rows:
+                return Prompt.empty(self.tokenizer), torch.full(category_M.shape, -1, dtype=torch.int64)
+            row = rows[int(torch.randint(len(rows), ()))]
             asked[row] = self.alternatives[row][0]
         order = [list(asked)[place] for place in torch.randperm(len(asked)).tolist()]
         name_of = {row: place for place, row in enumerate(order)}

@@ -1,11 +1,10 @@
-"""Pictures and boxes on their way into the model: augmentation for training, resizing for everything else.
+"""Augmentation of images and boxes for training, resizing for everything else.
 
 Shapes: M objects of an image, H x W pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +12,8 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from unimoe.detection.model.configuration import DynamicDinoConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,19 +28,19 @@ class AugmentConfig:
     longest: int = 1333
     """The long side is at most this, whatever the short side then is."""
     flip: float = 0.5
-    """Share of the pictures that are mirrored."""
+    """Share of the images that are mirrored."""
     crop: float = 0.5
-    """Share of the pictures of which a random part is taken first."""
+    """Share of the images of which a random part is taken first."""
     crop_sizes: Sequence[int] = (400, 500, 600)
     """Short sides to draw from before cropping."""
     crop_range: tuple[int, int] = (384, 600)
-    """Sides of the part, from and to, as far as the picture goes."""
+    """Sides of the part, from and to, as far as the image reaches."""
     colour: float = 0.0
     """Greatest change of brightness, contrast and saturation, as a share; a tenth of it for the hue."""
 
 
 class Augment:
-    """A random view of a picture and its boxes. Draws from torch's global generator."""
+    """A random view of an image and its boxes. Draws from torch's global generator."""
 
     def __init__(
         self,
@@ -48,31 +49,31 @@ class Augment:
         std: Sequence[float] = IMAGENET_STD,
     ):
         self.config = config or AugmentConfig()
-        self.normalise = Normalize(mean, std)
+        self.normalize = Normalize(mean, std)
         strength = self.config.colour
-        self.colour = v2.ColorJitter(strength, strength, strength, strength / 10)
+        self.color_jitter = v2.ColorJitter(strength, strength, strength, strength / 10)
 
     def __call__(
-        self, picture: Image.Image, boxes_M4: Tensor, flip: bool = True
+        self, image: Image.Image, boxes_M4: Tensor, flip: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(pixels [3, H, W], boxes [K, 4], kept [K] int64: the rows of ``boxes_M4`` that are still there).
 
-        Boxes are (x1, y1, x2, y2) in pixels of the picture, then of the view. ``flip`` False never mirrors,
-        for pictures whose text speaks of left and right.
+        Boxes are (x1, y1, x2, y2) in pixels of the image, then of the view. ``flip`` False never mirrors,
+        for images whose text speaks of left and right.
         """
-        config, image = self.config, F.to_image(picture)
+        config, width, image_3HW = self.config, image.width, F.to_image(image)
         boxes_M4 = boxes_M4.clone()
         if flip and torch.rand(()) < config.flip:
-            image = F.horizontal_flip(image)
-            boxes_M4[:, [0, 2]] = picture.width - boxes_M4[:, [2, 0]]
+            image_3HW = F.horizontal_flip(image_3HW)
+            boxes_M4[:, [0, 2]] = width - boxes_M4[:, [2, 0]]
         if torch.rand(()) < config.crop:
-            image, boxes_M4 = self._crop(*self._resize(image, boxes_M4, config.crop_sizes))
-        image, boxes_M4 = self._resize(image, boxes_M4, config.sizes)
+            image_3HW, boxes_M4 = self._crop(*self._resize(image_3HW, boxes_M4, config.crop_sizes))
+        image_3HW, boxes_M4 = self._resize(image_3HW, boxes_M4, config.sizes)
         if config.colour:
-            image = self.colour(image)
-        boxes_M4 = clip_boxes_to_image(boxes_M4, (image.shape[1], image.shape[2]))
+            image_3HW = self.color_jitter(image_3HW)
+        boxes_M4 = clip_boxes_to_image(boxes_M4, (image_3HW.shape[1], image_3HW.shape[2]))
         kept = (boxes_M4[:, 2:] - boxes_M4[:, :2] >= 1).all(dim=1).nonzero()[:, 0]
-        return self.normalise(image), boxes_M4[kept], kept
+        return self.normalize(image_3HW), boxes_M4[kept], kept
 
     def _resize(self, image: Tensor, boxes_M4: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         _, height, width = image.shape
@@ -92,7 +93,7 @@ class Augment:
 
 
 class Resize:
-    """The whole picture, short side ``size`` as long as the long side is at most ``longest``."""
+    """The whole image, short side ``size`` as long as the long side is at most ``longest``."""
 
     def __init__(
         self,
@@ -103,20 +104,20 @@ class Resize:
     ):
         self.size, self.longest = size, longest
         self.square = longest if size == longest else None
-        """Side of the square that a picture is padded to, whatever its shape; None where there is none."""
-        self.normalise = Normalize(mean, std)
+        """Side of the square that an image is padded to, whatever its shape; None where there is none."""
+        self.normalize = Normalize(mean, std)
 
-    def __call__(self, picture: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         """[3, H, W]"""
-        size = fit_size(picture.width, picture.height, self.size, self.longest)
-        return self.normalise(F.resize(F.to_image(picture), size, antialias=True))
+        size = fit_size(image.width, image.height, self.size, self.longest)
+        return self.normalize(F.resize(F.to_image(image), size, antialias=True))
 
 
-def resize_for(config: Any) -> Resize:
-    """How a model with this DynamicDinoConfig wants its pictures."""
+def resize_for(config: DynamicDinoConfig) -> Resize:
+    """How a model of this configuration wants its images."""
     size = config.image_size
     shorter, longest = (size, size) if isinstance(size, int) else size
-    return Resize(shorter, longest, config.image_mean, config.image_std)
+    return Resize(shorter, longest, config.image_mean or IMAGENET_MEAN, config.image_std or IMAGENET_STD)
 
 
 class Normalize(v2.Compose):
@@ -141,7 +142,7 @@ def padded(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def pixel_masks_of(sizes: Sequence[Sequence[int]], height: int, width: int) -> Tensor:
-    """[B, height, width] int64, 1 on pictures of (height, width) ``sizes`` and 0 on their padding."""
+    """[B, height, width] int64, 1 on images of (height, width) ``sizes`` and 0 on their padding."""
     masks = torch.zeros(len(sizes), height, width, dtype=torch.int64)
     for mask, (rows, columns) in zip(masks, sizes, strict=True):
         mask[:rows, :columns] = 1

@@ -1,4 +1,4 @@
-"""YOLO's folders of pictures and labels -> DetectionSet."""
+"""YOLO's folders of images and labels -> DetectionSet."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,14 @@ import yaml
 from PIL import Image, ImageOps
 
 from unimoe.errors import UserError
+from unimoe.media.file_type import IMAGE_SUFFIXES, file_modality
 
-from .annotations import Category, DetectionSet
+from .annotations import Category, DetectionSet, find_file
+from .values import Id, parse_class
 
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""What a YAML file may call each split."""
+_NO_IMAGES = {".txt", ".json", ".xml", ".yaml", ".yml", ".csv", ".cache", ".npy", ".npz", ".md"}
 
 
 def read_yolo(path: Path, images: Path | None = None, split: str = "train") -> DetectionSet:
@@ -18,6 +22,9 @@ def read_yolo(path: Path, images: Path | None = None, split: str = "train") -> D
 
     The labels of ``images/a.jpg`` are in ``labels/a.txt``: a class and (cx, cy, w, h) on a 0..1 scale, or a
     class and the corners of a polygon, of which the box is taken.
+
+    Raises:
+        UserError: the file is not YOLO's, or has no such split.
     """
     content = _yolo_content(path)
     names = content["names"]
@@ -25,17 +32,17 @@ def read_yolo(path: Path, images: Path | None = None, split: str = "train") -> D
     found = DetectionSet(path)
     for key, name in ids.items():
         with found.entry(f"names[{key}]"):
-            found.categories.append(Category(int(key), str(name)))
+            found.categories.append(Category(parse_class(key), "" if name is None else str(name)))
     row_of = found.rows_by_id()
-    places = content.get(split)
+    places = next((content[key] for key in SPLITS.get(split, (split,)) if content.get(key)), None)
     if places is None:
         raise UserError(f"{path}: has no {split!r}, expected a folder of images or a list of them")
-    root = images or path.parent / (content.get("path") or "")
-    root = root if root.is_dir() else path.parent  # the path of the machine that wrote the file
-    listed = [_listed(root / place, root) for place in ([places] if isinstance(places, str) else places)]
+    roots = [images] if images else []
+    roots += [path.parent / str(content.get("path") or ""), path.parent]  # the first may be another machine's
+    listed = [_listed(str(place), roots) for place in ([places] if isinstance(places, str) else places)]
     for index, file in enumerate(file for files in listed for file in files):
         with found.entry(file.name):
-            _read_yolo_image(found, index, file, row_of)
+            _read_image(found, index, file, row_of)
     return found
 
 
@@ -47,29 +54,36 @@ def yolo_file(path: Path) -> Path | None:
 
 
 def yolo_splits(path: Path) -> list[str]:
-    """Which of train, val and test a YOLO file has."""
+    """Which of train, val and test a YOLO file has.
+
+    Raises:
+        UserError: it has none of them.
+    """
     content = _yolo_content(path)
-    return [split for split in ("train", "val", "test") if content.get(split)]
+    splits = [split for split, keys in SPLITS.items() if any(content.get(key) for key in keys)]
+    if not splits:
+        raise UserError(f"{path}: has none of {', '.join(SPLITS)}, expected a folder of images for each")
+    return splits
 
 
 def _yolo_content(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("names"), dict | list):
         raise UserError(f"{path}: not a YOLO file; expected names, and folders under train and val")
     return content
 
 
-def _read_yolo_image(found: DetectionSet, index: int, file: Path, row_of: dict[int, int]) -> None:
+def _read_image(found: DetectionSet, index: int, file: Path, row_of: dict[Id, int]) -> None:
     if not file.is_file():
-        found.fault("missing image", file.name, f"there is no picture {file}")
+        found.fault("missing image", file.name, f"there is no image {file}")
         return
     try:
-        with Image.open(file) as picture:
-            width, height = ImageOps.exif_transpose(picture).size
-    except OSError as error:
+        with Image.open(file) as image:
+            width, height = ImageOps.exif_transpose(image).size
+    except Exception as error:  # noqa: BLE001  (on broken files Pillow raises nearly anything)
         found.fault("unreadable image", file.name, f"cannot be decoded: {error}")
         return
     parts = list(file.parent.parts)
@@ -77,10 +91,11 @@ def _read_yolo_image(found: DetectionSet, index: int, file: Path, row_of: dict[i
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     labels = Path(*parts) / f"{file.stem}.txt"
     boxes, rows = [], []
-    for number, line in enumerate(labels.read_text().splitlines() if labels.is_file() else [], 1):
+    text = labels.read_text(encoding="utf-8-sig") if labels.is_file() else ""
+    for number, line in enumerate(text.splitlines(), 1):
         with found.entry(where := f"{labels}:{number}"):
             if line.strip():
-                category, (x1, y1, x2, y2) = _yolo_line(line)
+                category, (x1, y1, x2, y2) = _parse_line(line)
                 if category in row_of:
                     boxes.append((x1 * width, y1 * height, x2 * width, y2 * height))
                     rows.append(row_of[category])
@@ -89,23 +104,40 @@ def _read_yolo_image(found: DetectionSet, index: int, file: Path, row_of: dict[i
     found.add(file, index, str(labels), boxes, rows, size=(width, height))
 
 
-def _yolo_line(line: str) -> tuple[int, tuple[float, float, float, float]]:
-    """(class, (x1, y1, x2, y2) on a 0..1 scale)"""
+def _parse_line(line: str) -> tuple[int, tuple[float, float, float, float]]:
+    """(class, (x1, y1, x2, y2) on a 0..1 scale)
+
+    Raises:
+        ValueError: it is neither a box nor a polygon, or its numbers are pixels.
+    """
     category, *values = line.split()
     numbers = [float(value) for value in values]
-    if len(numbers) == 4:
-        x, y, w, h = numbers
-        return int(category), (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-    if len(numbers) < 6 or len(numbers) % 2:
+    box = len(numbers) == 4
+    if not box and (len(numbers) < 6 or len(numbers) % 2):
         raise ValueError(f"expected a class and 4 numbers, or a class and a polygon; found {line!r}")
+    if max(numbers) > 2:
+        raise ValueError(f"expected numbers between 0 and 1; found {line!r}, which look like pixels")
+    if box:
+        x, y, w, h = numbers
+        return parse_class(category), (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
     xs, ys = numbers[::2], numbers[1::2]
-    return int(category), (min(xs), min(ys), max(xs), max(ys))
+    return parse_class(category), (min(xs), min(ys), max(xs), max(ys))
 
 
-def _listed(place: Path, root: Path) -> list[Path]:
-    """The pictures of a folder, or those that a text file lists, one a line."""
-    if place.is_dir():
-        return sorted(file for file in place.rglob("*") if file.suffix.lower() in _PICTURES)
-    if not place.is_file():
-        raise UserError(f"{place}: there is no such folder of images")
-    return [root / line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _listed(place: str, roots: list[Path]) -> list[Path]:
+    """The images of a folder, or those that a text file lists, one a line."""
+    if folder := find_file(place, roots, folder=True):
+        return sorted(file for file in folder.rglob("*") if _is_image(file))
+    file = find_file(place, roots)
+    if file is None:
+        raise UserError(f"{roots[0] / place}: there is no such folder of images")
+    lines = (line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines())
+    return [find_file(line, [*roots, file.parent]) or roots[0] / line for line in lines if line]
+
+
+def _is_image(file: Path) -> bool:
+    """By its name, else by what it holds."""
+    if file.suffix.lower() in IMAGE_SUFFIXES:
+        return file.is_file()
+    known = file.suffix.lower() in _NO_IMAGES or file.name.startswith(".")
+    return not known and file.is_file() and file_modality(file) == "image"

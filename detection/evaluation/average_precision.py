@@ -8,9 +8,10 @@ exhaustively.
 
 import contextlib
 import io
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from unimoe.data.read import read_records
+from unimoe.detection.data.coco import CocoFile, parse_coco
+from unimoe.detection.data.values import Id, parse_box, parse_id
 from unimoe.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Style = Literal["coco", "lvis-fixed"]
 COCO_METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -32,7 +37,8 @@ PER_CLASS = 10_000
 class ClassResult:
     """One row of the table of classes; -1 where a class has no objects."""
 
-    id: int
+    id: Id
+    """As in the file."""
     name: str
     ap: float
     ap50: float
@@ -63,41 +69,119 @@ def evaluate_coco(
 ) -> Evaluation:
     """Compare detections with a COCO (or LVIS) ground truth.
 
+    Annotations of images or categories that are not listed, and boxes without area, are left out and logged.
+
     Args:
         truth: a file, or its content.
         detections: a file of COCO results, or its content: ``image_id``, ``category_id``, ``bbox`` (x, y,
             width, height in pixels) and ``score`` of each. None at all is fine.
         style: ``coco``, or ``lvis-fixed`` for fixed AP with LVIS's verified negatives.
 
-    Raises UserError for ids that the ground truth does not have, and for entries that are not detections.
+    Raises:
+        UserError: the truth cannot be read, or the detections are none, or name ids that the truth lacks.
     """
-    truth_name = str(truth) if isinstance(truth, str | Path) else "the ground truth"
-    content = _truth(truth, truth_name)
-    gt: Any = _index(content)
-    results = _results(detections, gt, truth_name)
-    judge: Any
+    name = str(truth) if isinstance(truth, str | Path) else "the ground truth"
+    content = truth if isinstance(truth, dict) else next((record for _, record in read_records(truth)), None)
+    file = parse_coco(content, name)
+    _log_faults(file)
+    numbered = _Numbering(file)
+    images = numbered.images()
+    base = {"images": images, "categories": numbered.categories()}
+    gt = _index({**base, "annotations": numbered.annotations()})
+    results = _results(detections, numbered, name)
+    evaluator: Any
     if style == "lvis-fixed":
         results = _best_of_each_class(results)
-        judge = _FederatedEval(gt, _index({**content, "annotations": results}), content["images"])
+        evaluator = _FederatedEval(gt, _index({**base, "annotations": results}), images)
     else:
-        judge = COCOeval(gt, _index({**content, "annotations": results}), "bbox")
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
-        judge.evaluate()
-        judge.accumulate()
+        evaluator = COCOeval(gt, _index({**base, "annotations": results}), "bbox")
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints while it works
+        evaluator.evaluate()
+        evaluator.accumulate()
         if style == "coco":
-            judge.summarize()
-    precision_TRKA = judge.eval["precision"][..., -1]  # IoU thresholds, recalls, classes, areas
+            evaluator.summarize()
+    precision_TRKA = evaluator.eval["precision"][..., -1]  # IoU thresholds, recalls, classes, areas
     metrics: dict[str, float]
     if style == "coco":
-        metrics = dict(zip(COCO_METRICS, map(float, judge.stats), strict=True))
+        metrics = dict(zip(COCO_METRICS, map(float, evaluator.stats), strict=True))
     else:
-        metrics = _fixed_metrics(precision_TRKA, [gt.cats[id] for id in judge.params.catIds])
+        metrics = _fixed_metrics(precision_TRKA, [gt.cats[id] for id in evaluator.params.catIds])
     whole_TRK = precision_TRKA[..., 0]
+    rows = _classes(whole_TRK, gt, evaluator.params.catIds, results)
     return Evaluation(
         metrics,
-        _classes(whole_TRK, gt, judge.params.catIds, results),
+        [replace(row, id=numbered.category_ids[row.id - 1]) for row in rows],
         {"0.50": whole_TRK[0], "0.75": whole_TRK[5], "mean": whole_TRK.mean(axis=0)},
     )
+
+
+class _Numbering:
+    """A ground truth with ids as pycocotools needs them: numbers from 1, in the order of the file's own ids.
+
+    pycocotools takes a match with annotation 0 for none, overwrites one of two annotations with the same id,
+    and sorts ids, which may be text.
+    """
+
+    def __init__(self, file: CocoFile):
+        self.file = file
+        self.image_of = {id: number for number, id in enumerate(_ordered(file.images), 1)}
+        self.category_of = {id: number for number, id in enumerate(_ordered(file.categories), 1)}
+        own = {id: category.id for id, category in file.categories}
+        self.category_ids = [own[id] for id in self.category_of]
+        """The file's own ids, in order."""
+
+    def images(self) -> list[dict[str, Any]]:
+        images = []
+        for id, image in self.file.images:
+            lists = {
+                key: [self.category_of[known] for known in self._known(image.entry.get(key))]
+                for key in ("neg_category_ids", "not_exhaustive_category_ids")
+            }
+            images.append({"id": self.image_of[id], **lists})
+        return images
+
+    def categories(self) -> list[dict[str, Any]]:
+        return [
+            {"id": self.category_of[id], "name": category.name, "frequency": category.frequency}
+            for id, category in self.file.categories
+        ]
+
+    def annotations(self) -> list[dict[str, Any]]:
+        boxes = [box for box in self.file.boxes if box.box[2] > 0 and box.box[3] > 0]
+        return [
+            {
+                "id": number,
+                "image_id": self.image_of[box.image],
+                "category_id": self.category_of[box.category],
+                "bbox": list(box.box),
+                "area": box.area,
+                "iscrowd": int(box.crowd),
+            }
+            for number, box in enumerate(boxes, 1)
+        ]
+
+    def _known(self, ids: Any) -> list[Id]:
+        return [id for id in map(parse_id, ids or []) if id in self.category_of]
+
+
+def _ordered(entries: Sequence[tuple[Id, Any]]) -> list[Id]:
+    return sorted({id for id, _ in entries}, key=lambda id: (isinstance(id, str), id))
+
+
+def _log_faults(file: CocoFile) -> None:
+    """Raise for entries that cannot be read, log what is left out."""
+    broken = [fault for fault in file.faults if fault.kind == "malformed"]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0].where}: {broken[0].message}{more}")
+    empty = sum(not (box.box[2] > 0 and box.box[3] > 0) for box in file.boxes)
+    unlisted = sum(fault.kind in ("unknown image", "unknown category") for fault in file.faults)
+    for count, what in (
+        (empty, "boxes without area"),
+        (unlisted, "annotations of unlisted images or classes"),
+    ):
+        if count:
+            logger.warning("%s: %d %s are left out (`unimoe data check` lists them)", file.name, count, what)
 
 
 class _FederatedEval(COCOeval):
@@ -112,8 +196,8 @@ class _FederatedEval(COCOeval):
     def __init__(self, truth: COCO, detections: COCO, images: list[dict]):
         super().__init__(truth, detections, "bbox")
         self.params.maxDets = [np.iinfo(np.int64).max]
-        self.open = {image["id"]: set(image.get("not_exhaustive_category_ids", ())) for image in images}
-        self.absent = {image["id"]: set(image.get("neg_category_ids", ())) for image in images}
+        self.open = {image["id"]: set(image["not_exhaustive_category_ids"]) for image in images}
+        self.absent = {image["id"]: set(image["neg_category_ids"]) for image in images}
 
     def evaluate(self):
         """Like COCOeval's, but visits only those pairs of an image and a class that count."""
@@ -139,30 +223,8 @@ class _FederatedEval(COCOeval):
         self._paramsEval = params
 
 
-def _truth(truth: str | Path | dict[str, Any], name: str) -> dict[str, Any]:
-    """The ground truth with what pycocotools needs: annotations numbered from 1 (it takes a match with number
-    0 for none), ``iscrowd`` and ``area`` where they are missing (LVIS has no crowds)."""
-    content = truth if isinstance(truth, dict) else next((record for _, record in read_records(truth)), None)
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
-        raise UserError(f"{name}: not a COCO file; expected images, annotations and categories")
-    required = {
-        "images": {"id"},
-        "categories": {"id", "name"},
-        "annotations": {"image_id", "category_id", "bbox"},
-    }
-    for kind, keys in required.items():
-        for index, entry in enumerate(content[kind]):
-            if not isinstance(entry, dict) or not keys <= entry.keys():
-                raise UserError(f"{name}: {kind}[{index}]: expected {', '.join(sorted(keys))}")
-    annotations = [
-        {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": number}
-        for number, entry in enumerate(content["annotations"], 1)
-    ]
-    return {**content, "annotations": annotations}
-
-
 def _results(
-    detections: str | Path | Sequence[dict[str, Any]], gt: COCO, truth_name: str
+    detections: str | Path | Sequence[dict[str, Any]], numbered: _Numbering, truth_name: str
 ) -> list[dict[str, Any]]:
     """The detections, checked, with what pycocotools needs."""
     name = "detections"
@@ -171,21 +233,23 @@ def _results(
     results = []
     for index, entry in enumerate(detections):
         try:
-            x, y, width, height = map(float, entry["bbox"])
-            image, category, score = entry["image_id"], entry["category_id"], float(entry["score"])
+            x, y, width, height = parse_box(entry["bbox"], "x, y, width, height")
+            own = {kind: entry[f"{kind}_id"] for kind in ("image", "category")}
+            ids = {kind: parse_id(value) for kind, value in own.items()}
+            score = float(entry["score"])
         except (KeyError, TypeError, ValueError) as error:
             wanted = "expected image_id, category_id, bbox (4 numbers) and score"
             raise UserError(f"{name}[{index}]: {wanted}, found {str(entry)[:200]}") from error
         if not np.isfinite([x, y, width, height, score]).all():
             raise UserError(f"{name}[{index}]: bbox and score must be finite numbers, found {entry}")
-        for kind, id, known in (("image", image, gt.imgs), ("category", category, gt.cats)):
-            if id not in known:
-                raise UserError(f"{name}[{index}]: {truth_name} has no {kind} with the id {id!r}")
+        for kind, known in (("image", numbered.image_of), ("category", numbered.category_of)):
+            if ids[kind] not in known:
+                raise UserError(f"{name}[{index}]: {truth_name} has no {kind} with the id {own[kind]!r}")
         results.append(
             {
                 "id": index + 1,
-                "image_id": image,
-                "category_id": category,
+                "image_id": numbered.image_of[ids["image"]],
+                "category_id": numbered.category_of[ids["category"]],
                 "bbox": [x, y, width, height],
                 "score": score,
                 "area": width * height,

@@ -1,12 +1,15 @@
-"""How well a detector finds what a set of pictures shows."""
+"""Runs a detector over a set of images and scores what it finds."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from unimoe.detection.data.annotations import DetectionSample, DetectionSet
 from unimoe.detection.data.batches import EvalBatch
 from unimoe.detection.inference.detect import Detections, PromptChunks, detect
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.prompt import class_prompts
 from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.training.ranks import union_over_ranks
 
@@ -17,7 +20,7 @@ LVIS_NAMES = 40
 
 
 class DetectionEvaluator:
-    """Shows a detector the pictures of a set, batch by batch, and scores all that it found.
+    """Collects a detector's answers batch by batch, then compares them with the ground truth.
 
     >>> evaluator = DetectionEvaluator(model, tokenizer, data)
     >>> for batch in eval_dataloader(data, model):
@@ -28,7 +31,7 @@ class DetectionEvaluator:
     def __init__(
         self,
         model: DynamicDinoForObjectDetection,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         data: DetectionSet,
         style: Style = "coco",
         names: Sequence[str] | None = None,
@@ -39,17 +42,21 @@ class DetectionEvaluator:
         Args:
             model: the detector, in evaluation mode.
             tokenizer: the detector's.
-            data: every one of its categories is asked for, in every picture.
+            data: every one of its categories is searched in every image.
             style: ``coco``, or ``lvis-fixed``, which asks for 40 names at a time.
-            names: what to ask for in place of the set's own, one for each category; asking for wrong names
-                shows how much of the precision comes from the text.
-            top: most detections of a picture for each prompt.
+            names: what to ask for in place of the set's own names, one for each category; with wrong names
+                the score shows how much of the precision comes from the text.
+            top: most detections of an image for each prompt.
             text: features of the model's text encoder, if some are there already.
+
+        Raises:
+            UserError: the tokenizer does not know a name, or does not tell two apart.
         """
         self.model, self.data, self.top = model, data, top
         self.style: Style = style
+        asked = [prompts[0] for prompts in class_prompts(names or data.names)]
         most = LVIS_NAMES if style == "lvis-fixed" else None
-        self.asked = PromptChunks.of(names or data.names, tokenizer, model.config.max_text_tokens, most)
+        self.prompts = PromptChunks.of(asked, tokenizer, model.config.max_text_tokens, most)
         self.text = text or TextFeatureCache(model)
         self._found: dict[int, list[dict[str, Any]]] = {}
 
@@ -58,21 +65,30 @@ class DetectionEvaluator:
         """All detections, as COCO writes them."""
         return [row for rows in self._found.values() for row in rows]
 
+    @property
+    def images(self) -> int:
+        """How many images were searched."""
+        return len(self._found)
+
     def update(self, batch: EvalBatch) -> None:
-        """Have the model look at some pictures."""
-        found = search(self.model, self.asked, batch, self.text, self.top)
-        for sample, one in zip(batch.samples, found, strict=True):
-            self._found[sample.image_id] = coco_results(self.data, sample, one)
+        """Run the model on a batch of images."""
+        found = detect_batch(self.model, self.prompts, batch, self.text, self.top)
+        for row, one in zip(batch.rows, found, strict=True):
+            self._found[row] = coco_results(self.data, self.data.samples[row], one)
 
     def compute(self) -> Evaluation:
-        """Score what was found, by all ranks together."""
+        """The scores of all detections, those of all ranks together.
+
+        Raises:
+            UserError: the set has no fixed list of classes.
+        """
         self._found = union_over_ranks(self._found)
         return evaluate_coco(self.data.ground_truth(), self.results, self.style)
 
 
 def score(
     model: DynamicDinoForObjectDetection,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     data: DetectionSet,
     batches: Iterable[EvalBatch],
     names: Sequence[str] | None = None,
@@ -84,21 +100,23 @@ def score(
     return evaluator.compute(), evaluator.results
 
 
-def search(
+def detect_batch(
     model: DynamicDinoForObjectDetection,
-    names: PromptChunks,
+    prompts: PromptChunks,
     batch: EvalBatch,
     text: TextFeatureCache,
     top: int = 300,
 ) -> list[Detections]:
-    """:func:`~unimoe.detection.inference.detect.detect` on a batch of pictures."""
+    """:func:`~unimoe.detection.inference.detect.detect` on a batch of images, perhaps of none."""
+    if not batch.rows:
+        return []
     return detect(
-        model, names, batch.pixel_values, batch.pixel_mask, batch.sizes, text, batch.image_features, top
+        model, prompts, batch.pixel_values, batch.pixel_mask, batch.sizes, text, batch.image_features, top
     )
 
 
 def coco_results(data: DetectionSet, sample: DetectionSample, found: Detections) -> list[dict[str, Any]]:
-    """The detections of a picture as COCO writes them."""
+    """The detections of an image as COCO writes them."""
     boxes_K4 = found.boxes_K4.cpu().clone()
     boxes_K4[:, 2:] -= boxes_K4[:, :2]
     return [

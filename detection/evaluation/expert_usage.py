@@ -1,12 +1,12 @@
-"""Which experts are used, which of them together, and for which classes.
+"""Expert load, co-activation of experts, and the experts of each class.
 
-Shapes: L MoE layers, E experts, Q queries of all pictures, K = 2 experts of a query, C classes.
+Shapes: L MoE layers, E experts, Q queries of all images, K = 2 experts of a query, C classes.
 
 Slices of one copy start as twins: their rows in the router are equal, so at first each expert has one
 partner. Pairs that are still twins after tuning are counted: fixed partners may be nothing but the start.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -14,19 +14,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
+from transformers import PreTrainedTokenizerBase
 
+from unimoe.detection.data.annotations import DetectionSet
 from unimoe.detection.data.batches import EvalBatch
 from unimoe.detection.inference.detect import PromptChunks
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
+from unimoe.detection.model.prompt import class_prompts
 from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.moe import ExpertLoad, LayerRecord, MoEConfig, record
 
-from .evaluator import search
+from .evaluator import detect_batch
 
 
 @dataclass
 class ExpertUsage:
-    """What an analysis found, layer by layer."""
+    """The use of the experts, layer by layer."""
 
     load_LE: Tensor
     """Share of the queries' places that each expert got; rows sum to 1."""
@@ -65,44 +68,49 @@ class ExpertUsage:
 @torch.no_grad()
 def measure_expert_usage(
     model: DynamicDinoForObjectDetection,
-    tokenizer: Any,
-    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DetectionSet,
     batches: Iterable[EvalBatch],
 ) -> ExpertUsage:
-    """Run the detector and count.
+    """Run the detector over a set and count which experts its queries visit.
 
     Args:
         model: one with experts in its decoder.
         tokenizer: the model's.
-        names: what is asked for.
-        batches: the pictures. A query counts for the class of the object that it overlaps by at least half.
+        data: whose categories are asked for.
+        batches: its images. A query counts for the class of the object that it overlaps by at least half.
     """
     moe = MoEConfig.from_dict(model.config.moe or {})
-    asked, text = PromptChunks.of(names, tokenizer, model.config.max_text_tokens), TextFeatureCache(model)
+    asked = [prompts[0] for prompts in class_prompts(data.names)]
+    prompts = PromptChunks.of(asked, tokenizer, model.config.max_text_tokens)
+    text = TextFeatureCache(model)
     chosen: list[list[Tensor]] = []
     labels: list[Tensor] = []
     for batch in batches:
+        if not batch.rows:
+            continue
         finals: list[Tensor] = []
         handle = model.register_forward_hook(
             lambda _, __, output, finals=finals: finals.append(cast(Any, output).boxes[-1])
         )
         try:
             with record() as records:
-                search(model, asked, batch, text, top=1)
+                detect_batch(model, prompts, batch, text, top=1)
         finally:
             handle.remove()
         first = finals[0]  # of several prompts
         layers = len(records) // len(finals)
         chosen.append([visited_experts(entry).cpu() for entry in records[:layers]])
-        for found_Q4, size, sample in zip(first, batch.sizes, batch.samples, strict=True):
+        for found_Q4, size, row in zip(first, batch.sizes, batch.rows, strict=True):
+            sample = data.samples[row]
             labels.append(_classes(found_Q4, size, sample.boxes_M4, sample.category_M))
     visits_LQE = torch.stack([torch.cat(layer) for layer in zip(*chosen, strict=True)])
     label_Q = torch.cat(labels)
-    tables = [_pairs(visits_QE, label_Q, len(names)) for visits_QE in visits_LQE]
+    tables = [_pairs(visits_QE, label_Q, len(data.names)) for visits_QE in visits_LQE]
     return ExpertUsage(
         ExpertLoad(visits_LQE.sum(1)).share,
         coactivation(visits_LQE),
-        list(names),
+        data.names,
         [table for table, _ in tables],
         [bits for _, bits in tables],
         moe.top_k,

@@ -1,4 +1,4 @@
-"""``unimoe evaluate coco``: scores of a file of detections, as a table, as JSON, as curves."""
+"""Scores of detections as tables, as JSON and as curves."""
 
 import json as json_format
 from pathlib import Path
@@ -7,55 +7,38 @@ import matplotlib.figure
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unimoe.files import atomic_write
 
-from .average_precision import Evaluation, Style, evaluate_coco
+from .average_precision import Evaluation, Style
 
 _RECALL = np.linspace(0, 1, 101)
-
-
-def evaluate_files(
-    *,
-    gt: str,
-    dt: str,
-    style: Style = "coco",
-    json: str | None = None,
-    plots: str | None = None,
-) -> None:
-    """Compare a file of detections with the ground truth.
-
-    Args:
-        gt: COCO or LVIS annotations.
-        dt: COCO results: a list of image_id, category_id, bbox (x, y, width, height) and score.
-        style: coco (pycocotools' own numbers), or lvis-fixed (no limit per image, verified negatives only).
-        json: where to write all numbers.
-        plots: folder for the precision-recall curves and the bars of the classes.
-    """
-    write_report(evaluate_coco(gt, dt, style), style, json, plots)
 
 
 def write_report(
     evaluation: Evaluation, style: Style, json: str | Path | None = None, plots: str | Path | None = None
 ) -> None:
-    """Print the tables; write all numbers to the file ``json`` and the curves into the folder ``plots``."""
+    """Write all numbers to the file ``json``, the curves into the folder ``plots``, and print the tables."""
+    if json:
+        atomic_write(json, json_format.dumps({"style": style, **evaluation.to_json()}, indent=1) + "\n")
+    drawn = plot_evaluation(evaluation, plots) if plots else []
     console = Console()
     console.print(class_table(evaluation))
     console.print(metric_table(evaluation))
-    if json:
-        atomic_write(json, json_format.dumps({"style": style, **evaluation.to_json()}, indent=1) + "\n")
-    if plots:
-        for file in draw_evaluation(evaluation, plots):
-            console.print(f"wrote {file}")
+    for file in drawn:
+        console.print(Text(f"wrote {file}"))
 
 
 def class_table(evaluation: Evaluation) -> Table:
-    """Classes by AP, those without objects last."""
+    """Classes by AP, those without objects last. Brackets in a name are text, not markup."""
     table = Table("class", "AP", "AP50", "objects", "detections")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in sorted(evaluation.classes, key=lambda row: -row.ap):
-        table.add_row(row.name, _shown(row.ap), _shown(row.ap50), str(row.objects), str(row.detections))
+        table.add_row(
+            Text(row.name), _format(row.ap), _format(row.ap50), str(row.objects), str(row.detections)
+        )
     return table
 
 
@@ -63,11 +46,11 @@ def metric_table(evaluation: Evaluation) -> Table:
     """One metric a row."""
     table = Table("metric", "value")
     for name, value in evaluation.metrics.items():
-        table.add_row(name, _shown(value))
+        table.add_row(name, _format(value))
     return table
 
 
-def draw_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
+def plot_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
     """Write ``precision_recall.png`` (mean over classes, by IoU) and ``classes.png`` (AP of each class)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +66,7 @@ def draw_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
     bars = matplotlib.figure.Figure(figsize=(6, 1 + 0.2 * len(rows)), layout="constrained")
     axes = bars.subplots()
     axes.barh(range(len(rows)), [row.ap for row in rows])
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], parse_math=False)
     axes.set(xlabel="AP", xlim=(0, 1), ylim=(-0.5, max(len(rows), 1) - 0.5))
     files = [folder / "precision_recall.png", folder / "classes.png"]
     for figure, file in zip((curves, bars), files, strict=True):
@@ -91,5 +74,5 @@ def draw_evaluation(evaluation: Evaluation, folder: str | Path) -> list[Path]:
     return files
 
 
-def _shown(value: float) -> str:
+def _format(value: float) -> str:
     return "-" if value < 0 else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""Boxes drawn on pictures."""
+"""Draws boxes on images."""
 
 import colorsys
 from collections.abc import Sequence
@@ -7,25 +7,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def colour(label: int) -> tuple[int, int, int]:
-    """Always the same for a label, and unlike that of its neighbours in the list."""
+    """The color of a label: always the same, and unlike those of its neighbours in the list."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618 % 1.0, 0.8, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_boxes(
-    picture: Image.Image,
+    image: Image.Image,
     boxes: Sequence[Sequence[float]],
     labels: Sequence[int],
     texts: Sequence[str],
     dashed: bool = False,
 ) -> Image.Image:
-    """A copy of the picture with (x1, y1, x2, y2) boxes in the colours of their labels, the best on top.
+    """A copy of the image with (x1, y1, x2, y2) boxes in the colours of their labels, the best on top.
 
     ``dashed`` draws thin boxes, as for the ground truth.
     """
-    picture = picture.convert("RGB")
-    pen = ImageDraw.Draw(picture)
-    size = max(10, max(picture.size) // 40)
+    image = image.convert("RGB")
+    pen = ImageDraw.Draw(image)
+    size = max(10, max(image.size) // 40)
     font, width = ImageFont.load_default(size), 1 if dashed else max(2, size // 6)
     for box, label, text in reversed(list(zip(boxes, labels, texts, strict=True))):
         x1, y1, x2, y2 = box
@@ -36,4 +36,4 @@ def draw_boxes(
         up = bottom - top + 4 if y1 > bottom - top + 4 else 0  # above the box where there is room
         pen.rectangle((left, top - up, right + 3, bottom - up + 2), fill=colour(label))
         pen.text((x1 + 1, y1 - up), text, fill="white", font=font)
-    return picture
+    return image

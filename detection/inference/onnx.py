@@ -71,7 +71,7 @@ class ExportWrapper(nn.Module):
         self.register_buffer("weights_LC", (weights_CL / weights_CL.sum(1, keepdim=True)).T.contiguous())
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
-        rows = len(pixel_values)
+        rows = pixel_values.shape[0]  # len() would fix the batch size in the exported graph
         text = {name: getattr(self, name) for name in ["text_features", *self.names]}
         text = {name: value.expand(rows, *value.shape[1:]) for name, value in text.items()}
         output = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask, **text)

@@ -125,9 +125,10 @@ class Decoder(nn.Module):
             out_BQD = self.norm(x_BQD)
             start_BQ4 = references_BQ4.logit(eps=LOGIT_EPS)
             logits.append(class_head(out_BQD, text.features_BLD, text.mask_BL))
-            boxes.append((box_head(out_BQD) + start_BQ4).sigmoid())
+            boxes.append((box_head(out_BQD).to(start_BQ4.dtype) + start_BQ4).sigmoid())
             references.append(references_BQ4)
             if index + 1 < len(self.layers):
                 # from the output before its norm, as in the released models
-                references_BQ4 = (box_head(x_BQD.detach()) + start_BQ4).sigmoid().detach()
+                step_BQ4 = box_head(x_BQD.detach()).to(start_BQ4.dtype)
+                references_BQ4 = (step_BQ4 + start_BQ4).sigmoid().detach()
         return torch.stack(logits), torch.stack(boxes), torch.stack(references)

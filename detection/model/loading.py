@@ -1,7 +1,8 @@
-"""A finished detector: a folder of ``unimoe fit``, or public Grounding DINO weights, here or on the hub."""
+"""Loads a finished detector: a folder of ``unimoe fit``, or public Grounding DINO weights."""
 
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from unimoe.model.loading import ModelKind
@@ -20,12 +21,15 @@ DETECTOR = ModelKind(
 
 
 def load_detector(model: str | Path, setting: str = "MODEL") -> Built:
-    """The detector, in evaluation mode on the CPU, and its tokenizer.
+    """The detector, in float32 and evaluation mode on the CPU, and its tokenizer.
 
-    ``setting`` is what errors call it. Raises UserError when there is no detector, or when its weights and
-    its configuration do not have the same names and shapes.
+    ``setting`` is what errors call it.
+
+    Raises:
+        UserError: there is no detector, or its weights and its configuration do not have the same names and
+            shapes.
     """
     source, model_type = DETECTOR.find(model, setting)
     if model_type in MODEL_TYPES:
         return load_grounding_dino(source)
-    return DETECTOR.load(source, setting, device="cpu")
+    return DETECTOR.load(source, setting, torch.float32, device="cpu")

@@ -7,15 +7,20 @@ stop behind it), and position ids start anew in each: the sub-sentence represent
 2303.05499, section 3.4). So the text features of a name do not depend on its neighbours.
 """
 
+import logging
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from unimoe.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 256
 """Longest prompt of Grounding DINO, with the special tokens."""
@@ -37,11 +42,14 @@ class Prompt:
     """[C, L] bool, the tokens of each name without its full stop."""
 
     @classmethod
-    def from_names(cls, names: Sequence[str], tokenizer: Any, max_tokens: int = MAX_TOKENS) -> "Prompt":
+    def from_names(
+        cls, names: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS
+    ) -> "Prompt":
         """A prompt that asks for each of ``names``.
 
-        Raises UserError for no names, an empty name, and more than ``max_tokens`` tokens (``chunk_names``
-        cuts a long list).
+        Raises:
+            UserError: there are no names, one is empty or unknown to the tokenizer, or they make more than
+                ``max_tokens`` tokens (``chunk_names`` cuts a long list).
         """
         cleaned, tokens = _tokenize(names, tokenizer)
         first, last = _special_ids(tokenizer)
@@ -63,17 +71,29 @@ class Prompt:
         return cls(cleaned, *_structure(ids, segments), torch.stack(rows))
 
     @classmethod
+    def empty(cls, tokenizer: PreTrainedTokenizerBase) -> "Prompt":
+        """A prompt that asks for nothing: special tokens only, for an image of which nothing is known to be
+        there or absent."""
+        first, last = _special_ids(tokenizer)
+        ids = first + last or _stop_ids(tokenizer)
+        segments = list(range(len(ids)))
+        return cls([], *_structure(ids, segments), torch.zeros(0, len(ids), dtype=torch.bool))
+
+    @classmethod
     def from_caption(
         cls,
         caption: str,
         spans: Sequence[Sequence[tuple[int, int]]],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_tokens: int = MAX_TOKENS,
     ) -> "Prompt":
         """A sentence as it is; phrase c is made of the characters in ``spans[c]`` (start, end).
 
         Segments end at full stops and question marks. What is over ``max_tokens`` is cut off; a phrase that
         lay there entirely keeps an empty row in ``name_tokens``.
+
+        Raises:
+            UserError: the caption has no tokens.
         """
         lowered = caption.lower()
         text = lowered if len(lowered) == len(caption) else caption  # spans count characters
@@ -145,20 +165,82 @@ class PromptBatch:
         return PromptBatch(**moved, name_tokens=[rows.to(device) for rows in self.name_tokens])
 
 
-def clean_name(name: str) -> str:
-    """Lower case, without brackets and what is in them, underscores as spaces ("Truck_(pickup)" ->
-    "truck")."""
-    name = re.sub(r"\([^)]*\)", " ", name.replace("_", " "))
-    return " ".join(name.lower().split())
+def clean_name(name: str, brackets: bool = False) -> str:
+    """Lower case, without brackets and what is in them, invisible characters and a full stop at the end,
+    underscores as spaces ("Truck_(pickup)" -> "truck"). ``brackets`` keeps the words in them."""
+    visible = "".join(
+        " " if char.isspace() else char
+        for char in name.replace("_", " ")
+        if char.isspace() or unicodedata.category(char) not in ("Cc", "Cf")
+    )
+    visible = re.sub(r"[()]" if brackets else r"\([^)]*\)", " ", visible)
+    return " ".join(visible.lower().split()).rstrip(" .")
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """The cleaned names; where two would be equal, with the words in their brackets ("bow_(weapon)" and
+    "bow_(ribbon)" -> "bow weapon" and "bow ribbon")."""
+    cleaned = [clean_name(name) for name in names]
+    counts = Counter(cleaned)
+    return [
+        clean_name(name, brackets=True) if counts[short] > 1 and short else short
+        for name, short in zip(names, cleaned, strict=True)
+    ]
+
+
+def class_prompts(names: Sequence[str]) -> list[list[str]]:
+    """The names that each class is asked for by, the first in evaluation and any in training; no two classes
+    share one.
+
+    Objects365 writes alternatives as "pen/pencil". A slash inside a unit ("A/C unit", "1/2 inch bolt") is
+    part of the name: it has a part of fewer than two letters.
+    """
+    whole = distinct_names(names)
+    parts = []
+    for name in whole:
+        found = [part.strip() for part in name.split("/")]
+        apart = all(sum(char.isalpha() for char in part) > 1 for part in found)
+        parts.append(list(dict.fromkeys(found)) if apart else [name])
+    counts = Counter(part for own in parts for part in own)
+    return [
+        own if all(counts[part] == 1 for part in own) else [name]
+        for name, own in zip(whole, parts, strict=True)
+    ]
+
+
+def check_names(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer knows each name and tells them apart; a name of which it knows a part is
+    logged.
+
+    Raises:
+        UserError: it does not, so that detections would bear labels by chance.
+    """
+    _, tokens = _tokenize(names, tokenizer)
+    seen: dict[tuple[int, ...], str] = {}
+    for name, ids in zip(names, tokens, strict=True):
+        other = seen.setdefault(tuple(ids), name)
+        if other != name:
+            raise UserError(
+                f"the names {other!r} and {name!r} are the same to the model; ask for one of them"
+            )
+        if tokenizer.unk_token_id in ids:
+            logger.warning(
+                "the model's vocabulary lacks a part of the name %r; it may be found wrongly", name
+            )
 
 
 def chunk_names(
-    names: Sequence[str], tokenizer: Any, max_tokens: int = MAX_TOKENS, max_names: int | None = None
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int = MAX_TOKENS,
+    max_names: int | None = None,
 ) -> list[list[int]]:
     """Indices of ``names`` in chunks that each fit a prompt, in order.
 
-    ``max_names`` limits the names of a chunk as well (40 for LVIS by custom). Raises UserError for a name
-    that is too long by itself.
+    ``max_names`` limits the names of a chunk as well (40 for LVIS by custom).
+
+    Raises:
+        UserError: a name is too long by itself.
     """
     first, last = _special_ids(tokenizer)
     room = max_tokens - len(first) - len(last)
@@ -175,32 +257,39 @@ def chunk_names(
     return chunks
 
 
-def token_counts(names: Sequence[str], tokenizer: Any) -> list[int]:
+def token_counts(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What each name takes of a prompt's room: its tokens and the stop behind it."""
     _, tokens = _tokenize(names, tokenizer)
     stop = len(_stop_ids(tokenizer))
     return [len(name) + stop for name in tokens]
 
 
-def _tokenize(names: Sequence[str], tokenizer: Any) -> tuple[list[str], list[list[int]]]:
+def _tokenize(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[list[int]]]:
     """The names cleaned, and the tokens of each. Raises UserError where nothing is left of one."""
     if isinstance(names, str) or not names:
         raise UserError("the prompt names nothing to look for, expected at least one name")
-    cleaned = [clean_name(name) for name in names]
+    cleaned = distinct_names(names)
     if not all(cleaned):
         index = cleaned.index("")
         raise UserError(f"name {index} of the prompt is empty: {names[index]!r}")
-    return cleaned, tokenizer(cleaned, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(cleaned, add_special_tokens=False)["input_ids"]
+    for index, ids in enumerate(tokens):
+        if set(ids) <= {tokenizer.unk_token_id}:
+            raise UserError(
+                f"name {index} of the prompt, {names[index]!r}, is unknown to the model's vocabulary; "
+                "expected words of a language that its text encoder was trained on"
+            )
+    return cleaned, tokens
 
 
-def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What stands before and behind the text; empty for a tokenizer without such tokens."""
     first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     return [first] * (first is not None), [last] * (last is not None)
 
 
-def _stop_ids(tokenizer: Any, mark: str = ".") -> list[int]:
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, mark: str = ".") -> list[int]:
     ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"the tokenizer has no token for {mark!r}, expected one that ends a phrase")

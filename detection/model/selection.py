@@ -58,14 +58,16 @@ class QuerySelection(nn.Module):
 def cell_boxes(pyramid: Pyramid) -> Tensor:
     """[B, S, 4] box around each cell, relative to the image without its padding."""
     boxes = []
+    device = pyramid.tokens_BSD.device
+    dtype = torch.promote_types(pyramid.tokens_BSD.dtype, torch.float32)  # half precision rounds positions
     for level, (height, width) in enumerate(pyramid.shapes):
-        tokens, ratios_B2 = pyramid.tokens_BSD, pyramid.valid_ratios_BN2[:, level]
+        ratios_B2 = pyramid.valid_ratios_BN2[:, level].to(dtype)
         y_HW, x_HW = torch.meshgrid(
-            torch.arange(height, device=tokens.device, dtype=tokens.dtype) + 0.5,
-            torch.arange(width, device=tokens.device, dtype=tokens.dtype) + 0.5,
+            torch.arange(height, device=device, dtype=dtype) + 0.5,
+            torch.arange(width, device=device, dtype=dtype) + 0.5,
             indexing="ij",
         )
-        size_2 = torch.tensor([width, height], device=tokens.device, dtype=tokens.dtype)
+        size_2 = torch.tensor([width, height], device=device, dtype=dtype)
         centre_BS2 = torch.stack([x_HW, y_HW], -1).flatten(0, 1) / (ratios_B2 * size_2)[:, None]
         boxes.append(torch.cat([centre_BS2, torch.full_like(centre_BS2, 0.05 * 2**level)], dim=-1))
     return torch.cat(boxes, dim=1)

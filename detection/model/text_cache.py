@@ -1,4 +1,4 @@
-"""Text features that are computed once.
+"""Text features that are computed once for each name.
 
 Shapes: B prompts, L tokens of the longest, W width of the text encoder, M segments, K tokens of the first
 segment and the longest other one.
@@ -14,10 +14,11 @@ from unimoe.detection.model.prompt import Prompt
 
 
 class TextFeatureCache:
-    """``encode_text`` of a model whose text encoder is frozen, kept for each segment (a name and its stop).
+    """``encode_text`` of a model with a frozen text encoder, kept for each segment (a name and its stop).
 
-    Segments do not see one another, so the features of any prompt are those of its segments side by side,
-    whatever names stand next to each other. Everything seen is kept, on the model's device.
+    Segments do not attend to one another, so the features of a prompt are those of its segments side by side,
+    whatever names stand next to each other. They are kept in float32 on the model's device, also inside a run
+    with mixed precision.
     """
 
     def __init__(self, model: DynamicDinoForObjectDetection):
@@ -47,7 +48,10 @@ class TextFeatureCache:
         part_MK = (place_K >= skip).int() + (place_K >= end_M1).int()
         same_MKK = part_MK[:, None] == part_MK[..., None]
         positions_MK = torch.where(place_K < skip, place_K, place_K - skip).expand(len(segments), -1)
-        features_MKW = self.model.encode_text(ids_MK.to(device), same_MKK.to(device), positions_MK.to(device))
+        with torch.autocast(device.type, enabled=False):
+            features_MKW = self.model.encode_text(
+                ids_MK.to(device), same_MKK.to(device), positions_MK.to(device)
+            )
         self.kept[start] = features_MKW[0, :skip].clone()
         for segment, features_KW in zip(segments, features_MKW, strict=True):
             if segment != start:

@@ -1,17 +1,28 @@
-"""``unimoe detect``: look for things, named in words, in pictures and films.
+"""``unimoe detect``: find objects that are named in words, in images and videos.
 
 unimoe detect runs/demo-detection/moe photo.jpg --prompt "cat, red car"
-unimoe detect runs/demo-detection/moe photos/ "more/*.png" --prompt "cat, red car" --json --draw seen
+unimoe detect runs/demo-detection/moe photos/ "more/*.png" --names names.txt --json --draw seen
 """
 
 import json as json_format
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
+
+from unimoe.detection.inference.detect import Detections
 from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.detection.inference.onnx import OnnxDetector
 from unimoe.detection.inference.predictor import Detector
-from unimoe.detection.inference.sources import _flat, find_inputs, iter_images, split_prompt
+from unimoe.detection.inference.sources import (
+    OutputNames,
+    asked_names,
+    class_thresholds,
+    find_inputs,
+    iter_images,
+)
 from unimoe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -21,53 +32,103 @@ def detect(
     model: str,
     images: list[str],
     *,
-    prompt: str,
+    prompt: str | None = None,
+    names: str | None = None,
     threshold: float = 0.3,
+    class_threshold: list[str] | None = None,
     top: int = 300,
+    one_label: bool = False,
+    nms: float | None = None,
     rate: float | None = None,
     json: bool = False,
     draw: str | None = None,
-) -> None:
-    """Look for things in pictures; every label in the answer is one of those asked for.
+) -> int:
+    """Find objects in images; every label in the answer is one of the names that were asked for.
+
+    An image that cannot be read is reported and the rest is searched; the exit status is then 1.
 
     Args:
         model: folder of ``unimoe fit``, or a file of ``unimoe export onnx``.
-        images: pictures, films, folders of them, or patterns such as "photos/*.jpg".
-        prompt: what to look for, separated by commas.
+        images: images, videos, folders of them, or patterns such as "photos/*.jpg".
+        prompt: what to look for: "cat, red car" or "a cat. a red car."; a name with a comma stands in double
+            quotes.
+        names: file with what to look for: one name a line, or JSON (a list, an object from names to
+            thresholds, or a COCO file).
         threshold: lowest score, from 0 to 1.
-        top: most detections of a picture for each 256 tokens of the prompt.
-        rate: frames of a film to look at per second (default: all).
+        class_threshold: lowest score of single names, such as "red car=0.5".
+        top: most detections of an image for each 256 tokens of the prompt.
+        one_label: give each box its best label only, not every label over the threshold.
+        nms: leave out boxes that overlap a better one of the same label (with --one-label: of any) by more
+            than this IoU, from 0 to 1.
+        rate: frames of a video to search per second (default: all).
         json: print one JSON object instead of lines.
-        draw: folder for copies of the pictures with the boxes drawn in.
+        draw: folder for copies of the images with the boxes drawn in.
     """
-    names = split_prompt(prompt)
-    if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold is {threshold}, expected a number from 0 to 1")
+    labels, own = asked_names(prompt, names)
+    thresholds = class_thresholds(labels, threshold, own | _class_thresholds(class_threshold))
     if top < 1:
         raise UserError(f"--top is {top}, expected at least 1")
+    if nms is not None and not 0 <= nms <= 1:
+        raise UserError(f"--nms is {nms}, expected an IoU from 0 to 1")
     if rate is not None and rate <= 0:
         raise UserError(f"--rate is {rate}, expected a positive number")
     files = find_inputs(images)
-    kind = OnnxDetector if Path(model).suffix == ".onnx" else Detector
-    detector = kind.load(model, names)
-    answers = []
-    for name, picture in iter_images(files, rate):
-        (found,) = detector([picture], threshold, top)
-        boxes, labels = found.boxes_K4.tolist(), found.labels_K.tolist()
-        rows = [
-            {"label": names[label], "label_id": label, "score": score, "box": box}
-            for box, score, label in zip(boxes, found.scores_K.tolist(), labels, strict=True)
-        ]
-        answers.append({"image": name, "width": picture.width, "height": picture.height, "detections": rows})
+    detector = (OnnxDetector if Path(model).suffix == ".onnx" else Detector).load(model, labels)
+    answers: list[dict[str, Any]] = []
+    errors: list[dict[str, str]] = []
+    output_name = OutputNames()
+    for name, image in iter_images(files, rate):
+        if isinstance(image, UserError):
+            if len(files) == 1 and not answers:
+                raise image
+            errors.append({"image": name, "error": str(image)})
+            log.error("%s", image)
+            continue
+        (found,) = detector([image], thresholds, top, one_label, nms)
+        rows = _rows(found, labels)
+        answers.append({"image": name, "width": image.width, "height": image.height, "detections": rows})
         if not json:
-            print(f"{name}: {len(rows)} found", flush=True)
-            for row in rows:
-                corners = ", ".join(f"{value:.0f}" for value in row["box"])
-                print(f"  {row['score']:.2f}  {row['label']}  ({corners})", flush=True)
+            _print_rows(name, rows)
         if draw:
-            place = Path(draw) / f"{_flat(name)}.jpg"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            texts = [f"{row['label']} {row['score']:.2f}" for row in rows]
-            draw_boxes(picture, boxes, labels, texts).save(place, quality=92)
+            _draw(image, found, rows, Path(draw) / f"{output_name(name)}.jpg")
     if json:
-        print(json_format.dumps({"model": model, "names": names, "images": answers}, indent=1))
+        answer = {"model": model, "names": labels, "images": answers}
+        print(json_format.dumps(answer | ({"errors": errors} if errors else {}), indent=1))
+    if errors:
+        log.error("%d of %d files could not be read", len({row["image"] for row in errors}), len(files))
+    return int(bool(errors))
+
+
+def _class_thresholds(given: Iterable[str] | None) -> dict[str, float]:
+    """Of "red car=0.5"."""
+    found = {}
+    for entry in given or ():
+        name, _, value = entry.rpartition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(
+                f'--class-threshold is {entry!r}, expected a name and a number: "red car=0.5"'
+            ) from None
+    return found
+
+
+def _rows(found: Detections, labels: Sequence[str]) -> list[dict[str, Any]]:
+    boxes, scores, indices = found.boxes_K4.tolist(), found.scores_K.tolist(), found.labels_K.tolist()
+    return [
+        {"label": labels[index], "label_id": index, "score": score, "box": box}
+        for box, score, index in zip(boxes, scores, indices, strict=True)
+    ]
+
+
+def _print_rows(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    print(f"{name}: {len(rows)} found", flush=True)
+    for row in rows:
+        corners = ", ".join(f"{value:.0f}" for value in row["box"])
+        print(f"  {row['score']:.2f}  {row['label']}  ({corners})", flush=True)
+
+
+def _draw(image: Image.Image, found: Detections, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = [f"{row['label']} {row['score']:.2f}" for row in rows]
+    draw_boxes(image, found.boxes_K4.tolist(), found.labels_K.tolist(), texts).save(path, quality=92)

@@ -87,9 +87,7 @@ VERBS = {
     "evaluate": Verb(
         "unimoe.evaluation.evaluate:evaluate", "score a model's answers: vqa, choice, caption, asr, ..."
     ),
-    "evaluate coco": Verb(
-        "unimoe.detection.evaluation.report:evaluate_files", "COCO or LVIS scores of detections"
-    ),
+    "evaluate coco": Verb("unimoe.commands.evaluate_detector:coco", "COCO or LVIS scores of detections"),
     "evaluate detector": Verb(
         "unimoe.commands.evaluate_detector:detector", "COCO or LVIS scores of a detector on a set"
     ),

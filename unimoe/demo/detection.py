@@ -152,7 +152,7 @@ def _evaluate(name: str, run: DetectionDemo):
     if model.config.moe:
         data = read_detection(run.data / "unseen_backgrounds.json")
         found["experts"] = measure_expert_usage(
-            model, tokenizer, data.names, eval_dataloader(data, model, run.folder / "features")
+            model, tokenizer, data, eval_dataloader(data, model, run.folder / "features")
         ).to_json()
     atomic_write(_evaluation(name, run), json.dumps(found) + "\n")
 

@@ -1,14 +1,14 @@
-"""Augmentation keeps boxes on their objects; prompts are drawn as they should be; batches hold together."""
+"""Batches of views and of whole images."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from unimoe.detection.data.annotations import Category, DetectionSample, DetectionSet
 from unimoe.detection.data.dataset import EvalDataset, TrainDataset
-from unimoe.detection.data.sampling import PromptSampler, SamplingConfig
-from unimoe.detection.data.transforms import Augment, AugmentConfig, Resize, fit_size
+from unimoe.detection.data.sampling import PromptSampler
+from unimoe.detection.data.transforms import Augment, AugmentConfig, Resize
+from unimoe.errors import UserError
 
 NAMES = ["cat", "dog", "red car", "tree", "mat"]
 
@@ -17,74 +17,6 @@ def picture_with_a_box(size=(90, 60), box=(20, 10, 50, 40)):
     picture = Image.new("RGB", size)
     picture.paste((255, 255, 255), box)
     return picture, torch.tensor([box], dtype=torch.float32)
-
-
-@pytest.mark.parametrize("crop", [0.0, 1.0])
-def test_boxes_stay_on_their_objects(crop):
-    """A white rectangle is still in its box after flips, crops and resizing."""
-    config = AugmentConfig(
-        sizes=[40, 64], longest=80, crop=crop, crop_sizes=[50, 70], crop_range=(30, 50), colour=0.2
-    )
-    augment = Augment(config, mean=(0, 0, 0), std=(1, 1, 1))
-    picture, boxes = picture_with_a_box()
-    shapes, seen = set(), 0
-    for _ in range(30):
-        pixels, found, kept = augment(picture, boxes)
-        shapes.add(tuple(pixels.shape[1:]))
-        white = np.argwhere(pixels.amin(0).numpy() > 0.4)
-        if not len(kept):
-            assert len(white) < 80
-            continue
-        seen += 1
-        (top, left), (bottom, right) = white.min(0), white.max(0) + 1
-        assert found[0].tolist() == pytest.approx([left, top, right, bottom], abs=1.6)
-    assert seen > 20 and len(shapes) > 1 and max(max(shape) for shape in shapes) <= 80
-
-
-def test_no_flip_where_the_text_knows_sides():
-    augment = Augment(AugmentConfig(sizes=[60], flip=1.0, crop=0.0))
-    picture, boxes = picture_with_a_box()
-    assert augment(picture, boxes)[1].tolist() == [[40, 10, 70, 40]]
-    assert augment(picture, boxes, flip=False)[1].tolist() == [[20, 10, 50, 40]]
-
-
-def test_sizes():
-    assert fit_size(640, 480, 800, 1333) == [800, 1067]
-    assert fit_size(2000, 500, 800, 1333) == [333, 1333]
-    assert fit_size(1000, 1, 10, 100) == [1, 100]
-    assert Resize(30, 40)(Image.new("RGB", (90, 60))).shape == (3, 27, 40)
-
-
-def test_sampled_prompts_hold_what_is_there_and_some_that_is_not(tokenizer):
-    sampler = PromptSampler(NAMES, tokenizer, SamplingConfig(negatives=2, full=0.5))
-    lengths, orders = set(), set()
-    for _ in range(40):
-        prompt, names_M = sampler(torch.tensor([2, 0, 2]))
-        assert [prompt.names[i] for i in names_M] == ["red car", "cat", "red car"]
-        lengths.add(len(prompt.names))
-        orders.add(tuple(prompt.names))
-    assert lengths == {3, 4} and len(orders) > 5
-    for _ in range(10):
-        assert set(sampler(torch.tensor([0]), absent=[3])[0].names) == {"cat", "tree"}
-        assert "dog" not in sampler(torch.tensor([0]), present=[1])[0].names
-        assert len(sampler(torch.tensor([], dtype=torch.int64))[0].names) in (1, 2)
-        assert len(sampler(torch.tensor([], dtype=torch.int64), absent=[])[0].names) == 1
-
-
-def test_names_that_do_not_fit_lose_their_objects(tokenizer):
-    """Room for two short names: [CLS] a . b . [SEP]"""
-    sampler = PromptSampler(NAMES, tokenizer, SamplingConfig(max_tokens=6))
-    dropped = set()
-    for _ in range(20):
-        prompt, names_M = sampler(torch.tensor([0, 1, 3]))
-        assert len(prompt.input_ids) <= 6 and (names_M >= 0).sum() == 2
-        dropped.add(int((names_M < 0).nonzero()))
-    assert dropped == {0, 1, 2}
-
-
-def test_one_of_several_names_is_asked_for(tokenizer):
-    sampler = PromptSampler(["cat/dog", "tree"], tokenizer, SamplingConfig(negatives=0))
-    assert {sampler(torch.tensor([0]))[0].names[0] for _ in range(20)} == {"cat", "dog"}
 
 
 @pytest.fixture
@@ -132,4 +64,14 @@ def test_evaluation_batches(data):
     dataset = EvalDataset(data, Resize(30, 100))
     batch = dataset.collate([dataset[i] for i in range(3)])
     assert batch.sizes == [(90, 60), (60, 60), (60, 90)] and batch.pixel_values.shape == (3, 3, 45, 45)
-    assert batch.pixel_mask[0].sum() == 45 * 30 and [s.image_id for s in batch.samples] == [0, 1, 2]
+    assert batch.pixel_mask[0].sum() == 45 * 30 and batch.rows == [0, 1, 2]
+
+
+def test_an_unreadable_image_is_left_out_or_an_error(data, tmp_path, caplog):
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="image 1"):
+        EvalDataset(data, Resize(30, 100))[1]
+    dataset = EvalDataset(data, Resize(30, 100), skip_unreadable=True)
+    batch = dataset.collate([dataset[i] for i in range(3)])
+    assert batch.rows == [0, 2] and batch.sizes == [(90, 60), (60, 90)] and "image 1" in caplog.text
+    assert dataset.collate([None]).rows == []

@@ -18,7 +18,7 @@ def test_at_the_start_every_expert_has_its_twin_only(settings, world):
     model, tokenizer = build_detector(**settings["model"]["detector"])
     moe_tuning(model, copies=2, slices=2).eval()
     data = read_detection(world / "train.json")
-    use = measure_expert_usage(model, tokenizer, data.names, eval_dataloader(data, model, batch_size=3))
+    use = measure_expert_usage(model, tokenizer, data, eval_dataloader(data, model, batch_size=3))
     assert_close(use.load_LE.sum(1), torch.ones(2))
     assert_close(use.partners_L, torch.ones(2))
     assert_close(use.twins_L, torch.ones(2))

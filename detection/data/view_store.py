@@ -50,7 +50,7 @@ class ViewStore:
         return [torch.stack(level) for level in zip(*rows, strict=True)]
 
     def pixel_masks(self, indices: Sequence[int]) -> Tensor | None:
-        """[B, S, S] int64, 1 on the pictures; None where nothing is padded."""
+        """[B, S, S] int64, 1 on the images; None where nothing is padded."""
         sizes = [self.sizes[index] for index in indices]
         if all(size == (self.side, self.side) for size in sizes):
             return None
@@ -65,9 +65,14 @@ class ViewStore:
         side: int,
         made_of: dict[str, Any],
     ) -> "ViewStore":
-        """The store of ``views`` in ``folder``, made by the model's backbone unless it is there already.
+        """The store of ``views`` in ``folder``, computed by the model's backbone unless it is there already.
 
-        ``side``: pixels of the square. ``made_of``: everything that decides the views, for the store's name.
+        Args:
+            folder: holds a store for each set of views.
+            model: whose backbone sees the views.
+            views: what the maps are computed of.
+            side: of the square that views are padded to, in pixels.
+            made_of: everything that decides the views, for the store's name.
         """
         description = [made_of, side, backbone_fingerprint(model), "safetensors"]
         place = folder / fingerprint(json.dumps(description, sort_keys=True))[:24]
@@ -80,21 +85,21 @@ class ViewStore:
 
 
 def backbone_fingerprint(model: DynamicDinoForObjectDetection) -> str:
-    """Changes when the backbone's weights or its input's normalisation do."""
+    """Identifies the backbone's weights and the normalization of its input."""
     weights = sorted(model.backbone.state_dict().items())
-    normalisation = json.dumps([model.config.image_mean, model.config.image_std])
-    return fingerprint(normalisation, *(item for pair in weights for item in pair))
+    normalization = json.dumps([model.config.image_mean, model.config.image_std])
+    return fingerprint(normalization, *(item for pair in weights for item in pair))
 
 
-def pictures_key(samples: Sequence[DetectionSample]) -> list[Any]:
-    """Changes when a picture file does."""
+def images_key(samples: Sequence[DetectionSample]) -> list[Any]:
+    """What identifies the image files: it changes when one of them does."""
     stats = [(str(sample.path), sample.path.stat()) for sample in samples]
     return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 @torch.no_grad()
 def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[View], side: int) -> None:
-    logger.info("computing the backbone's maps of %d pictures, once", len(views))
+    logger.info("computing the backbone's feature maps of %d images, once", len(views))
     training, began, said = model.training, time.monotonic(), time.monotonic()
     model.eval()
     store = FeatureStore(folder, torch.float16)
@@ -112,7 +117,7 @@ def _fill(folder: Path, model: DynamicDinoForObjectDetection, views: Sequence[Vi
         if time.monotonic() - said > 10:
             said = time.monotonic()
             left = (said - began) / done * (len(views) - done)
-            logger.info("%d of %d pictures, %.0f s left", done, len(views), left)
+            logger.info("%d of %d images, %.0f s left", done, len(views), left)
     facts = io.BytesIO()
     torch.save({"boxes": boxes, "kept": kept, "sizes": sizes, "side": side}, facts)
     atomic_write(folder / _FACTS, facts.getvalue())

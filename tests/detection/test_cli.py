@@ -20,7 +20,7 @@ from unimoe.errors import UserError
 from unimoe.training.curve import read_curve
 from unimoe.training.resume import saved_step
 
-SPEED = {"train/pictures_per_second"}
+SPEED = {"train/images_per_second"}
 
 
 def command(settings: dict, verb: str = "fit") -> list[str]:

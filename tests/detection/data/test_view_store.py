@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from unimoe.detection.data import features
+from unimoe.detection.data import view_store
 from unimoe.detection.data.dataset import View
-from unimoe.detection.data.features import ViewStore
+from unimoe.detection.data.view_store import ViewStore
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_stored_maps_are_the_backbones_in_half_precision(tiny_detector, views, t
 
 
 def test_an_interrupted_fill_resumes(tiny_detector, views, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "_BATCH", 2)
+    monkeypatch.setattr(view_store, "_BATCH", 2)
     model = tiny_detector().eval()
     encode, encoded = model.encode_image, []
 

@@ -1,0 +1,63 @@
+"""``unimoe export onnx``: the file answers as the model, and no file of the user is overwritten."""
+
+import importlib.util
+import json
+
+import pytest
+from PIL import Image
+
+from unimoe.commands import main as cli
+from unimoe.detection.inference.predictor import Detector
+from unimoe.errors import UserError
+
+WITH_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Grey, transparent, turned by EXIF, and plain, in a folder."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    Image.new("L", (50, 40), 90).save(place / "grey.png")
+    Image.new("RGBA", (40, 50), (9, 200, 9, 100)).save(place / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 30), "red").save(place / "turned.jpg", exif=exif)
+    (place / "in").mkdir()
+    Image.new("RGB", (300, 200), "blue").save(place / "in" / "plain.jpg")
+    (place / "notes.txt").write_text("no picture")
+    return place
+
+
+@pytest.mark.skipif(WITH_ONNX, reason="onnx is installed")
+def test_without_onnx_the_package_is_named(folder, tmp_path, capsys):
+    assert cli.main(["export", "onnx", str(folder), str(tmp_path / "m.onnx"), "--prompt", "cat"]) == 2
+    assert "pip install 'unimoe[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not WITH_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")
+def test_an_exported_file_answers_as_the_model(folder, pictures, tmp_path, capsys):
+    file = tmp_path / "m.onnx"
+    prompt = ["--prompt", "cat, red car", "--threshold", "0"]
+    assert (
+        cli.main(
+            ["export", "onnx", str(folder), str(file), "--prompt", "cat, red car", "--images", str(pictures)]
+        )
+        == 0
+    )
+    answers = []
+    for model in (folder, file):
+        capsys.readouterr()
+        assert cli.main(["detect", str(model), str(pictures), *prompt, "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["images"])
+    for one, other in zip(*answers, strict=True):
+        assert len(one["detections"]) == len(other["detections"])
+        for row, copy in zip(one["detections"], other["detections"], strict=True):
+            assert row["score"] == pytest.approx(copy["score"], abs=1e-3)
+    assert cli.main(["detect", str(file), str(pictures), "--prompt", "dog"]) == 2
+    assert "was exported for other names" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"expected a file name that ends with \.onnx"):
+        from unimoe.detection.inference.onnx import export_onnx
+
+        model = Detector.load(folder, ["cat"]).model
+        export_onnx(model, None, ["cat"], tmp_path / "m.txt")
