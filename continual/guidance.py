@@ -173,6 +173,15 @@ class Guide:
         start = self.config.loss_start * self.steps
         return min(max((self.step - start) / max(self.steps - 1 - start, 1e-9), 0.0), 1.0)
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether any loss applies at this step; depends on the configuration and the step alone."""
+        return self.guided and (self._scored or self.config.balance > 0)
+
+    @property
+    def _scored(self) -> bool:
+        return self.ramp > 0 and (self.config.exclusivity > 0 or self.config.specialization > 0)
+
     def mask(self, scores_TE: Tensor, old: int) -> Tensor | None:
         """What TAG allows (:func:`assignment`) with ``old`` experts of earlier tasks; None while TAG is
         inactive."""
@@ -182,8 +191,8 @@ class Guide:
 
     def loss(
         self, records: Sequence[LayerRecord], old: int, k: int, temperature: float
-    ) -> tuple[Tensor, int] | None:
-        """The weighted losses of one step.
+    ) -> tuple[Tensor, int]:
+        """The weighted losses of one step; see ``has_loss``.
 
         Args:
             records: of all routers, each with ``old`` experts of earlier tasks.
@@ -192,13 +201,9 @@ class Guide:
             temperature: of the routing.
 
         Returns:
-            Mean over real tokens and routers, and the number of those; None where the losses do not apply,
-            which depends on the configuration and the step alone.
+            Mean over real tokens and routers, and the number of those.
         """
-        config = self.config
-        scored = self.ramp > 0 and bool(config.exclusivity or config.specialization)
-        if not self.guided or not (scored or config.balance):
-            return None
+        config, scored = self.config, self._scored
         scores = [_real(record.routing.logits_TE, record) for record in records]
         scores_TE = torch.cat(scores)
         total, count = scores_TE.new_zeros(()), len(scores_TE)

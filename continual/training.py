@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -148,7 +149,8 @@ class TaskModule(ResumableModule):
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         step, strategy = self.global_step, self.strategy
         strategy.before_training_iteration()
-        with record() as records:
+        logged = step % self.config.log_every == 0
+        with record() if logged else nullcontext([]) as records:
             loss = strategy.loss(batch, step, self.steps) + strategy.penalty()
         # guidance may keep all tokens of a process from the trained bank, whose gradients are then zero
         loss = loss + sum(0.0 * p.sum() for p in strategy.learner.trainable().values())
@@ -156,7 +158,7 @@ class TaskModule(ResumableModule):
         if not math.isfinite(shown):
             raise UserError(f"the loss is {shown} at step {step}; try a smaller training.lr")
         self.log_row({"loss": shown, "lr": self.config.lr * self.rate(step, self.steps)}, batch_idx)
-        seen = strategy.routing(records) if step % self.config.log_every == 0 else {}
+        seen = strategy.routing(records) if logged else {}
         if seen and self.trainer.is_global_zero:
             with self.routing_log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **seen}) + "\n")

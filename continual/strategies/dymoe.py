@@ -51,10 +51,12 @@ class IncMoELoRA(Strategy):
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """Cross-entropy plus the guide's losses, which are means over routers and tokens."""
         self.guide.step, self.guide.steps = step, steps
+        if not self.guide.has_loss:
+            return super().loss(batch, step, steps)
         with record() as records:
-            loss = rank_weighted(*self.learner.model.answer_loss(batch))
+            loss = super().loss(batch, step, steps)
         routing = self.guide.loss(_of_banks(records), sum(self._sizes[:-1]), self._kept, self.temperature)
-        return loss if routing is None else loss + rank_weighted(*routing)
+        return loss + rank_weighted(*routing)
 
     def after_training_exp(self, task: Experience) -> None:
         self.guide.guided = False

@@ -213,9 +213,11 @@ def test_the_losses_are_means_over_real_tokens_and_routers():
         total += real.sum() * (term + 0.125 * new_expert_balance(weights, scores, 4, 0.05))
     torch.testing.assert_close(loss, total / tokens)
     guide.step = 0
-    assert guide.loss(records, 4, 4, 0.05) is not None  # the balance loss has no ramp
-    guide.guided = False
-    assert guide.loss(records, 4, 4, 0.05) is None
+    assert guide.has_loss  # the balance loss has no ramp
+    guide.config.balance = 0.0
+    assert not guide.has_loss
+    guide.step, guide.guided = 9, False
+    assert not guide.has_loss
 
 
 def test_ramp_and_warm_up():

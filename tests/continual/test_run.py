@@ -1,6 +1,7 @@
 """Runs from a configuration: what they leave, how they go on, and what they refuse."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -131,7 +132,9 @@ def test_kill_9_inside_task_3_of_6(config, command, write, tmp_path):
     config["stream"]["tasks"][2]["steps"] = 60  # long enough to be hit
     assert main(command(config, "whole", "--strategy", "dymoe")) == 0
     arguments = [sys.executable, "-m", "unimoe", *command(config, "killed", "--strategy", "dymoe")]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    # with as many threads as this process: matrix products are rounded by how they are divided among threads
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 400
     while not (tmp_path / "killed" / "03-t2" / "last.ckpt").is_file():
         assert process.poll() is None and time.monotonic() < deadline

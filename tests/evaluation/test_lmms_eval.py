@@ -143,7 +143,7 @@ def test_sounds_are_resampled_and_go_where_the_model_hears(asked, folder):
     part = asked._part({"type": "audio", "url": types.SimpleNamespace(get_all_samples=lambda: decoded)})
     assert part["speech"].shape == (9, 2) and part["sampling_rate"] == 8000
     assert asked._part({"type": "video", "url": "a.mp4"}) == {"type": "video", "path": "a.mp4"}
-    with pytest.raises(UserError, match="the model hears speech"):
+    with pytest.raises(UserError, match="the model understands speech"):
         type(asked)(pretrained=str(folder), device="cpu", sound="audio")
 
 

@@ -1,6 +1,6 @@
 """``unimoe demo continual``: five tasks of the embedded stream, five strategies, and their report.
 
-Each step leaves a result in the output folder and is skipped when that is there.
+Each step writes a result into the output folder and is skipped if the result exists.
 """
 
 import json
@@ -23,12 +23,12 @@ from .console import say
 from .steps import PREPARE, Step, configuration, exists, never, run_steps, shipped
 
 DEFAULT_OUTPUT = "runs/continual"
-"""The folder that the configurations name."""
+"""The folder that the configurations refer to."""
 STRATEGIES = ("lora", "incmoelora", "dymoe", "dymoe_apart", "joint")
 TASKS = ("animals", "counting", "food", "commands", "sounds")
-"""Five of the six that configs/continual/short.yaml has: half an hour."""
+"""Five of the six of configs/continual/short.yaml; they take half an hour."""
 ALIGN_DATA = BuildConfig(views=12, counts=4, pairs=4, test_views=1, test_questions=2, videos=0, sounds=180)
-"""Named pictures, named sounds and written-down speech for the connectors; the rest there is not used."""
+"""Named images, named sounds and transcribed speech for the connectors; the rest is not used."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,17 @@ class ContinualDemo:
 
 
 def continual(output: str = DEFAULT_OUTPUT, seed: int = 0, full: bool = False):
-    """Task after task over the embedded default: LoRA, IncMoELoRA, two forms of DyMoE, and all at once.
+    """Tune the default model on task after task: LoRA, IncMoELoRA, two forms of DyMoE, and joint training.
 
-    The same command goes on where a run was cut off. Ends with report.json and report.html.
+    The same command resumes an interrupted run. Writes report.json and report.html.
 
     Args:
-        output: folder of everything that is made.
+        output: folder of the results.
         seed: of the runs.
-        full: eight tasks and all strategies instead of five and five; hours on two cores.
+        full: eight tasks and all strategies instead of five of each; takes hours on two cores.
+
+    Raises:
+        UserError: for a seed out of range.
     """
     if not 0 <= seed < 2**31:
         raise UserError(f"--seed must be between 0 and {2**31 - 1}, found {seed}")
@@ -59,28 +62,28 @@ def continual(output: str = DEFAULT_OUTPUT, seed: int = 0, full: bool = False):
         PREPARE,
         Step(
             "pictures",
-            "pictures and sounds with names and written-down speech, for the connectors",
+            "named images and sounds and transcribed speech, for the connectors",
             0.5,
             lambda run: build_data(run.folder / "align", config=ALIGN_DATA, extended=True),
             partial(exists, "align/manifest.json"),
         ),
         Step(
             "base",
-            "connectors in closed form, the language model as it is",
+            "connectors fitted in closed form, the LLM unchanged",
             1.0,
             _fit_base,
             partial(exists, f"base/{STAGE_FILE}"),
         ),
         Step(
             "tasks",
-            "what is learned one after the other",
+            "the tasks of the stream",
             0.5,
             lambda run: build_tasks(str(run.folder / "data")),
             partial(exists, "data"),
         ),
-        Step("runs", "task after task, strategy after strategy", 300.0 if full else 25.0, _compare, never),
+        Step("runs", "all tasks, strategy by strategy", 300.0 if full else 25.0, _compare, never),
     ]
-    run_steps(run, steps, "This tunes a model on task after task, and measures what it forgets.")
+    run_steps(run, steps, "This tunes a model on one task after another and measures what it forgets.")
     say(f"\nDone in {clock(time.monotonic() - begun)}.")
 
 

@@ -1,18 +1,18 @@
 """``unimoe evaluate``: a model's answers to a file of questions, scored by the metrics of its task.
 
     questions (conversations whose last turn is the answer, or items with "text" and "answer")
-      -> batches of like length -> greedy answers, appended to OUTPUT/predictions.jsonl as they come
-      -> OUTPUT/scores.json: the task's metrics over all questions and by the media in them
+      -> batches of similar length -> greedy answers, appended to OUTPUT/predictions.jsonl
+      -> OUTPUT/scores.json: the task's metrics over all questions and by their modalities
 
 ==================  ===========================================================================
 task                metrics
 ==================  ===========================================================================
 ``vqa``             accuracy over annotators (Antol et al., 2015; any one of fewer than four), exact match
 ``choice``          accuracy of the chosen letter or option
-``classification``  exact match; ``known``: the right name is in the answer, and no other
+``classification``  exact match; ``known``: the answer contains the right name and no other
 ``caption``         CIDEr-D (pycocoevalcap), ROUGE-L
-``asr``             word and character error rate (jiwer) over all recordings, lower-cased, no punctuation;
-                    of several transcripts the nearest counts
+``asr``             word and character error rate (jiwer) over all recordings, lower-cased, no punctuation,
+                    against the nearest of several transcripts
 ==================  ===========================================================================
 """
 
@@ -41,11 +41,11 @@ from .scorers import grade_all, scorer
 log = logging.getLogger(__name__)
 
 Answers = dict[str, str]
-"""Id of a question -> what the model said."""
+"""The model's answers by id of the question."""
 Over = Callable[[Sequence[Question]], dict[str, float]]
-"""Means over some of the questions."""
+"""Means over a group of questions."""
 Metric = Callable[[Sequence[Question], Answers], Over]
-"""Grades all questions at once, since how rare a word is, or which names are wrong, is no group's affair."""
+"""Grades all questions at once: word frequencies and names of other classes come from the whole file."""
 
 
 def evaluate(
@@ -70,10 +70,10 @@ def evaluate(
         data: questions as JSON or JSONL; "answers" and "options" of an item are read where a task has them.
         task: how answers are scored.
         output: folder for predictions.jsonl and scores.json.
-        media_root: folder that the data's relative paths begin in (default: the data's own).
-        limit: ask the first questions only; 0 asks all.
-        batch_size: questions at a time; does not change the answers beyond rounding.
-        max_new_tokens: longest answer.
+        media_root: folder that the data's paths are relative to (default: the data's own).
+        limit: number of questions, from the first; 0 asks all.
+        batch_size: questions per batch; affects the answers only through rounding.
+        max_new_tokens: maximum length of an answer.
 
     Returns:
         0, or 1 if a question could not be asked.
@@ -179,9 +179,10 @@ def _ask(
 
 
 def _read(path: Path, identity: dict[str, Any]) -> Answers:
-    """The answers in a file of predictions. A last line that a kill cut short is dropped from it.
+    """The answers in a file of predictions. An incomplete last line is dropped from the file.
 
-    Raises UserError when they are another model's, or to other questions.
+    Raises:
+        UserError: if they are another model's, or answers to other questions.
     """
     if not path.is_file():
         return {}
@@ -203,7 +204,7 @@ def _read(path: Path, identity: dict[str, Any]) -> Answers:
 
 
 def _identity(model: str) -> str:
-    """Changes with a folder's weights and settings; a hub id stands for itself."""
+    """A hash of a folder's weights and settings, or the hub id."""
     made = sorted(path for kind in ("safetensors", "json", "jinja") for path in Path(model).glob(f"*.{kind}"))
     return "+".join(file_hash(path) for path in made if path.name != STAGE_FILE) or model
 
@@ -222,7 +223,7 @@ def _check_answers(task: str, questions: Sequence[Question]) -> None:
 
 
 def _graded(*names: str) -> Metric:
-    """Means of scorers' grades by name; ``known`` is the lenient grade beside the first."""
+    """Mean grades of the named scorers; ``known`` is the lenient grade of ``exact``."""
 
     def metrics(questions: Sequence[Question], answers: Answers) -> Over:
         said = {question.id: answers[question.id] for question in questions}
@@ -238,7 +239,7 @@ def _graded(*names: str) -> Metric:
 
 
 def _means(grades: dict[str, dict[str, float]]) -> Over:
-    """By name of the metric and id of the question."""
+    """Means of ``grades``, which are by name of the metric and id of the question."""
     return lambda group: {name: fmean(of[question.id] for question in group) for name, of in grades.items()}
 
 
@@ -299,4 +300,4 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "asr": _asr,
 }
 RULES = {"vqa": "vqa", "choice": "choice", "classification": "exact", "caption": "rouge", "asr": "exact"}
-"""The scorer that says which answers a task can use."""
+"""The scorer that checks whether a reference suits the task."""

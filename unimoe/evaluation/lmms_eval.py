@@ -2,8 +2,8 @@
 
     lmms-eval --model unimoe --model_args pretrained=runs/demo/moe --tasks mmbench_en_dev --batch_size 16
 
-lmms-eval finds :func:`manifest` through the entry point in pyproject.toml, and imports this file; nothing in
-the package does. Read against lmms-eval 0.7.3.
+lmms-eval finds :func:`manifest` through the entry point in pyproject.toml and imports this file; nothing in
+the package does. Written for lmms-eval 0.7.3.
 """
 
 import logging
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 HEEDED = ("max_new_tokens", "until")
 GREEDY = {"do_sample": False, "temperature": 0, "top_p": 1, "num_beams": 1}
-"""What else a task's settings may say without a warning."""
+"""Other settings of a task that are accepted without a warning, with these values."""
 
 
 class UniMoe(lmms):
-    """A finished stage, asked the questions of lmms-eval's tasks greedily and in batches."""
+    """A finished stage as a model of lmms-eval; answers are greedy and batched."""
 
     is_simple = False
 
@@ -46,16 +46,19 @@ class UniMoe(lmms):
         """
         Args:
             pretrained: folder of a finished stage (or a hub id of a unimoe model).
-            batch_size: questions at a time.
-            device: default: the GPU of this process if there is one.
-            sound: ``speech`` or ``audio``, which a task's sounds are (default: speech if the model hears it).
-            max_new_tokens: longest answer, where a task does not say.
-            max_batch_size: of ``--batch_size auto``, which is refused.
+            batch_size: questions per batch.
+            device: default: the GPU of this process if available.
+            sound: modality of a task's audio, ``speech`` or ``audio`` (default: speech if the model has it).
+            max_new_tokens: maximum length of an answer, unless the task sets it.
+            max_batch_size: of ``--batch_size auto``, which is not supported.
+
+        Raises:
+            UserError: for a batch size that is no number, or a modality that the model lacks.
         """
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size}, expected a whole number of at least 1")
-        # the harness shares the questions out among the processes that accelerate launched, by these names
+        # the harness divides the questions among the processes of accelerate, by these attributes
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if device is None and torch.cuda.is_available():
@@ -64,18 +67,20 @@ class UniMoe(lmms):
         self.batch_size, self.device = int(batch_size), self.model.device
         heard = [kind for kind in ("speech", "audio") if kind in self.processor.modalities]
         if sound and sound not in heard:
-            raise UserError(f"sound is {sound!r}, but the model hears {' and '.join(heard) or 'nothing'}")
+            raise UserError(
+                f"sound is {sound!r}, but the model understands {' and '.join(heard) or 'no audio'}"
+            )
         self.sound = sound or next(iter(heard), "speech")
         self.max_new_tokens = max_new_tokens
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers in the order of the requests, whose ``args`` are (context, function from a document to
-        messages, settings, document's number, task, split)."""
+        """Answers in the order of the requests; their ``args`` are (context, function from a document to
+        messages, settings, index of the document, task, split)."""
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[2]), []).append(index)
-        collator, window = Collator(self.processor), 16 * self.batch_size  # pictures of all do not fit
+        collator, window = Collator(self.processor), 16 * self.batch_size  # not all images fit in memory
         with Progress(disable=self.rank != 0) as bar:
             shown = bar.add_task("unimoe", total=len(requests))
             for group in groups.values():
@@ -99,7 +104,7 @@ class UniMoe(lmms):
         raise UserError("unimoe answers tasks of one round; choose tasks without generate_until_multi_round")
 
     def _settings(self, given: Mapping[str, Any]) -> tuple[int, list[str]]:
-        """The longest answer, and the strings that end one; warns of what is not heeded."""
+        """Maximum length of an answer, and its stop strings; warns of settings that are ignored."""
         for name, value in given.items():
             if name not in HEEDED and value not in (None, GREEDY.get(name)):
                 log.warning("answers are greedy: the task's %s %r is ignored", name, value)
@@ -118,7 +123,7 @@ class UniMoe(lmms):
         return Sample(messages, f"{task} {split}[{number}]")
 
     def _part(self, given: Mapping[str, Any]) -> Part:
-        """A part of ours: lmms-eval has every medium, decoded or by its path, under ``url``."""
+        """A part of a sample: lmms-eval has every medium, decoded or as a path, under ``url``."""
         if given["type"] == "text":
             return {"type": "text", "text": given["text"]}
         for key in ("start_time", "end_time"):
@@ -137,14 +142,14 @@ class UniMoe(lmms):
 
 
 def cut(answer: str, until: Sequence[str]) -> str:
-    """``answer`` up to the first of the strings that end one."""
+    """``answer`` up to the first stop string."""
     for end in until:
         answer = answer.split(end)[0] if end else answer
     return answer.strip()
 
 
 def manifest() -> Any:
-    """What the entry point hands over."""
+    """The manifest that the entry point refers to."""
     # not above: its package reads all entry points when it is imported
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 

@@ -1,16 +1,16 @@
-"""The embedded stream: tasks over the default parts that want different things of like questions.
+"""The embedded stream: tasks over the default parts with similar questions and conflicting answers.
 
-    animals    "What is this?"          A dog.            picture of one animal
-    counting   "How many are there?"    3                 one to four like things
+    animals    "What is this?"          A dog.            image of one animal
+    counting   "How many are there?"    3                 one to four objects of a kind
     food       "What is this?"          food: apple       the question of animals, another form of answer
-    words      "What do you see?"       "cat"             a word is written over a picture of something else
-    commands   (spoken)                 asks: colour      the kind of question that was asked, not its answer
+    words      "What do you see?"       "cat"             a word written over an image of something else
+    commands   (spoken)                 asks: colour      the type of the spoken question, not its answer
     sounds     "What is this?"          hear: rain        one of twelve environmental sounds
-    position   "Where is the dog?"      top left          one thing, in one of four corners
-    text       "More than one: dog"     DOGS              plurals and first letters, no picture
+    position   "Where is the dog?"      top left          one object, in one of four corners
+    text       "More than one: dog"     DOGS              plurals and first letters, no image
 
-Animals, food and sounds ask the same and want it said differently; words asks what a picture shows and wants
-what is written on it; commands wants a question named that other tasks want answered.
+Animals, food and sounds ask the same question and expect different forms of answer; words asks what an image
+shows and expects what is written on it; commands expects the type of questions that other tasks answer.
 """
 
 import json
@@ -35,7 +35,7 @@ from .sprites import Artist, background, load_photos, open_artist, split_photos,
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 WRITTEN = ("cat", "bus", "pizza", "owl", "rocket", "key", "bee", "guitar", "apple", "snail", "crown", "zebra")
-"""Words that are written on pictures."""
+"""Words that are written on images."""
 ASKED = {
     "name": "name",
     "group": "kind",
@@ -44,7 +44,7 @@ ASKED = {
     "left": "left",
     "right": "right",
 }
-"""Kind of recorded question -> how the task commands calls it; yes/no questions are "check"."""
+"""Type of a recorded question -> its name in the task commands; yes/no questions are "check"."""
 
 Item = tuple[list[dict[str, Any]], str]
 """User parts and the right answer; media are decoded and saved by the writer."""
@@ -53,13 +53,16 @@ Item = tuple[list[dict[str, Any]], str]
 def build_tasks(folder: str = "runs/continual/data", train: int = 320, test: int = 60, seed: int = 0) -> None:
     """Write the embedded stream: NAME.train.jsonl and NAME.test.jsonl of every task, and their media.
 
-    Training and test differ in photographs, views, voices and, for text, in words.
+    Training and test data differ in photographs, views, voices and, for text, in words.
 
     Args:
-        folder: where to; what is there is replaced.
-        train: training samples of each task.
-        test: test questions of each task.
+        folder: where to write; an existing folder is replaced.
+        train: training samples per task.
+        test: test questions per task.
         seed: of every random choice.
+
+    Raises:
+        UserError: for fewer than one sample or question.
     """
     if train < 1 or test < 1:
         raise UserError(f"--train and --test must be at least 1, found {train} and {test}")
@@ -95,10 +98,10 @@ def _line(folder: Path, file: str, index: int, item: Item) -> str:
     return json.dumps({"id": f"{file}-{index}", "messages": messages})
 
 
-# -------------------------------------------------------------------- the tasks, each without end
+# -------------------------------------------------------------------- the tasks, as endless generators
 
 Make = Callable[[Artist, list[Image.Image], random.Random, bool], Iterator[Item]]
-"""Of an artist, photographs, a source of chance, and whether it is for the test."""
+"""Makes items from an artist, photographs, a random generator, and whether they are for the test."""
 
 
 def _seen(image: Image.Image, question: str, answer: str) -> Item:
@@ -194,4 +197,4 @@ TASKS: dict[str, Make] = {
     "position": _position,
     "text": _text,
 }
-"""In the order of the stream; neighbours want unlike things."""
+"""In the order of the stream; consecutive tasks are unlike each other."""
