@@ -1,17 +1,17 @@
-"""``unimoe assemble``: one mixture of experts out of a base model and expert folders, as a manifest says.
+"""``unimoe assemble``: build a mixture of experts from a base model and expert folders by a manifest.
 
-    base: runs/align                  # a dense model folder: everything that is not an expert comes from it
-    experts:                          # one slot each, in order; or a number of copies of the base's own FFNs
+    base: runs/align                  # a dense model folder; everything but the experts comes from it
+    experts:                          # one slot each, in order; or a number of copies of the base's FFNs
       - {name: words, from: base, data: text.jsonl}
       - {name: image, from: runs/expert_image, data: [names.jsonl, questions.jsonl]}
     connectors: {image: runs/expert_image}   # default: the base's own
-    moe: {top_k: 2, placement: interval}     # unimoe.moe.MoEConfig without num_experts; slices: 2 cuts each
-                                             # slot's FFNs in two experts
-    routers: {scale: 6}               # how they start where slots name data, see router_start.py
-    seed: 0                           # of the fresh routers, and of the choice of their samples
+    moe: {top_k: 2, placement: interval}     # unimoe.moe.MoEConfig without num_experts; slices: 2 splits each
+                                             # slot's FFNs into two experts
+    routers: {scale: 6}               # initialisation where slots name data, see router_start.py
+    seed: 0                           # of fresh routers, and of the choice of their samples
     output: runs/assembled
 
-Paths are taken from the working directory, as in the stages' configurations.
+Relative paths start from the working directory, as in the configurations of stages.
 """
 
 import logging
@@ -39,7 +39,7 @@ from .router_start import RouterStart, start_routers
 log = logging.getLogger(__name__)
 
 BASE = "base"
-"""What a slot or a connector is taken ``from`` when it stays the base model's own."""
+"""The source of a slot or connector that stays the base model's own."""
 
 
 @dataclass
@@ -47,18 +47,18 @@ class Slot:
     """One expert of every MoE layer."""
 
     name: str
-    """How reports call the expert."""
+    """Name in reports."""
 
     source: str = BASE
     """``base``, or an expert folder (``from`` in the manifest)."""
 
     data: list[str] = field(default_factory=list)
-    """Files of samples that this expert should answer, for the start of the routers."""
+    """Files of samples for this expert, to initialise the routers."""
 
 
 @dataclass
 class Manifest:
-    """What goes where; see the top of this file."""
+    """The content of a manifest; see the top of this file."""
 
     base: str
     """Folder of a dense model."""
@@ -67,16 +67,16 @@ class Manifest:
     """The slots, in order."""
 
     connectors: dict[str, str] = field(default_factory=dict)
-    """Modality -> expert or model folder that its connector is taken from."""
+    """Modality -> expert or model folder of its connector."""
 
     moe: dict[str, Any] = field(default_factory=dict)
     """Fields of MoEConfig."""
 
     routers: RouterStart = field(default_factory=RouterStart)
-    """How the routers start when the slots name data; without data they start at random."""
+    """Initialisation of the routers where slots name data; otherwise it is random."""
 
     seed: int = 0
-    """Of the fresh routers, and of the choice of their samples."""
+    """Of fresh routers, and of the choice of their samples."""
 
     output: str | None = None
     """Folder of the result."""
@@ -85,13 +85,16 @@ class Manifest:
 def assemble(
     manifest: str, output: str | None = None, overwrite: bool = False, moe: Sequence[str] = ()
 ) -> None:
-    """Build one mixture of experts out of a base model and expert folders.
+    """Build a mixture of experts from a base model and expert folders.
 
     Args:
         manifest: YAML file that names the base, the expert of each slot, the connectors and the routing.
-        output: folder of the result; default what the manifest says.
-        overwrite: throw away what an earlier run left in the output.
-        moe: settings of the mixture in place of the manifest's, such as placement=all.
+        output: folder of the result; default that of the manifest.
+        overwrite: delete what an earlier run left in the output.
+        moe: settings of the mixture that replace the manifest's, such as placement=all.
+
+    Raises:
+        UserError: the manifest is wrong, or a part does not fit the base.
     """
     parsed = read_manifest(manifest)
     parsed.moe |= _overrides(moe)
@@ -99,7 +102,7 @@ def assemble(
         raise UserError(f"{manifest}: routers that start from data need moe.slices 1; leave out the data")
     target = output or parsed.output
     if target is None:
-        raise UserError(f"{manifest}: say where the result goes: output: FOLDER, or --output")
+        raise UserError(f"{manifest}: an output folder is missing: output: FOLDER, or --output")
     folder = Path(target)
     find_model(parsed.base, "base", hub=False)
     parents = [{"folder": path, "sha256": folder_hash(path)} for path in _sources(parsed)]
@@ -141,7 +144,7 @@ def assemble(
 
 
 def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, UniMoeProcessor]:
-    """The model that a manifest describes, in memory. Raises UserError when a part does not fit the base."""
+    """Build the model of a manifest in memory. Raises UserError if a part does not fit the base."""
     model, processor = load_model(manifest.base, "base", torch.float32, "cpu", hub=False)
     if model.config.moe:
         raise UserError(f"base: {manifest.base} is a mixture of experts already; expected a dense model")
@@ -255,9 +258,7 @@ def _fill_slot(
         name.rpartition(".")[0] for name, own in dense.items() if not torch.equal(own, expert.tensors[name])
     }
     if lost := len(learned - places):
-        log.warning(
-            "%s: what it learned in %d layers that are not placed as MoE layers is left out", source, lost
-        )
+        log.warning("%s: %d of its trained layers are not placed as MoE layers and are dropped", source, lost)
 
 
 def _replace_connector(model: UniMoeForConditionalGeneration, kind: str, source: str):
@@ -279,7 +280,7 @@ def _replace_connector(model: UniMoeForConditionalGeneration, kind: str, source:
 
 
 def _sources(manifest: Manifest) -> list[str]:
-    """Every folder that the result is made of, once; missing ones are reported here."""
+    """Every source folder, once. Raises UserError for a missing one."""
     folders = [manifest.base, *(slot.source for slot in manifest.experts), *manifest.connectors.values()]
     folders = [folder for folder in dict.fromkeys(folders) if folder != BASE]
     for folder in folders:
@@ -289,7 +290,7 @@ def _sources(manifest: Manifest) -> list[str]:
 
 
 def _data(manifest: Manifest) -> list[str]:
-    """Every file of samples that slots name, once; missing ones are reported here."""
+    """Every file of samples that slots name, once. Raises UserError for a missing one."""
     files = sorted({file for slot in manifest.experts for file in slot.data})
     for file in files:
         data_files(file)

@@ -1,8 +1,8 @@
-"""Expert folders: the FFNs that one dense stage learned, to be put in a slot of a mixture.
+"""Expert folders: the FFNs trained by one dense stage, for a slot of a mixture.
 
-expert.json              task, fingerprint of the base LLM, shapes, the stage that made it
+expert.json              task, fingerprint of the base LLM, shapes, the stage that wrote it
 expert.safetensors       layers.{i}.gate_up_proj [2I, H] (gate rows first), layers.{i}.down_proj [H, I]
-connectors.safetensors   {modality}.{name}: the connectors as that stage left them
+connectors.safetensors   {modality}.{name}: the connectors after that stage
 """
 
 import json
@@ -24,13 +24,13 @@ FORMAT = 1
 
 @dataclass
 class ExpertInfo:
-    """What ``expert.json`` says."""
+    """The content of ``expert.json``."""
 
     task: str
-    """What the expert is for, in the words of the stage's configuration."""
+    """What the expert is for, from the configuration."""
 
     stage: str
-    """Name of the stage that made it."""
+    """Name of the stage that wrote it."""
 
     base_llm: str
     """Fingerprint of the LLM it was trained from, see :func:`base_fingerprint`."""
@@ -51,7 +51,7 @@ class ExpertInfo:
     """Version of this layout."""
 
     connectors: list[str] = field(default_factory=list)
-    """Modalities whose connector lies in the folder."""
+    """Modalities whose connector is in the folder."""
 
 
 @dataclass
@@ -66,9 +66,9 @@ class Expert:
 
 
 def base_fingerprint(model: UniMoeForConditionalGeneration) -> str:
-    """Hash of the LLM's weights that experts rely on: all but FFNs and embeddings, in their stored bytes.
+    """Hash of the LLM's weights that experts depend on: all but FFNs and embeddings, as float32.
 
-    Experts of one base share it whatever their FFNs learned and whichever placeholders the tokenizer got.
+    All experts of one base share it: neither trained FFNs nor added placeholder tokens change it.
     """
     weights = sorted(model.model.language_model.state_dict().items())
     kept = [(name, tensor) for name, tensor in weights if ".mlp." not in name and "embed" not in name]
@@ -89,7 +89,7 @@ def ffn_tensors(model: UniMoeForConditionalGeneration) -> dict[str, Tensor]:
 def save_expert(
     folder: Path, model: UniMoeForConditionalGeneration, base_llm: str, stage: str, task: str
 ) -> None:
-    """Write the FFNs and connectors of a dense model whose adapters are merged into an existing folder."""
+    """Write the FFNs and connectors of a dense model, its adapters merged, into an existing folder."""
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in ffn_tensors(model).items()}
     save_file(tensors, folder / "expert.safetensors")
     connectors = {
@@ -112,7 +112,7 @@ def save_expert(
 
 
 def load_expert(folder: str | Path) -> Expert:
-    """Read an expert folder. Raises UserError when it is none, of another version, cut short or changed."""
+    """Read an expert folder. Raises UserError if it is none, of another version, incomplete or modified."""
     path = Path(folder)
     try:
         fields = json.loads((path / "expert.json").read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def load_expert(folder: str | Path) -> Expert:
 
 
 def load_connectors(folder: str | Path, kind: str) -> dict[str, Tensor]:
-    """State dict of one connector of an expert or model folder. Raises UserError when it is not there."""
+    """State dict of one connector of an expert or model folder. Raises UserError if it is missing."""
     path = Path(folder)
     files = {"connectors.safetensors": "", "model.safetensors": "model.connectors."}
     for name, prefix in files.items():

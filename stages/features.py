@@ -21,8 +21,10 @@ def fill_cache(
     samples: list[Sample],
     trainer: Any,
 ) -> FeatureCache:
-    """A cache in ``folder`` with the frozen encoders' features of all media of ``samples``; each process of
-    the ``trainer`` encodes its share."""
+    """Cache the frozen encoders' features of all media of ``samples`` in ``folder``.
+
+    Every process of the ``trainer`` encodes its share.
+    """
     towers = {
         kind: cast(Encoder, tower)
         for kind, tower in model.model.encoders.items()

@@ -1,12 +1,12 @@
-"""A head start for the routers of an assembled mixture: least squares from what a router sees to the slot
-that the sample belongs to.
+"""Initialises the routers of an assembled mixture: least squares from a router's inputs to the slot of
+the sample.
 
-Fresh routers send tokens anywhere, and the mixture answers worse than each of its specialists. Instead:
+Random routers send tokens to any expert, and the mixture is worse than each of its specialists. Instead:
 
-1. the samples of each slot run through the mixture with that slot's expert alone;
-2. at every MoE layer, ridge regression maps the router's input to the slot, each slot weighing the same;
-3. its rows, times ``scale``, are added to the fresh router's, whose small random differences divide the
-   tokens between slots that name the same data.
+1. run the samples of each slot through the mixture, all tokens routed to that slot's expert;
+2. at every MoE layer, fit the router's input to the slot by ridge regression, slots weighted equally;
+3. add the fitted rows, times ``scale``, to the fresh router's rows, whose small random differences split
+   the tokens between slots that name the same data.
 
 In the manifest: ``data: FILE`` (or a list of files) in every slot.
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RouterStart:
-    """How routers start from the slots' data."""
+    """How routers are initialised from the slots' data."""
 
     scale: float = 6.0
     """Difference in logits between a slot that is certain and one that is excluded."""
@@ -45,7 +45,7 @@ class RouterStart:
     """Ridge penalty, as a share of the mean square of the router's inputs."""
 
     samples: int = 300
-    """Use at most so many of each slot's samples."""
+    """Maximum number of samples per slot."""
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def start_routers(
 
     Args:
         slots: the files of samples of each expert, in order.
-        cache: folder of the frozen encoders' features, filled as far as needed.
+        cache: folder of the frozen encoders' features; missing ones are computed.
         seed: of the choice of samples.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -85,11 +85,11 @@ def start_routers(
     for entry in moments.values():
         entry.solve(settings)
     count = sum(len(samples) for samples in chosen.values())
-    log.info("routers: started from %d samples of %d kinds by ridge regression", count, len(groups))
+    log.info("routers: initialised from %d samples of %d sets by ridge regression", count, len(groups))
 
 
 def _choose(paths: tuple[str, ...], most: int, seed: int) -> list[Sample]:
-    """As many samples of each file, as far as there are; in random order."""
+    """An equal number of samples of each file (fewer where a file has fewer), in random order."""
     chosen: list[Sample] = []
     for path in paths:
         samples = read_samples(path)
@@ -99,7 +99,7 @@ def _choose(paths: tuple[str, ...], most: int, seed: int) -> list[Sample]:
 
 @contextmanager
 def _through(model: nn.Module, expert: int, see: dict[int, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Every token goes to ``expert``; ``see[layer]`` is shown the inputs [T, D] of that layer's router."""
+    """Route every token to ``expert``; ``see[layer]`` receives the inputs [T, D] of that layer's router."""
     layers: dict[int, Any] = moe_layers(model)  # type: ignore[assignment]
     own = {layer: moe.router for layer, moe in layers.items()}
     for layer, moe in layers.items():
@@ -118,7 +118,7 @@ def _show(see: Callable[[Tensor], None], router: nn.Module, inputs: tuple[Tensor
 
 
 class _Moments:
-    """Second moments of one router's inputs and their means by group, summed as batches come, in float64."""
+    """Second moments of one router's inputs and their means by group, accumulated over batches in float64."""
 
     def __init__(self, router: TopK | TopP, num_experts: int):
         width = router.weight.shape[1]
@@ -139,7 +139,7 @@ class _Moments:
         self._count += len(x_TD)
 
     def close(self, members: list[int]):
-        """The group's tokens are all there: they belong to ``members`` in equal shares."""
+        """Finish a group of tokens, which belong to ``members`` in equal shares."""
         self.square_DD += self._square_DD / self._count
         self.target_DE[:, members] = (self._sum_D / self._count / len(members))[:, None]
         self._begin()

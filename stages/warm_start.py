@@ -1,11 +1,11 @@
-"""A head start for fresh connectors: least squares from what an encoder sees or hears to the words for it.
+"""Initialises fresh connectors: least squares from encoder features to embeddings of the words for them.
 
-Extra keys of a training record say what those words are:
+Extra keys of a training record give those words:
 
-    "target": "red fox"                      what the picture (or clip) is called; default its first answer
-    "words": [["what", 0.31], ["is", 0.44]]  what is spoken in a clip, and the second at which each word ends
+    "target": "red fox"                      what the image (or clip) shows; default its first answer
+    "words": [["what", 0.31], ["is", 0.44]]  the words spoken in a clip, and the second at which each ends
 
-Shapes: n media, S encoder positions, D encoder width, H hidden size of the LLM, V vocabulary, m examples.
+Shapes: n items, S encoder positions, D encoder width, H hidden size of the LLM, V vocabulary, m examples.
 """
 
 import logging
@@ -28,42 +28,42 @@ from unimoe.model.processing import UniMoeProcessor
 log = logging.getLogger(__name__)
 
 SECONDS_PER_POSITION = 0.02
-"""Of the speech encoders: two mel frames of 10 ms."""
+"""For speech encoders: two mel frames of 10 ms."""
 
 
 @dataclass
 class Ridge:
-    """Which samples a connector starts from, and how cautiously."""
+    """The samples that a connector is fitted to, and the regularisation."""
 
     penalty: float = 2000.0
-    """Strength of the ridge penalty, on standardised features."""
+    """Ridge penalty, on standardised features."""
 
     where: dict[str, str] = field(default_factory=dict)
     """Only records with these values under these extra keys, such as ``kind: name``."""
 
     max_samples: int = 4000
-    """Use at most so many, from the beginning of the data."""
+    """Maximum number of samples, from the beginning of the data."""
 
 
 @dataclass
 class Example:
-    """A sample with one medium, and the words for it."""
+    """A sample with one media item, and the words for it."""
 
     sample: Sample
-    """Where the medium is."""
+    """The sample with the item."""
 
     target: str
-    """What it is called."""
+    """The words for it."""
 
     words: list[tuple[str, float]] | None
-    """What is spoken and when each word ends, in seconds."""
+    """Spoken words and the second at which each ends."""
 
     tail: str = ""
-    """The punctuation at the end of what is written down."""
+    """Punctuation at the end of the transcript."""
 
 
 def read_examples(files: list[str], media_root: str | None, kind: str, settings: Ridge) -> list[Example]:
-    """The records that show one medium of ``kind`` and no other. Raises UserError when there are none."""
+    """The records with one item of modality ``kind`` and no other. Raises UserError if there are none."""
     examples = []
     for file in files:
         root = Path(file).parent if media_root is None else media_root
@@ -92,13 +92,13 @@ def warm_start(
     examples: list[Example],
     settings: Ridge,
 ) -> None:
-    """Set the connector of ``kind`` in place.
+    """Set the connector of modality ``kind`` in place.
 
-    Where all examples have word times, every token of a clip is fitted to the word spoken in its middle;
-    otherwise the mean of the medium's tokens to the mean embedding of its target.
+    If all examples have word times, every token of a clip is fitted to the word spoken in its middle;
+    otherwise the mean of the item's tokens is fitted to the mean embedding of its target.
 
     Args:
-        encoded: the encoder's output for the medium of each example: features_nSD, lengths_n or None.
+        encoded: the encoder's output for the item of each example: features_nSD, lengths_n or None.
     """
     embedding_VH: Any = model.get_input_embeddings().weight
     connector: Any = model.model.connectors[kind]
@@ -112,11 +112,11 @@ def warm_start(
         targets_mH = torch.stack(rows)
     ridge_init(connector, features_nSD, targets_mH, lengths_n, settings.penalty)
     unit = "spoken tokens" if timed else "named media"
-    log.info("%s connector: started from %d %s by ridge regression", kind, len(targets_mH), unit)
+    log.info("%s connector: initialised from %d %s by ridge regression", kind, len(targets_mH), unit)
 
 
 def check_kinds(settings: dict[str, Ridge], model: UniMoeForConditionalGeneration) -> None:
-    """Raises UserError for a modality that the model does not have."""
+    """Raises UserError for a modality that the model lacks."""
     for kind in settings:
         if kind not in model.model.connectors:
             has = ", ".join(model.model.connectors) or "none"
@@ -126,10 +126,10 @@ def check_kinds(settings: dict[str, Ridge], model: UniMoeForConditionalGeneratio
 def spoken_tokens(
     words: list[tuple[str, float]], tail: str, processor: UniMoeProcessor, times: list[float]
 ) -> list[int]:
-    """The token that is being spoken at each time (seconds).
+    """The token that is spoken at each time (seconds).
 
-    A word's time is shared evenly by its tokens. After the last word it is the first token of ``tail``, the
-    punctuation that follows, or without one the last word's last token.
+    A word's time is divided evenly among its tokens. After the last word it is the first token of ``tail``,
+    the punctuation that follows, or the last word's last token if there is none.
     """
     spans: list[tuple[float, int]] = []
     begin = 0.0
@@ -144,7 +144,7 @@ def spoken_tokens(
 def _by_token(
     encoded: EncodedMedia, examples: list[Example], processor: UniMoeProcessor, stack: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every ``stack`` positions of a clip as an item of its own: features, lengths, the token spoken then."""
+    """Every ``stack`` positions of a clip as an item of its own: features, lengths, and the spoken token."""
     features_nSD, lengths_n = encoded
     assert lengths_n is not None
     pieces, lengths, tokens = [], [], []
@@ -170,7 +170,7 @@ def _answer(sample: Sample) -> str:
 
 
 def _target(record: Any, said: str) -> str:
-    """The record's own target, or its first answer without article and final stop."""
+    """The record's target, or its first answer without article and full stop."""
     if isinstance(record.get("target"), str):
         return record["target"]
     return re.sub(r"^(a|an|the|some)\s+", "", said.rstrip(".").lower())

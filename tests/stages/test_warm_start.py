@@ -103,4 +103,4 @@ def test_speech_is_fitted_word_by_word(world, built, caplog):
     features = torch.randn(2, 26, model.model.encoders["speech"].hidden_size)
     caplog.set_level(logging.INFO)
     warm_start(model, processor, "speech", (features, torch.tensor([26, 12])), examples, Ridge())
-    assert "started from 9 spoken tokens" in caplog.text  # 6 and 3 tokens of 5 positions
+    assert "initialised from 9 spoken tokens" in caplog.text  # 6 and 3 tokens of 5 positions

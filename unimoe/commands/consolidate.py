@@ -1,22 +1,25 @@
-"""``unimoe consolidate``: the model that an unfinished run has come to."""
+"""``unimoe consolidate``: the model of an unfinished run."""
 
 from pathlib import Path
 
 from unimoe.errors import UserError
-from unimoe.training.cli import CONFIG_FILE
+from unimoe.training.lightning_cli import CONFIG_FILE
 
 from .fit import main
 
 
 def consolidate(run: str, output: str) -> None:
-    """Write what the newest checkpoint of a run holds as a folder like that of a finished stage.
+    """Write the latest checkpoint of an unfinished run as a model folder.
 
-    One process does so, in the memory of the CPU, however many have written the checkpoint. Call it where
-    the run was called, if its settings name files by relative paths. The run can go on afterwards.
+    Runs in one process on the CPU, however many processes wrote the checkpoint. Call it from the run's
+    working directory if its settings contain relative paths. The run can be resumed afterwards.
 
     Args:
-        run: output folder of a run that is not finished; what a finished one leaves is such a folder already.
-        output: folder of the result, which must not be there yet.
+        run: output folder of an unfinished run; that of a finished one is a model folder already.
+        output: folder of the result, which must not exist.
+
+    Raises:
+        UserError: ``run`` holds no checkpoint, or ``output`` exists.
     """
     config = Path(run) / "checkpoints" / CONFIG_FILE
     if not config.is_file():

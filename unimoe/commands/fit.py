@@ -1,4 +1,4 @@
-"""``unimoe fit | validate | test``: the YAML file says for which part of the suite (``system:``)."""
+"""``unimoe fit | validate | test``: dispatch to the system that the YAML file names (``system:``)."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,7 +13,11 @@ SYSTEMS = {"stages": "unimoe.stages.cli", "detection": "unimoe.detection.cli"}
 
 
 def main(args: list[str]) -> None:
-    """Hand ``args``, the verb first, to the command line of the system that they are for."""
+    """Pass ``args``, the verb first, to the command line of their system.
+
+    Raises:
+        UserError: an unknown system.
+    """
     name = system(args)
     if name not in SYSTEMS:
         raise UserError(f"system is {name!r}, expected one of {', '.join(SYSTEMS)}")
@@ -21,7 +25,7 @@ def main(args: list[str]) -> None:
 
 
 def system(args: Sequence[str]) -> str:
-    """``--system``, or what the last configuration file that has one says, or ``stages``."""
+    """The system in ``--system``, else in the last configuration file that has one, else ``stages``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--system")
     parser.add_argument("-c", "--config", action="append", default=[])

@@ -1,1 +1,1 @@
-"""What every Lightning run of the suite shares: checkpoints that survive a kill, progress, the loss curve."""
+"""Shared by all Lightning runs: checkpoints, resuming, sharding, progress, the training log."""

@@ -1,4 +1,4 @@
-"""The loss curve of a stage as one CSV file that an interrupted run goes on writing."""
+"""The training log as one CSV file that a resumed run continues."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ class CurveLogger(Logger):
     """Appends each logged row to ``metrics.csv``.
 
     Lightning's own CSVLogger deletes the file of an earlier run. This one keeps it: ``cut(step)`` drops the
-    rows that a resumed run is about to write again, so the file always reads as one curve.
+    rows that a resumed run will write again, so that the file holds every step once.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -56,7 +56,7 @@ class CurveLogger(Logger):
             csv.DictWriter(file, self.columns).writerow(row)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any):
-        """Settings are in stage.json, not in the curve."""
+        """Does nothing: settings are in stage.json."""
 
     def _rewrite(self, rows: list[dict[str, Any]]):
         for row in rows:
@@ -67,7 +67,7 @@ class CurveLogger(Logger):
 
 
 def read_curve(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a ``metrics.csv`` as numbers, without empty cells and a last line that was cut short."""
+    """The rows of a ``metrics.csv`` as numbers, without empty cells and an incomplete last line."""
     path = Path(path)
     if not path.is_file():
         return []
@@ -76,7 +76,7 @@ def read_curve(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         for row in csv.DictReader(file):
             try:
                 numbers = {key: float(value) for key, value in row.items() if value}
-            except (TypeError, ValueError):  # the line that a kill interrupted
+            except (TypeError, ValueError):  # a line cut short by a kill
                 continue
             if "step" in numbers:
                 rows.append(numbers)

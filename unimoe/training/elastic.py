@@ -1,4 +1,4 @@
-"""Runs under torchrun, which starts all processes again when one dies."""
+"""Runs under torchrun, which restarts all processes when one dies."""
 
 import os
 import socket
@@ -12,11 +12,11 @@ PORT = "unimoe/port"
 
 
 def own_store() -> TCPStore | None:
-    """Let the processes of this start meet in a store of their own, which the first one holds: keep it.
+    """Create a rendezvous store for the processes of this start, hosted by rank 0. Keep the result alive.
 
-    torchrun's own store outlives a restart, and so do the addresses in it of processes that died, which the
-    first ones to come then try to reach (https://github.com/pytorch/pytorch/issues/135712). None where
-    torchrun did not start this process, or has no such store.
+    torchrun's own store outlives a restart and keeps addresses of dead processes, which new processes would
+    try to reach (https://github.com/pytorch/pytorch/issues/135712). None where torchrun did not start this
+    process, or has no such store.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -41,8 +41,10 @@ def _listens(address: str, port: int) -> bool:
 
 
 def check_processes(expected: int) -> None:
-    """Raises UserError where torchrun started more or fewer processes than the trainer ``expected``: each
-    would train for itself."""
+    """Raises UserError if torchrun started more or fewer processes than the trainer ``expected``.
+
+    Each of them would train a run of its own.
+    """
     if is_torchelastic_launched() and (started := int(os.environ["WORLD_SIZE"])) != expected:
         raise UserError(
             f"torchrun started {started} processes, but trainer.devices times trainer.num_nodes is {expected}"
@@ -50,7 +52,7 @@ def check_processes(expected: int) -> None:
 
 
 def check_overwrite() -> None:
-    """Raises UserError where a restart by torchrun would throw away what the run has come to."""
+    """Raises UserError if a restart by torchrun would delete the run's progress."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise UserError(
             "--overwrite true does not go with torchrun's --max-restarts, since every restart would begin "

@@ -1,4 +1,4 @@
-"""A DataLoader whose position survives a kill."""
+"""A DataLoader that resumes at the next batch."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -13,7 +13,7 @@ StepSampler = ModalityBatchSampler | MixedBatchSampler
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that knows how many batches it gave, so that a resumed run goes on with the next."""
+    """A DataLoader that counts delivered batches, so that a resumed run continues with the next one."""
 
     delivered = 0
 
@@ -23,11 +23,11 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning stores: the order of the samples and the batches delivered."""
+        """For Lightning's checkpoint: the order of the samples and the number of batches delivered."""
         return self._order().state_dict(consumed=self.delivered)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the delivered batches. Raises UserError when the data or its order changed."""
+        """Continue after the delivered batches. Raises UserError if the data or its order changed."""
         self._order().load_state_dict(state)
         self.delivered = state["consumed"]
 

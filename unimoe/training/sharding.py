@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and optimizer states divided among the devices, by ``trainer.strategy: fsdp2``.
+"""FSDP2 (``trainer.strategy: fsdp2``): weights, gradients and optimizer states sharded over all devices.
 
-Each block of the model gathers its weights when it runs and lets go of them afterwards; what belongs to no
-block is gathered for the whole step.
+Each block of the model gathers its weights before it runs and frees them afterwards; parameters outside of
+blocks are gathered for the whole step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +43,7 @@ from unimoe.moe.parallel import Exchange, divide_experts
 from .ranks import mean_over_ranks
 
 META = "meta.pt"
-"""What a sharded checkpoint holds beside tensors, as Lightning calls it."""
+"""The file of a sharded checkpoint that holds everything but tensors, named as in Lightning."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -62,20 +62,20 @@ class FSDP2Strategy(ModelParallelStrategy):
     ):
         """
         Args:
-            expert_parallel: processes that divide the experts of every MoE layer among themselves.
-            exchange: ``all_to_all`` gives each of them batches of its own, and tokens travel to their
-                experts; with ``all_reduce`` they see the same batch, and experts' outputs are summed.
-            process_group_backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
+            expert_parallel: size of the groups of processes that share the experts of every MoE layer.
+            exchange: with ``all_to_all`` each process has its own batch, and tokens are sent to their
+                experts; with ``all_reduce`` a group has one batch, and the experts' outputs are summed.
+            process_group_backend: of torch.distributed; None selects nccl on GPUs and gloo on CPUs.
         """
         super().__init__(process_group_backend=process_group_backend)
         self.expert_parallel = expert_parallel
         self.exchange: Exchange = exchange
         self._writers: Any = None
-        """For what writing threads tell each other, apart from what training does."""
+        """Process group of the writing threads, separate from that of training."""
 
     @property
     def ranks_per_batch(self) -> int:
-        """Processes that see the same batch."""
+        """Number of processes that share a batch."""
         return self.expert_parallel if self.exchange == "all_reduce" else 1
 
     def _setup_distributed(self) -> None:
@@ -89,7 +89,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Each process writes its shards; in the background where :meth:`AnyCheckpoint.deferred` says so."""
+        """Each process writes its shards, in the background inside :meth:`AnyCheckpoint.deferred`."""
         later = getattr(self.checkpoint_io, "later", None)
         if later is None:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -104,7 +104,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             later.append(partial(_write, _copy(checkpoint), path / META))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Model and optimizer take their shards; returns the rest, and the names of what was loaded."""
+        """Load the shards of model and optimizers.
+
+        Returns:
+            The rest of the checkpoint, and the loaded weights under ``state_dict``.
+        """
         path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
         assert module is not None
         if path.is_file():
@@ -137,11 +141,11 @@ class AnyCheckpoint(TorchCheckpointIO):
     """
 
     later: list[Callable[[], object]] | None = None
-    """What is left to the caller, inside ``deferred``."""
+    """The writes that are left to the caller, inside ``deferred``."""
 
     @contextmanager
     def deferred(self) -> Iterator[list[Callable[[], object]]]:
-        """Inside, what is saved is copied to the CPU's memory; the list gets functions that write it."""
+        """Inside, checkpoints are copied to CPU memory; the list receives functions that write them."""
         self.later = writes = []
         try:
             yield writes
@@ -164,12 +168,12 @@ class AnyCheckpoint(TorchCheckpointIO):
 
 
 def _copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The state as it is now, on the CPU."""
+    """A copy on the CPU."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # its errors say more than those of torch's own files
+    with path.open("wb") as file:  # its errors are clearer than those of torch's own files
         torch.save(checkpoint, file)
 
 
@@ -177,7 +181,7 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all pr
 
 
 def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
-    """An optimizer's state dict whose parameters have their names in ``module`` in place of numbers."""
+    """An optimizer's state dict with parameters keyed by their names in ``module`` instead of numbers."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return _renamed(state, dict(enumerate(names[parameter] for parameter in parameters)))
@@ -190,23 +194,22 @@ def by_number(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(state: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state dict whose parameters are called otherwise."""
+    """An optimizer's state dict with parameters renamed."""
     groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {new[key]: values for key, values in state["state"].items()}, "param_groups": groups}
 
 
 def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[nn.Module] = ()) -> None:
-    """Divide a Lightning module's weights among the processes of its ``device_mesh``.
+    """Shard a Lightning module's weights over the processes of its ``device_mesh``.
 
-    What is on the meta device (on all processes but the first, which has all of it) is sent by the first
-    process, tensor by tensor: only that one needs memory for a whole model.
+    Tensors on the meta device (on all ranks but 0, which has all weights) are broadcast by rank 0 one by one:
+    only that rank needs memory for a whole model.
 
     Args:
-        module: the module, its model built and what trains chosen. Its steps become the forward passes of
-            what belongs to no block.
-        blocks: modules that are called as such, by all processes equally often.
-        whole: modules that every process keeps as they are: frozen ones, which may run on one and not on
-            another.
+        module: the module, its model built and what trains chosen. Its steps are registered as forward
+            methods, for the parameters outside of ``blocks``.
+        blocks: modules that every process calls equally often.
+        whole: modules that every process keeps whole: frozen ones, which may run on one rank only.
     """
     strategy = module.trainer.strategy
     assert isinstance(strategy, FSDP2Strategy)
@@ -228,7 +231,7 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[
             for layer in layers:
                 fully_shard(layer.experts, mesh=data, mp_policy=policy)
     for router in [part for part in module.modules() if isinstance(part, Router)]:
-        fully_shard(router, mesh=others)  # in float32, whatever the rest is gathered in
+        fully_shard(router, mesh=others)  # in float32, whatever the precision of the rest
     numbers = {parameter for parameter in module.parameters() if parameter.ndim == 0}  # cannot be divided
     for block in blocks:
         fully_shard(block, mesh=others, mp_policy=policy, ignored_params=numbers)
@@ -247,23 +250,32 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[
 
 
 def mixed_precision_policy(precision: Any) -> MixedPrecisionPolicy:
-    """What weights are gathered in under a precision of Lightning's: autocast alone would keep a
-    half-precision copy of every one until the backward pass."""
+    """The dtypes in which FSDP2 gathers weights under one of Lightning's precisions.
+
+    Autocast alone would keep a half-precision copy of every weight until the backward pass.
+    """
     half = torch.bfloat16 if precision == "bf16-mixed" else None
     return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def foreach(mesh: DeviceMesh | None) -> bool | None:
-    """Optimizers' ``foreach`` on a module's ``device_mesh``: experts that are divided otherwise than the rest
-    cannot be updated in one operation with it."""
+    """The ``foreach`` setting of optimizers on a module's ``device_mesh``.
+
+    False under expert parallelism: experts are sharded differently from the rest and cannot be updated in one
+    operation with it.
+    """
     return None if mesh is None or mesh["tensor_parallel"].size() == 1 else False
 
 
 @torch.no_grad()
 def broadcast_module(module: nn.Module, device: torch.device, parameters: bool = True) -> None:
-    """Give a module's buffers and, unless they are divided, its ``parameters`` the values that they have on
-    the first process, where they are on the meta device. All processes call it; ``device`` is that on which
-    they tell each other something."""
+    """Materialise what is on the meta device with rank 0's values. Every rank must call it.
+
+    Args:
+        module: its buffers and, with ``parameters``, its parameters are broadcast.
+        device: the device of the communication.
+        parameters: False where parameters are sharded.
+    """
     for owner in module.modules():
         tensors: dict[str, Tensor | None] = {**owner._buffers, **(owner._parameters if parameters else {})}
         for name, tensor in tensors.items():
@@ -279,9 +291,9 @@ def broadcast_module(module: nn.Module, device: torch.device, parameters: bool =
 
 @torch.no_grad()
 def unshard(module: nn.Module) -> None:
-    """Put whole weights in the place of sharded ones; all processes take part, the first one gets them.
+    """Replace sharded parameters by whole ones on rank 0, and by empty ones elsewhere.
 
-    The module cannot run afterwards, only be saved.
+    Every rank must call it. Afterwards the module can only be saved, not run.
     """
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     whole: dict[nn.Parameter, nn.Parameter] = {}
@@ -296,7 +308,7 @@ def unshard(module: nn.Module) -> None:
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Every place that holds a parameter; tied ones have several."""
+    """Every owner and name of a parameter; tied parameters have several."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
@@ -304,7 +316,7 @@ def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramete
 
 
 def clip_norm(parameters: Iterable[Tensor], largest: float) -> None:
-    """Scale the gradients, sharded ones and whole ones together, to a norm of at most ``largest``."""
+    """Clip the gradients of sharded and whole parameters together to a norm of at most ``largest``."""
     meshes: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
