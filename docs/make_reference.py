@@ -56,7 +56,17 @@ def commands() -> str:
         NOTE,
         "# Commands",
         "",
-        "`unimoe VERB --help` prints the same. Invalid input ends in one line and exit code 2.",
+        "`unimoe VERB --help` prints the same. Errors end in one line; an unexpected error names a log file"
+        " with its trace, which `--debug` also shows.",
+        "",
+        "| exit code | meaning |",
+        "|---|---|",
+        "| 0 | Done. A verb may return 1 for problems that it found in its input. |",
+        "| 2 | Invalid input or settings, or an unexpected error. |",
+        "| 3 | A run without a result: it ended before its last step, or its loss is not a number. Its last"
+        " good checkpoint is kept, and the same command resumes it. |",
+        "| 130 | Interrupted. |",
+        "| 141 | The reader of the output closed its pipe. |",
     ]
     placed: set[str] = set()
     for heading, words in (*GROUPS.items(), ("More", ())):
@@ -192,7 +202,7 @@ def _own_rows(config: type) -> list[Row]:
 
 def _run_rows() -> list[Row]:
     """What RunCLI adds to LightningCLI's keys."""
-    from unimoe.training.cli import RunCLI
+    from unimoe.training.lightning_cli import RunCLI
 
     class Asked:
         rows: typing.ClassVar[list[Row]] = []

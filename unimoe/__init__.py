@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto import auto_mappings
+try:
+    from transformers.models.auto import auto_mappings
+except KeyboardInterrupt:  # the command's first second, before its own handling of Ctrl-C
+    if Path(sys.argv[0]).name in ("unimoe", "-m"):
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    raise
 
 __version__ = "0.1.0"
 

@@ -110,38 +110,14 @@ def test_every_verb_exists_and_has_typed_documented_flags(name):
             assert action.help, f"unimoe {name}: {action.dest} has no line in the docstring's Args"
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "shown"),
-    [
-        (UserError("no such file: a.png"), 2, "unimoe: error: no such file: a.png\n"),
-        (UserError("first\n  second"), 2, "unimoe: error: first second\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-    ],
-)
-def test_exit_statuses(monkeypatch, capsys, error, status, shown):
-    def verb():
-        raise error
-
-    monkeypatch.setattr(cli, "load", lambda target: verb)
-    assert cli.main(["demo"]) == status
-    assert capsys.readouterr().err == shown
-
-
-def test_an_interrupt_that_lightning_turned_into_an_exit(monkeypatch, capsys):
-    def verb(args):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)
-
-    monkeypatch.setattr(cli, "load", lambda target: verb)
-    assert cli.main(["fit"]) == 130
-
-
-def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "load", lambda target: lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["demo"])
+def test_seeds_are_checked(capsys):
+    parser = cli.build_parser("demo", lambda seed=0: None)
+    assert parser.parse_args(["--seed", "7"]).seed == 7
+    for seed in ("-1", "4294967296"):
+        with pytest.raises(
+            UserError, match=f"argument --seed: the seed is {seed}, expected a number from 0 to 4294967295"
+        ):
+            parser.parse_args([f"--seed={seed}"])
 
 
 def test_unknown_verbs(capsys):
@@ -155,7 +131,7 @@ def test_help_and_version(capsys):
     assert cli.main(["--help"]) == cli.main([]) == cli.main(["--version"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in cli.VERBS)
-    assert text.splitlines()[-1].startswith("unimoe 0.")
+    assert "3 a run that is not finished" in text and text.splitlines()[-1].startswith("unimoe 0.")
 
 
 def test_the_command_as_a_process():

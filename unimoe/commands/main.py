@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from unimoe import __version__
-from unimoe.errors import UserError
+from unimoe.errors import UserError, check_seed
+
+from .guard import guard
 
 
 @dataclass(frozen=True)
@@ -112,24 +114,12 @@ VERBS = {
 def main(args: list[str] | None = None) -> int:
     """Run the verb that ``args`` (default: the process's) begins with.
 
-    Returns the exit status: 0 or what the verb returned, 2 for bad input (said in one line on stderr), or
-    130 when interrupted.
+    Returns:
+        The exit code, see :mod:`unimoe.commands.guard`.
     """
-    args = sys.argv[1:] if args is None else args
     logging.basicConfig(format="%(message)s")
     logging.getLogger("unimoe").setLevel(logging.INFO)
-    try:
-        return _dispatch(args)
-    except (UserError, argparse.ArgumentError) as error:
-        # jsonargparse's messages may have many lines
-        print("unimoe: error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _interrupted()
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns the interrupt into exit(1)
-            return _interrupted()
-        raise
+    return guard(_dispatch, sys.argv[1:] if args is None else args)
 
 
 def _dispatch(args: list[str]) -> int:
@@ -191,6 +181,8 @@ def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPa
     short = VERBS[name].short if name in VERBS else {}
     for parameter in inspect.signature(function).parameters.values():
         settings = _value_settings(hints.get(parameter.name, str))
+        if parameter.name == "seed":
+            settings["type"] = _seed
         settings["help"] = about.get(parameter.name, "").replace("%", "%%")
         required = parameter.default is parameter.empty
         keyword = parameter.kind is parameter.KEYWORD_ONLY
@@ -238,12 +230,18 @@ def _value_settings(hint: Any) -> dict[str, Any]:
     return {"type": hint}
 
 
+def _seed(text: str) -> int:
+    try:
+        return check_seed(int(text), "the seed")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
-    return f"usage: unimoe VERB [...]   (unimoe VERB --help says more)\n\n{verbs}\n\n  --version"
-
-
-def _interrupted() -> int:
-    print("interrupted", file=sys.stderr)
-    return 130
+    return (
+        f"usage: unimoe VERB [...]   (unimoe VERB --help says more)\n\n{verbs}\n\n"
+        "  --debug    with any verb: show the trace of an unexpected error\n  --version\n\n"
+        "exit codes: 0 done, 2 error, 3 a run that is not finished and can be resumed, 130 interrupted"
+    )
