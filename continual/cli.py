@@ -9,6 +9,7 @@ Flags and YAML are :class:`unimoe.continual.run.RunConfig`. The same command aga
 import json
 import logging
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from unimoe.continual.strategies import Combined, Strategy, strategies
 from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, lock_folder
 from unimoe.training.resume import Interrupted
 
 from .export import export_bank, weights_fingerprint
@@ -185,7 +186,8 @@ def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str
     disable_progress_bar()  # transformers' own, for each model that is loaded
     made, noted = strategy_of(strategy, settings)
     try:
-        return Run(config, made, noted, output)()
+        with nullcontext() if rank_zero_only.rank else lock_folder(output):
+            return Run(config, made, noted, output)()
     except Interrupted as message:
         log.info("%s; the same command resumes from there", message)
         raise KeyboardInterrupt from message

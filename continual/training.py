@@ -19,7 +19,7 @@ from torch.distributed import all_reduce
 
 from unimoe.continual.strategies import Strategy
 from unimoe.data.mixed_sampler import MixedBatchSampler
-from unimoe.errors import UserError, first_line
+from unimoe.errors import UnfinishedRun, UserError, first_line
 from unimoe.moe import record
 from unimoe.training.curve import CurveLogger
 from unimoe.training.elastic import check_processes, own_store
@@ -156,7 +156,7 @@ class TaskModule(ResumableModule):
         loss = loss + sum(0.0 * p.sum() for p in strategy.learner.trainable().values())
         shown = mean_over_ranks(loss).item()
         if not math.isfinite(shown):
-            raise UserError(f"the loss is {shown} at step {step}; try a smaller training.lr")
+            raise UnfinishedRun(f"the loss is {shown} at step {step}; try a smaller training.lr")
         self.log_row({"loss": shown, "lr": self.config.lr * self.rate(step, self.steps)}, batch_idx)
         seen = strategy.routing(records) if logged else {}
         if seen and self.trainer.is_global_zero:

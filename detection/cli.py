@@ -11,14 +11,15 @@ from unimoe.detection.data.datamodule import DetectionData
 from unimoe.detection.evaluation.report import write_report
 from unimoe.detection.model.loading import DETECTOR
 from unimoe.files import atomic_write
-from unimoe.training.cli import RunCLI, run_cli
+from unimoe.training.lightning_cli import RunCLI, run_cli
 
 from .module import DetectionModule
 
 
 class DetectionCLI(RunCLI):
-    """:class:`~unimoe.training.cli.RunCLI` for DetectionModule and DetectionData."""
+    """:class:`~unimoe.training.lightning_cli.RunCLI` for DetectionModule and DetectionData."""
 
+    preprocessor = "tokenizer"
     harmless_keys = ("data.num_workers", "data.cache_features", "model.evaluation")
 
     def find_start(self, init_from: str) -> None:

@@ -31,7 +31,7 @@ from unimoe.detection.model.moe_tuning import freeze_for_tuning, moe_tuning
 from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
 from unimoe.moe import LayerRecord, MoEConfig, expert_load, load_balance, record
-from unimoe.training.module import ResumableModule, Schedule
+from unimoe.training.module import ResumableModule, Schedule, check_trainable
 from unimoe.training.ranks import data_parallel_size, expert_load_over_ranks, mean_over_ranks
 from unimoe.training.sharding import foreach, shard
 
@@ -180,6 +180,8 @@ class DetectionModule(ResumableModule):
                 f"nothing trains: model.trainable is {config.trainable}, and model.freeze_encoders "
                 f"({str(config.freeze_encoders).lower()}) freezes what begins with backbone. or text_encoder."
             )
+        else:
+            check_trainable(model, config.trainable or [], "model.freeze_encoders")
         self.model, self.tokenizer = model.train(), tokenizer
         if not any(p.requires_grad for p in model.text_encoder.parameters()):
             self._text = TextFeatureCache(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 from unimoe.artifacts import write_model, write_result
 from unimoe.model.loading import find_model
-from unimoe.training.cli import RunCLI, run_cli
+from unimoe.training.lightning_cli import RunCLI, run_cli
 
 from .data import StageData
 from .experts_file import save_expert
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class StageCLI(RunCLI):
-    """:class:`~unimoe.training.cli.RunCLI` for StageModule and StageData."""
+    """:class:`~unimoe.training.lightning_cli.RunCLI` for StageModule and StageData."""
 
     harmless_keys = ("data.num_workers", "data.cache_features")
 

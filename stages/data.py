@@ -4,6 +4,7 @@ files -> Samples -> ModalityBatchSampler (steps) -> Collator (cached features) -
 files -> SampleStream (steps)                    -> Collator                   -> batches
 """
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from unimoe.training.loader import ResumableLoader, StepSampler
 from unimoe.training.ranks import data_parallel_rank, data_parallel_size
 
 from .features import fill_cache
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,6 +89,10 @@ class StageDataConfig:
         if self.stream and (self.cache_features or self.counts is not None):
             found = "cache_features" if self.cache_features else "whole numbers of each file"
             raise UserError(f"data.stream reads samples during training, which does not go with {found}")
+        if self.buffer != StageDataConfig.buffer and not self.stream:
+            log.warning("data.buffer is ignored without data.stream")
+        if self.overflow != "error" and self.max_length is None:
+            log.warning("data.overflow is ignored without data.max_length")
 
     @property
     def counts(self) -> list[int] | None:

@@ -98,6 +98,8 @@ class StageModule(ResumableModule):
         super().__init__()
         self.config = config = StageConfig(**settings)
         self.schedule, self.warmup, self.seed = config.schedule, config.warmup, config.seed
+        if config.task and config.save == "model":
+            log.warning("model.task is ignored: only experts (model.save: expert) have one")
         self.warm_start, self.anneal = config.warm_start or {}, config.anneal or {}
         self.model: UniMoeForConditionalGeneration
         self.processor: UniMoeProcessor

@@ -1,5 +1,6 @@
 """What a stage starts from: the folder of an earlier stage, or a fresh model around an LLM."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from unimoe.errors import UserError
 from unimoe.model.build import Built, add_modalities, build_model
 from unimoe.model.loading import load_model
 from unimoe.model.saving import check_saveable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +46,8 @@ class StartConfig:
         for key, value in (("moe", self.moe), ("rope_sections", self.rope_sections)):
             if self.init_from is not None and value:
                 raise UserError(f"model.{key} belongs to a fresh start; model.init_from brings its own")
+        if self.init_from is not None and self.chat_template is not None:
+            log.warning("model.chat_template is ignored: model.init_from brings its own")
 
     def build(self, seed: int) -> Built:
         """Build the model and its processor, in float32 on the CPU.

@@ -102,6 +102,9 @@ def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> li
             raise UserError(
                 f"trainable: nothing is named {entry.match!r}, or all of it is taken; there are {examples}"
             )
+        for pattern in [entry.match] if isinstance(entry.match, str) else entry.match:
+            if not any(fnmatchcase(name, pattern) for name in names.values()):
+                log.warning("trainable: %r matches no parameter of this model", pattern)
         taken.update(found)
         groups.append(Group(_label(entry.match), entry.lr, {names[p]: p for p in found}))
 

@@ -1,9 +1,10 @@
-"""What a finished run leaves: the folder of its model or expert, and ``stage.json`` as the last file."""
+"""Result folders of finished runs: a model or an expert, and ``stage.json``, which is written last."""
 
 import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,10 +29,10 @@ class StageRecord:
     """Its name."""
 
     settings: dict[str, Any]
-    """Everything that decided the result, by dotted key."""
+    """Everything that determined the result, by dotted key."""
 
     parents: list[dict[str, str]] = field(default_factory=list)
-    """The folders it was made from, with the hash of their weights."""
+    """The folders it started from, with the hash of their weights."""
 
     data: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file of samples."""
@@ -40,35 +41,35 @@ class StageRecord:
     """Last value of each logged metric."""
 
     parameters: dict[str, int] = field(default_factory=dict)
-    """Weights in all, trained, and trained by group."""
+    """Numbers of parameters: total, trained, and trained by group."""
 
     steps: int = 0
     """Optimizer steps."""
 
     seconds: float = 0.0
-    """Training time in all, interrupted runs included."""
+    """Training time, including interrupted runs."""
 
     weights: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each weights file in the folder."""
 
     files: list[str] = field(default_factory=list)
-    """Everything else in the folder that belongs to the result."""
+    """All other files of the result."""
 
     versions: dict[str, str] = field(default_factory=dict)
-    """Of Python and the packages that decide the numbers."""
+    """Of Python and the packages that affect the numbers."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of unimoe, Python and the packages that affect a result."""
     packages = ("torch", "transformers", "peft", "lightning", "timm", "safetensors")
     found = {name: version(name) for name in packages}
     return {"unimoe": __version__, "python": platform.python_version(), **found}
 
 
 def write_model(output: Path, model: PreTrainedModel, processor: Any, record: StageRecord):
-    """Save a model folder with ``stage.json`` into ``output``, beside what is there.
+    """Save a model and ``stage.json`` into ``output``, beside what is there.
 
-    ``processor``: what prepares the model's inputs, a processor or a tokenizer.
+    ``processor``: the model's processor or tokenizer.
     """
 
     def save(folder: Path):
@@ -76,6 +77,23 @@ def write_model(output: Path, model: PreTrainedModel, processor: Any, record: St
         processor.save_pretrained(folder)
 
     write_result(output, save, record)
+
+
+def check_savable(model: PreTrainedModel, processor: Any) -> None:
+    """Save everything but the weights into a temporary folder, as :func:`write_model` would.
+
+    Raises:
+        UserError: something refuses to be saved, such as generation settings that contradict one another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.config.save_pretrained(folder)
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        except (ValueError, TypeError, OSError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the model could not be saved after training: {reason}") from error
 
 
 def write_result(output: Path, save: Callable[[Path], object], record: StageRecord):
@@ -94,18 +112,18 @@ def write_result(output: Path, save: Callable[[Path], object], record: StageReco
 
 
 def read_record(folder: str | Path) -> StageRecord | None:
-    """The record of a finished stage, None where there is none. Raises UserError when it is unreadable."""
+    """The record of a finished stage, None where there is none. Raises UserError if it is unreadable."""
     path = Path(folder) / STAGE_FILE
     if not path.is_file():
         return None
     try:
         return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it to run the stage anew") from error
+        raise UserError(f"{path} cannot be read ({error}); delete it to run the stage again") from error
 
 
 def folder_hash(folder: str | Path) -> str:
-    """One hash over a result's weights files and configuration."""
+    """One hash over the weight files and the configuration of a result."""
     hashed = [
         f"{path.name} {file_hash(path)}\n"
         for path in sorted(Path(folder).iterdir())
@@ -140,13 +158,13 @@ def current_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
-    """What each setting is in which the two differ, in words."""
+    """The settings in which the two differ, with both values in words."""
     keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     return {key: f"there {found.get(key)!r}, now {wanted.get(key)!r}" for key in keys}
 
 
 def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]):
-    """Raises UserError naming the settings in which what lies in ``output`` differs from what is wanted."""
+    """Raises UserError naming the settings in which the content of ``output`` differs from ``wanted``."""
     different = [f"{key}: {values}" for key, values in differences(current_names(found), wanted).items()]
     if not different:
         return
@@ -159,7 +177,7 @@ def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]):
 
 
 def clear(output: Path):
-    """Remove what a stage wrote into ``output``, and ``output`` itself when that leaves it empty."""
+    """Remove what a stage wrote into ``output``, and ``output`` itself if it is empty afterwards."""
     record = read_record(output)
     written = [*record.weights, *record.files] if record else []
     for name in [STAGE_FILE, SETTINGS_FILE, *written]:

@@ -1,4 +1,4 @@
-"""Files: written so that an interrupted run leaves either the old result or the new one, never a half."""
+"""Files: written so that an interrupted run leaves either the old result or the new one, never a part."""
 
 import base64
 import errno
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 
@@ -41,6 +43,31 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def lock_folder(folder: str | Path, flag: str = "--output") -> Iterator[None]:
+    """Hold ``folder``, which need not exist, for this process inside the block.
+
+    Raises:
+        UserError: another process holds it. ``flag`` names the setting to change.
+    """
+    folder = Path(folder).resolve()
+    path = folder.with_name(f".{folder.name}.lock")
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"{folder} is in use by another run; wait for it to end or choose another {flag}"
+            ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:

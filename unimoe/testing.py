@@ -179,6 +179,13 @@ class StopAfter(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class AskToStop(Callback):
+    """Ends a run after its first step, as early stopping does."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = True
+
+
 class DieAt(Callback):
     """Kills one process of a run (SIGKILL) at the start of a step, unless torchrun has restarted it."""
 

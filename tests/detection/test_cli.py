@@ -137,7 +137,7 @@ def test_kill_9_changes_nothing(settings, tmp_path):
     begun = saved_step(checkpoint)
     assert 0 < begun < 40
     said = subprocess.run(args, capture_output=True, text=True, env=environment, check=True).stderr
-    assert f"going on after step {begun} of 40" in said
+    assert f"resuming after step {begun} of 40" in said
     curves = [read_curve(Path(run["output"], "logs", "metrics.csv")) for run in (whole, settings)]
     assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]]
     for one, other in zip(*curves, strict=True):

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from unimoe.commands.main import main as unimoe
 from unimoe.data import read_samples, write_samples
-from unimoe.errors import UserError
+from unimoe.errors import UnfinishedRun, UserError
+from unimoe.files import lock_folder
 from unimoe.model.loading import load_model
 from unimoe.stages.module import StageModule
 from unimoe.training.curve import read_curve
@@ -191,4 +194,111 @@ def test_torchrun_starts_as_many_processes_as_the_trainer_has(align, fit, monkey
     for devices in (1, 3):
         with pytest.raises(UserError, match=rf"started 2 processes, but trainer\.devices .* is {devices}"):
             fit(align, "--trainer.accelerator", "cpu", "--trainer.devices", str(devices))
+    assert not Path(align["output"]).exists()
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "how"),
+    [
+        (
+            ["--trainer.limit_train_batches", "2"],
+            2,
+            "without trainer.limit_train_batches resumes after step 2",
+        ),
+        (["--trainer.max_time", "00:00:00:00"], 0, "without trainer.max_time starts again"),
+        (["--trainer.callbacks+", "unimoe.testing.AskToStop"], 1, "resumes after step 1"),
+    ],
+)
+def test_a_run_that_ends_early_is_not_finished_and_resumes_exactly(align, fit, flags, step, how, tmp_path):
+    with pytest.raises(
+        UnfinishedRun, match=rf"^align: stopped after step {step} of 3; the same command.* {how}$"
+    ):
+        fit(align, *flags)
+    output = Path(align["output"])
+    assert not (output / "stage.json").exists() and not (output / "model.safetensors").exists()
+    assert (output / "checkpoints" / "last.ckpt").exists() == (step > 0)
+    fit(align)
+    fit({**align, "output": str(tmp_path / "straight")})
+    assert json.loads((output / "stage.json").read_text())["steps"] == 3
+    assert losses(output) == losses(tmp_path / "straight")
+    straight = weights(tmp_path / "straight")
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in weights(output).items())
+
+
+@pytest.mark.parametrize("flag", ["fast_dev_run", "overfit_batches"])
+def test_a_trial_run_leaves_nothing(align, fit, flag):
+    with pytest.raises(
+        UnfinishedRun, match=f"a trial of . of 3 steps passed.* without trainer.{flag} trains"
+    ):
+        fit(align, f"--trainer.{flag}", "1")
+    assert not Path(align["output"]).exists()
+
+
+def test_a_trial_run_leaves_the_checkpoint_of_a_real_one(align, fit):
+    with pytest.raises(UnfinishedRun):
+        fit(align, "--trainer.limit_train_batches", "2")
+    kept = sorted(path for path in Path(align["output"]).rglob("*"))
+    with pytest.raises(UnfinishedRun, match="a trial of 1 of 3"):
+        fit(align, "--trainer.fast_dev_run", "true")
+    assert sorted(path for path in Path(align["output"]).rglob("*")) == kept
+
+
+@pytest.mark.parametrize("flag", ["--trainer.barebones=true", "--trainer.enable_checkpointing=false"])
+def test_settings_without_checkpoints_are_refused(align, fit, flag):
+    with pytest.raises(UserError, match="a run needs its checkpoints"):
+        fit(align, flag)
+
+
+def test_a_loss_that_is_no_number_ends_a_run(align, fit):
+    align["model"]["trainable"][0]["lr"] = 1e36
+    align["model"]["warmup"] = 0.0
+    with pytest.raises(
+        UnfinishedRun, match="^align: the loss is (nan|inf) .*; the same command starts again"
+    ):
+        fit(align)
+    assert not Path(align["output"]).exists()
+
+
+def test_weights_that_are_no_numbers_end_a_run(align, fit):
+    """AdamW divides by an epsilon that is 0 in float16."""
+    align["checkpoint_every"] = 1
+    with pytest.raises(UnfinishedRun, match="a trained weight is not finite after step 1 of 3"):
+        fit(align, "--trainer.precision", "16-true")
+    assert not Path(align["output"]).exists()
+
+
+def test_a_partial_validation_is_another_setting(align, fit):
+    """One batch (1) is not all of them (1.0)."""
+    align["data"]["val"] = align["data"]["train"]
+    fit(align, "--trainer.limit_val_batches", "1")
+    with pytest.raises(UserError, match=r"trainer\.limit_val_batches: there 1, now None"):
+        fit(align)
+
+
+def test_a_folder_that_another_run_uses(align, fit):
+    with lock_folder(align["output"]), pytest.raises(UserError, match="is in use by another run"):
+        fit(align)
+    fit(align)
+    assert not list(Path(align["output"]).parent.glob(".*.lock"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range(align, fit, seed):
+    with pytest.raises(UserError, match=f"seed_everything is {seed}, expected a number from 0 to"):
+        fit(align, f"--seed_everything={seed}")
+
+
+def test_settings_that_cannot_be_saved_end_a_run_before_its_first_step(align, fit, monkeypatch):
+    """As transformers refuses generation settings that contradict one another."""
+
+    def refuse(self, *args, **kwargs):
+        raise ValueError("temperature is set,\n but do_sample is not")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
+    with pytest.raises(UserError, match="could not be saved after training: temperature is set, but"):
+        fit(align)
     assert not Path(align["output"]).exists()

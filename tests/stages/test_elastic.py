@@ -62,7 +62,7 @@ def undisturbed(world, tmp_path_factory) -> Path:
 def test_a_process_that_is_killed_is_started_again(world, undisturbed, tmp_path):
     status, said = run(world, tmp_path / "run", restarts=1, die=(30, 1))
     assert status == 0, said
-    assert re.search(f"moe: going on after step (21|28) of {STEPS}", said), said  # 28 may be in the making
+    assert re.search(f"moe: resuming after step (21|28) of {STEPS}", said), said  # 28 may be in the making
     assert_same_run(tmp_path / "run", undisturbed)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -77,6 +77,6 @@ def test_a_run_without_its_newest_checkpoint_goes_on_from_the_one_before(world, 
     status, said = run(world, tmp_path / "run")
     assert status == 0, said
     assert f"last.ckpt is damaged ({piece.name} has" in said
-    assert f"going on from the one before it, of step {begun}" in said
-    assert f"moe: going on after step {begun} of {STEPS}" in said
+    assert f"resuming from the previous one, of step {begun}" in said
+    assert f"moe: resuming after step {begun} of {STEPS}" in said
     assert_same_run(tmp_path / "run", undisturbed)

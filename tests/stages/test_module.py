@@ -90,7 +90,7 @@ def test_weight_decay_spares_vectors(world):
     stage = module(world, weight_decay=0.1)
 
     class Trainer:
-        estimated_stepping_batches = 10
+        max_steps = 10
 
     stage._trainer = Trainer()  # type: ignore[assignment]
     stage._fabric = None

@@ -134,6 +134,6 @@ def test_a_sharded_checkpoint_goes_on_with_other_ranks(world, alone, tmp_path, r
         piece.write_bytes(piece.read_bytes()[:-100])
     strategy = "fsdp2" if ranks[1] > 1 else "auto"
     said = fit(ranks[1], settings(world, output, ranks[1], strategy))
-    assert f"going on after step {10 if damaged else 12} of {STEPS}" in said
+    assert f"resuming after step {10 if damaged else 12} of {STEPS}" in said
     assert ("is damaged" in said) == damaged
     assert_same_run(output, alone)

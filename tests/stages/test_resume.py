@@ -96,7 +96,7 @@ def test_kill_9_changes_nothing(world, tmp_path):
     process = start(args)
     said, _ = process.communicate(timeout=500)
     assert process.returncode == 0, said
-    assert f"going on after step {begun} of {STEPS}" in said
+    assert f"resuming after step {begun} of {STEPS}" in said
 
     assert_same_run(killed, whole)
 
@@ -111,7 +111,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(world, tmp_path):
     assert process.returncode == 130, said
     step = saved_step(output / "checkpoints" / "last.ckpt")
     assert step == len(read_curve(output / "logs" / "metrics.csv"))
-    assert f"stopped after step {step}; the same command goes on from there" in said
+    assert f"stopped after step {step} of {STEPS}; the same command resumes from there" in said
     assert "Traceback" not in said
 
 

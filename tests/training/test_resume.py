@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog):
         path = train(tmp_path, full)
     said = [message for message in caplog.messages if "cannot be written" in message]
     assert said[0].startswith("the checkpoint of step 4") and said[-1].startswith("the checkpoint of step 6")
-    assert "too large" in said[-1] and said[-1].endswith("GB are free); the one before it stays")
+    assert "too large" in said[-1] and said[-1].endswith("GB are free); the previous one is kept")
     assert latest_checkpoint(path) == (path, 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt"]
 
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_shards_before(tmp_path):
 
     assert in_another_process(shards) == 0
     said = (tmp_path / "said").read_text()
-    assert "the checkpoint of step 4 cannot be written" in said and "the one before it stays" in said
+    assert "the checkpoint of step 4 cannot be written" in said and "the previous one is kept" in said
     assert latest_checkpoint(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "said"]
 
@@ -195,6 +195,6 @@ def test_who_stops_a_run_waits_for_its_checkpoint(tmp_path, monkeypatch):
         write(checkpoint, path)
 
     monkeypatch.setattr(sharding, "_write", late)
-    with pytest.raises(Interrupted, match="^stopped after step 3$"):
+    with pytest.raises(Interrupted, match="^stopped after step 3 of 6$"):
         train(tmp_path, StopAfter(3))
     assert latest_checkpoint(tmp_path / "last.ckpt") == (tmp_path / "last.ckpt", 3)

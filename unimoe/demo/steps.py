@@ -13,7 +13,7 @@ import yaml
 
 from unimoe.artifacts import read_record
 from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.files import atomic_write, lock_folder
 from unimoe.prepare import prepare
 from unimoe.prepare.cache import cache_folder, fault
 from unimoe.prepare.parts import PARTS
@@ -89,7 +89,16 @@ def configuration(path: Path, run: Run, default: str, **settings: Any) -> Path:
 
 
 def run_steps(run: Run, steps: Sequence[Step], purpose: str):
-    """Print the plan, starting with ``purpose``, and run the steps whose results do not exist yet."""
+    """Print the plan, starting with ``purpose``, and run the steps whose results do not exist yet.
+
+    Raises:
+        UserError: another process works in the same folder.
+    """
+    with lock_folder(run.folder):
+        _run_steps(run, steps, purpose)
+
+
+def _run_steps(run: Run, steps: Sequence[Step], purpose: str):
     todo = [step for step in steps if not step.done(run)]
     console.announce(
         purpose, run.folder, [(step.name, step.about, step.minutes, step in todo) for step in steps]

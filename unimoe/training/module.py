@@ -1,11 +1,14 @@
-"""What the Lightning modules of the suite share: learning rates, logs, and steps that repeat after a kill."""
+"""The base of the suite's Lightning modules: learning rates, logs, and steps that are reproducible."""
 
 import math
 import time
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from unimoe.errors import UserError
 
@@ -15,7 +18,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 class ResumableModule(LightningModule):
-    """A module whose step depends on the seed and its number alone, and whose checkpoint holds what trains.
+    """A module whose steps depend on the seed and their number alone; checkpoints hold what trains.
 
     Subclasses set ``seed``, ``schedule`` and ``warmup``.
     """
@@ -24,16 +27,17 @@ class ResumableModule(LightningModule):
     schedule: Schedule
     warmup: float
     batch_unit = "tokens"
-    """What the speed is counted in."""
+    """Unit of the speed in logs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.strict_loading = False  # checkpoints hold what trains; on_load_checkpoint checks their names
+        self.strict_loading = False  # checkpoints hold only what trains; on_load_checkpoint checks the names
         self._began: tuple[float, float] | None = None
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
-        """What ``configure_optimizers`` returns: the optimizer, with ``rate`` on its learning rates."""
-        steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        """The return value of ``configure_optimizers``: the optimizer, its learning rates scaled by
+        ``rate``."""
+        steps = max(self.trainer.max_steps, 1)  # of the whole run, wherever limits of the trainer end it
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -55,22 +59,25 @@ class ResumableModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning does, and over the norm of all shards where weights are divided."""
+        """As Lightning does; by the norm over all shards where weights are sharded."""
         if self.device_mesh is None or gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_norm((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def speed(self, amount: float) -> dict[str, float]:
-        """Units a second since the last step began, as a column; ``amount`` is this step's."""
+        """Units per second of the step before, as a column of the log; ``amount`` is this step's."""
         began, self._began = self._began, (time.perf_counter(), amount)
         if began is None:
             return {}
         return {f"train/{self.batch_unit}_per_second": began[1] / (self._began[0] - began[0])}
 
     def log_row(self, row: dict[str, float], batch_idx: int) -> None:
-        """Write one row to the loggers at once: Lightning would do so after the checkpoint of the same step,
-        and a run that is stopped in between would lack the row when it goes on."""
+        """Write one row to the loggers immediately.
+
+        Lightning would write it after the step's checkpoint, and a run that is killed in between would lack
+        the row after it resumes.
+        """
         ends_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if ends_step and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for logger in self.loggers:
@@ -78,10 +85,10 @@ class ResumableModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step from (seed, step, rank), so that dropout does not depend on what ran before."""
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
+        torch.manual_seed(((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank) % 2**63)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what trains: the frozen rest comes from ``init_from`` again."""
+        """Keep only what trains; the frozen rest is loaded from ``init_from`` again."""
         trained = self.trained_names()
         checkpoint["state_dict"] = {
             name: t for name, t in checkpoint["state_dict"].items() if name in trained
@@ -97,3 +104,25 @@ class ResumableModule(LightningModule):
     def trained_names(self) -> set[str]:
         """Names, in this module's state_dict, of the parameters that train."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def check_trainable(model: nn.Module, patterns: Iterable[str] = (), frozen_by: str = "") -> None:
+    """Check that a model trains what the settings ask for.
+
+    Args:
+        model: the model, what trains chosen.
+        patterns: shell patterns of parameter names that must train.
+        frozen_by: the setting that may have frozen matches of a pattern.
+
+    Raises:
+        UserError: a pattern matches no parameter that trains, or nothing trains.
+    """
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for pattern in patterns:
+        found = [trains[name] for name in trains if fnmatchcase(name, pattern)]
+        if not any(found):
+            what = f"only parameters that {frozen_by} keeps frozen" if found else "no parameter"
+            examples = ", ".join(sorted({".".join(name.split(".")[:2]) for name in trains})[:8])
+            raise UserError(f"model.trainable: {pattern!r} matches {what}; there are {examples}")
+    if not any(trains.values()):
+        raise UserError("nothing trains in this run: every parameter is frozen; see model.trainable")

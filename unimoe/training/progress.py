@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, plain lines in pipes and log files."""
+"""Progress: a bar in a terminal, plain lines in pipes and log files."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class StageBar(RichProgressBar):
-    """Lightning's bar, with the stage's name where it would count epochs."""
+    """Lightning's bar, with the stage's name in place of the epoch."""
 
     def __init__(self, name: str):
         super().__init__(leave=True)
@@ -29,9 +29,9 @@ class StageBar(RichProgressBar):
 
 
 class PlainProgress(Callback):
-    """Logs step, mean loss, speed and the time left, at the first and last step and in between.
+    """Logs step, mean loss, speed and remaining time, at the first and last step and in between.
 
-    A module whose batches are not made of tokens has ``batch_amount(batch)`` and ``batch_unit``.
+    A module whose batches are not counted in tokens defines ``batch_amount(batch)`` and ``batch_unit``.
     """
 
     def __init__(self, name: str, every_seconds: float = 10.0):
@@ -50,8 +50,11 @@ class PlainProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ):
         now, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
-        self._losses.append(float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs))
+        loss = float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs)
+        self._losses.append(loss * trainer.accumulate_grad_batches)  # Lightning divides each batch's
         self._amount += getattr(pl_module, "batch_amount", _tokens)(batch)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         done = step - self._first
         if done < 1 or (done > 1 and step < steps and now - self._said < self.every_seconds):
             return

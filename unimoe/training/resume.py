@@ -1,4 +1,4 @@
-"""Going on after an interruption: the last two checkpoints of a stage, written whole or not at all."""
+"""Resuming after an interruption: the last two checkpoints of a run, each complete or absent."""
 
 import logging
 import os
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.tensor import DTensor
 
-from unimoe.errors import UserError, first_line
+from unimoe.errors import UnfinishedRun, UserError, first_line
 
 from .sharding import META, AnyCheckpoint
 
@@ -25,20 +27,33 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """Somebody pressed Ctrl-C (or sent SIGTERM), and the state of the last step is on disk."""
+    """The run received SIGINT (Ctrl-C) or SIGTERM, and the state of the last step is on disk."""
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` every so many optimizer steps, at the end, and when the run is asked to stop.
+    """Writes ``last.ckpt`` every ``every`` optimizer steps, after the last one, and when the run must stop.
 
-    Training waits until the state is copied to the CPU's memory; a thread writes the copy. The file (or
-    folder, where weights are sharded) is written under another name and renamed, so that a kill at any moment
-    leaves a whole one; the one before is kept beside it. When it cannot be written, a warning says so, the
-    one before stays, and training goes on. On the first Ctrl-C or SIGTERM, of any process, the current step
-    is finished and saved, then ``Interrupted`` is raised; a second one stops without saving.
+    Training waits until the state is copied to CPU memory; a thread writes the copy. The file (or folder,
+    where weights are sharded) is written under a temporary name and renamed, so that a kill at any moment
+    leaves a complete one; the previous one is kept beside it. If it cannot be written, a warning says so, the
+    previous one stays, and training continues.
+
+    A run ends before its last step in three ways, all of which can be resumed:
+
+    * SIGINT (Ctrl-C) or SIGTERM to any process: the current step is finished and saved, then ``Interrupted``
+      is raised; a second signal stops without saving.
+    * The trainer is about to stop (``max_time``, ``limit_train_batches``, a callback): the step is saved and
+      ``UnfinishedRun`` raised.
+    * The loss or a trained weight is not finite: ``UnfinishedRun`` is raised, and the checkpoint before it
+      stays.
     """
 
     def __init__(self, path: Path, every: int):
+        """
+        Args:
+            path: file or folder of the checkpoint.
+            every: optimizer steps between checkpoints.
+        """
         super().__init__()
         self.path = path
         self.every = every
@@ -52,7 +67,7 @@ class LastCheckpoint(Checkpoint):
 
     @property
     def seconds(self) -> float:
-        """Training time so far, that of earlier, interrupted runs included."""
+        """Training time so far, including that of interrupted runs that this one resumes."""
         return self.seconds_before + time.monotonic() - self._began
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,20 +88,35 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ):
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # in the middle of an optimizer step
-        stop = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
-        if stop or trainer.global_step % self.every == 0:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self._check(trainer, [loss], f"the loss is {float(loss)}")
+        last = batch_idx + 1 >= trainer.num_training_batches and not trainer.overfit_batches
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # not inside an optimizer step
+        early = trainer.global_step < trainer.max_steps and (last or (whole and trainer.should_stop))
+        stop = whole and trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+        if early:
+            # or a resumed run would take the epoch, which holds all batches of the run, for done
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
+        if whole and (stop or early or trainer.global_step % self.every == 0):
             self.save(trainer)
-        if stop:
-            # of all processes together: torchrun ends the others when one leaves
-            saved = trainer.strategy.reduce_boolean_decision(self.wait())
-            what = "" if saved else ", with the checkpoint before it"
-            raise Interrupted(f"stopped after step {trainer.global_step}{what}")
+        if stop or early:
+            # on all processes together: torchrun ends the others when one leaves
+            saved = trainer.strategy.reduce_boolean_decision(self.wait()) and whole
+            stopped = Interrupted if stop else UnfinishedRun
+            what = "" if saved else ", of which the checkpoint is missing"
+            raise stopped(f"stopped after step {trainer.global_step} of {trainer.max_steps}{what}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A callback may stop the run after a validation, such as early stopping."""
+        if trainer.training and trainer.should_stop and trainer.global_step < trainer.max_steps:
+            self.save(trainer)
+            self.wait()
+            raise UnfinishedRun(f"stopped after step {trainer.global_step} of {trainer.max_steps}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save(trainer)
-        self.wait()
+        if trainer.global_step >= trainer.max_steps:
+            self.save(trainer)
+            self.wait()
         self._restore_handlers()  # before Lightning restores its own, or its handler would keep the trainer
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -99,8 +129,14 @@ class LastCheckpoint(Checkpoint):
         self._handlers = {}
 
     def save(self, trainer: Trainer) -> None:
-        """Copy the state now, for a thread to write; wait before that until the copy before is written."""
+        """Copy the state, for a thread to write, once the copy before it is written.
+
+        Raises:
+            UnfinishedRun: a weight that trains is not finite.
+        """
         self.wait()
+        trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+        self._check(trainer, trained, "a trained weight is not finite")
         temporary = self.path.with_name(self.path.name + ".tmp")
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,12 +147,21 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step if trainer.is_global_zero else None
         self._written = self._thread.submit(self._complete, writes, temporary, step)
 
+    @torch.no_grad()
+    def _check(self, trainer: Trainer, values: list[Tensor], problem: str) -> None:
+        """Raises UnfinishedRun, on all ranks, where ``values`` are not finite on one."""
+        local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+        finite = not local or bool(torch.stack([part.isfinite().all() for part in local]).all())
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            where = f"after step {trainer.global_step} of {trainer.max_steps}"
+            raise UnfinishedRun(f"{problem} {where}; try a lower learning rate or another precision")
+
     def wait(self) -> bool:
-        """Until the last checkpoint is written; whether it could be."""
+        """Wait until the last checkpoint is written; returns whether that succeeded."""
         return self._written is None or self._written.result()
 
     def _complete(self, writes: list[Callable[[], object]], temporary: Path, step: int | None) -> bool:
-        """Write what was copied, and on the first process (``step`` is None on others) give it its name."""
+        """Write the copies, and rename the checkpoint on rank 0 (``step`` is None on other ranks)."""
         try:
             for write in writes:
                 write()
@@ -128,7 +173,7 @@ class LastCheckpoint(Checkpoint):
         except (OSError, RuntimeError, CheckpointException) as error:
             if step is not None:
                 free = shutil.disk_usage(self.path.parent).free / 1e9
-                left = "the one before it stays" if self.path.exists() else "there is none yet"
+                left = "the previous one is kept" if self.path.exists() else "there is none yet"
                 reason = f"{first_line(_cause(error))}; {free:.1f} GB are free"
                 log.warning("the checkpoint of step %d cannot be written (%s); %s", step, reason, left)
                 _remove(temporary)
@@ -141,8 +186,14 @@ class LastCheckpoint(Checkpoint):
         self._stop = True
 
 
+def check_finished(trainer: Trainer) -> None:
+    """Raises UnfinishedRun if a ``fit`` that returned did not reach its last step."""
+    if trainer.global_step < trainer.max_steps:
+        raise UnfinishedRun(f"stopped after step {trainer.global_step} of {trainer.max_steps}")
+
+
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong first, on the first process where something did."""
+    """The first error of the lowest rank that has one."""
     if isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
     while not isinstance(error, OSError) and error.__context__ is not None:
@@ -151,15 +202,20 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def before(path: Path) -> Path:
-    """Where the checkpoint before the one at ``path`` lies."""
+    """The path of the previous checkpoint, beside ``path``."""
     return path.with_name("previous.ckpt")
 
 
 def latest_checkpoint(path: Path) -> tuple[Path, int] | None:
-    """The checkpoint to go on from and the optimizer steps behind it, None where there is none.
+    """The checkpoint to resume from.
 
-    When the one at ``path`` is damaged, that is the one before it, and a warning says so. Raises UserError
-    when none is whole.
+    If the one at ``path`` is damaged, the previous one, with a warning.
+
+    Returns:
+        Its path and its optimizer steps, or None where there is no checkpoint.
+
+    Raises:
+        UserError: every checkpoint is damaged.
     """
     problem = None
     for candidate in (path, before(path)):
@@ -170,7 +226,7 @@ def latest_checkpoint(path: Path) -> tuple[Path, int] | None:
                 problem = error
                 continue
             if problem is not None:
-                log.warning("%s; going on from the one before it, of step %d", problem, found[1])
+                log.warning("%s; resuming from the previous one, of step %d", problem, found[1])
             return found
     if problem is not None:
         raise problem
@@ -178,7 +234,7 @@ def latest_checkpoint(path: Path) -> tuple[Path, int] | None:
 
 
 def remove(path: Path) -> None:
-    """Remove the checkpoint at ``path`` and the one before it."""
+    """Remove the checkpoint at ``path`` and the previous one."""
     for one in (path, before(path)):
         _remove(one)
 
@@ -190,7 +246,11 @@ def _remove(path: Path) -> None:
 
 
 def saved_step(path: Path) -> int:
-    """The optimizer steps behind a checkpoint. Raises UserError when the file is damaged."""
+    """The optimizer steps of a checkpoint.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
         if path.is_dir():
             _check_shards(path)
@@ -202,7 +262,7 @@ def saved_step(path: Path) -> int:
 
 
 def _check_shards(folder: Path) -> None:
-    """Raises EOFError when a file of a sharded checkpoint is shorter than its index says."""
+    """Raises EOFError if a file of a sharded checkpoint is shorter than its index says."""
     ends: dict[str, int] = {}
     for piece in FileSystemReader(folder).read_metadata().storage_data.values():
         ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)

@@ -1,6 +1,6 @@
-"""LightningCLI with an output folder that holds all a run leaves, and goes on after a kill.
+"""LightningCLI with one output folder a run, which resumes after a kill: ``unimoe fit -c FILE.yaml``.
 
-The systems of the suite give it their module and their data: ``unimoe fit -c FILE.yaml``.
+The systems of the suite (stages, detection) subclass it with their module and their data.
 """
 
 import json
@@ -9,8 +9,10 @@ import shutil
 import sys
 import warnings
 from abc import abstractmethod
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,7 @@ from unimoe.artifacts import (
     SETTINGS_FILE,
     StageRecord,
     check_same,
+    check_savable,
     clear,
     current_names,
     flatten,
@@ -36,16 +39,16 @@ from unimoe.artifacts import (
     read_record,
 )
 from unimoe.data.read import data_hashes
-from unimoe.errors import UserError
-from unimoe.files import atomic_write
+from unimoe.errors import UnfinishedRun, UserError, check_seed
+from unimoe.files import atomic_write, lock_folder
 from unimoe.kernels.allocator import keep_memory
 
 from .curve import CurveLogger, read_curve
 from .elastic import check_overwrite, check_processes, own_store
 from .progress import PlainProgress, StageBar, clock
 from .ranks import data_parallel_size
-from .resume import Interrupted, LastCheckpoint, latest_checkpoint
-from .sharding import unshard
+from .resume import Interrupted, LastCheckpoint, check_finished, latest_checkpoint
+from .sharding import FSDP2Strategy, unshard
 
 log = logging.getLogger(__name__)
 
@@ -57,37 +60,67 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the modality sampler divides the work among the ranks itself
 }
 CONFIG_FILE = "config.yaml"
-"""Beside the checkpoints: what the run was called with."""
+"""Beside the checkpoints: the configuration of the run."""
 RESULT_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-"""The trainer's settings that change the result; with others a run may be resumed."""
+"""The trainer's settings that change the result; a run may be resumed with others changed."""
+PARTIAL_KEYS = {"limit_val_batches": 1.0}
+"""Settings that change the result unless they have this value; only then they are recorded."""
+TRIALS = ("fast_dev_run", "overfit_batches")
+"""The trainer's settings that make a trial run, of which nothing is kept."""
+LIMITS = {"max_time": None, "max_epochs": None, "limit_train_batches": 1.0}
+"""The trainer's settings that end a run before its last step, unless they have this value."""
 
 
 class Finished(Exception):
-    """The run was done before, with the same settings."""
+    """The output folder holds the finished result of the same settings."""
+
+
+class SaveCheck(Callback):
+    """Tries to save the model before the first step, rather than to fail after the last."""
+
+    def __init__(self, preprocessor: str):
+        self.preprocessor = preprocessor
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            check_savable(pl_module.model, getattr(pl_module, self.preprocessor))  # type: ignore[arg-type]
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI whose output folder holds all that a run leaves.
+    """LightningCLI whose output folder holds everything that a run writes.
 
-    ``checkpoints/``           the last two, to go on after an interruption, and what the run was called with
-                               (removed at the end)
+    ``checkpoints/``           the last two, to resume from, and the configuration (removed at the end)
     ``logs/``                  metrics.csv, and the same for TensorBoard
-    ``settings.json``          what decides the result
+    ``settings.json``          everything that determines the result
     ``stage.json``             written last: the run is finished
+
+    A run that ends before its last step, or whose loss is not a number, is not finished: it keeps its
+    checkpoints and raises :class:`~unimoe.errors.UnfinishedRun`.
     """
 
     harmless_keys: ClassVar[tuple[str, ...]] = ()
     """Settings that do not change the result."""
     data_splits: ClassVar[tuple[str, ...]] = ("train", "val")
-    """Settings of the data that name files which decide the result."""
+    """Settings of the data that name files which determine the result."""
+    preprocessor: ClassVar[str] = "processor"
+    """The module's attribute that is saved with its model."""
 
     output: Path
+    folder: Path
+    """Where logs and checkpoints are written: ``output``, or a temporary folder for a trial run."""
+    trial: str | None = None
+    """The setting of ``TRIALS`` that is on."""
     settings: dict[str, Any]
     data_hashes: dict[str, str]
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Parses the command line and runs its verb, as LightningCLI does."""
+        with ExitStack() as self.held:
+            super().__init__(*args, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """``ckpt_path`` is left out: handing one stage's checkpoint to the next would go wrong silently."""
+        """``ckpt_path`` is hidden: passing one stage's checkpoint to the next would fail silently."""
         hidden = {"model", "datamodule", "ckpt_path", "weights_only"}
         return {
             "fit": hidden | {"train_dataloaders", "val_dataloaders"},
@@ -106,10 +139,10 @@ class RunCLI(LightningCLI):
             "--output",
             type=str | None,
             default=None,
-            help="Folder of the result, the logs and the checkpoint.",
+            help="Folder of the result, the logs and the checkpoints.",
         )
         parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Throw away what an earlier run left in the output."
+            "--overwrite", type=bool, default=False, help="Delete what an earlier run left in the output."
         )
         parser.add_argument(
             "--checkpoint_every", type=int, default=50, help="Optimizer steps between checkpoints."
@@ -118,11 +151,16 @@ class RunCLI(LightningCLI):
             "--consolidate",
             type=str | None,
             default=None,
-            help="Train nothing; write what the newest checkpoint holds into this folder, by one process.",
+            help="Do not train; write the model of the latest checkpoint into this folder, in one process.",
         )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.steps", "trainer.max_steps")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse ``args``. Raises UserError for a seed out of range."""
+        super().parse_arguments(parser, args)
+        check_seed(int(self.config[self.config.subcommand]["seed_everything"]), "--seed_everything")
 
     # ---------------------------------------------------------------- what a system adds
 
@@ -132,10 +170,14 @@ class RunCLI(LightningCLI):
 
     @abstractmethod
     def write(self, module: Any, name: str) -> float:
-        """Write the finished result into ``output``; returns the loss to announce."""
+        """Write the finished result into ``output``.
+
+        Returns:
+            The loss to log: of the validation, or of the last training step that was logged.
+        """
 
     def find_start(self, init_from: str) -> None:
-        """Raises UserError when ``init_from`` is no model to start from."""
+        """Raises UserError if ``init_from`` is not a model to start from."""
 
     # ---------------------------------------------------------------- before anything is built
 
@@ -143,7 +185,8 @@ class RunCLI(LightningCLI):
         if self._get(self.config, "output") is None:
             raise UserError("say where the result goes: --output FOLDER (or output: in the YAML)")
         self.output = Path(self._get(self.config, "output"))
-        self.data_hashes = {}
+        self.folder, self.data_hashes = self.output, {}
+        self._check_trainer(self.config[str(self.subcommand)]["trainer"])
         if self.subcommand != "fit":
             if read_record(self.output) is None:
                 raise UserError(
@@ -155,22 +198,42 @@ class RunCLI(LightningCLI):
         if init_from is not None:
             self.find_start(init_from)
         self.target = self._get(self.config, "consolidate")
-        if self.target is not None:
+        if self.target is None and self.trial:
+            self.folder = Path(self.held.enter_context(TemporaryDirectory()))
+        elif self.target is None and not rank_zero_only.rank:
+            self.held.enter_context(lock_folder(self.output))
+        elif self.target is not None:
             if Path(self.target).exists():
                 raise UserError(f"{self.target} is there already; choose a new folder")
             alone = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
             for key, value in {**alone, "callbacks": None, "limit_train_batches": 0}.items():
                 self.config["fit"]["trainer"][key] = value
 
-    def _settings(self, ranks: int) -> dict[str, Any]:
-        """Everything that decides the result, by dotted key, contents of files included.
+    def _check_trainer(self, settings: Any) -> None:
+        """Find out whether this is a trial run. Raises UserError for settings that no run can honour."""
+        for key, refused in (("barebones", True), ("enable_checkpointing", False)):
+            if settings[key] is refused:
+                raise UserError(
+                    f"trainer.{key} {str(refused).lower()}: a run needs its checkpoints and logs; leave it "
+                    "out, or set trainer.fast_dev_run for a trial"
+                )
+        if self.subcommand == "fit":
+            self.trial = next((key for key in TRIALS if settings[key]), None)
 
-        Samples are counted over all ``ranks`` that take batches of their own: with half as many, and batches
-        twice as large, a run is the same and may go on.
+    def _settings(self, ranks: int) -> dict[str, Any]:
+        """Everything that determines the result, by dotted key, including the contents of files.
+
+        Samples are counted over all ``ranks`` that receive batches of their own: with half as many ranks and
+        batches twice as large, a run is the same and may be resumed.
         """
         verb = str(self.subcommand)
         nested: dict[str, Any] = json.loads(self._parser(verb).dump(self.config[verb], format="json"))
-        nested["trainer"] = {key: nested["trainer"].get(key) for key in RESULT_KEYS}
+        trainer = {key: nested["trainer"].get(key) for key in (*RESULT_KEYS, *PARTIAL_KEYS)}
+        nested["trainer"] = {
+            key: value
+            for key, value in trainer.items()
+            if key in RESULT_KEYS or not _is_off(value, PARTIAL_KEYS[key])
+        }
         for key in ("system", "output", "overwrite", "checkpoint_every", "consolidate", "config"):
             nested.pop(key, None)
         data = nested["data"]
@@ -189,7 +252,7 @@ class RunCLI(LightningCLI):
         return flat
 
     def _compare(self) -> None:
-        """Go on, begin, or stop, depending on what lies in the output folder."""
+        """Resume, start or stop, depending on the content of the output folder."""
         if self._get(self.config, "overwrite"):
             check_overwrite()
             if not rank_zero_only.rank:
@@ -210,17 +273,20 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         training = self.subcommand == "fit"
         settings = self._get(self.config_init, "trainer")
+        for key in ("logger", "default_root_dir"):
+            if settings[key]:
+                log.warning("trainer.%s is ignored: logs and checkpoints are in %s", key, self.output)
         kwargs |= {"default_root_dir": str(self.output), "logger": False}
         given = settings["callbacks"]
         callbacks: list[Callback] = given if isinstance(given, list) else [given] if given else []
         if training:
-            self.curve = CurveLogger(self.output / "logs")
+            self.curve = CurveLogger(self.folder / "logs")
             if self.target is None:
-                kwargs["logger"] = [self.curve, TensorBoardLogger(self.output, name="", version="logs")]
+                kwargs["logger"] = [self.curve, TensorBoardLogger(self.folder, name="", version="logs")]
             self.last = LastCheckpoint(
-                self.output / "checkpoints" / "last.ckpt", self._get(self.config, "checkpoint_every")
+                self.folder / "checkpoints" / "last.ckpt", self._get(self.config, "checkpoint_every")
             )
-            callbacks.append(self.last)
+            callbacks += [SaveCheck(self.preprocessor), self.last]
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
             callbacks.append(PlainProgress(self._get(self.config, "stage")))
@@ -231,7 +297,7 @@ class RunCLI(LightningCLI):
         self.store = own_store()
         trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer.num_devices * trainer.num_nodes)
-        if training and self.target is None:
+        if training and self.target is None and not self.trial:
             self.settings = self._settings(data_parallel_size(trainer))
             self._compare()
         return trainer
@@ -239,10 +305,16 @@ class RunCLI(LightningCLI):
     # ---------------------------------------------------------------- verbs
 
     def fit(self, model: LightningModule, datamodule: Any, **kwargs: Any) -> None:
-        """Train, or go on training, and write the result."""
+        """Train from the first step or from the latest checkpoint, and write the result.
+
+        Raises:
+            UnfinishedRun: the run ended before its last step, or its loss is not a number.
+        """
         name = self._get(self.config, "stage")
         if self.target is not None:
             return self._consolidate(model, name, Path(self.target))
+        if self.trial:
+            return self._try_out(model, datamodule, name)
         found = None if self._get(self.config, "overwrite") else latest_checkpoint(self.last.path)
         checkpoint, begun = found or (None, 0)
         if self.trainer.is_global_zero:
@@ -251,7 +323,7 @@ class RunCLI(LightningCLI):
             called = {key: value for key, value in json.loads(dumped).items() if key != "config"}
             atomic_write(self.last.path.with_name(CONFIG_FILE), yaml.safe_dump(called))
         if checkpoint is not None:
-            log.info("%s: going on after step %d of %d", name, begun, datamodule.steps)
+            log.info("%s: resuming after step %d of %d", name, begun, datamodule.steps)
         else:
             log.info(
                 "%s: %d steps of %d samples, into %s",
@@ -263,9 +335,12 @@ class RunCLI(LightningCLI):
         self.curve.cut(begun)
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        except BaseException:
+            check_finished(self.trainer)
+        except BaseException as error:
             if self.trainer.is_global_zero and not self.last.path.exists() and checkpoint is None:
-                clear(self.output)  # nothing to go on from: the next run begins anew, with whatever settings
+                clear(self.output)  # nothing to resume: the next run may have any settings
+            if isinstance(error, UnfinishedRun):
+                raise UnfinishedRun(f"{name}: {error}{self._advice()}") from error
             raise
         unshard(model)
         if self.trainer.is_global_zero:
@@ -275,8 +350,25 @@ class RunCLI(LightningCLI):
                 "%s: finished after %s, loss %.4f, in %s", name, clock(self.last.seconds), loss, self.output
             )
 
+    def _advice(self) -> str:
+        """How an unfinished run can be resumed, for the end of its message."""
+        settings = self._get(self.config, "trainer")
+        limits = [f"trainer.{key}" for key, off in LIMITS.items() if not _is_off(settings[key], off)]
+        without = f" without {' and '.join(limits)}" if limits else ""
+        found = latest_checkpoint(self.last.path)
+        where = f"resumes after step {found[1]}" if found else "starts again"
+        return f"; the same command{without} {where}"
+
+    def _try_out(self, model: LightningModule, datamodule: Any, name: str) -> None:
+        """A trial run by ``trainer.fast_dev_run`` or ``overfit_batches``: nothing is kept or resumed."""
+        self.trainer.fit(model, datamodule=datamodule)
+        raise UnfinishedRun(
+            f"{name}: a trial of {self.trainer.global_step} of {datamodule.steps} steps passed, and nothing "
+            f"is kept; the same command without trainer.{self.trial} trains"
+        )
+
     def _consolidate(self, model: LightningModule, name: str, folder: Path) -> None:
-        """Write what the newest checkpoint holds into ``folder``, by way of a run of no steps."""
+        """Write the model of the latest checkpoint into ``folder``, by a run of no steps."""
         found = latest_checkpoint(self.last.path)
         if found is None or not (self.output / SETTINGS_FILE).is_file():
             raise UserError(f"{self.output} holds no checkpoint")
@@ -288,7 +380,7 @@ class RunCLI(LightningCLI):
         log.info("%s: the model after step %d is in %s", name, found[1], folder)
 
     def record(self, name: str, init_from: str | None, parameters: dict[str, int]) -> StageRecord:
-        """What ``stage.json`` says of the run that ends, ``name`` being the stage's."""
+        """The content of ``stage.json`` for the finished run of stage ``name``."""
         parents = []
         if init_from is not None:
             parent = read_record(init_from)
@@ -308,17 +400,26 @@ class RunCLI(LightningCLI):
         )
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """The finished result on ``data.val``."""
+        """Evaluate the finished result on ``data.val``."""
         self._evaluate(self.trainer.validate(model, datamodule=datamodule, verbose=False))
 
     def test(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """The finished result on ``data.test``."""
+        """Evaluate the finished result on ``data.test``."""
         self._evaluate(self.trainer.test(model, datamodule=datamodule, verbose=False))
 
     def _evaluate(self, results: Any) -> None:
+        settings = self._get(self.config, "trainer")
+        key = {"validate": "limit_val_batches", "test": "limit_test_batches"}[str(self.subcommand)]
+        if not _is_off(settings[key], 1.0) or settings["fast_dev_run"] or settings["overfit_batches"]:
+            log.warning("the numbers are of a part of the data: see trainer.%s, fast_dev_run", key)
         for metrics in results:
             for key, value in metrics.items():
                 log.info("%s  %s  %.4f", self._get(self.config, "stage"), key, value)
+
+
+def _is_off(value: Any, off: Any) -> bool:
+    """Whether a setting limits nothing. Beware of 1 (a batch) and 1.0 (all of them), which are equal."""
+    return value is None or (value == off and isinstance(value, type(off)))
 
 
 def check_deepspeed(strategy: Any) -> None:
@@ -338,7 +439,10 @@ def run_cli(
 ) -> None:
     """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
 
-    Raises UserError for bad settings or data, KeyboardInterrupt when the run was asked to stop.
+    Raises:
+        UserError: bad settings or data.
+        UnfinishedRun: the run ended before its last step, or its loss is not a number.
+        KeyboardInterrupt: the run was interrupted, and its state saved.
     """
     _quiet()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help of dataclasses' fields
@@ -358,18 +462,19 @@ def run_cli(
     except Finished as message:
         log.info("%s", message)
     except Interrupted as message:
-        log.info("%s; the same command goes on from there", message)
+        log.info("%s; the same command resumes from there", message)
         raise KeyboardInterrupt from message
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
 _YAML = "yaml with current names"
+FSDP2_STRATEGY = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
 
 
 def _load_yaml(text: str) -> Any:
-    """As jsonargparse reads YAML, with the data settings of version 0.1 under their current names."""
-    found = get_loader("yaml")(text)
+    """As jsonargparse reads YAML, with the names of version 0.1 replaced by their current ones."""
+    found = get_loader("yaml")(text.replace("unimoe.training.sharding.Sharded", FSDP2_STRATEGY))
     if isinstance(found, dict) and isinstance(found.get("data"), dict):
         settings = current_names({f"data.{key}": value for key, value in found["data"].items()})
         found["data"] = {key.removeprefix("data."): value for key, value in settings.items()}
@@ -380,7 +485,7 @@ set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
 
 
 def _quiet() -> None:
-    """Silence Lightning's hints (what matters of them is a default here), and all processes but the first."""
+    """Silence Lightning's hints, whose advice is a default here, and all ranks but 0."""
     if rank_zero_only.rank:
         logging.getLogger("unimoe").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
