@@ -40,7 +40,6 @@ from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
 from unimoe.kernels.lora import Adapters, fused_lora_experts
 from unimoe.moe import Context, Router
-from unimoe.moe.hf import register
 from unimoe.moe.lora_linear import LoRALinear
 from unimoe.moe.routing import Routing, sort_by_expert
 
@@ -426,7 +425,6 @@ def main(args: list[str] | None = None) -> None:
     shapes = options.shapes or ["S1", "S2", *(("S3", "S4", "S5") if on_gpu else ())]
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     tokens, seconds = ([64], 1.0) if options.quick else (options.tokens, options.seconds)
-    register()
     kept = keep_memory()
     name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     loop = "C++" if native.ops() else "Python"

@@ -27,7 +27,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
 from unimoe.model.build import build_model
-from unimoe.moe.hf import register
 from unimoe.stages.trainable import LoRA, choose
 
 EXPERTS, TOP_K = 4, 2
@@ -47,7 +46,6 @@ def environment(**values: str) -> Iterator[None]:
 
 def mixtral() -> tuple[Any, dict[str, Form]]:
     """The stock model, and a context manager that selects each implementation."""
-    register()
     config = MixtralConfig(
         vocab_size=49152,
         hidden_size=576,

@@ -1,10 +1,14 @@
 """unimoe: multimodal mixture-of-experts models over one MoE layer.
 
-Importing it makes the model known to transformers: after ``import unimoe`` the Auto classes load our folders.
+Importing it makes the model known to transformers: after ``import unimoe`` the Auto classes load our folders,
+and ``model.set_experts_implementation("unimoe")`` runs any MoE model of transformers on our kernels.
 """
 
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 try:
@@ -27,6 +31,46 @@ for _tables in filter(None, (auto_mappings, _loaded)):
     _tables.CONFIG_MAPPING_NAMES["unimoe"] = "UniMoeConfig"
 auto_mappings.PROCESSOR_MAPPING_NAMES["unimoe"] = "UniMoeProcessor"
 sys.modules["transformers.models.unimoe"] = sys.modules[__name__]
+
+
+def _experts_forward(*args: Any) -> Any:
+    """Our experts function, imported at its first call."""
+    from unimoe.moe.hf import experts_forward
+
+    return experts_forward(*args)
+
+
+class _RegisterExperts:
+    """Finder that registers our experts function as soon as transformers' interface for them is imported.
+
+    Importing that interface here would import torch.
+    """
+
+    name = "transformers.integrations.moe"
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                self.register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+    def register(self, module: Any) -> None:
+        module.ALL_EXPERTS_FUNCTIONS.register("unimoe", _experts_forward)
+
+
+if _RegisterExperts.name in sys.modules:
+    _RegisterExperts().register(sys.modules[_RegisterExperts.name])
+else:
+    sys.meta_path.insert(0, _RegisterExperts())
 
 
 def __getattr__(name: str) -> Any:

@@ -65,11 +65,6 @@ STOCK: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _registered():
-    hf.register()
-
-
 def run(model, implementation, ids):
     model.set_experts_implementation(implementation)
     model.zero_grad()

@@ -1,13 +1,26 @@
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from unimoe.moe import MoELayer, Pairs, Router, Routing, SwiGLUExperts, TopK, copy_experts, record
+from unimoe.moe import (
+    FFNExperts,
+    LoRAExperts,
+    MoELayer,
+    Pairs,
+    Router,
+    Routing,
+    SwiGLUExperts,
+    TopK,
+    copy_experts,
+    record,
+)
 
 
 def layer(experts=4, k=2, hidden=16, inner=24, **kw) -> Any:
@@ -127,3 +140,96 @@ def test_activation_checkpointing_gives_the_same_gradients():
     y = checkpoint(moe, x, use_reentrant=False)
     y.square().sum().backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(moe.parameters(), plain, strict=True))
+
+
+# ------------------------------------------------------- experts are modules as any other
+
+
+KINDS: dict[str, Any] = {
+    "swiglu": lambda: SwiGLUExperts(4, 16, 24, init_std=0.3),
+    "ffn": lambda: FFNExperts(4, 16, 24, init_std=0.3),
+    "lora": lambda: LoRAExperts(SwiGLUExperts(4, 16, 24, init_std=0.3), 2, 4.0),
+}
+
+
+def with_shared(kind: str) -> Any:
+    torch.manual_seed(0)
+    layer = MoELayer(
+        TopK(16, 4, 2, init_std=0.5), KINDS[kind](), shared=SwiGLUExperts(1, 16, 24, init_std=0.3)
+    )
+    for name, parameter in layer.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_the_experts_run(kind):
+    layer, x, seen = with_shared(kind), torch.randn(5, 16), []
+    for module in (layer.experts, layer.shared):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    y = layer(x)
+    assert len(seen) == 2 and torch.equal(y, seen[0] + seen[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_give_the_same_output(kind, where, tmp_path):
+    """accelerate's hooks bring the weights when a module is called, and take them away after."""
+    x, expected = torch.randn(5, 16), None
+    expected = with_shared(kind)(x)
+    layer = with_shared(kind)
+    if where == "cpu":
+        accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(layer, tmp_path, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected.detach())
+
+
+class Block(nn.Module):
+    """A linear layer and a mixture."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.mlp = nn.Linear(16, 16), with_shared("swiglu")
+
+    def forward(self, x):
+        return self.mlp(self.proj(x))
+
+
+def test_peft_adapts_experts_and_linear_layers():
+    """Zero adapters change nothing, trained ones do, and merged weights answer as the adapters do."""
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(5, 16)
+    expected = block(x).detach()
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted: Any = get_peft_model(
+        block, LoraConfig(r=2, lora_alpha=4, target_modules=["proj"], target_parameters=names)
+    )
+    torch.testing.assert_close(adapted(x), expected)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert (
+        sum("experts" in name for name in trained) == 4 and sum("proj.lora" in name for name in trained) == 2
+    )
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for _ in range(2):  # B starts at zero, so A moves in the second step
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        optimizer.zero_grad()
+        adapted(x).square().sum().backward()
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in trained.items())
+    y = adapted(x).detach()
+    assert (y - expected).abs().max() > 1e-2
+    torch.testing.assert_close(adapted.merge_and_unload()(x), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_layer_is_the_layer(kind):
+    layer, x = with_shared(kind), torch.randn(5, 16, requires_grad=True)
+    compiled: Any = torch.compile(layer, backend="aot_eager")
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    ours, plain = (torch.autograd.grad(f(x).square().sum(), leaves) for f in (compiled, layer))
+    torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(ours, plain)

@@ -1,7 +1,7 @@
 """Our experts function for transformers' own MoE models (Mixtral, OLMoE, Qwen3-MoE, DeepSeek, ...).
 
-``register()`` once, then ``from_pretrained(..., experts_implementation="unimoe")`` or
-``model.set_experts_implementation("unimoe")``.
+``import unimoe`` registers it: ``from_pretrained(..., experts_implementation="unimoe")`` or
+``model.set_experts_implementation("unimoe")`` selects it.
 
 Shapes: T tokens, K slots per token, N = T*K pairs sorted by expert, D hidden.
 """
@@ -9,24 +9,14 @@ Shapes: T tokens, K slots per token, N = T*K pairs sorted by expert, D hidden.
 import logging
 
 from torch import Tensor, nn
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    _default_apply_gate,
-    grouped_mm_experts_forward,
-)
+from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
 from unimoe.kernels.swiglu import fused_experts
 
 from .routing import sort_by_expert
 
-NAME = "unimoe"
 _logger = logging.getLogger(__name__)
 _said: set[type] = set()
-
-
-def register() -> None:
-    """Adds "unimoe" to the experts implementations that transformers knows; a second call changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
 def experts_forward(
