@@ -5,6 +5,7 @@ denoising first).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
 
+from unimoe.encoders.weights import own_weights
 from unimoe.moe import Context, LayerRecord, MoEConfig, expert_load, load_balance, record, routing_context
 from unimoe.training.ranks import expert_load_over_ranks
 
@@ -34,6 +36,13 @@ class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     _supports_sdpa = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with weights that are independent of the files (:func:`own_weights`)."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        own_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _initialize_weights(self, module: nn.Module, *args: bool):
         """transformers takes every module without parameters of its own for initialised if the model is not

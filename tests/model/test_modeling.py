@@ -194,7 +194,9 @@ def test_a_medium_without_encoder_is_refused(tmp_path):
 
 
 def test_saved_and_loaded_in_a_new_process_it_answers_the_same(built, tmp_path):
+    """Bit for bit: both models have their weights in aligned memory, wherever the files have them."""
     model, processor = built
+    assert all(weight.data_ptr() % 64 == 0 for weight in model.parameters())
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     inputs = batch(processor, CONVERSATIONS)
@@ -209,6 +211,7 @@ torch.set_num_threads(1)
 folder = sys.argv[1]
 expected = torch.load(folder + "/expected.pt")
 model = AutoModelForMultimodalLM.from_pretrained(folder)
+assert all(weight.data_ptr() % 64 == 0 for weight in model.parameters())
 AutoProcessor.from_pretrained(folder)
 with torch.no_grad():
     assert torch.equal(model(**expected["inputs"]).logits, expected["logits"])

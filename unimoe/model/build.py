@@ -14,6 +14,7 @@ from unimoe.encoders import (
     load_encoder,
 )
 from unimoe.encoders.video import FramesEncoder
+from unimoe.encoders.weights import own_weights
 from unimoe.errors import UserError
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import install_moe
@@ -117,6 +118,7 @@ def assemble_model(
         config.moe = settings.to_dict()
     processor = UniMoeProcessor(tokenizer, processor_parts(model))
     model.generation_config = _generation_config(causal, processor)
+    own_weights(model)  # as a saved model has them when it is loaded
     return model.eval(), processor
 
 
