@@ -1,4 +1,4 @@
-"""What the grouped operations do alike with their arguments.
+"""Argument handling shared by the grouped operations.
 
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts.
 """
@@ -16,21 +16,20 @@ from .dispatch import choose, compute_dtype
 
 
 class Arguments(NamedTuple):
-    """Arguments of an operation, ready for the form that was chosen."""
+    """Arguments of an operation, prepared for the selected form."""
 
     form: str
     """reference, cpu or triton"""
     x: Tensor
     """Tokens or rows in x's dtype, or autocast's."""
     stacks: list[Tensor]
-    """Parameters of all experts: in x's dtype, but as they are for the cpu form, which casts one expert at a
-    time."""
+    """Parameters of all experts in x's dtype; not cast for the cpu form, which casts one expert at a time."""
     weight_N: Tensor | None
     """Factors of the pairs in x's dtype."""
 
 
 def prepare(operation: str, x: Tensor, stacks: Sequence[Tensor], weight_N: Tensor | None) -> Arguments:
-    """Chooses the form for ``operation`` and casts its arguments; what follows runs ``without_autocast``."""
+    """Selects the form of ``operation`` and casts its arguments; run the form under ``without_autocast``."""
     dtype = compute_dtype(x)
     x, weight_N = x.to(dtype), None if weight_N is None else weight_N.to(dtype)
     form = choose(operation, x)
@@ -38,7 +37,7 @@ def prepare(operation: str, x: Tensor, stacks: Sequence[Tensor], weight_N: Tenso
 
 
 def without_autocast(x: Tensor) -> Any:
-    """A context without autocast, which the arguments have been through already."""
+    """A context with autocast disabled, for arguments that were cast already."""
     kind = x.device.type
     # entering torch.autocast takes as long as a small product; the meta device has none
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -46,7 +45,7 @@ def without_autocast(x: Tensor) -> Any:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward may come (inside a Function's forward grad mode is always off, so ask before)."""
+    """Whether a backward pass may follow; grad mode is always off inside a Function's forward."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -58,8 +57,8 @@ def fast_dtype(x: Tensor) -> torch.dtype:
 
 
 def product_dtype(x: Tensor, weights: Tensor, rows: int) -> torch.dtype:
-    """The dtype of one expert's products. With few rows the time goes into reading its weights, so they are
-    taken as they are."""
+    """The dtype of one expert's products. With few rows, reading the weights dominates, so they are not
+    cast."""
     return torch.promote_types(x.dtype, weights.dtype) if rows <= 4 else fast_dtype(x)
 
 
@@ -83,8 +82,8 @@ def one_by_one(
     stacks: Sequence[Tensor],
     weight_N: Tensor | None,
 ) -> Tensor:
-    """The reference forms: ``expert(x, weight, *parameters)`` of every expert after the other, in plain
-    autograd, on its rows [n, H] and their weights [n, 1] or None. Rows of nobody give zeros."""
+    """The reference forms: ``expert(x, weight, *parameters)`` for one expert after the other, in plain
+    autograd, on its rows [n, H] and their weights [n, 1] or None. Rows of no expert give zeros."""
     sizes = [*offsets_E1.diff().tolist(), x_ND.shape[0] - int(offsets_E1[-1])]
     rows = x_ND.split(sizes)
     weights = [None] * len(sizes) if weight_N is None else weight_N[:, None].split(sizes)
@@ -94,12 +93,12 @@ def one_by_one(
 
 
 def rows_of(x: Tensor, token_N: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor:
-    """The tokens of some pairs, [n, H]; without ``token_N`` x holds a row for each pair."""
+    """The tokens of a range of pairs, [n, H]; without ``token_N`` x holds one row per pair."""
     return (x[rows] if token_N is None else x.index_select(0, token_N[rows])).to(dtype)
 
 
 def empty_rows(x: Tensor, token_N: Tensor | None, bounds: list[int]) -> Tensor:
-    """[N, H] for a row per pair; rows that belong to no expert are zero, the others not yet written."""
+    """[N, H] with one row per pair; rows of no expert are zero, the others uninitialised."""
     y_ND = x.new_empty(bounds[-1] if token_N is not None else x.shape[0], x.shape[1])
     y_ND[bounds[-1] :] = 0
     return y_ND
@@ -120,7 +119,7 @@ def gather_and_sum(
 
 
 def zero_unvisited(grads: Sequence[Tensor | None], bounds: list[int]) -> None:
-    """Experts without pairs have gradients of exactly zero."""
+    """Sets the gradients of experts without pairs to zero."""
     for e, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             for grad in grads:

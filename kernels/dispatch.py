@@ -1,8 +1,8 @@
-"""Which form of an operation runs, and a log line that says why.
+"""Selects the form of an operation, and logs the reason.
 
 Forms: ``reference`` (plain autograd, any dtype, slow), ``cpu`` (one autograd.Function of per-expert GEMMs,
 any device torch has GEMMs for) and ``triton`` (CUDA). The environment variable UNIMOE_KERNELS names one;
-without it the fastest that can run is taken.
+without it the fastest available form is used.
 """
 
 import logging
@@ -28,8 +28,10 @@ _said: set[tuple[str, str, str]] = set()
 def choose(operation: str, x: torch.Tensor) -> str:
     """The form that runs ``operation`` on ``x``; each choice is logged once per process.
 
-    A form that UNIMOE_KERNELS asks for and that cannot run here is a UserError; an operation that has no such
-    form at all runs in another, with a warning.
+    An operation without the form that UNIMOE_KERNELS names runs in another, with a warning.
+
+    Raises:
+        UserError: UNIMOE_KERNELS names an unknown form, or one that cannot run here.
     """
     wanted = os.environ.get("UNIMOE_KERNELS", "").strip().lower()
     if wanted and wanted not in FORMS:
@@ -58,7 +60,7 @@ def choose(operation: str, x: torch.Tensor) -> str:
 
 
 def triton_form(operation: str) -> Callable[..., Any]:
-    """The Triton function for ``operation``, imported when it is first needed: same name, same arguments."""
+    """The Triton function for ``operation``, imported on first use: same name, same arguments."""
     return getattr(import_module(f".{TRITON[operation]}", __package__), operation)
 
 

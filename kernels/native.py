@@ -35,7 +35,7 @@ def library() -> Path:
 
 @cache
 def ops() -> Any:
-    """The loaded operators ``torch.ops.unimoe``, or None where they are not built or not wanted."""
+    """The loaded operators ``torch.ops.unimoe``, or None if they are not built or are disabled."""
     if os.environ.get("UNIMOE_NATIVE", "1") == "0":
         _logger.info("the experts' loops run in Python: UNIMOE_NATIVE is 0")
         return None
@@ -56,7 +56,8 @@ def ops() -> Any:
 def build() -> Path:
     """Compile native.cpp with the compiler that CXX names (c++ by default), unless that was done before.
 
-    Raises UserError without a compiler, or with one that cannot build it.
+    Raises:
+        UserError: there is no compiler, or it cannot build the file.
     """
     target, compiler = library(), os.environ.get("CXX", "c++")
     if target.is_file():

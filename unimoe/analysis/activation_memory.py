@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward pass, counted on a model without memory (the meta device).
+"""What autograd saves in a forward pass, counted on the meta device.
 
 Shapes: B rows, T tokens of a row, H hidden, S supervised tokens, V vocabulary, N (token, expert) pairs, I
 intermediate.
@@ -23,25 +23,25 @@ from unimoe.moe.install import moe_layers
 
 @dataclass
 class Saved:
-    """Bytes that wait for the backward pass."""
+    """Bytes saved for the backward pass."""
 
     blocks: list[int] = field(default_factory=list)
-    """Of each block of the LLM."""
+    """By block of the LLM."""
     others: int = 0
     """Embeddings, last norm, head and loss."""
     block_input: int = 0
-    """The hidden states between two blocks, all that a block leaves when it runs again in the backward."""
+    """The hidden states between two blocks, all that a recomputed block keeps."""
     logits: int = 0
-    """The logits in float32, whose gradient is the largest passing tensor."""
+    """The logits in float32, whose gradient is the largest temporary tensor."""
 
     largest: int = 0
     """The largest tensor of a block."""
 
     def peak(self, recompute: bool) -> int:
-        """Most bytes of activations at a time: what is kept, and the logits' gradient beside it.
+        """Peak bytes of activations: what is saved, and the gradient of the logits.
 
-        With ``recompute`` blocks leave their input; one of them at a time lives again, with the gradient of
-        its largest tensor."""
+        With ``recompute`` blocks save their input only; one at a time is recomputed, with the gradient of its
+        largest tensor."""
         if not recompute:
             return sum(self.blocks) + self.others + self.logits
         kept = len(self.blocks) * self.block_input + self.others
@@ -49,7 +49,7 @@ class Saved:
 
 
 class SavedBytes:
-    """Counts the storages that autograd keeps inside ``with``, each once, without those in ``known``."""
+    """Counts the storages that autograd saves inside ``with``, each once, without those in ``known``."""
 
     def __init__(self, known: Iterator[Tensor]):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
@@ -75,10 +75,10 @@ class SavedBytes:
 
 
 def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, learned: int) -> Saved:
-    """What one forward pass of the LLM, its head and its loss keep; towers and connectors are left out.
+    """What one forward pass of the LLM, its head and its loss saves; towers and connectors are not counted.
 
     Args:
-        model: on the meta device, with what trains chosen.
+        model: on the meta device, with ``requires_grad`` set as in training.
         rows, tokens: of the batch.
         learned: supervised tokens of the batch.
     """
@@ -109,7 +109,7 @@ def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, l
 
 
 class _Experts(torch.autograd.Function):
-    """Keeps what the kernels keep: tokens, pre-activations, routing."""
+    """Saves what the kernels save: tokens, pre-activations, routing."""
 
     @staticmethod
     def forward(
@@ -120,7 +120,7 @@ class _Experts(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what fused attention keeps: queries, keys, values, its output and a number for each query."""
+    """Saves what fused attention saves: queries, keys, values, output and one number per query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _CountingDispatcher(Dispatcher):
-    """In the place of the experts, whose kernels read numbers that the meta device does not have."""
+    """Replaces the experts, whose kernels read values that the meta device does not have."""
 
     def __call__(self, experts: Experts, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         stacks = dict(experts.named_parameters())
@@ -152,7 +152,7 @@ def _attend(
 def _stand_ins(model: UniMoeForConditionalGeneration) -> Iterator[None]:
     """Experts and attention that save what the real ones save.
 
-    A router whose choice depends on the numbers gives way to one that chooses as many experts on average.
+    A router whose number of experts depends on the values is replaced by one with the same mean.
     """
     decoder: Any = model.model.language_model
     implementation = decoder.config._attn_implementation

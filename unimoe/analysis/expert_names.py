@@ -1,4 +1,4 @@
-"""How people call the experts of a model."""
+"""Display names of the experts of a model."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from unimoe.artifacts import read_record
 
 
 def expert_names(model: str | Path, width: int, null: int = 0) -> list[str]:
-    """How people call the ``width`` experts of a router, the last ``null`` of which return zero.
+    """Display names of the ``width`` experts of a router, the last ``null`` of which are null experts.
 
-    As the manifest of ``unimoe assemble`` does that the model in a stage's folder came from, slices numbered,
-    else by their numbers.
+    The names of the slots in the ``unimoe assemble`` manifest that the model came from, with numbered slices;
+    otherwise the experts' indices.
     """
     folder, slots, real = Path(model), [], width - null
     while not (manifest := folder / "manifest.yaml").is_file():

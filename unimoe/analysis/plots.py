@@ -1,4 +1,4 @@
-"""Pictures of runs and models, as SVG that reads on a light and on a dark page.
+"""Plots of runs and models as SVG, for light and dark pages.
 
 Shapes: L MoE layers, E experts.
 """
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK = "#8b93a1"
-"""Grey that stands out from white and from black."""
+"""Grey with contrast to white and to black."""
 BLUE, ORANGE = "#3f7fd0", "#d9822b"
 HEAT = LinearSegmentedColormap.from_list("heat", ["#eef4fb", "#7fb0e6", "#2a62ad", "#0d2c57"])
 
@@ -23,7 +23,7 @@ Curve = Sequence[Mapping[str, float]]
 
 
 def loss_curves(curves: Mapping[str, Curve]) -> str:
-    """One panel a stage: the loss of each step, its running mean, and validation losses if there are any."""
+    """One panel per stage: the loss of each step, its running mean, and validation losses if any."""
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
@@ -51,7 +51,7 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
 
 
 def plot_expert_load(load: Mapping[str, Any], experts: Sequence[str], columns: int | None = None) -> str:
-    """One heat map [L, E] for all tokens and one for each kind of them, on the same colour scale.
+    """One heat map [L, E] for all tokens and one per kind, on the same colour scale.
 
     ``load`` is what :meth:`unimoe.analysis.routing_stats.RoutingStats.expert_load` gives; ``columns`` panels
     stand side by side (None: all).
@@ -84,13 +84,13 @@ def plot_expert_load(load: Mapping[str, Any], experts: Sequence[str], columns: i
     bar = figure.colorbar(scale, ax=list(panels.flatten()[: len(tables)]), shrink=0.6, pad=0.01)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.set_label("share of the tokens' expert places", fontsize=8, color=INK)
+    bar.set_label("expert load (share of pairs)", fontsize=8, color=INK)
     return _svg(figure)
 
 
 def pathways(flow: Mapping[str, Any], layers: Sequence[int], experts: Sequence[str]) -> str:
-    """One panel a kind of token: how its tokens go from the leading expert of one MoE layer to that of the
-    next. A ribbon is as wide as its share of the tokens.
+    """One panel per kind of token: how tokens move from the top expert of one MoE layer to that of the next.
+    The width of a ribbon is its share of the tokens.
 
     ``flow`` is what :meth:`unimoe.analysis.routing_stats.RoutingStats.flow` gives, for two layers or more.
     """
@@ -122,8 +122,8 @@ def pathways(flow: Mapping[str, Any], layers: Sequence[int], experts: Sequence[s
 
 
 def expert_maps(use: Mapping[str, Any]) -> str:
-    """For each layer: the share of the places that each expert got, and which experts were visited together,
-    row by row in per cent of the row's expert."""
+    """For each layer: the expert load, and which experts were visited together, relative to each row's
+    expert."""
     layers = len(use["load"])
     figure = Figure(figsize=(2.9 * layers, 4.2), layout="constrained")
     panels = figure.subplots(2, layers, squeeze=False, height_ratios=(1, 2.4))
@@ -149,10 +149,10 @@ def expert_maps(use: Mapping[str, Any]) -> str:
 
 
 def expert_history(curve: Curve) -> str:
-    """Over the steps of a run, running means by layer (light: shallow, dark: deep): how full the fullest
-    expert is, with how many others an expert works, and which share of the pairs are twins of the start."""
+    """Running means over the steps of a run by layer (light: shallow, dark: deep): maximum over mean load,
+    effective partners of an expert, and the share of pairs that are still the initial twins."""
     titles = {
-        "load_max_over_mean": "fullest expert over the mean",
+        "load_max_over_mean": "maximum over mean load",
         "effective_partners": "effective partners",
         "twins": "share of unmoved twins",
     }
@@ -180,7 +180,7 @@ def _column(curve: Curve, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a fifteenth of the curve before each point."""
+    """Mean over the last fifteenth of the curve at each point."""
     width = max(1, len(values) // 15)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)

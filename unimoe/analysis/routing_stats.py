@@ -1,4 +1,4 @@
-"""Where tokens went: the load of the experts, and the pathways through the layers, by kind of token.
+"""Routing statistics: expert load and pathways through the layers, by modality.
 
 Shapes: L MoE layers, E experts, T tokens of a forward pass, R real ones of one kind, N (token, expert) pairs.
 """
@@ -15,11 +15,11 @@ from unimoe.moe import ExpertLoad, LayerRecord, expert_load, expert_load_by_moda
 from unimoe.moe.records import join
 
 ANSWER = "answer"
-"""The kind of the tokens that the model wrote itself, where somebody tells them apart."""
+"""The kind of generated tokens, where they are counted apart from the prompt."""
 
 
 class RoutingStats:
-    """Counts that grow with every forward pass that is added.
+    """Counts that accumulate over forward passes.
 
     >>> with record() as records:
     ...     model(**batch)
@@ -32,12 +32,12 @@ class RoutingStats:
         self.pairs: dict[str, dict[int, Tensor]] = {}
         """Kind of token -> layer -> [E] number of (token, expert) pairs."""
         self.paths: dict[str, Counter[tuple[int, ...]]] = {}
-        """Kind -> the leading expert in each layer (-1 where a token visited none) -> number of tokens."""
+        """Kind -> the top expert in each layer (-1 where a token visited none) -> number of tokens."""
 
     def add(self, records: Sequence[LayerRecord], kind: str | None = None) -> None:
-        """Count the records of one or several whole forward passes.
+        """Count the records of one or several complete forward passes.
 
-        ``kind`` counts all their tokens as that; else each counts for its own modality. Padding is left out.
+        All tokens count as ``kind``, or each as its own modality if it is None. Padding is not counted.
         """
         layers = join(list(records))
         for entry in layers:
@@ -65,7 +65,7 @@ class RoutingStats:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of token that were counted: modalities in their order, what else there is behind them."""
+        """The kinds of token that were counted: modalities in their order, then others."""
         order = {name: place for place, name in enumerate(MODALITIES)}
         return sorted(self.pairs, key=lambda name: (order.get(name, len(order)), name))
 
@@ -75,11 +75,11 @@ class RoutingStats:
         return sorted(set().union(*self.pairs.values()))
 
     def tokens(self) -> dict[str, int]:
-        """How many tokens of each kind went through."""
+        """Number of tokens of each kind."""
         return {kind: self.paths[kind].total() for kind in self.kinds}
 
     def expert_load(self) -> dict[str, Any]:
-        """Share of the tokens' places that each expert got; empty when nothing was counted.
+        """Share of the (token, expert) pairs that each expert got; empty when nothing was counted.
 
         ``layers`` holds the indices of the MoE layers, ``all`` and every kind a table [L, E] whose rows
         sum to 1.
@@ -101,12 +101,12 @@ class RoutingStats:
         }
 
     def mean_expert_load(self) -> dict[str, list[float]]:
-        """For ``all`` and every kind the share of the places that each expert got in the mean layer [E]."""
+        """For ``all`` and every kind the share of each expert, averaged over layers [E]."""
         tables = {name: torch.tensor(table) for name, table in self.expert_load().items() if name != "layers"}
         return {name: [round(share, 4) for share in table.mean(0).tolist()] for name, table in tables.items()}
 
     def pathways(self, most: int = 5) -> dict[str, Any]:
-        """For every kind: ``tokens``, ``distinct`` pathways, the ``top`` ones with their share of the tokens.
+        """For every kind: ``tokens``, ``distinct`` pathways, and the ``top`` ones with their share of tokens.
 
         A pathway is the expert with the largest weight in each MoE layer, from first to last.
         """
@@ -121,8 +121,8 @@ class RoutingStats:
         return found
 
     def flow(self) -> dict[str, list[list[list[float]]]]:
-        """For every kind [L-1, E, E]: the share of its tokens that expert i leads in one MoE layer and expert
-        j in the next."""
+        """For every kind [L-1, E, E]: the share of its tokens whose top expert is i in one MoE layer and j in
+        the next."""
         experts = max(len(count_E) for layers in self.pairs.values() for count_E in layers.values())
         found = {}
         for kind in self.kinds:
@@ -142,8 +142,8 @@ class RoutingStats:
 def load_columns(
     records: Sequence[LayerRecord], load: ExpertLoad, balance_L: Sequence[Tensor] | Tensor
 ) -> dict[str, float]:
-    """Columns of a step's log: fullest expert over the mean and balance loss of each MoE layer, and the floor
-    of both; nothing for a dense model."""
+    """Columns of a step's log: maximum over mean load and balance loss of each MoE layer, and the minimum of
+    both; empty for a dense model."""
     columns = {"moe/floor": 1.0} if records else {}
     for index, (entry, balance) in enumerate(zip(records, balance_L, strict=True)):
         name = f"moe/layer{entry.layer:02d}"
@@ -153,7 +153,7 @@ def load_columns(
 
 
 def format_load_table(rows: Mapping[str, Sequence[float]], experts: Sequence[str]) -> str:
-    """Shares as lines of per cent, one a row, under the names of the experts."""
+    """A table of shares in percent, one line per row, with the experts as columns."""
     wide = max(map(len, rows))
     columns = [max(5, len(name)) for name in experts]
     head = [" " * wide, *(f"{name:>{column}}" for name, column in zip(experts, columns, strict=True))]
@@ -169,7 +169,7 @@ def _by_name(loads: dict[int, ExpertLoad]) -> dict[str, ExpertLoad]:
 
 
 def _leading(entry: LayerRecord) -> Tensor:
-    """[T] int64: the expert that each token gave the largest weight, -1 where it visited none."""
+    """[T] int64 expert with the largest weight for each token, -1 where it visited none."""
     routing = entry.routing
     weight_TE = torch.full((routing.num_tokens, routing.num_experts), -torch.inf)
     weight_TE[routing.token_N.cpu(), routing.expert_N.cpu()] = routing.weight_N.detach().float().cpu()

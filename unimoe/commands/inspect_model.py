@@ -1,4 +1,4 @@
-"""``unimoe inspect``: what a model is made of, and with data what its experts do with it.
+"""``unimoe inspect``: parameters and experts of a model, and with data the load of its experts.
 
 unimoe inspect runs/demo/moe
 unimoe inspect runs/demo/moe runs/demo/data/val.image.jsonl --output runs/demo/experts
@@ -38,17 +38,17 @@ def inspect(
     json: bool = False,
     output: str | None = None,
 ) -> None:
-    """Show what a model is made of, and which experts its tokens visit.
+    """Show the parameters and experts of a model, and which experts its tokens visit.
 
     Args:
         model: folder of a finished stage (or a hub id of a unimoe model).
-        data: conversations to send through it, in any format that training reads.
-        samples: most conversations, taken at even distances.
-        batch_size: conversations at a time.
-        media_root: folder that the data's relative paths begin in (default: the data's own).
-        top: pathways to list for each kind of token.
+        data: conversations to run through it, in any format that training reads.
+        samples: maximum number of conversations, evenly spaced.
+        batch_size: conversations per batch.
+        media_root: folder of relative media paths (default: that of the data file).
+        top: number of pathways to list per modality.
         json: print everything as one JSON object.
-        output: folder for inspect.json and, with data, the pictures load.svg and pathways.svg.
+        output: folder for inspect.json and, with data, the plots load.svg and pathways.svg.
     """
     for name, value in (("samples", samples), ("batch-size", batch_size), ("top", top)):
         if value < 1:
@@ -127,7 +127,7 @@ def describe_model(
 
 
 def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """At most ``most`` of the samples, at even distances."""
+    """At most ``most`` of the samples, evenly spaced."""
     count = min(most, len(samples))
     return [samples[index * len(samples) // count] for index in range(count)]
 
@@ -139,7 +139,7 @@ def observe(
     samples: Sequence[Sample],
     batch_size: int = 8,
 ) -> RoutingStats:
-    """Send whole conversations through the model and count where their tokens go."""
+    """Run whole conversations through the model and count their routing."""
     stats = RoutingStats()
     for rows in _batches(samples, batch_size):
         encoded = [processor.encode(sample.messages, where=sample.source) for sample in rows]
@@ -175,12 +175,12 @@ def as_text(report: dict[str, Any]) -> str:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in report["tokens"].items())
         lines += [
             f"\n{report['samples']} conversations of {report['data']}: {counts} tokens",
-            "\n  shares of the experts, mean of the MoE layers",
+            "\n  expert load, mean over the MoE layers",
             indent(format_load_table(report["mean_load"], experts), "  "),
-            "\n  commonest pathways: the leading expert of each MoE layer, by number",
+            "\n  most frequent pathways: the top expert of each MoE layer, by index",
         ]
         for kind, found in report["pathways"].items():
-            lines.append(f"  {kind}: {found['tokens']:,} tokens on {found['distinct']:,} different pathways")
+            lines.append(f"  {kind}: {found['tokens']:,} tokens on {found['distinct']:,} distinct pathways")
             lines += [
                 f"    {100 * path['share']:5.1f} %  {' '.join(_number(expert) for expert in path['experts'])}"
                 for path in found["top"]

@@ -1,4 +1,4 @@
-"""Which feed-forward layers of a model become mixtures of experts, and how they route."""
+"""Configuration of MoE layers: which FFNs are replaced, by how many experts, and how they route."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -10,41 +10,42 @@ PLACEMENTS = ("interval", "all", "first_half", "second_half", "none")
 
 @dataclass
 class MoEConfig:
-    """The MoE layers of one model; every field is JSON, so it can live inside a transformers config."""
+    """The MoE layers of one model. Every field is JSON, so it can be part of a transformers config."""
 
     num_experts: int = 4
     """Experts per MoE layer."""
     slices: int = 1
-    """Parts that each FFN is cut in, an expert each: 4 specialists in 2 slices are 8 of half width."""
+    """Slices of each FFN, one expert per slice: 4 FFNs in 2 slices are 8 experts of half width."""
     router: Literal["top_k", "top_p"] = "top_k"
-    """How many experts a token visits: as many as ``top_k`` says, or as hold the probability ``top_p``."""
+    """Number of experts per token: fixed (``top_k``), or as many as reach the probability ``top_p``."""
     top_k: int = 2
     """Experts that each token visits, 1..num_experts."""
     top_p: float = 0.7
-    """For top_p: probability that the experts of a token hold together, above 0 and at most 1."""
+    """For top_p: cumulative probability of the experts of a token, above 0 and at most 1."""
     null_experts: int = 0
-    """Experts that return zero, so that a token may skip compute; they stand last among those to choose."""
+    """Experts that return zero, so that a token can skip computation; they have the last indices."""
     shared_experts: int = 0
-    """Experts that every token visits; top_p gives them weights, top_k adds them as they are."""
+    """Experts that every token visits. top_p weights their output, top_k adds it unweighted."""
     shared_size: int | None = None
-    """Intermediate size of a shared expert; None is that of the others."""
+    """Intermediate size of a shared expert; None uses that of the routed experts."""
     gradient_estimator: Literal["paper", "code"] | None = None
-    """For top_p: the gradient estimator of Uni-MoE-2.0-Omni, with its paper's or UniMoE-Audio's constants."""
+    """For top_p: the gradient estimator of Uni-MoE-2.0-Omni, with the constants of its paper or of
+    UniMoE-Audio's code. None uses the gradient of the softmax weights."""
     placement: Literal["interval", "all", "first_half", "second_half", "none"] | list[int] = "interval"
     """Decoder layers whose FFN becomes an MoE layer: every even layer (0, 2, ...), all, one half, none, or a
     list of indices."""
     gating: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
-    """Softmax over the kept logits (Uni-MoE's code), or over all experts before the choice (its paper)."""
+    """Softmax over the selected logits (Uni-MoE's code), or over all before the selection (its paper)."""
     renormalize: bool = True
-    """For softmax_topk: divide the kept probabilities by their sum. topk_softmax always sums to 1."""
+    """For softmax_topk: divide the selected probabilities by their sum. topk_softmax always sums to 1."""
     combine: Literal["weight", "k_weight", "indicator", "straight_through"] = "weight"
-    """Factor of each expert's output, see combine.py."""
+    """Factor of each expert's output: its router weight w; k * w; 1; or 1 with the gradient of w."""
     balance_coef: float = 0.01
-    """Factor of the load-balance loss (summed over layers) in the training loss."""
+    """Coefficient of the load-balance loss (summed over layers) in the training loss."""
     z_coef: float = 0.0
-    """Factor of the router z-loss (summed over layers) in the training loss."""
+    """Coefficient of the router z-loss (summed over layers) in the training loss."""
     router_init_std: float = 0.02
-    """Standard deviation of a fresh router's weights."""
+    """Standard deviation of a router's initial weights."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -72,11 +73,15 @@ class MoEConfig:
 
     @classmethod
     def from_dict(cls, values: "dict[str, Any] | MoEConfig") -> "MoEConfig":
-        """Reads a plain dict; an unknown key is a UserError that names it."""
+        """Build from a plain dict, also one saved by an earlier version.
+
+        Raises:
+            UserError: an unknown key, or a value out of its range.
+        """
         if isinstance(values, MoEConfig):
             return values
         values = dict(values)
-        if "mixer" in values:  # its name in configurations saved by 0.1
+        if "mixer" in values:  # its name before 0.2
             values["gradient_estimator"] = values.pop("mixer")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))

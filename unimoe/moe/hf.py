@@ -24,8 +24,9 @@ def experts_forward(
 ) -> Tensor:
     """transformers' experts interface: hidden_states [T, D], top_k_index and top_k_weights [T, K] -> [T, D].
 
-    Ids >= num_experts (slots whose expert lives on another machine) give nothing and get no gradient. Experts
-    that are not bias-free SwiGLU in the default layout run in transformers' grouped_mm; a log line says so.
+    Ids >= num_experts (slots whose expert is on another device) contribute nothing and get no gradient.
+    Experts that are not bias-free SwiGLU in the default layout run in transformers' grouped_mm, with a
+    warning.
     """
     reason = _not_ours(self)
     if reason is not None:
@@ -41,7 +42,7 @@ def experts_forward(
 
 
 def _not_ours(experts: nn.Module) -> str | None:
-    """Why these experts need another function, or None."""
+    """Why these experts cannot run in our kernel, or None."""
     flags = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "has_gate": True}
     for flag, wanted in {**flags, "is_concatenated": True}.items():
         if getattr(experts, flag, wanted) != wanted:  # older versions of transformers lack some flags

@@ -1,4 +1,4 @@
-"""Putting MoE layers in the place of a decoder's dense FFNs."""
+"""Replacing the dense FFNs of a decoder with MoE layers."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,8 @@ from .layer import MoELayer
 def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
     """The FFN of one decoder layer of a transformers model.
 
-    Raises UserError where the model names it otherwise.
+    Raises:
+        UserError: the model has no FFN at ``layers[layer].mlp``.
     """
     layers = getattr(decoder, "layers", None)
     mlp = getattr(layers[layer], "mlp", None) if layers is not None else None
@@ -28,7 +29,7 @@ def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
 
 
 def build_router(hidden_size: int, moe: MoEConfig) -> TopK | TopP:
-    """The fresh router that ``moe`` describes."""
+    """The router that ``moe`` describes, with fresh weights."""
     if moe.router == "top_p":
         return TopP(
             hidden_size,
@@ -55,9 +56,13 @@ def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module]
 
     Args:
         decoder: a transformers decoder (``AutoModel`` of a causal LM) with dense SwiGLU FFNs.
-        moe: how many experts, where, and how they are routed. Routers start from N(0, ``router_init_std``).
-        sources: one dense decoder for each expert slot, whose FFNs become that expert, or ``moe.slices`` of
-            them; None copies the decoder's own. Shared experts start as slices of the decoder's own.
+        moe: number, placement and routing of the experts. Routers start from N(0, ``router_init_std``).
+        sources: one dense decoder per expert slot, whose FFN becomes that expert, or ``moe.slices`` experts;
+            None copies the decoder's own FFN. Shared experts start as slices of the decoder's own.
+
+    Raises:
+        UserError: the number of ``sources`` does not match, a layer is an MoE layer already, or an FFN is not
+            a bias-free SwiGLU FFN.
     """
     slots = moe.num_experts // moe.slices
     if sources is not None and len(sources) != slots:

@@ -1,4 +1,4 @@
-"""Experts divided among processes: each holds some of every MoE layer's experts, and computes for all.
+"""Expert parallelism: each process holds a shard of the experts of every MoE layer.
 
 Shapes: T tokens, N (token, expert) pairs sorted by expert, M pairs that came here, D hidden, E experts, P
 processes, F = E / P experts of each.
@@ -93,7 +93,7 @@ def _visits(x_MD: Tensor, came_PF: Tensor) -> Routing:
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """A tensor as it is; its gradient is multiplied."""
+    """Identity whose gradient is scaled."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
@@ -106,7 +106,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _SumGradients(torch.autograd.Function):
-    """Tensors as they are; their gradients are summed over the group."""
+    """Identity whose gradients are summed over the group."""
 
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +123,7 @@ class _SumGradients(torch.autograd.Function):
 
 
 class _SumOutputs(torch.autograd.Function):
-    """The sum of the group's tensors; gradients go back as they are."""
+    """Sum over the group whose gradient is passed through."""
 
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, tensor: Tensor) -> Tensor:
@@ -137,9 +137,10 @@ class _SumOutputs(torch.autograd.Function):
 
 
 def divide_experts(layer: MoELayer, mesh: DeviceMesh, exchange: Exchange) -> None:
-    """Keep this process's share of an MoE layer's experts, in place.
+    """Keep this process's shard of an MoE layer's experts, in place.
 
-    Raises UserError where the experts cannot be shared out evenly.
+    Raises:
+        UserError: the experts cannot be divided evenly, or share parameters.
     """
     experts = layer.experts
     if experts.num_experts % mesh.size():

@@ -1,9 +1,9 @@
-"""What a forward pass knew and chose, collected without touching the host model.
+"""What a forward pass knows about its tokens, and what its routers decided.
 
-``with routing_context(Context(...)):`` is opened by the model around its decoder, ``with record() as
-records:`` by whoever wants the routing of each MoE layer: the training step for its losses, plots, analyses.
-Both are context variables, so threads do not mix. Gradient checkpointing runs layers a second time in the
-backward pass, after both have closed: :func:`remember_context` gives that run what the first one knew.
+The model opens ``with routing_context(Context(...)):`` around its decoder. Whoever needs the routing of each
+MoE layer (losses, plots, analyses) opens ``with record() as records:``. Both are context variables, so
+threads do not interfere. Gradient checkpointing runs layers a second time in the backward pass, after both
+have closed: :func:`remember_context` gives that run the context of the first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +21,7 @@ from .routing import Pairs, Routing
 
 @dataclass(frozen=True)
 class Context:
-    """What is known about the T tokens of a forward pass, flattened in the order of the hidden states ([B, S]
-    -> T)."""
+    """What is known about the T tokens of a forward pass, flattened like the hidden states ([B, S] -> T)."""
 
     pad_T: Tensor | None = None
     """[T] bool, True where the token is padding; None when nothing is padded."""
@@ -34,11 +33,13 @@ class Context:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The routing of one MoE layer, or of one projection with banks of experts, in one forward pass; its
-    tensors are part of the autograd graph."""
+    """The routing of one MoE layer, or of one projection with banks of experts, in one forward pass.
+
+    Its tensors are part of the autograd graph.
+    """
 
     layer: int
-    """Index of the decoder layer, -1 where nobody set it."""
+    """Index of the decoder layer, -1 if it was not set."""
     routing: Routing
     ctx: Context
     """As it was during the forward pass."""
@@ -67,7 +68,7 @@ _records: ContextVar[list[LayerRecord] | None] = ContextVar("unimoe_routing_reco
 
 @contextmanager
 def routing_context(ctx: Context) -> Iterator[Context]:
-    """Tells the MoE layers inside about the tokens they see."""
+    """Gives the routers inside information about the tokens."""
     token = _context.set(ctx)
     try:
         yield ctx
@@ -77,7 +78,8 @@ def routing_context(ctx: Context) -> Iterator[Context]:
 
 @contextmanager
 def record() -> Iterator[list[LayerRecord]]:
-    """Collects a LayerRecord of each MoE layer's forward inside, in order; nested ones all collect."""
+    """Collects a LayerRecord for each forward pass of an MoE layer inside, in order; nested recorders all
+    collect."""
     records: list[LayerRecord] = []
     outer = _records.get()
     token = _records.set(records)
@@ -90,7 +92,11 @@ def record() -> Iterator[list[LayerRecord]]:
 
 
 def join(records: list[LayerRecord]) -> list[LayerRecord]:
-    """One record a layer out of several forward passes' records, as if all tokens had come in one pass."""
+    """One record per layer from the records of several forward passes, as if all tokens were one batch.
+
+    Raises:
+        ValueError: ``Routing.extra`` has a tensor that cannot be joined.
+    """
     layers: dict[tuple[int, str], list[LayerRecord]] = {}
     for entry in records:
         layers.setdefault((entry.layer, entry.projection), []).append(entry)
@@ -122,8 +128,8 @@ def _join(entries: list[LayerRecord]) -> LayerRecord:
 
 
 def _join_extra(extras: Sequence[dict[str, Tensor]], order_N: Tensor) -> dict[str, Tensor]:
-    """By the shape letters at the end of each name: T* are concatenated, N* concatenated and sorted as the
-    pairs are, all others belong to the layer and must be one and the same tensor."""
+    """Joined by the shape letters at the end of each name: T* are concatenated, N* concatenated and sorted
+    like the pairs; all others belong to the layer and must be the same tensor in each pass."""
     joined: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for extra in extras for name in extra):
         parts = [extra.get(name) for extra in extras]
@@ -154,7 +160,7 @@ def remember_context(model: nn.Module) -> None:
 
     The second run, in the backward pass, gets the context variables of the first, so that a router that reads
     its context chooses the same experts, and it records nothing. Call it after checkpointing was enabled on a
-    model of transformers; models of this package do so themselves. A second call changes nothing.
+    model of transformers; models of this package do so themselves. Repeated calls have no effect.
     """
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
@@ -188,12 +194,12 @@ def _unrecorded(function: Callable[..., Any], *inputs: Any, **options: Any) -> A
 
 
 def current_context() -> Context:
-    """The innermost ``routing_context``, or one that knows nothing."""
+    """The innermost ``routing_context``, or an empty one."""
     return _context.get()
 
 
 def append(layer: int, routing: Routing, projection: str = "") -> None:
-    """Adds to the active ``record()``, if there is one."""
+    """Adds a record to the active ``record()``, if there is one."""
     records = _records.get()
     if records is not None:
         records.append(LayerRecord(layer, routing, _context.get(), projection))

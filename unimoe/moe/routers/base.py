@@ -13,15 +13,15 @@ from unimoe.moe.routing import Routing
 
 @dataclass(frozen=True)
 class RouterDescription:
-    """What is known about a router without data."""
+    """Properties of a router that need no data."""
 
     num_experts: int
-    """Experts that it chooses from, null experts included."""
+    """Experts to choose from, null experts included."""
     experts_per_token: float
-    """Experts that a token visits, null experts included; where that depends on the token, the number while
-    all experts are equally probable, as at the start."""
+    """Experts per token, null experts included; if that depends on the token, the number for equally probable
+    experts, as before training."""
     fixed: bool
-    """Whether every token visits as many."""
+    """Whether it is the same for every token."""
 
 
 class Router(nn.Module):
@@ -35,5 +35,5 @@ class Router(nn.Module):
         )
 
     def describe(self) -> RouterDescription:
-        """How many experts a token visits; a router that does not say counts as dense."""
+        """Number of experts per token; a router that does not override this counts as dense."""
         return RouterDescription(self.num_experts, self.num_experts, fixed=False)

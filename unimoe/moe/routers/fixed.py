@@ -15,7 +15,7 @@ from .base import Router, RouterDescription
 
 
 class FixedExpertRouter(Router):
-    """Sends every token to one expert, with weight 1: routing by a task that is known."""
+    """Sends every token to the same expert with weight 1, for tasks or slots that are known."""
 
     def __init__(self, num_experts: int, expert: int):
         super().__init__()

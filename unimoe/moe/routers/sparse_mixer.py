@@ -1,4 +1,4 @@
-"""The gradient estimator of Uni-MoE's successors, for routers whose choice has no gradient of its own.
+"""SparseMixer, the gradient estimator of Uni-MoE's successors: sampled experts with a useful gradient.
 
 Shapes: T tokens, E experts.
 """
@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 GRADIENT_ESTIMATORS = {"paper": (5 / 8, 2.0), "code": (1 / 4, 1.0)}
-"""Chance that a pick other than the best keeps its whole weight, and the factor of the weight's gradient: as
-Uni-MoE-2.0-Omni (2511.12609) writes, and as UniMoE-Audio's code has."""
+"""Probability that a sampled expert other than the best keeps its full weight, and the factor of the weight's
+gradient: as in the paper of Uni-MoE-2.0-Omni (2511.12609), and as in UniMoE-Audio's code."""
 
 
 def sparse_mixer(logits_TE: Tensor, k_T: Tensor, jitter: float, whole: float, slope: float) -> Tensor:
-    """[T, E] random weights of the ``k_T`` experts that each token draws, 0 elsewhere (SparseMixer,
+    """[T, E] random weights of the ``k_T`` experts that each token samples, 0 elsewhere (SparseMixer,
     2310.00811; GRIN, 2409.12136).
 
     Slot by slot:
 
-    1. of the experts not drawn yet, those whose logit is below the best one by more than 2 ``jitter`` of its
-       size are left out; o is the softmax over the rest
-    2. one expert is drawn from o (Gumbel noise)
-    3. its weight is o, or o / 3 when it is not the best one and a coin of probability ``whole`` fails
+    1. of the experts not sampled yet, those whose logit is below the best one by more than 2 ``jitter``
+       (relative) are masked; o is the softmax over the rest
+    2. one expert is sampled from o (Gumbel noise)
+    3. its weight is o, or o / 3 if it is not the best expert and a draw of probability ``whole`` fails
     4. the gradient is that of ``slope`` * o, whatever the weight
 
-    A midpoint of the way from 0 to o, so that the router learns from experts that it did not think best.
+    This is the midpoint rule between 0 and o: the router also learns from experts that it ranked lower.
     """
     weight_TE = torch.zeros_like(logits_TE)
     left_TE = logits_TE

@@ -18,12 +18,15 @@ from .base import Router, RouterDescription
 
 
 class TopK(Router):
-    """Linear router without bias that keeps the K best experts of each token.
+    """Linear router without bias that selects the K best experts of each token.
 
-    1. logits = x W^T in float32, whatever dtype the model has
-    2. "topk_softmax": softmax over the K kept logits (Uni-MoE's code), so the weights sum to 1; with K = 1
-       the weight is exactly 1 and only the balance loss trains the router. "softmax_topk": softmax over all
-       experts, K best kept (Uni-MoE's paper, eq. 4; Switch), divided by their sum if ``renormalize``
+    1. logits = x W^T in float32, whatever the dtype of the model
+    2. "topk_softmax": softmax over the K selected logits (Uni-MoE's code), so the weights sum to 1; with
+       K = 1 the weight is exactly 1 and only the balance loss trains the router. "softmax_topk": softmax over
+       all experts, then the K best (Uni-MoE's paper, eq. 4; Switch), divided by their sum if ``renormalize``
+
+    Raises:
+        UserError: ``k`` is not in 1..num_experts, or ``gating`` is not known.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Routing by probability mass.
+"""A variable number of experts per token, chosen by cumulative probability.
 
 Shapes: T tokens, D hidden, E experts to choose from (null ones included, last), S shared experts.
 """
@@ -19,15 +19,15 @@ from .sparse_mixer import GRADIENT_ESTIMATORS, sparse_mixer
 
 
 class TopP(Router):
-    """Keeps as many of the best experts of each token as hold the probability ``p`` together.
+    """Selects the smallest set of experts whose probabilities sum to at least ``p``.
 
     1. float32 logits of the E experts to choose from, of which the last ``null_experts`` return zero (a token
-       that chooses one skips compute), and of the S shared ones, which every token visits
-    2. the smallest number of experts, sorted by probability, whose sum reaches ``p``; at least one
-    3. weights: softmax over the chosen and the shared, so that they sum to 1; without ``renormalize`` the
-       probabilities over all as they are
-    4. with a ``gradient_estimator``, in training, the chosen are drawn instead, see :func:`sparse_mixer`;
-       their weights are divided by their sum and share what step 3 gives the chosen
+       that selects one skips computation), and of the S shared experts, which every token visits
+    2. the fewest experts, in order of probability, whose sum reaches ``p``; at least one
+    3. weights: softmax over the selected and the shared experts, so that they sum to 1; without
+       ``renormalize`` the probabilities over all experts
+    4. with a ``gradient_estimator``, in training, the experts are sampled instead, see :func:`sparse_mixer`;
+       their weights are normalised to the sum that step 3 gives the selected experts
 
     The shared experts' weights are ``Routing.extra["shared_TS"]``. Sources: DCMoE and UniMoE-Audio
     (2510.13344); without null and shared experts and ``renormalize``: Huang et al., 2403.07652.
@@ -91,7 +91,7 @@ class TopP(Router):
         return routing
 
     def counts(self, probs_TE: Tensor) -> Tensor:
-        """[T] experts that each token keeps."""
+        """[T] number of experts that each token selects."""
         below_TE = probs_TE.sort(dim=-1, descending=True).values.cumsum(dim=-1) < self.p
         return (below_TE.sum(dim=-1) + 1).clamp(
             max=self.num_experts

@@ -14,13 +14,13 @@ from .slice import split_experts
 
 
 def from_dense(mlps: Sequence[nn.Module], noise: float = 0.0) -> SwiGLUExperts:
-    """One expert per dense FFN, all of one shape; ``noise``: see ``copy_experts``."""
+    """One expert per dense FFN, all of the same shape; ``noise`` as in :func:`copy_experts`."""
     return split_experts(mlps, 1, noise)
 
 
 def copy_experts(mlp: nn.Module, num_experts: int, noise: float = 0.0) -> SwiGLUExperts:
-    """``num_experts`` copies of one FFN; exact under any router whose weights sum to 1.
+    """``num_experts`` copies of one FFN. The layer equals the FFN under any router whose weights sum to 1.
 
-    ``noise`` adds normal noise of that many standard deviations of each weight matrix, which ends exactness.
+    ``noise`` adds Gaussian noise of that many standard deviations of each weight matrix.
     """
     return split_experts([mlp] * num_experts, 1, noise)

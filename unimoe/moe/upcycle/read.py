@@ -1,4 +1,4 @@
-"""Reading the weights of dense FFNs, whatever their layers are called.
+"""Reads the weights of dense FFNs with different layer names.
 
 Shapes: E experts, H hidden, I intermediate.
 """
@@ -11,7 +11,11 @@ from unimoe.errors import UserError
 
 def read_swiglu(mlp: nn.Module) -> tuple[Tensor, Tensor]:
     """(gate_up [2I, H], down [H, I]) of a SwiGLU FFN with gate_proj/up_proj/down_proj or a fused
-    gate_up_proj; not copies."""
+    gate_up_proj, not copied where possible.
+
+    Raises:
+        UserError: the FFN has other layers, a bias, or an activation other than SiLU.
+    """
     name = type(mlp).__name__
     parts = {part: getattr(mlp, part, None) for part in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")}
     linears = {part: linear for part, linear in parts.items() if isinstance(linear, nn.Linear)}
@@ -34,9 +38,11 @@ def read_swiglu(mlp: nn.Module) -> tuple[Tensor, Tensor]:
 def read_ffn(mlp: nn.Module) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], str]:
     """((up [I, H], up bias [I], down [H, I], down bias [H]), name of the activation) of a two-layer FFN.
 
-    Its layers may be called up_proj and down_proj, fc1 and fc2, or linear1 and linear2; not copies, except
-    zeros for a bias that is not there. Raises UserError for anything else and for an activation other than
-    ReLU and GELU.
+    Its layers may be called up_proj and down_proj, fc1 and fc2, or linear1 and linear2. The weights are not
+    copied; a missing bias is returned as zeros.
+
+    Raises:
+        UserError: the FFN has other layers, or an activation other than ReLU and exact GELU.
     """
     name = type(mlp).__name__
     for pair in (("up_proj", "down_proj"), ("fc1", "fc2"), ("linear1", "linear2")):
