@@ -1,4 +1,4 @@
-"""Encoders of images, videos and sound, and the connectors that lead into the language model."""
+"""Encoders of images, video, speech and audio, and the connectors that project into the language model."""
 
 from .build_connector import build_connector, copy_connector, fill_connector
 from .connector import Connector, ConnectorConfig, num_tokens

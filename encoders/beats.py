@@ -60,7 +60,7 @@ class BeatsConfig:
     deep_norm: bool = True
     """Residuals are scaled by (2 layers)^(1/4) before each norm."""
     max_windows: int = 20
-    """Longest sound, in windows of 30 s, as for ``whisper``."""
+    """Longest audio, in windows of 30 s, as for ``whisper``."""
 
 
 class BeatsEncoder(SpeechEncoder):
@@ -99,7 +99,11 @@ class BeatsEncoder(SpeechEncoder):
 
     @classmethod
     def complete(cls, config: dict[str, Any], weights: str | None) -> dict[str, Any]:
-        """Add the settings that lie with the weights, under ``cfg``. Raises UserError for another kind."""
+        """Add the settings that lie with the weights, under ``cfg``.
+
+        Raises:
+            UserError: the weights are of another kind.
+        """
         if weights is None:
             return config
         content = read_file(find_weights(weights))
@@ -235,19 +239,21 @@ def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def fbank(sound_N: Tensor) -> Tensor:
-    """Kaldi's log mel energies of mono sound at 16 kHz in -1..1, normalised as BEATs wants them: [M, F].
+def fbank(audio_N: Tensor) -> Tensor:
+    """Kaldi's log mel energies of mono audio at 16 kHz in -1..1, normalised as BEATs expects them: [M, F].
 
     Windows of 25 ms every 10 ms, F = 1 + (N - 400) // 160: mean removed, pre-emphasis 0.97, Povey window,
-    power spectrum of 512 points, triangles from 20 Hz to 8 kHz on Kaldi's mel scale. Raises UserError below
-    400 samples.
+    power spectrum of 512 points, triangles from 20 Hz to 8 kHz on Kaldi's mel scale.
+
+    Raises:
+        UserError: there are fewer than 400 samples.
     """
-    if sound_N.ndim != 1 or len(sound_N) < _WINDOW:
-        raise UserError(f"sound has shape {list(sound_N.shape)}, expected [samples], at least {_WINDOW}")
-    frames_FW = (sound_N.float() * 2**15).unfold(0, _WINDOW, _HOP)
+    if audio_N.ndim != 1 or len(audio_N) < _WINDOW:
+        raise UserError(f"audio has shape {list(audio_N.shape)}, expected [samples], at least {_WINDOW}")
+    frames_FW = (audio_N.float() * 2**15).unfold(0, _WINDOW, _HOP)
     frames_FW = frames_FW - frames_FW.mean(1, keepdim=True)
     before_FW = torch.cat([frames_FW[:, :1], frames_FW[:, :-1]], 1)
-    window_W = torch.hann_window(_WINDOW, periodic=False, device=sound_N.device) ** 0.85
+    window_W = torch.hann_window(_WINDOW, periodic=False, device=audio_N.device) ** 0.85
     power_FK = torch.fft.rfft((frames_FW - 0.97 * before_FW) * window_W, _FFT).abs() ** 2
     energy_FM = power_FK @ mel_filters().to(power_FK)
     log_FM = energy_FM.clamp(min=torch.finfo(torch.float32).eps).log()

@@ -1,4 +1,4 @@
-"""From a configuration to its connector, and how a connector starts."""
+"""Building a connector from its configuration, and initialising it."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,8 +14,10 @@ from .whisper_qformer import load_whisper_decoder
 def build_connector(config: dict[str, Any], in_features: int, out_features: int) -> Connector:
     """Build the connector that ``config`` (a ConnectorConfig as a dictionary) describes, with random weights.
 
-    ``in_features`` is the encoder's width, ``out_features`` the language model's. Raises UserError for a bad
-    config.
+    ``in_features`` is the encoder's width, ``out_features`` the language model's.
+
+    Raises:
+        UserError: the configuration is invalid.
     """
     return connector_of(ConnectorConfig.parse(config), in_features, out_features)
 
@@ -31,9 +33,10 @@ def connector_of(config: ConnectorConfig, in_features: int, out_features: int) -
 
 
 def copy_connector(connector: Connector, source: Connector) -> None:
-    """Let ``connector`` start as ``source``; over the frames of a video, each frame starts as a picture.
+    """Copy the weights of ``source``; a connector over video frames takes those of an image connector.
 
-    Raises UserError when they are of another shape.
+    Raises:
+        UserError: they differ in shape.
     """
     target = getattr(connector, "frame", connector)
     own, found = (
@@ -46,7 +49,11 @@ def copy_connector(connector: Connector, source: Connector) -> None:
 
 def fill_connector(connector: Connector, weights: str) -> None:
     """Give a fresh connector the weights that its configuration names: a Whisper decoder's, for a causal
-    Q-Former (:func:`~.whisper_qformer.load_whisper_decoder`). Raises UserError for any other connector."""
+    Q-Former (:func:`~.whisper_qformer.load_whisper_decoder`).
+
+    Raises:
+        UserError: the connector is no causal Q-Former, or the decoder does not fit.
+    """
     if connector.config.type != "qformer" or not connector.config.causal:
         raise UserError(
             f"connector {connector.config.type}: weights belong to a causal qformer (a Whisper decoder's)"

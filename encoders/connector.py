@@ -31,7 +31,7 @@ class ConnectorConfig:
     pool: int | None = None
     """pooled_mlp on images: the token grid is pooled to pool x pool; None is 2 unless stack is set."""
     pooling: Literal["mean", "max"] = "mean"
-    """pooled_mlp on images: what stands for a cell of the grid; max keeps a small thing on a large ground."""
+    """pooled_mlp on images: how a cell of the grid is pooled; max keeps small objects."""
     stack: int | None = None
     """pooled_mlp on speech: so many consecutive positions side by side make one token (5 is usual)."""
     grid: list[int] | None = None
@@ -50,7 +50,7 @@ class ConnectorConfig:
     num_heads: int = 12
     """qformer: attention heads."""
     cross_every: int = 1
-    """qformer: cross-attention in every so-manieth layer, from the first; 1 is all (BLIP-2 has 2)."""
+    """qformer: insert cross-attention every N layers, from the first; 1 is all (BLIP-2 has 2)."""
     dropout: float = 0.0
     """qformer: dropout in training."""
     causal: bool = False
@@ -58,8 +58,11 @@ class ConnectorConfig:
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> "ConnectorConfig":
-        """From a dictionary. Raises UserError for unknown types and keys and for values that do not go
-        together."""
+        """From a dictionary.
+
+        Raises:
+            UserError: a type or key is unknown, or values contradict each other.
+        """
         kind = config.get("type")
         if kind not in _DEPTHS:
             raise UserError(f"unknown connector type {kind!r}; known: {', '.join(_DEPTHS)}")
@@ -121,8 +124,8 @@ class Connector(nn.Module):
     """``forward(features_BSD, lengths_B | None) -> (tokens_BNH, counts_B)``.
 
     ``lengths_B`` counts the real positions of each item (None: all); ``counts_B`` (int64) the real tokens,
-    which come first. Tokens beyond an item's count are to be ignored. An item's tokens do not depend on its
-    batch mates.
+    which come first. Tokens beyond an item's count are to be ignored. An item's tokens do not depend on the
+    rest of its batch.
     """
 
     def __init__(self, config: ConnectorConfig):

@@ -32,7 +32,7 @@ C = TypeVar("C")
 
 
 class Encoder(nn.Module):
-    """A tower that turns one kind of media into features ``[B, S, D]``, frozen or trained by the caller.
+    """A tower that turns media of one modality into features ``[B, S, D]``; the caller freezes or trains it.
 
     The constructor takes the class's ``Config`` and builds the structure only: no files, no network, and any
     default device, ``meta`` included. Weights come from ``load_encoder`` or from the whole model's
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
     kind: ClassVar[str]
     """The ``type`` that names this class in a configuration."""
     modality: ClassVar[str]
-    """``image``, ``video``, ``speech`` or ``audio``; what hears the one sound hears the other."""
+    """``image``, ``video``, ``speech`` or ``audio``; encoders of speech take audio, and the reverse."""
     Config: ClassVar[type]
     """Dataclass of this encoder's settings."""
     prefixes: ClassVar[tuple[str, ...]] = ("",)
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
     hidden_size: int
     """D, the width of the features."""
     preprocessing: dict[str, Any]
-    """What the processor has to know, JSON-able; see ``unimoe.model.preprocessing``."""
+    """What the processor needs to know, JSON-able; see ``unimoe.model.preprocessing``."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -75,7 +75,11 @@ class Encoder(nn.Module):
         return config
 
     def load_weights(self, weights: str) -> None:
-        """Fill the tower from a file or folder. Raises UserError when that is missing or of another shape."""
+        """Fill the tower from a file or folder.
+
+        Raises:
+            UserError: the weights are missing or of another shape.
+        """
         tensors = read_tensors(weights)
         fill(self.tower, select_prefix(tensors, self.tower, self.prefixes), weights)
 
@@ -125,7 +129,11 @@ class ImageEncoder(Encoder):
         raise TypeError(f"{type(self).__name__} must define features()")
 
     def check(self, pixel_values: Tensor) -> Tensor:
-        """The pixels in the encoder's dtype. Raises UserError unless ``[B, 3, image_size, image_size]``."""
+        """The pixels in the encoder's dtype.
+
+        Raises:
+            UserError: the shape is not ``[B, 3, image_size, image_size]``.
+        """
         size = self.preprocessing["image_size"]
         if tuple(pixel_values.shape[1:]) != (3, size, size):
             found = list(pixel_values.shape)
@@ -161,7 +169,10 @@ def build_encoder(config: dict[str, Any]) -> Encoder:
     """Build the encoder that ``config`` describes, with random weights and without files or network.
 
     ``config["type"]`` is one of timm, open_clip, clip, siglip, frames, whisper, beats; the other keys are
-    that class's ``Config``. Raises UserError for an unknown type, key or model name.
+    that class's ``Config``.
+
+    Raises:
+        UserError: the type, a key or the model name is unknown.
     """
     encoder = encoder_class(config)
     return encoder(parse_config(encoder.Config, config))
@@ -172,7 +183,10 @@ def load_encoder(config: dict[str, Any], weights: str | Path | None = None) -> E
 
     ``weights`` is None (random), a file or folder, or what the library behind the type understands:
     ``pretrained`` (timm), a tag or ``hf-hub:owner/name`` (open_clip), a hub id (clip, siglip), a model name
-    (whisper). Raises UserError when the weights are missing, unreadable or of another shape.
+    (whisper).
+
+    Raises:
+        UserError: the weights are missing, unreadable or of another shape.
     """
     encoder = encoder_class(config)
     source = None if weights is None else str(weights)
@@ -183,7 +197,11 @@ def load_encoder(config: dict[str, Any], weights: str | Path | None = None) -> E
 
 
 def encoder_class(config: dict[str, Any]) -> type[Encoder]:
-    """The class behind ``config["type"]``. Raises UserError listing the known types."""
+    """The class behind ``config["type"]``.
+
+    Raises:
+        UserError: the type is unknown.
+    """
     kind = config.get("type")
     if kind not in _ENCODERS:
         raise UserError(f"unknown encoder type {kind!r}; known: {', '.join(_ENCODERS)}")
@@ -192,7 +210,11 @@ def encoder_class(config: dict[str, Any]) -> type[Encoder]:
 
 
 def parse_config(cls: type[C], config: dict[str, Any]) -> C:
-    """A ``cls`` from ``config`` without its ``type``. Raises UserError for unknown and missing keys."""
+    """A ``cls`` from ``config`` without its ``type``.
+
+    Raises:
+        UserError: a key is unknown or missing.
+    """
     values = {key: value for key, value in config.items() if key != "type"}
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     kind = config.get("type")

@@ -13,7 +13,7 @@ from .connector import Connector, ConnectorConfig
 
 
 class FrameConnector(Connector):
-    """Any connector of pictures over the frames of a video.
+    """Any image connector over the frames of a video.
 
     1. every frame becomes the T tokens that ``frame``, the connector of the configured type, makes of it;
     2. ``keep``: frame f's tokens get the learned temporal position f, and all stand one after another: F * T;

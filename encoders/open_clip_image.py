@@ -141,7 +141,11 @@ class OpenClipImageEncoder(ImageEncoder):
 
 
 def architecture(name: str | None) -> dict[str, Any]:
-    """open_clip's ``model_cfg`` for a built-in name. Raises UserError with the closest names."""
+    """open_clip's ``model_cfg`` for a built-in name.
+
+    Raises:
+        UserError: the name is unknown; the message lists the closest ones.
+    """
     if name and name.startswith(_SCHEMAS):
         raise UserError(
             f"open_clip: {name!r} is a place of weights; give it as weights, or the model_cfg itself"
@@ -155,7 +159,11 @@ def architecture(name: str | None) -> dict[str, Any]:
 
 
 def image_size(config: OpenClipConfig) -> int:
-    """The configured input size, or the architecture's own. Raises UserError when that is not square."""
+    """The configured input size, or the architecture's own.
+
+    Raises:
+        UserError: it is not square.
+    """
     size = config.image_size or (config.model_cfg or architecture(config.name))["vision_cfg"].get(
         "image_size", 224
     )
@@ -168,8 +176,8 @@ def image_size(config: OpenClipConfig) -> int:
 def create(config: OpenClipConfig) -> tuple[Any, int | None]:
     """The bare tower, cut behind the chosen block and without projection and pooling, and the level to take.
 
-    Raises UserError for an unknown name, a ``model_cfg`` that is not understood and a block that does not
-    exist.
+    Raises:
+        UserError: the name is unknown, the ``model_cfg`` is not understood, or the block does not exist.
     """
     model_cfg = deepcopy(config.model_cfg or architecture(config.name))
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in model_cfg]

@@ -17,8 +17,10 @@ def ridge_map(x_nD: Tensor, y_nH: Tensor, ridge: float = 2000.0) -> tuple[Tensor
 
     Minimises ``|Z A - (Y - mean Y)|^2 + ridge |A|^2`` with ``Z = (X - mean X) / std X``, and folds the
     standardisation into weight and bias. Features that do not vary get weight 0. Solved in float64 in the
-    smaller of the two forms (D x D, or n x n when there are fewer examples than features). Raises UserError
-    when the rows do not pair up.
+    smaller of the two forms (D x D, or n x n when there are fewer examples than features).
+
+    Raises:
+        UserError: the rows do not pair up.
     """
     if x_nD.ndim != 2 or y_nH.ndim != 2 or len(x_nD) != len(y_nH) or not len(x_nD):
         raise UserError(
@@ -51,9 +53,11 @@ def ridge_init(
 
     The target of an example (for instance the mean embedding of its name) is what the mean of its tokens
     should be; earlier layers keep their random values and serve as features. The penalty shrinks what tells
-    examples apart (by about 0.6 on the embedded default's pictures), so the outputs' deviations from their
-    mean are then scaled to the mean size of the targets'. Raises UserError for a Q-Former and for rows that
-    do not pair up.
+    examples apart (by about 0.6 on the embedded default's images), so the outputs' deviations from their
+    mean are then scaled to the mean size of the targets'.
+
+    Raises:
+        UserError: the connector is a Q-Former, or the rows do not pair up.
     """
     if not isinstance(connector, MLPConnector):
         raise UserError(

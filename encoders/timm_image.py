@@ -86,7 +86,8 @@ class TimmImageEncoder(ImageEncoder):
 def create(config: TimmConfig, pretrained: bool = False) -> tuple[Any, int | None]:
     """The bare timm model, cut behind the chosen level, and that level's index (see ``cut``).
 
-    Raises UserError for a name that timm does not know and for a level that the model does not have.
+    Raises:
+        UserError: timm does not know the name, or the model does not have the level.
     """
     if not timm.is_model(config.name):
         raise UserError(
@@ -108,7 +109,8 @@ def create(config: TimmConfig, pretrained: bool = False) -> tuple[Any, int | Non
 def cut(model: Any, features_layer: int | None) -> int | None:
     """Take off what the features do not pass through; returns the level as an index from the start.
 
-    Raises AssertionError, as timm does, for an index out of range.
+    Raises:
+        AssertionError: the index is out of range (as timm raises it).
     """
     if getattr(model, "attn_pool", None) is not None:
         model.attn_pool = None

@@ -41,7 +41,7 @@ class VisionConfig:
     interpolation: str | None = None
     """Resampling filter; None takes that of the weights, or bicubic."""
     fit: Literal["stretch", "crop", "pad"] = "stretch"
-    """How a picture becomes square: stretched; cut at its longer sides, as CLIP and LLaVA-1.5 in transformers
+    """How an image becomes square: stretched; its longer sides cropped, as CLIP and LLaVA-1.5 in transformers
     do; or with bars of the mean colour, as LLaVA-1.5 was trained."""
 
 

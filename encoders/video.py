@@ -1,4 +1,4 @@
-"""Moving pictures: any image encoder over the frames of a video.
+"""Video: any image encoder over the frames.
 
 Shapes: B videos, F frames of the longest, N frames of all videos, S positions of a frame, D width.
 """
@@ -27,7 +27,7 @@ class FramesConfig:
 class FramesEncoder(Encoder):
     """``forward(video_pixels [B, F, 3, H, W], frames_B) -> (features [B, F * S, D], lengths_B)``.
 
-    A frame is a picture to the tower: what comes before or after does not matter to its features. They stand
+    The tower sees each frame as an image: the frames before and after do not affect its features. These stand
     frame by frame, in order, and are zero beyond a video's own frames, which the tower does not run on.
     """
 

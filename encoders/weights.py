@@ -31,7 +31,8 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 def find_weights(path: str | Path) -> Path:
     """The weights file that ``path`` names: itself, or the one inside it when it is a folder.
 
-    Raises UserError when there is none, or when a folder holds several and none has a usual name.
+    Raises:
+        UserError: there is none, or a folder holds several and none has a usual name.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -52,7 +53,8 @@ def hub_file(name: str, *files: str) -> str:
     """The path of the first of ``files`` in the model ``name`` on the Hugging Face hub, downloaded unless
     cached.
 
-    Raises UserError when the name is no folder here and no such file can be had there.
+    Raises:
+        UserError: the name is no local folder, and the hub has no such file.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -66,13 +68,17 @@ def hub_file(name: str, *files: str) -> str:
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(
-            f"{name}: no file or folder here, and not to be had from the hub ({reason})"
+            f"{name}: no file or folder here, and not available from the hub ({reason})"
         ) from error
     raise UserError(f"{name}: the hub's model has none of {', '.join(files)}")
 
 
 def read_file(file: Path) -> Any:
-    """What a weights file holds, on the CPU. Raises UserError naming the file when it cannot be read."""
+    """What a weights file holds, on the CPU.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -87,7 +93,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Safetensors and ``torch.save`` files (read with ``weights_only=True``); the usual wrappings
     (``state_dict``, ``model_state_dict``, ``model``; names under ``module.``) are taken off.
-    Raises UserError naming the file when it is missing or cannot be read.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
     """
     file = find_weights(path)
     if file.name.endswith(".index.json"):

@@ -32,8 +32,10 @@ def load_whisper_decoder(connector: QFormerConnector, weights: str) -> None:
 
     ``weights`` is a file or folder in openai-whisper's names, or one of its model names. Token embeddings are
     left out: queries stand where tokens stood. Whisper adds learned positions to its inputs; here query q
-    starts as its N(0, 0.02) plus position q, which is the same sum of two learned terms. Raises UserError
-    when the decoder has another width or number of layers.
+    starts as its N(0, 0.02) plus position q, which is the same sum of two learned terms.
+
+    Raises:
+        UserError: the decoder has another width or number of layers.
     """
     found = read_decoder(weights)
     own = {name: t for name, t in connector.state_dict().items() if not name.startswith("proj.")}

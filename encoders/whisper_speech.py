@@ -27,8 +27,8 @@ class WhisperConfig:
     """openai-whisper's dimensions; the encoder reads n_mels, n_audio_ctx, n_audio_state, n_audio_head,
     n_audio_layer. May be left out when loading weights that come with their dims."""
     max_windows: int = 20
-    """Longest sound, in windows of 30 s; of a longer one the beginning is heard, with a warning. 20, ten
-    minutes, is what Uni-MoE takes."""
+    """Longest audio, in windows of 30 s; longer audio is truncated with a warning. 20, ten minutes, is what
+    Uni-MoE takes."""
 
 
 class WhisperSpeechEncoder(SpeechEncoder):

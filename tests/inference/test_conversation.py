@@ -9,7 +9,7 @@ from PIL import Image
 
 from unimoe.data import read_samples
 from unimoe.errors import UserError
-from unimoe.inference.conversation import Conversation, Settings, kind_of
+from unimoe.inference.conversation import Conversation, Settings, detect_modality
 from unimoe.model.loading import load_model
 
 
@@ -142,14 +142,18 @@ def test_what_is_no_session_is_refused_and_changes_nothing(talk, files, content,
 def test_media_that_lie_in_no_file_cannot_be_saved(talk, files):
     talk.attached = [{"type": "image", "image": Image.new("RGB", (9, 9))}]
     talk.ask("what?", silent)
-    with pytest.raises(UserError, match="holds image that lies in no file"):
+    with pytest.raises(UserError, match="holds image that has no file"):
         talk.save(str(files / "talk.json"))
     assert not (files / "talk.json").exists()
 
 
-def test_kinds_by_name(built):
+def test_the_modality_of_a_file_is_found_by_its_content(built, tmp_path):
     processor = built[1]
-    assert [kind_of(name, processor) for name in ("a.png", "b.MP4", "c.wav")] == ["image", "video", "speech"]
-    assert kind_of("c.wav", processor, speech=False) == "audio"
-    with pytest.raises(UserError, match="expected a picture, film or sound, found text"):
-        kind_of("notes.txt", processor)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.wav", "PNG")
+    soundfile.write(tmp_path / "b.png", np.zeros(1600), 16000, format="WAV")
+    (tmp_path / "notes.mp4").write_text("words")
+    assert detect_modality(str(tmp_path / "a.wav"), processor) == "image"
+    assert detect_modality(str(tmp_path / "b.png"), processor) == "speech"
+    assert detect_modality(str(tmp_path / "b.png"), processor, speech=False) == "audio"
+    with pytest.raises(UserError, match="notes.mp4: expected an image, video or audio file"):
+        detect_modality(str(tmp_path / "notes.mp4"), processor)

@@ -142,7 +142,7 @@ def test_commands(talk, files, capsys, monkeypatch):
         ("!load /nowhere.json", "there is no data file /nowhere.json"),
         ("!experts", "no answer yet"),
         ("!experts 3", "expected nothing or the word layers"),
-        ("!attach notes.txt", "expected a picture, film or sound, found text"),
+        ("!attach /nowhere.png", "cannot read /nowhere.png"),
         ("!set speed=3", "expected name=value"),
         ("!set seed", "expected name=value"),
         ("!set seed=x", "found 'x', expected a whole number"),

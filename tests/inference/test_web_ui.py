@@ -82,7 +82,7 @@ def picture(tmp_path):
 def test_a_question_about_a_picture(page, address, picture):
     tab = page.page
     tab.get_by_text("Settings").click()
-    tab.get_by_label("longest answer").first.fill("400")
+    tab.get_by_label("max new tokens").first.fill("400")
     tab.get_by_label("temperature").first.fill("1")
     tab.set_input_files("input[type=file] >> nth=0", picture)
     tab.wait_for_selector(".multimodal-textbox img")
@@ -122,7 +122,7 @@ def test_an_answer_is_stopped(page, monkeypatch):
 
     monkeypatch.setattr(Conversation, "ask", watched)
     tab.get_by_text("Settings").click()
-    tab.get_by_label("longest answer").first.fill("1024")
+    tab.get_by_label("max new tokens").first.fill("1024")
     tab.get_by_label("temperature").first.fill("1")
     tab.fill(BOX, "Tell me all.")
     tab.keyboard.press("Enter")
@@ -139,8 +139,8 @@ def test_an_answer_is_stopped(page, monkeypatch):
 def test_boxes_in_the_detectors_tab(page, picture):
     tab = page.page
     tab.get_by_role("tab", name="Detector").click()
-    tab.set_input_files("#picture input[type=file]", picture)
-    tab.wait_for_selector("#picture img")
+    tab.set_input_files("#image input[type=file]", picture)
+    tab.wait_for_selector("#image img")
     tab.get_by_label("lowest score").first.fill("0")
     tab.get_by_label("what to look for").fill("cat, red car")
     tab.get_by_role("button", name="Look", exact=True).click()

@@ -1,12 +1,11 @@
 """A conversation with a model: turns, what is attached to the next one, which experts took part; saved and
 read back.
 
-    attach(kind, path) ... ask(text) -> words as they come -> answer, stats
+    attach(modality, path) ... ask(text) -> words as they come -> answer, stats
     save(file) / load(file)      a messages JSON that names its media by path, as training reads it too
 """
 
 import json
-import mimetypes
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from unimoe.data.records import parse_record
 from unimoe.data.sample import Message, Sample
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.media.container import modality
 from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA
 from unimoe.model.modeling import UniMoeForConditionalGeneration
@@ -35,32 +35,40 @@ from .generate import generate
 
 @dataclass
 class Settings:
-    """How the model answers."""
+    """How answers are decoded."""
 
     max_new_tokens: int = 256
-    """Longest answer."""
+    """Most tokens of an answer."""
     temperature: float = 0.0
-    """0 always takes the most probable token; higher is more random."""
+    """0 decodes greedily; higher is more random."""
     seed: int = 0
-    """Of the random choices, counted anew for each answer."""
+    """Of sampling, set again for each answer."""
     system: str = ""
-    """What the conversation opens with; empty for nothing."""
+    """The system prompt; empty for none."""
 
     def set(self, assignment: str):
-        """Take ``name=value``. Raises UserError, changing nothing, for an unknown name or a bad value."""
+        """Take ``name=value``.
+
+        Raises:
+            UserError: the name is unknown or the value invalid; nothing is changed.
+        """
         name, equals, value = (part.strip() for part in assignment.partition("="))
-        kinds = {field.name: type(field.default) for field in fields(self)}
-        if name not in kinds or not equals:
-            raise UserError(f"!set {assignment}: expected name=value with a name out of {', '.join(kinds)}")
+        types = {field.name: type(field.default) for field in fields(self)}
+        if name not in types or not equals:
+            raise UserError(f"!set {assignment}: expected name=value with a name out of {', '.join(types)}")
         try:
-            changed = Settings(**{**vars(self), name: kinds[name](value)})
+            changed = Settings(**{**vars(self), name: types[name](value)})
         except ValueError:
-            raise UserError(f"!set {name}: found {value!r}, expected {_KINDS[kinds[name]]}") from None
+            raise UserError(f"!set {name}: found {value!r}, expected {_TYPES[types[name]]}") from None
         changed.check()
         setattr(self, name, getattr(changed, name))
 
     def check(self):
-        """Raises UserError when a value is out of range."""
+        """
+
+        Raises:
+            UserError: a value is out of range.
+        """
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):
@@ -69,7 +77,7 @@ class Settings:
             raise UserError(f"seed must be between 0 and 4294967295, found {self.seed}")
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
+_TYPES = {int: "a whole number", float: "a number", str: "text"}
 
 
 class Conversation:
@@ -80,16 +88,20 @@ class Conversation:
         self.processor = processor
         self.settings = settings
         self.turns: list[Message] = []
-        """What was said, the settings' system text not among it; media are decoded."""
+        """The turns without the system prompt of the settings; media are decoded."""
         self.attached: list[Part] = []
         """Media of the next message."""
         self.stats = RoutingStats()
         """Where the tokens of the last prompt and its answer went."""
 
-    def attach(self, kind: str, path: str, where: str):
-        """Read a medium for the next message; ``where`` begins the UserError when that fails."""
+    def attach(self, modality: str, path: str, where: str):
+        """Read a medium for the next message.
+
+        Raises:
+            UserError: it cannot be read; the message begins with ``where``.
+        """
         file = Path(path).expanduser()
-        part = self._decoded({"type": kind, "path": str(file)}, where)
+        part = self._decoded({"type": modality, "path": str(file)}, where)
         self.attached.append({**part, "path": str(file.absolute())})
 
     def clear(self):
@@ -97,7 +109,7 @@ class Conversation:
         self.turns, self.attached, self.stats = [], [], RoutingStats()
 
     def ask(self, text: str, write: Callable[[str], object], stopped: threading.Event | None = None) -> str:
-        """Send ``text`` with what is attached, hand the answer to ``write`` word by word, and remember both.
+        """Send ``text`` with the attachments, pass the answer to ``write`` word by word, and append both.
 
         A message that raises UserError is forgotten, with its attachments. When ``stopped`` is set, or Ctrl-C
         comes, the answer so far counts as the answer.
@@ -167,7 +179,8 @@ class Conversation:
     def save(self, path: str):
         """Write the conversation as a messages JSON; media by path, relative inside the file's folder.
 
-        Raises UserError when there is nothing to write, or a medium came without a file.
+        Raises:
+            UserError: there is nothing to write, or a medium has no file.
         """
         if not self.turns:
             raise UserError(f"{path}: there is nothing to save yet")
@@ -176,10 +189,11 @@ class Conversation:
         atomic_write(Path(path).expanduser(), json.dumps(written, indent=1, ensure_ascii=False) + "\n")
 
     def load(self, path: str):
-        """Take up a saved conversation in the place of this one, its system text too.
+        """Replace this conversation by a saved one, its system prompt included.
 
-        Raises UserError, changing nothing, when the file is no finished conversation of this model's kind, or
-        a medium is gone.
+        Raises:
+            UserError: the file is no finished conversation that this model takes, or a medium is missing;
+                nothing is changed.
         """
         file = Path(path).expanduser()
         records = list(read_records(file))
@@ -199,14 +213,18 @@ class Conversation:
         return [{"role": "system", "content": [text]}] if self.settings.system else []
 
     def _decoded(self, part: Part, where: str) -> Part:
-        """The part with its medium under its own type. Raises UserError where the model takes none such."""
-        kind = part["type"]
-        if kind == "text":
+        """The part with its medium under its own type.
+
+        Raises:
+            UserError: the model does not take this modality.
+        """
+        found = part["type"]
+        if found == "text":
             return part
-        if kind not in self.processor.preprocessors:
+        if found not in self.processor.preprocessors:
             takes = ", ".join(["text", *self.processor.modalities])
-            raise UserError(f"{where} {part.get('path', '')}: this model takes no {kind}; it takes {takes}")
-        return self.processor.preprocessors[kind].load(part, where)
+            raise UserError(f"{where} {part.get('path', '')}: this model takes no {found}; it takes {takes}")
+        return self.processor.preprocessors[found].load(part, where)
 
     def _check_length(self, length: int):
         longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
@@ -218,18 +236,19 @@ class Conversation:
             )
 
 
-def kind_of(path: str, processor: UniMoeProcessor, speech: bool = True) -> str:
-    """What kind of medium a file is, by its name; a sound is speech where the model takes that, unless told
-    otherwise.
+def detect_modality(path: str, processor: UniMoeProcessor, speech: bool = True) -> str:
+    """The modality of a file, by its content; audio is ``speech`` where the model takes that, or with
+    ``speech=False`` audio of any other kind.
 
-    Raises UserError for the name of something else.
+    Raises:
+        UserError: the file cannot be read, or is none of these.
     """
-    family = (mimetypes.guess_type(path)[0] or "nothing known").partition("/")[0]
-    if family == "audio" and speech and "speech" in processor.modalities:
+    found = modality({"type": "file", "path": str(Path(path).expanduser())}, path)
+    if found == "audio" and speech and "speech" in processor.modalities:
         return "speech"
-    if family not in MEDIA:
-        raise UserError(f"{path}: expected a picture, film or sound, found {family} by its name")
-    return family
+    if found is None:
+        raise UserError(f"{path}: expected an image, video or audio file, found none of these in it")
+    return found
 
 
 def _named(part: Part, path: str) -> Part:
@@ -238,16 +257,16 @@ def _named(part: Part, path: str) -> Part:
     if part["type"] == "text":
         return part
     if "path" not in kept and "url" not in kept:
-        raise UserError(f"{path}: the conversation holds {part['type']} that lies in no file")
+        raise UserError(f"{path}: the conversation holds {part['type']} that has no file")
     return kept
 
 
 class _Stopped(Exception):
-    """Nobody reads the answer any more."""
+    """The reader of the answer is gone."""
 
 
 class _Words(TextStreamer):
-    """Hands the answer over word by word."""
+    """Passes the answer on word by word."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], object], stopped: threading.Event | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

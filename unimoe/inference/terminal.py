@@ -1,4 +1,4 @@
-"""Talking to a model in the terminal.
+"""Chatting with a model in the terminal.
 
 unimoe chat MODEL                                       a conversation; !help lists the commands
 unimoe chat MODEL --image a.png -p "What is this?"      one answer on stdout, nothing else
@@ -24,10 +24,10 @@ from unimoe.model.utils import count_parameters
 from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import cache_folder
 
-from .conversation import Conversation, Settings, kind_of
+from .conversation import Conversation, Settings, detect_modality
 
-SOUNDS = ("speech", "audio")
-"""Media that may be the whole message."""
+AUDIBLE = ("speech", "audio")
+"""Modalities that may be the whole message."""
 
 
 def chat(
@@ -43,23 +43,23 @@ def chat(
     seed: int = 0,
     system: str = "",
 ) -> None:
-    """Talk to a model: text, pictures, films, spoken questions.
+    """Chat with a model: text, images, video, speech and audio.
 
-    With a prompt, or with speech alone (which then is the question), prints one answer and ends. Otherwise a
-    conversation: on a terminal with commands (!help), else one message a line until the input ends.
+    With a prompt, or with speech alone (which is then the question), prints one answer and exits. Otherwise
+    interactive: on a terminal with commands (!help), else one message per line until the end of input.
 
     Args:
         model: folder of a finished stage (or a hub id of a unimoe model).
-        image: picture files for the first message.
-        video: films for the first message.
+        image: image files for the first message.
+        video: video files for the first message.
         audio: recordings of speech for the first message (wav, flac, ogg, mp3).
-        sound: other sounds for the first message.
+        sound: environmental audio for the first message.
         prompt: one message; print only its answer.
-        session: a conversation saved with !save, to go on with.
+        session: a conversation saved with !save, to resume.
         max_new_tokens: longest answer.
-        temperature: 0 always takes the most probable token; higher is more random.
-        seed: of the random choices.
-        system: instructions that the conversation opens with.
+        temperature: 0 for greedy decoding; higher is more random.
+        seed: of sampling.
+        system: system prompt.
     """
     settings = Settings(max_new_tokens, temperature, seed, system)
     settings.check()
@@ -73,7 +73,7 @@ def chat(
     flags = {"image": image, "video": video, "audio": audio, "sound": sound}
     for flag, paths in flags.items():
         for path in paths or []:
-            talk.attach(KINDS[flag], path, f"--{flag}")
+            talk.attach(MODALITY_OF[flag], path, f"--{flag}")
     if prompt is not None or audio:
         talk.ask(prompt or "", _write)
         print()
@@ -81,8 +81,8 @@ def chat(
         Terminal(talk, model).run()
 
 
-KINDS = {"image": "image", "video": "video", "audio": "speech", "sound": "audio"}
-"""What a flag and a command of that name attach. ``audio`` means speech, as everywhere else in the world."""
+MODALITY_OF = {"image": "image", "video": "video", "audio": "speech", "sound": "audio"}
+"""The modality that a flag and a command of that name attach; ``--audio`` is speech."""
 
 
 class Terminal:
@@ -95,14 +95,14 @@ class Terminal:
         self.commands: dict[str, tuple[Callable[[str], object], str, str]] = {
             "!help": (self._help, "", "this list"),
             "!attach": (partial(self._attach, None), "PATH", "attach a file to the next message"),
-            "!image": (partial(self._attach, "image"), "PATH", "the same, surely a picture"),
-            "!video": (partial(self._attach, "video"), "PATH", "a film"),
-            "!audio": (partial(self._attach, "audio"), "PATH", "speech; an empty line sends it"),
-            "!sound": (partial(self._attach, "sound"), "PATH", "a sound that is not speech"),
-            "!experts": (self._experts, "[layers]", "which experts took part in the last answer"),
+            "!image": (partial(self._attach, "image"), "PATH", "attach an image"),
+            "!video": (partial(self._attach, "video"), "PATH", "attach a video"),
+            "!audio": (partial(self._attach, "audio"), "PATH", "attach speech; an empty line sends it"),
+            "!sound": (partial(self._attach, "sound"), "PATH", "attach audio that is not speech"),
+            "!experts": (self._experts, "[layers]", "expert load of the last answer"),
             "!history": (self._history, "", "the conversation so far"),
             "!save": (self._save, "FILE", "write the conversation to a JSON file"),
-            "!load": (self._load, "FILE", "go on with a conversation that was saved"),
+            "!load": (self._load, "FILE", "resume a saved conversation"),
             "!status": (self._status, "", "model, settings, attachments, length of the conversation"),
             "!set": (talk.settings.set, "NAME=VALUE", "change a setting: " + ", ".join(vars(talk.settings))),
             "!clear": (self._clear, "", "forget the conversation and the attachments"),
@@ -132,7 +132,7 @@ class Terminal:
             if word not in self.commands:
                 raise UserError(f"unknown command {word}; expected one of {', '.join(self.commands)}")
             self.commands[word][0](rest.strip())
-        elif line or any(part["type"] in SOUNDS for part in self.talk.attached):
+        elif line or any(part["type"] in AUDIBLE for part in self.talk.attached):
             self._ask(line)
 
     def _ask(self, text: str):
@@ -152,8 +152,8 @@ class Terminal:
     def _attach(self, name: str | None, rest: str):
         command = f"!{name or 'attach'}"
         path = _path(rest, command)
-        kind = KINDS[name] if name else kind_of(path, self.talk.processor)
-        self.talk.attach(kind, path, command)
+        modality = MODALITY_OF[name] if name else detect_modality(path, self.talk.processor)
+        self.talk.attach(modality, path, command)
         print(f"attached {path}")
 
     def _save(self, rest: str):
@@ -230,7 +230,7 @@ def _path(rest: str, command: str) -> str:
 
 
 def _remember_lines():
-    """Line editing, and the lines of earlier conversations behind the arrow keys."""
+    """Line editing, and a history of input lines that is kept between conversations."""
     import atexit
     import readline
 
@@ -246,7 +246,7 @@ def _remember_lines():
             file.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(file)
         except OSError as error:
-            print(f"the lines are not kept for the next time: {error}", file=sys.stderr)
+            print(f"the input history cannot be saved: {error}", file=sys.stderr)
 
     atexit.register(keep)
 

@@ -1,10 +1,9 @@
-"""``unimoe web``: a page to talk to a model and to see which experts answered, with a detector beside it.
+"""``unimoe web``: a chat page that shows the expert load of each answer, with an optional detector tab.
 
     browser -> Gradio's queue -> Conversation.stream -> words, then the panel of the experts
                               -> Detector            -> boxes
 
-The page comes from this machine whole: no analytics, no fonts and no scripts from elsewhere, and the server
-fetches no addresses.
+The page loads no external assets and sends no telemetry, and the server fetches no URLs.
 """
 
 import os
@@ -28,7 +27,7 @@ from unimoe.errors import UserError
 from unimoe.files import data_url
 from unimoe.model.loading import load_model
 
-from .conversation import Conversation, Settings, kind_of
+from .conversation import Conversation, Settings, detect_modality
 
 POLICY = "; ".join(
     [
@@ -38,7 +37,7 @@ POLICY = "; ".join(
         "base-uri 'self'",
     ]
 )
-"""Content-Security-Policy of the page: the browser asks nobody but this server, whatever an answer holds."""
+"""Content-Security-Policy of the page: the browser contacts this server only, whatever an answer contains."""
 
 STYLE = """
 footer, button[aria-label="Share"], button[title="Share"] { display: none !important; }
@@ -57,27 +56,31 @@ def web(
     max_file_mb: int = 100,
     device: str | None = None,
 ) -> None:
-    """Serve a page to talk to a model, with a panel of the experts that answered.
+    """Serve a chat page with a panel that shows the expert load of each answer.
 
-    It takes text, and pictures, films, sound files and the microphone as far as the model does.
+    It takes text, and images, video, audio files and the microphone as far as the model does.
 
     Args:
         model: folder of a finished stage (or a hub id of a unimoe model).
-        detector: folder of a detector, which gets a tab of its own.
-        host: address to listen at; 0.0.0.0 for all of this machine's, which lets anybody there in.
-        port: of that address; 0 takes a free one.
+        detector: folder of a detector, shown in a tab of its own.
+        host: address to listen on; 0.0.0.0 for all interfaces, which opens the page to the network.
+        port: to listen on; 0 picks a free one.
         max_file_mb: largest file that may be uploaded, in megabytes.
         device: cpu, cuda, ... (default: the GPU if there is one).
     """
     disable_progress_bar()
     page = build_page(model, detector, device)
     address = launch(page, host, port, max_file_mb)
-    print(f"{model} answers at {address} (Ctrl-C ends it)", flush=True)
+    print(f"{model} listens on {address} (Ctrl-C to stop)", flush=True)
     page.block_thread()
 
 
 def build_page(model: str, detector: str | None = None, device: str | None = None) -> Any:
-    """The page as Gradio Blocks, its models loaded. Raises UserError where Gradio or a model is missing."""
+    """The page as Gradio Blocks, its models loaded.
+
+    Raises:
+        UserError: Gradio or a model is missing.
+    """
     gr = _gradio()
     chat = ChatTab(model, device)
     looker = DetectorTab(detector, device) if detector else None
@@ -92,7 +95,11 @@ def build_page(model: str, detector: str | None = None, device: str | None = Non
 
 
 def launch(page: Any, host: str, port: int, max_file_mb: int) -> str:
-    """Serve the page from a thread; returns its address. Raises UserError where the port is taken."""
+    """Serve the page from a thread; returns its address.
+
+    Raises:
+        UserError: the port is taken.
+    """
     gr = _gradio()
     from fastapi.middleware import Middleware
 
@@ -113,7 +120,7 @@ def launch(page: Any, host: str, port: int, max_file_mb: int) -> str:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"--port {port} of {host} cannot be listened at: {error}") from error
+        raise UserError(f"--port {port} of {host} cannot be bound: {error}") from error
     return address
 
 
@@ -126,20 +133,20 @@ class ChatTab:
 
     def build(self, gr: Any):
         """Add the components to the surrounding Blocks."""
-        kinds = self.processor.modalities
-        files = [kind for kind in ("image", "video") if kind in kinds]
-        sound = "speech" in kinds or "audio" in kinds
-        sources = (["upload"] if files or sound else []) + (["microphone"] if sound else [])
-        empty = _note("Ask something: here is shown which experts answered.")
+        modalities = self.processor.modalities
+        files = [modality for modality in ("image", "video") if modality in modalities]
+        audio = "speech" in modalities or "audio" in modalities
+        sources = (["upload"] if files or audio else []) + (["microphone"] if audio else [])
+        empty = _note("Ask something: the expert load of the answer is shown here.")
         panel = gr.HTML(empty, elem_id="experts", render=False)  # what follows places such things later
         settings = [
-            gr.Slider(1, 1024, 256, step=1, label="longest answer, tokens", render=False),
-            gr.Slider(0, 2, 0, step=0.05, label="temperature (0: the most probable word)", render=False),
+            gr.Slider(1, 1024, 256, step=1, label="max new tokens", render=False),
+            gr.Slider(0, 2, 0, step=0.05, label="temperature (0: greedy)", render=False),
             gr.Number(0, precision=0, minimum=0, label="seed", render=False),
-            gr.Textbox(label="instructions the conversation opens with", render=False),
+            gr.Textbox(label="system prompt", render=False),
         ]
-        if {"speech", "audio"} <= set(kinds):
-            settings.append(gr.Checkbox(label="what is heard here is no speech", render=False))
+        if {"speech", "audio"} <= set(modalities):
+            settings.append(gr.Checkbox(label="audio is not speech", render=False))
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 gr.ChatInterface(
@@ -151,13 +158,13 @@ class ChatTab:
                         buttons=["copy"],
                         elem_id="turns",
                         render=False,
-                        placeholder=f"**{Path(self.name).name}** takes {', '.join(['text', *kinds])}.",
+                        placeholder=f"**{Path(self.name).name}** takes {', '.join(['text', *modalities])}.",
                     ),
                     textbox=gr.MultimodalTextbox(
-                        file_types=files + (["audio"] if sound else []),
+                        file_types=files + (["audio"] if audio else []),
                         file_count="multiple",
                         sources=sources or None,
-                        placeholder="Ask about a picture, or just ask",
+                        placeholder="Ask about an image, or just ask",
                         stop_btn=True,
                         show_label=False,
                         render=False,
@@ -170,7 +177,7 @@ class ChatTab:
                     api_name="chat",
                 )
             with gr.Column(scale=2, min_width=360):
-                gr.Markdown("### Experts of the last answer")
+                gr.Markdown("### Expert load of the last answer")
                 panel.render()
 
     def answer(
@@ -203,32 +210,32 @@ class ChatTab:
             for words in talk.stream(message["text"].strip()):
                 said += words
                 yield said, gr.skip()
-            yield said or "(the model said nothing)", self.panel(talk.stats)
+            yield said or "(empty answer)", self.panel(talk.stats)
         except UserError as error:
             gr.Warning(str(error))  # the question stays, without an answer
 
     def _attach(self, talk: Conversation, files: Sequence[dict[str, Any]], speech: bool):
         for file in files:
             name = Path(file["path"]).name
-            talk.attach(kind_of(name, self.processor, speech), file["path"], name)
+            talk.attach(detect_modality(file["path"], self.processor, speech), file["path"], name)
 
     def panel(self, stats: RoutingStats) -> str:
-        """The expert load of an exchange by layer and kind of token, as HTML."""
+        """The expert load of an exchange by layer and modality, as HTML."""
         load = stats.expert_load()
         if not load:
             return _note("This model is dense: it has no experts.")
         counts = ", ".join(f"{count} {kind}" for kind, count in stats.tokens().items())
         null = (self.model.config.moe or {}).get("null_experts", 0)
-        picture = plot_expert_load(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
-        source = data_url("image/svg+xml", picture.encode())
-        text = "Where the tokens of the last prompt and its answer went, in per cent of each layer's row"
+        plot = plot_expert_load(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
+        source = data_url("image/svg+xml", plot.encode())
+        text = "Expert load of the last prompt and its answer, in per cent per layer"
         return _note(f"{text}: {counts} tokens.") + (
-            f'<img alt="expert load by layer and kind of token" src="{source}">'
+            f'<img alt="expert load by layer and modality" src="{source}">'
         )
 
 
 class DetectorTab:
-    """A picture and words in, boxes out."""
+    """An image and words in, boxes out."""
 
     def __init__(self, folder: str, device: str | None = None):
         model, self.tokenizer = load_detector(folder, "--detector")
@@ -240,9 +247,7 @@ class DetectorTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 sources = ["upload", "clipboard", "webcam"]
-                picture = gr.Image(
-                    type="pil", label="picture", sources=sources, height=380, elem_id="picture"
-                )
+                image = gr.Image(type="pil", label="image", sources=sources, height=380, elem_id="image")
                 words = gr.Textbox(label="what to look for, separated by commas", placeholder="cat, red car")
                 threshold = gr.Slider(0, 1, 0.3, step=0.01, label="lowest score")
                 button = gr.Button("Look", variant="primary")
@@ -258,20 +263,20 @@ class DetectorTab:
                     elem_id="boxes",
                     interactive=False,
                 )
-        asked = {"fn": self.look, "inputs": [picture, words, threshold], "outputs": [drawn, table]}
+        asked = {"fn": self.look, "inputs": [image, words, threshold], "outputs": [drawn, table]}
         button.click(**asked, api_name="detect", concurrency_limit=1)
         words.submit(**asked, api_name=False, concurrency_limit=1)
 
-    def look(self, picture: Image.Image | None, words: str, threshold: float) -> tuple[Any, Any]:
-        """The picture with boxes, and a row for each, best first."""
+    def look(self, image: Image.Image | None, words: str, threshold: float) -> tuple[Any, Any]:
+        """The image with boxes, and a row for each, best first."""
         gr = _gradio()
         try:
-            if picture is None:
-                raise UserError("there is no picture yet; choose one on the left")
+            if image is None:
+                raise UserError("there is no image yet; choose one on the left")
             names = split_prompt(words)
             if self.detector is None or self.detector.names != names:  # their text features are kept
                 self.detector = Detector(self.model, self.tokenizer, names)
-            (found,) = self.detector([picture.convert("RGB")], threshold)
+            (found,) = self.detector([image.convert("RGB")], threshold)
         except UserError as error:
             gr.Warning(str(error))
             return gr.skip(), gr.skip()
@@ -283,7 +288,7 @@ class DetectorTab:
             [names[label], round(score, 3), *(round(value) for value in box)]
             for label, score, box in zip(labels, scores, boxes, strict=True)
         ]
-        return draw_boxes(picture, boxes, labels, texts), rows
+        return draw_boxes(image, boxes, labels, texts), rows
 
 
 def _answered(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -309,7 +314,7 @@ class _Policy:
 
 
 def _gradio() -> Any:
-    """Gradio, told to keep to itself."""
+    """Gradio without telemetry and without fetching URLs."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
         import gradio
@@ -317,8 +322,8 @@ def _gradio() -> Any:
         from gradio import processing_utils
     except ImportError as error:
         raise UserError(EXTRA) from error
-    # Its server fetches any public address that a visitor names in the place of an uploaded file. All those
-    # fetches ask these two who may be reached: nobody.
+    # Its server would fetch any public URL that a client sends in place of an uploaded file. All of these
+    # requests pass these two checks, which now refuse every host.
     safehttpx.async_validate_url = _nobody
     processing_utils.PUBLIC_HOSTNAME_WHITELIST.clear()
     return gradio

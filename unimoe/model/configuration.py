@@ -7,13 +7,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODALITIES = ("text", "image", "video", "speech", "audio")
-"""All kinds of token, in the order of their ids in :class:`unimoe.moe.Context` (text is 0)."""
+"""All modalities, in the order of their ids in :class:`unimoe.moe.Context` (text is 0)."""
 
 MEDIA = MODALITIES[1:]
-"""The kinds that come from an encoder."""
+"""The modalities that come from an encoder."""
 
-PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA}
-"""The special token that stands for each medium in a prompt."""
+PLACEHOLDERS = {modality: f"<{modality}>" for modality in MEDIA}
+"""The special token that stands for a medium of each modality in a prompt."""
 
 MEDIA_INPUTS = {
     "image": ("pixel_values",),
@@ -22,7 +22,7 @@ MEDIA_INPUTS = {
     "audio": ("audio_features", "audio_frames"),
 }
 """Arguments of the model's ``forward`` that feed each encoder, in the order of the encoder's own. The first
-axis of each counts the encoder's items: pictures, videos, windows of sound."""
+axis of each counts the encoder's items: images, videos, audio windows."""
 
 IGNORED = -100
 """The label of a position that is not learned."""
@@ -39,7 +39,7 @@ class UniMoeConfig(PreTrainedConfig):
     """Configuration of the language model: any causal LM of transformers (default: a LLaMA)."""
 
     modalities: dict[str, Any] | None = None
-    """One entry a medium (``image``, ``video``, ``speech``, ``audio``), each with the configuration of its
+    """One entry per modality (``image``, ``video``, ``speech``, ``audio``), with the configurations of its
     ``encoder`` (:func:`unimoe.encoders.build_encoder`) and its ``connector``
     (:func:`unimoe.encoders.build_connector`)."""
 
@@ -47,11 +47,11 @@ class UniMoeConfig(PreTrainedConfig):
     """Fields of :class:`unimoe.moe.MoEConfig`; None keeps the language model dense."""
 
     rope_sections: list[int] | None = None
-    """Frequencies that turn with time, height and width where ``position_ids`` are [3, B, T]
+    """Frequencies that rotate with time, height and width where ``position_ids`` are [3, B, T]
     (:mod:`unimoe.model.rope_3d`); together half a head, such as 16, 24, 24. None: a sequence."""
 
     rope_rate: float = 2.0
-    """With ``rope_sections``: by how much the time of a film or a sound advances in a second."""
+    """With ``rope_sections``: by how much the time of video and audio advances per second."""
 
     image_token_id: int | None = None
     """Id of ``<image>``; None where the model has no images. The same for the three below."""
@@ -77,15 +77,16 @@ class UniMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_modalities(self):
-        """Run by ``@strict`` at construction: each entry is a known medium, with encoder and connector."""
-        for kind, parts in (self.modalities or {}).items():
-            if kind not in MEDIA:
-                raise ValueError(f"unknown modality '{kind}' in the configuration; known: {', '.join(MEDIA)}")
+        """Run by ``@strict`` at construction: each entry is a known modality, with encoder and connector."""
+        for modality, parts in (self.modalities or {}).items():
+            if modality not in MEDIA:
+                known = ", ".join(MEDIA)
+                raise ValueError(f"unknown modality '{modality}' in the configuration; known: {known}")
             if not isinstance(parts, dict) or not {"encoder", "connector"} <= parts.keys():
                 raise ValueError(
-                    f"modality '{kind}' needs the keys 'encoder' and 'connector', found {parts!r}"
+                    f"modality '{modality}' needs the keys 'encoder' and 'connector', found {parts!r}"
                 )
 
     def token_ids(self) -> dict[str, int]:
-        """Placeholder id of every medium that this model takes."""
-        return {kind: getattr(self, f"{kind}_token_id") for kind in self.modalities or {}}
+        """Placeholder id of every modality that this model takes."""
+        return {modality: getattr(self, f"{modality}_token_id") for modality in self.modalities or {}}

@@ -55,28 +55,25 @@ def llava(source: str, output: str, chat_template: str = "vicuna") -> None:
 def read_llava(source: str, chat_template: str = "vicuna") -> Built:
     """The model and processor that a LLaVA-1.5 checkpoint describes, in its dtype.
 
-    Raises UserError when it is none, or has parts that ours cannot have.
+    Raises:
+        UserError: it is no LLaVA checkpoint, or has parts that are not supported.
     """
     try:
         config: Any = AutoConfig.from_pretrained(source)
         if config.model_type != "llava":
             raise UserError(f"SOURCE {source} holds a model of type {config.model_type!r}, expected 'llava'")
         image = image_modality(config, source)
-        pictures: Any = AutoImageProcessor.from_pretrained(source)
+        images: Any = AutoImageProcessor.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         raise UserError(f"SOURCE {source} cannot be read: {first_line(error)}") from error
     settings = {
         **image["encoder"],
-        "mean": list(pictures.image_mean),
-        "std": list(pictures.image_std),
-        "interpolation": RESAMPLING[int(pictures.resample)],
-        "fit": "crop"
-        if pictures.do_center_crop
-        else "pad"
-        if getattr(pictures, "do_pad", False)
-        else "stretch",
+        "mean": list(images.image_mean),
+        "std": list(images.image_std),
+        "interpolation": RESAMPLING[int(images.resample)],
+        "fit": "crop" if images.do_center_crop else "pad" if getattr(images, "do_pad", False) else "stretch",
     }
     encoder: Any = build_encoder(settings).to(model.dtype)
     tower = model.model.vision_tower.state_dict()
@@ -100,12 +97,13 @@ def read_llava(source: str, chat_template: str = "vicuna") -> Built:
 def image_modality(config: LlavaConfig, source: str = "llava") -> dict[str, dict[str, Any]]:
     """Our ``encoder`` and ``connector`` for the tower and the projector that a LLaVA configuration names.
 
-    Raises UserError for what ours cannot have.
+    Raises:
+        UserError: a part is not supported.
     """
     vision: Any = config.vision_config
     if vision.model_type not in TOWERS:
         raise UserError(f"{source}: vision tower {vision.model_type!r}, expected one of {', '.join(TOWERS)}")
-    kind, selection = TOWERS[vision.model_type]
+    encoder, selection = TOWERS[vision.model_type]
     wanted = {
         "vision_feature_select_strategy": selection,
         "projector_hidden_act": "gelu",
@@ -118,6 +116,6 @@ def image_modality(config: LlavaConfig, source: str = "llava") -> dict[str, dict
     if not isinstance(layer, int):
         raise UserError(f"{source}: vision_feature_layer is {layer!r}, expected one layer")
     return {
-        "encoder": {"type": kind, "config": vision.to_diff_dict(), "features_layer": layer},
+        "encoder": {"type": encoder, "config": vision.to_diff_dict(), "features_layer": layer},
         "connector": {"type": "mlp", "depth": 2},
     }

@@ -1,4 +1,4 @@
-"""Finding and loading a finished model: a folder from a stage or ``unimoe assemble``, or one on the hub."""
+"""Finding and loading a finished model: the folder of a stage or of ``unimoe assemble``, or a hub id."""
 
 import json
 import re
@@ -29,20 +29,21 @@ P = TypeVar("P")
 
 @dataclass(frozen=True)
 class ModelKind(Generic[M, P]):
-    """One kind of finished model: how it is found and loaded."""
+    """How finished models of one type are found and loaded."""
 
     model: type[M]
     processor: Callable[..., P]
     """``from_pretrained`` of what prepares the model's inputs."""
     folder: str
-    """What errors expect."""
+    """What error messages say is expected."""
     types: tuple[str, ...]
-    """Every ``model_type`` that will do."""
+    """Every accepted ``model_type``."""
 
     def find(self, model: str | Path, setting: str = "MODEL", hub: bool = True) -> tuple[str, str]:
         """``model`` as transformers wants it, a folder or a hub id, and its ``model_type``.
 
-        Raises UserError if it is neither, or of another kind.
+        Raises:
+            UserError: it is neither, or a model of another type.
         """
         path = Path(model).expanduser()
         expected = f"{self.folder}, or a hub id (owner/name)" if hub else self.folder
@@ -74,13 +75,14 @@ class ModelKind(Generic[M, P]):
 
         Args:
             model: a folder, or a hub id.
-            setting: what errors call it: the flag or key that the user set.
+            setting: how errors refer to it: the flag or key that the user set.
             dtype: of the weights; ``auto`` takes that of the files.
             device: None takes the GPU if there is one.
-            hub: whether a hub id will do.
+            hub: whether a hub id is accepted.
 
-        Raises UserError when there is no model of this kind, or its weights and its configuration do not have
-        exactly the same names and shapes.
+        Raises:
+            UserError: there is no model of this type, or its weights and its configuration do not have
+                exactly the same names and shapes.
         """
         source, _ = self.find(model, setting, hub)
         try:
@@ -131,8 +133,10 @@ def _read_type(path: Path, found: str, expected: str) -> Any:
 def open_processor(model: str) -> UniMoeProcessor:
     """The processor of a finished stage's folder, or one around the tokenizer of an LLM.
 
-    ``model`` may also be ``default`` or a hub id. An LLM of its own knows no media: each becomes one token.
-    Raises UserError when there is none.
+    ``model`` may also be ``default`` or a hub id. For an LLM alone each medium is one token.
+
+    Raises:
+        UserError: there is no processor and no tokenizer.
     """
     try:
         if (Path(model) / "processor_config.json").is_file():

@@ -1,13 +1,13 @@
-"""Positions with a clock: time, height and width of every token (Omni-Modality 3D RoPE of Uni-MoE-2.0-Omni,
-2511.12609), so that the sound and the frames of one clip lie at the same time.
+"""3-D rotary positions: time, height and width of every token (Omni-Modality 3D RoPE of Uni-MoE-2.0-Omni,
+2511.12609), so that the audio and the frames of one clip share their times.
 
     model, processor = build_model(llm, modalities, rope_sections=[8, 12, 12])
 
 The processor of such a model writes ``position_ids`` [4, B, T]: a token's place in its row, by which packed
 samples are told apart, and its time, height and width. Training and generation take them as they are.
 
-    film = [Span("video", 32, (4, 4), (0.0, 0.5)), Span("audio", 20, seconds=(3.0,), with_previous=True)]
-    time_positions([Span("text", 5), *film, Span("text", 7)], theta=2)     # by hand
+    clip = [Span("video", 32, (4, 4), (0.0, 0.5)), Span("audio", 20, seconds=(3.0,), with_previous=True)]
+    time_positions([Span("text", 5), *clip, Span("text", 7)], theta=2)     # by hand
 
 Shapes: B rows, T tokens, d width of a head.
 """
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from unimoe.errors import UserError
 
 BLOCK = 3.0
-"""Seconds of sound that share one position."""
+"""Seconds of audio that share one position."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens of text, or of one medium."""
+    """Consecutive tokens of text, or of one medium."""
 
-    kind: Literal["text", "image", "video", "speech", "audio"]
-    """What they are."""
+    modality: Literal["text", "image", "video", "speech", "audio"]
+    """Of all of them."""
 
     tokens: int
     """Their number."""
@@ -42,10 +42,10 @@ class Span:
     """Height and width of the tokens of an image, or of each frame of a video."""
 
     seconds: Sequence[float] = ()
-    """Video: when each frame is shown. Speech and audio: the length of the sound, alone."""
+    """Video: when each frame is shown. Speech and audio: one number, the duration."""
 
     with_previous: bool = False
-    """Starts at the time at which the span before it started: the sound of a video."""
+    """Starts when the previous span started: the audio track of a video."""
 
 
 def image_span(tokens: int) -> Span:
@@ -55,28 +55,28 @@ def image_span(tokens: int) -> Span:
 
 
 def row_positions(
-    input_ids: Sequence[int], kinds: Mapping[int, str], media: Mapping[str, Sequence[Span]], theta: float
+    input_ids: Sequence[int], modalities: Mapping[int, str], media: Mapping[str, Sequence[Span]], theta: float
 ) -> list[list[int]]:
     """[T][4] of a row of tokens: place in the row, time, height, width.
 
     Args:
         input_ids: placeholders expanded to one for each media token.
-        kinds: which medium a placeholder stands for.
-        media: the spans of each medium, in order.
+        modalities: the modality of each placeholder id.
+        media: the spans of each modality, in order.
         theta: as of :func:`time_positions`.
     """
-    waiting = {kind: iter(spans) for kind, spans in media.items()}
+    waiting = {modality: iter(spans) for modality, spans in media.items()}
     row: list[Span] = []
     at = 0
     while at < len(input_ids):
-        kind = kinds.get(input_ids[at])
-        if kind is None:
+        modality = modalities.get(input_ids[at])
+        if modality is None:
             text = at
-            while at < len(input_ids) and input_ids[at] not in kinds:
+            while at < len(input_ids) and input_ids[at] not in modalities:
                 at += 1
             row.append(Span("text", at - text))
         else:
-            row.append(next(waiting[kind]))
+            row.append(next(waiting[modality]))
             at += row[-1].tokens
     return torch.cat([torch.arange(at)[None], time_positions(row, theta)]).T.tolist()
 
@@ -87,15 +87,17 @@ def time_positions(spans: Sequence[Span], theta: float) -> Tensor:
     1. text: all three equal, one more for each token
     2. image: one time, and the row and the column of each token
     3. video: the time advances by the absolute seconds of the frames times ``theta``
-    4. sound: the tokens of each 3 s share one id in all three, which advances by 3 ``theta``
+    4. audio: the tokens of each 3 s share one id in all three, which advances by 3 ``theta``
 
-    A span begins behind the largest id so far, or where the span before it began. Raises UserError for a
-    span whose tokens are not those of its grid and frames.
+    A span begins behind the largest id so far, or where the span before it began.
+
+    Raises:
+        UserError: the tokens of a span are not those of its grid and frames.
     """
     ids, begin, end = [], 0, 0
     for index, span in enumerate(spans):
         begin = begin if span.with_previous else end
-        own = begin + _SPANS[span.kind](span, theta, f"span {index} ({span.kind})")
+        own = begin + _SPANS[span.modality](span, theta, f"span {index} ({span.modality})")
         ids.append(own)
         end = max(end, int(own.max()) + 1 if own.numel() else end)
     return torch.cat(ids, dim=1) if ids else torch.zeros(3, 0, dtype=torch.long)
@@ -106,7 +108,7 @@ def _text(span: Span, theta: float, where: str) -> Tensor:
 
 
 def _frames(span: Span, theta: float, where: str) -> Tensor:
-    times = span.seconds if span.kind == "video" else (0.0,)
+    times = span.seconds if span.modality == "video" else (0.0,)
     height, width = span.grid or (0, 0)
     if span.tokens != len(times) * height * width:
         raise UserError(f"{where}: {span.tokens} tokens, expected {len(times)} frames of {height} x {width}")
@@ -120,14 +122,14 @@ def _frames(span: Span, theta: float, where: str) -> Tensor:
     )
 
 
-def _sound(span: Span, theta: float, where: str) -> Tensor:
+def _audio(span: Span, theta: float, where: str) -> Tensor:
     if len(span.seconds) != 1 or span.seconds[0] <= 0:
-        raise UserError(f"{where}: seconds are {list(span.seconds)}, expected the length of the sound")
+        raise UserError(f"{where}: seconds are {list(span.seconds)}, expected the duration of the audio")
     block_T = torch.arange(span.tokens, dtype=torch.float64) * (span.seconds[0] / span.tokens) // BLOCK
     return (block_T * BLOCK * theta).round().long().expand(3, -1)
 
 
-_SPANS = {"text": _text, "image": _frames, "video": _frames, "speech": _sound, "audio": _sound}
+_SPANS = {"text": _text, "image": _frames, "video": _frames, "speech": _audio, "audio": _audio}
 
 _ids: ContextVar[Tensor | None] = ContextVar("unimoe_time_ids", default=None)
 
