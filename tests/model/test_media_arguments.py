@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import pipeline
 
 from unimoe.errors import UserError
 from unimoe.model.media_arguments import as_parts
-from unimoe.testing import tiny_model
+from unimoe.testing import IMAGE, tiny_model
 
 RED, BLUE = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (32, 48), "blue")
 ARRAY = np.asarray(RED)
@@ -69,3 +70,24 @@ def test_videos_and_waveforms_are_lists_too():
     assert as_parts("video", "a.mp4", [1]) == [[{"type": "video", "path": "a.mp4"}]]
     assert as_parts("speech", [0.1, 0.2], [1])[0][0]["speech"].tolist() == [0.1, 0.2]
     assert [len(row) for row in as_parts("audio", [[np.zeros(2)], [np.zeros(3)]], [1, 1])] == [1, 1]
+
+
+def test_pipelines_take_chats_and_prompts(tmp_path):
+    """Those of transformers: media decoded, as paths, and as paths under ``url``."""
+    model, processor = tiny_model(tmp_path, image=IMAGE)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    file = str(tmp_path / "a.png")
+    RED.save(file)
+    ask = pipeline("image-text-to-text", model=str(tmp_path / "model"))
+    words = {"type": "text", "text": "what?"}
+    chats = [
+        [{"role": "user", "content": [{"type": "image", key: value}, words]}]
+        for key, value in (("image", RED), ("path", file), ("url", file))
+    ]
+    answers = [ask(text=chat, max_new_tokens=4)[0]["generated_text"][-1]["content"] for chat in chats]
+    assert answers[0] == answers[1] == answers[2]
+    prompt = "<|im_start|>user\n<image>what?<|im_end|>\n<|im_start|>assistant\n"
+    for images in ([RED], file):
+        found = ask(images=images, text=prompt, max_new_tokens=4)[0]["generated_text"]
+        assert found == prompt + answers[0]

@@ -4,6 +4,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
@@ -319,3 +321,61 @@ def test_a_loaded_model_does_not_read_the_file_any_more(built, tmp_path):
         file.write_bytes(b"\xff" * file.stat().st_size)
         assert torch.equal(loaded(**inputs).logits, before)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.parameters())
+
+
+@pytest.mark.parametrize("way", ["device_map", "cpu_offload", "disk_offload"])
+def test_offloaded_weights_answer_the_same(built, way, tmp_path):
+    """accelerate fetches weights in the hooks of modules: those must be called, not read past."""
+    model, processor = built
+    model.save_pretrained(tmp_path / "model")
+    inputs = batch(processor, CONVERSATIONS[1:2])
+    settings = {
+        "offload_folder": tmp_path / "offloaded",
+        "device_map": "auto",
+        "max_memory": {"cpu": "200KB"},
+    }
+    loaded = AutoModelForMultimodalLM.from_pretrained(
+        tmp_path / "model", **(settings if way == "device_map" else {})
+    )
+    if way == "cpu_offload":
+        cpu_offload(loaded, execution_device=torch.device("cpu"))
+    elif way == "disk_offload":
+        disk_offload(loaded, tmp_path / "offloaded", execution_device=torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in loaded.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ],
+    ids=["all-linear", "experts"],
+)
+def test_adapters_of_peft_train_save_and_merge(settings, tmp_path):
+    model, processor = tiny_model(tmp_path, {"num_experts": 4, "top_k": 2})
+    model.save_pretrained(tmp_path / "model")
+    inputs = processor.apply_chat_template(CONVERSATIONS[1:2], tokenize=True)
+
+    def fresh():
+        return AutoModelForMultimodalLM.from_pretrained(tmp_path / "model")
+
+    def loss(of):
+        with torch.no_grad():
+            return float(of.eval()(**inputs, labels=inputs["input_ids"]).loss)
+
+    adapters = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    adapted = get_peft_model(fresh(), adapters)
+    found = loss(adapted)
+    assert abs(found - loss(fresh())) > 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "adapter")
+    assert loss(again) == pytest.approx(found, abs=1e-4)
+    merged = again.merge_and_unload()
+    assert loss(merged) == pytest.approx(found, abs=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    assert loss(AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")) == pytest.approx(
+        found, abs=1e-3
+    )

@@ -1,6 +1,7 @@
 """Media as callers of transformers' processors give them, as parts of a message."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from unimoe.errors import UserError
 from unimoe.media.source import Part
 
 from .configuration import PLACEHOLDERS
+
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 
 
 def as_parts(modality: str, given: Any, counts: Sequence[int]) -> list[list[Part]]:
@@ -37,6 +40,24 @@ def as_parts(modality: str, given: Any, counts: Sequence[int]) -> list[list[Part
         raise UserError(f"the text holds {sum(counts)} {token}, but {found}")
     parts = iter([_part(modality, item) for item in items])
     return [[next(parts) for _ in range(count)] for count in counts]
+
+
+def local_files(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with paths under ``path`` that pipelines of transformers give under ``url``."""
+
+    def part(given: Any) -> Any:
+        url = given.get("url") if isinstance(given, dict) else None
+        if not isinstance(url, str) or _SCHEME.match(url):
+            return given
+        return {**{key: value for key, value in given.items() if key != "url"}, "path": url}
+
+    return [
+        {
+            **turn,
+            "content": turn["content"] if isinstance(turn["content"], str) else [*map(part, turn["content"])],
+        }
+        for turn in messages
+    ]
 
 
 def _is_list(value: Any, modality: str) -> bool:

@@ -34,7 +34,7 @@ from .chat_template import (
 )
 from .configuration import MEDIA, PLACEHOLDERS
 from .inputs import EncodedConversation, EncoderInputs, Preprocessor
-from .media_arguments import as_parts
+from .media_arguments import as_parts, local_files
 from .preprocessing import PREPROCESSORS
 from .rope_3d import Span, row_positions
 
@@ -148,7 +148,7 @@ class UniMoeProcessor(ProcessorMixin):
             )
         _log_ignored(kwargs)
         batched = bool(conversation) and isinstance(conversation[0], list)
-        rows: Any = conversation if batched else [conversation]
+        rows = [local_files(row) for row in (conversation if batched else [conversation])]
         if not tokenize:
             texts = [unmark(self._render(row, add_generation_prompt, "conversation")[0]) for row in rows]
             return texts if batched else texts[0]
