@@ -41,7 +41,7 @@ def page(model: str, image: str, question: str, name: str = "web.png"):
     served = web_ui.build_page(model)
     address = web_ui.launch(served, "127.0.0.1", 0, 100)
     try:
-        with browser(1280, 760) as opened:
+        with browser(1280, 900) as opened:
             opened.goto(address)
             opened.wait_for_selector(".multimodal-textbox textarea")
             opened.set_input_files("input[type=file] >> nth=0", image)
