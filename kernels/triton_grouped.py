@@ -96,6 +96,22 @@ def place(program, rows, columns):
     return block * 8 + inside % height, inside // height
 
 
+@triton.jit
+def tile_of(program, tiles, M, columns):
+    """(expert, first row, end, block of columns) of a program, out of triton_routing.tile_map."""
+    tile, block = place(program, M, columns)
+    return tl.load(tiles + tile), tl.load(tiles + M + tile), tl.load(tiles + 2 * M + tile), block
+
+
+@triton.jit
+def source_rows(row, end, token):
+    """Where the rows of a tile lie, int64; rows behind the end repeat the last one."""
+    source = tl.minimum(row, end - 1).to(tl.int64)
+    if token is not None:
+        source = tl.load(token + source).to(tl.int64)
+    return source
+
+
 @triton.jit(do_not_specialize=["M"])
 def _rows_kernel(
     a,
@@ -112,17 +128,14 @@ def _rows_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    tile, block = place(tl.program_id(0), M, tl.cdiv(C, COLUMNS))
-    expert, first, end = tl.load(tiles + tile), tl.load(tiles + M + tile), tl.load(tiles + 2 * M + tile)
+    expert, first, end, block = tile_of(tl.program_id(0), tiles, M, tl.cdiv(C, COLUMNS))
     if first >= end:
         return
     row = first + tl.arange(0, ROWS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     # rows behind the end read the last row again; they are not written
-    source = tl.minimum(row, end - 1).to(tl.int64)
-    if token is not None:
-        source = tl.load(token + source).to(tl.int64)
+    source = source_rows(row, end, token)
     a_RK = a + source[:, None] * K + inner[None, :]
     weights += expert.to(tl.int64) * K * C
     if TRANSPOSE:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import needs_grad
-from .triton_grouped import Tile, place, rows_times_weights, weight_gradient
+from .triton_grouped import Tile, rows_times_weights, source_rows, tile_of, weight_gradient
 from .triton_routing import by_token, combine, tile_bound, tile_map
 
 
@@ -212,17 +212,14 @@ def _gate_up_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    tile, block = place(tl.program_id(0), M, tl.cdiv(I, COLUMNS))
-    expert, first, end = tl.load(tiles + tile), tl.load(tiles + M + tile), tl.load(tiles + 2 * M + tile)
+    expert, first, end, block = tile_of(tl.program_id(0), tiles, M, tl.cdiv(I, COLUMNS))
     if first >= end:
         return
     row = first + tl.arange(0, ROWS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     # rows and columns behind the end repeat the last one; what they give is not written
-    source = tl.minimum(row, end - 1).to(tl.int64)
-    if token is not None:
-        source = tl.load(token + source).to(tl.int64)
+    source = source_rows(row, end, token)
     x_RK = x + source[:, None] * H + inner[None, :]
     gate_up += expert.to(tl.int64) * 2 * I * H
     gate_KC = gate_up + tl.minimum(column, I - 1)[None, :] * H + inner[:, None]
