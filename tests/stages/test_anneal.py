@@ -26,7 +26,7 @@ def test_the_loss_uses_the_step_s_coefficients_and_the_configuration_keeps_its_o
     with record() as parts:
         model(input_ids=IDS)
     losses = [
-        model.aux_loss(join(parts), coefficients_at({"balance_coef": LINE}, step)).item()
+        model.aux_loss(join(parts), coefficients=coefficients_at({"balance_coef": LINE}, step)).item()
         for step in (0, 10_000)
     ]
     assert losses[0] == pytest.approx(25 * losses[1], rel=1e-5) and losses[1] > 0
