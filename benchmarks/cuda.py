@@ -131,6 +131,7 @@ def times(runs: dict[str, Callable[[], object]], rounds: int = 11) -> dict[str, 
     """Median and interquartile range of each run's milliseconds; the runs are interleaved."""
     counts, measured = {}, {name: [] for name in runs}
     for name, run in runs.items():
+        start = 0.0
         for _ in range(3):
             torch.cuda.synchronize()
             start = time.perf_counter()

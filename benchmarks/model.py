@@ -151,7 +151,8 @@ def main() -> None:
                 rows.append(
                     {"model": name, "phase": phase, "form": title, "median": median, "ratio": median / first}
                 )
-        del model, forms, works, work
+        del model, forms, works
+        work = None  # it holds the model
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unimoe.inference.generate import generate
 from unimoe.model.build import Built, build_model
 from unimoe.model.configuration import IGNORED
+from unimoe.model.preprocessing import VideoPreprocessor
 from unimoe.prepare.cache import default_part
 from unimoe.synthetic.concepts import BY_NAME, Concept
 from unimoe.synthetic.questions import normalise
@@ -69,13 +70,15 @@ def fresh_model(time_: str, seed: int, folder: Path) -> Built:
 def feature_pool(built: Built, views: int, test: bool) -> Pool:
     """Encoder features of ``views`` images of each object, on the backgrounds of one split."""
     model, processor = built
+    preprocessor = processor.preprocessors["video"]
+    assert isinstance(preprocessor, VideoPreprocessor)
     artist = open_artist(default_part("sprites"))
     photos = list(split_photos(load_photos(default_part("photos")))[test].values())
     pool = {}
     for thing in OBJECTS:
         rng = random.Random(f"{thing.name}:{test}")
         scenes = [single(thing, artist, rng.choice(photos), rng).image for _ in range(views)]
-        pixels = torch.stack([processor.preprocessors["video"].pixels(scene) for scene in scenes])
+        pixels = torch.stack([preprocessor.pixels(scene) for scene in scenes])
         encoder: Any = model.model.encoders["video"]
         pool[thing.name] = encoder.image(pixels)[0]
     return pool

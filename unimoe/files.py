@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 from .errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -105,10 +104,10 @@ def fingerprint(*content: "str | bytes | Tensor") -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: "Tensor") -> "np.ndarray":
+def _bytes(tensor: "Tensor") -> memoryview:
     import torch
 
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def data_url(kind: str, content: bytes) -> str:

@@ -174,7 +174,7 @@ class StopAfter(Callback):
     def __init__(self, step: int):
         self.step = step
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *args: Any, **_: Any) -> None:
         if trainer.global_step == self.step - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -182,7 +182,7 @@ class StopAfter(Callback):
 class AskToStop(Callback):
     """Ends a run after its first step, as early stopping does."""
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **_: Any) -> None:
         trainer.should_stop = True
 
 
@@ -192,7 +192,7 @@ class DieAt(Callback):
     def __init__(self, step: int, rank: int):
         self.step, self.rank = step, rank
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *args: Any, **_: Any) -> None:
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if trainer.global_rank == self.rank and trainer.global_step == self.step - 1 and not again:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -159,8 +159,9 @@ def check_learned(tokens: Tokens, tokenizer: Any, text: str, where: str) -> None
             f"token of the tokenizer, so that the model would not learn to stop; {_OTHER}"
         )
     learned = [token for token, said in zip(tokens.ids, tokens.said, strict=True) if said]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in learned:
-        return  # characters that the vocabulary lacks
+    others = {tokenizer.unk_token_id, *tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values()))}
+    if not others.isdisjoint(learned):
+        return  # characters that the vocabulary lacks, or media
     decoded, at = _letters(tokenizer.decode(learned)), 0
     for answer in map(_letters, map(unmark, answers)):
         at = decoded.find(answer, at)

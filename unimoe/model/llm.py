@@ -7,7 +7,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from unimoe.encoders.weights import own_weights
 from unimoe.errors import UserError, first_line
 from unimoe.prepare.cache import resolve_part
 
@@ -51,7 +50,6 @@ def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
             f"llm '{llm}' is of type {causal.config.model_type!r}, whose decoder has no {missing[0]}; "
             "expected one that is built as those of LLaMA, Mistral, Qwen, Gemma, Phi and the like"
         )
-    own_weights(causal)
     add_placeholders(causal, tokenizer, chat_template)
     return causal, tokenizer
 
