@@ -1,8 +1,20 @@
 import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from unimoe.artifacts import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
+from unimoe.artifacts import (
+    StageRecord,
+    check_same,
+    check_savable,
+    clear,
+    flatten,
+    folder_hash,
+    read_record,
+    write_result,
+)
 from unimoe.errors import UserError
 from unimoe.training.progress import clock
 
@@ -77,3 +89,21 @@ def test_settings_of_version_0_1_are_compared_under_their_current_names(tmp_path
     check_same(tmp_path, {"data.too_long": "cut", "seed": 0}, wanted)
     with pytest.raises(UserError, match="data.overflow: there 'drop', now 'truncate'"):
         check_same(tmp_path, {"data.too_long": "drop", "seed": 0}, wanted)
+
+
+def test_what_refuses_to_be_saved_is_found_before_training(tmp_path):
+    def keep(folder):
+        (Path(folder) / "kept").touch()
+
+    def refuse(folder):
+        raise ValueError("temperature is set,\nbut do_sample is not")
+
+    whole = SimpleNamespace(save_pretrained=keep)
+    model: Any = SimpleNamespace(config=whole, generation_config=whole, can_generate=lambda: True)
+    check_savable(model, whole)
+    for broken in ("config", "generation_config"):
+        other: Any = SimpleNamespace(**{**vars(model), broken: SimpleNamespace(save_pretrained=refuse)})
+        with pytest.raises(UserError, match="could not be saved: temperature is set, but do_sample is not$"):
+            check_savable(other, whole)
+    with pytest.raises(UserError, match="could not be saved"):
+        check_savable(model, SimpleNamespace(save_pretrained=refuse))

@@ -93,7 +93,7 @@ def check_savable(model: PreTrainedModel, processor: Any) -> None:
             processor.save_pretrained(folder)
         except (ValueError, TypeError, OSError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"the model could not be saved after training: {reason}") from error
+            raise UserError(f"the finished model could not be saved: {reason}") from error
 
 
 def write_result(output: Path, save: Callable[[Path], object], record: StageRecord):

@@ -299,6 +299,6 @@ def test_settings_that_cannot_be_saved_end_a_run_before_its_first_step(align, fi
         raise ValueError("temperature is set,\n but do_sample is not")
 
     monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
-    with pytest.raises(UserError, match="could not be saved after training: temperature is set, but"):
+    with pytest.raises(UserError, match="the finished model could not be saved: temperature is set"):
         fit(align)
     assert not Path(align["output"]).exists()

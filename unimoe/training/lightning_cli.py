@@ -102,8 +102,9 @@ class RunCLI(LightningCLI):
     """Settings that do not change the result."""
     data_splits: ClassVar[tuple[str, ...]] = ("train", "val")
     """Settings of the data that name files which determine the result."""
-    preprocessor: ClassVar[str] = "processor"
-    """The module's attribute that is saved with its model."""
+    preprocessor: ClassVar[str] = ""
+    """The module's attribute that is saved with its model, for :class:`SaveCheck`; empty where the system
+    checks more than that itself."""
 
     output: Path
     folder: Path
@@ -286,7 +287,7 @@ class RunCLI(LightningCLI):
             self.last = LastCheckpoint(
                 self.folder / "checkpoints" / "last.ckpt", self._get(self.config, "checkpoint_every")
             )
-            callbacks += [SaveCheck(self.preprocessor), self.last]
+            callbacks += [*([SaveCheck(self.preprocessor)] if self.preprocessor else []), self.last]
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
             callbacks.append(PlainProgress(self._get(self.config, "stage")))

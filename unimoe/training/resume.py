@@ -106,13 +106,6 @@ class LastCheckpoint(Checkpoint):
             what = "" if saved else ", of which the checkpoint is missing"
             raise stopped(f"stopped after step {trainer.global_step} of {trainer.max_steps}{what}")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A callback may stop the run after a validation, such as early stopping."""
-        if trainer.training and trainer.should_stop and trainer.global_step < trainer.max_steps:
-            self.save(trainer)
-            self.wait()
-            raise UnfinishedRun(f"stopped after step {trainer.global_step} of {trainer.max_steps}")
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step >= trainer.max_steps:
             self.save(trainer)
