@@ -141,7 +141,8 @@ class Run:
             The content of ``result.json``.
 
         Raises:
-            UserError: for a base that does not match, a damaged file, or a loss that is not a number.
+            UserError: for a base that does not match, or a damaged file.
+            UnfinishedRun: for a task that ends before its last step, or a loss that is not a number.
             Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         """
         if (result := self._read("result.json", "matrix")) is not None:

@@ -27,7 +27,7 @@ from unimoe.training.loader import ResumableLoader
 from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.progress import PlainProgress
 from unimoe.training.ranks import mean_over_ranks
-from unimoe.training.resume import LastCheckpoint, latest_checkpoint
+from unimoe.training.resume import LastCheckpoint, check_finished, latest_checkpoint
 
 from .learner import current_names
 from .stream import Experience
@@ -192,6 +192,9 @@ def train_task(
 
     Returns:
         Training time in seconds, including that of interrupted runs.
+
+    Raises:
+        UnfinishedRun: if the task ends before its last step, or its loss or weights are not finite.
     """
     steps = task.steps(config.batch_size)
     routing_log = folder / ROUTING_LOG
@@ -225,6 +228,7 @@ def train_task(
     ranks = (trainer.world_size, trainer.global_rank)
     batches = _loader(strategy, task, config.batch_size, steps, seed, ranks)
     trainer.fit(module, batches, ckpt_path=resume, weights_only=True)
+    check_finished(trainer)
     return checkpoint.seconds
 
 

@@ -91,8 +91,8 @@ def test_a_run_that_is_cut_goes_on_to_the_same_matrix(name, config, command, tmp
     """Cut between tasks, between training and answers, and inside a task."""
     from unimoe.continual import run, training
 
-    class Cut(Exception):
-        pass
+    class Cut(BaseException):
+        """Not an error, which the command line would catch."""
 
     def cut_after(number, function):
         calls = iter(range(number))
@@ -151,11 +151,11 @@ def test_kill_9_inside_task_3_of_6(config, command, write, tmp_path):
 # -------------------------------------------------------------------- refusals
 
 
-def refused(arguments, capsys):
+def refused(arguments, capsys, code=2):
     capsys.readouterr()
-    assert main(arguments) == 2
+    assert main(arguments) == code
     lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line.startswith("unimoe: error:")]
+    errors = [line for line in lines if line.startswith("unimoe: ")]
     assert len(errors) == 1
     return errors[0]
 
@@ -254,8 +254,16 @@ def test_joint_sees_each_task_as_often_as_its_steps_take_it(config, command, tmp
 
     seen = Counter()
     config["stream"]["tasks"][0]["steps"] = 9  # of batches of 3, of 6 samples
-    monkeypatch.setattr(run, "train_task", lambda strategy, task, *rest: seen.update(map(id, task.samples)))
-    with pytest.raises(TypeError):  # nothing was trained
+
+    class Seen(BaseException):
+        """Nothing is trained."""
+
+    def see(strategy, task, *rest):
+        seen.update(map(id, task.samples))
+        raise Seen
+
+    monkeypatch.setattr(run, "train_task", see)
+    with pytest.raises(Seen):
         main(command(config, "run", "--strategy", "joint"))
     assert sorted(seen.values()) == [1] * 6 + [2] * 6 + [4] * 3 + [5] * 3
 
@@ -393,7 +401,58 @@ def test_a_loss_that_is_no_number_stops_the_run(config, command, tmp_path, capsy
     monkeypatch.setattr(
         strategies()["lora"], "loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)
     )
-    assert "the loss is nan at step 0" in refused(command(config, "run", "--strategy", "lora"), capsys)
+    arguments = command(config, "run", "--strategy", "lora")
+    assert "the loss is nan at step 0" in refused(arguments, capsys, code=3)
+    assert not (tmp_path / "run" / "01-upper" / "state.pt").exists()
+    monkeypatch.undo()
+    assert main(arguments) == 0  # with the same settings, from where it was
+
+
+def test_weights_that_are_no_numbers_are_not_kept(config, command, tmp_path, capsys, monkeypatch):
+    """The last gradient of a task is not finite, though every loss was."""
+    from unimoe.continual.training import TaskModule
+
+    learn = TaskModule.training_step
+
+    def explode(module, batch, index):
+        loss = learn(module, batch, index)
+        if module.global_step == 2:
+            next(iter(module.strategy.learner.trainable().values())).register_hook(
+                lambda grad: grad * torch.nan
+            )
+        return loss
+
+    monkeypatch.setattr(TaskModule, "training_step", explode)
+    message = refused(command(config, "run", "--strategy", "lora", "--training.clip", "1e9"), capsys, code=3)
+    assert "not finite" in message
+    assert not (tmp_path / "run" / "01-upper" / "state.pt").exists()
+
+
+def test_a_task_that_ends_early_is_not_finished(config, command, tmp_path, capsys, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    fit = Trainer.fit
+
+    def stop_early(trainer, *args, **kwargs):
+        trainer.fit_loop.epoch_loop.max_steps = 2
+        fit(trainer, *args, **kwargs)
+        trainer.fit_loop.epoch_loop.max_steps = 3
+
+    monkeypatch.setattr(Trainer, "fit", stop_early)
+    arguments = command(config, "run", "--strategy", "lora")
+    assert "stopped after step 2 of 3" in refused(arguments, capsys, code=3)
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "01-upper" / "last.ckpt").is_file()
+    assert main(arguments) == 0
+
+
+def test_two_runs_on_one_folder(config, command, tmp_path, capsys):
+    from unimoe.files import lock_folder
+
+    arguments = command(config, "run", "--strategy", "lora")
+    with lock_folder(tmp_path / "run"):
+        assert "is in use by another run" in refused(arguments, capsys)
+    assert not (tmp_path / "run").exists() and main(arguments) == 0
 
 
 @pytest.mark.parametrize(
