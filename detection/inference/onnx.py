@@ -1,35 +1,42 @@
 """The detector as an ONNX file: exported with its parity checked, and run by ONNX Runtime.
 
-The file holds everything behind the tokenizer for one picture and one list of names, whose text features are
-constants in it. Beside it lies ``NAME.json`` with the names and what has to be known about pictures.
+The file holds everything behind the tokenizer for one list of names, whose text features are constants in it.
+Beside it lies ``NAME.json`` with the names and how images are prepared.
 
-Shapes: B = 1 picture, S pixels of a side, Q queries, C names.
+Shapes: B = 1 image, S pixels of a side, Q queries, C names.
 """
 
 import importlib
 import json
+import math
+import os
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from unimoe.detection.data.transforms import Resize, padded, pixel_masks_of
+from unimoe.detection.data.dataset import stack
+from unimoe.detection.data.transforms import Resize, padded, pixel_masks_of, resize_for
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
-from unimoe.detection.model.prompt import Prompt, PromptBatch
+from unimoe.detection.model.prompt import Prompt, PromptBatch, check_names
 from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.moe import MoELayer, combine_dense, current_context
 
-from .detect import Detections, select_top
+from .detect import Detections, best_first, select_top
 
 TOLERANCE = 1e-3
 """How far scores and boxes (on a 0..1 scale) may be from torch's."""
+FACTS = {"names", "side", "short", "mean", "std"}
+"""Keys of ``NAME.json``."""
 
 
 class DenseExperts(nn.Module):
@@ -68,7 +75,9 @@ class ExportWrapper(nn.Module):
         self.names = list(inputs)
         self.register_buffer("text_features", TextFeatureCache(model)([prompt]))
         weights_CL = batch.name_tokens[0].float()
-        self.register_buffer("weights_LC", (weights_CL / weights_CL.sum(1, keepdim=True)).T.contiguous())
+        self.register_buffer(
+            "weights_LC", (weights_CL / weights_CL.sum(1, keepdim=True).clamp(min=1)).T.contiguous()
+        )
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
         rows = pixel_values.shape[0]  # len() would fix the batch size in the exported graph
@@ -80,29 +89,35 @@ class ExportWrapper(nn.Module):
 
 def export_onnx(
     model: DynamicDinoForObjectDetection,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     path: str | Path,
-    pictures: Sequence[Tensor] = (),
+    images: Sequence[Image.Image] = (),
 ) -> float:
-    """Write the file and return the greatest difference from torch over ``pictures`` ([3, S, S] each; a
-    random one if there are none).
+    """Write the file and return the greatest difference from torch over ``images`` (RGB; random ones if there
+    are none).
 
-    Raises UserError when onnx is not installed, when the names do not fit one prompt, and when the
-    difference is over TOLERANCE.
+    Nothing is written unless the file agrees with torch, which sees an image without the file's padding where
+    the model does not ask for a square.
+
+    Raises:
+        UserError: onnx is not installed, a file at ``path`` or beside it is not from an export, the names do
+            not fit one prompt, or the difference is over TOLERANCE.
     """
     _needed("onnx", "onnxscript", "onnxruntime")
     path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path}: expected a file name that ends with .onnx")
+    _check_target(path)
+    check_names(names, tokenizer)
     prompt = Prompt.from_names(names, tokenizer, model.config.max_text_tokens)
     wanted = ExportWrapper(model.cpu(), prompt).eval()
     exported = deepcopy(wanted)
     for layer in exported.model.decoder.layers:
         if isinstance(layer.ffn, MoELayer):
             layer.ffn = DenseExperts(layer.ffn)
-    size = model.config.image_size
-    side = size if isinstance(size, int) else size[1]
+    resize = resize_for(model.config)
+    side = resize.longest
     example = (torch.randn(1, 3, side, side), torch.ones(1, side, side, dtype=torch.int64))
     with torch.no_grad():
         graph = torch.export.export(exported, example, strict=False)
@@ -117,16 +132,51 @@ def export_onnx(
     if program is None:
         raise UserError(f"{path}: torch could not export the model")
     path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        program.save(str(temporary))
+        worst = check_parity(wanted, temporary, images or _random_images(resize), resize)
+        if not worst <= TOLERANCE:  # not-a-number too
+            raise UserError(
+                f"{path} is not written: it would differ from the model by {worst:.1e}, expected at most "
+                f"{TOLERANCE}; a model that sees images of any shape is changed by padding them to a square"
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     facts = {
         "names": list(names),
         "side": side,
-        "short": size if isinstance(size, int) else size[0],
+        "short": resize.size,
         "mean": model.config.image_mean,
         "std": model.config.image_std,
     }
     atomic_write(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-    return check_parity(wanted, path, pictures or [torch.randn(3, side, side)])
+    return worst
+
+
+def _check_target(path: Path) -> None:
+    """Raise for a file at ``path``, or NAME.json beside it, that no export wrote."""
+    beside = path.with_suffix(".json")
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8"))
+        ours = isinstance(content, dict) and content.keys() == FACTS
+    except (OSError, ValueError):
+        ours = False
+    for file in (path, beside):
+        if file.exists() and not ours:
+            raise UserError(f"{file} is there already and not from an export; choose another name")
+
+
+def _random_images(resize: Resize) -> list[Image.Image]:
+    """One in the shape that the model asks for, one wider."""
+    noise = np.random.default_rng(0)
+    short = resize.size
+    wide = min(resize.longest, short * 4 // 3)
+    sizes = [(short, short), (wide, short * 3 // 4 if resize.square else short)]
+    return [
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes
+    ]
 
 
 def _drop_checks(graph: torch.fx.Graph) -> None:
@@ -139,22 +189,35 @@ def _drop_checks(graph: torch.fx.Graph) -> None:
 
 
 @torch.no_grad()
-def check_parity(wanted: ExportWrapper, path: Path, pictures: Sequence[Tensor]) -> float:
-    """The greatest difference of scores and boxes over pictures [3, S, S]; UserError if over TOLERANCE.
+def check_parity(wanted: ExportWrapper, path: Path, images: Sequence[Image.Image], resize: Resize) -> float:
+    """The greatest difference of scores and boxes over RGB images, from what torch answers to them as
+    :class:`~unimoe.detection.inference.predictor.Detector` gives them to it.
 
     Queries are compared as sets, best first: among equal scores the two may choose in another order.
     """
     run = _session(path)
     worst = 0.0
-    for pixels in pictures:
-        mask = torch.ones(1, *pixels.shape[1:], dtype=torch.int64)
-        expected = wanted(pixels[None], mask)
-        found = run({"pixel_values": pixels[None].numpy(), "pixel_mask": mask.numpy()})
+    for image in images:
+        pixels = resize(image)
+        values, mask = stack([pixels], resize.square)
+        if mask is None:
+            mask = torch.ones(1, *values.shape[2:], dtype=torch.int64)
+        found = run(_inputs(pixels, resize.longest))
+        expected = wanted(values, mask)
         for one, other in zip(_ordered(*expected), _ordered(*map(torch.from_numpy, found)), strict=True):
-            worst = max(worst, float((one - other).abs().max()))
-    if worst > TOLERANCE:
-        raise UserError(f"{path}: differs from the model by {worst:.1e}, expected at most {TOLERANCE}")
+            difference = float((one - other).abs().max()) if one.shape == other.shape else math.inf
+            worst = difference if math.isnan(difference) else max(worst, difference)
+            if math.isnan(worst):
+                return worst
     return worst
+
+
+def _inputs(pixels: Tensor, side: int) -> dict[str, np.ndarray]:
+    """The inputs of the file for pixels [3, h, w]: padded to its square, with the mask."""
+    return {
+        "pixel_values": padded(pixels, side, side)[None].numpy(),
+        "pixel_mask": pixel_masks_of([pixels.shape[1:]], side, side).numpy(),
+    }
 
 
 def _ordered(scores_BQC: Tensor, boxes_BQ4: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +240,11 @@ class OnnxDetector:
 
     @classmethod
     def load(cls, path: str | Path, names: Sequence[str]) -> "OnnxDetector":
-        """Raises UserError for a missing file, and for names that are not those it was exported with."""
+        """From a file of :func:`export_onnx`.
+
+        Raises:
+            UserError: a file is missing, or was exported for other names.
+        """
         path = Path(path)
         for file in (path, path.with_suffix(".json")):
             if not file.is_file():
@@ -189,18 +256,21 @@ class OnnxDetector:
         return detector
 
     def __call__(
-        self, pictures: Sequence[Image.Image], threshold: float = 0.3, top: int = 300
+        self,
+        images: Sequence[Image.Image],
+        threshold: float | Sequence[float] = 0.3,
+        top: int = 300,
+        one_label: bool = False,
+        nms: float | None = None,
     ) -> list[Detections]:
-        """What is in each RGB picture, best first."""
+        """What is in each RGB image, best first; the arguments are those of
+        :class:`~unimoe.detection.inference.predictor.Detector`."""
         results = []
-        for picture in pictures:
-            pixels = self.resize(picture)
-            inputs = {
-                "pixel_values": padded(pixels, self.side, self.side)[None].numpy(),
-                "pixel_mask": pixel_masks_of([pixels.shape[1:]], self.side, self.side).numpy(),
-            }
-            scores_QC, boxes_Q4 = (torch.from_numpy(found[0]) for found in self.run(inputs))
-            results.append(select_top(scores_QC, boxes_Q4, picture.size, top, threshold))
+        for image in images:
+            found = self.run(_inputs(self.resize(image), self.side))
+            scores_QC, boxes_Q4 = (torch.from_numpy(output[0]) for output in found)
+            chosen = select_top(scores_QC, boxes_Q4, image.size, top, threshold, one_label)
+            results.append(best_first(chosen, nms, one_label))
         return results
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from unimoe.errors import UserError, first_line
 
@@ -20,7 +21,7 @@ from .modeling import DynamicDinoForObjectDetection
 MODEL_TYPES = ("grounding-dino", "mm-grounding-dino")
 
 IMAGE_SIZE = [800, 1333]
-"""What every public checkpoint is evaluated at: shorter side, limit of the longer one."""
+"""Shorter side and limit of the longer one, where no image processor was published with the weights."""
 
 RENAMED = {
     r"^model\.decoder\.(bbox|class)_embed\..*": None,  # the heads once more
@@ -64,7 +65,8 @@ FIXED = {
 def load_grounding_dino(path: str | Path) -> Built:
     """A folder or hub id of either kind as a detector of ours, and its tokenizer.
 
-    Raises UserError when it cannot be loaded or is of another kind.
+    Raises:
+        UserError: it cannot be loaded, is of another kind, or its image processor does what ours cannot.
     """
     try:
         theirs = AutoModelForZeroShotObjectDetection.from_pretrained(str(path), dtype=torch.float32)
@@ -72,12 +74,40 @@ def load_grounding_dino(path: str | Path) -> Built:
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"Grounding DINO '{path}' cannot be loaded: {reason}") from error
-    return convert(theirs), tokenizer
+    return convert(theirs, image_settings(str(path))), tokenizer
 
 
-def convert(theirs: PreTrainedModel) -> DynamicDinoForObjectDetection:
-    """A detector of ours with the weights and outputs of transformers' ``theirs``."""
-    ours = DynamicDinoForObjectDetection(convert_config(theirs.config))
+def image_settings(path: str) -> dict[str, Any]:
+    """``image_size``, ``image_mean`` and ``image_std`` by the image processor that was published with the
+    weights; nothing where there is none.
+
+    Raises:
+        UserError: it prepares images in a way that ours cannot.
+    """
+    try:
+        found, _ = BaseImageProcessor.get_image_processor_dict(path)
+    except (OSError, ValueError):
+        return {}
+    size = found.get("size") or {"shortest_edge": IMAGE_SIZE[0], "longest_edge": IMAGE_SIZE[1]}
+    edges = [size.get(key) for key in ("shortest_edge", "longest_edge")] if isinstance(size, dict) else []
+    if found.get("do_resize") is False or found.get("do_rescale") is False or None in edges or not edges:
+        raise UserError(
+            f"{path}: its image processor has size {size}, do_resize {found.get('do_resize', True)} and "
+            f"do_rescale {found.get('do_rescale', True)}; expected a shortest_edge and a longest_edge"
+        )
+    normalized = found.get("do_normalize", True)
+    means = found.get("image_mean") if normalized else [0.0] * 3
+    return {
+        "image_size": edges,
+        "image_mean": means,
+        "image_std": found.get("image_std") if normalized else [1.0] * 3,
+    }
+
+
+def convert(theirs: PreTrainedModel, settings: dict[str, Any] | None = None) -> DynamicDinoForObjectDetection:
+    """A detector of ours with the weights and outputs of transformers' ``theirs``; ``settings`` as
+    :func:`image_settings` gives them."""
+    ours = DynamicDinoForObjectDetection(convert_config(theirs.config, settings))
     expected = ours.state_dict()
     weights = {convert_name(name): weight for name, weight in theirs.state_dict().items()}
     # a shared head is listed once for each layer there, its later copies have no place here
@@ -85,8 +115,12 @@ def convert(theirs: PreTrainedModel) -> DynamicDinoForObjectDetection:
     return ours.eval()
 
 
-def convert_config(config: Any) -> DynamicDinoConfig:
-    """Raises UserError for another kind of model and for settings that no public checkpoint has."""
+def convert_config(config: Any, settings: dict[str, Any] | None = None) -> DynamicDinoConfig:
+    """The configuration of ours for one of theirs.
+
+    Raises:
+        UserError: it is of another kind of model, or has settings that no public checkpoint has.
+    """
     if config.model_type not in MODEL_TYPES:
         raise UserError(f"a model of type {config.model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
     for name, value in FIXED.items():
@@ -123,7 +157,7 @@ def convert_config(config: Any) -> DynamicDinoConfig:
         share_class_bias=not scaled or config.decoder_cls_embed_share,
         max_text_tokens=config.max_text_len,
         text_sees_start=False,
-        image_size=IMAGE_SIZE,
+        **{"image_size": IMAGE_SIZE, **(settings or {})},
         **{name: getattr(config, name) for name in same},
     )
 

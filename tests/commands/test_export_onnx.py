@@ -61,3 +61,12 @@ def test_an_exported_file_answers_as_the_model(folder, pictures, tmp_path, capsy
 
         model = Detector.load(folder, ["cat"]).model
         export_onnx(model, None, ["cat"], tmp_path / "m.txt")
+
+
+@pytest.mark.parametrize("name", ["street.json", "street.onnx"])
+@pytest.mark.skipif(not WITH_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")
+def test_a_file_of_the_user_is_not_overwritten(folder, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"images": []}')
+    assert cli.main(["export", "onnx", str(folder), str(tmp_path / "street.onnx"), "--prompt", "cat"]) == 2
+    assert f"{name} is there already and not from an export" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == '{"images": []}' and len(list(tmp_path.glob("street.*"))) == 1

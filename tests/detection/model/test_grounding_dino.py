@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from torch.testing import assert_close
-from transformers import BertConfig, GroundingDinoConfig
+from transformers import BertConfig, GroundingDinoConfig, GroundingDinoImageProcessor
 from transformers.models.grounding_dino.modeling_grounding_dino import (
     generate_masks_with_special_tokens_and_transfer_map,
 )
@@ -16,7 +16,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 from unimoe.commands import main as cli
 from unimoe.detection import DynamicDinoForObjectDetection
 from unimoe.detection.model import grounding_dino
-from unimoe.detection.model.grounding_dino import convert, convert_config
+from unimoe.detection.model.grounding_dino import convert, convert_config, image_settings
 from unimoe.errors import UserError
 
 CLS, SEP, STOP = 101, 102, 1012
@@ -129,3 +129,33 @@ def test_other_models_are_refused():
         convert_config(GroundingDinoConfig(two_stage=False))
     with pytest.raises(UserError, match="encoder_ffn_dim is 64, expected decoder_ffn_dim 32"):
         convert_config(GroundingDinoConfig(encoder_ffn_dim=64, decoder_ffn_dim=32))
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({}, ([800, 1333], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])),
+        (
+            {
+                "size": {"shortest_edge": 400, "longest_edge": 600},
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+            },
+            ([400, 600], [0.5] * 3, [0.5] * 3),
+        ),
+        ({"do_normalize": False}, ([800, 1333], [0.0] * 3, [1.0] * 3)),
+    ],
+)
+def test_images_are_prepared_as_the_checkpoint_says(tmp_path, processor, expected):
+    assert image_settings(str(tmp_path)) == {}
+    GroundingDinoImageProcessor(**processor).save_pretrained(tmp_path)
+    found = image_settings(str(tmp_path))
+    assert (found["image_size"], list(found["image_mean"]), list(found["image_std"])) == expected
+    config = convert_config(GroundingDinoConfig(), found)
+    assert (config.image_size, config.image_mean, config.image_std) == expected
+
+
+def test_an_image_processor_that_stretches_is_refused(tmp_path):
+    GroundingDinoImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="expected a shortest_edge and a longest_edge"):
+        image_settings(str(tmp_path))
