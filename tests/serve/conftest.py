@@ -9,6 +9,7 @@ import pytest
 import uvicorn
 
 from unimoe.serve.app import ServerConfig, build_app
+from unimoe.serve.connections import uvicorn_config
 from unimoe.testing import IMAGE, SPEECH, VIDEO, tiny_model
 
 
@@ -28,7 +29,7 @@ def serving(tiny):
     @contextmanager
     def run(**settings: Any):
         app = build_app(*tiny, ServerConfig(**{"name": "tiny", **settings}))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        server = uvicorn.Server(uvicorn_config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started:

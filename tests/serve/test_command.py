@@ -2,16 +2,20 @@
 
 import inspect
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 
 import httpx
 import openai
 import pytest
+import torch
 
 from unimoe.commands import main as cli
-from unimoe.serve.command import serve
+from unimoe.model.loading import load_model
+from unimoe.serve.command import _folder_name, own_weights, serve
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +35,55 @@ def test_it_listens_to_this_machine_only(monkeypatch, folder):
     [
         (["--max-batch", "0"], "max_batch must be at least 1"),
         (["--media-root", "nowhere"], "--media-root nowhere: found no folder"),
+        (["--port", "70000"], "--port must be from 0 to 65535, found 70000"),
+        (["--port", "-1"], "--port must be from 0 to 65535, found -1"),
+        (["--host", "999.1.1.1"], "cannot listen on --host 999.1.1.1"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "  "], "--api-key is empty"),
+        (["--max-body-mb", "0"], "--max-body-mb must be above 0"),
+        (["--max-image-megapixels", "nan"], "--max-image-megapixels must be above 0"),
+        (["--drain-seconds", "-1"], "--drain-seconds must be at least 0"),
     ],
 )
 def test_bad_flags(folder, flags, message, capsys):
     assert cli.main(["serve", str(folder), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_and_an_empty_key_in_the_environment(monkeypatch, capsys):
+    monkeypatch.setattr("unimoe.serve.command.load_model", None)  # nothing is loaded before
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        assert cli.main(["serve", "x", "--port", port]) == 2
+        assert (
+            f"cannot listen on --host 127.0.0.1 --port {port}: Address already in use"
+            in capsys.readouterr().err
+        )
+    monkeypatch.setenv("UNIMOE_API_KEY", "")
+    assert cli.main(["serve", "x"]) == 2
+    assert "UNIMOE_API_KEY is empty" in capsys.readouterr().err
+
+
+def test_the_name_of_this_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert _folder_name(".") == _folder_name(str(folder)) == "small"
+    assert _folder_name("someone/a-model-on-the-hub") == "a-model-on-the-hub"
+
+
+def test_weights_that_are_replaced_do_not_reach_a_running_server(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "mine")
+    weights = tmp_path / "mine" / "model.safetensors"
+    model, _ = load_model(tmp_path / "mine", hub=False)
+    own_weights(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    size = weights.stat().st_size
+    with weights.open("r+b") as file:  # in place, as cp does
+        file.seek(size // 2)
+        file.write(b"\x7f" * (size - size // 2))
+    with weights.open("r+b") as file:
+        file.truncate(0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import pickle
 import socket
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -19,6 +20,8 @@ from PIL import Image
 
 from unimoe.errors import UserError
 from unimoe.model.loading import load_model
+from unimoe.serve import decode_worker
+from unimoe.serve.decode_worker import DecodeRequest
 from unimoe.serve.media import MediaLimits, MediaReader
 from unimoe.serve.protocol import Message, Url, VideoPart
 
@@ -120,13 +123,15 @@ def test_files_below_the_root_are_read_and_no_others(serving, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(16_000, 16_000), (9_000, 9_000), (100_000, 1)])
-def test_pictures_that_are_too_large_are_not_decoded(client, size, monkeypatch):
+def test_images_that_are_too_large_are_not_decoded(size, monkeypatch):
     def decode(self, *args):
         raise AssertionError("decoded")
 
     content = png(*size, mode="1")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
-    assert "pixels; at most 50,000,000" in refusal(client, "image_url", data_url(content))
+    request = DecodeRequest("image", "x", 50_000_000, 16_384, 1.0)
+    with pytest.raises(UserError, match="pixels; at most 50,000,000"):
+        decode_worker.decode(request, content)
 
 
 @pytest.mark.parametrize(
@@ -136,15 +141,16 @@ def test_what_is_no_picture(client, content):
     assert "messages" in refusal(client, "image_url", data_url(content))
 
 
-def test_playlists_do_not_make_the_server_fetch(tmp_path):
+def test_playlists_do_not_make_the_server_fetch(server):
     """FFmpeg would follow them."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
+        reader = server.service.media
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/a.ts"
         content = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n".encode()
         part = VideoPart(type="video_url", video_url=Url(url=data_url(content, "video/mp4")))
         with pytest.raises(UserError, match="expected mp4, webm or avi"):
-            MediaReader(["video"], MediaLimits()).read([Message(role="user", content=[part])])
+            reader.read([Message(role="user", content=[part])])
         with pytest.raises(BlockingIOError):
             listener.accept()
 
@@ -170,7 +176,7 @@ def test_sound_that_is_none_and_sound_without_end(client):
 def test_a_kind_of_media_that_the_model_does_not_take():
     parts = [VideoPart(type="video_url", video_url=Url(url=data_url(b"x", "video/mp4")))]
     with pytest.raises(UserError, match="takes no video; it takes text, image"):
-        MediaReader(["image"], MediaLimits()).read([Message(role="user", content=parts)])
+        MediaReader({"image": None}, MediaLimits()).read([Message(role="user", content=parts)])
 
 
 def test_more_media_than_one_request_may_hold(client):
@@ -284,3 +290,151 @@ def test_nothing_is_unpickled_while_a_model_is_loaded(tiny, tmp_path, monkeypatc
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="no file named model.safetensors"):
         load_model(tmp_path, hub=False)
+
+
+def error_of(server, **fields):
+    body = {"messages": ASK, "max_tokens": 2, **fields}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=100)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["type"] == "invalid_request_error" and "function-after" not in error["message"]
+    return error
+
+
+def content(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        (content({"type": "input_text", "text": "x"}), "messages[0].content[0]", "one of text, image_url"),
+        (content({"text": "x"}), "messages[0].content[0]", "one of text, image_url"),
+        (content({"type": "text"}), "messages[0].content[0].text", "required"),
+        (content({"type": "image_url", "image_url": {}}), "messages[0].content[0].image_url.url", "required"),
+        (content({"type": "image_url", "image_url": "data:;base64,AAAA"}), "messages[0].content[0]", "read"),
+        (
+            content({"type": "input_audio", "input_audio": {"data": 3}}),
+            "messages[0].content[0].input_audio.data",
+            "",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "messages[0].content",
+            "list of parts, found null",
+        ),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role", "found 'judge'"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"stop": [""]}, "stop[0]", "at least 1 character"),
+        ({"stop": 3}, "stop", "a list of strings"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"max_tokens": 10**9}, "max_tokens", "leaves room for"),
+        ({"tools": [{}]}, "tools", "does not support it"),
+        ({"generation_config": '{"top_k": -5}'}, "generation_config.top_k", "greater than"),
+    ],
+)
+def test_an_error_names_the_field(server, fields, param, said):
+    error = error_of(server, **fields)
+    assert error["param"] == param and said in error["message"] and error["message"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[",
+        "file://[",
+        "http://[zz]/a.png",
+        "http://127.0.0.1:abc/a.png",
+        "http://",
+        "",
+        "data:",
+        "a\0b",
+    ],
+)
+def test_urls_that_do_not_parse(server, url):
+    error = error_of(server, **content({"type": "image_url", "image_url": {"url": url}}))
+    assert error["param"] == "messages[0].content[0]"
+
+
+class Odd(http.server.BaseHTTPRequestHandler):
+    """Replies that are no HTTP, cut off, or too long."""
+
+    def do_GET(self):
+        if self.path == "/bad":
+            self.wfile.write(b"NOT HTTP AT ALL\r\n\r\n")
+        elif self.path == "/cut":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n400\r\nabc")
+        elif self.path == "/many":
+            head = b"".join(b"X-%d: 1\r\n" % number for number in range(300))
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n")
+        elif self.path == "/slow":
+            for _ in range(200):
+                self.wfile.write(b"H")
+                time.sleep(0.2)
+        elif self.path == "/a%20b%C3%BC.png":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + png(8, 8))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_allowed_hosts_may_reply(serving):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as host:
+        host.daemon_threads = True
+        threading.Thread(target=host.serve_forever).start()
+        url = f"http://127.0.0.1:{host.server_port}"
+        try:
+            with serving(media=MediaLimits(hosts=["127.0.0.1"], fetch_seconds=8.0)) as server:
+                for path in ("/bad", "/cut", "/many", "/slow"):
+                    error = error_of(
+                        server, **content({"type": "image_url", "image_url": {"url": url + path}})
+                    )
+                    assert "cannot be fetched" in error["message"]
+                for path in ("/a bü.png", "/a%20b%C3%BC.png"):
+                    assert look(server.client, url + path).usage.completion_tokens == 2
+        finally:
+            host.shutdown()
+
+
+def test_a_body_with_another_content_type(server):
+    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}'
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        error = post(server, body, **{"content-type": kind}).json()["error"]
+        assert error["message"] == f"the Content-Type is {kind!r}, expected application/json"
+        assert error["param"] is None
+    broken = post(server, body[:-1] + b",}").json()["error"]
+    assert broken["message"].startswith("the body is not JSON: ") and broken["param"] is None
+
+
+def test_one_model_by_its_name_and_monitors(server):
+    assert server.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError) as error:
+        server.client.models.retrieve("huge")
+    assert error.value.code == "model_not_found"
+    reply = httpx.head(f"{server.url}/health")
+    assert reply.status_code == 200 and not reply.content
+
+
+def test_a_monitor_without_a_host_header_is_no_web_page(serving):
+    with serving(trusted_hosts=["127.0.0.1", "::1"]) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        for name, status in (("[::1]:80", 200), ("evil.example", 400), ("127.0.0.1.evil.example", 400)):
+            assert httpx.get(f"{server.url}/health", headers={"host": name}).status_code == status
+
+
+def test_pages_of_allowed_origins_may_use_the_server(serving):
+    page, other = "https://chat.example", "https://evil.example"
+    with serving(cors_origins=[page], api_key="k") as server:
+        headers = {"origin": page, "access-control-request-method": "POST"}
+        headers["access-control-request-headers"] = "authorization,content-type"
+        reply = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
+        assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == page
+        refused = httpx.get(f"{server.url}/v1/models", headers={"origin": page})
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == page
+        assert (
+            "access-control-allow-origin"
+            not in httpx.get(f"{server.url}/health", headers={"origin": other}).headers
+        )

@@ -57,3 +57,18 @@ def test_what_may_become_a_stop_string_is_held_back(tokenizer):
     pieces = [text.push(token) for token in tokenizer("xENxEND")["input_ids"]]
     assert pieces == ["x", "", "", "ENx", "", "", ""]
     assert text.stopped
+
+
+@pytest.mark.parametrize(
+    ("said", "stops", "left"),
+    [
+        ("one<|im_end|>two", ["<|im_end|>"], "one"),
+        ("one<|im_start|>user two", ["<|im_start|>user"], "one"),
+        ("one<|im_start|>assistant", ["<|im_start|>user"], "oneassistant"),
+        ("one<|im_end|>", ["ne<|im_end|>"], "o"),
+        ("one<|im_end|><|im_start|>two", ["nothing"], "onetwo"),
+        ("<|im_end|>", ["<|im_end|>"], ""),
+    ],
+)
+def test_stop_strings_match_control_tokens_which_are_no_text(tokenizer, said, stops, left):
+    assert "".join(stream(tokenizer, tokenizer(said)["input_ids"], stops)) == left

@@ -136,6 +136,8 @@ def _container_blocks(encoded: BinaryIO, part: Part, where: str, first_error: Ex
                 rate = frame.sample_rate
                 for planar in resampler.resample(frame):
                     yield planar.to_ndarray().mean(axis=0), rate, seconds
+        except UserError:
+            raise
         except (FFmpegError, ValueError) as error:
             raise _undecodable(part, where, first_line(error)) from error
 

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import struct
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -39,7 +40,7 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
         image = part.get("image")
         if image is None:
             with open_media(part, where) as file:
-                image = Image.open(_without_text(file))
+                image = open_image(file)
                 if more := _more_frames(image):
                     logger.warning("%s: the image %s %s", where, describe(part), more)
                 if longest:  # of a JPEG only every 2nd, 4th or 8th pixel has to be decoded
@@ -63,6 +64,12 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
         known = not isinstance(error, UnidentifiedImageError)  # whose message names our buffer
         reason = first_line(error) if known else f"no format that Pillow knows{_advice(part)}"
         raise UserError(f"{where}: cannot decode the image {describe(part)}: {reason}") from error
+
+
+def open_image(file: BinaryIO, formats: Sequence[str] | None = None) -> Image.Image:
+    """Open an encoded image: its header is read, nothing decoded. ``formats``: those of Pillow that are
+    tried."""
+    return Image.open(_without_text(file), formats=formats)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
@@ -26,9 +23,10 @@ from unimoe.model.processing import UniMoeProcessor
 
 from .answer import Answer, Delta
 from .engine import Engine, EngineConfig, QueueFull
+from .gate import Gate
 from .media import MediaLimits, MediaReader
 from .metrics import Metrics
-from .protocol import ChatRequest, Completion, error_body, usage
+from .protocol import BadRequest, ChatRequest, Completion, error_body, usage
 
 POLL_SECONDS = 0.2
 """Seconds between two checks whether a client without a new delta is still connected."""
@@ -49,6 +47,10 @@ class ServerConfig:
     """Accepted Host headers. On localhost this stops web pages from reaching the server by DNS rebinding."""
     body_bytes: int = 48 << 20
     """Largest request body."""
+    body_seconds: float = 120.0
+    """Longest time for receiving it."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Origins of web pages that may use the server from a browser; ``*`` for all."""
     max_prompt_tokens: int | None = None
     """Longest prompt, media tokens included; None for the LLM's context length."""
     max_new_tokens: int = 1024
@@ -70,7 +72,7 @@ class Service:
         self.model = model
         self.processor = processor
         self.config = config
-        self.media = MediaReader(list(processor.modalities), config.media)
+        self.media = MediaReader(processor.preprocessors, config.media)
         self.engine = Engine(model, config.engine)
         self.metrics = Metrics(self.engine)
         self.context: int = getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
@@ -82,10 +84,19 @@ class Service:
             HTTPException: 404 for another model's name.
             UserError: a field this server does not support.
         """
-        if request.model not in (None, self.config.name):
-            found = f"the model {request.model!r} is not served here, only {self.config.name!r}"
-            raise HTTPException(404, {"message": found, "code": "model_not_found", "param": "model"})
+        self.check_name(request.model)
         request.check()
+
+    def check_name(self, name: str | None) -> None:
+        """Raises HTTPException 404 for the name of another model."""
+        if name not in (None, self.config.name):
+            found = f"the model {str(name)[:100]!r} is not served here, only {self.config.name!r}"
+            raise HTTPException(404, {"message": found, "code": "model_not_found", "param": "model"})
+
+    def close(self) -> None:
+        """End the engine and the decoding processes."""
+        self.engine.close()
+        self.media.close()
 
     async def start(self, request: ChatRequest, on_delta: Callable[[Delta], None]) -> Answer:
         """Prepare the request and submit it to the engine.
@@ -107,18 +118,20 @@ class Service:
         most = min(self.config.max_prompt_tokens or self.context, self.context)
         self._check_length(request.characters() // CHARACTERS_PER_TOKEN, most)
         messages = self.media.read(request.messages)
-        encoded = self.processor.encode(messages, add_generation_prompt=True, where="messages")
+        try:
+            encoded = self.processor.encode(messages, add_generation_prompt=True, where="messages")
+        except UserError as error:  # such as the chat template's refusal of a turn
+            raise BadRequest("messages", str(error).removeprefix("messages: ")) from error
         length = len(encoded["input_ids"])
         self._check_length(length, most)
         defaults = self.model.generation_config
         sampling = request.sampling(defaults, self.config.max_new_tokens, self.context - length)
-        return Answer(
-            self.model, self.processor.tokenizer, self.processor.pad([encoded], "left"), sampling, on_delta
-        )
+        inputs = self.processor.pad([encoded], "left")
+        return Answer(self.model, self.processor.tokenizer, inputs, sampling, on_delta)
 
     def _check_length(self, tokens: int, most: int):
         if tokens > most:
-            found = f"the prompt has {tokens} tokens or more; at most {most} are taken"
+            found = f"the prompt has {tokens} tokens or more; at most {most} are accepted"
             code = "context_length_exceeded"
             raise HTTPException(400, {"message": found, "code": code, "param": "messages"})
 
@@ -174,21 +187,31 @@ class Client:
 def build_app(
     model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, config: ServerConfig
 ) -> FastAPI:
-    """The application. Its lifespan ends the engine."""
+    """The application. The end of its lifespan closes the engine and the decoding processes."""
     service = Service(model, processor, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
         yield
-        await run_in_threadpool(service.engine.close)
+        await run_in_threadpool(service.close)
 
     app = FastAPI(title="unimoe", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(Gate, config=config)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.trusted_hosts)
+    app.add_middleware(
+        Gate,
+        api_key=config.api_key,
+        trusted_hosts=config.trusted_hosts,
+        body_bytes=config.body_bytes,
+        body_seconds=config.body_seconds,
+    )
+    if config.cors_origins:  # outermost: a browser must be able to read refusals too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
     _add_error_handlers(app, service.metrics)
+    card = {"id": config.name, "object": "model", "created": int(time.time()), "owned_by": "unimoe"}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():
         if not service.engine.alive:
             raise HTTPException(503, "the engine has stopped")
@@ -200,8 +223,12 @@ def build_app(
 
     @app.get("/v1/models")
     async def models():
-        card = {"id": config.name, "object": "model", "created": int(time.time()), "owned_by": "unimoe"}
         return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model_card(name: str):
+        service.check_name(name)
+        return card
 
     @app.post("/load_model")
     async def load_model():
@@ -229,39 +256,9 @@ def build_app(
             raise HTTPException(503, _CANCELLED)
         choices = [choice for delta in parts for choice in delta.choices] if body.logprobs else None
         text = "".join(delta.text for delta in parts)
-        return completion.whole(text, choices, reason, _usage(answer))
+        return completion.complete(text, choices, reason, _usage(answer))
 
     return app
-
-
-class Gate:
-    """Refuses requests before their body is read: without the key, too large, or of unknown length."""
-
-    def __init__(self, app: ASGIApp, config: ServerConfig):
-        self.app = app
-        self.config = config
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        if scope["type"] == "http" and (refusal := self._refusal(scope, Headers(scope=scope))):
-            await refusal(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
-        end = {"Connection": "close"}  # what the client still sends is not read either
-        key, given = self.config.api_key, headers.get("authorization", "").removeprefix("Bearer ")
-        if (
-            key
-            and scope["path"].startswith("/v1")
-            and not secrets.compare_digest(given.encode(), key.encode())
-        ):
-            body = error_body("wrong or missing API key", "authentication_error", "invalid_api_key")
-            return JSONResponse(body, 401, end)
-        length, most = headers.get("content-length"), self.config.body_bytes
-        if scope["method"] == "POST" and (length is None or int(length) > most):
-            found = f"the body must say its length, of at most {most:,} bytes; found {length}"
-            return JSONResponse(error_body(found, _KINDS[400]), 411 if length is None else 413, end)
-        return None
 
 
 async def _events(
@@ -315,13 +312,13 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics):
 
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError):
-        return refuse(400, error_body(str(error), _KINDS[400]))
+        param = error.param if isinstance(error, BadRequest) else None
+        return refuse(400, error_body(str(error), _KINDS[400], param=param))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError):
-        found = error.errors()[0]
-        where = ".".join(str(place) for place in found["loc"] if place != "body")
-        return refuse(400, error_body(f"{where or 'body'}: {found['msg']}", _KINDS[400], param=where or None))
+    async def invalid(request: Request, error: RequestValidationError):
+        message, param = _describe(error.errors()[0], request.headers.get("content-type"))
+        return refuse(400, error_body(message, _KINDS[400], param=param))
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(_: Request, error: StarletteHTTPException):
@@ -339,3 +336,25 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics):
     @app.exception_handler(EngineError)
     async def engine_error(_: Request, error: EngineError):
         return JSONResponse(_ENGINE_ERROR, 500)
+
+    @app.exception_handler(Exception)  # its traceback is logged by the server
+    async def internal_error(_: Request, error: Exception):
+        return JSONResponse(error_body("internal error; see the server's log", "server_error"), 500)
+
+
+def _describe(found: Mapping[str, Any], content_type: str | None) -> tuple[str, str | None]:
+    """Message and field of a validation error of pydantic."""
+    if found["type"] == "json_invalid":
+        reason = found.get("ctx", {}).get("error", found["msg"])
+        return f"the body is not JSON: {reason} at character {found['loc'][-1]}", None
+    places = [place for place in found["loc"][1:] if not str(place).startswith("<")]
+    param = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places)[1:]
+    if not param:
+        kind = (content_type or "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            return f"the Content-Type is {content_type!r}, expected application/json", None
+        return f"the body must be a JSON object: {found['msg']}", None
+    shown = ""
+    if isinstance(found.get("input"), (str, int, float, type(None))):
+        shown = f", found {str(found['input'])[:60]!r}" if found["input"] is not None else ", found null"
+    return f"{param}: {found['msg']}{shown}", param

@@ -1,4 +1,4 @@
-"""What a request may say, and how answers look: this server's part of OpenAI's chat completions."""
+"""Schemas of requests and responses: the supported part of OpenAI's chat completions."""
 
 import copy
 import json
@@ -6,10 +6,20 @@ import logging
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
 from transformers import GenerationConfig
 
-from unimoe.errors import UserError
+from unimoe.errors import UserError, first_line
 
 from .answer import Choice, SamplingParams
 
@@ -24,7 +34,7 @@ HARMLESS = {
     "store",
     "user",
 }
-"""Fields that change nothing about the answer of one model without tools."""
+"""Fields without influence on the answer of one model without tools."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -35,33 +45,49 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-"""Fields that are not supported, and the values that ask for nothing."""
+"""Fields that are not supported, and the values that are accepted because they request nothing."""
 
-SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-"""What is taken from the ``generation_config`` that ``transformers chat`` sends along."""
+GREEDY_BELOW = 1e-4
+"""A temperature below this is greedy decoding: logits divided by it overflow."""
 
 
-def whole_characters(text: str) -> str:
-    """``text`` with a question mark for each half of a character: JSON can hold those, tokenizers cannot."""
+class BadRequest(UserError):
+    """A field of a request is invalid; becomes a 400 whose ``param`` names it."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param = param
+
+
+def replace_surrogates(text: str) -> str:
+    """``text`` with a question mark for each lone surrogate: JSON can hold those, tokenizers cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
-Text = Annotated[str, AfterValidator(whole_characters)]
+Text = Annotated[str, AfterValidator(replace_surrogates)]
 
 
 class Url(BaseModel):
-    """A medium by its address: a data URL, or what the server's flags allow."""
+    """Media by URL: a data URL, or what the server's flags allow."""
 
     url: str
 
 
+def _as_object(value: Any) -> Any:
+    """A plain string in place of ``{"url": ...}``, as some clients send it."""
+    return {"url": value} if isinstance(value, str) else value
+
+
+UrlField = Annotated[Url, BeforeValidator(_as_object)]
+
+
 class InputAudio(BaseModel):
-    """Encoded sound."""
+    """Encoded audio."""
 
     data: str
     """Base64 of a whole file."""
     format: str = "wav"
-    """Not needed: the file says it."""
+    """Ignored: the format is told by content."""
 
 
 class TextPart(BaseModel):
@@ -71,7 +97,7 @@ class TextPart(BaseModel):
 
 class ImagePart(BaseModel):
     type: Literal["image_url"]
-    image_url: Url
+    image_url: UrlField
 
 
 class InputAudioPart(BaseModel):
@@ -81,16 +107,61 @@ class InputAudioPart(BaseModel):
 
 class AudioPart(BaseModel):
     type: Literal["audio_url"]
-    audio_url: Url
+    audio_url: UrlField
 
 
 class VideoPart(BaseModel):
     type: Literal["video_url"]
-    video_url: Url
+    video_url: UrlField
 
 
-ContentPart = Annotated[
-    TextPart | ImagePart | InputAudioPart | AudioPart | VideoPart, Field(discriminator="type")
+PARTS = {
+    "text": TextPart,
+    "image_url": ImagePart,
+    "input_audio": InputAudioPart,
+    "audio_url": AudioPart,
+    "video_url": VideoPart,
+}
+
+ContentPart = TextPart | ImagePart | InputAudioPart | AudioPart | VideoPart
+
+
+def _part_tag(value: Any) -> str | None:
+    found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{found}>" if isinstance(found, str) and found in PARTS else None
+
+
+def _content_tag(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
+
+
+# Tags are in angle brackets: they are no places in the request, and left out where errors name one.
+_Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[InputAudioPart, Tag("<input_audio>")]
+    | Annotated[AudioPart, Tag("<audio_url>")]
+    | Annotated[VideoPart, Tag("<video_url>")],
+    Discriminator(
+        _part_tag,
+        custom_error_type="part",
+        custom_error_message=f"expected a part whose type is one of {', '.join(PARTS)}",
+    ),
+]
+
+_Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[_Part], Field(max_length=256), Tag("<parts>")],
+    Discriminator(
+        _content_tag, custom_error_type="content", custom_error_message="expected a string or a list of parts"
+    ),
+]
+
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+_Stops = Annotated[
+    Annotated[_Stop, Tag("<text>")] | Annotated[list[_Stop], Field(max_length=16), Tag("<parts>")],
+    Discriminator(
+        _content_tag, custom_error_type="stop", custom_error_message="expected a string or a list of strings"
+    ),
 ]
 
 
@@ -98,13 +169,25 @@ class Message(BaseModel):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=256)]
+    content: _Content
 
 
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
     include_usage: bool | None = None
+
+
+class SentSampling(BaseModel):
+    """What is used of the ``generation_config`` that ``transformers chat`` sends."""
+
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class ChatRequest(BaseModel):
@@ -122,57 +205,56 @@ class ChatRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-        | Annotated[
-            list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    stop: _Stops | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     n: Literal[1] | None = None
     generation_config: Annotated[str, StringConstraints(max_length=20_000)] | None = None
-    """As ``transformers chat`` sends it: JSON; fields of the request go before it."""
+    """JSON, as ``transformers chat`` sends it; fields of the request take precedence."""
 
-    def check(self):
-        """Raises UserError for a field that asks for something this server cannot do."""
+    def check(self) -> None:
+        """Check for fields that request what this server does not support.
+
+        Raises:
+            BadRequest: there is one.
+        """
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in HARMLESS and value not in NEUTRAL.get(name, ()):
-                raise UserError(f"{name}: this server does not support it; leave it out")
+                raise BadRequest(name[:64], "this server does not support it; omit it")
         if self.top_logprobs is not None and not self.logprobs:
-            raise UserError("top_logprobs: needs logprobs to be true")
+            raise BadRequest("top_logprobs", "needs logprobs to be true")
 
     def characters(self) -> int:
-        """Length of all its text."""
+        """Length of all text."""
         contents = [message.content for message in self.messages]
         parts = [part for content in contents if isinstance(content, list) for part in content]
         whole = sum(len(content) for content in contents if isinstance(content, str))
         return whole + sum(len(part.text) for part in parts if part.type == "text")
 
     def sampling(self, defaults: GenerationConfig | None, max_new_tokens: int, room: int) -> SamplingParams:
-        """Settings of the answer; what the request leaves out is as in the model's generation_config.json.
+        """How to generate the answer; what the request omits is as in the model's generation_config.json.
 
         Args:
             defaults: of the model.
-            max_new_tokens: longest answer when the request names none, or more.
-            room: tokens that the model can still see after the prompt.
+            max_new_tokens: longest answer, and the default.
+            room: tokens that fit into the context after the prompt.
 
-        Raises UserError when the request wants more tokens than there is room for.
+        Raises:
+            BadRequest: a setting is invalid, or more tokens are requested than there is room for.
         """
         config: Any = copy.deepcopy(defaults) or GenerationConfig()
         config.max_new_tokens = None
         for name, value in self._sent_sampling().items():
             setattr(config, name, value)
         if self.temperature is not None:
-            config.do_sample = self.temperature > 0
-            config.temperature = self.temperature or None
+            config.do_sample = self.temperature >= GREEDY_BELOW
+            config.temperature = self.temperature if config.do_sample else None
         for name in ("top_p", "top_k"):
             if getattr(self, name) is not None:
                 setattr(config, name, getattr(self, name))
         wanted = self.max_completion_tokens or self.max_tokens or config.max_new_tokens
         if room < (wanted or 1):
-            raise UserError(f"max_tokens: found {wanted or 1}, the prompt leaves room for {max(room, 0)}")
+            raise BadRequest("max_tokens", f"found {wanted or 1}, the prompt leaves room for {max(room, 0)}")
         config.max_new_tokens = min(wanted or max_new_tokens, max_new_tokens, room)
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(config, self.seed, stops, (self.top_logprobs or 0) if self.logprobs else None)
@@ -181,11 +263,17 @@ class ChatRequest(BaseModel):
         if self.generation_config is None:
             return {}
         try:
-            sent = GenerationConfig(**json.loads(self.generation_config))
-            sent.validate()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"generation_config: {str(error).splitlines()[0]}") from error
-        return {name: value for name in SAMPLING if (value := getattr(sent, name, None)) is not None}
+            sent = SentSampling.model_validate(json.loads(self.generation_config))
+        except ValidationError as error:
+            found = error.errors()[0]
+            place = ".".join(["generation_config", *map(str, found["loc"])])
+            raise BadRequest(place, found["msg"]) from error
+        except (ValueError, RecursionError) as error:
+            raise BadRequest("generation_config", f"not JSON: {first_line(error)}") from error
+        if sent.do_sample and sent.temperature is not None and sent.temperature < GREEDY_BELOW:
+            found = f"found {sent.temperature:g}, expected more than {GREEDY_BELOW:g} with do_sample"
+            raise BadRequest("generation_config.temperature", found)
+        return sent.model_dump(exclude_none=True)
 
 
 class Completion:
@@ -197,8 +285,8 @@ class Completion:
         self.tokenizer = tokenizer
         self.created = int(time.time())
 
-    def whole(self, text: str, choices: list[Choice] | None, finish_reason: str, usage: dict) -> dict:
-        """The answer as one object; ``choices`` where log-probabilities were asked for."""
+    def complete(self, text: str, choices: list[Choice] | None, finish_reason: str, usage: dict) -> dict:
+        """The answer as one object; ``choices`` if log-probabilities were requested."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason}
         choice["logprobs"] = None if choices is None else self._logprobs(choices)
@@ -211,7 +299,7 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def usage_chunk(self, usage: dict) -> dict:
-        """The last chunk, for clients that asked for usage."""
+        """The last chunk, for clients that requested the usage."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -232,7 +320,7 @@ class Completion:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts; those of media are part of the prompt, the token that ends an answer is part of it."""
+    """Token counts; media tokens are part of the prompt, the end-of-sequence token is part of the answer."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -242,4 +330,4 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict:
     """An error in OpenAI's shape."""
-    return {"error": {"message": whole_characters(message), "type": kind, "param": param, "code": code}}
+    return {"error": {"message": replace_surrogates(message), "type": kind, "param": param, "code": code}}

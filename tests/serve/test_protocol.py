@@ -1,0 +1,63 @@
+"""What a request may ask for, and how its generation is set; no model is needed."""
+
+import json
+
+import pytest
+from transformers import GenerationConfig
+
+from unimoe.serve.protocol import BadRequest, ChatRequest
+
+ASK = [{"role": "user", "content": "hi"}]
+
+
+def sampling(defaults=None, **fields):
+    return ChatRequest(messages=ASK, **fields).sampling(defaults or GenerationConfig(), 100, 50).generation
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-45, 1e-38, 1e-30, 1e-9])
+def test_a_temperature_that_is_next_to_nothing_is_greedy(temperature):
+    config = sampling(GenerationConfig(do_sample=True, temperature=0.7), temperature=temperature)
+    assert config.do_sample is False and config.temperature is None
+
+
+def test_fields_take_precedence_over_what_is_sent_and_that_over_the_model():
+    sent = json.dumps({"do_sample": True, "temperature": 0.5, "top_k": 7, "eos_token_id": 3})
+    config = sampling(GenerationConfig(top_p=0.3, top_k=1), generation_config=sent, temperature=1.5)
+    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 1.5, 7, 0.3)
+    assert config.eos_token_id is None and config.max_new_tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        ({"do_sample": True, "temperature": 0.0}, "generation_config.temperature"),
+        ({"temperature": -1}, "generation_config.temperature"),
+        ({"do_sample": True, "top_k": -5}, "generation_config.top_k"),
+        ({"repetition_penalty": 0}, "generation_config.repetition_penalty"),
+        ({"do_sample": True, "min_p": 5}, "generation_config.min_p"),
+        ({"do_sample": True, "top_p": "x"}, "generation_config.top_p"),
+        ({"max_new_tokens": 0}, "generation_config.max_new_tokens"),
+        ([], "generation_config"),
+        (None, "generation_config"),
+    ],
+)
+def test_sent_settings_out_of_range_are_named(sent, param):
+    with pytest.raises(BadRequest) as caught:
+        sampling(generation_config=json.dumps(sent))
+    assert caught.value.param == param and str(caught.value).startswith(f"{param}: ")
+    with pytest.raises(BadRequest, match="generation_config: not JSON"):
+        sampling(generation_config="[" * 5000)
+
+
+def test_more_tokens_than_there_is_room_for():
+    with pytest.raises(BadRequest, match="max_tokens: found 60, the prompt leaves room for 50") as caught:
+        sampling(max_tokens=60)
+    assert caught.value.param == "max_tokens"
+
+
+def test_fields_that_are_not_supported_are_named():
+    for name, value in (("tools", [{}]), ("frequency_penalty", 1), ("nonsense", 1)):
+        with pytest.raises(BadRequest, match="does not support it") as caught:
+            ChatRequest.model_validate({"messages": ASK, name: value}).check()
+        assert caught.value.param == name
+    ChatRequest.model_validate({"messages": ASK, "user": "x", "frequency_penalty": 0}).check()
