@@ -123,7 +123,7 @@ def serve(
 def own_weights(model: "Module") -> None:
     """Copy weights on the CPU into memory of their own.
 
-    safetensors maps the file: overwriting it would change the answers of a running server, truncating it would
+    safetensors maps the file: overwriting it would change a running server's answers, truncating it would
     end the process.
     """
     for tensor in (*model.parameters(), *model.buffers()):
