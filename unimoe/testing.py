@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
@@ -164,6 +165,7 @@ def _run_rank(code: str, arguments: Sequence[str], environment: dict[str, str], 
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
+    rank_zero_only.rank = int(environment["RANK"])  # Lightning reads the rank when it is imported
     torch.set_num_threads(1)
     exec(code, {"__name__": "__main__"})
 
