@@ -174,7 +174,7 @@ def test_bad_lines_are_said_and_change_nothing(talk, monkeypatch, line, says):
         (["-p", "x", "--audio", "{}/empty.wav"], "is empty (0 bytes)"),
         (["-p", "x", "--audio", "{}/broken.png"], "cannot decode the audio"),
         (["-p", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
-        (["-p", "x", "--seed", "-1"], "seed must be between"),
+        (["-p", "x", "--seed", "-1"], "the seed is -1, expected a number from 0 to 4294967295"),
         (["-p", "x", "--temperature", "x"], "invalid float value"),
     ],
 )
