@@ -16,6 +16,7 @@ from unimoe.analysis.routing_stats import RoutingStats
 from unimoe.commands import main as cli
 from unimoe.inference import web_ui as web
 from unimoe.inference.conversation import Conversation
+from unimoe.media.video import write_video
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 WITH_GRADIO = importlib.util.find_spec("gradio") is not None
@@ -170,12 +171,15 @@ def test_what_cannot_be_answered_is_said(tiny_folder, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(gradio, "Warning", said.append)
     chat = web.ChatTab(str(tiny_folder))
-    (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (tmp_path / "notes.txt").write_text("words")
+    write_video(tmp_path / "video.mp4", [Image.new("RGB", (16, 16), "red")] * 4, 2)
     for files, text, says in (
         ([], " ", "the message is empty"),
         ([str(tmp_path / "broken.png")], "what?", "cannot decode the image"),
-        (["film.mp4"], "what?", "takes no video"),
-        (["notes.txt"], "what?", "found text by its name"),
+        ([str(tmp_path / "video.mp4")], "what?", "takes no video"),
+        ([str(tmp_path / "notes.txt")], "what?", "expected an image, video or audio file"),
+        (["nowhere.png"], "what?", "cannot read nowhere.png"),
         ([], "x" * 5000, "more than the 4096"),
     ):
         assert list(chat.answer({"text": text, "files": files}, [], 8, 0, 0, "")) == []
