@@ -32,7 +32,9 @@ import yaml
 from unimoe.testing import save_tiny_llm
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = ("lora", "incmoelora", "dymoe")
+STRATEGIES = {"lora": (0.02, 40), "incmoelora": (0.02, 40), "dymoe": (0.002, 20)}
+"""Learning rate and steps of each task. DyMoE has a low rate because Adam amplifies rounding: at 0.02 a
+relative difference of 1e-7 in the second task grows to 0.4 in the third."""
 TOLERANCE = {"dymoe": 1e-6}
 """Allowed relative difference of a run's losses; 0 for all other runs."""
 WORDS = ("dog", "cat", "owl", "fox", "bee", "cow")
@@ -103,21 +105,30 @@ def align(trees: list[Tree]) -> None:
 def continual(trees: list[Tree]) -> None:
     """Three tasks whose answers differ in style, and a LLaMA of 16,000 parameters."""
     llm = save_tiny_llm(trees[0].folder.parent / "llm")
-    for tree in trees:
-        tasks = [write_task(tree.folder, name) for name in TASKS]
-        settings = {
-            "stream": {"root": ".", "tasks": tasks},
-            "model": {"llm": str(llm), "chat_template": "chatml"},
-            "adapters": {"experts": 4, "rank": 2, "alpha": 16},
-            "training": {"batch_size": 6, "lr": 0.02, "log_every": 1, "accelerator": "cpu"},
-            "probes": 2,
-        }
-        write_yaml(tree.folder / "continual.yaml", settings)
-    flags = ("--strategies", *STRATEGIES, "--output", "continual")
-    run(trees, "continual", "compare", "-c", "continual.yaml", *flags)
+    for name, (lr, steps) in STRATEGIES.items():
+        for tree in trees:
+            settings = {
+                "stream": {"root": ".", "tasks": [write_task(tree.folder, task, steps) for task in TASKS]},
+                "model": {"llm": str(llm), "chat_template": "chatml"},
+                "adapters": {"experts": 4, "rank": 2, "alpha": 16},
+                "training": {"batch_size": 6, "lr": lr, "log_every": 1, "accelerator": "cpu"},
+                "probes": 2,
+            }
+            write_yaml(tree.folder / f"{name}.yaml", settings)
+        run(
+            trees,
+            "continual",
+            "run",
+            "-c",
+            f"{name}.yaml",
+            "--strategy",
+            name,
+            "--output",
+            f"continual/{name}",
+        )
 
 
-def write_task(folder: Path, name: str) -> dict[str, Any]:
+def write_task(folder: Path, name: str, steps: int) -> dict[str, Any]:
     """Files of one task; returns its entry in the stream's configuration."""
     pairs = [(word, TASKS[name](word)) for word in WORDS]
     turns = [[{"from": "human", "value": word}, {"from": "gpt", "value": answer}] for word, answer in pairs]
@@ -125,7 +136,7 @@ def write_task(folder: Path, name: str) -> dict[str, Any]:
     (folder / f"{name}.json").write_text(json.dumps([{"conversations": turn} for turn in turns]))
     (folder / f"{name}.test.json").write_text(json.dumps(tests))
     files = {"train": f"{name}.json", "test": f"{name}.test.json"}
-    return {"name": name, **files, "scorer": "verbatim", "steps": 40}
+    return {"name": name, **files, "scorer": "verbatim", "steps": steps}
 
 
 def detection(trees: list[Tree]) -> None:
