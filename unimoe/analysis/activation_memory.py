@@ -88,7 +88,7 @@ def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, l
     labels_S = torch.empty(learned, dtype=torch.long, device="meta")
     saved = Saved(block_input=embeds_BTH.nbytes, logits=4 * learned * weight.shape[0])
     decoder: Any = model.model.language_model
-    with SavedBytes(iter([*model.parameters(), *model.buffers()])) as counted, _stand_ins(model):
+    with _stand_ins(model), SavedBytes(iter([*model.parameters(), *model.buffers()])) as counted:
         marks: list[int] = []
 
         def mark(*_: Any) -> None:

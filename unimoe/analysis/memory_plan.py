@@ -1,6 +1,6 @@
-"""``unimoe plan``: what a stage needs on each device, from its settings alone.
+"""``unimoe plan``: memory and communication of a stage on each device, from its settings alone.
 
-The model is built as a stage builds it, but on the meta device, and what trains is chosen on it; so the
+The model is built as a stage builds it, but on the meta device, with the same parameters trained; so the
 numbers of weights are exact. With P bytes of weights (float32), T of those that train, n devices:
 
 =====================  ==========================================================  =======================
@@ -22,8 +22,8 @@ expert_parallel: experts are divided by e devices (as many as divide them), all 
 n / e devices with the same experts share them as in fsdp2. A token of H numbers goes to k experts and comes
 back, forward and backward, in each of L layers: 4 L k H (e-1)/e numbers; experts' weights stay in place.
 
-Left out: activations of towers and connectors, gradients on their way to be accumulated, the CUDA context
-(about 1 GB) and what the allocator wastes, for which ``--reserve`` sets a share of the memory aside.
+Not included: activations of towers and connectors, buffers of gradient accumulation, the CUDA context (about
+1 GB) and fragmentation of the allocator, for which ``--reserve`` sets a share of the memory aside.
 """
 
 from collections.abc import Iterable
@@ -55,12 +55,12 @@ GB = 1e9
 
 @dataclass
 class Sizes:
-    """Numbers of weights, and how many of them train, by the part of the model they belong to."""
+    """Number of weights, and of trained weights, by part of the model."""
 
     experts: tuple[int, int] = (0, 0)
     """In the LLM's MoE layers, without routers."""
     blocks: tuple[int, int] = (0, 0)
-    """In the LLM's blocks beside them."""
+    """In the LLM's blocks, without the experts."""
     others: tuple[int, int] = (0, 0)
     """Embeddings, head, connectors, towers that train."""
     towers: tuple[int, int] = (0, 0)
@@ -81,16 +81,16 @@ class Sizes:
 
 @dataclass
 class Batch:
-    """What a device works on."""
+    """The batch of a device."""
 
     tokens: int
-    """Of a batch."""
+    """Tokens of a batch."""
     accumulate: int = 1
-    """Batches of an optimizer step."""
+    """Batches per optimizer step."""
     width: int = 4
-    """Bytes of a number in the forward pass."""
+    """Bytes per number in the forward pass."""
     activations: float = 0.0
-    """Bytes, most at a time."""
+    """Peak bytes."""
 
 
 @dataclass
@@ -101,10 +101,10 @@ class Plan:
     gradients: float
     optimizer: float
     gathered: float
-    """Whole weights of what runs just then, or half-precision copies."""
+    """Gathered weights of the running blocks, or half-precision copies."""
     activations: float
     sent: float
-    """Bytes that each device sends in an optimizer step, experts' tokens not among them."""
+    """Bytes that each device sends in an optimizer step, without the tokens of experts."""
     traffic: float
     """Bytes of tokens that each device sends to experts on others, and back, in an optimizer step."""
 
@@ -122,7 +122,7 @@ def plan(
     tokens: int = 2048,
     reserve: float = 0.1,
 ) -> int:
-    """Say what a stage needs on each device, and whether it fits. The exit status is 1 if nothing does.
+    """Show the memory that a stage needs on each device. The exit status is 1 if no strategy fits.
 
     Args:
         config: YAML file(s) of the stage, as for unimoe fit.
