@@ -5,9 +5,14 @@ uvicorn waits for a request's header forever, and accepts connections until no f
 
 import asyncio
 import resource
+from typing import TYPE_CHECKING
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+if TYPE_CHECKING:  # uvicorn types its choice as any protocol
+    from uvicorn.protocols.http.h11_impl import H11Protocol as AutoHTTPProtocol
+else:
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEADER_SECONDS = 10.0
 """Time from the opening of a connection, or its first byte after a response, to the end of a request's
@@ -38,7 +43,8 @@ class DeadlineProtocol(AutoHTTPProtocol):
         self.header_timer: asyncio.TimerHandle | None = None
         self._wait_for_header()
         if len(self.connections) > self.most:
-            waiting = [other for other in self.connections if getattr(other, "header_timer", None)]
+            others = [other for other in self.connections if isinstance(other, DeadlineProtocol)]
+            waiting = [other for other in others if other.header_timer is not None]
             min(waiting, key=lambda other: other.opened).abort()
 
     def data_received(self, data: bytes) -> None:
