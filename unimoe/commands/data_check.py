@@ -80,7 +80,7 @@ def _holds_boxes(path: str) -> bool:
         first = next((record for _, record in scan_records(file) if isinstance(record, dict)), {})
     except UserError:  # the check itself reports it
         return False
-    return "annotations" in first or (
+    return bool({"annotations", "categories"} & first.keys()) or (
         "filename" in first and not {"messages", "conversations"} & first.keys()
     )
 

@@ -74,3 +74,11 @@ def test_all_splits_of_yolo(tmp_path: Path):
 def test_not_a_file_of_boxes(tmp_path: Path, capsys):
     assert cli.main(["data", "check", str(tmp_path / "nothing.json")]) == 2
     assert "there is no data file" in capsys.readouterr().err
+
+
+def test_a_test_set_is_told_from_conversations(folder: Path, capsys):
+    content = json.loads((folder / "set.json").read_text())
+    del content["annotations"]
+    (folder / "set.json").write_text(json.dumps(content))
+    assert cli.main(["data", "check", str(folder / "set.json")]) == 0
+    assert "2 images, 0 boxes of 2 categories" in capsys.readouterr().out
