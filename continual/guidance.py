@@ -119,7 +119,7 @@ class ScoreLosses:
 
 
 def score_losses(scores_TE: Tensor, old: int, k: int, temperature: float) -> ScoreLosses:
-    """L_exc and L_spe on unmasked scores, those of one router or of several below each other."""
+    """L_exc and L_spe of one router on its unmasked scores."""
     with torch.autocast(scores_TE.device.type, enabled=False):  # CUDA's refuses binary_cross_entropy
         weight_TE = _top_dense(scores_TE, k, temperature)
         old_T, new_T = weight_TE[:, :old].sum(-1), weight_TE[:, old:].sum(-1).clamp(0, 1)
@@ -204,19 +204,20 @@ class Guide:
             Mean over real tokens and routers, and the number of those.
         """
         config, scored = self.config, self._scored
-        scores = [_real(record.routing.logits_TE, record) for record in records]
-        scores_TE = torch.cat(scores)
-        total, count = scores_TE.new_zeros(()), len(scores_TE)
-        if scored:
-            losses = score_losses(scores_TE, old, k, config.loss_temperature)
-            term = config.exclusivity * losses.exclusivity + config.specialization * losses.specialization
-            total = total + self.ramp * term
-        if config.balance:
-            for record, part_TE in zip(records, scores, strict=True):
+        terms, count = [], 0
+        for record in records:  # one at a time, so that a router's scores stay in the processor's cache
+            scores_TE = _real(record.routing.logits_TE, record)
+            term, tokens = scores_TE.new_zeros(()), len(scores_TE)
+            if scored:
+                losses = score_losses(scores_TE, old, k, config.loss_temperature)
+                both = config.exclusivity * losses.exclusivity + config.specialization * losses.specialization
+                term = term + self.ramp * both
+            if config.balance:
                 weight_TE = _real(record.routing.dense(), record)
-                term = new_expert_balance(weight_TE, part_TE, old, temperature)
-                total = total + config.balance * len(part_TE) / count * term
-        return total, count
+                term = term + config.balance * new_expert_balance(weight_TE, scores_TE, old, temperature)
+            terms.append(tokens * term)
+            count += tokens
+        return torch.stack(terms).sum() / max(count, 1), count
 
     @torch.no_grad()
     def observe(self, records: Iterable[LayerRecord], sizes: Sequence[int], k: int) -> dict[int, Observation]:

@@ -124,6 +124,35 @@ def test_a_run_that_is_cut_goes_on_to_the_same_matrix(name, config, command, tmp
     assert steps == ["step", "0", "1", "2"]
 
 
+def test_a_resumed_task_is_the_same_wherever_its_files_lie_in_memory(
+    config, command, tmp_path, monkeypatch, shifted
+):
+    """Bit for bit: what a run loads is copied into memory that is aligned as in an undisturbed run."""
+    from unimoe.continual import run, training
+
+    config["stream"]["tasks"] = config["stream"]["tasks"][:2]
+    assert main(command(config, "run", "--strategy", "dymoe")) == 0
+    whole = state(tmp_path / "run" / "02-twice")
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "02-twice")
+    read, built = run._state, []
+
+    def read_elsewhere(folder, device):
+        found = read(folder, device)
+        return {**found, "adapters": {name: shifted(value) for name, value in found["adapters"].items()}}
+
+    def learn(strategy, *args):
+        built.append({p.data_ptr() % 64 for p in strategy.learner.model.parameters()})
+        return training.train_task(strategy, *args)
+
+    monkeypatch.setattr(run, "_state", read_elsewhere)
+    monkeypatch.setattr(run, "train_task", learn)
+    assert main(command(config, "run", "--strategy", "dymoe")) == 0
+    assert built == [{0}]  # the base's weights too
+    for name, value in state(tmp_path / "run" / "02-twice").items():
+        assert torch.equal(value, whole[name]), name
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kill_9_inside_task_3_of_6(config, command, write, tmp_path):
