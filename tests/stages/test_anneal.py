@@ -33,7 +33,7 @@ def test_the_loss_uses_the_step_s_coefficients_and_the_configuration_keeps_its_o
     assert model.config.moe == before
 
 
-def test_a_stage_anneals_and_saves_what_the_user_set(align, fit):
+def test_a_stage_anneals_and_saves_the_last_step_s_coefficient(align, fit):
     """The third step's coefficient is 0: its total loss is the cross-entropy alone."""
     align["model"]["moe"] = {"num_experts": 2, "placement": "all", "balance_coef": 0.5}
     align["model"]["trainable"].append({"match": "*.mlp.router.*", "lr": 1e-3})
@@ -43,7 +43,7 @@ def test_a_stage_anneals_and_saves_what_the_user_set(align, fit):
     layers = [key for key in rows[0] if key.endswith("/balance_loss")]
     for row, coefficient in zip(rows, (1.0, 0.5, 0.0), strict=True):
         assert row["train/aux_loss"] == pytest.approx(coefficient * sum(row[key] for key in layers), rel=1e-5)
-    assert (load_model(align["output"])[0].config.moe or {})["balance_coef"] == 0.5
+    assert (load_model(align["output"])[0].config.moe or {})["balance_coef"] == 0.0
     stored = read_record(align["output"])
     assert stored is not None and stored.settings["model.anneal.balance_coef.start"] == 1.0
 
