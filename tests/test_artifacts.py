@@ -61,7 +61,7 @@ def test_differences_are_named(tmp_path):
 
 def test_unreadable_record(tmp_path):
     (tmp_path / "stage.json").write_text(json.dumps({"unknown": 1}))
-    with pytest.raises(UserError, match="delete it to run the stage anew"):
+    with pytest.raises(UserError, match="delete it to run the stage again"):
         read_record(tmp_path)
 
 

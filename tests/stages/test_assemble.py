@@ -100,10 +100,10 @@ def test_specialists_are_split(manifest, expert_folder, tmp_path):
 
 def test_what_no_layer_takes_up_is_said(manifest, tmp_path, caplog):
     assemble(write(tmp_path / "m.yaml", **manifest))
-    assert "left out" not in caplog.text
+    assert "dropped" not in caplog.text
     manifest["moe"]["placement"] = "interval"
     assemble(write(tmp_path / "m.yaml", **manifest), output=str(tmp_path / "other"))
-    assert "in 1 layers that are not placed as MoE layers is left out" in caplog.text
+    assert "1 of its trained layers are not placed as MoE layers and are dropped" in caplog.text
 
 
 def test_a_mixture_is_no_base(manifest, tmp_path):
@@ -200,7 +200,7 @@ def test_expert_of_another_llm(manifest, aligned, tmp_path):
         ({"moe": {"top_k": 3}}, "moe.top_k is 3"),
         ({"connectors": {"audio": "SELF"}}, "the base has no audio"),
         ({"connectors": ["image"]}, "connectors must be of type dict"),
-        ({"output": None}, "say where the result goes"),
+        ({"output": None}, "an output folder is missing: output: FOLDER, or --output"),
     ],
 )
 def test_bad_manifests(manifest, aligned, tmp_path, change, message):

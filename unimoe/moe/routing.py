@@ -4,6 +4,7 @@ Shapes: T tokens, E experts, K slots per token, N (token, expert) pairs sorted b
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Pairs(NamedTuple):
     """[E+1] int64, expert e owns pairs offsets[e]..offsets[e+1]."""
 
 
+@dataclass(eq=False, kw_only=True)
 class Routing:
     """Which experts each token visits and with what weight, plus what losses and plots need to know.
 
@@ -34,21 +36,16 @@ class Routing:
     :meth:`from_mask` or :meth:`from_pairs`.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        logits_TE: Tensor,
-        probs_TE: Tensor | Callable[[], Tensor],
-        extra: dict[str, Tensor] | None = None,
-    ):
-        """``probs_TE`` may be a function, called on first use, where the choice does not need them."""
-        self.num_experts = num_experts
-        self.logits_TE = logits_TE
-        """[T, E] float32 router logits before the choice; differentiable."""
-        self._probs_TE = probs_TE
-        self.extra = extra or {}
-        """Tensors that a router hands to its own loss. A name ends in its shape letters: the first is T (one
-        row per token) or N (one per pair), or the tensor belongs to the whole layer."""
+    # Dataclasses, since FSDP2 looks for the tensors of a module's output in them.
+
+    num_experts: int
+    logits_TE: Tensor
+    """[T, E] float32 router logits before the choice; differentiable."""
+    probs: Tensor | Callable[[], Tensor]
+    """``probs_TE``, or a function that computes it on first use, where the choice does not need it."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that a router hands to its own loss. A name ends in its shape letters: the first is T (one
+    row per token) or N (one per pair), or the tensor belongs to the whole layer."""
 
     @classmethod
     def from_topk(
@@ -59,27 +56,45 @@ class Routing:
         probs_TE: Tensor | Callable[[], Tensor],
         num_experts: int,
     ) -> "Routing":
-        """K slots per token, each a different expert; see ``__init__`` for ``probs_TE``."""
-        return _SlotRouting(index_TK, weight_TK, logits_TE, probs_TE, num_experts)
+        """K slots per token, each a different expert; ``probs_TE`` may be a function (see ``probs``)."""
+        return _SlotRouting(
+            num_experts=num_experts,
+            logits_TE=logits_TE,
+            probs=probs_TE,
+            index_TK=index_TK,
+            weight_TK=weight_TK,
+        )
 
     @classmethod
     def from_mask(
         cls, chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, probs_TE: Tensor
     ) -> "Routing":
         """A pair wherever ``chosen_TE`` is true, as many for a token as there are."""
-        return _MaskRouting(chosen_TE, weight_TE, logits_TE, probs_TE)
+        return _MaskRouting(
+            num_experts=chosen_TE.shape[1],
+            logits_TE=logits_TE,
+            probs=probs_TE,
+            chosen_TE=chosen_TE,
+            weight_TE=weight_TE,
+        )
 
     @classmethod
     def from_pairs(
         cls, pairs: Pairs, logits_TE: Tensor, probs_TE: Tensor, extra: dict[str, Tensor] | None = None
     ) -> "Routing":
         """Pairs that are sorted already."""
-        return _PairRouting(pairs, logits_TE, probs_TE, extra)
+        return _PairRouting(
+            num_experts=pairs.offsets_E1.shape[0] - 1,
+            logits_TE=logits_TE,
+            probs=probs_TE,
+            extra=extra or {},
+            pairs=pairs,
+        )
 
     @cached_property
     def probs_TE(self) -> Tensor:
         """[T, E] float32 router probabilities before the choice; differentiable."""
-        return self._probs_TE if isinstance(self._probs_TE, Tensor) else self._probs_TE()
+        return self.probs if isinstance(self.probs, Tensor) else self.probs()
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -124,58 +139,48 @@ class Routing:
         return self.pairs.offsets_E1
 
 
+@dataclass(eq=False, kw_only=True)
 class _SlotRouting(Routing):
-    def __init__(
-        self,
-        index_TK: Tensor,
-        weight_TK: Tensor,
-        logits_TE: Tensor,
-        probs_TE: Tensor | Callable[[], Tensor],
-        num_experts: int,
-    ):
-        super().__init__(num_experts, logits_TE, probs_TE)
-        self._index_TK, self._weight_TK = index_TK, weight_TK
+    index_TK: Tensor
+    weight_TK: Tensor
 
     @cached_property
     def pairs(self) -> Pairs:
-        slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(self._index_TK, self.num_experts)
-        weight_N = self._weight_TK.reshape(-1).index_select(0, slot_N)
+        slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(self.index_TK, self.num_experts)
+        weight_N = self.weight_TK.reshape(-1).index_select(0, slot_N)
         return Pairs(token_N, expert_N, weight_N, offsets_E1)
 
     def chosen(self) -> Tensor:
-        index_TK = self._index_TK
+        index_TK = self.index_TK
         unchosen_TE = index_TK.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
         return unchosen_TE.scatter(1, index_TK, torch.ones_like(index_TK, dtype=torch.bool))
 
     def dense(self) -> Tensor:
-        zeros_TE = self._weight_TK.new_zeros(self.num_tokens, self.num_experts)
-        return zeros_TE.scatter(1, self._index_TK, self._weight_TK)
+        zeros_TE = self.weight_TK.new_zeros(self.num_tokens, self.num_experts)
+        return zeros_TE.scatter(1, self.index_TK, self.weight_TK)
 
 
+@dataclass(eq=False, kw_only=True)
 class _MaskRouting(Routing):
-    def __init__(self, chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, probs_TE: Tensor):
-        super().__init__(chosen_TE.shape[1], logits_TE, probs_TE)
-        self._chosen_TE, self._weight_TE = chosen_TE, weight_TE
+    chosen_TE: Tensor
+    weight_TE: Tensor
 
     @cached_property
     def pairs(self) -> Pairs:
-        expert_N, token_N = self._chosen_TE.T.nonzero(as_tuple=True)
-        offsets_E1 = F.pad(self._chosen_TE.sum(dim=0).cumsum(dim=0), (1, 0))
-        return Pairs(token_N, expert_N, self._weight_TE[token_N, expert_N], offsets_E1)
+        expert_N, token_N = self.chosen_TE.T.nonzero(as_tuple=True)
+        offsets_E1 = F.pad(self.chosen_TE.sum(dim=0).cumsum(dim=0), (1, 0))
+        return Pairs(token_N, expert_N, self.weight_TE[token_N, expert_N], offsets_E1)
 
     def chosen(self) -> Tensor:
-        return self._chosen_TE
+        return self.chosen_TE
 
     def dense(self) -> Tensor:
-        return self._weight_TE.masked_fill(~self._chosen_TE, 0)
+        return self.weight_TE.masked_fill(~self.chosen_TE, 0)
 
 
+@dataclass(eq=False, kw_only=True)
 class _PairRouting(Routing):
-    def __init__(
-        self, pairs: Pairs, logits_TE: Tensor, probs_TE: Tensor, extra: dict[str, Tensor] | None = None
-    ):
-        super().__init__(pairs.offsets_E1.shape[0] - 1, logits_TE, probs_TE, extra)
-        self.pairs = pairs
+    pairs: Pairs  # type: ignore[assignment]  # known from the start
 
     def chosen(self) -> Tensor:
         unchosen_TE = self.token_N.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
