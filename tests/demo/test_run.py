@@ -75,7 +75,7 @@ def test_the_control_can_be_added_later(steps, tmp_path):
     ("args", "says"),
     [
         (["--seed", "1"], "was started with seed 0, found 1"),
-        (["--seed", "-1"], "--seed is -1, expected a number from 0 to 4294967295"),
+        (["--seed", "-1"], "--seed: the seed is -1, expected a number from 0 to 4294967295"),
         (["--unseen-artist", "nowhere.ttf"], "--unseen-artist nowhere.ttf: there is no such font"),
         (["--output", "{}/demo.json"], "is a file; expected a folder"),
         (["detection"], "unrecognized arguments"),
