@@ -165,7 +165,7 @@ def _run_rank(code: str, arguments: Sequence[str], environment: dict[str, str], 
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
-    rank_zero_only.rank = int(environment["RANK"])  # Lightning reads the rank when it is imported
+    setattr(rank_zero_only, "rank", int(environment["RANK"]))  # noqa: B010  Lightning reads the rank when it is imported
     torch.set_num_threads(1)
     exec(code, {"__name__": "__main__"})
 
