@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers.utils.logging import disable_progress_bar
 
 from unimoe.detection.inference.detect import Detections
 from unimoe.detection.inference.drawing import draw_boxes
@@ -73,6 +74,7 @@ def detect(
     if rate is not None and rate <= 0:
         raise UserError(f"--rate is {rate}, expected a positive number")
     files = find_inputs(images)
+    disable_progress_bar()  # transformers' own
     detector = (OnnxDetector if Path(model).suffix == ".onnx" else Detector).load(model, labels)
     answers: list[dict[str, Any]] = []
     errors: list[dict[str, str]] = []

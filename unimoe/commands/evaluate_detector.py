@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
 from unimoe.analysis.plots import expert_history, expert_maps
 from unimoe.data.read import read_records
@@ -182,6 +183,7 @@ def latency(
 
 def _load(model: str) -> Built:
     """(detector, tokenizer), on the GPU if there is one."""
+    disable_progress_bar()  # transformers' own
     found, tokenizer = load_detector(model)
     return found.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer  # type: ignore[arg-type]
 

@@ -2,6 +2,8 @@
 
 import logging
 
+from transformers.utils.logging import disable_progress_bar
+
 from unimoe.detection.inference.onnx import export_onnx
 from unimoe.detection.inference.sources import asked_names, find_inputs
 from unimoe.detection.model.loading import load_detector
@@ -28,6 +30,7 @@ def onnx(
         images: images to compare on (default: random numbers).
     """
     labels, _ = asked_names(prompt, names)
+    disable_progress_bar()  # transformers' own
     detector, tokenizer = load_detector(model)
     loaded = [
         load_image({"type": "image", "path": str(file)}, str(file))
