@@ -10,22 +10,6 @@ from unimoe.commands import main as cli
 from unimoe.detection.inference.sources import find_inputs, split_prompt
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """Grey, transparent, turned by EXIF, and plain, in a folder."""
-    place = tmp_path / "pictures"
-    place.mkdir()
-    Image.new("L", (50, 40), 90).save(place / "grey.png")
-    Image.new("RGBA", (40, 50), (9, 200, 9, 100)).save(place / "clear.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (60, 30), "red").save(place / "turned.jpg", exif=exif)
-    (place / "in").mkdir()
-    Image.new("RGB", (300, 200), "blue").save(place / "in" / "plain.jpg")
-    (place / "notes.txt").write_text("no picture")
-    return place
-
-
 def test_detect_answers_in_json_with_labels_of_the_list(folder, pictures, tmp_path, capsys):
     args = ["detect", str(folder), str(pictures), "--prompt", "cat, Red Car", "--threshold", "0", "--json"]
     assert cli.main([*args, "--draw", str(tmp_path / "drawn")]) == 0

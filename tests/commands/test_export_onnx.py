@@ -4,29 +4,12 @@ import importlib.util
 import json
 
 import pytest
-from PIL import Image
 
 from unimoe.commands import main as cli
 from unimoe.detection.inference.predictor import Detector
 from unimoe.errors import UserError
 
 WITH_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Grey, transparent, turned by EXIF, and plain, in a folder."""
-    place = tmp_path / "pictures"
-    place.mkdir()
-    Image.new("L", (50, 40), 90).save(place / "grey.png")
-    Image.new("RGBA", (40, 50), (9, 200, 9, 100)).save(place / "clear.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (60, 30), "red").save(place / "turned.jpg", exif=exif)
-    (place / "in").mkdir()
-    Image.new("RGB", (300, 200), "blue").save(place / "in" / "plain.jpg")
-    (place / "notes.txt").write_text("no picture")
-    return place
 
 
 @pytest.mark.skipif(WITH_ONNX, reason="onnx is installed")

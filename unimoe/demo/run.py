@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from unimoe.artifacts import STAGE_FILE
 from unimoe.data import FeatureCache
-from unimoe.errors import UserError
+from unimoe.errors import UserError, check_seed
 from unimoe.files import atomic_folder, atomic_write, fingerprint
 from unimoe.model.build import Built, build_model
 from unimoe.model.loading import load_model
@@ -258,8 +258,7 @@ def _write_examples(run: Demo):
 
 def _note_settings(run: Demo):
     artist = run.unseen_artist
-    if not 0 <= run.seed < 2**32:
-        raise UserError(f"--seed must be between 0 and 4294967295, found {run.seed}")
+    check_seed(run.seed, "--seed")
     if artist != "default" and not Path(artist).exists():
         raise UserError(f"--unseen-artist {artist}: there is no such font or folder")
     note_settings(run.folder, {"seed": run.seed, "unseen_artist": artist, "extended": run.extended})

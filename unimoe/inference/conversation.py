@@ -20,7 +20,7 @@ from unimoe.analysis.routing_stats import ANSWER, RoutingStats
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
 from unimoe.data.sample import Message, Sample
-from unimoe.errors import UserError
+from unimoe.errors import UserError, check_seed
 from unimoe.files import atomic_write
 from unimoe.media.container import modality
 from unimoe.media.source import Part
@@ -73,8 +73,7 @@ class Settings:
             raise UserError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature must be 0 or more, found {self.temperature}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be between 0 and 4294967295, found {self.seed}")
+        check_seed(self.seed, "seed")
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "text"}
