@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -66,14 +67,22 @@ def load_grounding_dino(path: str | Path) -> Built:
     """A folder or hub id of either kind as a detector of ours, and its tokenizer.
 
     Raises:
-        UserError: it cannot be loaded, is of another kind, or its image processor does what ours cannot.
+        UserError: it cannot be loaded, lacks a weight, is of another kind, or its image processor does what
+            ours cannot.
     """
     try:
-        theirs = AutoModelForZeroShotObjectDetection.from_pretrained(str(path), dtype=torch.float32)
+        theirs, info = AutoModelForZeroShotObjectDetection.from_pretrained(
+            str(path), dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise UserError(f"Grounding DINO '{path}' cannot be loaded: {reason}") from error
+    if missing := sorted(name for name in info["missing_keys"] if convert_name(name)):
+        raise UserError(
+            f"Grounding DINO '{path}': config.json and weights differ: {len(missing)} missing keys, such as "
+            f"{missing[0]}"
+        )
     return convert(theirs, image_settings(str(path))), tokenizer
 
 
