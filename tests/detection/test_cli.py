@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from unimoe.commands import main as cli
 from unimoe.commands.fit import system
-from unimoe.detection.data.datamodule import DetectionData
 from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
 from unimoe.training.curve import read_curve
@@ -97,16 +96,6 @@ def test_mistakes_are_errors(settings, capsys, tmp_path):
     assert cli.main([*command(settings), "--data.train", str(tmp_path / "no.json")]) == 2
     assert "there is no data file" in capsys.readouterr().err
     assert not Path(settings["output"]).exists()
-
-
-def test_each_split_may_have_a_folder_of_pictures(world, tmp_path):
-    copy = tmp_path / "val.json"
-    copy.write_text((world / "val.json").read_text())
-    data = DetectionData(str(world / "train.json"), str(copy), images={"val": str(world)})
-    data.setup("fit")
-    assert data.sets["val"].samples[0].path == data.sets["train"].samples[0].path == world / "0.png"
-    with pytest.raises(UserError, match="data.images has 'vall', expected train, val and test"):
-        DetectionData("x.json", images={"vall": "y"})
 
 
 def test_the_file_says_which_system(tmp_path):
