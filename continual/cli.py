@@ -10,7 +10,7 @@ import json
 import logging
 import warnings
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,29 @@ def export(run: str, output: str, /, *, task: str | None = None, prefix: str | N
         prefix: path of the decoder in the model that peft loads the adapter on (default: that of the run's
             base, ``model.language_model`` of a unimoe model or ``model`` of an LLM).
     """
+    loaded = load_run(run, task)
+    layers = loaded.strategy.learner.layers
+    export_bank(output, layers, -1, prefix, base_model(loaded.model))
+    log.info("%s: the bank of %s, for PeftModel.from_pretrained", output, loaded.tasks[-1])
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run as it was after one of its tasks."""
+
+    strategy: Strategy
+    """Its learner has the base with all banks."""
+    model: ModelConfig
+    tasks: list[str]
+    """Those that were learned by then, in order."""
+
+
+def load_run(run: str | Path, task: str | None = None) -> LoadedRun:
+    """Load the base of a run and the adapters that a task left (default: the last one that was learned).
+
+    Raises:
+        UserError: if ``run`` is no run, has not learned the task, or its base has changed.
+    """
     folders = task_folders(run)
     learned = {name: folder for name, folder in folders.items() if (folder / "state.pt").is_file()}
     if not learned or not (Path(run) / "run.json").is_file():
@@ -128,11 +151,11 @@ def export(run: str, output: str, /, *, task: str | None = None, prefix: str | N
     learner = build_learner(model, AdapterConfig(**noted["adapters"]), None)
     check_base(run, there["base"], weights_fingerprint(learner.model.state_dict()))
     strategy.attach(learner)
-    for number in range(list(folders).index(chosen) + 1):
+    tasks = list(folders)[: list(folders).index(chosen) + 1]
+    for number in range(len(tasks)):
         strategy.model_adaptation(number)
     load_state(learned[chosen], strategy)
-    export_bank(output, learner.layers, -1, prefix, base_model(model))
-    log.info("%s: the bank of %s, for PeftModel.from_pretrained", output, chosen)
+    return LoadedRun(strategy, model, tasks)
 
 
 def strategy_of(name: str, settings: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:

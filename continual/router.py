@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 from unimoe.moe import Context, Router, Routing
+from unimoe.moe.routers.base import RouterDescription
 
 from .guidance import Guide, top_weights
 
@@ -83,6 +84,10 @@ class CosineTopK(Router):
             products = [F.linear(x_TD, part) for part in row_ED.split(self.sizes)]
             return torch.cat(products, dim=-1) * factor_T1
 
+    def describe(self) -> RouterDescription:
+        """Without the guide, which masks experts during training only."""
+        return RouterDescription(self.num_experts, min(self.k, self.num_experts), fixed=True)
+
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, temperature={self.temperature}"
 
@@ -101,3 +106,6 @@ class SoftmaxRouter(Router):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
             probs_TE = logits_TE.softmax(dim=-1)
         return Routing.from_mask(torch.ones_like(probs_TE, dtype=torch.bool), probs_TE, logits_TE, probs_TE)
+
+    def describe(self) -> RouterDescription:
+        return RouterDescription(self.num_experts, self.num_experts, fixed=True)

@@ -91,15 +91,18 @@ def of(language: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
-    """A folder that holds what the documents name: models, pictures, a film, a recording, a conversation."""
+    """A folder that holds what the documents name: models, images, a video, a recording, a conversation."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_folder, place / "runs/demo/moe")
     shutil.copytree(tiny_folder, place / "runs/mine")
     shutil.copytree(tiny_detector_folder, place / "runs/demo-detection/base")
-    sees_films, processor = tiny_model(place / "parts", {"num_experts": 4}, video=VIDEO)
-    sees_films.save_pretrained(place / "runs/extended/moe")
+    written = ROOT / "tests/fixtures/written_by_0_1"  # a continual run, and the LLM that it names
+    shutil.copytree(written / "continual", place / "runs/continual/all/dymoe-0")
+    shutil.copytree(written / "llm", place / "llm")
+    understands_video, processor = tiny_model(place / "parts", {"num_experts": 4}, video=VIDEO)
+    understands_video.save_pretrained(place / "runs/extended/moe")
     processor.save_pretrained(place / "runs/extended/moe")
-    write_video(place / "film.mp4", [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")], 2)
+    write_video(place / "video.mp4", [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")], 2)
     (place / "configs").symlink_to(ROOT / "configs")
     for name in ("cat.png", "street.jpg"):
         Image.new("RGB", (60, 40), "red").save(place / name)

@@ -13,6 +13,7 @@ from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
 from unimoe.moe import Context, Router, Routing
+from unimoe.moe.routers.base import RouterDescription
 
 from .base import Strategy
 
@@ -35,6 +36,10 @@ class TaskRouter(Router):
             tokens = len(x_TD) // len(self.weight_BK)
             weight_TK = self.weight_BK.to(x_TD).repeat_interleave(tokens, 0)
         return Routing.from_mask(weight_TK != 0, weight_TK, weight_TK.log(), weight_TK)
+
+    def describe(self) -> RouterDescription:
+        """At inference, where all banks answer."""
+        return RouterDescription(self.num_experts, self.num_experts, fixed=True)
 
 
 class HiDe(Strategy):

@@ -65,6 +65,14 @@ def test_a_softmax_over_all():
     assert len(routing.token_N) == 24
 
 
+def test_how_many_experts_a_token_visits():
+    assert [cosine(banks).describe().experts_per_token for banks in (1, 2)] == [3, 3]
+    few = cosine(1, k=16).describe()
+    assert (few.num_experts, few.experts_per_token, few.fixed) == (4, 4, True)
+    dense = SoftmaxRouter(8, 4).describe()
+    assert (dense.num_experts, dense.experts_per_token, dense.fixed) == (4, 4, True)
+
+
 def test_settings():
     for settings in ({"k": 0}, {"temperature": 0.0}):
         with pytest.raises(UserError, match="expected both above 0"):

@@ -312,6 +312,25 @@ def test_the_bank_of_a_task_is_exported(config, command, llm, tmp_path, capsys):
     assert "is no continual run" in refused(["continual", "export", str(tmp_path), "x"], capsys)
 
 
+def test_inspect_counts_the_banks_of_a_run(config, command, tmp_path, capsys):
+    config["stream"]["tasks"] = config["stream"]["tasks"][:2]
+    assert main(command(config, "run", "--strategy", "dymoe")) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    values = state(tmp_path / "run" / "02-twice")
+    banks = sum(value.numel() for name, value in values.items() if ".banks." in name)
+    sizes = found["parameters"]
+    assert sizes["parts"]["banks"] == banks
+    assert sizes["parts"]["routers of banks"] == sum(value.numel() for value in values.values()) - banks
+    assert sum(sizes["parts"].values()) == sizes["total"]
+    assert sizes["total"] - sizes["active"] == banks // 2  # k is 4 of 8 experts
+    assert found["banks"]["tasks"] == ["upper", "twice"] and found["banks"]["experts"] == [4, 4]
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert "2 tasks: upper, twice" in capsys.readouterr().out
+    assert "leave data.jsonl out" in refused(["inspect", str(tmp_path / "run"), "data.jsonl"], capsys)
+
+
 def test_an_exported_bank_knows_its_base(config, command, llm, tmp_path, monkeypatch):
     from peft import AutoPeftModel, AutoPeftModelForCausalLM
 

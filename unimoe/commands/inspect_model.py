@@ -2,6 +2,7 @@
 
 unimoe inspect runs/demo/moe
 unimoe inspect runs/demo/moe runs/demo/data/val.image.jsonl --output runs/demo/experts
+unimoe inspect runs/continual/short/dymoe-0
 """
 
 import json as json_format
@@ -16,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.plots import pathways, plot_expert_load
 from unimoe.analysis.routing_stats import RoutingStats, format_load_table
+from unimoe.continual.cli import load_run
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
@@ -41,7 +43,7 @@ def inspect(
     """Show the parameters and experts of a model, and which experts its tokens visit.
 
     Args:
-        model: folder of a finished stage (or a hub id of a unimoe model).
+        model: folder of a finished stage or of a continual run (or a hub id of a unimoe model).
         data: conversations to run through it, in any format that training reads.
         samples: maximum number of conversations, evenly spaced.
         batch_size: conversations per batch.
@@ -53,16 +55,23 @@ def inspect(
     for name, value in (("samples", samples), ("batch-size", batch_size), ("top", top)):
         if value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1")
+    disable_progress_bar()
+    if (Path(model) / "run.json").is_file():
+        if data is not None:
+            raise UserError(
+                f"{model} is a continual run, of which only the parameters are shown; leave {data} out"
+            )
+        _write({"model": model, **describe_run(model)}, json, output, {})
+        return
     chosen = (
         [] if data is None else spread(read_samples(data, media_root=media_root, training=False), samples)
     )
-    disable_progress_bar()
     found, processor = load_model(model)
     if data is not None and not moe_layers(found):
         raise UserError(f"{model} is a dense model: it has no experts to look at; leave {data} out")
     stats = observe(found, processor, chosen, batch_size)
     report = {"model": model, **describe_model(found, model, stats)}
-    pictures: dict[str, str] = {}
+    plots: dict[str, str] = {}
     if data is not None:
         report |= {
             "data": data,
@@ -73,18 +82,23 @@ def inspect(
             "pathways": stats.pathways(top),
         }
         experts = report["moe"]["experts"]
-        pictures["load.svg"] = plot_expert_load(report["load"], experts)
+        plots["load.svg"] = plot_expert_load(report["load"], experts)
         if len(stats.layers) > 1:
             report["flow"] = stats.flow()
-            pictures["pathways.svg"] = pathways(report["flow"], stats.layers, experts)
+            plots["pathways.svg"] = pathways(report["flow"], stats.layers, experts)
+    _write(report, json, output, plots)
+
+
+def _write(report: dict[str, Any], json: bool, output: str | None, plots: dict[str, str]) -> None:
+    """Print the report, and write it with its plots (by file name) to the folder ``output``."""
     text = json_format.dumps(report, indent=1) + "\n"
     if output:
         with atomic_folder(output) as folder:
-            for name, content in {"inspect.json": text, **pictures}.items():
+            for name, content in {"inspect.json": text, **plots}.items():
                 (folder / name).write_text(content, encoding="utf-8")
     print(text if json else as_text(report), end="")
     if output and not json:
-        print(f"\nwritten to {output}: {', '.join(['inspect.json', *pictures])}")
+        print(f"\nwritten to {output}: {', '.join(['inspect.json', *plots])}")
 
 
 def describe_model(
@@ -126,6 +140,29 @@ def describe_model(
     return {"parameters": {"total": total, "active": active, "parts": sizes}, "moe": moe}
 
 
+def describe_run(folder: str | Path) -> dict[str, Any]:
+    """As :func:`describe_model` for the base of a continual run with all banks, and ``banks``."""
+    run = load_run(folder)
+    learner, name = run.strategy.learner, run.strategy.name
+    report = describe_model(learner.model, run.model.init_from or "")
+    layers = list(learner.layers.values())
+    banks = sum(weight.numel() for layer in layers for weight in layer.banks.parameters())
+    rows = {router for layer in layers if (router := layer.router) is not None}  # HiDe shares them
+    routers = sum(weight.numel() for router in rows for weight in router.parameters())
+    parts = report["parameters"]["parts"]
+    parts["language model"] -= banks + routers
+    parts |= {"banks": banks, "routers of banks": routers}
+    report["banks"] = {
+        "strategy": name,
+        "tasks": run.tasks,
+        "experts": [bank.experts for bank in layers[0].lora_banks],
+        "projections": len(layers),
+        "experts_per_token": layers[0].experts_per_token,
+        "router": None if layers[0].router is None else type(layers[0].router).__name__,
+    }
+    return report
+
+
 def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
     """At most ``most`` of the samples, evenly spaced."""
     count = min(most, len(samples))
@@ -162,8 +199,16 @@ def as_text(report: dict[str, Any]) -> str:
         f"  parameters        {_millions(sizes['total'])}, active for a token {_millions(sizes['active'])}",
         *(f"    {name:<18}{_millions(size):>9}" for name, size in sizes["parts"].items()),
     ]
+    if banks := report.get("banks"):
+        experts, router = banks["experts"], banks["router"]
+        chosen = f"{banks['experts_per_token']:g} per token" + (f" by {router}" if router else ", no router")
+        lines += [
+            f"  {banks['strategy']:<18}{len(banks['tasks'])} tasks: {', '.join(banks['tasks'])}",
+            f"  banks             {len(experts)} on each of {banks['projections']} projections, with "
+            f"{' + '.join(map(str, experts))} experts, {chosen}",
+        ]
     if not moe:
-        return "\n".join([*lines, "  a dense model"]) + "\n"
+        return "\n".join([*lines, *([] if banks else ["  a dense model"])]) + "\n"
     experts, layers = moe["experts"], moe["layers"]
     how = "" if moe["measured"] else " if all are equally probable (give data to measure it)"
     chosen = f"{moe['experts_per_token']:g} with weights per token by {moe['router']}{how}"

@@ -7,16 +7,18 @@ import torch
 from torch import nn
 
 from unimoe.moe.install import moe_layers
+from unimoe.moe.lora_linear import LoRALinear
 
 
 def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None) -> tuple[int, int]:
     """All parameters of a model, and the active ones: without the experts that a token does not visit.
 
     Args:
-        model: dense or with MoE layers.
+        model: dense or with MoE layers; its projections may have banks of low-rank experts.
         visits: measured mean number of experts with weights that a token visits, by MoE layer
             (``RoutingStats.experts_per_token``). None takes what each router says of itself, which for one
-            that chooses another number for each token is that of equally probable experts.
+            that chooses another number for each token is that of equally probable experts. Routers of banks
+            always speak for themselves.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
@@ -24,6 +26,10 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
         visited = layer.experts_per_token if visits is None else visits[index]
         idle += experts * (1 - visited / layer.num_experts)
+    for module in model.modules():
+        if isinstance(module, LoRALinear) and module.num_experts:
+            experts = sum(parameter.numel() for parameter in module.banks.parameters())
+            idle += experts * (1 - module.experts_per_token / module.num_experts)
     return total, total - round(idle)
 
 

@@ -96,6 +96,17 @@ class LoRALinear(nn.Module):
         self.banks.append(bank)
         return bank
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of all banks."""
+        return sum(bank.experts for bank in self.lora_banks)
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts that a token visits on average, as far as the router can tell without data; all of them
+        without a router."""
+        return self.num_experts if self.router is None else self.router.describe().experts_per_token
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if not len(self.banks):
