@@ -20,6 +20,25 @@ def test_a_temperature_that_is_next_to_nothing_is_greedy(temperature):
     assert config.do_sample is False and config.temperature is None
 
 
+def test_greedy_drops_the_penalties_of_the_folder_but_not_those_of_the_request():
+    folder = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_length": 5, "num_beams": 4}
+    greedy, beams = GenerationConfig(**folder), GenerationConfig(do_sample=True, temperature=0.7, **folder)
+    for found in (
+        sampling(greedy),
+        sampling(greedy, temperature=0),
+        sampling(beams, temperature=0),
+        sampling(beams, generation_config='{"do_sample": false}'),
+        sampling(beams, generation_config='{"temperature": 0.0}'),
+    ):
+        assert not found.do_sample and found.temperature is None and found.repetition_penalty == 1.0
+        assert (found.no_repeat_ngram_size, found.min_length, found.num_beams) == (0, 0, 1)
+    asked = sampling(beams, generation_config='{"repetition_penalty": 1.1}', temperature=0)
+    assert not asked.do_sample and asked.repetition_penalty == 1.1
+    sampled = sampling(beams)
+    assert sampled.do_sample and sampled.temperature == 0.7
+    assert sampled.repetition_penalty == 1.3 and sampled.num_beams == 1
+
+
 def test_fields_take_precedence_over_what_is_sent_and_that_over_the_model():
     sent = json.dumps({"do_sample": True, "temperature": 0.5, "top_k": 7, "eos_token_id": 3})
     config = sampling(GenerationConfig(top_p=0.3, top_k=1), generation_config=sent, temperature=1.5)

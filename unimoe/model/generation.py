@@ -53,7 +53,10 @@ def clean_generation_config(given: GenerationConfig | None, **ids: Any) -> Gener
     return GenerationConfig(**kept)
 
 
-def decoding_settings(max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """Arguments of ``generate``: greedy at temperature 0, else sampling as the model's own settings say."""
-    how = {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
-    return {"max_new_tokens": max_new_tokens, **_PLAIN, **how}
+def decoding_settings(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
+    """Arguments of ``generate``: greedy at temperature 0, else sampling as the model's own settings say, at
+    their own temperature for None."""
+    if temperature == 0:
+        return {"max_new_tokens": max_new_tokens, **_PLAIN, **_GREEDY}
+    given = {} if temperature is None else {"temperature": temperature}
+    return {"max_new_tokens": max_new_tokens, **_PLAIN, "do_sample": True, **given}

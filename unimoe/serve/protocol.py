@@ -20,6 +20,7 @@ from pydantic import (
 from transformers import GenerationConfig
 
 from unimoe.errors import UserError, first_line
+from unimoe.model.generation import decoding_settings
 
 from .answer import Choice, SamplingParams
 
@@ -243,19 +244,22 @@ class ChatRequest(BaseModel):
             BadRequest: a setting is invalid, or more tokens are requested than there is room for.
         """
         config: Any = copy.deepcopy(defaults) or GenerationConfig()
-        config.max_new_tokens = None
-        for name, value in self._sent_sampling().items():
-            setattr(config, name, value)
+        asked = self._sent_sampling()
+        if asked.get("temperature", 1.0) < GREEDY_BELOW:
+            asked["do_sample"] = False
         if self.temperature is not None:
-            config.do_sample = self.temperature >= GREEDY_BELOW
-            config.temperature = self.temperature if config.do_sample else None
-        for name in ("top_p", "top_k"):
-            if getattr(self, name) is not None:
-                setattr(config, name, getattr(self, name))
-        wanted = self.max_completion_tokens or self.max_tokens or config.max_new_tokens
+            asked |= {"temperature": self.temperature, "do_sample": self.temperature >= GREEDY_BELOW}
+        asked |= {name: value for name in ("top_p", "top_k") if (value := getattr(self, name)) is not None}
+        wanted = self.max_completion_tokens or self.max_tokens or asked.get("max_new_tokens")
         if room < (wanted or 1):
             raise BadRequest("max_tokens", f"found {wanted or 1}, the prompt leaves room for {max(room, 0)}")
-        config.max_new_tokens = min(wanted or max_new_tokens, max_new_tokens, room)
+        asked["max_new_tokens"] = longest = min(wanted or max_new_tokens, max_new_tokens, room)
+        if not asked.setdefault("do_sample", config.do_sample):
+            asked["temperature"] = None
+        # greedy decoding drops the penalties of the model's folder, not those that the request itself sets
+        settings = decoding_settings(longest, None if asked["do_sample"] else 0)
+        for name, value in {**settings, **asked}.items():
+            setattr(config, name, value)
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(config, self.seed, stops, (self.top_logprobs or 0) if self.logprobs else None)
 
