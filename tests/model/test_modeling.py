@@ -353,8 +353,9 @@ def test_offloaded_weights_answer_the_same(built, way, tmp_path):
     [
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["encoders", "connectors", "router"]},
     ],
-    ids=["all-linear", "experts"],
+    ids=["all-linear", "experts", "whole modules"],
 )
 def test_adapters_of_peft_train_save_and_merge(settings, tmp_path):
     model, processor = tiny_model(tmp_path, {"num_experts": 4, "top_k": 2})
@@ -370,8 +371,18 @@ def test_adapters_of_peft_train_save_and_merge(settings, tmp_path):
 
     adapters = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     adapted = get_peft_model(fresh(), adapters)
+    copies = {name: p for name, p in adapted.named_parameters() if ".modules_to_save." in name}
+    assert {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in copies} == set(
+        settings.get("modules_to_save", [])
+    )
+    with torch.no_grad():
+        for parameter in copies.values():  # as if they had been trained
+            parameter.mul_(1.5)
     found = loss(adapted)
     assert abs(found - loss(fresh())) > 1e-3
+    question = batch(processor, CONVERSATIONS[1:2])
+    answers = adapted.generate(**question, do_sample=True, num_return_sequences=2, max_new_tokens=1)
+    assert len(answers) == 2
     adapted.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(fresh(), tmp_path / "adapter")
     assert loss(again) == pytest.approx(found, abs=1e-4)

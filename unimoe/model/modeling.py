@@ -30,6 +30,7 @@ from unimoe.moe import (
 )
 from unimoe.moe.install import install_moe
 
+from .by_modality import ByModality
 from .causal_head import CausalHead
 from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
 from .inputs import EncodedMedia, MediaInputs, takes_media
@@ -110,8 +111,8 @@ class UniMoeModel(UniMoePreTrainedModel):
         modalities = config.modalities or {}
         hidden_size = config.get_text_config().hidden_size
         encoders = {modality: build_encoder(parts["encoder"]) for modality, parts in modalities.items()}
-        self.encoders = nn.ModuleDict(encoders)
-        self.connectors = nn.ModuleDict(
+        self.encoders = ByModality(encoders)
+        self.connectors = ByModality(
             {
                 modality: build_connector(parts["connector"], encoders[modality].hidden_size, hidden_size)
                 for modality, parts in modalities.items()
@@ -132,7 +133,7 @@ class UniMoeModel(UniMoePreTrainedModel):
 
     def connect(self, modality: str, encoded: EncodedMedia) -> Tensor:
         """Media tokens [N, H] of all items of one modality, in order, from its encoder's output."""
-        tokens_MNH, counts_M = self.connectors[modality](*encoded)
+        tokens_MNH, counts_M = self.connectors(modality, *encoded)
         valid_MN = torch.arange(tokens_MNH.shape[1], device=tokens_MNH.device) < counts_M[:, None]
         return tokens_MNH[valid_MN]
 
@@ -162,12 +163,12 @@ class UniMoeModel(UniMoePreTrainedModel):
         encoded_media = dict(media.get("encoded_media") or {})
         for modality, names in MEDIA_INPUTS.items():
             if media.get(names[0]) is not None:
-                if modality not in self.encoders:
+                if modality not in (self.config.modalities or {}):
                     raise ValueError(
                         f"{names[0]} given, but this model has no {modality} encoder; "
-                        f"it has {list(self.encoders)}"
+                        f"it has {list(self.config.modalities or {})}"
                     )
-                encoded_media[modality] = self.encoders[modality](*(media.get(name) for name in names))
+                encoded_media[modality] = self.encoders(modality, *(media.get(name) for name in names))
         embeds_BTH = self.get_input_embeddings()(input_ids)
         for modality, encoded in encoded_media.items():
             embeds_BTH = self.insert_media(modality, input_ids, embeds_BTH, self.connect(modality, encoded))
@@ -409,10 +410,10 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         self, modality: str, rows_BT: Tensor, raw: list, encoded: dict[str, EncodedMedia] | None, times: int
     ) -> list[int]:
         """Indices of one modality's items when every row, with all its items, stands ``times`` times."""
-        if modality not in self.model.encoders:
+        if modality not in (self.config.modalities or {}):
             return []
-        encoder: Any = self.model.encoders[modality]
-        connector: Any = self.model.connectors[modality]
+        encoder: Any = getattr(self.model.encoders, modality)
+        connector: Any = getattr(self.model.connectors, modality)
         if encoded and modality in encoded:
             features, lengths = encoded[modality]
             positions = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
