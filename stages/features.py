@@ -41,7 +41,7 @@ def fill_cache(
 def encode(
     model: UniMoeForConditionalGeneration, collator: Collator, samples: list[Sample], kind: str
 ) -> EncodedMedia:
-    """The frozen encoder's features of one medium of each sample: features_nSD, and lengths_n or None."""
+    """The frozen encoder's features of one media item of each sample: features_nSD, and lengths_n or None."""
     encoder = model.model.encoders[kind]
     features: list[torch.Tensor] = []
     lengths: list[torch.Tensor] = []

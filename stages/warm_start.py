@@ -79,7 +79,7 @@ def read_examples(files: list[str], media_root: str | None, kind: str, settings:
                 return examples
     if not examples:
         wanted = "".join(f", {key}: {value}" for key, value in settings.where.items())
-        raise UserError(f"warm_start: no training record holds one {kind} and no other medium{wanted}")
+        raise UserError(f"warm_start: no training record holds one {kind} and no other media{wanted}")
     return examples
 
 

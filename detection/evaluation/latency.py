@@ -45,7 +45,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def model_latency(
     model: DynamicDinoForObjectDetection, prompt: PromptBatch, size: int, rounds: int = 20
 ) -> dict[str, dict[str, float]]:
-    """p50 and p95 of one random picture of ``size`` x ``size`` pixels: with the text encoder running, with
+    """p50 and p95 of one random image of ``size`` x ``size`` pixels: with the text encoder running, with
     its features cached, and of the parts. ``prompt`` is a batch of one."""
     model, prompt = model.eval(), prompt.to(model.device)
     pixels = torch.randn(1, 3, size, size, device=model.device)
@@ -87,7 +87,7 @@ def decoder_latency(
 ) -> dict[str, Any]:
     """The decoders of two models of one shape on the same random tokens, in turns, in one process.
 
-    ``cells``: side of each level's map; the default is a picture of 640 pixels. ``ratio`` is the median over
+    ``cells``: side of each level's map; the default is an image of 640 pixels. ``ratio`` is the median over
     the rounds of the time of the experts' over that of the dense decoder.
     """
     width = moe.config.d_model

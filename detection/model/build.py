@@ -1,4 +1,4 @@
-"""A new detector from parts: a backbone and a text encoder with their weights, the rest fresh."""
+"""Builds a new detector from a pretrained backbone and text encoder; everything else starts at random."""
 
 import json
 from dataclasses import fields
@@ -25,14 +25,17 @@ Built = tuple[DynamicDinoForObjectDetection, PreTrainedTokenizerBase]
 def build_detector(
     backbone: str = "default", weights: str | None = None, text_encoder: str = "default", **settings: Any
 ) -> Built:
-    """Put a detector and its tokenizer together; all but backbone and text encoder starts at random.
+    """Build a detector and its tokenizer; everything except backbone and text encoder starts at random.
 
     Args:
-        backbone: ``default`` (the prepared EfficientNet-Lite0) or any timm model with maps at strides 8, 16
-            and 32.
-        weights: of the backbone: a file, ``pretrained`` for timm's own, None for random ones.
-        text_encoder: ``default`` (the prepared MiniLM), a folder or a hub id of an encoder of BERT's kind.
+        backbone: ``default`` (the prepared EfficientNet-Lite0) or any timm model with feature maps at strides
+            8, 16 and 32.
+        weights: weights of the backbone: a file, ``pretrained`` for those of timm, None for random ones.
+        text_encoder: ``default`` (the prepared MiniLM), or the folder or hub id of a BERT-like encoder.
         settings: fields of :class:`~unimoe.detection.model.configuration.DynamicDinoConfig`.
+
+    Raises:
+        UserError: for an unknown setting, or a backbone or text encoder that cannot be used.
     """
     known = [field.name for field in fields(DynamicDinoConfig)]  # type: ignore[arg-type]
     unknown = sorted(set(settings) - set(known))
@@ -57,10 +60,10 @@ def build_detector(
 
 
 def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """A timm backbone, and the fields of the detector's configuration that it decides.
+    """A timm backbone, and the fields of the detector's configuration that depend on it.
 
-    Raises UserError for a name that timm does not know, one without the three strides, and weights that
-    cannot be had.
+    Raises:
+        UserError: timm does not know the name, the model lacks a stride, or the weights cannot be loaded.
     """
     own = {}
     if name == "default":
@@ -83,7 +86,7 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str,
     except (RuntimeError, ValueError, AttributeError, OSError) as error:
         reason = first_line(error)
         raise UserError(
-            f"backbone {name} cannot be used: {reason}; needs maps at strides 8, 16, 32"
+            f"backbone {name} cannot be used: {reason}; it needs feature maps at strides 8, 16 and 32"
         ) from error
     data = own.get("pretrained_cfg") or resolve_model_data_config(model)
     return model, {
@@ -95,7 +98,10 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[Any, dict[str,
 
 @torch.no_grad()
 def _check_isolation(model: DynamicDinoForObjectDetection, name: str) -> None:
-    """UserError for a text encoder that does not heed which token may see which."""
+    """
+    Raises:
+        UserError: for a text encoder that ignores the attention mask between tokens.
+    """
     ids = torch.tensor([[1, 2, 3], [1, 4, 3]])
     mask, positions = torch.eye(3, dtype=torch.bool).expand(2, -1, -1), torch.zeros_like(ids)
     try:
@@ -105,4 +111,6 @@ def _check_isolation(model: DynamicDinoForObjectDetection, name: str) -> None:
         isolated = False
     if not isolated:
         kind = model.text_encoder.config.model_type
-        raise UserError(f"text encoder '{name}' ({kind}): phrases see one another; expected BERT's kind")
+        raise UserError(
+            f"text encoder '{name}' ({kind}) lets phrases attend to one another; expected a BERT-like one"
+        )

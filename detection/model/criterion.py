@@ -19,45 +19,45 @@ from .output import DynamicDinoOutput, Target
 
 @dataclass
 class CriterionConfig:
-    """The weights of DINO and Open-GroundingDino, which are also Dynamic-DINO's."""
+    """Weights as in DINO, Open-GroundingDino and Dynamic-DINO."""
 
     class_weight: float = 2.0
     """Weight of the focal loss."""
     l1_weight: float = 5.0
-    """Weight of the distance of boxes."""
+    """Weight of the L1 distance of boxes."""
     giou_weight: float = 2.0
     """Weight of 1 - GIoU."""
     alpha: float = 0.25
-    """Focal loss: weight of a yes; a no has 1 - alpha."""
+    """Focal loss: weight of positives; negatives have 1 - alpha."""
     gamma: float = 2.0
-    """Focal loss: how much less a token counts that is right already."""
+    """Focal loss: focusing parameter, which down-weights easy tokens."""
     matching: MatchingCost = field(default_factory=MatchingCost)
-    """How queries are assigned to objects."""
+    """Costs of the assignment of queries to objects."""
 
 
 @dataclass
 class Denoising:
-    """What the denoising queries that the decoder was given were made of."""
+    """Targets of the denoising queries."""
 
     object_BD: Tensor
-    """int64, the object of its image; -1 on padding."""
+    """int64, index of the object in its image; -1 on padding."""
     positive_BD: Tensor
-    """bool, whether the query shall find that object; a negative one shall find nothing."""
+    """bool, whether the query must find that object; a negative one must find nothing."""
 
     @property
     def pairs(self) -> int:
-        """How many queries shall find something."""
+        """Number of positive queries."""
         return int((self.positive_BD & (self.object_BD >= 0)).sum())
 
 
 class DetectionCriterion(nn.Module):
-    """Compares an output with the objects.
+    """The losses of an output, given the objects.
 
-    1. The decoder's layers and the encoder's proposals are stacked; each is matched by itself.
-    2. A query with an object shall say yes to each token of the object's name and no to every other token of
-       its own prompt; a query without one says no to all: a focal loss over the real tokens.
-    3. The boxes of the pairs are compared by L1 and by GIoU.
-    4. All is divided by the number of objects (the mean over ranks, at least 1).
+    1. The decoder's layers and the encoder's proposals are stacked; each is matched independently.
+    2. Focal loss over the tokens of the prompt: for a query with an object the tokens of its name are
+       positives and all others negatives; for a query without one all are negatives.
+    3. L1 and GIoU losses of the boxes of matched pairs.
+    4. All are divided by the number of objects (the mean over ranks, at least 1).
     5. Denoising queries, whose objects are known, go through 2 to 4 without matching.
     """
 
@@ -72,12 +72,12 @@ class DetectionCriterion(nn.Module):
         name_tokens: Sequence[Tensor],
         denoising: Denoising | None = None,
     ) -> dict[str, Tensor]:
-        """The losses by name, 0-d, float32 at least.
+        """The losses by name, 0-d, at least float32.
 
-        ``class``, ``l1``, ``giou`` are those of the last layer, without weights; ``auxiliary`` (the layers
-        before it), ``encoder`` (the proposals), ``denoising`` and ``balance`` are weighted sums. ``loss`` is
-        the sum of all, to be minimised. ``name_tokens[b]`` is [C, L] bool; an image without objects has a
-        Target with no rows.
+        ``class``, ``l1``, ``giou`` are those of the last layer, unweighted; ``auxiliary`` (the layers before
+        it), ``encoder`` (the proposals), ``denoising`` and ``balance`` are weighted sums. ``loss`` is the
+        total to minimise. ``name_tokens[b]`` is [C, L] bool; an image without objects has a Target with no
+        rows.
         """
         # (1)
         logits_NBQL = _with_proposals(output.logits, output.encoder_logits)
@@ -135,11 +135,11 @@ class DetectionCriterion(nn.Module):
         name_tokens: Sequence[Tensor],
         divisor: Tensor,
     ) -> dict[str, Tensor]:
-        """Each part of the loss for each layer, [N]. Queries whose object is -1 shall find nothing."""
+        """Each term of the loss for each layer, [N]. Queries whose object is -1 must find nothing."""
         # (2)
         wanted = []
         for b, (target, tokens_CL) in enumerate(zip(targets, name_tokens, strict=True)):
-            none_1L = tokens_CL.new_zeros(1, tokens_CL.shape[1])  # which index -1 takes
+            none_1L = tokens_CL.new_zeros(1, tokens_CL.shape[1])  # selected by index -1
             wanted.append(torch.cat([tokens_CL[target.names_M], none_1L])[object_NBQ[:, b]])
         wanted_NBQL = torch.stack(wanted, dim=1).to(logits_NBQL)
         focal_NBQL = sigmoid_focal_loss(
@@ -171,11 +171,11 @@ class DetectionCriterion(nn.Module):
 
 
 def _with_proposals(layers: Tensor | None, proposals: Tensor | None) -> Tensor:
-    """The layers' predictions with the proposals' behind them."""
+    """Predictions of all layers, followed by those of the proposals."""
     assert layers is not None and proposals is not None
     return _full_precision(torch.cat([layers, proposals[None]]))
 
 
 def _full_precision(x: Tensor) -> Tensor:
-    """At least float32: half precision rounds away small focal terms."""
+    """At least float32, since half precision rounds small focal terms to zero."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

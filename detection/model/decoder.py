@@ -1,4 +1,4 @@
-"""The decoder: queries that look at one another, at the text and at the image, and refine their boxes.
+"""The decoder: queries attend to one another, to the text and to the image, and refine their boxes.
 
 Shapes: B images, Q queries, S image tokens, N levels, L text tokens, D = d_model.
 """
@@ -18,11 +18,15 @@ from .layers import FFN, MLP, Attention, BoxHead, ContrastiveHead, sine_position
 from .pyramid import Pyramid, Text
 
 LOGIT_EPS = 1e-5
-"""Reference boxes are kept this far from 0 and 1 when their logits are taken."""
+"""Reference boxes are clamped to this distance from 0 and 1 before the logit."""
 
 
 def feed_forward(config: DynamicDinoConfig, layer: int) -> FFN | MoELayer:
-    """The dense FFN of a layer, or experts that together have ``top_k`` times its width / top_k active."""
+    """The dense FFN of a layer, or an MoE layer whose active experts together have the width of that FFN.
+
+    Raises:
+        UserError: ``moe.top_k`` does not divide ``ffn_dim``.
+    """
     moe = MoEConfig.from_dict(config.moe) if config.moe else None
     if moe is None or layer not in moe.layers(config.decoder_layers):
         return FFN(config)
@@ -35,7 +39,8 @@ def feed_forward(config: DynamicDinoConfig, layer: int) -> FFN | MoELayer:
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm: queries see one another, the text, the image around their boxes; then the FFN.
+    """Post-norm layer: self-attention of the queries, cross-attention to the text, deformable attention to
+    the image around the boxes, then the FFN.
 
     ``ffn`` is a dense :class:`FFN`, or after MoE-Tuning an :class:`unimoe.moe.MoELayer`.
     """
@@ -61,13 +66,15 @@ class DecoderLayer(nn.Module):
         text: Text,
         self_mask: Tensor | None,
     ) -> Tensor:
-        where = x_BQD + position_BQD
-        x_BQD = self.self_attn_norm(x_BQD + self.dropout(self.self_attn(where, where, x_BQD, self_mask)))
-        told = self.text_attn(
+        placed_BQD = x_BQD + position_BQD
+        x_BQD = self.self_attn_norm(
+            x_BQD + self.dropout(self.self_attn(placed_BQD, placed_BQD, x_BQD, self_mask))
+        )
+        from_text_BQD = self.text_attn(
             x_BQD + position_BQD, text.features_BLD, text.features_BLD, text.mask_BL[:, None, None]
         )
-        x_BQD = self.text_attn_norm(x_BQD + self.dropout(told))
-        seen, _ = self.image_attn(
+        x_BQD = self.text_attn_norm(x_BQD + self.dropout(from_text_BQD))
+        from_image_BQD, _ = self.image_attn(
             hidden_states=x_BQD,
             attention_mask=pyramid.mask_BS,
             encoder_hidden_states=pyramid.tokens_BSD,
@@ -76,7 +83,7 @@ class DecoderLayer(nn.Module):
             spatial_shapes=pyramid.shapes_N2,
             spatial_shapes_list=pyramid.shapes,
         )
-        x_BQD = self.image_attn_norm(x_BQD + self.dropout(seen))
+        x_BQD = self.image_attn_norm(x_BQD + self.dropout(from_image_BQD))
         return self.ffn_norm(x_BQD + self.dropout(self.ffn(x_BQD)))
 
 
@@ -85,9 +92,9 @@ class Decoder(nn.Module):
 
     For each layer:
 
-    1. the query's position is a function of the box that it has by now
-    2. the layer runs; its class logits and its box come from its normalised output
-    3. the next layer starts from the box refined once more, cut off from the graph
+    1. the position embedding of a query is computed from its current box
+    2. the layer runs; class logits and box are predicted from its normalised output
+    3. the next layer starts from the refined box, detached from the graph
     """
 
     def __init__(self, config: DynamicDinoConfig):
@@ -109,9 +116,9 @@ class Decoder(nn.Module):
         text: Text,
         self_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits [layers, B, Q, L], boxes [layers, B, Q, 4], the boxes each layer started from).
+        """(logits [layers, B, Q, L], boxes [layers, B, Q, 4], the boxes that each layer started from).
 
-        ``self_mask``: bool, True where a query may look, broadcastable to [B, heads, Q, Q].
+        ``self_mask``: bool, True where a query may attend, broadcastable to [B, heads, Q, Q].
         """
         ratios_BN4 = pyramid.valid_ratios_BN2.repeat(1, 1, 2)
         logits, boxes, references = [], [], []

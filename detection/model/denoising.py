@@ -3,9 +3,9 @@
 Shapes: B images, D denoising queries, L text tokens, C names of a prompt, M objects of an image, G groups, Q
 other queries, T = D + Q.
 
-Each group holds every object twice: once moved a little and to be found, once moved further and to be
-rejected. DINO embeds a query's (noised) class by a table; here it is the mean of the text features of the
-name, which goes with any vocabulary.
+Each group has two queries for every object: a positive one, shifted a little, which must find it, and a
+negative one, shifted further, which must be rejected. DINO embeds the (noised) class of a query by a table;
+here its embedding is the mean of the text features of the name, which works for any vocabulary.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ from .output import Target
 @dataclass
 class DenoisingConfig:
     queries: int = 100
-    """About as many in the image with most objects; 0 trains without."""
+    """Approximate number for the image with the most objects; 0 disables denoising."""
     label_noise: float = 0.5
-    """Share of the queries that draw their class anew, halved as in DINO's code."""
+    """Half of this fraction of the queries get a random class, as in the code of DINO."""
     box_noise: float = 1.0
-    """Greatest shift of each side of a positive box, in half widths and heights; negatives get once to twice
-    that."""
+    """Maximum shift of each side of a positive box, in half widths and heights; negative boxes are shifted by
+    one to two times that."""
 
 
 @dataclass
 class DenoisingQueries:
-    """What the decoder starts from."""
+    """Inputs of the decoder."""
 
     boxes_BD4: Tensor
     """(cx, cy, w, h), noised."""
@@ -41,10 +41,10 @@ class DenoisingQueries:
     group_D: Tensor
     """int64."""
     labels: Denoising
-    """For the criterion."""
+    """Targets for the criterion."""
 
     def visible(self, queries: int) -> Tensor:
-        """[B, 1, T, T] bool: groups do not see one another, and the other queries see none of them."""
+        """[B, 1, T, T] bool: groups do not attend to one another, and the other queries not to them."""
         real_BD = self.labels.object_BD >= 0
         same_BDD = (self.group_D[:, None] == self.group_D) & real_BD[:, None]
         batch, count = real_BD.shape
@@ -62,9 +62,9 @@ def make_denoising(
     config: DenoisingConfig,
     generator: torch.Generator | None = None,
 ) -> DenoisingQueries | None:
-    """Draws the queries of a batch, on the device of the targets; None where no image has objects.
+    """Draw the queries of a batch, on the device of the targets; None if no image has objects.
 
-    ``name_tokens[b]`` is [C, L], L the batch's longest prompt.
+    ``name_tokens[b]`` is [C, L], where L is the longest prompt of the batch.
     """
     most = max(len(target.names_M) for target in targets)
     if most == 0 or config.queries == 0:
@@ -92,8 +92,8 @@ def _noised(
     config: DenoisingConfig,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(boxes [D, 4], tokens [D, L], object [D]) of one image; D counts groups, then positive and negative,
-    then ``most`` places for objects."""
+    """(boxes [D, 4], tokens [D, L], object [D]) of one image; D runs over groups, then positive and negative,
+    then ``most`` slots for objects."""
     device, count = target.boxes_M4.device, len(target.names_M)
 
     def draw(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Feature enhancers: image and text look at one another before any box is proposed.
+"""Feature enhancers: cross-attention between image and text before boxes are proposed.
 
 Shapes: B images, S cells (P5: of the coarsest level), D = d_model, L text tokens, H x W cells of a level.
 """
@@ -23,7 +23,7 @@ from .pyramid import Pyramid, Text
 
 
 def library_config(config: DynamicDinoConfig) -> GroundingDinoConfig:
-    """The settings of ``config`` as transformers' parts of Grounding DINO expect them."""
+    """``config`` as the configuration of the Grounding DINO modules of transformers."""
     return GroundingDinoConfig(
         d_model=config.d_model,
         encoder_ffn_dim=config.ffn_dim,
@@ -39,14 +39,14 @@ def library_config(config: DynamicDinoConfig) -> GroundingDinoConfig:
 
 
 class Enhancer(nn.Module):
-    """``forward(pyramid, text)`` returns both, enhanced."""
+    """``forward(pyramid, text) -> (pyramid, text)``."""
 
     def __init__(self, config: DynamicDinoConfig):
         super().__init__()
         self.image_position = GroundingDinoSinePositionEmbedding(library_config(config))
 
     def positions(self, mask_BHW: Tensor) -> Tensor:
-        """Sine positions of a level's cells, [B, H*W, D]."""
+        """Sine position embeddings of the cells of a level, [B, H*W, D]."""
         return self.image_position(mask_BHW, mask_BHW).flatten(2).transpose(1, 2)
 
     def forward(self, pyramid: Pyramid, text: Text) -> tuple[Pyramid, Text]:
@@ -54,7 +54,7 @@ class Enhancer(nn.Module):
 
 
 def text_positions(text: Text) -> Tensor:
-    """[B, L, D] sines of the positions within the segments."""
+    """[B, L, D] sine embeddings of the positions within the segments."""
     positions_BL1 = text.position_ids_BL[..., None].to(text.features_BLD.dtype)
     return sine_position(positions_BL1, text.features_BLD.shape[-1])
 
@@ -63,8 +63,8 @@ class EdgeLayer(nn.Module):
     """One layer over text and the coarsest level of the image.
 
     1. bi-directional cross-attention with one shared score matrix (transformers' fusion layer)
-    2. the text looks at itself, inside its segments
-    3. the image looks at itself, everywhere, and goes through an FFN (post-norm)
+    2. self-attention of the text, within its segments
+    3. global self-attention of the image, then an FFN (post-norm)
     """
 
     def __init__(self, config: DynamicDinoConfig):
@@ -107,8 +107,8 @@ class EdgeEnhancer(Enhancer):
 
 
 class FullEnhancer(Enhancer):
-    """Grounding DINO's own: each layer fuses the text with all levels and lets them see one another by
-    deformable attention (transformers' layers)."""
+    """The enhancer of Grounding DINO: each layer fuses the text with all levels and applies deformable
+    attention to them (layers of transformers)."""
 
     def __init__(self, config: DynamicDinoConfig):
         super().__init__(config)
@@ -146,14 +146,14 @@ class FullEnhancer(Enhancer):
 
 
 class CrossScaleFusion(nn.Module):
-    """RT-DETR's fusion of the levels (Zhao et al., arXiv 2304.08069, section 4.2): [B, D, H, W] maps, fine to
-    coarse, to as many of the same sizes.
+    """Cross-scale fusion of RT-DETR (Zhao et al., arXiv 2304.08069, section 4.2): takes and returns maps
+    [B, D, H, W], fine to coarse.
 
-    1. top-down: each level takes in the next coarser one, widened by repeating cells
-    2. bottom-up: each level takes in the next finer one, by a strided convolution
+    1. top-down: each level is fused with the next coarser one, upsampled by nearest neighbour
+    2. bottom-up: each level is fused with the next finer one, downsampled by a strided convolution
 
-    Unlike RT-DETR's with group instead of batch norm: the same on one machine and on several, in training and
-    after it.
+    Group norm replaces the batch norm of RT-DETR, so the outputs do not depend on the number of processes or
+    on training mode.
     """
 
     def __init__(self, config: DynamicDinoConfig):
@@ -188,8 +188,8 @@ class ConvNorm(nn.Sequential):
 
 
 class CSPBlock(nn.Module):
-    """Cross-stage-partial block, 2D -> D channels: two narrow branches, one of them through 3x3
-    convolutions, summed."""
+    """Cross-stage-partial block, 2D -> D channels: the sum of two narrow branches, one of which has 3x3
+    convolutions."""
 
     def __init__(self, config: DynamicDinoConfig):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Public weights: transformers' Grounding DINO and MM-Grounding-DINO as models of ours.
+"""Converts Grounding DINO and MM-Grounding-DINO checkpoints of transformers.
 
-Ours differs where transformers' cannot be trained from scratch (query selection gets no gradient there) or
-leaves no room for mixtures (the FFN is not a module); what it computes is the same.
+Our model computes the same. It differs from that of transformers where that cannot be trained from scratch
+(query selection gets no gradient) or has no place for experts (the FFN is not a module).
 """
 
 import re
@@ -22,7 +22,7 @@ from .modeling import DynamicDinoForObjectDetection
 MODEL_TYPES = ("grounding-dino", "mm-grounding-dino")
 
 IMAGE_SIZE = [800, 1333]
-"""Shorter side and limit of the longer one, where no image processor was published with the weights."""
+"""Shorter side and limit of the longer one, if no image processor was published with the weights."""
 
 RENAMED = {
     r"^model\.decoder\.(bbox|class)_embed\..*": None,  # the heads once more
@@ -51,7 +51,7 @@ RENAMED = {
     r"^(decoder\.layers\.\d+)\.fc1\.": r"\1.ffn.up_proj.",
     r"^(decoder\.layers\.\d+)\.fc2\.": r"\1.ffn.down_proj.",
 }
-"""Theirs to ours, in this order; None drops a weight."""
+"""Patterns of their names -> our names, applied in this order; None drops a weight."""
 
 FIXED = {
     "two_stage": True,
@@ -60,15 +60,15 @@ FIXED = {
     "position_embedding_type": "sine",
     "query_dim": 4,
 }
-"""What every public checkpoint has, and ours does not offer otherwise."""
+"""Settings of every public checkpoint; our model supports no others."""
 
 
 def load_grounding_dino(path: str | Path) -> Built:
-    """A folder or hub id of either kind as a detector of ours, and its tokenizer.
+    """Load a folder or hub id of either type as our detector, with its tokenizer.
 
     Raises:
-        UserError: it cannot be loaded, lacks a weight, is of another kind, or its image processor does what
-            ours cannot.
+        UserError: it cannot be loaded, lacks a weight, is of another type, or its image processor does
+            something that is not supported.
     """
     try:
         theirs, info = AutoModelForZeroShotObjectDetection.from_pretrained(
@@ -87,11 +87,11 @@ def load_grounding_dino(path: str | Path) -> Built:
 
 
 def image_settings(path: str) -> dict[str, Any]:
-    """``image_size``, ``image_mean`` and ``image_std`` by the image processor that was published with the
-    weights; nothing where there is none.
+    """``image_size``, ``image_mean`` and ``image_std`` of the image processor that was published with the
+    weights; empty if there is none.
 
     Raises:
-        UserError: it prepares images in a way that ours cannot.
+        UserError: it prepares images in a way that is not supported.
     """
     try:
         found, _ = BaseImageProcessor.get_image_processor_dict(path)
@@ -172,7 +172,7 @@ def convert_config(config: Any, settings: dict[str, Any] | None = None) -> Dynam
 
 
 def convert_name(name: str) -> str | None:
-    """Our name of a weight of theirs; None for one that we do not have."""
+    """Our name of one of their weights; None for a weight that we do not have."""
     for pattern, ours in RENAMED.items():
         if ours is None and re.match(pattern, name):
             return None

@@ -1,4 +1,4 @@
-"""The small parts that enhancer, query selection and decoder are made of.
+"""Building blocks of enhancer, query selection and decoder.
 
 Shapes: B images, Q queries, S keys (image or text tokens), L text tokens, D = d_model, I inner width, P
 coordinates.
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``mask``: bool, True where a query may look, broadcastable to [B, heads, Q, S]."""
+        """``mask``: bool, True where a query may attend, broadcastable to [B, heads, Q, S]."""
         q, k, v = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x in (self.query(query), self.key(key), self.value(value))
@@ -67,8 +67,7 @@ class MLP(nn.Module):
 
 
 class BoxHead(MLP):
-    """[..., D] -> [..., 4]: the step from a reference box, in logits of (cx, cy, w, h); no step at the
-    start."""
+    """[..., D] -> [..., 4]: offset from a reference box, in logits of (cx, cy, w, h); initialised to zero."""
 
     def __init__(self, config: DynamicDinoConfig):
         super().__init__(config.d_model, config.d_model, 4, depth=3)
@@ -81,8 +80,8 @@ class BoxHead(MLP):
 class ContrastiveHead(nn.Module):
     """Class logits [B, Q, L] of queries [B, Q, D] against text tokens [B, L, D], -inf on padding.
 
-    The plain dot product of Grounding DINO, or scaled and with a learned bias as in MM-Grounding-DINO (arXiv
-    2401.02361): from scratch the plain one starts at a loss of hundreds.
+    The dot product of Grounding DINO, or scaled and with a learned bias as in MM-Grounding-DINO (arXiv
+    2401.02361): from scratch, the plain dot product starts at a loss of several hundred.
     """
 
     def __init__(self, config: DynamicDinoConfig):
@@ -104,7 +103,7 @@ class ContrastiveHead(nn.Module):
 def sine_position(position: Tensor, width: int) -> Tensor:
     """Sines and cosines of each coordinate, interleaved: ``[..., P] -> [..., P * width]``.
 
-    Of a box (x, y, ...) y comes first, as in DAB-DETR's code.
+    For a box (x, y, ...) y comes first, as in the code of DAB-DETR.
     """
     power = 2 * (torch.arange(width, device=position.device) // 2) / width
     angle = position[..., None].float() * (2 * math.pi / 10000**power)

@@ -1,4 +1,4 @@
-"""Loads a finished detector: a folder of ``unimoe fit``, or public Grounding DINO weights."""
+"""Loads a trained detector: a folder of ``unimoe fit``, or public Grounding DINO weights."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ DETECTOR = ModelKind(
 def load_detector(model: str | Path, setting: str = "MODEL") -> Built:
     """The detector, in float32 and evaluation mode on the CPU, and its tokenizer.
 
-    ``setting`` is what errors call it.
+    ``setting`` is its name in error messages.
 
     Raises:
         UserError: there is no detector, or its weights and its configuration do not have the same names and

@@ -1,4 +1,4 @@
-"""Which query answers for which object: the assignment of least cost (DETR, arXiv 2005.12872, section 3.1).
+"""Assigns queries to objects at minimum cost (DETR, arXiv 2005.12872, section 3.1).
 
 Shapes: N layers, B images, Q queries, L text tokens, C names of a prompt, M objects of an image.
 """
@@ -17,18 +17,18 @@ from .output import Target
 
 @dataclass
 class MatchingCost:
-    """Weights of the three parts of the cost, as in Open-GroundingDino."""
+    """Weights of the three terms of the cost, as in Open-GroundingDino."""
 
     class_weight: float = 1.0
-    """The focal cost of a name's tokens, averaged over them."""
+    """Weight of the focal cost, averaged over the tokens of a name."""
     l1_weight: float = 5.0
-    """Distance of (cx, cy, w, h)."""
+    """Weight of the L1 distance of (cx, cy, w, h)."""
     giou_weight: float = 2.0
-    """Minus the GIoU."""
+    """Weight of the negative GIoU."""
     alpha: float = 0.25
-    """Focal cost: weight of a yes; a no has 1 - alpha."""
+    """Focal cost: weight of positives; negatives have 1 - alpha."""
     gamma: float = 2.0
-    """Focal cost: how much less a token counts that is right already."""
+    """Focal cost: focusing parameter, which down-weights easy tokens."""
 
 
 @torch.no_grad()
@@ -39,11 +39,13 @@ def match(
     name_tokens: Sequence[Tensor],
     cost: MatchingCost,
 ) -> Tensor:
-    """[N, B, Q] int64: the object of its image that each query got, -1 for none.
+    """[N, B, Q] int64: index of the object that each query is assigned to, -1 for none.
 
-    Every layer is matched by itself; each object gets one query while there are enough of them.
-    ``name_tokens[b]`` is [C, L]. Raises ValueError when a cost is not finite, that is, when the model
-    diverged.
+    Every layer is matched independently; each object gets one query as long as there are enough of them.
+    ``name_tokens[b]`` is [C, L].
+
+    Raises:
+        ValueError: a cost is not finite, because training diverged.
     """
     costs = [
         _cost(logits_NBQL[:, b], boxes_NBQ4[:, b], target, tokens_CL, cost)

@@ -1,7 +1,7 @@
-"""The detector: an image, a prompt, and a box for whatever the prompt names.
+"""The detector: finds the objects in an image that a text prompt names.
 
-Shapes: B images, H x W pixels, L text tokens, Q queries, D = d_model, T = all decoder queries (those for
-denoising first).
+Shapes: B images, H x W pixels, L text tokens, Q queries, D = d_model, T = all decoder queries (denoising
+queries first).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ ENHANCERS = {"edge": EdgeEnhancer, "full": FullEnhancer}
 
 
 class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
-    """What transformers has to know; transformers' own parts are initialised by their own class."""
+    """Base class for transformers; modules of transformers are initialised by its own class."""
 
     config: DynamicDinoConfig
     base_model_prefix = "model"
@@ -45,8 +45,8 @@ class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
         return loaded
 
     def _initialize_weights(self, module: nn.Module, *args: bool):
-        """transformers takes every module without parameters of its own for initialised if the model is not
-        one of its own, and would leave box heads and deformable attention as their linear layers are."""
+        """Initialise modules without parameters of their own as well: transformers skips these in models that
+        it does not know, which would leave box heads and deformable attention with default linear layers."""
         super()._initialize_weights(module)
 
     @torch.no_grad()
@@ -63,21 +63,21 @@ class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
 
 
 class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
-    """Grounding DINO 1.5 Edge, its original, and Dynamic-DINO (arXiv 2507.17436), by configuration.
+    """Grounding DINO, Grounding DINO 1.5 Edge and Dynamic-DINO (arXiv 2507.17436), by configuration.
 
     The forward pass:
 
-    1. the backbone's maps and the text encoder's features, each projected to ``d_model``
-    2. the enhancer lets image and text look at one another
-    3. query selection chooses image tokens and gives each a box
-    4. the decoder refines the boxes and says which text tokens each is about
+    1. backbone and text encoder compute features, which are projected to ``d_model``
+    2. the enhancer fuses image and text features by cross-attention
+    3. query selection chooses image tokens and predicts a box for each
+    4. the decoder refines the boxes and predicts a logit for each text token
     """
 
     def __init__(self, config: DynamicDinoConfig):
         super().__init__(config)
         self.backbone = AutoBackbone.from_config(config.backbone_config)
         self.text_encoder = AutoModel.from_config(config.text_config)
-        self.text_encoder.pooler = None  # its output is not needed, its weights would never be trained
+        self.text_encoder.pooler = None  # unused: its weights would never get a gradient
         self.image_projections = _projections(self.backbone.channels, config)
         self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, config.d_model)
         self.enhancer = ENHANCERS[config.enhancer](config)
@@ -89,8 +89,8 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True):
-        """A part without trained weights stays as in evaluation (no dropout), and the backbone's batch norms
-        keep their statistics: batches are small here."""
+        """Encoders without trainable weights stay in evaluation mode (no dropout), and the batch norms of the
+        backbone keep their running statistics, since batches are small."""
         super().train(mode)
         for part in (self.backbone, self.text_encoder):
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -101,13 +101,13 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         return self
 
     def freeze_encoders(self) -> None:
-        """Keep backbone and text encoder as they are; their outputs may then be computed once and kept."""
+        """Freeze backbone and text encoder, so that their outputs can be cached."""
         self.backbone.requires_grad_(False)
         self.text_encoder.requires_grad_(False)
         self.train(self.training)
 
     def encode_image(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The backbone's maps [B, C, h, w], fine to coarse; padded pixels are set to 0 first."""
+        """Feature maps of the backbone [B, C, h, w], fine to coarse; padded pixels are set to 0 first."""
         if pixel_mask is not None:
             pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
         return tuple(self.backbone(pixel_values).feature_maps)
@@ -115,14 +115,14 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
     def encode_text(
         self, input_ids: Tensor, text_attention_mask: Tensor, text_position_ids: Tensor
     ) -> Tensor:
-        """The text encoder's features [B, L, its width]. Those of a name do not depend on the other names."""
+        """Features of the text encoder [B, L, its width]; those of a name do not depend on other names."""
         if self.config.text_sees_start:
             first_L = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
             text_attention_mask = text_attention_mask | first_L
             text_position_ids = torch.where(first_L, 0, text_position_ids + 1)
         table = getattr(getattr(self.text_encoder, "embeddings", None), "position_embeddings", None)
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            text_position_ids = text_position_ids + table.padding_idx + 1  # RoBERTa's kind counts from there
+            text_position_ids = text_position_ids + table.padding_idx + 1  # RoBERTa counts from there
         return self.text_encoder(
             input_ids=input_ids, attention_mask=text_attention_mask[:, None], position_ids=text_position_ids
         ).last_hidden_state
@@ -148,9 +148,12 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
             text_mask: [B, L] bool, True on real tokens.
             text_attention_mask: [B, L, L] bool, True inside a segment.
             text_position_ids: [B, L], position within the segment.
-            image_features: of ``encode_image``, computed beforehand; ``pixel_values`` is then not needed.
-            text_features: of ``encode_text``, computed beforehand; ``input_ids`` is then not needed.
-            denoising: extra queries of a training step; they change nothing for the others.
+            image_features: cached outputs of ``encode_image``; ``pixel_values`` is then not needed.
+            text_features: cached outputs of ``encode_text``; ``input_ids`` is then not needed.
+            denoising: extra queries of a training step; the other queries do not see them.
+
+        Raises:
+            ValueError: an input is missing.
         """
         if text_mask is None or text_attention_mask is None or text_position_ids is None:
             raise ValueError(
@@ -200,12 +203,13 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
             x_BTD = torch.cat([denoising.tokens_BDL.to(x_BTD.dtype) @ text.features_BLD, x_BTD], dim=1)
             references_BT4 = torch.cat([denoising.boxes_BD4.to(references_BT4.dtype), references_BT4], dim=1)
             self_mask = denoising.visible(queries)
-            pad_BT = F.pad(pad_BT, (x_BTD.shape[1] - queries, 0), value=True)  # their load is not the task's
+            pad_BT = F.pad(pad_BT, (x_BTD.shape[1] - queries, 0), value=True)  # not in the expert load
         with record() as records, routing_context(Context(pad_T=pad_BT.flatten())):
             return *self.decoder(x_BTD, references_BT4, pyramid, text, self_mask), records
 
     def project(self, image_features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps of width ``d_model``; those beyond the backbone's levels come from the one before."""
+        """Feature maps of width ``d_model``; levels beyond those of the backbone are computed from the level
+        before."""
         maps = []
         for level, projection in enumerate(self.image_projections):
             last_or_own = image_features[min(level, len(image_features) - 1)]
@@ -217,14 +221,14 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         if not records or not self.config.moe:
             return torch.zeros((), device=self.device)
         load = expert_load(records)
-        if self.training:  # over all ranks, which take training steps together, but not those of evaluation
+        if self.training:  # over all ranks; in evaluation they do not run in step
             load = expert_load_over_ranks(load)
         coefficient = MoEConfig.from_dict(self.config.moe).balance_coef
         return coefficient * load_balance(records, load).sum()
 
 
 def _projections(channels: Sequence[int], config: DynamicDinoConfig) -> nn.ModuleList:
-    """1x1 convolutions for the backbone's levels, 3x3 with stride 2 for those beyond."""
+    """1x1 convolutions for the levels of the backbone, 3x3 with stride 2 for further levels."""
     widths = list(channels)
     if len(widths) > config.num_feature_levels:
         raise ValueError(

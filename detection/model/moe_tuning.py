@@ -1,9 +1,9 @@
-"""MoE-Tuning (Dynamic-DINO, arXiv 2507.17436, section 3): a dense detector's decoder becomes a mixture of
-fine-grained experts, and only part of it is trained on.
+"""MoE-Tuning (Dynamic-DINO, arXiv 2507.17436, section 3): turns the decoder of a dense detector into a
+mixture of fine-grained experts and trains part of the model further.
 
-The FFN of each decoder layer is copied N times and each copy cut in k slices: kN experts, of which a query
-visits k. The router's rows repeat for the slices of a copy, so that at the start every query visits all
-slices of one copy, whose sum is the dense FFN.
+The FFN of each decoder layer is copied N times, and each copy is split into k slices: kN experts, of which k
+are selected for each query. All slices of a copy start with the same router row, so initially every query is
+routed to all slices of one copy, whose sum is the dense FFN.
 """
 
 import logging
@@ -18,22 +18,23 @@ from .modeling import DynamicDinoForObjectDetection
 logger = logging.getLogger(__name__)
 
 GATES = {
-    # the sum of the chosen slices; the router learns from the balance loss only
+    # the sum of the selected slices; only the balance loss trains the router
     "indicator": {"combine": "indicator"},
-    # k times the weights, which sum to 1; the router learns, though at first not which copy to choose
+    # k times the weights, which sum to 1; trains the router, but initially not which copy it selects
     "renorm_k": {"gating": "topk_softmax", "combine": "k_weight"},
-    # the sum of the chosen slices, with the gradient of the softmax over all experts
+    # the sum of the selected slices, with the gradient of the softmax over all experts
     "straight_through": {"gating": "softmax_topk", "renormalize": False, "combine": "straight_through"},
 }
-"""How chosen slices are weighted. The paper's formula has g_i in {0, 1}; each of these starts exact."""
+"""How the selected slices are weighted. In the paper g_i is 0 or 1; all of these preserve the outputs at the
+start."""
 
 TRAINED = (
     "enhancer.layers.*.fusion_layer.*",
     "decoder.layers.*.ffn.*",
     "decoder.*_heads.*",
 )
-"""What the paper trains: cross-attention in the enhancer, MoE layers, detection head. Whether its detection
-head has the head of the proposals in it is not said; here it has not."""
+"""What the paper trains: cross-attention in the enhancer, MoE layers, detection head. The paper does not say
+whether this includes the head of the proposals; here it does not."""
 
 
 def moe_tuning(
@@ -44,16 +45,19 @@ def moe_tuning(
     balance_coef: float = 0.01,
     router_init_std: float = 0.02,
 ) -> DynamicDinoForObjectDetection:
-    """Turn the dense FFNs of the decoder into ``copies`` * ``slices`` experts each, in place, and freeze what
-    the paper freezes; the outputs stay as they were.
+    """Turn each dense FFN of the decoder into ``copies`` * ``slices`` experts, in place, and freeze what the
+    paper freezes. The outputs do not change.
 
     Args:
-        model: a dense detector, trained here or converted from a public one.
+        model: a dense detector, trained here or converted from a public checkpoint.
         copies: N of the paper. With 2 slices, 8 copies are its 16 experts.
-        slices: k of the paper, also how many experts a query visits: the cost stays that of one FFN.
+        slices: k of the paper, also the number of experts per query, so the cost stays that of one FFN.
         gate: see ``GATES``.
         balance_coef: factor of the load-balance loss in the training loss.
-        router_init_std: standard deviation of the router's fresh rows.
+        router_init_std: standard deviation of the new router rows.
+
+    Raises:
+        UserError: for an unknown ``gate``, fewer than one copy, or a model that has experts already.
     """
     if gate not in GATES:
         raise UserError(f"gate is {gate!r}, expected one of {', '.join(GATES)}")
@@ -83,8 +87,10 @@ def moe_tuning(
 def freeze_for_tuning(model: DynamicDinoForObjectDetection, trained: tuple[str, ...] = TRAINED) -> None:
     """Train only the parameters whose names match one of ``trained`` (shell patterns).
 
-    Goes for the dense control as well, where ``ffn`` is the dense FFN. Raises UserError for a pattern that
-    matches nothing.
+    Also used for the dense control, where ``ffn`` is the dense FFN.
+
+    Raises:
+        UserError: a pattern matches nothing.
     """
     parameters = dict(model.named_parameters())
     matched = {pattern: [name for name in parameters if fnmatchcase(name, pattern)] for pattern in trained}

@@ -1,4 +1,4 @@
-"""What goes between the model, its criterion and its evaluation.
+"""What model, criterion and evaluation exchange.
 
 Shapes: N decoder layers, B images, Q queries, L text tokens, D denoising queries, M objects of an image.
 """
@@ -11,12 +11,12 @@ from transformers.utils.generic import ModelOutput
 
 @dataclass
 class Target:
-    """The objects of one image, in terms of its prompt."""
+    """The objects of one image, labelled by the names of its prompt."""
 
     boxes_M4: Tensor
     """Centre x, centre y, width, height, on a 0..1 scale of the (unpadded) image."""
     names_M: Tensor
-    """int64, the row of the prompt's ``name_tokens`` that each object belongs to."""
+    """int64, row of the prompt's ``name_tokens`` for each object."""
 
 
 @dataclass
@@ -24,16 +24,16 @@ class DynamicDinoOutput(ModelOutput):
     """Output of :class:`DynamicDinoForObjectDetection`; boxes are (cx, cy, w, h) on a 0..1 scale."""
 
     logits: Tensor | None = None
-    """[N, B, Q, L] of each decoder layer against each text token, -inf on padding; the last layer is the
-    answer."""
+    """[N, B, Q, L] for each decoder layer and text token, -inf on padding; the last layer gives the
+    prediction."""
     boxes: Tensor | None = None
-    """[N, B, Q, 4], undetached."""
+    """[N, B, Q, 4], not detached."""
     encoder_logits: Tensor | None = None
-    """[B, Q, L] of the image tokens that query selection chose, undetached: this trains the selection."""
+    """[B, Q, L] of the selected image tokens, not detached: their loss trains the selection."""
     encoder_boxes: Tensor | None = None
-    """[B, Q, 4] their boxes, undetached."""
+    """[B, Q, 4] boxes of these tokens, not detached."""
     references: Tensor | None = None
-    """[N, B, Q, 4] the box each layer started from, detached."""
+    """[N, B, Q, 4] the boxes that each layer started from, detached."""
     text_mask: Tensor | None = None
     """[B, L] bool, True on real tokens."""
     denoising_logits: Tensor | None = None

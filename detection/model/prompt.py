@@ -1,10 +1,10 @@
-"""Text prompts: names or a caption as tokens, cut in segments that do not see one another.
+"""Text prompts: names or a caption as tokens, in segments that do not attend to one another.
 
 Shapes: L tokens, C names (or phrases), B prompts.
 
-A prompt is ``[CLS] cat . red car . [SEP]``. Tokens attend only inside their segment (a name with the full
-stop behind it), and position ids start anew in each: the sub-sentence representation of Grounding DINO (arXiv
-2303.05499, section 3.4). So the text features of a name do not depend on its neighbours.
+A prompt is ``[CLS] cat . red car . [SEP]``. Tokens attend only within their segment (a name and its full
+stop), and position ids restart in each: the sub-sentence representation of Grounding DINO (arXiv 2303.05499,
+section 3.4). So the text features of a name do not depend on the other names.
 """
 
 import logging
@@ -23,7 +23,7 @@ from unimoe.errors import UserError
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 256
-"""Longest prompt of Grounding DINO, with the special tokens."""
+"""Maximum prompt length of Grounding DINO, including the special tokens."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Prompt:
     """One prompt."""
 
     names: list[str]
-    """What was asked for, cleaned; row c of ``name_tokens`` belongs to name c."""
+    """The cleaned names; row c of ``name_tokens`` belongs to name c."""
     input_ids: Tensor
     """[L] int64."""
     position_ids: Tensor
@@ -48,8 +48,8 @@ class Prompt:
         """A prompt that asks for each of ``names``.
 
         Raises:
-            UserError: there are no names, one is empty or unknown to the tokenizer, or they make more than
-                ``max_tokens`` tokens (``chunk_names`` cuts a long list).
+            UserError: there are no names, one is empty or unknown to the tokenizer, or they have more than
+                ``max_tokens`` tokens (``chunk_names`` splits a long list).
         """
         cleaned, tokens = _tokenize(names, tokenizer)
         first, last = _special_ids(tokenizer)
@@ -63,7 +63,7 @@ class Prompt:
         ids, segments = ids + last, segments + [len(tokens) + 1] * len(last)
         if len(ids) > max_tokens:
             raise UserError(
-                f"the prompt's {len(names)} names make {len(ids)} tokens, expected at most {max_tokens}; "
+                f"the prompt's {len(names)} names have {len(ids)} tokens, expected at most {max_tokens}; "
                 "ask for fewer at a time"
             )
         place_L = torch.arange(len(ids))
@@ -72,8 +72,8 @@ class Prompt:
 
     @classmethod
     def empty(cls, tokenizer: PreTrainedTokenizerBase) -> "Prompt":
-        """A prompt that asks for nothing: special tokens only, for an image of which nothing is known to be
-        there or absent."""
+        """A prompt without names, special tokens only: for an image of which no class is known to be present
+        or absent."""
         first, last = _special_ids(tokenizer)
         ids = first + last or _stop_ids(tokenizer)
         segments = list(range(len(ids)))
@@ -87,10 +87,10 @@ class Prompt:
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int = MAX_TOKENS,
     ) -> "Prompt":
-        """A sentence as it is; phrase c is made of the characters in ``spans[c]`` (start, end).
+        """A sentence, unchanged; phrase c consists of the characters in ``spans[c]`` (start, end).
 
-        Segments end at full stops and question marks. What is over ``max_tokens`` is cut off; a phrase that
-        lay there entirely keeps an empty row in ``name_tokens``.
+        Segments end at full stops and question marks. Tokens beyond ``max_tokens`` are truncated; a phrase
+        that loses all of its tokens keeps an empty row in ``name_tokens``.
 
         Raises:
             UserError: the caption has no tokens.
@@ -122,14 +122,14 @@ class Prompt:
 
 @dataclass
 class PromptBatch:
-    """Prompts padded to the longest."""
+    """Prompts, padded to the longest."""
 
     input_ids: Tensor
     """[B, L] int64."""
     text_mask: Tensor
     """[B, L] bool, True on real tokens."""
     text_attention_mask: Tensor
-    """[B, L, L] bool, True inside a segment; a padding token sees itself."""
+    """[B, L, L] bool, True inside a segment; a padding token attends to itself."""
     text_position_ids: Tensor
     """[B, L] int64."""
     name_tokens: list[Tensor]
@@ -166,8 +166,8 @@ class PromptBatch:
 
 
 def clean_name(name: str, brackets: bool = False) -> str:
-    """Lower case, without brackets and what is in them, invisible characters and a full stop at the end,
-    underscores as spaces ("Truck_(pickup)" -> "truck"). ``brackets`` keeps the words in them."""
+    """In lower case, with underscores as spaces, without brackets and their content, invisible characters and
+    a final full stop ("Truck_(pickup)" -> "truck"). ``brackets`` keeps the words inside brackets."""
     visible = "".join(
         " " if char.isspace() else char
         for char in name.replace("_", " ")
@@ -178,7 +178,7 @@ def clean_name(name: str, brackets: bool = False) -> str:
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """The cleaned names; where two would be equal, with the words in their brackets ("bow_(weapon)" and
+    """The cleaned names; names that would be equal keep the words in their brackets ("bow_(weapon)" and
     "bow_(ribbon)" -> "bow weapon" and "bow ribbon")."""
     cleaned = [clean_name(name) for name in names]
     counts = Counter(cleaned)
@@ -189,8 +189,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 
 
 def class_prompts(names: Sequence[str]) -> list[list[str]]:
-    """The names that each class is asked for by, the first in evaluation and any in training; no two classes
-    share one.
+    """The names of each class in prompts: evaluation uses the first, training any. No two classes share one.
 
     Objects365 writes alternatives as "pen/pencil". A slash inside a unit ("A/C unit", "1/2 inch bolt") is
     part of the name: it has a part of fewer than two letters.
@@ -209,11 +208,10 @@ def class_prompts(names: Sequence[str]) -> list[list[str]]:
 
 
 def check_names(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the tokenizer knows each name and tells them apart; a name of which it knows a part is
-    logged.
+    """Check that the tokenizer knows and distinguishes the names; names that it knows in part are logged.
 
     Raises:
-        UserError: it does not, so that detections would bear labels by chance.
+        UserError: it does not, so that labels of detections would be arbitrary.
     """
     _, tokens = _tokenize(names, tokenizer)
     seen: dict[tuple[int, ...], str] = {}
@@ -225,7 +223,7 @@ def check_names(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Non
             )
         if tokenizer.unk_token_id in ids:
             logger.warning(
-                "the model's vocabulary lacks a part of the name %r; it may be found wrongly", name
+                "the model's vocabulary lacks a part of the name %r; its detections may be wrong", name
             )
 
 
@@ -235,12 +233,12 @@ def chunk_names(
     max_tokens: int = MAX_TOKENS,
     max_names: int | None = None,
 ) -> list[list[int]]:
-    """Indices of ``names`` in chunks that each fit a prompt, in order.
+    """Indices of ``names``, in order, in chunks that each fit into one prompt.
 
-    ``max_names`` limits the names of a chunk as well (40 for LVIS by custom).
+    ``max_names`` also limits the number of names in a chunk (40 is usual for LVIS).
 
     Raises:
-        UserError: a name is too long by itself.
+        UserError: a single name is too long.
     """
     first, last = _special_ids(tokenizer)
     room = max_tokens - len(first) - len(last)
@@ -258,14 +256,18 @@ def chunk_names(
 
 
 def token_counts(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What each name takes of a prompt's room: its tokens and the stop behind it."""
+    """Number of prompt tokens of each name, including its full stop."""
     _, tokens = _tokenize(names, tokenizer)
     stop = len(_stop_ids(tokenizer))
     return [len(name) + stop for name in tokens]
 
 
 def _tokenize(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[list[int]]]:
-    """The names cleaned, and the tokens of each. Raises UserError where nothing is left of one."""
+    """The cleaned names, and the tokens of each.
+
+    Raises:
+        UserError: there is no name, or one is empty or unknown.
+    """
     if isinstance(names, str) or not names:
         raise UserError("the prompt names nothing to look for, expected at least one name")
     cleaned = distinct_names(names)
@@ -283,7 +285,7 @@ def _tokenize(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What stands before and behind the text; empty for a tokenizer without such tokens."""
+    """Special tokens before and after the text; empty for a tokenizer without any."""
     first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     return [first] * (first is not None), [last] * (last is not None)

@@ -1,4 +1,4 @@
-"""An image and its prompt, half-way through the model.
+"""Intermediate features of an image and its prompt.
 
 Shapes: B images, N levels (fine to coarse), H x W cells of a level, S = cells of all levels, D = d_model, L
 text tokens.
@@ -26,7 +26,7 @@ class Text:
 
 @dataclass
 class Pyramid:
-    """Feature maps of several levels as one sequence of tokens."""
+    """Feature maps of several levels, flattened to one sequence of tokens."""
 
     tokens_BSD: Tensor
     mask_BS: Tensor
@@ -34,11 +34,11 @@ class Pyramid:
     shapes: list[tuple[int, int]]
     """(H, W) of each level."""
     valid_ratios_BN2: Tensor
-    """The image's share of the padded width and height at each level."""
+    """Fraction of the padded width and height that the image covers at each level."""
 
     @classmethod
     def of(cls, maps: list[Tensor], pixel_mask_BHW: Tensor | None) -> "Pyramid":
-        """From maps [B, D, H, W], fine to coarse; no mask means no padding."""
+        """From feature maps [B, D, H, W], fine to coarse; without a mask there is no padding."""
         masks = [level_mask(features, pixel_mask_BHW) for features in maps]
         ratios = [torch.stack([m[:, 0].float().mean(1), m[:, :, 0].float().mean(1)], -1) for m in masks]
         return cls(
@@ -49,7 +49,7 @@ class Pyramid:
         )
 
     def split(self, tokens_BSX: Tensor) -> list[Tensor]:
-        """Cuts [B, S, ...] in levels."""
+        """[B, S, ...] split into levels."""
         return list(tokens_BSX.split([height * width for height, width in self.shapes], dim=1))
 
     def maps(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Language-guided query selection: which image tokens become the decoder's first boxes.
+"""Language-guided query selection: chooses the image tokens from which the decoder starts.
 
 Shapes: B images, S image tokens, Q queries, L text tokens, D = d_model, N levels.
 """
@@ -16,7 +16,7 @@ from .pyramid import Pyramid, Text
 
 @dataclass
 class Proposals:
-    """The chosen tokens, undetached, so that their loss trains the selection."""
+    """The selected tokens, not detached: their loss trains the selection."""
 
     tokens_BQD: Tensor
     logits_BQL: Tensor
@@ -25,12 +25,12 @@ class Proposals:
 
 
 class QuerySelection(nn.Module):
-    """The ``num_queries`` image tokens that are most like any text token (arXiv 2303.05499, section 3.2).
+    """Selects the ``num_queries`` image tokens most similar to a text token (arXiv 2303.05499, section 3.2).
 
-    1. every cell proposes a box around itself, of 0.05 * 2^level of the image; cells whose box leaves
-       (0.01, 0.99), and padding, propose nothing
-    2. class logits of every token against the text; the best Q tokens by their highest logit
-    3. those tokens' boxes: the cell's own, moved by the box head
+    1. every cell proposes a box around itself, with sides of 0.05 * 2^level of the image; padding, and cells
+       whose box is not inside (0.01, 0.99), propose none
+    2. class logits of every token against the text; the Q tokens with the highest maximum logit are selected
+    3. their boxes: the proposal of the cell plus the offset of the box head
     """
 
     def __init__(self, config: DynamicDinoConfig):

@@ -1,4 +1,4 @@
-"""Text features that are computed once for each name.
+"""Caches the text features of each name.
 
 Shapes: B prompts, L tokens of the longest, W width of the text encoder, M segments, K tokens of the first
 segment and the longest other one.
@@ -14,11 +14,10 @@ from unimoe.detection.model.prompt import Prompt
 
 
 class TextFeatureCache:
-    """``encode_text`` of a model with a frozen text encoder, kept for each segment (a name and its stop).
+    """Outputs of ``encode_text`` of a frozen text encoder, cached by segment (a name and its full stop).
 
-    Segments do not attend to one another, so the features of a prompt are those of its segments side by side,
-    whatever names stand next to each other. They are kept in float32 on the model's device, also inside a run
-    with mixed precision.
+    Segments do not attend to one another, so a prompt has the features of its segments, concatenated. They
+    are kept in float32 on the model's device, also under mixed precision.
     """
 
     def __init__(self, model: DynamicDinoForObjectDetection):
@@ -37,7 +36,7 @@ class TextFeatureCache:
         )
 
     def _encode(self, start: tuple[int, ...], segments: list[tuple[int, ...]]) -> None:
-        """Each behind the prompt's first segment, which it may see."""
+        """Encode each behind the first segment of the prompt, which it may attend to."""
         skip, device = len(start), self.model.device
         width = skip + max(len(segment) for segment in segments)
         ids_MK = torch.tensor(

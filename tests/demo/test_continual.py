@@ -27,7 +27,7 @@ def acted(monkeypatch):
         return call
 
     monkeypatch.setattr(steps, "fault", lambda part, cache: None)
-    monkeypatch.setattr(subject, "build_data", act("pictures", "align/manifest.json"))
+    monkeypatch.setattr(subject, "build_data", act("images", "align/manifest.json"))
     monkeypatch.setattr(subject, "stages_cli", act("base", "base/stage.json"))
     monkeypatch.setattr(subject, "build_tasks", act("tasks", "data/animals.train.jsonl"))
     monkeypatch.setattr(subject, "compare", act("compare"))
@@ -37,7 +37,7 @@ def acted(monkeypatch):
 def test_the_same_command_goes_on(acted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo", "continual", "--output", "out", "--seed", "3"]) == 0
-    assert [name for name, _ in acted] == ["pictures", "base", "tasks", "compare"]
+    assert [name for name, _ in acted] == ["images", "base", "tasks", "compare"]
     (args,) = acted[-1][1]
     assert args[-6:-4] == ["--stream.order", json.dumps(subject.TASKS)]
     assert args[-4:] == ["--seeds", "3", "--output", "out/short"]

@@ -85,7 +85,7 @@ def test_the_extended_demo_in_miniature(miniature, capsys):
     assert cli.main(["demo", "--extended", "--control", "--output", str(output)]) == 0
     report = json.loads((output / "report.json").read_text())
     for model in ("moe", "dense", "start"):
-        for key in ("new_backgrounds", "speech", "films", "sounds", "sounds_asked", "spoken_questions"):
+        for key in ("new_backgrounds", "speech", "videos", "sounds", "sounds_asked", "spoken_questions"):
             assert isinstance(report["models"][model][key], float)
     assert {"text", "image", "video", "speech", "audio"} <= set(report["load"])
     assert len(report["load"]["all"][0]) == 5

@@ -144,7 +144,7 @@ def test_sounds_are_resampled_and_go_where_the_model_hears(asked, folder):
     assert part["speech"].shape == (9, 2) and part["sampling_rate"] == 8000
     assert asked._part({"type": "video", "url": "a.mp4"}) == {"type": "video", "path": "a.mp4"}
     with pytest.raises(UserError, match="the model understands speech"):
-        type(asked)(pretrained=str(folder), device="cpu", sound="audio")
+        type(asked)(pretrained=str(folder), device="cpu", audio_modality="audio")
 
 
 def test_answers_end_where_the_task_says_and_what_is_not_heeded_is_heard(asked, caplog):

@@ -52,7 +52,7 @@ class Verb:
 
 LIGHTNING = "unimoe.commands.fit:main"
 VERBS = {
-    "prepare": Verb("unimoe.prepare.run:main", "download and convert the default LLM, towers and pictures"),
+    "prepare": Verb("unimoe.prepare.run:main", "download and convert the default models, sprites and photos"),
     "fit": Verb(LIGHTNING, "train one stage: unimoe fit -c configs/uni_moe/align.yaml", raw=True),
     "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
     "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
@@ -97,7 +97,7 @@ VERBS = {
         "unimoe.commands.evaluate_detector:latency", "how long a detector takes, and its parts"
     ),
     "detect": Verb(
-        "unimoe.commands.detect:detect", "look for things, named in words, in pictures", {"prompt": "-p"}
+        "unimoe.commands.detect:detect", "find objects in images by their names", {"prompt": "-p"}
     ),
     "export onnx": Verb(
         "unimoe.commands.export_onnx:onnx", "a detector as one ONNX file, compared with the model"

@@ -165,10 +165,10 @@ def _reason(error: Exception, where: str) -> str:
 def _signature(sample: Sample) -> str:
     """Equal for samples with the same text and media."""
 
-    def medium(part: Part) -> Any:
+    def content(part: Part) -> Any:
         if "stored" in part or "bytes" in part:
             return fingerprint(media_bytes(part, sample.source))
         return part
 
-    turns = [(turn["role"], [medium(part) for part in turn["content"]]) for turn in sample.messages]
+    turns = [(turn["role"], [content(part) for part in turn["content"]]) for turn in sample.messages]
     return fingerprint(json.dumps(turns, sort_keys=True))

@@ -2,7 +2,7 @@
 
     list[Sample] -> processor.encode (decodes media, one sample) -> labels, length -> processor.pad -> batch
 
-Shapes: B rows, T tokens, M encoder items (pictures, speech windows), S encoder positions, D encoder width.
+Shapes: B rows, T tokens, M encoder items (images, speech windows), S encoder positions, D encoder width.
 """
 
 import copy
@@ -257,7 +257,7 @@ def real_tokens(batch: dict[str, Any]) -> int:
 
 
 class _CachedFeatures:
-    """Stands in for a preprocessor: a part holds the cached features [S, D] of each item of a medium."""
+    """Stands in for a preprocessor: a part holds the cached features [S, D] of each encoder item."""
 
     def __init__(self, modality: str, connector: dict[str, Any], has_lengths: bool) -> None:
         self.modality = modality

@@ -60,7 +60,7 @@ def shard_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (``shard:basename``, record or DataError) for each sample of a shard.
 
     The record is the ``.json`` file's, with the sample's media added to it: where it names a file of the
-    sample, in a column or in a part of a message, that file; otherwise each medium is the next of its
+    sample, in a column or in a part of a message, that file; otherwise each item is the next file of its
     modality, in the order of the archive. A ``.txt`` without a ``.json`` is the caption of the sample's
     media. Files whose names begin with ``.`` or ``__``, or have no ending (READMEs, macOS's forks), belong to
     no sample. The last fault is that the archive is truncated or broken.
@@ -156,7 +156,7 @@ _COLUMN = {"image": "images", "video": "videos", "speech": "speeches", "audio": 
 
 
 def _modality(ending: str, text: str) -> str:
-    """What a file is: a sound is speech if its ending or the text says so (``000.speech.wav``, <speech>)."""
+    """Modality of a file: audio is speech if its ending or the text says so (``0.speech.wav``, <speech>)."""
     modality = _MODALITY[ending.rpartition(".")[2]]
     if modality != "audio":
         return modality

@@ -61,7 +61,7 @@ def continual(output: str = DEFAULT_OUTPUT, seed: int = 0, full: bool = False):
     steps = [
         PREPARE,
         Step(
-            "pictures",
+            "images",
             "named images and sounds and transcribed speech, for the connectors",
             0.5,
             lambda run: build_data(run.folder / "align", config=ALIGN_DATA, extended=True),

@@ -1,7 +1,7 @@
 """``unimoe demo detection``: a detector from pretrained parts, tuned into experts beside a dense control.
 
 Both start from the same dense base and train for the same further steps with the same parts unfrozen, with
-several seeds. Every step leaves its result in the output folder; the same command goes on where it stopped.
+several seeds. Every step leaves its result in the output folder; the same command resumes an interrupted run.
 """
 
 import json
@@ -56,13 +56,13 @@ class DetectionDemo:
 def detection(output: str = DEFAULT_OUTPUT, seed: int = 0, seeds: int = 3):
     """Train an open-vocabulary detector, tune it into experts, and compare with a dense control.
 
-    The same command goes on where a run was cut off. Ends with report.json and report.html in the output
+    The same command resumes an interrupted run. Ends with report.json and report.html in the output
     folder.
 
     Args:
         output: folder of everything that the run makes.
-        seed: of the pictures and the base.
-        seeds: how often experts and control are tuned, each time with another seed.
+        seed: seed of the images and the base.
+        seeds: number of seeds with which experts and control are tuned.
     """
     disable_progress_bar()  # transformers' own, for each model that is loaded
     if seeds < 1:
@@ -75,10 +75,8 @@ def detection(output: str = DEFAULT_OUTPUT, seed: int = 0, seeds: int = 3):
     run_steps(run, plan(run), purpose)
     show_results(json.loads((run.folder / "report.json").read_text(encoding="utf-8")))
     console.say(f"\nThe report: {run.folder / 'report.html'}")
-    picture = run.data / "unseen_backgrounds" / "000000.jpg"
-    console.say(
-        f'Try next:\n  unimoe detect {run.folder / "moe-0"} {picture} --prompt "dog, car" --draw seen'
-    )
+    image = run.data / "unseen_backgrounds" / "000000.jpg"
+    console.say(f'Try next:\n  unimoe detect {run.folder / "moe-0"} {image} --prompt "dog, car" --draw seen')
 
 
 def plan(run: DetectionDemo) -> list[Step]:
@@ -177,15 +175,15 @@ def _evaluation(name: str, run: DetectionDemo) -> Path:
 
 
 def _made_of(name: str, run: DetectionDemo) -> str:
-    """Changes when the model or the pictures do."""
+    """Changes when the model or the images do."""
     return fingerprint(
         (run.data / "manifest.json").read_bytes(), (run.folder / name / STAGE_FILE).read_bytes()
     )
 
 
-def _shown(data: DetectionSet, results: list[dict[str, Any]], pictures: int = 8) -> dict[str, Any]:
-    """The confident detections in the first pictures, for the page."""
-    shown = {str(sample.image_id): [] for sample in data.samples[:pictures]}
+def _shown(data: DetectionSet, results: list[dict[str, Any]], images: int = 8) -> dict[str, Any]:
+    """The confident detections in the first images, for the page."""
+    shown = {str(sample.image_id): [] for sample in data.samples[:images]}
     for result in results:
         if result["score"] >= 0.3 and str(result["image_id"]) in shown:
             shown[str(result["image_id"])].append({**result, "bbox": [round(x, 1) for x in result["bbox"]]})

@@ -101,7 +101,7 @@ def summarise(
 
 
 def render(run: Run, report: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
-    """The page as text; pictures and figures lie inside it."""
+    """The page as text; images and plots are embedded in it."""
     template = files("unimoe.demo").joinpath("detection.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"clock": clock}
@@ -115,36 +115,36 @@ def render(run: Run, report: dict[str, Any], found: dict[str, dict[str, Any]]) -
         curves=_svg(loss_curves({name: curve for name, curve in curves.items() if curve})),
         experts={name: _svg(expert_maps(use)) for name, use in report["experts"].items()},
         history={name: _svg(expert_history(curves[name])) for name in report["experts"] if curves[name]},
-        pictures=[row for split in KEYS.values() for row in _pictures(run, split, found)],
+        images=[row for split in KEYS.values() for row in _images(run, split, found)],
     )
 
 
-def _pictures(run: Run, split: str, found: dict[str, dict[str, Any]], most: int = 6) -> list[dict[str, str]]:
-    """The first pictures of a set: the truth, and what the base and the first of each kind made of it."""
+def _images(run: Run, split: str, found: dict[str, dict[str, Any]], most: int = 6) -> list[dict[str, str]]:
+    """The first images of a set: ground truth, and detections of the base and the first of each kind."""
     truth = _read(run.data / f"{split}.json")
     names = {category["id"]: category["name"] for category in truth["categories"]}
     shown = [name for name in run.models if name in ("base", "moe-0", "dense-0")]
     rows = []
     for entry in truth["images"][:most]:
-        picture = Image.open(run.data / entry["file_name"]).convert("RGB").resize((384, 384))
+        image = Image.open(run.data / entry["file_name"]).convert("RGB").resize((384, 384))
         scale = 384 / entry["width"]
         answers = {"truth": [one for one in truth["annotations"] if one["image_id"] == entry["id"]]}
         answers |= {name: found[name]["detections"][split].get(str(entry["id"]), []) for name in shown}
         row = {"split": SPLITS[split]}
         for name, boxes in answers.items():
-            row[name] = _jpeg(_drawn(picture, boxes, names, scale))
+            row[name] = _jpeg(_drawn(image, boxes, names, scale))
         rows.append(row)
     return rows
 
 
 def _drawn(
-    picture: Image.Image, boxes: Sequence[dict[str, Any]], names: dict[int, str], scale: float
+    image: Image.Image, boxes: Sequence[dict[str, Any]], names: dict[int, str], scale: float
 ) -> Image.Image:
     corners = [
         [x * scale, y * scale, (x + w) * scale, (y + h) * scale] for x, y, w, h in (b["bbox"] for b in boxes)
     ]
     texts = [names[b["category_id"]] + (f" {b['score']:.2f}" if "score" in b else "") for b in boxes]
-    return draw_boxes(picture, corners, [b["category_id"] for b in boxes], texts)
+    return draw_boxes(image, corners, [b["category_id"] for b in boxes], texts)
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -161,9 +161,9 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _jpeg(picture: Image.Image) -> str:
+def _jpeg(image: Image.Image) -> str:
     content = BytesIO()
-    picture.save(content, "JPEG", quality=85)
+    image.save(content, "JPEG", quality=85)
     return data_url("image/jpeg", content.getvalue())
 
 

@@ -42,13 +42,13 @@ TITLES = {
     "unseen_voice": "the same, spoken by an unseen speaker",
     "held_out": "objects not seen in training",
     "speech": "speech transcription",
-    "films": "short videos",
+    "videos": "short videos",
     "sounds": "environmental sounds",
     "sounds_asked": "environmental sounds, spoken question",
 }
 """The test sets, in order; sets without a file are skipped."""
 
-EXTENDED = ("speech", "films", "sounds", "sounds_asked")
+EXTENDED = ("speech", "videos", "sounds", "sounds_asked")
 """Test sets of the extended demo."""
 
 LONGEST_ANSWER = 12

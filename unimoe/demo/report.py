@@ -161,7 +161,7 @@ def render(folder: Path, report: Mapping[str, Any], evaluations: Mapping[str, di
         kinds=list(report["by_kind"]["moe"].get("text_questions", {})),
         curves=data_url("image/svg+xml", loss_curves({s: c for s, c in curves.items() if c}).encode()),
         load=data_url("image/svg+xml", plot_expert_load(report["load"], experts).encode()),
-        seen=_samples(folder, evaluations, ("new_backgrounds", "unseen_artist", "films"), 8),
+        seen=_samples(folder, evaluations, ("new_backgrounds", "unseen_artist", "videos"), 8),
         heard=_samples(folder, evaluations, ("spoken_questions", "unseen_voice", "sounds_asked"), 6),
         titles=TITLES,
     )

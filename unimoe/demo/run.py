@@ -251,7 +251,7 @@ def _write_examples(run: Demo):
         for part in chosen.sample.media():
             name = {"image": "image", "speech": "question"}[part["type"]] + Path(part["path"]).suffix
             shutil.copyfile(part["path"], folder / name)
-        for name, test in (("video", "films"), ("sound", "sounds")) if run.extended else ():
+        for name, test in (("video", "videos"), ("sound", "sounds")) if run.extended else ():
             (part,) = read_questions(run.data / f"test.{test}.jsonl")[0].sample.media()
             shutil.copyfile(part["path"], folder / f"{name}{Path(part['path']).suffix}")
 

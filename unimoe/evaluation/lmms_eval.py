@@ -39,7 +39,7 @@ class UniMoe(lmms):
         pretrained: str,
         batch_size: int | str = 1,
         device: str | None = None,
-        sound: str | None = None,
+        audio_modality: str | None = None,
         max_new_tokens: int = 128,
         max_batch_size: int | None = None,
     ):
@@ -48,7 +48,8 @@ class UniMoe(lmms):
             pretrained: folder of a finished stage (or a hub id of a unimoe model).
             batch_size: questions per batch.
             device: default: the GPU of this process if available.
-            sound: modality of a task's audio, ``speech`` or ``audio`` (default: speech if the model has it).
+            audio_modality: how a task's audio is treated, ``speech`` or ``audio`` (default: speech if the
+                model has it).
             max_new_tokens: maximum length of an answer, unless the task sets it.
             max_batch_size: of ``--batch_size auto``, which is not supported.
 
@@ -66,11 +67,12 @@ class UniMoe(lmms):
         self.model, self.processor = load_model(pretrained, "pretrained", device=device)
         self.batch_size, self.device = int(batch_size), self.model.device
         heard = [kind for kind in ("speech", "audio") if kind in self.processor.modalities]
-        if sound and sound not in heard:
+        if audio_modality and audio_modality not in heard:
             raise UserError(
-                f"sound is {sound!r}, but the model understands {' and '.join(heard) or 'no audio'}"
+                f"audio_modality is {audio_modality!r}, but the model understands "
+                f"{' and '.join(heard) or 'no audio'}"
             )
-        self.sound = sound or next(iter(heard), "speech")
+        self.audio_modality = audio_modality or next(iter(heard), "speech")
         self.max_new_tokens = max_new_tokens
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -123,22 +125,22 @@ class UniMoe(lmms):
         return Sample(messages, f"{task} {split}[{number}]")
 
     def _part(self, given: Mapping[str, Any]) -> Part:
-        """A part of a sample: lmms-eval has every medium, decoded or as a path, under ``url``."""
+        """A part of a sample: lmms-eval has every media item, decoded or as a path, under ``url``."""
         if given["type"] == "text":
             return {"type": "text", "text": given["text"]}
         for key in ("start_time", "end_time"):
             if given.get(key) is not None:
                 log.warning("videos are seen whole: the task's %s %s is ignored", key, given[key])
-        kind, medium = self.sound if given["type"] == "audio" else given["type"], given["url"]
-        if isinstance(medium, str | os.PathLike):
-            path = os.fspath(medium)
+        kind, content = self.audio_modality if given["type"] == "audio" else given["type"], given["url"]
+        if isinstance(content, str | os.PathLike):
+            path = os.fspath(content)
             return {"type": kind, "url" if path.startswith("data:") else "path": path}
-        if hasattr(medium, "get_all_samples"):  # a decoder, of datasets 4 and later
-            samples = medium.get_all_samples()
-            medium = {"array": samples.data.T.numpy(), "sampling_rate": samples.sample_rate}
-        if isinstance(medium, Mapping):
-            return {"type": kind, kind: medium["array"], "sampling_rate": medium["sampling_rate"]}
-        return {"type": kind, kind: medium}
+        if hasattr(content, "get_all_samples"):  # a decoder, of datasets 4 and later
+            samples = content.get_all_samples()
+            content = {"array": samples.data.T.numpy(), "sampling_rate": samples.sample_rate}
+        if isinstance(content, Mapping):
+            return {"type": kind, kind: content["array"], "sampling_rate": content["sampling_rate"]}
+        return {"type": kind, kind: content}
 
 
 def cut(answer: str, until: Sequence[str]) -> str:

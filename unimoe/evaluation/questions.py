@@ -45,8 +45,8 @@ def read_questions(
             without it the error is raised.
 
     Raises:
-        UserError: with file and line, for a broken record, a missing medium or answer, or two questions with
-            the same id.
+        UserError: with file and line, for a broken record, a missing media file or answer, or two questions
+            with the same id.
     """
     skipped = False
     questions: dict[str, Question] = {}

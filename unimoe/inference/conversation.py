@@ -94,7 +94,7 @@ class Conversation:
         """Where the tokens of the last prompt and its answer went."""
 
     def attach(self, modality: str, path: str, where: str):
-        """Read a medium for the next message.
+        """Read a media file for the next message.
 
         Raises:
             UserError: it cannot be read; the message begins with ``where``.
@@ -179,7 +179,7 @@ class Conversation:
         """Write the conversation as a messages JSON; media by path, relative inside the file's folder.
 
         Raises:
-            UserError: there is nothing to write, or a medium has no file.
+            UserError: there is nothing to write, or a media item has no file.
         """
         if not self.turns:
             raise UserError(f"{path}: there is nothing to save yet")
@@ -191,7 +191,7 @@ class Conversation:
         """Replace this conversation by a saved one, its system prompt included.
 
         Raises:
-            UserError: the file is no finished conversation that this model takes, or a medium is missing;
+            UserError: the file is no finished conversation that this model takes, or a media file is missing;
                 nothing is changed.
         """
         file = Path(path).expanduser()
@@ -212,7 +212,7 @@ class Conversation:
         return [{"role": "system", "content": [text]}] if self.settings.system else []
 
     def _decoded(self, part: Part, where: str) -> Part:
-        """The part with its medium under its own type.
+        """The part with its content under its own type.
 
         Raises:
             UserError: the model does not take this modality.
@@ -251,7 +251,7 @@ def detect_modality(path: str, processor: UniMoeProcessor, speech: bool = True) 
 
 
 def _named(part: Part, path: str) -> Part:
-    """The part without its decoded medium."""
+    """The part without its decoded content."""
     kept = {key: value for key, value in part.items() if key == "type" or key != part["type"]}
     if part["type"] == "text":
         return part

@@ -57,12 +57,12 @@ def modality(part: Part, where: str) -> str | None:
         try:
             with open_container(file, where) as container:
                 # an album's cover is a video stream with the disposition "attached picture"
-                pictures = [stream for stream in container.streams.video if not is_cover(stream)]
-                return "video" if pictures else "audio" if container.streams.audio else found
+                videos = [stream for stream in container.streams.video if not is_cover(stream)]
+                return "video" if videos else "audio" if container.streams.audio else found
         except (UserError, OSError, ValueError):  # no PyAV, or FFmpegError
             return found
 
 
 def is_cover(stream: Any) -> bool:
-    """Whether a video stream is the picture of an album's cover."""
+    """Whether a video stream is an album cover."""
     return bool(int(stream.disposition) & 0x400)  # AV_DISPOSITION_ATTACHED_PIC

@@ -153,7 +153,7 @@ _COMPILED = [(modality, re.compile(pattern, re.DOTALL)) for modality, pattern in
 def media_format(head: bytes) -> str | None:
     """``image``, ``audio`` or ``video`` by the first bytes of a file; None for anything else.
 
-    Containers of films (MP4, Matroska, MPEG-TS, ...) count as video although they may hold audio alone:
+    Video containers (MP4, Matroska, MPEG-TS, ...) count as video although they may hold audio alone:
     :func:`unimoe.media.container.modality` opens them.
     """
     return next((modality for modality, pattern in _COMPILED if pattern.match(head)), None)

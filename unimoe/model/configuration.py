@@ -13,7 +13,7 @@ MEDIA = MODALITIES[1:]
 """The modalities that come from an encoder."""
 
 PLACEHOLDERS = {modality: f"<{modality}>" for modality in MEDIA}
-"""The special token that stands for a medium of each modality in a prompt."""
+"""The special token that stands for a media item of each modality in a prompt."""
 
 MEDIA_INPUTS = {
     "image": ("pixel_values",),

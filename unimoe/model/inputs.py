@@ -1,4 +1,4 @@
-"""The types by which a medium travels from its file to the LLM's embeddings.
+"""The types of a media item on its way from the file to the LLM's embeddings.
 
     Part -> Preprocessor -> Prepared -> EncodedConversation -> Batch -> forward(**MediaInputs) -> EncodedMedia
 
@@ -20,7 +20,7 @@ from .rope_3d import Span
 F = TypeVar("F", bound=Callable[..., Any])
 
 EncoderInputs = dict[str, list[Tensor]]
-"""Arguments of an encoder by name: one tensor for each of the encoder's items that a medium becomes."""
+"""Arguments of an encoder by name: one tensor for each item that the encoder sees."""
 
 EncodedMedia = tuple[Tensor, Tensor | None]
 """Output of an encoder: features_MSD and the valid positions of each item (None: all S)."""
@@ -49,7 +49,7 @@ class MediaInputs(TypedDict, total=False):
 
 @dataclass
 class Prepared:
-    """One medium, ready for its encoder."""
+    """One media item, ready for its encoder."""
 
     inputs: EncoderInputs
     """What its encoder takes."""
@@ -66,18 +66,18 @@ class Preprocessor(Protocol):
     """Names of the encoder's inputs."""
 
     def load(self, part: Part, where: str) -> Part:
-        """The part with its medium decoded, under its own type.
+        """The part with its content decoded, under its own type.
 
         Raises:
-            UserError: the medium cannot be decoded; the message begins with ``where``.
+            UserError: the content cannot be decoded; the message begins with ``where``.
         """
         ...
 
     def __call__(self, part: Part, where: str) -> Prepared:
-        """The medium, decoded if it is not yet, as encoder inputs.
+        """The inputs of the encoder; the content is decoded if it is not yet.
 
         Raises:
-            UserError: the medium cannot be decoded, or is not what the encoder takes.
+            UserError: the content cannot be decoded, or does not suit the encoder.
         """
         ...
 

@@ -133,7 +133,7 @@ def _read_type(path: Path, found: str, expected: str) -> Any:
 def open_processor(model: str) -> UniMoeProcessor:
     """The processor of a finished stage's folder, or one around the tokenizer of an LLM.
 
-    ``model`` may also be ``default`` or a hub id. For an LLM alone each medium is one token.
+    ``model`` may also be ``default`` or a hub id. For an LLM alone each media item is one token.
 
     Raises:
         UserError: there is no processor and no tokenizer.
@@ -151,7 +151,7 @@ def open_processor(model: str) -> UniMoeProcessor:
 
 
 class _Placeholder:
-    """Stands in for a preprocessor: a medium is one token, and is not decoded."""
+    """Stands in for a preprocessor: each media item is one token, and is not decoded."""
 
     outputs: tuple[str, ...] = ()
 

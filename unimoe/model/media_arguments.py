@@ -21,11 +21,11 @@ def as_parts(modality: str, given: Any, counts: Sequence[int]) -> list[list[Part
 
     Args:
         modality: of all of them.
-        given: None, one medium, a list of the media of all prompts, or a list of such lists for each prompt.
+        given: None, one item, a list of the items of all prompts, or a list of such lists for each prompt.
         counts: the placeholders in each prompt.
 
     Raises:
-        UserError: there are more or fewer media than placeholders, or one is no medium.
+        UserError: there are more or fewer items than placeholders, or one is of another type.
     """
     token = PLACEHOLDERS[modality]
     items = [] if given is None else list(given) if _is_list(given, modality) else [given]
@@ -34,7 +34,7 @@ def as_parts(modality: str, given: Any, counts: Sequence[int]) -> list[list[Part
         if lengths != list(counts):
             found = f"{lengths} {modality} inputs were given"
             raise UserError(f"the prompts hold {list(counts)} {token}, but {found}")
-        items = [medium for item in items for medium in item]
+        items = [item for prompt in items for item in prompt]
     if len(items) != sum(counts):
         found = f"{len(items)} {modality} inputs were given"
         raise UserError(f"the text holds {sum(counts)} {token}, but {found}")

@@ -88,8 +88,8 @@ class UniMoeProcessor(ProcessorMixin):
             where: what errors call this conversation (file and line).
 
         Raises:
-            UserError: a medium that cannot be decoded or that the model does not take; a chat template that
-                refuses the conversation, or from which its answers cannot be learned.
+            UserError: a media item that cannot be decoded or that the model does not take; a chat template
+                that refuses the conversation, or from which its answers cannot be learned.
         """
         text, media = self._render(messages, add_generation_prompt, where)
         if add_generation_prompt:

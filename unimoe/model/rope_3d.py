@@ -30,7 +30,7 @@ BLOCK = 3.0
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive tokens of text, or of one medium."""
+    """Consecutive tokens of text, or of one media item."""
 
     modality: Literal["text", "image", "video", "speech", "audio"]
     """Of all of them."""

@@ -8,7 +8,7 @@ at the same place and are padded on the left:
     . k l m n | o
 
 Why not transformers' continuous batching (``generate_batch``): it takes token ids only, so no media;
-shares the cache between prompts of equal ids, which two prompts with different pictures have; and has one
+shares the cache between prompts of equal ids, which two prompts with different images have; and has one
 seed for all.
 """
 

@@ -1,7 +1,7 @@
-"""What composed pictures show: emoji of one code point each, with a natural name and a group.
+"""The concepts that synthetic images show: emoji of one code point each, with a name and a group.
 
-The list was chosen by looking at contact sheets of OpenMoji: only drawings that stand on their own at 100
-pixels. Concepts are split by concept: HELD_OUT ones are never drawn in a training or validation picture.
+The list was selected from contact sheets of OpenMoji: drawings that are recognisable at 100 pixels. HELD_OUT
+concepts never occur in training or validation images.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Concept:
     char: str
-    """The emoji, one code point."""
+    """The emoji, a single code point."""
     name: str
-    """One or two lower-case words, without article."""
+    """One or two words in lower case, without an article."""
     group: str
     """One of GROUPS."""
 
     @property
     def phrase(self) -> str:
-        """The name with its article, as it stands inside a sentence: "a dog", "an owl", "broccoli"."""
+        """The name with its article, if it takes one: "a dog", "an owl", "broccoli"."""
         return with_article(self.name)
 
 
@@ -29,7 +29,7 @@ GROUPS = {
     "vehicle": "A vehicle.",
     "object": "An object.",
 }
-"""Group -> the answer to "What kind of thing is it?"."""
+"""Group -> answer to "What kind of thing is it?"."""
 
 _UNCOUNTED = frozenset({"broccoli", "corn", "cheese", "pizza", "scissors"})
 
@@ -60,7 +60,7 @@ _HELD_OUT_TABLE = {
 
 
 def with_article(name: str) -> str:
-    """Write "a dog" for "dog"; names that are not counted stay bare."""
+    """ "a dog" for "dog"; uncountable names get no article."""
     if name in _UNCOUNTED:
         return name
     return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
@@ -75,7 +75,7 @@ def _read(table: dict[str, str]) -> tuple[Concept, ...]:
 
 
 TRAINED: tuple[Concept, ...] = _read(_TABLE)
-"""Concepts that training pictures show (74)."""
+"""The 74 concepts of training images."""
 HELD_OUT: tuple[Concept, ...] = _read(_HELD_OUT_TABLE)
-"""Concepts that only the held-out tests show (12)."""
+"""The 12 concepts of held-out tests only."""
 BY_NAME: dict[str, Concept] = {concept.name: concept for concept in TRAINED + HELD_OUT}

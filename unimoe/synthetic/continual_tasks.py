@@ -130,13 +130,13 @@ def _words(artist: Artist, photos: list[Image.Image], rng: random.Random, test: 
     while True:
         for word in rng.sample(WRITTEN, len(WRITTEN)):
             shown = rng.choice([concept for concept in TRAINED if concept.name != word])
-            picture = single(shown, artist, rng.choice(photos), rng).image
-            draw, font = ImageDraw.Draw(picture), ImageFont.load_default(rng.randint(40, 50))
+            image = single(shown, artist, rng.choice(photos), rng).image
+            draw, font = ImageDraw.Draw(image), ImageFont.load_default(rng.randint(40, 50))
             width, height = (round(end) for end in draw.textbbox((0, 0), word, font=font)[2:])
             x, y = rng.randint(0, max(0, SIZE - width)), rng.randint(0, SIZE - height)
             draw.rectangle((x - 4, y, x + width + 4, y + height + 6), fill="white")
             draw.text((x, y), word, font=font, fill="black")
-            yield _seen(picture, "What do you see?", f'"{word}"')
+            yield _seen(image, "What do you see?", f'"{word}"')
 
 
 def _commands(artist: Artist, photos: list[Image.Image], rng: random.Random, test: bool) -> Iterator[Item]:

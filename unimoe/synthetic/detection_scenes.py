@@ -1,12 +1,12 @@
-"""Writes a real COCO-format data set: emoji on photographs, with exact boxes and masks.
+"""Generates a data set in COCO format: emoji on photographs, with exact boxes and masks.
 
 folder/train.json + train/000000.jpg ...          seen concepts on seen backgrounds
-folder/val.json + val/...                         the same, other pictures
-folder/unseen_backgrounds.json + ...              seen concepts on photos that no training picture shows
-folder/unseen_concepts.json + ...                 concepts and photos that no training picture shows
+folder/val.json + val/...                         the same, other images
+folder/unseen_backgrounds.json + ...              seen concepts on photos that are not in the training images
+folder/unseen_concepts.json + ...                 concepts and photos that are not in the training images
 folder/manifest.json                              settings, concepts and photos of the splits
 
-A box and its mask hold what is visible: later sprites lie on top of earlier ones and hide parts of them.
+Boxes and masks cover visible pixels only: later sprites occlude earlier ones.
 """
 
 import json
@@ -33,32 +33,33 @@ logger = logging.getLogger(__name__)
 _OPAQUE = 16
 """Alpha above which a pixel of a sprite counts as drawn."""
 _TRIES = 8
+"""Attempts to place a sprite."""
 
 
 @dataclass
 class SceneConfig:
     images: int = 3000
-    """Training pictures."""
+    """Training images."""
     test_images: int = 150
-    """Pictures in each of the three other splits."""
+    """Images in each of the three other splits."""
     size: int = 192
-    """Side of a picture in pixels."""
+    """Side of an image in pixels."""
     concepts: int = len(TRAINED)
-    """How many of the seen concepts are used."""
+    """Number of seen concepts."""
     objects: tuple[int, int] = (1, 5)
-    """Fewest and most sprites in a picture that is not crowded."""
+    """Minimum and maximum number of sprites in an image that is not crowded."""
     scale: tuple[float, float] = (0.15, 0.5)
-    """Longest side of a sprite as a share of the picture's side, from and to."""
+    """Range of the longest side of a sprite, as a fraction of the image's side."""
     crowded: float = 0.15
-    """Share of the pictures with 6 to 12 smaller sprites close together, of few concepts."""
+    """Fraction of the images with 6 to 12 smaller sprites close together, of few concepts."""
     small: float = 0.15
-    """Share of the sprites that are 0.06 to 0.15 of the side."""
+    """Fraction of the sprites whose size is 0.06 to 0.15 of the side."""
     hidden: float = 0.4
-    """Greatest share of a sprite that others may hide."""
+    """Maximum fraction of a sprite that others may occlude."""
     restyle: float = 0.3
-    """Share of the training sprites that lose marks of the artist's hand, and of recoloured backgrounds."""
+    """Fraction of the training sprites and backgrounds whose style is changed."""
     seed: int = 0
-    """The same seed and parts give the same bytes."""
+    """The same seed and parts give the same files, byte for byte."""
 
     def __post_init__(self):
         for name in ("images", "test_images", "concepts"):
@@ -87,20 +88,23 @@ def scenes(
 ) -> None:
     """Write a COCO-format data set of emoji on photographs.
 
-    Splits: train, val, unseen_backgrounds, unseen_concepts; each is a JSON file beside a folder of pictures.
+    Splits: train, val, unseen_backgrounds, unseen_concepts; each is a JSON file beside a folder of images.
 
     Args:
-        folder: where to write; a folder that is there already is replaced.
-        images: training pictures.
-        test_images: pictures in each of the three other splits.
-        size: side of a picture in pixels.
-        concepts: how many seen concepts there are.
-        crowded: share of the pictures with many small sprites close together.
-        small: share of the sprites that are 0.06 to 0.15 of the side.
-        restyle: share of the training sprites and backgrounds whose style is changed.
-        seed: the same seed gives the same bytes.
-        sprites: an emoji font or a folder of emoji pictures; default: the prepared one.
-        photos: a folder of at least four photographs; default: the prepared ones.
+        folder: output folder; an existing data set of scenes is replaced.
+        images: number of training images.
+        test_images: number of images in each of the three other splits.
+        size: side of an image in pixels.
+        concepts: number of seen concepts.
+        crowded: fraction of the images with many small sprites close together.
+        small: fraction of the sprites whose size is 0.06 to 0.15 of the side.
+        restyle: fraction of the training sprites and backgrounds whose style is changed.
+        seed: the same seed gives the same files, byte for byte.
+        sprites: an emoji font or a folder of emoji images (default: the prepared font).
+        photos: a folder of at least four photographs (default: the prepared ones).
+
+    Raises:
+        UserError: for a setting out of range, unusable sprites or photos, or a folder that holds other files.
     """
     config = SceneConfig(
         images, test_images, size, concepts, crowded=crowded, small=small, restyle=restyle, seed=seed
@@ -114,10 +118,19 @@ def build_scenes(
     sprites: str | Path | None = None,
     photos: str | Path | None = None,
 ) -> Path:
-    """Write the data set described at the top of this file and return its folder.
+    """Write the data set that is described at the top of this file.
 
-    ``sprites`` (a font or a folder) and ``photos`` (a folder) default to the prepared parts. The seen
-    concepts are spread evenly over the groups of TRAINED.
+    Args:
+        folder: output folder; an existing data set of scenes is replaced.
+        config: sizes and fractions. The seen concepts are spread evenly over the groups of TRAINED.
+        sprites: a font or folder (default: the prepared font).
+        photos: a folder (default: the prepared photos).
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: for unusable sprites or photos, or a folder that holds other files.
     """
     config = config or SceneConfig()
     folder = Path(folder)
@@ -144,9 +157,9 @@ def build_scenes(
                 rng = random.Random(f"{config.seed}:{split}:{i}")
                 restyle = config.restyle if split == "train" else 0.0
                 photo = grounds[rng.choice(list(grounds))]
-                picture, objects = compose(concepts, artist, photo, config, rng, restyle)
+                image, objects = compose(concepts, artist, photo, config, rng, restyle)
                 name = f"{split}/{i:06d}.jpg"
-                picture.save(temporary / name, quality=92)
+                image.save(temporary / name, quality=92)
                 images.append({"id": i + 1, "file_name": name, "width": config.size, "height": config.size})
                 for concept, mask in objects:
                     annotations.append(
@@ -179,9 +192,9 @@ def compose(
     rng: random.Random,
     restyle: float = 0.0,
 ) -> tuple[Image.Image, list[tuple[Concept, np.ndarray]]]:
-    """One picture and its objects: (concept, bool mask [size, size] of the visible pixels)."""
+    """One image and its objects: (concept, bool mask [size, size] of the visible pixels)."""
     size = config.size
-    picture = background(photo, rng, size, rng.random() < restyle)
+    image = background(photo, rng, size, rng.random() < restyle)
     low, high = config.scale
     crowded = rng.random() < config.crowded
     if crowded:
@@ -205,16 +218,16 @@ def compose(
             left = [int((other & ~mask).sum()) for other in masks]
             if all(now >= (1 - config.hidden) * area for now, area in zip(left, areas, strict=True)):
                 masks = [other & ~mask for other in masks]
-                picture.paste(view, (x, y), view)
+                image.paste(view, (x, y), view)
                 shown.append(concept)
                 masks.append(mask)
                 areas.append(int(mask.sum()))
                 break
-    return picture, list(zip(shown, masks, strict=True))
+    return image, list(zip(shown, masks, strict=True))
 
 
 def annotation(mask: np.ndarray) -> dict:
-    """COCO's fields for a bool mask [height, width]: bbox (x, y, width, height), area, segmentation (RLE)."""
+    """COCO fields of a bool mask [height, width]: bbox (x, y, width, height), area, segmentation (RLE)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(columns[0]), int(rows[0])
     run_lengths: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
@@ -230,7 +243,7 @@ def _view(artist: Artist, concept: Concept, side: float, rng: random.Random, res
     sprite = artist.sprite(concept.char)
     if sprite is None:
         raise UserError(f"{artist.path}: has no drawing of {concept.name} (U+{ord(concept.char):X})")
-    if not restyle:  # colours are jittered on fewer pixels; a restyled one's outlines need all of them
+    if not restyle:  # jittering fewer pixels is faster; restyling needs outlines at full size
         sprite = sprite.copy()
         sprite.thumbnail((round(side), round(side)))
     view = vary(sprite, rng, side, restyle)
@@ -238,7 +251,7 @@ def _view(artist: Artist, concept: Concept, side: float, rng: random.Random, res
 
 
 def _place(side: int, size: int, rng: random.Random, middle: float | None) -> int:
-    """Where a sprite of ``side`` begins along one axis: anywhere, or about ``middle``."""
+    """Start of a sprite of ``side`` pixels along one axis: anywhere, or around ``middle``."""
     if middle is None:
         return rng.randint(0, size - side)
     return min(size - side, max(0, round(rng.gauss(middle, 0.2 * size) - side / 2)))

@@ -41,7 +41,7 @@ def add_extended(
     questions: int,
     test_speed: float,
 ) -> None:
-    """Write train, val and test ``.films`` and ``.sounds``, ``test.sounds_asked`` and ``test.speech``.
+    """Write train, val and test ``.videos`` and ``.sounds``, ``test.sounds_asked`` and ``test.speech``.
 
     Args:
         photos: backgrounds of the splits ``train`` and ``test``.
@@ -56,7 +56,7 @@ def add_extended(
     kinds = list(VIDEO_QUESTIONS)
     for part, count in (("train", videos), ("val", 16), ("test", questions * len(kinds))):
         for i in range(count):
-            rng = random.Random(f"{seed}:film:{part}:{i}")
+            rng = random.Random(f"{seed}:film:{part}:{i}")  # the name that 0.1 drew the same data with
             _video(
                 writer,
                 part,
@@ -87,10 +87,10 @@ def _video(
         frames = moving(first, direction, artist, rng.choice(photos), rng)
         answer = DIRECTIONS[direction] if kind == "moves" else name_answer(first)
     parts = [
-        media_part("video", writer.video(frames, f"{part}.films")),
+        media_part("video", writer.video(frames, f"{part}.videos")),
         text_part(rng.choice(VIDEO_QUESTIONS[kind])),
     ]
-    writer.add(f"{part}.films", [(parts, answer)], kind=kind)
+    writer.add(f"{part}.videos", [(parts, answer)], kind=kind)
 
 
 def _sound(

@@ -1,8 +1,7 @@
-"""Sprites and photographs, the parts that composed pictures are made of: artists that draw emoji, photos to
-paste them on, and random views of both.
+"""Sprites and photographs for synthetic images: artists that draw emoji, photos to paste them on, and random
+views of both.
 
-Every random choice comes from the ``random.Random`` that the caller hands in, so a picture is a function of
-its seed.
+All random choices use the ``random.Random`` of the caller, so an image is a function of its seed.
 """
 
 import random
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from unimoe.errors import UserError
 
 TEST_PHOTOS = ("astronaut", "grass", "rocket")
-"""Stems of the prepared photos that only test pictures stand on."""
+"""Names, without suffix, of the prepared photos that are backgrounds of test images only."""
 _SPRITE = 160
 _PHOTO_TYPES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -35,7 +34,7 @@ class FontArtist:
         raise UserError(f"{path}: not a colour font that FreeType can draw ({last})")
 
     def sprite(self, char: str) -> Image.Image | None:
-        """RGBA picture of ``char`` cut to its drawn pixels, longest side 160; None if the font lacks it."""
+        """RGBA image of ``char``, cropped to what is drawn, longest side 160; None if the font lacks it."""
         if char not in self._drawn:
             canvas = Image.new("RGBA", (320, 320), (0, 0, 0, 0))
             ImageDraw.Draw(canvas).text((60, 60), char, font=self._font, embedded_color=True)
@@ -44,7 +43,7 @@ class FontArtist:
 
 
 class FolderArtist:
-    """Takes emoji from a folder of pictures named by code point (``1f436.png``, ``emoji_u1f436.png``,
+    """Reads emoji from a folder of images named by code point (``1f436.png``, ``emoji_u1f436.png``,
     ``U+1F436.png``)."""
 
     def __init__(self, path: str | Path):
@@ -55,10 +54,10 @@ class FolderArtist:
             if match:
                 self._files.setdefault(match[1].lstrip("0"), file)
         if not self._files:
-            raise UserError(f"{path}: no pictures named by code point (such as 1f436.png) were found")
+            raise UserError(f"{path}: no images named by code point (such as 1f436.png) were found")
 
     def sprite(self, char: str) -> Image.Image | None:
-        """RGBA picture of ``char`` cut to its drawn pixels, longest side 160; None if the folder lacks it."""
+        """RGBA image of ``char``, cropped to what is drawn, longest side 160; None if it is not there."""
         file = self._files.get(f"{ord(char):x}")
         return _trim(Image.open(file).convert("RGBA")) if file else None
 
@@ -67,35 +66,43 @@ Artist = FontArtist | FolderArtist
 
 
 def open_artist(path: str | Path) -> Artist:
-    """A font file, or a folder that holds one font or many pictures."""
+    """Open a font file, or a folder with a font or images.
+
+    Raises:
+        UserError: there is no such font or folder, or no emoji in it.
+    """
     path = Path(path)
     if path.is_dir():
         fonts = sorted(path.glob("*.ttf"))
         return FontArtist(fonts[0]) if fonts else FolderArtist(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such emoji font or folder of emoji pictures")
+        raise UserError(f"{path}: no such emoji font or folder of emoji images")
     return FontArtist(path)
 
 
-def _trim(picture: Image.Image) -> Image.Image | None:
-    box = picture.getchannel("A").point([0] * 17 + [255] * 239).getbbox()
+def _trim(image: Image.Image) -> Image.Image | None:
+    box = image.getchannel("A").point([0] * 17 + [255] * 239).getbbox()
     if box is None:
         return None
-    picture = picture.crop(box)
-    scale = _SPRITE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    image = image.crop(box)
+    scale = _SPRITE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def load_photos(folder: str | Path) -> dict[str, Image.Image]:
-    """Every photo of the folder by file name, RGB, longest side at most 512, names in order."""
+    """The photos of a folder by file name, in order: RGB, longest side at most 512.
+
+    Raises:
+        UserError: fewer than four photos are large enough.
+    """
     photos = {}
     for file in sorted(Path(folder).iterdir()):
         if file.suffix.lower() in _PHOTO_TYPES:
-            picture = Image.open(file).convert("RGB")
-            picture.thumbnail((512, 512))
-            if min(picture.size) >= 96:
-                photos[file.name] = picture
+            image = Image.open(file).convert("RGB")
+            image.thumbnail((512, 512))
+            if min(image.size) >= 96:
+                photos[file.name] = image
     if len(photos) < 4:
         raise UserError(
             f"{folder}: found {len(photos)} usable photos, expected at least 4 to paste sprites on"
@@ -104,19 +111,19 @@ def load_photos(folder: str | Path) -> dict[str, Image.Image]:
 
 
 def split_photos(photos: dict[str, Image.Image]) -> tuple[dict[str, Image.Image], dict[str, Image.Image]]:
-    """Photos for training and photos for tests, by name.
+    """Photos for training and for tests, by name.
 
-    The tests get TEST_PHOTOS, or every fifth photo of a folder that has none of these.
+    The tests get TEST_PHOTOS, or every fifth photo of a folder without any of these.
     """
     test = [name for name in photos if Path(name).stem in TEST_PHOTOS] or list(photos)[::5]
     return {n: p for n, p in photos.items() if n not in test}, {n: photos[n] for n in test}
 
 
 def background(photo: Image.Image, rng: random.Random, size: int, restyle: bool = False) -> Image.Image:
-    """A random square part of the photo, flipped and lightly recoloured, ``size`` x ``size``.
+    """A random square crop of the photo, ``size`` x ``size``, with random flip and brightness.
 
-    With ``restyle`` (training only) its colours are also exchanged, inverted or blurred, so that few photos
-    go a long way.
+    ``restyle`` (training only) also rotates it, permutes or inverts its colours or blurs it, so that a few
+    photos give many backgrounds.
     """
     side = int(min(photo.size) * rng.uniform(0.35, 1.0))
     x, y = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
@@ -143,10 +150,9 @@ def background(photo: Image.Image, rng: random.Random, size: int, restyle: bool 
 
 
 def vary(sprite: Image.Image, rng: random.Random, side: float, restyle: bool = False) -> Image.Image:
-    """One view of a sprite: flip, rotation within 25 degrees, colour jitter, longest side ``side`` pixels.
+    """A random view of a sprite, longest side ``side`` pixels: flip, rotation by up to 25 degrees, jitter.
 
-    With ``restyle`` (training only) the view may also lose what marks one artist's hand: dark outlines are
-    thinned, colours drift in hue, edges blur.
+    ``restyle`` (training only) also varies the artist's style: thinner outlines, other hues, blurred edges.
     """
     rgb, alpha = sprite.convert("RGB"), sprite.getchannel("A")
     if restyle:
@@ -166,7 +172,7 @@ def vary(sprite: Image.Image, rng: random.Random, side: float, restyle: bool = F
 
 def _restyle(rgb: Image.Image, alpha: Image.Image, rng: random.Random) -> tuple[Image.Image, Image.Image]:
     if rng.random() < 0.5:
-        # A maximum filter eats thin dark lines; the fill below keeps the empty surroundings from bleeding in.
+        # a maximum filter removes thin dark lines; filling with black keeps the background from bleeding in
         width = rng.choice((3, 5, 7))
         filled = Image.composite(rgb, Image.new("RGB", rgb.size, (0, 0, 0)), alpha)
         rgb = filled.filter(ImageFilter.MaxFilter(width))

@@ -40,15 +40,14 @@ def test_mistakes_name_what_was_found():
 
 @pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra", "mpnet"])
 def test_text_encoders_of_other_kinds(kind, tokenizer, tmp_path):
-    """They are taken if phrases do not see one another; MPNet's attention makes something else of the
-    mask."""
+    """They are accepted if phrases do not attend to one another; MPNet uses the mask in another way."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
     config = AutoConfig.for_model(kind, **small, pad_token_id=1, intermediate_size=32)
     AutoModel.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     parts = {"backbone": "test_efficientnet", "text_encoder": str(tmp_path), "d_model": 32, "num_queries": 5}
     if kind == "mpnet":
-        with pytest.raises(UserError, match="\\(mpnet\\): phrases see one another"):
+        with pytest.raises(UserError, match="\\(mpnet\\) lets phrases attend to one another"):
             build_detector(**parts)
         return
     model, _ = build_detector(**parts)

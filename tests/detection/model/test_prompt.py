@@ -74,7 +74,7 @@ def test_bad_prompts(tokenizer):
         Prompt.from_names([], tokenizer)
     with pytest.raises(UserError, match="name 1 of the prompt is empty: '\\(x\\)'"):
         Prompt.from_names(["cat", "(x)"], tokenizer)
-    with pytest.raises(UserError, match="300 names make 602 tokens, expected at most 256"):
+    with pytest.raises(UserError, match="300 names have 602 tokens, expected at most 256"):
         Prompt.from_names(["cat"] * 300, tokenizer)
     with pytest.raises(UserError, match="name 1 has 301 tokens, expected at most 254"):
         chunk_names(["cat", "cat " * 300], tokenizer)
