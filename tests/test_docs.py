@@ -113,6 +113,7 @@ def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
         (place / "photos" / kind).mkdir(parents=True)
         for number in range(1, 5):
             shutil.copyfile(place / "street.jpg", place / f"photos/{kind}/{number:03d}.jpg")
+    (place / "names.txt").write_text("cat\nred car\n")
     (place / "mine").mkdir()
     talk = next(
         block.text for block in BLOCKS if block.document == "docs/talk.md" and block.language == "json"

@@ -44,26 +44,26 @@ def detect(
     json: bool = False,
     draw: str | None = None,
 ) -> int:
-    """Find objects in images; every label in the answer is one of the names that were asked for.
+    """Find objects in images by their names; every predicted label is one of the given names.
 
-    An image that cannot be read is reported and the rest is searched; the exit status is then 1.
+    An image that cannot be read is reported and skipped; the exit status is then 1.
 
     Args:
         model: folder of ``unimoe fit``, or a file of ``unimoe export onnx``.
         images: images, videos, folders of them, or patterns such as "photos/*.jpg".
-        prompt: what to look for: "cat, red car" or "a cat. a red car."; a name with a comma stands in double
-            quotes.
-        names: file with what to look for: one name a line, or JSON (a list, an object from names to
-            thresholds, or a COCO file).
-        threshold: lowest score, from 0 to 1.
-        class_threshold: lowest score of single names, such as "red car=0.5".
-        top: most detections of an image for each 256 tokens of the prompt.
-        one_label: give each box its best label only, not every label over the threshold.
-        nms: leave out boxes that overlap a better one of the same label (with --one-label: of any) by more
+        prompt: names to look for: "cat, red car" or "a cat. a red car."; put a name that contains a comma in
+            double quotes.
+        names: file of names: one per line, or JSON (a list, an object from names to thresholds, or a COCO
+            file).
+        threshold: minimum score, from 0 to 1.
+        class_threshold: minimum score of single names, such as "red car=0.5".
+        top: maximum number of detections per image for each 256 tokens of the prompt.
+        one_label: keep only the best label of each box instead of every label over the threshold.
+        nms: remove boxes that overlap a better one of the same label (with --one-label: of any label) by more
             than this IoU, from 0 to 1.
-        rate: frames of a video to search per second (default: all).
+        rate: frames of a video to process per second (default: all).
         json: print one JSON object instead of lines.
-        draw: folder for copies of the images with the boxes drawn in.
+        draw: folder for copies of the images with the boxes drawn.
     """
     labels, own = asked_names(prompt, names)
     thresholds = class_thresholds(labels, threshold, own | _class_thresholds(class_threshold))

@@ -52,9 +52,9 @@ def coco(
     Args:
         gt: COCO or LVIS annotations.
         dt: COCO results: a list of image_id, category_id, bbox (x, y, width, height) and score.
-        style: coco (pycocotools' own numbers), or lvis-fixed (no limit per image, verified negatives only).
-        json: where to write all numbers.
-        plots: folder for the precision-recall curves and the bars of the classes.
+        style: metrics: coco, or lvis-fixed (no limit per image, verified negatives only).
+        json: output file of all metrics.
+        plots: folder for precision-recall curves and AP by class.
     """
     content = next((record for _, record in read_records(gt)), None)
     if isinstance(content, dict) and "images" in content and content.get("annotations") is None:
@@ -75,23 +75,23 @@ def detector(
     json: str | None = None,
     plots: str | None = None,
 ) -> int:
-    """Run a detector on every category of an annotated set, and score what it finds.
+    """Run a detector on all categories of an annotated data set and score its detections.
 
-    An image that cannot be read is reported and counts as one in which nothing was found; the exit status is
-    then 1. The images of a test set whose annotations are not published are searched with --dt alone.
+    An image that cannot be read is reported and counts as one without detections; the exit status is then 1.
+    For a test set without published annotations, --dt alone writes the detections.
 
     Args:
         model: folder of ``unimoe fit``.
         gt: COCO or LVIS .json, ODVG .jsonl with classes, or a YOLO data.yaml.
-        images: folder of the images, where it is not the file's own.
-        split: which images of a YOLO file.
-        style: coco, or lvis-fixed (40 names at a time, no limit per image, verified negatives only).
-        top: most detections of an image for each prompt.
-        batch_size: images at a time.
-        dt: where to write the detections, as ``unimoe evaluate coco --dt`` reads them.
-        json: where to write all numbers.
-        plots: folder for the precision-recall curves and the bars of the classes; of a detector with experts
-            also their load, by layer, and over the steps of its training.
+        images: folder of the images (default: that of the file).
+        split: split of a YOLO file.
+        style: metrics: coco, or lvis-fixed (40 names a prompt, no limit per image, verified negatives only).
+        top: maximum number of detections per image and prompt.
+        batch_size: images per batch.
+        dt: output file of the detections, in the format of ``unimoe evaluate coco --dt``.
+        json: output file of all metrics.
+        plots: folder for precision-recall curves and AP by class; for a detector with experts also their
+            load, by layer and over the training steps.
     """
     for name, value in (("top", top), ("batch-size", batch_size)):
         if value < 1:
@@ -153,7 +153,7 @@ def latency(
         names: file with what to look for, one name a line.
         size: side of the image in pixels.
         rounds: measurements of each part.
-        json: where to write all numbers.
+        json: output file of all metrics.
     """
     for name, value, least in (("size", size, 32), ("rounds", rounds, 1)):
         if value < least:

@@ -57,54 +57,64 @@ VERBS = {
     "validate": Verb(LIGHTNING, "validation loss of a finished stage", raw=True),
     "test": Verb(LIGHTNING, "test loss of a finished stage", raw=True),
     "plan": Verb(
-        "unimoe.analysis.memory_plan:plan", "memory and traffic of a stage on many devices", {"config": "-c"}
+        "unimoe.analysis.memory_plan:plan",
+        "estimate memory and communication of a stage on many devices",
+        {"config": "-c"},
     ),
     "consolidate": Verb(
-        "unimoe.commands.consolidate:consolidate", "an unfinished run's checkpoint as a model"
+        "unimoe.commands.consolidate:consolidate", "save the checkpoint of an unfinished run as a model"
     ),
-    "assemble": Verb("unimoe.stages.assemble:assemble", "build one MoE model out of expert folders"),
-    "convert llava": Verb("unimoe.model.convert:llava", "a LLaVA-1.5 checkpoint as a model of ours"),
-    "continual run": Verb("unimoe.continual.cli:run", "one strategy on a stream of tasks", raw=True),
-    "continual compare": Verb("unimoe.continual.cli:compare", "several strategies and seeds", raw=True),
-    "continual diagnose": Verb("unimoe.continual.cli:diagnose", "new, ambiguous or old tokens", raw=True),
-    "continual report": Verb("unimoe.continual.report:report", "tables and figures over finished runs"),
-    "continual export": Verb("unimoe.continual.cli:export", "the bank of a task as an adapter for peft"),
-    "continual theory": Verb("unimoe.continual.theory.report:theory", "exact errors of the linear model"),
-    "chat": Verb("unimoe.inference.terminal:chat", "talk to a model in the terminal", {"prompt": "-p"}),
-    "inspect": Verb(
-        "unimoe.commands.inspect_model:inspect", "parameters, and which experts the tokens of a file visit"
+    "assemble": Verb("unimoe.stages.assemble:assemble", "build an MoE model from expert folders"),
+    "convert llava": Verb("unimoe.model.convert:llava", "convert a LLaVA-1.5 checkpoint"),
+    "continual run": Verb("unimoe.continual.cli:run", "train one strategy on a stream of tasks", raw=True),
+    "continual compare": Verb(
+        "unimoe.continual.cli:compare", "train several strategies and seeds and compare them", raw=True
     ),
-    "serve": Verb("unimoe.serve.command:serve", "put a model behind an address, for any OpenAI client"),
+    "continual diagnose": Verb(
+        "unimoe.continual.cli:diagnose", "measure which tokens cause forgetting", raw=True
+    ),
+    "continual report": Verb("unimoe.continual.report:report", "tables and plots of finished runs"),
+    "continual export": Verb("unimoe.continual.cli:export", "export the bank of a task as a peft adapter"),
+    "continual theory": Verb(
+        "unimoe.continual.theory.report:theory", "exact forgetting in continual linear regression"
+    ),
+    "chat": Verb("unimoe.inference.terminal:chat", "chat with a model in the terminal", {"prompt": "-p"}),
+    "inspect": Verb("unimoe.commands.inspect_model:inspect", "parameters and expert load of a model"),
+    "serve": Verb("unimoe.serve.command:serve", "serve a model with an OpenAI-compatible API"),
     "web": Verb(
         "unimoe.inference.web_ui:web",
-        "a page to talk to a model and watch its experts, with a detector beside",
+        "web page: chat, expert load, detection",
     ),
-    "data check": Verb("unimoe.commands.data_check:check", "what is wrong with a data file, and where"),
+    "data check": Verb("unimoe.commands.data_check:check", "faults of a data file, by line"),
     "data show": Verb(
-        "unimoe.commands.data_show:show", "a page of drawn samples with their tokens and labels"
+        "unimoe.commands.data_show:show", "write a page of random samples with tokens and labels"
     ),
     "data scenes": Verb(
-        "unimoe.synthetic.detection_scenes:scenes", "write a COCO-format set of emoji on photographs"
+        "unimoe.synthetic.detection_scenes:scenes", "generate a detection set: emoji on photographs"
     ),
     "evaluate": Verb(
         "unimoe.evaluation.evaluate:evaluate", "score a model's answers: vqa, choice, caption, asr, ..."
     ),
     "evaluate coco": Verb("unimoe.commands.evaluate_detector:coco", "COCO or LVIS scores of detections"),
     "evaluate detector": Verb(
-        "unimoe.commands.evaluate_detector:detector", "COCO or LVIS scores of a detector on a set"
+        "unimoe.commands.evaluate_detector:detector", "COCO or LVIS scores of a detector on a data set"
     ),
     "evaluate latency": Verb(
-        "unimoe.commands.evaluate_detector:latency", "how long a detector takes, and its parts"
+        "unimoe.commands.evaluate_detector:latency", "latency of a detector, in total and by part"
     ),
     "detect": Verb(
         "unimoe.commands.detect:detect", "find objects in images by their names", {"prompt": "-p"}
     ),
     "export onnx": Verb(
-        "unimoe.commands.export_onnx:onnx", "a detector as one ONNX file, compared with the model"
+        "unimoe.commands.export_onnx:onnx", "export a detector to ONNX and compare it with the model"
     ),
-    "demo detection": Verb("unimoe.demo.detection:detection", "a detector, its experts and a dense control"),
-    "demo": Verb("unimoe.demo:demo", "the whole path on real weights, with a report at its end"),
-    "demo continual": Verb("unimoe.demo.continual:continual", "task after task on the default parts"),
+    "demo detection": Verb(
+        "unimoe.demo.detection:detection", "train a detector, its experts and a dense control"
+    ),
+    "demo": Verb("unimoe.demo:demo", "train and evaluate the whole pipeline, with a report"),
+    "demo continual": Verb(
+        "unimoe.demo.continual:continual", "train five continual strategies on the default parts"
+    ),
     "continual data": Verb(
         "unimoe.synthetic.continual_tasks:build_tasks", "write the tasks of the embedded stream"
     ),

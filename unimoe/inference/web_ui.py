@@ -66,7 +66,7 @@ def web(
         host: address to listen on; 0.0.0.0 for all interfaces, which opens the page to the network.
         port: to listen on; 0 picks a free one.
         max_file_mb: largest file that may be uploaded, in megabytes.
-        device: cpu, cuda, ... (default: the GPU if there is one).
+        device: such as cpu or cuda (default: a GPU if available).
     """
     disable_progress_bar()
     page = build_page(model, detector, device)

@@ -49,7 +49,7 @@ def serve(
         port: to listen on; 0 picks a free one.
         name: the model's name for clients (default: the folder's name).
         api_key: what clients must send; better in the environment, as UNIMOE_API_KEY.
-        device: cpu, cuda, ... (default: a GPU if available).
+        device: such as cpu or cuda (default: a GPU if available).
         max_batch: answers decoded together.
         max_queue: answers that wait for a slot; further requests receive 429.
         max_prompt_tokens: longest prompt, media tokens included (default: the LLM's context).
