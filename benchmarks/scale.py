@@ -62,7 +62,7 @@ def measure(folder: Path, name: str, steps: int, accelerator: str) -> tuple[floa
         "output": str(output),
         "model": {
             "llm": str(folder / "llm"),
-            "moe": {"num_experts": 4, "placement": "interval"},
+            "moe": {"experts": {"copies": 4}, "placement": "interval"},
             "trainable": [{"match": "*.mlp.*", "lr": 1e-4}],
         },
         "data": {"train": str(folder / "train.jsonl"), "steps": steps, "batch_size": batch},

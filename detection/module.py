@@ -30,9 +30,14 @@ from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.moe_tuning import freeze_for_tuning, moe_tuning
 from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
-from unimoe.moe import LayerRecord, MoEConfig, expert_load, load_balance, record
+from unimoe.moe import LayerRecord, expert_load, load_balance, record
 from unimoe.training.module import ResumableModule, Schedule, check_trainable
-from unimoe.training.ranks import data_parallel_size, expert_load_over_ranks, mean_over_ranks
+from unimoe.training.ranks import (
+    across_ranks,
+    data_parallel_size,
+    expert_load_over_ranks,
+    mean_over_ranks,
+)
 from unimoe.training.sharding import foreach, shard
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,8 @@ class MoETuningConfig:
     """Factor of the load-balance loss."""
     router_init_std: float = 0.02
     """Of the router's fresh rows."""
+    router: dict[str, Any] | None = None
+    """More settings of the ``top_k`` router, see ``unimoe moe show top_k``."""
 
 
 @dataclass
@@ -239,6 +246,7 @@ class DetectionModule(ResumableModule):
                 denoising=queries,
                 **prompts.inputs(),
             )
+        self.count_load(records)
         # (3)
         labels = queries.labels if queries else None
         losses = self.criterion(output, batch.targets, prompts.name_tokens, labels)
@@ -257,12 +265,12 @@ class DetectionModule(ResumableModule):
         """Columns on the load of each layer's experts in a step, over all ranks."""
         if not records:
             return {}
-        slices = MoEConfig.from_dict(self.model.config.moe or {}).top_k
+        slices = (self.model.config.moe or {})["experts"]["slices"]
         chosen = [visited_experts(entry) for entry in records]
         load = expert_load_over_ranks(expert_load(records))
         together_LEE = mean_over_ranks(torch.stack([coactivation(visits_QE) for visits_QE in chosen]))
         together_LEE = together_LEE * data_parallel_size(self.trainer)
-        balance_L = mean_over_ranks(load_balance(records, load))
+        balance_L = load_balance(records, across=across_ranks)
         row = load_columns(records, load, balance_L)
         partners_L, twins_L = effective_partners(together_LEE), twin_share(together_LEE, slices)
         for entry, partners, twins in zip(records, partners_L.tolist(), twins_L.tolist(), strict=True):

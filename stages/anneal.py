@@ -1,45 +1,119 @@
-"""Coefficients of auxiliary losses that change during training."""
+"""What changes during training: coefficients of auxiliary losses, and knobs of routers and experts.
 
+A value follows from the step's number alone, so a resumed run needs no state for it.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
 
 from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
-
-COEFFICIENTS = ("balance_coef", "z_coef")
+from unimoe.moe.install import moe_layers
+from unimoe.moe.parts import LOSSES, nearest
 
 
 @dataclass
 class Anneal:
-    """Linear from ``start`` to ``end``, constant afterwards."""
+    """From ``start`` to ``end`` over ``steps``, constant afterwards; or the values of a ``table``."""
 
-    start: float
+    start: float | None = None
     """Value at the first step; 0.025 for UniMoE-Audio's balance loss."""
 
-    end: float
+    end: float | None = None
     """Value from ``steps`` on; 0.001 there."""
 
-    steps: int
+    steps: int = 0
     """Optimizer steps from ``start`` to ``end``; 10,000 there."""
+
+    shape: Literal["linear", "exp"] = "linear"
+    """Of the way between them; ``exp`` needs two values above 0."""
+
+    table: list[tuple[int, float]] | None = None
+    """In place of the above, steps and the value from each on: ``[[0, 8], [2000, 1]]``."""
+
+    layers: list[int] | None = None
+    """Decoder layers whose knob is set; default all MoE layers."""
+
+    def __post_init__(self) -> None:
+        if (self.table is None) == (self.start is None or self.end is None):
+            raise UserError("model.anneal: give start, end and steps, or a table of steps and values")
+        if self.table is not None and (not self.table or self.table[0][0] != 0):
+            raise UserError(f"model.anneal: the table is {self.table}, expected an entry for step 0 first")
+        if self.shape == "exp" and not (self.start and self.end and min(self.start, self.end) > 0):
+            raise UserError("model.anneal: shape exp goes between two values above 0")
 
     def at(self, step: int) -> float:
         """The value at an optimizer step, counted from 0."""
+        if self.table is not None:
+            return [value for begin, value in self.table if begin <= step][-1]
+        assert self.start is not None and self.end is not None
         done = step / self.steps if step < self.steps else 1.0
+        if self.shape == "exp":
+            return self.start ** (1 - done) * self.end**done
         return (1 - done) * self.start + done * self.end
 
 
 def check_anneal(settings: dict[str, Anneal], model: UniMoeForConditionalGeneration) -> None:
-    """Check that every key names a coefficient that the model has.
+    """Check that every key names a loss, or a knob that the model has.
 
     Raises:
-        UserError: an unknown coefficient, or a model without experts.
+        UserError: an unknown key, a model without experts, or a layer without the knob.
     """
-    for key in settings:
-        if key not in COEFFICIENTS:
-            raise UserError(f"model.anneal: {key!r} is unknown, expected one of {', '.join(COEFFICIENTS)}")
-        if not model.config.moe:
-            raise UserError(f"model.anneal.{key}: the model is no mixture of experts, so it has no such loss")
+    layers = moe_layers(model)
+    for key, schedule in settings.items():
+        if not layers:
+            raise UserError(f"model.anneal.{key}: the model is no mixture of experts")
+        if key in LOSSES:
+            if schedule.layers is not None:
+                raise UserError(f"model.anneal.{key}: a loss has one coefficient for all layers")
+            continue
+        wanted = set(layers) if schedule.layers is None else set(schedule.layers)
+        if lacking := sorted(wanted - {index for index, _ in _owners(model, key)}):
+            knobs = {knob for layer in layers.values() for part in _parts(layer) for knob in part.knobs}
+            raise UserError(
+                f"model.anneal: layer {lacking[0]} has no knob {key!r}{nearest(key, [*LOSSES, *sorted(knobs)])}"
+            )
 
 
-def coefficients_at(settings: dict[str, Anneal], step: int) -> dict[str, float]:
-    """The coefficients of an optimizer step, to be used in place of those in the model's configuration."""
-    return {key: schedule.at(step) for key, schedule in settings.items()}
+def losses_at(settings: dict[str, Anneal], losses: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """``MoEConfig.losses`` with the coefficients of an optimizer step."""
+    changed = dict(losses)
+    for name in LOSSES.keys() & settings.keys():
+        given = changed.get(name)
+        value = settings[name].at(step)
+        changed[name] = {**given, "coef": value} if isinstance(given, dict) else value
+    return changed
+
+
+def set_knobs(settings: dict[str, Anneal], model: nn.Module, step: int) -> None:
+    """Give routers and experts the values of an optimizer step."""
+    for key in settings.keys() - LOSSES.keys():
+        value = settings[key].at(step)
+        for index, part in _owners(model, key):
+            if settings[key].layers is None or index in settings[key].layers:
+                setattr(part, key, type(getattr(part, key))(value))
+
+
+def keep_annealed(settings: dict[str, Anneal], model: UniMoeForConditionalGeneration, step: int) -> None:
+    """Write the values of a step into the model's configuration, for whoever goes on from there."""
+    moe = model.config.moe
+    if not settings or not moe:
+        return
+    moe["losses"] = losses_at(settings, moe["losses"], step)
+    for name in ("router", "experts"):
+        for key in settings.keys() & moe[name].keys():
+            values = [getattr(getattr(layer, name), key) for layer in moe_layers(model).values()]
+            moe[name][key] = values[0] if len(set(values)) == 1 else values
+
+
+def _owners(model: nn.Module, knob: str) -> Iterator[tuple[int, Any]]:
+    """Layer index and part of everything that has the knob."""
+    for index, layer in moe_layers(model).items():
+        yield from ((index, part) for part in _parts(layer) if knob in part.knobs)
+
+
+def _parts(layer: Any) -> tuple[Any, Any]:
+    return layer.router, layer.experts

@@ -5,8 +5,10 @@
       - {name: words, from: base, data: text.jsonl}
       - {name: image, from: runs/expert_image, data: [names.jsonl, questions.jsonl]}
     connectors: {image: runs/expert_image}   # default: the base's own
-    moe: {top_k: 2, placement: interval}     # unimoe.moe.MoEConfig without num_experts; slices: 2 splits each
-                                             # slot's FFNs into two experts
+    moe:                              # unimoe.moe.MoEConfig without experts.copies, or a preset
+      router: {kind: top_k, k: 2}
+      experts: {slices: 2}            # split each slot's FFNs into two experts
+      placement: interval
     routers: {scale: 6}               # initialisation where slots name data, see router_start.py
     seed: 0                           # of fresh routers, and of the choice of their samples
     output: runs/assembled
@@ -31,6 +33,7 @@ from unimoe.model.loading import find_model, load_model
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import MoEConfig, SwiGLUExperts, cut_swiglu, install_moe
+from unimoe.moe.config import merge
 from unimoe.moe.install import moe_layers
 
 from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
@@ -97,9 +100,11 @@ def assemble(
         UserError: the manifest is wrong, or a part does not fit the base.
     """
     parsed = read_manifest(manifest)
-    parsed.moe |= _overrides(moe)
-    if parsed.moe.get("slices", 1) != 1 and parsed.experts[0].data:
-        raise UserError(f"{manifest}: routers that start from data need moe.slices 1; leave out the data")
+    parsed.moe = merge(parsed.moe, _overrides(moe))
+    if mixture(parsed).experts["slices"] != 1 and parsed.experts[0].data:
+        raise UserError(
+            f"{manifest}: routers that start from data need moe.experts.slices 1; leave out the data"
+        )
     target = output or parsed.output
     if target is None:
         raise UserError(f"{manifest}: an output folder is missing: output: FOLDER, or --output")
@@ -150,8 +155,7 @@ def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, Un
         raise UserError(f"base: {manifest.base} is a mixture of experts already; expected a dense model")
     dense = ffn_tensors(model)
     fingerprint = base_fingerprint(model)
-    slices = manifest.moe.get("slices", 1)
-    moe = MoEConfig.from_dict({**manifest.moe, "num_experts": len(manifest.experts) * slices})
+    moe = mixture(manifest)
     with torch.random.fork_rng():
         torch.manual_seed(manifest.seed)
         install_moe(model.model.language_model, moe)  # copies in every slot, fresh routers
@@ -163,6 +167,11 @@ def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, Un
         if source != BASE:
             _replace_connector(model, kind, source)
     return model, processor
+
+
+def mixture(manifest: Manifest) -> MoEConfig:
+    """The MoE layers of a manifest, one copy of each FFN per slot."""
+    return MoEConfig.from_dict(merge(manifest.moe, {"experts": {"copies": len(manifest.experts)}}))
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -178,8 +187,10 @@ def read_manifest(path: str | Path) -> Manifest:
     _check_keys(f"{path}:", content, _names(Manifest))
     if not isinstance(content.get("base"), str):
         raise UserError(f"{path}: base must name the folder of a dense model, found {content.get('base')!r}")
-    if isinstance(content.get("moe"), dict) and "num_experts" in content["moe"]:
-        raise UserError(f"{path}: moe.num_experts follows from experts; leave it out")
+    if isinstance(moe := content.get("moe"), dict) and (
+        "num_experts" in moe or "copies" in (moe.get("experts") or {})
+    ):
+        raise UserError(f"{path}: the number of experts follows from experts; leave it out of moe")
     for key, kind in (("connectors", dict), ("moe", dict), ("routers", dict), ("seed", int)):
         if not isinstance(content.get(key, kind()), kind):
             raise UserError(f"{path}: {key} must be of type {kind.__name__}, found {content[key]!r}")
@@ -190,13 +201,17 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _overrides(moe: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` settings of the mixture, values read as YAML."""
-    settings = {}
+    """``key=value`` settings of the mixture, values read as YAML; ``router.k=1`` sets one of a part."""
+    settings: dict[str, Any] = {}
     for text in moe:
         key, equals, value = text.partition("=")
-        if not equals or key == "num_experts":
-            raise UserError(f"--moe {text}: expected KEY=VALUE, such as placement=all (not num_experts)")
-        settings[key] = yaml.safe_load(value)
+        if not equals or key in ("num_experts", "experts.copies"):
+            raise UserError(
+                f"--moe {text}: expected KEY=VALUE, such as placement=all (not the number of experts)"
+            )
+        part, dot, name = key.partition(".")
+        found = yaml.safe_load(value)
+        settings = merge(settings, {part: {name: found}} if dot else {key: found})
     return settings
 
 
@@ -243,7 +258,7 @@ def _fill_slot(
         raise UserError(
             f"experts[{slot}]: {source} was trained from another LLM: fingerprint {found}, expected {wanted}"
         )
-    slices = MoEConfig.from_dict(model.config.moe or {}).slices
+    slices = (model.config.moe or {})["experts"]["slices"]
     for index, layer in moe_layers(model).items():
         experts = layer.experts
         assert isinstance(experts, SwiGLUExperts)

@@ -12,7 +12,7 @@ from unimoe.artifacts import write_model, write_result
 from unimoe.model.loading import find_model
 from unimoe.training.lightning_cli import RunCLI, run_cli
 
-from .anneal import coefficients_at
+from .anneal import keep_annealed
 from .data import StageData
 from .experts_file import save_expert
 from .module import StageModule
@@ -61,8 +61,7 @@ class StageCLI(RunCLI):
                 record,
             )
         else:
-            if module.anneal and model.config.moe:  # a stage that starts from the result continues from there
-                model.config.moe |= coefficients_at(module.anneal, module.global_step - 1)
+            keep_annealed(module.anneal, model, module.global_step - 1)
             write_model(self.output, model, module.processor, record)
         return record.metrics.get("val/loss", record.metrics.get("train/loss", float("nan")))
 

@@ -20,10 +20,10 @@ from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import ExpertLoad, expert_load, load_balance, record
 from unimoe.moe.records import join
 from unimoe.training.module import ResumableModule, Schedule
-from unimoe.training.ranks import data_parallel_size, mean_over_ranks
+from unimoe.training.ranks import across_ranks, data_parallel_size, mean_over_ranks
 from unimoe.training.sharding import broadcast_module, foreach, shard
 
-from .anneal import Anneal, check_anneal, coefficients_at
+from .anneal import Anneal, check_anneal, losses_at, set_knobs
 from .data import StageData
 from .experts_file import base_fingerprint
 from .features import encode
@@ -68,7 +68,8 @@ class StageConfig(OptimizerConfig, TrainableConfig, StartConfig):
     """Recompute the LLM's blocks in the backward pass instead of keeping their activations."""
 
     anneal: dict[str, Anneal] | None = None
-    """Schedules of the auxiliary losses' coefficients (``balance_coef``, ``z_coef``)."""
+    """Schedules of coefficients of auxiliary losses (``balance``, ``z``, ...) and of knobs of the router or the
+    experts (``k`` of top_k); ``unimoe moe list`` names them."""
 
     seed: int = 0
     """Of everything random; each step depends on it and on the step's number alone."""
@@ -81,7 +82,7 @@ class StageModule(ResumableModule):
 
     1. hidden states of the decoder, for sub-batches of similar length, recording every MoE layer's routing;
     2. the LM head at supervised positions only, mean cross-entropy;
-    3. plus the auxiliary losses (``balance_coef`` and ``z_coef`` of the MoE configuration, or ``anneal``).
+    3. plus the auxiliary losses (``losses`` of the MoE configuration, with coefficients of ``anneal``).
 
     Means, and the expert load in the balance loss, are taken over the batches of all processes: N processes
     with batches of B samples give the same step as one process with N * B.
@@ -220,9 +221,11 @@ class StageModule(ResumableModule):
         return self.model.answer_loss(batch)
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
+        set_knobs(self.anneal, self.model, self.trainer.global_step)
         with record() as parts:
             loss, supervised = self.batch_loss(batch)
         records = join(parts)
+        self.count_load(records)
         # relative to the mean over processes, so that the mean of their losses is that of all tokens
         real = sum(map(real_tokens, batch))
         pairs = [expert_load(one).tokens_per_expert for one in records]
@@ -230,16 +233,16 @@ class StageModule(ResumableModule):
         tokens = mean[1]
         load = ExpertLoad(mean[2:].reshape(max(len(records), 1), -1), tokens)
         loss = loss * (supervised / mean[0].clamp(min=1e-9))
-        balance_L = load_balance(records, load)
-        coefficients = coefficients_at(self.anneal, self.trainer.global_step)
-        aux = self.model.aux_loss(records, load, coefficients)
-        shown = mean_over_ranks(torch.cat([torch.stack([loss, aux]), balance_L.to(loss)]).detach())
+        balance_L = load_balance(records, across=across_ranks).detach()
+        losses = losses_at(self.anneal, (self.model.config.moe or {}).get("losses", {}), self.global_step)
+        aux = self.model.aux_loss(records, across_ranks, losses)
+        shown = mean_over_ranks(torch.stack([loss, aux]).detach())
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
         speed = self.speed(float(tokens) * data_parallel_size(self.trainer))
         row = {"train/loss": float(shown[0]), **rates, **speed}
         if records:
-            row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load, shown[2:])}
+            row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load, balance_L)}
         self.log_row(row, batch_idx)
         return loss + aux + self._unused_parameters()
 

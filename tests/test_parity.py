@@ -97,7 +97,7 @@ def test_identical_experts_are_the_dense_model(placement):
     decoder = LlamaModel(LlamaConfig(vocab_size=50, **sizes)).eval()
     ids = torch.randint(0, 50, (2, 7))
     dense = decoder(ids).last_hidden_state
-    install_moe(decoder, MoEConfig(num_experts=4, top_k=2, placement=placement, router_init_std=1.0))
+    install_moe(decoder, MoEConfig(router={"k": 2, "init_std": 1.0}, placement=placement))
     assert sum(isinstance(layer.mlp, MoELayer) for layer in decoder.layers) == (
         4 if placement == "all" else 2
     )

@@ -22,7 +22,7 @@ from unimoe.detection.inference.detect import PromptChunks
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.prompt import class_prompts
 from unimoe.detection.model.text_cache import TextFeatureCache
-from unimoe.moe import ExpertLoad, LayerRecord, MoEConfig, record
+from unimoe.moe import ExpertLoad, LayerRecord, record
 
 from .evaluator import detect_batch
 
@@ -80,7 +80,6 @@ def measure_expert_usage(
         data: whose categories are asked for.
         batches: its images. A query counts for the class of the object that it overlaps by at least half.
     """
-    moe = MoEConfig.from_dict(model.config.moe or {})
     asked = [prompts[0] for prompts in class_prompts(data.names)]
     prompts = PromptChunks.of(asked, tokenizer, model.config.max_text_tokens)
     text = TextFeatureCache(model)
@@ -113,7 +112,7 @@ def measure_expert_usage(
         data.names,
         [table for table, _ in tables],
         [bits for _, bits in tables],
-        moe.top_k,
+        (model.config.moe or {})["experts"]["slices"],
     )
 
 

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from unimoe.moe import MoEConfig
+
 EDGE_BACKBONE = {"model_type": "timm_backbone", "backbone": "efficientvit_l1", "out_indices": [1, 2, 3]}
 """Levels at strides 8, 16 and 32, as in Grounding DINO 1.5 Edge."""
 
@@ -109,13 +111,17 @@ class DynamicDinoConfig(PreTrainedConfig):
 
     moe: dict[str, Any] | None = None
     """Fields of :class:`unimoe.moe.MoEConfig` for the FFNs of the decoder; None keeps them dense. Each expert
-    has the width ffn_dim / top_k, so a token costs as much as with the dense FFN."""
+    has the width ffn_dim / slices, so a query that visits ``slices`` experts costs as much as before."""
 
     def __post_init__(self, **kwargs):
         self.backbone_config = _sub_config(self.backbone_config or EDGE_BACKBONE)
         self.text_config = _sub_config(self.text_config or {"model_type": "bert"})
         self.image_mean = self.image_mean or [0.485, 0.456, 0.406]
         self.image_std = self.image_std or [0.229, 0.224, 0.225]
+        if self.moe:
+            if "num_experts" in self.moe:  # 0.1, whose experts had the width ffn_dim / top_k
+                self.moe = {**self.moe, "slices": self.moe.get("top_k", 2)}
+            self.moe = MoEConfig.from_dict({"experts": "ffn", **self.moe}).to_dict()
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):

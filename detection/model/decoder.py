@@ -11,6 +11,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 
 from unimoe.errors import UserError
 from unimoe.moe import FFNExperts, MoEConfig, MoELayer, build_router
+from unimoe.moe.install import layer_options
 
 from .configuration import DynamicDinoConfig
 from .enhancer import library_config
@@ -22,20 +23,24 @@ LOGIT_EPS = 1e-5
 
 
 def feed_forward(config: DynamicDinoConfig, layer: int) -> FFN | MoELayer:
-    """The dense FFN of a layer, or an MoE layer whose active experts together have the width of that FFN.
+    """The dense FFN of a layer, or an MoE layer of experts as wide as one of its slices.
 
     Raises:
-        UserError: ``moe.top_k`` does not divide ``ffn_dim``.
+        UserError: ``moe.experts.slices`` does not divide ``ffn_dim``.
     """
     moe = MoEConfig.from_dict(config.moe) if config.moe else None
-    if moe is None or layer not in moe.layers(config.decoder_layers):
+    placed = moe.layers(config.decoder_layers) if moe else []
+    if moe is None or layer not in placed:
         return FFN(config)
-    if config.ffn_dim % moe.top_k:
-        raise UserError(f"moe.top_k is {moe.top_k}, expected a divisor of ffn_dim ({config.ffn_dim})")
+    slices = moe.experts["slices"]
+    if config.ffn_dim % slices:
+        raise UserError(f"moe.experts.slices is {slices}, expected a divisor of ffn_dim ({config.ffn_dim})")
     experts = FFNExperts(
-        moe.num_experts, config.d_model, config.ffn_dim // moe.top_k, act=config.activation_function
+        moe.num_experts, config.d_model, config.ffn_dim // slices, act=config.activation_function
     )
-    return MoELayer(build_router(config.d_model, moe), experts, combine=moe.combine, layer_index=layer)
+    router = build_router(config.d_model, moe, placed.index(layer), len(placed))
+    options = layer_options(moe, moe.place(config.d_model))
+    return MoELayer(router, experts, combine=moe.combine, layer_index=layer, **options)
 
 
 class DecoderLayer(nn.Module):

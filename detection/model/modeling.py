@@ -14,8 +14,10 @@ from transformers import AutoBackbone, AutoModel
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoPreTrainedModel
 
 from unimoe.encoders.weights import own_weights
-from unimoe.moe import Context, LayerRecord, MoEConfig, expert_load, load_balance, record, routing_context
-from unimoe.training.ranks import expert_load_over_ranks
+from unimoe.moe import Context, LayerRecord, auxiliary_loss, record, routing_context
+from unimoe.moe.install import moe_layers
+from unimoe.moe.losses.auxiliary import alone
+from unimoe.training.ranks import across_ranks
 
 from .configuration import DynamicDinoConfig
 from .decoder import Decoder
@@ -204,7 +206,8 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
             references_BT4 = torch.cat([denoising.boxes_BD4.to(references_BT4.dtype), references_BT4], dim=1)
             self_mask = denoising.visible(queries)
             pad_BT = F.pad(pad_BT, (x_BTD.shape[1] - queries, 0), value=True)  # not in the expert load
-        with record() as records, routing_context(Context(pad_T=pad_BT.flatten())):
+        sample_T = torch.arange(batch, device=x_BTD.device).repeat_interleave(x_BTD.shape[1])
+        with record() as records, routing_context(Context(pad_BT.flatten(), sample_T=sample_T)):
             return *self.decoder(x_BTD, references_BT4, pyramid, text, self_mask), records
 
     def project(self, image_features: Sequence[Tensor]) -> list[Tensor]:
@@ -217,14 +220,12 @@ class DynamicDinoForObjectDetection(DynamicDinoPreTrainedModel):
         return maps
 
     def aux_loss(self, records: list[LayerRecord]) -> Tensor:
-        """The weighted load-balance loss, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
+        """The configured auxiliary losses, summed over the recorded MoE layers (0-d; 0 for a dense model)."""
         if not records or not self.config.moe:
             return torch.zeros((), device=self.device)
-        load = expert_load(records)
-        if self.training:  # over all ranks; in evaluation they do not run in step
-            load = expert_load_over_ranks(load)
-        coefficient = MoEConfig.from_dict(self.config.moe).balance_coef
-        return coefficient * load_balance(records, load).sum()
+        # over all ranks; in evaluation they do not run in step
+        across = across_ranks if self.training else alone
+        return auxiliary_loss(self.config.moe["losses"], records, moe_layers(self), across)
 
 
 def _projections(channels: Sequence[int], config: DynamicDinoConfig) -> nn.ModuleList:

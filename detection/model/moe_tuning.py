@@ -11,22 +11,24 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from unimoe.errors import UserError
-from unimoe.moe import MoEConfig, MoELayer, build_router, repeat_router, slice_ffn
+from unimoe.moe import MoEConfig, MoELayer, repeat_router
+from unimoe.moe.install import layer_options
+from unimoe.moe.parts import EXPERTS, ROUTERS
 
 from .modeling import DynamicDinoForObjectDetection
 
 logger = logging.getLogger(__name__)
 
-GATES = {
+GATES: dict[str, tuple[str, dict[str, Any]]] = {
     # the sum of the selected slices; only the balance loss trains the router
-    "indicator": {"combine": "indicator"},
+    "indicator": ("indicator", {}),
     # k times the weights, which sum to 1; trains the router, but initially not which copy it selects
-    "renorm_k": {"gating": "topk_softmax", "combine": "k_weight"},
+    "renorm_k": ("k_weight", {"gating": "topk_softmax"}),
     # the sum of the selected slices, with the gradient of the softmax over all experts
-    "straight_through": {"gating": "softmax_topk", "renormalize": False, "combine": "straight_through"},
+    "straight_through": ("straight_through", {"gating": "softmax_topk", "renormalize": False}),
 }
-"""How the selected slices are weighted. In the paper g_i is 0 or 1; all of these preserve the outputs at the
-start."""
+"""How the selected slices are weighted: ``combine`` and settings of the router. In the paper g_i is 0 or 1;
+all of these preserve the outputs at the start."""
 
 TRAINED = (
     "enhancer.layers.*.fusion_layer.*",
@@ -44,6 +46,7 @@ def moe_tuning(
     gate: str = "straight_through",
     balance_coef: float = 0.01,
     router_init_std: float = 0.02,
+    router: dict[str, Any] | None = None,
 ) -> DynamicDinoForObjectDetection:
     """Turn each dense FFN of the decoder into ``copies`` * ``slices`` experts, in place, and freeze what the
     paper freezes. The outputs do not change.
@@ -55,9 +58,10 @@ def moe_tuning(
         gate: see ``GATES``.
         balance_coef: factor of the load-balance loss in the training loss.
         router_init_std: standard deviation of the new router rows.
+        router: more settings of the ``top_k`` router.
 
     Raises:
-        UserError: for an unknown ``gate``, fewer than one copy, or a model that has experts already.
+        UserError: a setting is out of range, or the model has experts already.
     """
     if gate not in GATES:
         raise UserError(f"gate is {gate!r}, expected one of {', '.join(GATES)}")
@@ -65,20 +69,23 @@ def moe_tuning(
         raise UserError(f"copies is {copies}, expected at least 1")
     if model.config.moe:
         raise UserError("the model has experts already, expected a dense one")
+    combine, settings = GATES[gate]
     moe = MoEConfig(
-        num_experts=copies * slices,
-        top_k=slices,
+        router={"kind": "top_k", "k": slices, "init_std": router_init_std, **settings, **(router or {})},
+        experts={"kind": "ffn", "copies": copies, "slices": slices},
+        combine=combine,
+        losses={"balance": balance_coef},
         placement="all",
-        balance_coef=balance_coef,
-        router_init_std=router_init_std,
-        **GATES[gate],
     )
-    for index, layer in enumerate(model.decoder.layers):
+    layers = model.decoder.layers
+    for index, layer in enumerate(layers):
         dense: Any = layer.ffn
-        experts = slice_ffn(dense, slices, copies)
-        router: Any = build_router(model.config.d_model, moe).to(experts.up_proj.device)
-        repeat_router(router, slices)
-        layer.ffn = MoELayer(router, experts, combine=moe.combine, layer_index=index)
+        place = moe.place(model.config.d_model, index, len(layers))
+        experts = EXPERTS.build(moe.experts, place, mlps=[dense] * copies)
+        rows: Any = ROUTERS.build(moe.router, place).to(experts.up_proj.device)
+        repeat_router(rows, slices)
+        options = layer_options(moe, place)
+        layer.ffn = MoELayer(rows, experts, combine=moe.combine, layer_index=index, **options)
     model.config.moe = moe.to_dict()
     freeze_for_tuning(model)
     return model.train(model.training)

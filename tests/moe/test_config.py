@@ -3,7 +3,8 @@ import json
 import pytest
 
 from unimoe.errors import UserError
-from unimoe.moe import MoEConfig
+from unimoe.moe import MoEConfig, build_router
+from unimoe.moe.config import presets
 
 
 @pytest.mark.parametrize(
@@ -22,23 +23,32 @@ def test_placement(placement, layers):
 
 
 def test_round_trip_through_json():
-    config = MoEConfig(num_experts=8, placement=[1, 2], gating="softmax_topk", renormalize=False)
+    config = MoEConfig(
+        router={"kind": "top_k", "gating": "softmax_topk", "renormalize": False},
+        experts={"copies": 4, "slices": 2},
+        placement=[1, 2],
+    )
     assert MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"experts": 4}, "unknown key 'experts'"),
-        ({"top_k": 5}, r"moe.top_k is 5, expected 1..4"),
+        ({"expert": 4}, "unknown key 'expert', did you mean 'experts'"),
+        ({"experts": 4}, "moe.experts is 4, expected settings"),
+        ({"experts": {"kind": "swiglue"}}, "moe.experts: unknown 'swiglue', did you mean 'swiglu'"),
+        ({"experts": {"copies": 0}}, "moe.experts.copies is 0, expected at least 1"),
+        ({"top_k": 5}, "moe.router.k is 5, expected 1..4"),
+        ({"router": {"kind": "top_k", "p": 0.4}}, "moe.router.p: top_k has no such setting, a setting of top_p"),
+        ({"router": {"k": [1, 5]}}, "moe.router.k is 5, expected 1..4"),
+        ({"losses": {"balanced": 0.1}}, "moe.losses: unknown 'balanced', did you mean 'balance'"),
+        ({"losses": {"balance": "much"}}, "moe.losses.balance is 'much', expected a coefficient"),
+        ({"shared": {"gate": "tanh"}}, "moe.shared.gate is 'tanh', expected none, sigmoid, one_plus"),
+        ({"preset": "mixtrl"}, "moe.preset: unknown 'mixtrl', did you mean 'mixtral'"),
         ({"num_experts": 0}, "moe.num_experts is 0"),
         ({"num_experts": 5, "slices": 2}, "moe.num_experts is 5, expected a multiple of 2"),
-        ({"null_experts": -1}, "moe.null_experts is -1, expected at least 0"),
-        ({"router": "hash"}, "moe.router is 'hash', expected top_k or top_p"),
-        (
-            {"gradient_estimator": "paper"},
-            "moe.gradient_estimator is 'paper', which belongs to moe.router: top_p",
-        ),
+        ({"null_experts": -1}, "moe.router.null_experts is -1, expected at least 0"),
+        ({"router": "topk"}, "moe.router: unknown 'topk', did you mean 'top_k'"),
         ({"placement": "odd"}, "moe.placement is 'odd', expected interval"),
     ],
 )
@@ -50,3 +60,54 @@ def test_mistakes_are_user_errors(values, message):
 def test_layer_that_does_not_exist():
     with pytest.raises(UserError, match="layer 9, expected 0..4"):
         MoEConfig(placement=[9]).layers(5)
+
+
+def test_a_configuration_of_0_1_loads():
+    """As ``config.json`` had it, with the settings of the router that was not chosen."""
+    old = {
+        "num_experts": 8,
+        "slices": 2,
+        "router": "top_p",
+        "top_k": 2,
+        "top_p": 0.5,
+        "null_experts": 1,
+        "shared_experts": 2,
+        "shared_size": 16,
+        "gradient_estimator": "code",
+        "placement": "all",
+        "gating": "topk_softmax",
+        "renormalize": False,
+        "combine": "weight",
+        "balance_coef": 0.025,
+        "z_coef": 0.001,
+        "router_init_std": 0.1,
+    }
+    config = MoEConfig.from_dict(old)
+    assert (config.num_experts, config.experts["slices"], config.placement) == (8, 2, "all")
+    wanted = {"kind": "top_p", "p": 0.5, "null_experts": 1, "gradient_estimator": "code", "init_std": 0.1}
+    assert wanted.items() <= config.router.items() and not config.router["renormalize"]
+    assert config.shared == {"count": 2, "size": 16, "gate": "none"}
+    assert config.losses == {"balance": 0.025, "z": 0.001}
+    assert MoEConfig.from_dict(config.to_dict()) == config
+
+
+def test_an_old_setting_of_another_router_is_a_warning(caplog):
+    assert MoEConfig.from_dict({"top_p": 0.5}) == MoEConfig()
+    assert "moe.top_p is ignored: router top_k has no such setting" in caplog.text
+
+
+def test_every_preset_is_complete_and_settings_win_over_it():
+    for name in presets():
+        assert MoEConfig.from_dict({"preset": name}).num_experts > 1, name
+    found = MoEConfig.from_dict({"preset": "mixtral", "router": {"k": 1}, "losses": {"balance": 0.5}})
+    assert (found.router["k"], found.losses["balance"], found.experts["copies"]) == (1, 0.5, 8)
+    other = MoEConfig.from_dict({"preset": "mixtral", "router": {"kind": "top_p", "p": 0.3}})
+    assert other.router["kind"] == "top_p" and "k" not in other.router
+
+
+def test_a_list_gives_each_layer_its_own_value():
+    config = MoEConfig(router={"kind": "top_k", "k": [4, 2, 1]})
+    found = [build_router(8, config, position, 3).describe().experts_per_token for position in range(3)]
+    assert found == [4, 2, 1]
+    with pytest.raises(UserError, match="moe.router.k lists 3 values, expected one for each of 2 layers"):
+        build_router(8, config, 0, 2)

@@ -162,11 +162,11 @@ def _stand_ins(model: UniMoeForConditionalGeneration) -> Iterator[None]:
         layer.dispatcher = _CountingDispatcher()
         router = layer.router.describe()
         if not router.fixed or router.num_experts > layer.num_experts:
-            weight = next(layer.router.parameters())
+            trains = any(weight.requires_grad for weight in layer.router.parameters())
             k = max(1, round(layer.experts_per_token))
             with torch.device("meta"):
-                layer.router = TopK(weight.shape[1], layer.num_experts, k)
-            layer.router.requires_grad_(weight.requires_grad)
+                layer.router = TopK(decoder.config.hidden_size, layer.num_experts, k)
+            layer.router.requires_grad_(trains)
     AttentionInterface.register("unimoe_saved_bytes", _attend)
     decoder.set_attn_implementation("unimoe_saved_bytes")
     try:

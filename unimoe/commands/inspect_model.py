@@ -122,7 +122,8 @@ def describe_model(
     sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
     moe: dict[str, Any] = {}
     if sparse:
-        first, null = next(iter(sparse.values())), (model.config.moe or {}).get("null_experts", 0)
+        first = next(iter(sparse.values()))
+        null = first.num_null
         router = first.router.describe()
         stated = {index: layer.experts_per_token for index, layer in sparse.items()}
         counts = list((visits or stated).values())

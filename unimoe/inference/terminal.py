@@ -177,12 +177,13 @@ class Terminal:
         stats = self.talk.stats
         if rest not in ("", "layers"):
             raise UserError(f"!experts {rest}: expected nothing or the word layers after it")
+        layers = moe_layers(self.talk.model)
         if not stats.pairs:
-            dense = not self.talk.model.config.moe
-            raise UserError(f"!experts: {'this model is dense, it has none' if dense else 'no answer yet'}")
+            why = "no answer yet" if layers else "this model is dense, it has none"
+            raise UserError(f"!experts: {why}")
         load = stats.expert_load()
-        moe = self.talk.model.config.moe or {}
-        names = expert_names(self.name, len(load["all"][0]), moe.get("null_experts", 0))
+        null = next(iter(layers.values())).num_null
+        names = expert_names(self.name, len(load["all"][0]), null)
         counts = ", ".join(f"{count} {kind}" for kind, count in stats.tokens().items())
         print(f"  tokens of the last prompt and its answer: {counts}")
         if rest:

@@ -26,6 +26,7 @@ from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
 from unimoe.files import data_url
 from unimoe.model.loading import load_model
+from unimoe.moe.install import moe_layers
 
 from .conversation import Conversation, Settings, detect_modality
 
@@ -225,7 +226,7 @@ class ChatTab:
         if not load:
             return _note("This model is dense: it has no experts.")
         counts = ", ".join(f"{count} {kind}" for kind, count in stats.tokens().items())
-        null = (self.model.config.moe or {}).get("null_experts", 0)
+        null = next(iter(moe_layers(self.model).values())).num_null
         plot = plot_expert_load(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
         source = data_url("image/svg+xml", plot.encode())
         text = "Expert load of the last prompt and its answer, in per cent per layer"

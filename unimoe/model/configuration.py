@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from unimoe.moe import MoEConfig
+
 MODALITIES = ("text", "image", "video", "speech", "audio")
 """All modalities, in the order of their ids in :class:`unimoe.moe.Context` (text is 0)."""
 
@@ -73,6 +75,7 @@ class UniMoeConfig(PreTrainedConfig):
             fields = dict(self.text_config or {})
             self.text_config = CONFIG_MAPPING[fields.pop("model_type", "llama")](**fields)
         self.modalities = self.modalities or {}
+        self.moe = MoEConfig.from_dict(self.moe).to_dict() if self.moe else None  # also those saved by 0.1
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -20,7 +21,6 @@ from unimoe.encoders import Encoder, build_connector, build_encoder
 from unimoe.encoders.weights import own_weights
 from unimoe.moe import (
     Context,
-    ExpertLoad,
     LayerRecord,
     MoEConfig,
     auxiliary_loss,
@@ -28,7 +28,8 @@ from unimoe.moe import (
     remember_context,
     routing_context,
 )
-from unimoe.moe.install import install_moe
+from unimoe.moe.install import install_moe, moe_layers
+from unimoe.moe.losses.auxiliary import Across, alone
 
 from .by_modality import ByModality
 from .causal_head import CausalHead
@@ -217,7 +218,7 @@ class UniMoeModel(UniMoePreTrainedModel):
             kwargs.setdefault("use_cache", False)  # only without a cache are packed samples told apart
         with ExitStack() as around:
             around.enter_context(
-                routing_context(self.token_context(input_ids, attention_mask, inputs_embeds))
+                routing_context(self.token_context(input_ids, attention_mask, inputs_embeds, position_ids))
             )
             if axes is not None:
                 around.enter_context(time_ids(axes))
@@ -236,9 +237,17 @@ class UniMoeModel(UniMoePreTrainedModel):
         )
 
     def token_context(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds_BTH: Tensor
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        embeds_BTH: Tensor,
+        position_ids: Tensor | None = None,
     ) -> Context:
-        """Padding and modality of each of the B*T tokens, for routers, losses and plots."""
+        """Padding, modality, sample and id of each of the B*T tokens, for routers, losses and plots.
+
+        A row is one sample, or several packed ones where ``position_ids`` [B, T] without an
+        ``attention_mask`` do not increase by one.
+        """
         rows, length = embeds_BTH.shape[:2]
         modality_BT = torch.zeros(rows, length, dtype=torch.long, device=embeds_BTH.device)
         if input_ids is not None:
@@ -247,7 +256,16 @@ class UniMoeModel(UniMoePreTrainedModel):
         pad_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             pad_T = (attention_mask[:, -length:] == 0).flatten()
-        return Context(pad_T=pad_T, modality_T=modality_BT.flatten())
+        sample_T = torch.arange(rows, device=embeds_BTH.device).repeat_interleave(length)
+        if position_ids is not None and attention_mask is None and length > 1:
+            begins_BT = F.pad(position_ids.diff(dim=1) != 1, (1, 0)).expand(rows, length)
+            sample_T = sample_T + begins_BT.flatten().cumsum(0)
+        return Context(
+            pad_T=pad_T,
+            modality_T=modality_BT.flatten(),
+            sample_T=sample_T,
+            token_T=None if input_ids is None else input_ids.flatten(),
+        )
 
 
 class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
@@ -345,20 +363,20 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
     def aux_loss(
         self,
         records: Sequence[LayerRecord],
-        load: ExpertLoad | None = None,
-        coefficients: Mapping[str, float] | None = None,
+        across: Across = alone,
+        losses: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model).
 
         Args:
             records: one of each MoE layer.
-            load: that of the global batch, as of :func:`unimoe.moe.load_balance`.
-            coefficients: ``balance_coef`` and ``z_coef`` to use in place of the configuration's.
+            across: the mean over processes, see :data:`unimoe.moe.losses.auxiliary.Across`.
+            losses: to use in place of the configuration's.
         """
         if not records or not self.config.moe:
             return self.lm_head.weight.new_zeros(())
-        moe = MoEConfig.from_dict({**self.config.moe, **(coefficients or {})})
-        return auxiliary_loss(moe, records, load)
+        chosen = self.config.moe["losses"] if losses is None else losses
+        return auxiliary_loss(chosen, records, moe_layers(self), across)
 
     def prepare_inputs_for_generation(
         self,

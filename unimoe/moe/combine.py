@@ -8,28 +8,59 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unimoe.errors import UserError
-
+from .parts import COMBINE
 from .routing import Routing
 
-COMBINE: dict[str, Callable[[Tensor, Callable[[], Tensor]], Tensor]] = {
-    "weight": lambda weight, k: weight,
-    # k slices of one FFN, each weighted 1/k, then give the FFN back
-    "k_weight": lambda weight, k: weight * k(),
-    # plain sum; no gradient of the task loss reaches the router
-    "indicator": lambda weight, k: torch.ones_like(weight),
-    # plain sum forward, the weight's gradient backward
-    "straight_through": lambda weight, k: 1 + (weight - weight.detach()),
-}
-"""Factor of a pair's output from its router weight and from k, the number of experts its token visits."""
+Count = Callable[[], Tensor]
+"""Computes k, the number of experts that each pair's token visits."""
 
 
-def combine_weights(mode: str, routing: Routing) -> Tensor:
-    """[N] factor of each pair's output: "weight" w, "k_weight" k*w, "indicator" 1, "straight_through" 1 with
-    w's gradient.
+@COMBINE.register("weight", source="Shazeer et al., arXiv 1701.06538, eq. 1", exact="whole copies, weights sum to 1")
+def weight(w: Tensor, k: Count, slices: int) -> Tensor:
+    """The router weight w."""
+    return w
+
+
+@COMBINE.register("k_weight", source="Dynamic-DINO, arXiv 2507.17436", exact="slices of one copy, equal weights")
+def k_weight(w: Tensor, k: Count, slices: int) -> Tensor:
+    """k w: k slices of one FFN, each weighted 1/k, give the FFN back."""
+    return w * k()
+
+
+@COMBINE.register("slices", source="this package", exact="as many experts of each slice, weights sum to 1")
+def slices(w: Tensor, k: Count, slices: int) -> Tensor:
+    """w times the number of slices of an FFN, for routers whose k differs from it."""
+    return w * slices
+
+
+@COMBINE.register("indicator", source="Dynamic-DINO, arXiv 2507.17436, eq. 3", exact="all slices of one copy")
+def indicator(w: Tensor, k: Count, slices: int) -> Tensor:
+    """1: a plain sum; no gradient of the task loss reaches the router."""
+    return torch.ones_like(w)
+
+
+@COMBINE.register("straight_through", source="Bengio et al., arXiv 1308.3432", exact="all slices of one copy")
+def straight_through(w: Tensor, k: Count, slices: int) -> Tensor:
+    """1 forward, the gradient of w backward."""
+    return 1 + (w - w.detach())
+
+
+@COMBINE.register("one_plus", source="Qwen2MoeSparseMoeBlock of Shwai-He/SparseUnifiedModel", exact="all slices of one copy, w = 0")
+def one_plus(w: Tensor, k: Count, slices: int) -> Tensor:
+    """1 + w."""
+    return 1 + w
+
+
+def combine_weights(mode: str, routing: Routing, slices: int = 1) -> Tensor:
+    """[N] factor of each pair's output.
+
+    Args:
+        mode: a name of ``COMBINE``.
+        routing: of the pairs.
+        slices: experts that each FFN was cut into.
 
     Raises:
-        UserError: ``mode`` is none of these.
+        UserError: ``mode`` is not known.
     """
 
     def k_N() -> Tensor:
@@ -37,21 +68,17 @@ def combine_weights(mode: str, routing: Routing) -> Tensor:
         k_T = ones.new_zeros(routing.num_tokens).index_add_(0, routing.token_N, ones)
         return k_T[routing.token_N]
 
-    return _factor(mode)(routing.weight_N, k_N)
+    return COMBINE.find(mode).build(routing.weight_N, k_N, slices)
 
 
-def combine_dense(mode: str, routing: Routing) -> Tensor:
+def combine_dense(mode: str, routing: Routing, slices: int = 1) -> Tensor:
     """The same factors as [T, E], zero where the token does not visit the expert.
 
     Raises:
         UserError: ``mode`` is not known.
     """
     chosen_TE = routing.chosen()
-    factor_TE = _factor(mode)(routing.dense(), lambda: chosen_TE.sum(dim=1, keepdim=True))
+    factor_TE = COMBINE.find(mode).build(
+        routing.dense(), lambda: chosen_TE.sum(dim=1, keepdim=True), slices
+    )
     return factor_TE.masked_fill(~chosen_TE, 0)
-
-
-def _factor(mode: str) -> Callable[[Tensor, Callable[[], Tensor]], Tensor]:
-    if mode not in COMBINE:
-        raise UserError(f"combine is {mode!r}, expected one of {', '.join(COMBINE)}")
-    return COMBINE[mode]

@@ -1,96 +1,159 @@
-"""Configuration of MoE layers: which FFNs are replaced, by how many experts, and how they route."""
+"""Configuration of MoE layers: which FFNs are replaced, by which experts, and how they route."""
 
-from dataclasses import asdict, dataclass, fields
+import logging
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
+
+import torch
+import yaml
 
 from unimoe.errors import UserError
 
+from .parts import CAPACITY, COMBINE, EXPERTS, LOSSES, ROUTERS, Place, nearest
+
+log = logging.getLogger(__name__)
+
 PLACEMENTS = ("interval", "all", "first_half", "second_half", "none")
+SHARED_GATES = ("none", "sigmoid", "one_plus")
+OF_ALL_EXPERTS = {"copies": 4, "slices": 1, "null": "zero"}
+"""Settings of ``experts`` that do not depend on their kind."""
+
+_OLD: dict[str, tuple[str, str, Any]] = {
+    "router_init_std": ("router", "init_std", 0.02),
+    "top_k": ("router", "k", 2),
+    "top_p": ("router", "p", 0.7),
+    "null_experts": ("router", "null_experts", 0),
+    "gradient_estimator": ("router", "gradient_estimator", None),
+    "mixer": ("router", "gradient_estimator", None),
+    "gating": ("router", "gating", "topk_softmax"),
+    "renormalize": ("router", "renormalize", True),
+    "slices": ("experts", "slices", 1),
+    "shared_experts": ("shared", "count", 0),
+    "shared_size": ("shared", "size", None),
+    "balance_coef": ("losses", "balance", 0.01),
+    "z_coef": ("losses", "z", 0.0),
+}
+"""The flat keys of 0.1, as saved models have them: part, name and default."""
 
 
 @dataclass
 class MoEConfig:
-    """The MoE layers of one model. Every field is JSON, so it can be part of a transformers config."""
+    """The MoE layers of one model. Every field is JSON, so it can be part of a transformers config.
 
-    num_experts: int = 4
-    """Experts per MoE layer."""
-    slices: int = 1
-    """Slices of each FFN, one expert per slice: 4 FFNs in 2 slices are 8 experts of half width."""
-    router: Literal["top_k", "top_p"] = "top_k"
-    """Number of experts per token: fixed (``top_k``), or as many as reach the probability ``top_p``."""
-    top_k: int = 2
-    """Experts that each token visits, 1..num_experts."""
-    top_p: float = 0.7
-    """For top_p: cumulative probability of the experts of a token, above 0 and at most 1."""
-    null_experts: int = 0
-    """Experts that return zero, so that a token can skip computation; they have the last indices."""
-    shared_experts: int = 0
-    """Experts that every token visits. top_p weights their output, top_k adds it unweighted."""
-    shared_size: int | None = None
-    """Intermediate size of a shared expert; None uses that of the routed experts."""
-    gradient_estimator: Literal["paper", "code"] | None = None
-    """For top_p: the gradient estimator of Uni-MoE-2.0-Omni, with the constants of its paper or of
-    UniMoE-Audio's code. None uses the gradient of the softmax weights."""
+    ``unimoe moe list`` names the parts and their settings.
+    """
+
+    router: dict[str, Any] = field(default_factory=lambda: {"kind": "top_k"})
+    """``kind`` and its settings: ``{kind: top_k, k: 2}``, or the kind alone. A list instead of a number gives
+    each MoE layer a value of its own, where the part allows it."""
+    experts: dict[str, Any] = field(default_factory=lambda: {"kind": "swiglu"})
+    """``kind``, ``copies`` of each FFN, ``slices`` that each copy is cut into (one expert per slice: 4 copies
+    in 2 slices are 8 experts of half width), ``null`` (output of null experts: zero, or identity, the token
+    itself), and settings of the kind."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Experts that every token visits: their ``count``, ``size`` (intermediate size of one, default that of
+    the routed experts) and ``gate``: none; sigmoid, a learned factor of each token; one_plus, 1 + that
+    logit. A router that weights shared experts (top_p) does so whatever the gate is."""
+    combine: str = "weight"
+    """Factor of each expert's output: its router weight w (``weight``); ``k_weight`` k * w; ``slices`` w times
+    the number of slices; ``indicator`` 1; ``straight_through`` 1 with the gradient of w; ``one_plus`` 1 + w."""
+    capacity: dict[str, Any] | None = None
+    """Pairs that an expert takes at most, e.g. ``{kind: probability, factor: 1.25}``; None drops no token."""
+    losses: dict[str, Any] = field(default_factory=dict)
+    """Auxiliary losses of training, each summed over layers: name -> coefficient, or ``{coef: 0.01,
+    ...settings}``. ``balance: 0`` switches the default off."""
     placement: Literal["interval", "all", "first_half", "second_half", "none"] | list[int] = "interval"
     """Decoder layers whose FFN becomes an MoE layer: every even layer (0, 2, ...), all, one half, none, or a
     list of indices."""
-    gating: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
-    """Softmax over the selected logits (Uni-MoE's code), or over all before the selection (its paper)."""
-    renormalize: bool = True
-    """For softmax_topk: divide the selected probabilities by their sum. topk_softmax always sums to 1."""
-    combine: Literal["weight", "k_weight", "indicator", "straight_through"] = "weight"
-    """Factor of each expert's output: its router weight w; k * w; 1; or 1 with the gradient of w."""
-    balance_coef: float = 0.01
-    """Coefficient of the load-balance loss (summed over layers) in the training loss."""
-    z_coef: float = 0.0
-    """Coefficient of the router z-loss (summed over layers) in the training loss."""
-    router_init_std: float = 0.02
-    """Standard deviation of a router's initial weights."""
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise UserError(f"moe.num_experts is {self.num_experts}, expected at least 1")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise UserError(f"moe.top_k is {self.top_k}, expected 1..{self.num_experts} (moe.num_experts)")
-        for name, least in (("slices", 1), ("null_experts", 0), ("shared_experts", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"moe.{name} is {getattr(self, name)}, expected at least {least}")
-        if self.num_experts % self.slices:
-            raise UserError(
-                f"moe.num_experts is {self.num_experts}, expected a multiple of {self.slices} (moe.slices)"
-            )
-        if self.router not in ("top_k", "top_p"):
-            raise UserError(f"moe.router is {self.router!r}, expected top_k or top_p")
-        if self.gradient_estimator and self.router != "top_p":
-            raise UserError(
-                f"moe.gradient_estimator is {self.gradient_estimator!r}, which belongs to moe.router: top_p"
-            )
-        if isinstance(self.placement, str) and self.placement not in PLACEMENTS:
+        self.router = ROUTERS.complete(_named(self.router, "router", kind="top_k"))
+        self.experts = EXPERTS.complete(
+            {**OF_ALL_EXPERTS, **_named(self.experts, "experts", kind="swiglu")}, tuple(OF_ALL_EXPERTS)
+        )
+        self.shared = {"count": 0, "size": None, "gate": "none", **_mapping(self.shared, "shared")}
+        _known("shared", self.shared, ("count", "size", "gate"))
+        COMBINE.find(self.combine)
+        if self.capacity is not None:
+            self.capacity = CAPACITY.complete(_named(self.capacity, "capacity", kind="probability"))
+        self.losses = {"balance": 0.01, **_mapping(self.losses, "losses")}
+        for name, given in self.losses.items():
+            settings = dict(given) if isinstance(given, dict) else {"coef": given}
+            coefficient = settings.pop("coef", None)
+            if not isinstance(coefficient, int | float):
+                raise UserError(f"moe.losses.{name} is {given!r}, expected a coefficient, or coef and settings")
+            LOSSES.complete({"kind": name, **settings})
+        for key, least in (("copies", 1), ("slices", 1)):
+            _at_least(f"experts.{key}", self.experts[key], least)
+        if self.experts["null"] not in ("zero", "identity"):
+            raise UserError(f"moe.experts.null is {self.experts['null']!r}, expected zero or identity")
+        _at_least("shared.count", self.shared["count"], 0)
+        if self.shared["gate"] not in SHARED_GATES:
+            raise UserError(f"moe.shared.gate is {self.shared['gate']!r}, expected {', '.join(SHARED_GATES)}")
+        if self.placement not in PLACEMENTS and not isinstance(self.placement, list):
             choices = ", ".join(PLACEMENTS)
             raise UserError(
                 f"moe.placement is {self.placement!r}, expected {choices} or a list of layer indices"
             )
+        self._build_routers()
+
+    def _build_routers(self) -> None:
+        """Let the router check its own settings, in each layer if they differ.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        lists = [value for value in self.router.values() if isinstance(value, list)]
+        positions = max(map(len, lists), default=1)
+        with torch.device("meta"):
+            for position in range(positions):
+                ROUTERS.build(self.router, self.place(8, position, positions, vocab_size=8))
 
     @classmethod
     def from_dict(cls, values: "dict[str, Any] | MoEConfig") -> "MoEConfig":
-        """Build from a plain dict, also one saved by an earlier version.
+        """Build from a plain dict: the fields, ``preset``, and also one saved by 0.1.
+
+        ``preset`` names a file of ``configs/moe`` (or is a path), whose settings hold where ``values`` say
+        nothing else.
 
         Raises:
-            UserError: an unknown key, or a value out of its range.
+            UserError: an unknown key, part or preset, or a value out of its range.
         """
         if isinstance(values, MoEConfig):
             return values
         values = dict(values)
-        if "mixer" in values:  # its name before 0.2
-            values["gradient_estimator"] = values.pop("mixer")
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UserError(f"moe has an unknown key {unknown[0]!r}, expected one of {', '.join(known)}")
-        return cls(**values)
+        preset = values.pop("preset", None)
+        nested = _nested(values)
+        if preset is not None:
+            nested = merge(_nested(read_preset(preset)), nested)
+        known = [one.name for one in fields(cls)]
+        for key in nested:
+            if key not in known:
+                raise UserError(f"moe has an unknown key {key!r}{nearest(key, known)}")
+        return cls(**nested)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer that a router can choose and that have weights."""
+        return self.experts["copies"] * self.experts["slices"]
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Coefficient of each auxiliary loss."""
+        return {
+            name: given["coef"] if isinstance(given, dict) else given for name, given in self.losses.items()
+        }
+
+    def place(self, hidden_size: int, position: int = 0, positions: int = 1, vocab_size: int = 0) -> Place:
+        """What a part is told about the MoE layer at ``position``."""
+        slices, shared = self.experts["slices"], self.shared["count"]
+        return Place(hidden_size, self.num_experts, slices, shared, position, positions, vocab_size)
 
     def layers(self, num_hidden_layers: int) -> list[int]:
         """Indices of the MoE layers, ascending, in a model of ``num_hidden_layers`` decoder layers."""
@@ -109,3 +172,83 @@ class MoEConfig:
         if outside:
             raise UserError(f"moe.placement names layer {outside[0]}, expected 0..{num_hidden_layers - 1}")
         return sorted(set(self.placement))
+
+
+def presets() -> dict[str, Any]:
+    """The presets of ``configs/moe``: name -> file."""
+    folder = files("unimoe.configs").joinpath("moe")
+    found = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file for file in found if file.name.endswith(".yaml")}
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, by its name or by the path of a YAML file.
+
+    Raises:
+        UserError: there is none, or the file is no mapping.
+    """
+    known = presets()
+    file = Path(name) if str(name).endswith((".yaml", ".yml")) else known.get(name)
+    if file is None or not file.is_file():
+        raise UserError(f"moe.preset: unknown {name!r}{nearest(name, known)}")
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return _mapping(found, f"preset {name}")
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with the flat keys of 0.1 in their places."""
+    nested = {key: value for key, value in values.items() if key not in ("num_experts", *_OLD)}
+    old = {key: value for key, value in values.items() if key in _OLD}
+    for name in ("router", "experts", "capacity"):
+        if isinstance(nested.get(name), str):
+            nested[name] = {"kind": nested[name]}
+    kind = nested.get("router", {}).get("kind", "top_k") if old else "top_k"
+    for key, value in old.items():
+        part, name, default = _OLD[key]
+        if part == "router" and name not in ROUTERS.find(kind).settings:
+            if value != default:  # a saved model has them all
+                log.warning("moe.%s is ignored: router %s has no such setting", key, kind)
+            continue
+        nested[part] = {**({"kind": kind} if part == "router" else {}), **nested.get(part, {}), name: value}
+    if "num_experts" in values:
+        number, slices = values["num_experts"], nested.get("experts", {}).get("slices", 1)
+        _at_least("num_experts", number, 1)
+        _at_least("slices", slices, 1)
+        if number % slices:
+            raise UserError(f"moe.num_experts is {number}, expected a multiple of {slices} (moe.slices)")
+        nested["experts"] = {**nested.get("experts", {}), "copies": number // slices}
+    return nested
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Settings of MoE layers: ``over`` where both say something; a part of another kind replaces the whole
+    entry."""
+    merged = deepcopy(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        same = both and value.get("kind", below.get("kind")) == below.get("kind")
+        merged[key] = {**below, **value} if same else value
+    return merged
+
+
+def _named(given: Any, where: str, kind: str) -> dict[str, Any]:
+    """Settings with their ``kind``; a string is the kind alone."""
+    return {"kind": given} if isinstance(given, str) else {"kind": kind, **_mapping(given, where)}
+
+
+def _mapping(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"moe.{where} is {given!r}, expected settings: {{name: value}}")
+    return given
+
+
+def _known(where: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"moe.{where} has an unknown key {key!r}{nearest(key, known)}")
+
+
+def _at_least(key: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise UserError(f"moe.{key} is {value!r}, expected at least {least}")

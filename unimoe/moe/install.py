@@ -1,16 +1,20 @@
 """Replacing the dense FFNs of a decoder with MoE layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from unimoe.errors import UserError
-from unimoe.moe.routers.top_k import TopK
-from unimoe.moe.routers.top_p import TopP
-from unimoe.moe.upcycle.slice import leading_slices, split_experts
+from unimoe.moe.experts.swiglu import SwiGLUExperts
+from unimoe.moe.routers.base import Router
+from unimoe.moe.upcycle.read import read_swiglu
+from unimoe.moe.upcycle.slice import leading_slices
 
 from .config import MoEConfig
 from .layer import MoELayer
+from .parts import CAPACITY, EXPERTS, ROUTERS, Place
+from .shared_gate import SharedGate
 
 
 def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
@@ -28,27 +32,9 @@ def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
     return mlp
 
 
-def build_router(hidden_size: int, moe: MoEConfig) -> TopK | TopP:
-    """The router that ``moe`` describes, with fresh weights."""
-    if moe.router == "top_p":
-        return TopP(
-            hidden_size,
-            moe.num_experts,
-            moe.top_p,
-            moe.null_experts,
-            moe.shared_experts,
-            renormalize=moe.renormalize,
-            gradient_estimator=moe.gradient_estimator,
-            init_std=moe.router_init_std,
-        )
-    return TopK(
-        hidden_size,
-        moe.num_experts + moe.null_experts,
-        moe.top_k,
-        gating=moe.gating,
-        renormalize=moe.renormalize,
-        init_std=moe.router_init_std,
-    )
+def build_router(hidden_size: int, moe: MoEConfig, position: int = 0, positions: int = 1) -> Router:
+    """The router that ``moe`` describes for one of the MoE layers, with fresh weights."""
+    return ROUTERS.build(moe.router, moe.place(hidden_size, position, positions))
 
 
 def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module] | None = None) -> None:
@@ -56,30 +42,66 @@ def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module]
 
     Args:
         decoder: a transformers decoder (``AutoModel`` of a causal LM) with dense SwiGLU FFNs.
-        moe: number, placement and routing of the experts. Routers start from N(0, ``router_init_std``).
-        sources: one dense decoder per expert slot, whose FFN becomes that expert, or ``moe.slices`` experts;
-            None copies the decoder's own FFN. Shared experts start as slices of the decoder's own.
+        moe: number, placement and routing of the experts. Routers start from their own initialisation.
+        sources: one dense decoder per copy, whose FFN becomes that copy's expert, or its
+            ``moe.experts["slices"]`` experts; None copies the decoder's own FFN. Shared experts start as
+            slices of the decoder's own.
 
     Raises:
-        UserError: the number of ``sources`` does not match, a layer is an MoE layer already, or an FFN is not
-            a bias-free SwiGLU FFN.
+        UserError: the number of ``sources`` does not match, a layer is an MoE layer already, an FFN is not a
+            bias-free SwiGLU FFN, or the router sees later tokens, which a causal LM must not.
     """
-    slots = moe.num_experts // moe.slices
-    if sources is not None and len(sources) != slots:
-        raise UserError(f"{len(sources)} models for the expert slots, but moe.num_experts makes it {slots}")
-    for layer in moe.layers(len(decoder.layers)):  # type: ignore[arg-type]
-        mlp = dense_mlp(decoder, layer)
+    copies = moe.experts["copies"]
+    if sources is not None and len(sources) != copies:
+        raise UserError(f"{len(sources)} models for the experts, expected {copies} (moe.experts.copies)")
+    config = getattr(decoder, "config", None)
+    placed = moe.layers(len(decoder.layers))  # type: ignore[arg-type]
+    for position, index in enumerate(placed):
+        mlp = dense_mlp(decoder, index)
         if isinstance(mlp, MoELayer):
-            raise UserError(f"layer {layer} is an MoE layer already; expected a dense model")
-        mlps = [mlp] * slots if sources is None else [dense_mlp(source, layer) for source in sources]
-        experts = split_experts(mlps, moe.slices)
-        weight = experts.down_proj
-        router = build_router(weight.shape[1], moe).to(weight.device)
-        shared = None
-        if moe.shared_experts:
-            shared = leading_slices(mlp, moe.shared_experts, moe.shared_size or weight.shape[2])
-        moe_layer = MoELayer(router, experts.to(weight.dtype), moe.combine, shared, layer)
-        decoder.layers[layer].mlp = moe_layer  # type: ignore[index, union-attr]
+            raise UserError(f"layer {index} is an MoE layer already; expected a dense model")
+        mlps = [mlp] * copies if sources is None else [dense_mlp(source, index) for source in sources]
+        weight = next(mlp.parameters())
+        place = moe.place(
+            hidden_size(mlp), position, len(placed), vocab_size=getattr(config, "vocab_size", 0)
+        )
+        router = ROUTERS.build(moe.router, place)
+        if router.looks_ahead:
+            raise UserError(f"moe.router: {moe.router['kind']} {router.looks_ahead}; a causal LM must not")
+        layer = MoELayer(
+            router.to(weight.device),
+            EXPERTS.build(moe.experts, place, mlps=mlps).to(weight.dtype),
+            moe.combine,
+            shared_experts(mlp, moe),
+            index,
+            **layer_options(moe, place),
+        )
+        decoder.layers[index].mlp = layer  # type: ignore[index, union-attr]
+
+
+def layer_options(moe: MoEConfig, place: Place) -> dict[str, Any]:
+    """Options of :class:`MoELayer` that follow from the configuration alone."""
+    gate = moe.shared["gate"] if moe.shared["count"] else "none"
+    return {
+        "slices": place.slices,
+        "null": moe.experts["null"],
+        "capacity": None if moe.capacity is None else CAPACITY.build(moe.capacity, place),
+        "shared_gate": None if gate == "none" else SharedGate(place.hidden_size, gate),
+    }
+
+
+def hidden_size(mlp: nn.Module) -> int:
+    """Width of the tokens that an FFN takes."""
+    return read_swiglu(mlp)[1].shape[0]
+
+
+def shared_experts(mlp: nn.Module, moe: MoEConfig) -> SwiGLUExperts | None:
+    """The leading slices of an FFN, as experts that every token visits."""
+    count = moe.shared["count"]
+    if not count:
+        return None
+    inner = read_swiglu(mlp)[1].shape[1]
+    return leading_slices(mlp, count, moe.shared["size"] or inner // moe.experts["slices"])
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoELayer]:

@@ -51,9 +51,7 @@ class ExpertLoad:
 def expert_load(records: LayerRecord | Sequence[LayerRecord]) -> ExpertLoad:
     """The load of one record's layer, or of several (at least one) whose layers have as many experts."""
     if isinstance(records, LayerRecord):
-        real_T = records.real_T
-        tokens = records.routing.num_tokens if real_T is None else real_T.sum()
-        return ExpertLoad(_count(records, _ones(records)), torch.as_tensor(tokens).float())
+        return ExpertLoad(_count(records, _ones(records)), records.tokens)
     loads = [expert_load(one) for one in records]
     tokens_L = torch.stack([torch.as_tensor(one.tokens) for one in loads])
     return ExpertLoad(torch.stack([one.tokens_per_expert for one in loads]), tokens_L)

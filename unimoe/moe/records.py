@@ -9,7 +9,7 @@ have closed: :func:`remember_context` gives that run the context of the first.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -28,7 +28,16 @@ class Context:
     modality_T: Tensor | None = None
     """[T] int64 modality id of each token (text 0, image 1, video 2, speech 3, audio 4)."""
     sample_T: Tensor | None = None
-    """[T] int64 index of the sample each token belongs to."""
+    """[T] int64 number of the sample each token belongs to; with ``cond_BC`` or ``label_B``, its row there."""
+    token_T: Tensor | None = None
+    """[T] int64 id of each token in the vocabulary."""
+    cond_BC: Tensor | None = None
+    """[B, C] float embedding of each sample, such as that of a timestep."""
+    label_B: Tensor | None = None
+    """[B] int64 label of each sample, such as a class or a task."""
+    carry: dict[str, Tensor] | None = None
+    """What routers of earlier layers leave to those of later ones in the same forward pass, by name;
+    ``routing_context`` opens it. None outside of one, so that nothing passes between forward passes."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +61,18 @@ class LayerRecord:
         pad_T = self.ctx.pad_T
         return None if pad_T is None else ~pad_T.reshape(-1).bool()
 
-    def mean(self, values_TX: Tensor, tokens: Tensor | float | None = None) -> Tensor:
-        """[X] sum of the values of real tokens over their number, or over ``tokens``."""
+    @property
+    def tokens(self) -> Tensor:
+        """0-d float number of tokens that are not padding."""
         real_T = self.real_T
         if real_T is None:
-            return values_TX.sum(dim=0) / (max(values_TX.shape[0], 1) if tokens is None else tokens)
-        real_T1 = real_T[:, None].to(values_TX.dtype)
-        return (values_TX * real_T1).sum(dim=0) / (real_T1.sum().clamp(min=1) if tokens is None else tokens)
+            return torch.tensor(float(self.routing.num_tokens), device=self.routing.logits_TE.device)
+        return real_T.sum().float()
+
+    def total(self, values_TX: Tensor) -> Tensor:
+        """[X] sum of the values of tokens that are not padding."""
+        real_T = self.real_T
+        return (values_TX if real_T is None else values_TX * real_T[:, None].to(values_TX.dtype)).sum(dim=0)
 
 
 _NOTHING_KNOWN = Context()
@@ -68,7 +82,8 @@ _records: ContextVar[list[LayerRecord] | None] = ContextVar("unimoe_routing_reco
 
 @contextmanager
 def routing_context(ctx: Context) -> Iterator[Context]:
-    """Gives the routers inside information about the tokens."""
+    """Gives the routers inside information about the tokens, and an empty ``carry``."""
+    ctx = replace(ctx, carry={})
     token = _context.set(ctx)
     try:
         yield ctx
@@ -121,10 +136,28 @@ def _join(entries: list[LayerRecord]) -> LayerRecord:
         _join_extra([routing.extra for routing in routings], order_N),
     )
     known = {}
-    for name in ("pad_T", "modality_T", "sample_T"):
+    for name in ("pad_T", "modality_T", "token_T"):
         parts = [getattr(entry.ctx, name) for entry in entries]
         known[name] = torch.cat(parts) if all(part is not None for part in parts) else None
+    known |= _join_samples([entry.ctx for entry in entries])
     return LayerRecord(entries[0].layer, routing, Context(**known), entries[0].projection)
+
+
+def _join_samples(contexts: Sequence[Context]) -> dict[str, Tensor]:
+    """``sample_T``, ``cond_BC`` and ``label_B``, where every forward pass has them, the samples numbered
+    through."""
+    known: dict[str, Tensor] = {}
+    for name in ("cond_BC", "label_B"):
+        parts = [getattr(ctx, name) for ctx in contexts]
+        if all(part is not None for part in parts):
+            known[name] = torch.cat(parts)
+    samples = [ctx.sample_T for ctx in contexts if ctx.sample_T is not None]
+    if len(samples) == len(contexts):
+        # numbers only have to differ where nothing is looked up by them; counting samples would wait for a GPU
+        rows = [ctx.cond_BC if "cond_BC" in known else ctx.label_B for ctx in contexts] if known else samples
+        starts = accumulate((len(row) for row in rows if row is not None), initial=0)
+        known["sample_T"] = torch.cat([own + start for own, start in zip(samples, starts, strict=False)])
+    return known
 
 
 def _join_extra(extras: Sequence[dict[str, Tensor]], order_N: Tensor) -> dict[str, Tensor]:
@@ -176,6 +209,7 @@ class _RememberContext:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         context, runs = copy_context(), 0
+        carry = dict(current_context().carry or {})  # of the layers before; the second run finds all layers'
 
         def run(*inputs: Any, **options: Any) -> Any:
             nonlocal runs
@@ -183,13 +217,14 @@ class _RememberContext:
             if runs == 1:
                 return function(*inputs, **options)
             # a copy, since several threads may run backward passes through one graph
-            return context.copy().run(_unrecorded, function, *inputs, **options)
+            return context.copy().run(_again, carry, function, *inputs, **options)
 
         return self.checkpoint(run, *args, **kwargs)
 
 
-def _unrecorded(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+def _again(carry: dict[str, Tensor], function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     _records.set(None)
+    _context.set(replace(_context.get(), carry=dict(carry)))
     return function(*inputs, **options)
 
 

@@ -2,16 +2,19 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.moe import LayerRecord, Router, expert_load
+from unimoe.moe.install import moe_layers
 
+from .ranks import data_parallel_size, mean_over_ranks
 from .sharding import clip_norm
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -33,6 +36,8 @@ class ResumableModule(LightningModule):
         super().__init__()
         self.strict_loading = False  # checkpoints hold only what trains; on_load_checkpoint checks the names
         self._began: tuple[float, float] | None = None
+        self._load: dict[int, Tensor] = {}
+        """[E] pairs of each expert in the step so far, by MoE layer whose router acts on them."""
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
         """The return value of ``configure_optimizers``: the optimizer, its learning rates scaled by
@@ -87,19 +92,44 @@ class ResumableModule(LightningModule):
         """Seed the step from (seed, step, rank), so that dropout does not depend on what ran before."""
         torch.manual_seed(((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank) % 2**63)
 
+    def count_load(self, records: Sequence[LayerRecord]) -> None:
+        """Add the load of a micro-batch to that of the step, for routers that act on it."""
+        acting = self._acting_routers()
+        for one in records:
+            if one.layer in acting:
+                pairs_E = expert_load(one).tokens_per_expert.detach()
+                self._load[one.layer] = self._load.get(one.layer, 0) + pairs_E
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; then routers act on the load of the whole step (``Router.after_step``)."""
+        super().optimizer_step(*args, **kwargs)
+        for index, router in self._acting_routers().items():
+            if index in self._load:
+                router.after_step(mean_over_ranks(self._load[index]) * data_parallel_size(self.trainer))
+        self._load = {}
+
+    def _acting_routers(self) -> dict[int, Router]:
+        routers = {index: layer.router for index, layer in moe_layers(self).items()}
+        return {i: router for i, router in routers.items() if type(router).after_step is not Router.after_step}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what trains; the frozen rest is loaded from ``init_from`` again."""
-        trained = self.trained_names()
-        checkpoint["state_dict"] = {
-            name: t for name, t in checkpoint["state_dict"].items() if name in trained
-        }
+        """Keep only what changes; the frozen rest is loaded from ``init_from`` again."""
+        kept = self.checkpoint_names()
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found, expected = set(checkpoint["state_dict"]), self.trained_names()
+        found, expected = set(checkpoint["state_dict"]), self.checkpoint_names()
         if found != expected:
             name = min(found ^ expected)
             side = "lacks" if name in expected else "has"
             raise UserError(f"the checkpoint does not belong to this stage: it {side} {name}")
+
+    def checkpoint_names(self) -> set[str]:
+        """Names, in this module's state_dict, of what training changes: parameters, and routers' buffers."""
+        parameters = dict(self.named_parameters())
+        routers = {f"{name}.": part for name, part in self.named_modules() if isinstance(part, Router)}
+        buffers = {before + name for before, router in routers.items() for name in router.state_dict()}
+        return self.trained_names() | (buffers - parameters.keys())
 
     def trained_names(self) -> set[str]:
         """Names, in this module's state_dict, of the parameters that train."""

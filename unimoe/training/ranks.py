@@ -43,6 +43,14 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / get_world_size()
 
 
+def across_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, whose gradient is that of this rank's share: see
+    :data:`unimoe.moe.losses.auxiliary.Across`."""
+    if not (is_available() and is_initialized()):
+        return values
+    return values - values.detach() + mean_over_ranks(values)
+
+
 def expert_load_over_ranks(load: ExpertLoad) -> ExpertLoad:
     """The mean load of a rank's layers [L, E]; every rank must call it."""
     assert isinstance(load.tokens, Tensor)

@@ -113,7 +113,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert module is not None
         if path.is_file():
             return self._load_file(path, module, weights_only)
-        trained = module.trained_names()  # type: ignore[operator]
+        trained = module.checkpoint_names()  # type: ignore[operator]
         weights = {name: t for name, t in get_model_state_dict(module).items() if name in trained}
         state: dict[str, Any] = {"state_dict": weights}
         for index, optimizer in enumerate(self.optimizers):

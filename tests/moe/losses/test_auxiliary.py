@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from unimoe.moe import Context, ExpertLoad, LayerRecord, MoEConfig, TopK, auxiliary_loss, load_balance, z_loss
+from unimoe.errors import UserError
+from unimoe.moe import Context, LayerRecord, TopK, auxiliary_loss, load_balance, z_loss
 
 
 def records():
@@ -14,16 +15,21 @@ def records():
 @pytest.mark.parametrize(("balance", "z"), [(0.01, 0.0), (0.0, 0.1), (0.5, 0.25)])
 def test_coefficients_weigh_the_sums_over_layers(balance, z):
     both = records()
-    found = auxiliary_loss(MoEConfig(balance_coef=balance, z_coef=z), both)
+    found = auxiliary_loss({"balance": balance, "z": {"coef": z}}, both)
     torch.testing.assert_close(found, balance * load_balance(both).sum() + z * z_loss(both).sum())
 
 
-def test_the_load_of_a_global_batch_reaches_every_loss():
+def test_every_loss_is_that_of_the_global_batch():
+    """Another rank with three times as many tokens and the same values each: means over 4 times the tokens."""
     both = records()
-    load = ExpertLoad(torch.rand(2, 4), torch.tensor(12.0))  # twice as many tokens as here
-    found = auxiliary_loss(MoEConfig(balance_coef=1.0, z_coef=1.0), both, load)
-    torch.testing.assert_close(found, load_balance(both, load).sum() + z_loss(both).sum() / 2)
+    found = auxiliary_loss({"balance": 1.0, "z": 1.0}, both, across=lambda values: 2 * values)
+    torch.testing.assert_close(found, load_balance(both).sum() + z_loss(both).sum())
 
 
 def test_without_coefficients_it_is_zero():
-    assert auxiliary_loss(MoEConfig(balance_coef=0.0), records()) == 0
+    assert auxiliary_loss({"balance": 0.0}, records()) == 0
+
+
+def test_an_unknown_loss():
+    with pytest.raises(UserError, match="moe.losses: unknown 'zz', did you mean 'z'"):
+        auxiliary_loss({"zz": 1.0}, records())

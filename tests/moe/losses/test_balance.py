@@ -2,7 +2,8 @@ from typing import Any
 
 import torch
 
-from unimoe.moe import Context, ExpertLoad, LayerRecord, Routing, TopK, expert_load, load_balance
+from unimoe.moe import Context, LayerRecord, Routing, TopK, expert_load, load_balance
+from unimoe.moe.losses.auxiliary import alone
 
 
 def uniform(tokens=8, E=4, k=2, ctx=None):
@@ -30,14 +31,13 @@ def collapsed(tokens=8, E=4):
 def test_uniform_routing_is_one_and_collapse_is_the_number_of_experts():
     losses = load_balance([uniform(), collapsed()])
     torch.testing.assert_close(losses, torch.tensor([1.0, 4.0]))
-    assert load_balance(uniform()).shape == ()
     assert load_balance([]).shape == (0,)
 
 
 def test_balance_equals_its_definition():
     one = random()
     f = torch.bincount(one.routing.expert_N, minlength=4) / 64
-    torch.testing.assert_close(load_balance(one), 4 * (f * one.routing.probs_TE.mean(0)).sum())
+    torch.testing.assert_close(load_balance([one])[0], 4 * (f * one.routing.probs_TE.mean(0)).sum())
 
 
 def test_balance_gradient_pushes_down_the_busy_expert():
@@ -47,25 +47,39 @@ def test_balance_gradient_pushes_down_the_busy_expert():
     before = router(x, Context()).probs_TE.mean(0)[busy].item()
     for _ in range(20):
         router.zero_grad()
-        load_balance(LayerRecord(0, router(x, Context()), Context())).backward()
+        load_balance([LayerRecord(0, router(x, Context()), Context())]).sum().backward()
         with torch.no_grad():
             router.weight -= 0.5 * router.weight.grad
     assert router(x, Context()).probs_TE.mean(0)[busy].item() < before
 
 
-def test_load_of_a_global_batch_can_be_given():
-    one = random()
-    share = torch.tensor([1.0, 0, 0, 0])
-    expected = 4 * one.routing.probs_TE.mean(0)[0]
-    torch.testing.assert_close(load_balance(one, ExpertLoad(share)), expected)
-    torch.testing.assert_close(load_balance([one], ExpertLoad(share[None])), expected[None])
+def test_two_ranks_have_the_loss_and_the_gradients_of_one():
+    """Ranks of 32 and 16 tokens; their mean gradient is that of the 48 together."""
+    torch.manual_seed(1)
+    router, x = TopK(8, 4, 2, init_std=1.0), torch.randn(48, 8)
 
+    def gradient(rows: list[slice], across: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        records = [LayerRecord(0, router(x[one], Context()), Context()) for one in rows]
+        loss = torch.stack([load_balance([one], across=across(one, records)) for one in records]).mean()
+        return loss, torch.autograd.grad(loss, router.weight)[0]
 
-def test_the_tokens_of_a_global_batch_divide_the_probabilities():
-    one = random()
-    load = expert_load(one)
-    twice = ExpertLoad(load.tokens_per_expert, 2 * load.tokens)
-    torch.testing.assert_close(load_balance(one, twice), load_balance(one) / 2)
+    def of_ranks(own: LayerRecord, every: list[LayerRecord]) -> Any:
+        counts = [
+            torch.cat([load.tokens_per_expert, load.tokens[None]]) for load in (expert_load(one) for one in every)
+        ]
+        probabilities = [one.routing.probs_TE.sum(0) for one in every]
+
+        def across(values: torch.Tensor) -> torch.Tensor:
+            """The first call asks for counts, the second for sums of probabilities."""
+            mean = torch.stack(probabilities if values.requires_grad else counts).mean(0).detach()
+            return values - values.detach() + mean
+
+        return across
+
+    together = gradient([slice(0, 48)], lambda own, every: alone)
+    apart = gradient([slice(0, 32), slice(32, 48)], of_ranks)
+    for found, expected in zip(apart, together, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_padding_counts_nowhere():
@@ -75,10 +89,10 @@ def test_padding_counts_nowhere():
     pad[[1, 5, 11]] = True
     padded = LayerRecord(0, router(x, Context()), Context(pad_T=pad))
     without = LayerRecord(0, router(x[~pad], Context()), Context())
-    torch.testing.assert_close(load_balance(padded), load_balance(without))
-    assert not torch.allclose(load_balance(padded), load_balance(LayerRecord(0, padded.routing, Context())))
+    torch.testing.assert_close(load_balance([padded]), load_balance([without]))
+    assert not torch.allclose(load_balance([padded]), load_balance([LayerRecord(0, padded.routing, Context())]))
 
 
 def test_only_padding_is_zero_and_finite():
     ctx = Context(pad_T=torch.ones(8, dtype=torch.bool))
-    assert load_balance(uniform(ctx=ctx)) == 0
+    assert load_balance([uniform(ctx=ctx)]) == 0

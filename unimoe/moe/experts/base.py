@@ -3,6 +3,8 @@
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, D hidden.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,6 +21,8 @@ class Experts(nn.Module):
     """
 
     num_experts: int
+    knobs: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a schedule may set during training."""
 
     def forward(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         """[T, D] tokens -> [T, D]: the outputs of each token's experts, weighted and summed.

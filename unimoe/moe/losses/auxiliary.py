@@ -1,32 +1,65 @@
-"""The auxiliary losses that a configuration asks for, as one number.
+"""The contract of auxiliary losses, and those of a configuration as one number.
 
 Shapes: L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from unimoe.moe.config import MoEConfig
-from unimoe.moe.load_counts import ExpertLoad
+from unimoe.moe.parts import LOSSES
 from unimoe.moe.records import LayerRecord
 
-from .balance import load_balance
-from .z import z_loss
+if TYPE_CHECKING:
+    from unimoe.moe.layer import MoELayer
+
+Across = Callable[[Tensor], Tensor]
+"""The mean of a tensor over the processes of a run, whose gradient is that of this process's share. A loss
+that is a function of such means is that of the global batch, and so are its gradients once they are averaged
+over the processes (DDP, FSDP2). It must be called equally often, and with equal shapes, on each process."""
+
+
+class AuxiliaryLoss(Protocol):
+    """A loss over the recorded routing of a step."""
+
+    def __call__(
+        self, records: Sequence[LayerRecord], layers: "Mapping[int, MoELayer]", across: Across, **settings: Any
+    ) -> Tensor:
+        """[L] or a scalar, differentiable.
+
+        Args:
+            records: one of each MoE layer (at least one), in order.
+            layers: the layers by the index of their records, for losses that need weights.
+            across: see ``Across``.
+            settings: of the loss.
+        """
+        ...
+
+
+def alone(values: Tensor) -> Tensor:
+    """``Across`` of a single process."""
+    return values
 
 
 def auxiliary_loss(
-    moe: MoEConfig,
+    losses: Mapping[str, Any],
     records: Sequence[LayerRecord],
-    load: ExpertLoad | None = None,
+    layers: "Mapping[int, MoELayer] | None" = None,
+    across: Across = alone,
 ) -> Tensor:
-    """The configured auxiliary losses, weighted and summed over the recorded layers (at least one): 0-d.
+    """The configured auxiliary losses (``MoEConfig.losses``), weighted and summed over the layers: 0-d.
 
-    ``load`` as of :func:`load_balance`.
+    Args:
+        losses: name -> coefficient, or ``{coef: 0.01, ...settings}``. A coefficient of 0 computes nothing.
+        records: one of each MoE layer, at least one.
+        layers: as of :class:`AuxiliaryLoss`; only some losses need them.
+        across: see ``Across``.
     """
     total = records[0].routing.logits_TE.new_zeros(())
-    if moe.balance_coef:
-        total = total + moe.balance_coef * load_balance(records, load).sum()
-    if moe.z_coef:
-        total = total + moe.z_coef * z_loss(records, None if load is None else load.tokens).sum()
+    for name, given in losses.items():
+        settings = dict(given) if isinstance(given, Mapping) else {"coef": given}
+        if coefficient := settings.pop("coef"):
+            loss = LOSSES.find(name).build(records, layers or {}, across, **settings)
+            total = total + coefficient * loss.sum()
     return total

@@ -6,32 +6,39 @@ that with ``expert_load``.
 Shapes: E experts, L layers. Padding tokens count nowhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unimoe.moe.load_counts import ExpertLoad, expert_load
+from unimoe.moe.parts import LOSSES
 from unimoe.moe.records import LayerRecord
 
+from .auxiliary import Across, alone
 
-def load_balance(records: LayerRecord | Sequence[LayerRecord], load: ExpertLoad | None = None) -> Tensor:
-    """Load-balance loss E * sum_i f_i P_i (Fedus et al., arXiv 2101.03961, eq. 4); 1 at uniform routing,
-    differentiable in P.
 
-    Args:
-        records: one record, or one per layer.
-        load: f in place of this batch's, and the number of tokens that P is divided by. With the load of all
-            ranks and their mean number of tokens, the mean over the ranks is the loss of the global batch.
+@LOSSES.register("balance", source="Switch Transformer, arXiv 2101.03961, eq. 4", axis="load balance")
+def load_balance(
+    records: Sequence[LayerRecord], layers: Mapping[int, Any] | None = None, across: Across = alone
+) -> Tensor:
+    """Load-balance loss E * sum_i f_i P_i; 1 at uniform routing, differentiable in P.
+
+    f is the share of the pairs and P the mean probability of an expert, both over the batches of all
+    processes (global-batch balance, arXiv 2501.11873).
 
     Returns:
-        [L], or a scalar for a single record. Zero where every token is padding.
+        [L]. Zero where every token is padding.
     """
-    if isinstance(records, LayerRecord):
-        share_E = (expert_load(records) if load is None else load).share
-        mean_E = records.mean(records.routing.probs_TE, None if load is None else load.tokens)
-        return records.routing.num_experts * (share_E * mean_E).sum()
     if not records:
         return torch.zeros(0)
-    loads = [None if load is None else load.layer(index) for index in range(len(records))]
-    return torch.stack([load_balance(one, own) for one, own in zip(records, loads, strict=True)])
+    loads = [expert_load(record) for record in records]
+    counts = [torch.cat([load.tokens_per_expert, torch.as_tensor(load.tokens)[None]]) for load in loads]
+    totals_LE = across(torch.stack([one.total(one.routing.probs_TE) for one in records]))
+    losses = []
+    for counts_X, total_E in zip(across(torch.stack(counts)), totals_LE, strict=True):
+        pairs_E, tokens = counts_X[:-1], counts_X[-1]
+        share_E, mean_E = ExpertLoad(pairs_E).share, total_E / tokens.clamp(min=1)
+        losses.append(len(share_E) * (share_E * mean_E).sum())
+    return torch.stack(losses)

@@ -3,20 +3,25 @@
 Shapes: T tokens, L layers. Padding tokens count nowhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unimoe.moe.parts import LOSSES
 from unimoe.moe.records import LayerRecord
 
+from .auxiliary import Across, alone
 
-def z_loss(records: LayerRecord | Sequence[LayerRecord], tokens: Tensor | float | None = None) -> Tensor:
-    """Router z-loss, mean of logsumexp(logits)^2 (Zoph et al., arXiv 2202.08906, eq. 5): [L], or a scalar for
-    a single record. ``tokens`` divides in place of this batch's number of tokens."""
-    if isinstance(records, LayerRecord):
-        z_T = records.routing.logits_TE.logsumexp(dim=-1).square()
-        return records.mean(z_T[:, None], tokens)[0]
+
+@LOSSES.register("z", source="ST-MoE, arXiv 2202.08906, eq. 5", axis="router regularisation")
+def z_loss(
+    records: Sequence[LayerRecord], layers: Mapping[int, Any] | None = None, across: Across = alone
+) -> Tensor:
+    """Router z-loss, mean of logsumexp(logits)^2: [L]."""
     if not records:
         return torch.zeros(0)
-    return torch.stack([z_loss(one, tokens) for one in records])
+    z_L = [one.total(one.routing.logits_TE.logsumexp(dim=-1).square()[:, None]) for one in records]
+    tokens_L = [one.tokens[None] for one in records]
+    return across(torch.cat(z_L)) / across(torch.cat(tokens_L)).clamp(min=1)

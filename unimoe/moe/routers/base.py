@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -25,14 +26,30 @@ class RouterDescription:
 
 
 class Router(nn.Module):
-    """Chooses experts for tokens: ``forward(x_TD, ctx) -> Routing``."""
+    """Chooses experts for tokens: ``forward(x_TD, ctx) -> Routing``.
+
+    Persistent buffers are state: checkpoints of a run hold them, as they hold what trains.
+    """
 
     num_experts: int
+    knobs: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a schedule may set during training, and that may differ between layers."""
+    looks_ahead: ClassVar[str] = ""
+    """How the choice for a token depends on later tokens or on other samples; empty if it does not. Causal LMs
+    refuse such a router."""
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         raise TypeError(
             f"{type(self).__name__} has no forward: a Router must define forward(x_TD, ctx) -> Routing"
         )
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Called after each optimizer step of training.
+
+        Args:
+            load_E: [E] float number of pairs of each expert in the step, over all of its micro-batches and
+                processes, without padding.
+        """
 
     def describe(self) -> RouterDescription:
         """Number of experts per token; a router that does not override this counts as dense."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 from unimoe.kernels.arguments import without_autocast
+from unimoe.moe.parts import ROUTERS
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
@@ -18,6 +19,12 @@ from .base import Router, RouterDescription
 from .sparse_mixer import GRADIENT_ESTIMATORS, sparse_mixer
 
 
+@ROUTERS.register(
+    "top_p",
+    source="Huang et al., arXiv 2403.07652; UniMoE-Audio, arXiv 2510.13344",
+    axis="sparse, token choice, number by token",
+    exact="whole copies, renormalized",
+)
 class TopP(Router):
     """Selects the smallest set of experts whose probabilities sum to at least ``p``.
 
@@ -31,7 +38,24 @@ class TopP(Router):
 
     The shared experts' weights are ``Routing.extra["shared_TS"]``. Sources: DCMoE and UniMoE-Audio
     (2510.13344); without null and shared experts and ``renormalize``: Huang et al., 2403.07652.
+
+    Args:
+        hidden_size: D.
+        num_experts: experts with weights.
+        p: cumulative probability of the experts of a token, above 0 and at most 1.
+        null_experts: experts without weights behind the others; visiting one skips computation.
+        shared_experts: experts that every token visits.
+        renormalize: divide the weights by their sum.
+        gradient_estimator: that of Uni-MoE-2.0-Omni, with the constants of its ``paper`` or of UniMoE-Audio's
+            ``code``; None uses the gradient of the softmax weights.
+        jitter: for the estimator, see :func:`sparse_mixer`.
+        init_std: standard deviation of the initial weights.
+
+    Raises:
+        UserError: ``p`` is out of range, or the estimator is not known.
     """
+
+    knobs = ("p",)
 
     def __init__(
         self,
@@ -46,11 +70,13 @@ class TopP(Router):
         init_std: float = 0.02,
     ):
         super().__init__()
+        if null_experts < 0:
+            raise UserError(f"moe.router.null_experts is {null_experts}, expected at least 0")
         if not 0 < p <= 1:
-            raise UserError(f"top-p router got p = {p}, expected above 0 and at most 1")
+            raise UserError(f"moe.router.p is {p}, expected above 0 and at most 1")
         if gradient_estimator is not None and gradient_estimator not in GRADIENT_ESTIMATORS:
             known = ", ".join(GRADIENT_ESTIMATORS)
-            raise UserError(f"gradient_estimator is {gradient_estimator!r}, expected one of {known}")
+            raise UserError(f"moe.router.gradient_estimator is {gradient_estimator!r}, expected one of {known}")
         self.num_experts, self.shared_experts = num_experts + null_experts, shared_experts
         self.p, self.renormalize, self.jitter = p, renormalize, jitter
         self.gradient_estimator = gradient_estimator

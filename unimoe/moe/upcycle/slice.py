@@ -14,17 +14,32 @@ from torch import Tensor, nn
 from unimoe.errors import UserError
 from unimoe.moe.experts.ffn import FFNExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
+from unimoe.moe.parts import EXPERTS
 from unimoe.moe.routers.top_k import TopK
 
 from .read import read_ffn, read_swiglu
 
 
+@EXPERTS.register(
+    "swiglu",
+    source="sparse upcycling, arXiv 2212.05055; slices: UniMoE-Audio, arXiv 2510.13344",
+    axis="FFN",
+    exact="whole copies, or all slices of one copy",
+)
 def split_experts(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) -> SwiGLUExperts:
     """Each of several dense FFNs of one shape cut in ``slices`` equal parts, an expert each (UniMoE-Audio,
     arXiv 2510.13344: 4 specialists, 2 slices, 8 experts).
 
     Expert m*slices + s is slice s of model m. One model many times over is exact as ``copy_experts`` or
-    ``slice_experts`` say; ``noise``: see there.
+    ``slice_experts`` say.
+
+    Args:
+        mlps: the FFNs.
+        slices: of each.
+        noise: Gaussian noise on each expert's weights, in standard deviations of each weight matrix.
+
+    Raises:
+        UserError: an FFN is not a bias-free SwiGLU FFN or has another shape, or cannot be cut evenly.
     """
     if not mlps:
         raise UserError("no dense FFN to make experts from, expected at least one")
@@ -52,24 +67,47 @@ def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0
     return split_experts([mlp] * copies, slices, noise)
 
 
-def slice_ffn(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> FFNExperts:
-    """``slice_experts`` for a two-layer FFN with biases (Dynamic-DINO, arXiv 2507.17436, section 3): the
-    rows of the first layer and its bias are cut, and every slice gets 1/slices of the last bias."""
-    (up, up_bias, down, down_bias), act = read_ffn(mlp)
-    width = _slice_width(down.shape[1], slices)
+@EXPERTS.register(
+    "ffn",
+    source="Dynamic-DINO, arXiv 2507.17436, section 3",
+    axis="FFN",
+    exact="whole copies, or all slices of one copy",
+)
+def split_ffns(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) -> FFNExperts:
+    """:func:`split_experts` for two-layer FFNs with biases, as detection transformers have them: the rows of
+    the first layer and its bias are cut, and every slice gets 1/slices of the last bias.
+
+    Args:
+        mlps: the FFNs.
+        slices: of each.
+        noise: Gaussian noise on each expert's weights, in standard deviations of each weight matrix.
+
+    Raises:
+        UserError: an FFN is no two-layer FFN, or cannot be cut evenly.
+    """
+    stacks: dict[str, list[Tensor]] = {}
+    for mlp in mlps:
+        (up, up_bias, down, down_bias), act = read_ffn(mlp)
+        width = _slice_width(down.shape[1], slices)
+        for name, stack in {
+            "up_proj": up.unflatten(0, (slices, width)),
+            "up_bias": up_bias.unflatten(0, (slices, width)),
+            "down_proj": torch.stack(down.split(width, dim=1)),
+            "down_bias": (down_bias / slices).expand(slices, -1),
+        }.items():
+            stacks.setdefault(name, []).append(stack)
     with torch.device("meta"):
-        experts = FFNExperts(slices * copies, down.shape[0], width, act=act)
-    stacks = {
-        "up_proj": up.unflatten(0, (slices, width)),
-        "up_bias": up_bias.unflatten(0, (slices, width)),
-        "down_proj": torch.stack(down.split(width, dim=1)),
-        "down_bias": (down_bias / slices).expand(slices, -1),
-    }
-    for name, stack in stacks.items():
-        copied = torch.cat([stack] * copies)
+        experts = FFNExperts(slices * len(mlps), down.shape[0], width, act=act)
+    for name, parts in stacks.items():
         # biases may all be zero: noise on weights only
-        setattr(experts, name, nn.Parameter(_noisy(copied, noise) if name.endswith("proj") else copied))
+        weight = torch.cat(parts)
+        setattr(experts, name, nn.Parameter(_noisy(weight, noise) if name.endswith("proj") else weight))
     return experts
+
+
+def slice_ffn(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> FFNExperts:
+    """``slice_experts`` for a two-layer FFN with biases."""
+    return split_ffns([mlp] * copies, slices, noise)
 
 
 def leading_slices(mlp: nn.Module, count: int, width: int) -> SwiGLUExperts:
