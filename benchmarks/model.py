@@ -70,7 +70,8 @@ def mixtral() -> tuple[Any, dict[str, Form]]:
 
 def demo() -> tuple[Any, dict[str, Form]]:
     """The demo's MoE model with its adapters, and a context manager that selects each implementation."""
-    model, _ = build_model("default", moe={"router": {"kind": "top_k", "k": TOP_K}, "experts": {"copies": EXPERTS}})
+    moe = {"router": {"kind": "top_k", "k": TOP_K}, "experts": {"copies": EXPERTS}}
+    model, _ = build_model("default", moe=moe)
     choose(model, [], [LoRA("attention", rank=8, alpha=16), LoRA("experts", rank=8, alpha=16)])
     forms = {
         "plain autograd": {"UNIMOE_KERNELS": "reference"},

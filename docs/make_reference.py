@@ -142,7 +142,14 @@ def configuration() -> str:
     ):
         lines += ["", f"### {title}", "", *([about] if about else []), *_table(rows_of(made_of, prefix))]
     lines += ["", "### Fields of `model.detector`", *_table(_own_rows(DynamicDinoConfig))]
-    lines += ["", "## Mixture", "", "`moe:` of a stage, a manifest or a model's `config.json`."]
+    lines += [
+        "",
+        "## Mixture",
+        "",
+        "`moe:` of a stage, a manifest or a model's `config.json`. `preset: NAME`"
+        " takes the settings of `configs/moe/NAME.yaml`, or of a file; keys beside it win."
+        " `unimoe moe list` names the parts and presets.",
+    ]
     lines += _table(rows_of(MoEConfig))
     lines += ["", "## Manifest of `unimoe assemble`", *_table(rows_of(Manifest))]
     lines += ["", "## Connectors", "", "`connector:` of a modality.", *_table(rows_of(ConnectorConfig))]

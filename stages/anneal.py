@@ -73,9 +73,8 @@ def check_anneal(settings: dict[str, Anneal], model: UniMoeForConditionalGenerat
         wanted = set(layers) if schedule.layers is None else set(schedule.layers)
         if lacking := sorted(wanted - {index for index, _ in _owners(model, key)}):
             knobs = {knob for layer in layers.values() for part in _parts(layer) for knob in part.knobs}
-            raise UserError(
-                f"model.anneal: layer {lacking[0]} has no knob {key!r}{nearest(key, [*LOSSES, *sorted(knobs)])}"
-            )
+            known = nearest(key, [*LOSSES, *sorted(knobs)])
+            raise UserError(f"model.anneal: layer {lacking[0]} has no knob {key!r}{known}")
 
 
 def losses_at(settings: dict[str, Anneal], losses: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -68,8 +68,8 @@ class StageConfig(OptimizerConfig, TrainableConfig, StartConfig):
     """Recompute the LLM's blocks in the backward pass instead of keeping their activations."""
 
     anneal: dict[str, Anneal] | None = None
-    """Schedules of coefficients of auxiliary losses (``balance``, ``z``, ...) and of knobs of the router or the
-    experts (``k`` of top_k); ``unimoe moe list`` names them."""
+    """Schedules of coefficients of auxiliary losses (``balance``, ``z``, ...) and of knobs of the router or
+    the experts (``k`` of top_k); ``unimoe moe list`` names them."""
 
     seed: int = 0
     """Of everything random; each step depends on it and on the step's number alone."""

@@ -57,7 +57,7 @@ def test_a_run_leaves_a_model_and_goes_on_to_experts(settings, world, tmp_path, 
     tuned["model"] = {"init_from": str(folder), "moe": {"copies": 2, "slices": 2}, "lr": 1e-3}
     assert cli.main(command(tuned)) == 0
     model, _ = load_detector(tuned["output"])
-    assert model.config.moe["num_experts"] == 4
+    assert model.config.moe["experts"]["copies"] * model.config.moe["experts"]["slices"] == 4
     assert json.loads((tmp_path / "experts" / "stage.json").read_text())["parents"][0]["stage"] == "tiny"
     before, after = (
         load_file(folder / "model.safetensors"),

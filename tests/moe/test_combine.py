@@ -53,5 +53,5 @@ def test_gradients():
 
 
 def test_unknown_mode():
-    with pytest.raises(UserError, match="combine is 'mean', expected one of weight"):
+    with pytest.raises(UserError, match="moe.combine: unknown 'mean' .known: weight, "):
         combine_weights("mean", routing()[1])

@@ -39,7 +39,10 @@ def test_round_trip_through_json():
         ({"experts": {"kind": "swiglue"}}, "moe.experts: unknown 'swiglue', did you mean 'swiglu'"),
         ({"experts": {"copies": 0}}, "moe.experts.copies is 0, expected at least 1"),
         ({"top_k": 5}, "moe.router.k is 5, expected 1..4"),
-        ({"router": {"kind": "top_k", "p": 0.4}}, "moe.router.p: top_k has no such setting, a setting of top_p"),
+        (
+            {"router": {"kind": "top_k", "p": 0.4}},
+            "moe.router.p: top_k has no such setting, a setting of top_p",
+        ),
         ({"router": {"k": [1, 5]}}, "moe.router.k is 5, expected 1..4"),
         ({"losses": {"balanced": 0.1}}, "moe.losses: unknown 'balanced', did you mean 'balance'"),
         ({"losses": {"balance": "much"}}, "moe.losses.balance is 'much', expected a coefficient"),

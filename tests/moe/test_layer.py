@@ -91,6 +91,8 @@ def test_empty_expert_has_zero_gradient():
 class Nowhere(Router):
     """Routes only the first token."""
 
+    num_experts = 4
+
     def forward(self, x_TD, ctx):
         zeros = torch.zeros(x_TD.shape[0], 4)
         one = torch.zeros(1, dtype=torch.int64)

@@ -48,9 +48,9 @@ def test_nothing_is_kept_outside():
 
 def test_contexts_nest_and_survive_an_error():
     outer, inner = Context(modality_T=torch.zeros(1)), Context(modality_T=torch.ones(1))
-    with routing_context(outer):
+    with routing_context(outer) as outer:
         try:
-            with routing_context(inner):
+            with routing_context(inner) as inner:
                 assert current_context() is inner
                 raise RuntimeError("as a forward may")
         except RuntimeError:
@@ -158,3 +158,53 @@ def test_checkpointing_gives_a_router_that_reads_its_context_the_same_gradients(
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     same = [torch.equal(one, other) for one, other in zip(*gradients, strict=True)]
     assert all(same) == remember
+
+
+class Passing(TopK):
+    """Adds the logits of the layer before to its own."""
+
+    def forward(self, x_TD, ctx):
+        before_TE = ctx.carry.get("logits_TE", torch.zeros(()))
+        ctx.carry["logits_TE"] = torch.nn.functional.linear(x_TD, self.weight) + before_TE
+        weight_TK, index_TK = ctx.carry["logits_TE"].softmax(-1).topk(self.k)
+        logits_TE = ctx.carry["logits_TE"]
+        return Routing.from_topk(index_TK, weight_TK, logits_TE, logits_TE.softmax(-1), self.num_experts)
+
+
+def test_checkpointing_gives_a_router_what_the_layers_before_it_carried():
+    torch.manual_seed(0)
+    model = nn.Sequential(*map(Block, range(3)))
+    for block in model:
+        block.mlp.router = Passing(8, 4, 2, init_std=1.0)
+    x, gradients = torch.randn(6, 8), []
+    for checkpointing in (False, True):
+        for block in model if checkpointing else ():
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        remember_context(model)
+        model.zero_grad()
+        with routing_context(Context()):
+            loss = model(x).square().sum()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert gradients[0][0].count_nonzero(), "the first router learns through the later ones"
+
+
+def test_nothing_is_carried_from_one_forward_pass_to_the_next():
+    with routing_context(Context()) as first:
+        first.carry["seen"] = torch.ones(1)
+    with routing_context(Context()) as second:
+        assert second.carry == {}
+    assert current_context().carry is None
+
+
+def test_joined_samples_keep_apart():
+    one, router = Context(sample_T=torch.tensor([0, 0, 1])), TopK(8, 4, 2)
+    parts = [LayerRecord(0, router(torch.randn(3, 8), one), one) for _ in range(2)]
+    (joined,) = join(parts)
+    samples = joined.ctx.sample_T
+    assert len(samples.unique()) == 4 and samples[0] == samples[1] != samples[2]
+    labelled = Context(sample_T=torch.tensor([0, 0, 1]), label_B=torch.tensor([5, 6]))
+    (joined,) = join([LayerRecord(0, part.routing, labelled) for part in parts])
+    assert joined.ctx.label_B[joined.ctx.sample_T].tolist() == [5, 5, 6, 5, 5, 6]

@@ -59,17 +59,17 @@ def test_slots_hold_what_the_manifest_says(manifest, aligned, expert_folder, tmp
 def test_copies_answer_as_the_dense_model(aligned, tmp_path):
     assemble(write(tmp_path / "m.yaml", base=str(aligned), experts=4), output=str(tmp_path / "moe"))
     dense, sparse = load_model(aligned)[0].eval(), load_model(tmp_path / "moe")[0].eval()
-    assert (sparse.config.moe or {})["num_experts"] == 4
+    assert (sparse.config.moe or {})["experts"]["copies"] == 4
     torch.testing.assert_close(sparse(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_command_line_overrides_the_mixture(manifest, tmp_path):
     path = write(tmp_path / "m.yaml", **manifest)
-    assemble(path, moe=["placement=[1]", "gating=softmax_topk", "renormalize=false"])
+    assemble(path, moe=["placement=[1]", "router.gating=softmax_topk", "router.renormalize=false"])
     model, _ = load_model(tmp_path / "assembled")
     assert list(moe_layers(model)) == [1]
-    routing = model.config.moe or {}
-    assert (routing["gating"], routing["renormalize"], routing["top_k"]) == ("softmax_topk", False, 2)
+    router = (model.config.moe or {})["router"]
+    assert (router["gating"], router["renormalize"], router["k"]) == ("softmax_topk", False, 2)
     with pytest.raises(UserError, match="--moe num_experts=2: expected KEY=VALUE"):
         assemble(path, moe=["num_experts=2"])
 
@@ -94,7 +94,7 @@ def test_specialists_are_split(manifest, expert_folder, tmp_path):
     assert model(IDS).logits.isfinite().all()
     for slot in manifest["experts"]:
         slot["data"] = "words.jsonl"
-    with pytest.raises(UserError, match="need moe.slices 1"):
+    with pytest.raises(UserError, match="need moe.experts.slices 1"):
         assemble(write(tmp_path / "m.yaml", **manifest))
 
 
@@ -197,7 +197,7 @@ def test_expert_of_another_llm(manifest, aligned, tmp_path):
         ({"base": "nowhere"}, "nowhere does not exist"),
         ({"moe": {"num_experts": 2}}, "follows from experts"),
         ({"moe": {"topk": 2}}, "unknown key 'topk'"),
-        ({"moe": {"top_k": 3}}, "moe.top_k is 3"),
+        ({"moe": {"top_k": 3}}, "moe.router.k is 3"),
         ({"connectors": {"audio": "SELF"}}, "the base has no audio"),
         ({"connectors": ["image"]}, "connectors must be of type dict"),
         ({"output": None}, "an output folder is missing: output: FOLDER, or --output"),

@@ -24,7 +24,9 @@ from unimoe.model.configuration import UniMoeConfig
 from unimoe.model.convert import image_modality
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoEConfig
+from unimoe.moe.config import merge
 from unimoe.moe.install import moe_layers
+from unimoe.stages.assemble import mixture as mixture_of
 from unimoe.stages.assemble import read_manifest
 from unimoe.stages.cli import main
 from unimoe.stages.trainable import LoRA, Trainable, choose
@@ -64,8 +66,7 @@ def count(*modules: Any) -> int:
 
 def mixture(manifest: str, **changes: Any) -> dict[str, Any]:
     parsed = read_manifest(FOLDER / f"{manifest}.yaml")
-    experts = len(parsed.experts) * parsed.moe.get("slices", 1)
-    return MoEConfig(**{**parsed.moe, **changes, "num_experts": experts}).to_dict()
+    return MoEConfig.from_dict(merge(mixture_of(parsed).to_dict(), changes)).to_dict()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_warm_up_trains_what_is_new_and_the_balance_loss_fades(world, aligned, e
             "model": {
                 "init_from": str(tmp_path / "start"),
                 "trainable": [{"match": ["*.mlp.router.*", "*.mlp.shared.*"], "lr": 1e-2}],
-                "anneal": {"balance_coef": {"start": 0.025, "end": 0.001, "steps": 2}},
+                "anneal": {"balance": {"start": 0.025, "end": 0.001, "steps": 2}},
             },
             "data": {"train": str(world / "train.jsonl"), "steps": 3, "batch_size": 3},
         }
@@ -81,7 +81,7 @@ def test_warm_up_trains_what_is_new_and_the_balance_loss_fades(world, aligned, e
     changed = {name for name, tensor in old.items() if not torch.equal(tensor, new[name])}
     assert changed == {name for name in old if ".mlp.router." in name or ".mlp.shared." in name}
     moe: Any = after.config.moe
-    assert moe["balance_coef"] == 0.001
+    assert moe["losses"]["balance"] == 0.001
     layer: Any = moe_layers(after)[0]
     assert (
         layer.router.gradient_estimator == "code"

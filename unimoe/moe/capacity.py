@@ -30,7 +30,9 @@ def keep_first(factor: float = 1.25) -> Capacity:
     return lambda routing: limit(routing, factor, -routing.token_N.float())
 
 
-@CAPACITY.register("probability", source="batch-prioritised routing, V-MoE, arXiv 2106.05974, section 4", axis="capacity")
+@CAPACITY.register(
+    "probability", source="batch-prioritised routing, V-MoE, arXiv 2106.05974, section 4", axis="capacity"
+)
 def keep_probable(factor: float = 1.25) -> Capacity:
     """Keep the pairs of largest weight.
 

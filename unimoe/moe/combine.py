@@ -15,13 +15,17 @@ Count = Callable[[], Tensor]
 """Computes k, the number of experts that each pair's token visits."""
 
 
-@COMBINE.register("weight", source="Shazeer et al., arXiv 1701.06538, eq. 1", exact="whole copies, weights sum to 1")
+@COMBINE.register(
+    "weight", source="Shazeer et al., arXiv 1701.06538, eq. 1", exact="whole copies, weights sum to 1"
+)
 def weight(w: Tensor, k: Count, slices: int) -> Tensor:
     """The router weight w."""
     return w
 
 
-@COMBINE.register("k_weight", source="Dynamic-DINO, arXiv 2507.17436", exact="slices of one copy, equal weights")
+@COMBINE.register(
+    "k_weight", source="Dynamic-DINO, arXiv 2507.17436", exact="slices of one copy, equal weights"
+)
 def k_weight(w: Tensor, k: Count, slices: int) -> Tensor:
     """k w: k slices of one FFN, each weighted 1/k, give the FFN back."""
     return w * k()
@@ -45,7 +49,11 @@ def straight_through(w: Tensor, k: Count, slices: int) -> Tensor:
     return 1 + (w - w.detach())
 
 
-@COMBINE.register("one_plus", source="Qwen2MoeSparseMoeBlock of Shwai-He/SparseUnifiedModel", exact="all slices of one copy, w = 0")
+@COMBINE.register(
+    "one_plus",
+    source="Qwen2MoeSparseMoeBlock of Shwai-He/SparseUnifiedModel",
+    exact="all slices of one copy, w = 0",
+)
 def one_plus(w: Tensor, k: Count, slices: int) -> Tensor:
     """1 + w."""
     return 1 + w
@@ -78,7 +86,5 @@ def combine_dense(mode: str, routing: Routing, slices: int = 1) -> Tensor:
         UserError: ``mode`` is not known.
     """
     chosen_TE = routing.chosen()
-    factor_TE = COMBINE.find(mode).build(
-        routing.dense(), lambda: chosen_TE.sum(dim=1, keepdim=True), slices
-    )
+    factor_TE = COMBINE.find(mode).build(routing.dense(), lambda: chosen_TE.sum(dim=1, keepdim=True), slices)
     return factor_TE.masked_fill(~chosen_TE, 0)

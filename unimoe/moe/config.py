@@ -58,13 +58,14 @@ class MoEConfig:
     the routed experts) and ``gate``: none; sigmoid, a learned factor of each token; one_plus, 1 + that
     logit. A router that weights shared experts (top_p) does so whatever the gate is."""
     combine: str = "weight"
-    """Factor of each expert's output: its router weight w (``weight``); ``k_weight`` k * w; ``slices`` w times
-    the number of slices; ``indicator`` 1; ``straight_through`` 1 with the gradient of w; ``one_plus`` 1 + w."""
+    """Factor of each expert's output: its router weight w (``weight``); ``k_weight`` k * w; ``slices`` w
+    times the number of slices; ``indicator`` 1; ``straight_through`` 1 with the gradient of w; ``one_plus``
+    1 + w."""
     capacity: dict[str, Any] | None = None
     """Pairs that an expert takes at most, e.g. ``{kind: probability, factor: 1.25}``; None drops no token."""
     losses: dict[str, Any] = field(default_factory=dict)
     """Auxiliary losses of training, each summed over layers: name -> coefficient, or ``{coef: 0.01,
-    ...settings}``. ``balance: 0`` switches the default off."""
+    ...settings}``. ``balance`` is 0.01 unless given; 0 switches it off."""
     placement: Literal["interval", "all", "first_half", "second_half", "none"] | list[int] = "interval"
     """Decoder layers whose FFN becomes an MoE layer: every even layer (0, 2, ...), all, one half, none, or a
     list of indices."""
@@ -84,7 +85,9 @@ class MoEConfig:
             settings = dict(given) if isinstance(given, dict) else {"coef": given}
             coefficient = settings.pop("coef", None)
             if not isinstance(coefficient, int | float):
-                raise UserError(f"moe.losses.{name} is {given!r}, expected a coefficient, or coef and settings")
+                raise UserError(
+                    f"moe.losses.{name} is {given!r}, expected a coefficient, or coef and settings"
+                )
             LOSSES.complete({"kind": name, **settings})
         for key, least in (("copies", 1), ("slices", 1)):
             _at_least(f"experts.{key}", self.experts[key], least)

@@ -28,8 +28,8 @@ class MoELayer(nn.Module):
        (combine.py), the pairs of a token summed. Experts that the router knows and ``experts`` does not have
        are null experts: they return zero, or the token itself (``null="identity"``)
     4. ``finish(x, y)``, where given, makes the output of the sum
-    5. ``shared``, an FFN that every token visits, is added, times ``shared_gate``; shared ``Experts`` with the
-       weights that the router gives them (``extra["shared_TS"]``), or with 1
+    5. ``shared``, an FFN that every token visits, is added, times ``shared_gate``; shared ``Experts`` with
+       the weights that the router gives them (``extra["shared_TS"]``), or with 1
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher(self.experts, x_TD, real, weight_N[: len(real.token_N)])
         if self.null == "identity":
             null_N = slice(len(real.token_N), None)
-            y_TD = y_TD.index_add(0, kept.token_N[null_N], x_TD[kept.token_N[null_N]] * weight_N[null_N, None])
+            y_TD = y_TD.index_add(
+                0, kept.token_N[null_N], x_TD[kept.token_N[null_N]] * weight_N[null_N, None]
+            )
         if self.finish is not None:
             y_TD = self.finish(x_TD, y_TD)
         if self.shared is not None:

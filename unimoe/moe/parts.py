@@ -143,7 +143,9 @@ def at_position(value: Any, place: Place, where: str) -> Any:
     if not isinstance(value, list):
         return value
     if len(value) != place.positions:
-        raise UserError(f"{where} lists {len(value)} values, expected one for each of {place.positions} layers")
+        raise UserError(
+            f"{where} lists {len(value)} values, expected one for each of {place.positions} layers"
+        )
     return value[place.position]
 
 

@@ -28,7 +28,7 @@ class Context:
     modality_T: Tensor | None = None
     """[T] int64 modality id of each token (text 0, image 1, video 2, speech 3, audio 4)."""
     sample_T: Tensor | None = None
-    """[T] int64 number of the sample each token belongs to; with ``cond_BC`` or ``label_B``, its row there."""
+    """[T] int64 number of the sample of each token: its row in ``cond_BC`` and ``label_B``, if given."""
     token_T: Tensor | None = None
     """[T] int64 id of each token in the vocabulary."""
     cond_BC: Tensor | None = None
@@ -153,7 +153,7 @@ def _join_samples(contexts: Sequence[Context]) -> dict[str, Tensor]:
             known[name] = torch.cat(parts)
     samples = [ctx.sample_T for ctx in contexts if ctx.sample_T is not None]
     if len(samples) == len(contexts):
-        # numbers only have to differ where nothing is looked up by them; counting samples would wait for a GPU
+        # without a lookup numbers only have to differ; counting samples would wait for a GPU
         rows = [ctx.cond_BC if "cond_BC" in known else ctx.label_B for ctx in contexts] if known else samples
         starts = accumulate((len(row) for row in rows if row is not None), initial=0)
         known["sample_T"] = torch.cat([own + start for own, start in zip(samples, starts, strict=False)])

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 
 class SharedGate(nn.Module):
-    """[T, D] -> [T, 1]: ``sigmoid`` of a linear map (Qwen2-MoE, Qwen3-Next), which starts near 1/2, or
-    ``one_plus``: 1 + the linear map, which starts at 1 (Qwen2MoeSparseMoeBlock of Shwai-He/SparseUnifiedModel)."""
+    """[T, D] -> [T, 1]: ``sigmoid`` of a linear map, near 1/2 at the start (Qwen2-MoE, Qwen3-Next), or
+    ``one_plus``: 1 + the linear map, 1 at the start (Qwen2MoeSparseMoeBlock of Shwai-He/SparseUnifiedModel).
+    """
 
     def __init__(self, hidden_size: int, kind: Literal["sigmoid", "one_plus"], init_std: float = 0.02):
         super().__init__()

@@ -113,7 +113,9 @@ def test_public_weights_are_used_and_tuned_by_the_command_line(public, world, tm
     path.write_text(yaml.safe_dump(run))
     assert cli.main(["fit", "-c", str(shipped / "full.yaml"), "-c", str(path)]) == 0
     config = DynamicDinoForObjectDetection.from_pretrained(tmp_path / "tuned").config
-    assert config.moe["num_experts"] == 16 and config.enhancer == "full"
+    assert (
+        config.moe["experts"]["copies"] * config.moe["experts"]["slices"] == 16 and config.enhancer == "full"
+    )
     for model in (public, tmp_path / "tuned"):
         capsys.readouterr()
         args = [str(model), str(world / "0.png"), "--prompt", "cat, tree", "--threshold", "0", "--json"]

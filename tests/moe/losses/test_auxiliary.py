@@ -20,7 +20,7 @@ def test_coefficients_weigh_the_sums_over_layers(balance, z):
 
 
 def test_every_loss_is_that_of_the_global_batch():
-    """Another rank with three times as many tokens and the same values each: means over 4 times the tokens."""
+    """Means are over the tokens of all ranks: twice the counts and twice the sums change nothing."""
     both = records()
     found = auxiliary_loss({"balance": 1.0, "z": 1.0}, both, across=lambda values: 2 * values)
     torch.testing.assert_close(found, load_balance(both).sum() + z_loss(both).sum())

@@ -65,7 +65,8 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one():
 
     def of_ranks(own: LayerRecord, every: list[LayerRecord]) -> Any:
         counts = [
-            torch.cat([load.tokens_per_expert, load.tokens[None]]) for load in (expert_load(one) for one in every)
+            torch.cat([load.tokens_per_expert, load.tokens[None]])
+            for load in (expert_load(one) for one in every)
         ]
         probabilities = [one.routing.probs_TE.sum(0) for one in every]
 
@@ -90,7 +91,9 @@ def test_padding_counts_nowhere():
     padded = LayerRecord(0, router(x, Context()), Context(pad_T=pad))
     without = LayerRecord(0, router(x[~pad], Context()), Context())
     torch.testing.assert_close(load_balance([padded]), load_balance([without]))
-    assert not torch.allclose(load_balance([padded]), load_balance([LayerRecord(0, padded.routing, Context())]))
+    assert not torch.allclose(
+        load_balance([padded]), load_balance([LayerRecord(0, padded.routing, Context())])
+    )
 
 
 def test_only_padding_is_zero_and_finite():

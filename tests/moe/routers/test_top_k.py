@@ -68,7 +68,7 @@ def test_saved_name_and_meta_device():
 
 
 def test_mistakes_name_what_was_found():
-    with pytest.raises(UserError, match="k = 5, expected 1..4"):
+    with pytest.raises(UserError, match="moe.router.k is 5, expected 1..4"):
         TopK(8, 4, 5)
     with pytest.raises(UserError, match="gating is 'sigmoid'"):
         TopK(8, 4, 2, gating="sigmoid")  # type: ignore[arg-type]

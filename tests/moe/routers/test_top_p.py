@@ -139,7 +139,7 @@ def test_ragged_pairs_are_sorted_by_expert():
 
 
 def test_mistakes_name_what_was_found():
-    with pytest.raises(UserError, match="p = 1.5"):
+    with pytest.raises(UserError, match="moe.router.p is 1.5"):
         TopP(H, 4, 1.5)
     with pytest.raises(UserError, match="gradient_estimator is 'grin', expected one of paper, code"):
         TopP(H, 4, gradient_estimator="grin")  # type: ignore[arg-type]

@@ -24,7 +24,11 @@ class AuxiliaryLoss(Protocol):
     """A loss over the recorded routing of a step."""
 
     def __call__(
-        self, records: Sequence[LayerRecord], layers: "Mapping[int, MoELayer]", across: Across, **settings: Any
+        self,
+        records: Sequence[LayerRecord],
+        layers: "Mapping[int, MoELayer]",
+        across: Across,
+        **settings: Any,
     ) -> Tensor:
         """[L] or a scalar, differentiable.
 

@@ -35,8 +35,8 @@ class Router(nn.Module):
     knobs: ClassVar[tuple[str, ...]] = ()
     """Attributes that a schedule may set during training, and that may differ between layers."""
     looks_ahead: ClassVar[str] = ""
-    """How the choice for a token depends on later tokens or on other samples; empty if it does not. Causal LMs
-    refuse such a router."""
+    """How the choice for a token depends on later tokens or on other samples; empty if it does not. Causal
+    LMs refuse such a router."""
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         raise TypeError(

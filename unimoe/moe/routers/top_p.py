@@ -76,7 +76,9 @@ class TopP(Router):
             raise UserError(f"moe.router.p is {p}, expected above 0 and at most 1")
         if gradient_estimator is not None and gradient_estimator not in GRADIENT_ESTIMATORS:
             known = ", ".join(GRADIENT_ESTIMATORS)
-            raise UserError(f"moe.router.gradient_estimator is {gradient_estimator!r}, expected one of {known}")
+            raise UserError(
+                f"moe.router.gradient_estimator is {gradient_estimator!r}, expected one of {known}"
+            )
         self.num_experts, self.shared_experts = num_experts + null_experts, shared_experts
         self.p, self.renormalize, self.jitter = p, renormalize, jitter
         self.gradient_estimator = gradient_estimator
