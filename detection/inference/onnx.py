@@ -50,13 +50,13 @@ class DenseExperts(nn.Module):
         super().__init__()
         self.router: Any = layer.router
         self.experts: Any = layer.experts
-        self.combine, self.act = layer.combine, ACT2FN[self.experts.act]
+        self.combine, self.slices, self.act = layer.combine, layer.slices, ACT2FN[self.experts.act]
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD, experts = x.reshape(-1, x.shape[-1]), self.experts
         routing = self.router(x_TD, current_context())
         # null experts, the last of the router's, have no weights
-        weight_TE = combine_dense(self.combine, routing)[:, : experts.num_experts].to(x.dtype)
+        weight_TE = combine_dense(self.combine, routing, self.slices)[:, : experts.num_experts].to(x.dtype)
         h_TEI = self.act(torch.einsum("td,eid->tei", x_TD, experts.up_proj) + experts.up_bias)
         y_TD = torch.einsum("tei,edi->td", h_TEI * weight_TE[..., None], experts.down_proj)
         return (y_TD + weight_TE @ experts.down_bias).reshape(x.shape)

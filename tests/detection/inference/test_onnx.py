@@ -32,8 +32,8 @@ NAMES = ["cat", "red car", "tree"]
 @pytest.mark.parametrize("gate", GATES)
 def test_experts_of_fixed_shapes_answer_as_the_ragged_ones(gate):
     """Differences are the order of sums, over numbers of size 30."""
-    settings = {key: value for key, value in GATES[gate].items() if key != "combine"}
-    layer = MoELayer(TopK(16, 8, k=2, **settings), FFNExperts(8, 16, 12), combine=GATES[gate]["combine"])
+    combine, settings = GATES[gate]
+    layer = MoELayer(TopK(16, 8, k=2, **settings), FFNExperts(8, 16, 12), combine=combine)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(3, 7, 16)
