@@ -101,6 +101,10 @@ def assemble(
     """
     parsed = read_manifest(manifest)
     parsed.moe = merge(parsed.moe, _overrides(moe))
+    if parsed.experts[0].data and mixture(parsed).experts["slices"] != 1:
+        raise UserError(
+            f"{manifest}: routers that start from data need moe.experts.slices 1; leave out the data"
+        )
     target = output or parsed.output
     if target is None:
         raise UserError(f"{manifest}: an output folder is missing: output: FOLDER, or --output")
@@ -108,10 +112,6 @@ def assemble(
     find_model(parsed.base, "base", hub=False)
     parents = [{"folder": path, "sha256": folder_hash(path)} for path in _sources(parsed)]
     files = _data(parsed)
-    if files and mixture(parsed).experts["slices"] != 1:
-        raise UserError(
-            f"{manifest}: routers that start from data need moe.experts.slices 1; leave out the data"
-        )
     content = {"content of parents": parents, "content of data": data_hashes(files)}
     settings = {**flatten({**asdict(parsed), "output": None}), **content}
     if overwrite:
