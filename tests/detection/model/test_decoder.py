@@ -27,14 +27,14 @@ def decoder(**settings) -> Decoder:
 
 
 def test_experts_together_are_as_wide_as_the_dense_ffn():
-    moe = {"num_experts": 4, "top_k": 3, "placement": [1]}
-    config = DynamicDinoConfig(**SMALL, moe=moe)
+    old = {"num_experts": 6, "top_k": 3, "placement": [1]}  # as 0.1 saved it
+    config = DynamicDinoConfig(**SMALL, moe=old)
     first, second = (feed_forward(config, layer) for layer in range(2))
     assert isinstance(first, FFN) and first.up_proj.weight.shape == (24, 32)
     assert isinstance(second, MoELayer) and second.layer_index == 1
-    assert second.experts.down_proj.shape == (4, 32, 8)  # 3 of 4 experts, a third of the width each
-    with pytest.raises(UserError, match=r"moe.top_k is 5, expected a divisor of ffn_dim \(24\)"):
-        feed_forward(DynamicDinoConfig(**SMALL, moe={**moe, "num_experts": 8, "top_k": 5}), 1)
+    assert second.experts.down_proj.shape == (6, 32, 8)  # 3 of 6 experts, a third of the width each
+    with pytest.raises(UserError, match=r"moe.experts.slices is 5, expected a divisor of ffn_dim \(24\)"):
+        feed_forward(DynamicDinoConfig(**SMALL, moe={"experts": {"slices": 5}, "placement": [1]}), 1)
 
 
 def test_box_heads_at_the_start_keep_the_boxes():
