@@ -110,9 +110,7 @@ class ResumableModule(LightningModule):
 
     def _acting_routers(self) -> dict[int, Router]:
         routers = {index: layer.router for index, layer in moe_layers(self).items()}
-        return {
-            i: router for i, router in routers.items() if type(router).after_step is not Router.after_step
-        }
+        return {index: router for index, router in routers.items() if router.acts_on_load}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what changes; the frozen rest is loaded from ``init_from`` again."""

@@ -43,6 +43,11 @@ class Router(nn.Module):
             f"{type(self).__name__} has no forward: a Router must define forward(x_TD, ctx) -> Routing"
         )
 
+    @property
+    def acts_on_load(self) -> bool:
+        """Whether ``after_step`` does anything, so that a run counts the load."""
+        return type(self).after_step is not Router.after_step
+
     def after_step(self, load_E: Tensor) -> None:
         """Called after each optimizer step of training.
 
