@@ -2,17 +2,25 @@
 
 from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.ffn import FFNExperts
+from unimoe.moe.experts.latent import LatentExperts
 from unimoe.moe.experts.lora import LoRAExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.losses.auxiliary import auxiliary_loss
-from unimoe.moe.losses.balance import load_balance
+from unimoe.moe.losses.balance import device_balance, load_balance, sequence_balance
+from unimoe.moe.losses.coupling import coupling
+from unimoe.moe.losses.entropy import entropy
+from unimoe.moe.losses.top1_balance import top1_balance
 from unimoe.moe.losses.z import z_loss
 from unimoe.moe.routers.base import Router, RouterDescription
+from unimoe.moe.routers.experts_choose import ExpertsChoose
 from unimoe.moe.routers.fixed import FixedExpertRouter
+from unimoe.moe.routers.hash import HashRouter
+from unimoe.moe.routers.recurrent import RecurrentRouter
 from unimoe.moe.routers.sparse_mixer import sparse_mixer
 from unimoe.moe.routers.top_k import TopK
 from unimoe.moe.routers.top_p import TopP
 from unimoe.moe.upcycle.copy import copy_experts, from_dense
+from unimoe.moe.upcycle.latent import latent_experts
 from unimoe.moe.upcycle.read import read_ffn, read_swiglu
 from unimoe.moe.upcycle.slice import cut_swiglu, repeat_router, slice_experts, slice_ffn, split_experts
 
@@ -28,13 +36,17 @@ __all__ = [
     "Context",
     "ExpertLoad",
     "Experts",
+    "ExpertsChoose",
     "FFNExperts",
     "FixedExpertRouter",
+    "HashRouter",
+    "LatentExperts",
     "LayerRecord",
     "LoRAExperts",
     "MoEConfig",
     "MoELayer",
     "Pairs",
+    "RecurrentRouter",
     "Router",
     "RouterDescription",
     "Routing",
@@ -46,12 +58,16 @@ __all__ = [
     "combine_dense",
     "combine_weights",
     "copy_experts",
+    "coupling",
     "current_context",
     "cut_swiglu",
+    "device_balance",
+    "entropy",
     "expert_load",
     "expert_load_by_modality",
     "from_dense",
     "install_moe",
+    "latent_experts",
     "load_balance",
     "read_ffn",
     "read_swiglu",
@@ -59,9 +75,11 @@ __all__ = [
     "remember_context",
     "repeat_router",
     "routing_context",
+    "sequence_balance",
     "slice_experts",
     "slice_ffn",
     "sparse_mixer",
     "split_experts",
+    "top1_balance",
     "z_loss",
 ]

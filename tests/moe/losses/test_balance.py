@@ -1,8 +1,19 @@
 from typing import Any
 
+import pytest
 import torch
 
-from unimoe.moe import Context, LayerRecord, Routing, TopK, expert_load, load_balance
+from unimoe.errors import UserError
+from unimoe.moe import (
+    Context,
+    LayerRecord,
+    Routing,
+    TopK,
+    device_balance,
+    expert_load,
+    load_balance,
+    sequence_balance,
+)
 from unimoe.moe.losses.auxiliary import alone
 
 
@@ -99,3 +110,43 @@ def test_padding_counts_nowhere():
 def test_only_padding_is_zero_and_finite():
     ctx = Context(pad_T=torch.ones(8, dtype=torch.bool))
     assert load_balance([uniform(ctx=ctx)]) == 0
+
+
+@pytest.mark.parametrize("loss", [load_balance, device_balance, sequence_balance])
+def test_two_ranks_balance_as_one(loss, same_on_two_ranks):
+    same_on_two_ranks(loss)
+
+
+def test_exact_device_balance_with_an_expert_on_each_device_is_that_of_the_experts():
+    one = random()
+    torch.testing.assert_close(device_balance([one], devices=4), load_balance([one]))
+    torch.testing.assert_close(device_balance([one], devices=1), torch.ones(1))
+    f, P = 4 * expert_load(one).share, one.routing.probs_TE.mean(0)
+    expected = f[:2].mean() * P[:2].sum() + f[2:].mean() * P[2:].sum()
+    torch.testing.assert_close(device_balance([one], devices=2)[0], expected)
+    with pytest.raises(UserError, match="devices is 3, expected a divisor of 4"):
+        device_balance([one], devices=3)
+
+
+def test_sequence_balance_is_the_mean_over_samples():
+    sample = torch.tensor([4] * 20 + [9] * 8 + [2] * 4)
+    pad = torch.zeros(32, dtype=torch.bool)
+    pad[28:30] = True
+    whole = random(Context(sample_T=sample, pad_T=pad))
+    losses = []
+    for number in (4, 9, 2):
+        rows = (sample == number) & ~pad
+        chosen, probs = whole.routing.chosen()[rows].float(), whole.routing.probs_TE[rows]
+        losses.append(4 * (chosen.mean(0) / 2 * probs.mean(0)).sum())  # k = 2
+    torch.testing.assert_close(sequence_balance([whole])[0], torch.stack(losses).mean())
+
+
+def test_exact_sequence_balance_of_one_sample_is_the_balance_loss():
+    one = random()
+    torch.testing.assert_close(sequence_balance([one]), load_balance([one]))
+    skewed = [LayerRecord(0, collapsed().routing, Context(sample_T=torch.arange(8) // 2)), uniform()]
+    torch.testing.assert_close(sequence_balance(skewed), torch.tensor([4.0, 1.0]))
+
+
+def test_sequence_balance_of_padding_alone_is_zero():
+    assert sequence_balance([uniform(ctx=Context(pad_T=torch.ones(8, dtype=torch.bool)))]) == 0
