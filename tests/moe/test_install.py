@@ -1,9 +1,24 @@
+from typing import Any
+
 import pytest
+import torch
 from torch import nn
 from transformers import AutoModel, LlamaConfig
 
 from unimoe.errors import UserError
-from unimoe.moe import MoEConfig, MoELayer, TopK, TopP, build_router, install_moe
+from unimoe.moe import (
+    Context,
+    MoEConfig,
+    MoELayer,
+    TopK,
+    TopP,
+    auxiliary_loss,
+    build_router,
+    install_moe,
+    record,
+    routing_context,
+)
+from unimoe.moe.config import presets
 from unimoe.moe.install import dense_mlp, moe_layers
 
 
@@ -36,3 +51,26 @@ def test_mistakes_name_what_was_found():
     install_moe(model, MoEConfig())
     with pytest.raises(UserError, match="layer 0 is an MoE layer already"):
         install_moe(model, MoEConfig())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_runs_forward_and_backward(name):
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 3}
+    model: Any = AutoModel.from_config(LlamaConfig(vocab_size=32, **sizes))
+    moe = MoEConfig.from_dict({"preset": name})
+    ids = torch.arange(24).reshape(2, 12)
+    before = model(input_ids=ids).last_hidden_state
+    install_moe(model, moe)
+    assert list(moe_layers(model)) == [0, 2]
+    samples = torch.arange(2).repeat_interleave(12)
+    with record() as records, routing_context(Context(token_T=ids.flatten(), sample_T=samples)):
+        found = model.train()(input_ids=ids).last_hidden_state
+    loss = found.square().mean() + auxiliary_loss(moe.losses, records, moe_layers(model))
+    loss.backward()
+    layer: Any = model.layers[0].mlp
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.experts.parameters())
+    assert name not in EXACT or torch.allclose(found, before, rtol=0, atol=2e-6)
+
+
+EXACT = {"sliced", "mixtral", "hash", "rmoe"}
+"""Those whose upcycled layers start as the dense FFN."""
