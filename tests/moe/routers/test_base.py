@@ -9,6 +9,14 @@ def test_a_router_without_forward_says_so():
         Router()(torch.zeros(1, 8), Context())
 
 
+def test_a_router_acts_on_the_load_if_it_defines_how():
+    class Acting(Router):
+        def after_step(self, load_E):
+            pass
+
+    assert Acting().acts_on_load and not Router().acts_on_load
+
+
 def test_a_router_that_says_nothing_of_itself_counts_as_dense():
     router = Router()
     router.num_experts = 4

@@ -22,7 +22,7 @@ from .auxiliary import Across, alone
 
 @LOSSES.register(
     "balance",
-    source="Switch Transformer, arXiv 2101.03961, eq. 4; DeepSeekMoE, arXiv 2401.06066, eq. 12-14 (by expert)",
+    source="Switch Transformer, arXiv 2101.03961, eq. 4; DeepSeekMoE, arXiv 2401.06066, eq. 12-14",
     axis="load balance",
 )
 def load_balance(

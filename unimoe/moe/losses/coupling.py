@@ -26,9 +26,9 @@ def coupling(
     """Expert-router coupling: each expert answers its own row of the router most, and each row is answered
     most by its own expert: [L].
 
-    M_ij = norm of expert j's first product with row i; the loss is the mean over i, j of how far M_ij and M_ji
-    exceed ``alpha`` M_ii. In training, the rows have multiplicative noise that keeps each nearer to itself
-    than to any other. It depends on weights alone, so its cost does not grow with the batch.
+    M_ij = norm of expert j's first product with row i; the loss is the mean over i, j of how far M_ij and
+    M_ji exceed ``alpha`` M_ii. In training, the rows have multiplicative noise that keeps each nearer to
+    itself than to any other. It depends on weights alone, so its cost does not grow with the batch.
 
     Args:
         records: of the layers.

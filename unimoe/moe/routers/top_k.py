@@ -44,9 +44,9 @@ class TopK(BiasedRouter):
     2. selection: the K largest scores, with ``bias`` plus a bias that follows the load; only within a token's
        best ``groups``, or as many of each slice of the FFN
     3. weights: the selected scores, divided by their sum if ``renormalize``, times ``scale``. With a softmax,
-       "topk_softmax" takes it over the K selected logits (Uni-MoE's code), so the weights sum to 1; with K = 1
-       the weight is exactly 1 and only the balance loss trains the router. "softmax_topk" takes it over all
-       experts (Uni-MoE's paper, eq. 4; Switch)
+       "topk_softmax" takes it over the K selected logits (Uni-MoE's code), so the weights sum to 1; with
+       K = 1 the weight is exactly 1 and only the balance loss trains the router. "softmax_topk" takes it
+       over all experts (Uni-MoE's paper, eq. 4; Switch)
 
     Args:
         hidden_size: D.
