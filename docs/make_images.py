@@ -1,13 +1,13 @@
-"""Draw the documentation's pictures from finished runs, into docs/images.
+"""Draw the images of the documentation from finished runs, into docs/images.
 
-    python docs/make_pictures.py load runs/demo/moe runs/demo/data/val.spoken.jsonl
-    python docs/make_pictures.py page runs/demo/moe runs/demo/try/picture.png "What is this?"
-    python docs/make_pictures.py samples mine/train.jsonl runs/demo/moe
-    python docs/make_pictures.py loss runs/mine
-    python docs/make_pictures.py boxes runs/demo-detection/moe-0 street.jpg "cat, red car"
-    python docs/make_pictures.py matrix runs/continual/short/dymoe-0 runs/continual/short/lora-0
+    python docs/make_images.py load runs/demo/moe runs/demo/data/val.spoken.jsonl
+    python docs/make_images.py page runs/demo/moe runs/demo/try/image.jpg "What is this?"
+    python docs/make_images.py samples mine/train.jsonl runs/demo/moe
+    python docs/make_images.py loss runs/mine
+    python docs/make_images.py boxes runs/demo-detection/base "cat, red car" street.jpg yard.jpg
+    python docs/make_images.py matrix runs/continual/short/dymoe-0 runs/continual/short/lora-0
 
-Everything in them is what the commands print, draw or serve. Screenshots need playwright and a Chromium.
+All content is printed, drawn or served by the commands. Screenshots need playwright and a Chromium.
 """
 
 import shutil
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 from PIL import Image
 
 IMAGES = Path(__file__).parent / "images"
-LARGEST = 150_000  # bytes of a picture
+LARGEST = 150_000  # bytes of an image
+SIDE, GAP = 384, 8  # pixels of an image with boxes, and between two
 ANSWER_SECONDS = 600  # a model on a busy CPU takes its time
 
 
@@ -49,8 +51,8 @@ def page(model: str, image: str, question: str, name: str = "web.png"):
             opened.fill(".multimodal-textbox textarea", question)
             opened.press(".multimodal-textbox textarea", "Enter")
             opened.wait_for_selector("#experts img", timeout=1000 * ANSWER_SECONDS)
-            opened.wait_for_timeout(1500)  # the last words and the layout
-            shrink(opened.screenshot, name)
+            opened.wait_for_timeout(1500)  # until the layout rests
+            shrink(partial(opened.screenshot, full_page=True), name)
     finally:
         served.close()
 
@@ -76,16 +78,19 @@ def loss(run: str):
         shrink(opened.locator("svg").first.screenshot, "loss.png")
 
 
-def boxes(detector: str, image: str, prompt: str, threshold: str = "0.3"):
-    """detection.jpg: what ``unimoe detect`` draws."""
+def boxes(detector: str, prompt: str, *images: str):
+    """detection.jpg: what ``unimoe detect`` draws into enlarged copies of square images, side by side."""
     with TemporaryDirectory() as scratch:
-        unimoe("detect", detector, image, "--prompt", prompt, "--threshold", threshold, "--draw", scratch)
-        (drawn,) = Path(scratch).iterdir()
-        picture = Image.open(drawn).convert("RGB")
-        if picture.width < 480:
-            picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.LANCZOS)
-        picture.thumbnail((900, 600))
-        picture.save(IMAGES / "detection.jpg", quality=85)
+        copies = [f"{scratch}/{number}.png" for number in range(len(images))]
+        for image, copy in zip(images, copies, strict=True):
+            Image.open(image).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(copy)
+        flags = ["--prompt", prompt, "--nms", "0.7", "--draw", f"{scratch}/drawn"]
+        unimoe("detect", detector, *copies, *flags)
+        drawn = [Image.open(file).convert("RGB") for file in sorted(Path(scratch, "drawn").iterdir())]
+    row = Image.new("RGB", (SIDE * len(drawn) + GAP * (len(drawn) - 1), SIDE), "white")
+    for index, one in enumerate(drawn):
+        row.paste(one, (index * (SIDE + GAP), 0))
+    row.save(IMAGES / "detection.jpg", quality=85)
 
 
 def matrix(*runs: str):
@@ -95,7 +100,7 @@ def matrix(*runs: str):
         shutil.copyfile(Path(scratch) / "matrices.png", IMAGES / "accuracy_matrix.png")
 
 
-PICTURES: dict[str, Callable[..., None]] = {
+DRAWN: dict[str, Callable[..., None]] = {
     one.__name__: one for one in (load, page, samples, loss, boxes, matrix)
 }
 
@@ -122,15 +127,15 @@ def shrink(screenshot: Callable[..., Any], name: str):
     """Take a screenshot and save it with as many colours as its size allows."""
     with TemporaryDirectory() as scratch:
         screenshot(path=f"{scratch}/shot.png")
-        picture = Image.open(f"{scratch}/shot.png").convert("RGB")
+        image = Image.open(f"{scratch}/shot.png").convert("RGB")
     for colours in (256, 128, 64, 32):
-        picture.quantize(colours, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
+        image.quantize(colours, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
         if (IMAGES / name).stat().st_size < LARGEST:
             return
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] not in PICTURES:
-        sys.exit(f"expected one of {', '.join(PICTURES)} and what it is drawn from; see the top of this file")
+    if len(sys.argv) < 3 or sys.argv[1] not in DRAWN:
+        sys.exit(f"expected one of {', '.join(DRAWN)} and what it is drawn from; see the top of this file")
     IMAGES.mkdir(exist_ok=True)
-    PICTURES[sys.argv[1]](*sys.argv[2:])
+    DRAWN[sys.argv[1]](*sys.argv[2:])
