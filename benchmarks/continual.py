@@ -26,8 +26,8 @@ from unimoe.continual.stream import Experience, TaskConfig
 from unimoe.data import Collator
 from unimoe.data.records import parse_record
 from unimoe.model.build import build_model
+from unimoe.model.llm import byte_tokenizer
 from unimoe.model.loading import load_model
-from unimoe.testing import tiny_tokenizer
 
 ANIMALS = ["dog", "cat", "owl", "fox", "bee", "cow", "pig", "hen", "ant", "bat", "elk", "emu"]
 FOODS = ["pea", "egg", "pie", "jam", "nut", "fig", "ham", "yam", "oat", "bun", "rye", "tea"]
@@ -74,7 +74,7 @@ def general(rng: random.Random) -> tuple[str, str]:
 
 def make_base(folder: Path, steps: int) -> None:
     """Pretrain the base LLM and save it in ``folder``."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -30,13 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unimoe.inference.generate import generate
 from unimoe.model.build import Built, build_model
 from unimoe.model.configuration import IGNORED
+from unimoe.model.llm import byte_tokenizer
 from unimoe.model.preprocessing import VideoPreprocessor
 from unimoe.prepare.cache import default_part
 from unimoe.synthetic.concepts import BY_NAME, Concept
 from unimoe.synthetic.questions import normalise
 from unimoe.synthetic.scenes import SIZE, single
 from unimoe.synthetic.sprites import load_photos, open_artist, split_photos
-from unimoe.testing import tiny_tokenizer
 
 NAMES = ("dog", "owl", "bee", "apple", "pizza", "cactus", "bus", "rocket", "key", "gift")
 OBJECTS = [BY_NAME[name] for name in NAMES]
@@ -52,7 +52,7 @@ Pool = dict[str, Tensor]
 def fresh_model(time_: str, seed: int, folder: Path) -> Built:
     """The prepared image encoder, a fresh connector and a fresh language model of 0.4 million parameters."""
     torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 384}
     sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4}

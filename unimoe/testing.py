@@ -16,11 +16,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe.model.build import Built, build_model
-from unimoe.model.chat_template import CHATML
+from unimoe.model.llm import byte_tokenizer
 from unimoe.training.curve import read_curve
 
 IMAGE = {
@@ -62,26 +61,9 @@ SPEED = {"train/tokens_per_second", "train/images_per_second"}
 """Columns that differ from run to run; missing in the first step after a start."""
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with ChatML's control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: index for index, token in enumerate([*control, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        extra_special_tokens=["<|endoftext|>", "<|im_start|>"],
-        chat_template=CHATML,
-    )
-
-
 def save_tiny_llm(folder: str | Path, layers: int = 2, hidden_size: int = 32) -> Path:
     """Save a random LLaMA of a few thousand parameters and its tokenizer in a folder for ``build_model``."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

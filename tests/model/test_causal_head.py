@@ -7,8 +7,8 @@ import transformers
 from unimoe.errors import UserError
 from unimoe.model.build import build_model
 from unimoe.model.causal_head import CausalHead
+from unimoe.model.llm import byte_tokenizer
 from unimoe.model.loading import load_model
-from unimoe.testing import tiny_tokenizer
 
 SCALED = {
     "CohereConfig": {"logit_scale": 0.0625},
@@ -20,7 +20,7 @@ SCALED = {
 
 def save_llm(folder, name):
     """A tiny random LLM of a configuration class, and the LLM."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"eos_token_id": end, "bos_token_id": None, "pad_token_id": end, "vocab_size": len(tokenizer)}

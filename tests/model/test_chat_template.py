@@ -4,8 +4,8 @@ import pytest
 
 from unimoe.errors import UserError
 from unimoe.model.chat_template import CHATML
+from unimoe.model.llm import byte_tokenizer
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.testing import tiny_tokenizer
 
 TURNS = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "It is red."}]
 OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -23,7 +23,7 @@ def body(answer, end="<|im_end|>\n"):
 
 
 def encode(template, messages=TURNS, **control):
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     return tokenizer, UniMoeProcessor(tokenizer, chat_template=template).encode(messages, where="a.json:3")
 
 
@@ -75,7 +75,7 @@ def test_an_empty_thought_stands_in_front_of_the_answer_when_asked_as_when_learn
 
 
 def test_the_end_of_a_turn_is_found():
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     for end in ("<|im_end|>", "<|endoftext|>"):
         template = body("{{ m['content'] }}", f" {end}\n") + OPEN
         found = UniMoeProcessor(tokenizer, chat_template=template).end_of_turn()

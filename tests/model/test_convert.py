@@ -17,8 +17,8 @@ from transformers import (
 from unimoe.commands.main import main
 from unimoe.errors import UserError
 from unimoe.model.convert import image_modality
+from unimoe.model.llm import byte_tokenizer
 from unimoe.model.loading import load_model
-from unimoe.testing import tiny_tokenizer
 
 VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -34,7 +34,7 @@ TOKENS = 4  # of a picture: 2 x 2 patches
 @pytest.fixture
 def llava(tmp_path):
     """A tiny random LLaVA in transformers' format: (folder, model, id of <image>)."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     text = LlamaConfig(

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 
 from unimoe.errors import UserError
 from unimoe.model.build import build_model
-from unimoe.model.llm import load_llm, prepare_tokenizer
-from unimoe.testing import save_tiny_llm, tiny_tokenizer
+from unimoe.model.llm import byte_tokenizer, load_llm, prepare_tokenizer
+from unimoe.testing import save_tiny_llm
 
 CHATML_LIKE = (
     "{%- for m in messages -%}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}"
@@ -33,7 +33,7 @@ def test_a_quantised_llm_is_refused(method, tmp_path):
 def test_an_adapter_is_refused(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(save_tiny_llm(tmp_path / "base"))
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="is an adapter, not a model; merge it into its base"):
         load_llm(str(tmp_path / "adapter"))
 
@@ -51,7 +51,7 @@ def test_an_adapter_is_refused(tmp_path):
 )
 def test_a_decoder_of_another_build_is_refused(config, kind, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=f"is of type '{kind}', whose decoder has no .*built as those of LLaMA"
     ):
@@ -71,7 +71,7 @@ def test_weights_do_not_lie_in_the_file(tmp_path):
 
 
 def test_of_several_named_templates_the_default_is_taken():
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": CHATML_LIKE, "tool_use": "TOOLS" + CHATML_LIKE}
     prepare_tokenizer(tokenizer)
     assert tokenizer.chat_template == CHATML_LIKE
@@ -85,7 +85,7 @@ def test_of_several_named_templates_the_default_is_taken():
 
 def test_answers_stop_at_the_end_of_turn_of_the_template(tmp_path):
     """A base LLM with a ChatML template of its own, whose eos is another token."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
     tokenizer.chat_template = CHATML_LIKE
     save_tiny_llm(tmp_path)

@@ -4,13 +4,13 @@ import random
 
 import pytest
 
+from unimoe.model.llm import byte_tokenizer
 from unimoe.serve.text import TextStream
-from unimoe.testing import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_tokenizer()
+    return byte_tokenizer()
 
 
 def stream(tokenizer, tokens, stops=()):

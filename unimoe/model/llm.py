@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from unimoe.errors import UserError, first_line
 from unimoe.prepare.cache import resolve_part
@@ -87,3 +88,20 @@ def add_placeholders(causal: Any, tokenizer: Any, chat_template: str | None = No
                 weight[rows:] = weight[:rows].mean(0)
             if head.bias is not None:
                 head.bias[rows:] = head.bias[:rows].mean()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a byte, with ChatML's control tokens; it needs no files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: index for index, token in enumerate([*control, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        extra_special_tokens=["<|endoftext|>", "<|im_start|>"],
+        chat_template=CHATML,
+    )
