@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 INK = "#8b93a1"
 """Grey with contrast to white and to black."""
 BLUE, ORANGE = "#3f7fd0", "#d9822b"
+TEN = colormaps["tab10"]
 HEAT = LinearSegmentedColormap.from_list("heat", ["#eef4fb", "#7fb0e6", "#2a62ad", "#0d2c57"])
 
 Curve = Sequence[Mapping[str, float]]
@@ -47,6 +49,44 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
         panel.set_ylim(0, max(1e-3, 1.1 * float(highest)))
         _plain(panel)
         panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+    return _svg(figure)
+
+
+def compare_losses(curves: Mapping[str, Curve]) -> str:
+    """The loss of several runs in one panel: running mean of each step's, and validation losses beside it."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = {"train/loss": "training (running mean)", "val/loss": "held-out"}
+    for panel, (column, title) in zip(panels, titles.items(), strict=True):
+        for place, (name, curve) in enumerate(curves.items()):
+            steps, losses = _column(curve, column)
+            shown = _running_mean(losses) if column == "train/loss" else losses
+            marker = "" if column == "train/loss" else "o"
+            style = {"color": INK, "linestyle": "--"} if place == 0 else {"color": TEN(place - 1)}
+            panel.plot(steps, shown, marker=marker, markersize=3, linewidth=1.5, label=name, **style)
+        panel.set_title(title, fontsize=10, color=INK, loc="left")
+        panel.set_xlabel("step", fontsize=8, color=INK)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _plain(panel)
+        panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+    panels[-1].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    return _svg(figure)
+
+
+def intervals(rows: Mapping[str, tuple[float, float | None]], title: str) -> str:
+    """A mean and the half width of its interval (None: unknown) for each name, around a line at zero."""
+    figure = Figure(figsize=(6.5, 0.8 + 0.32 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    panel.axvline(0, color=INK, linewidth=1, linestyle="--")
+    for place, (mean, half) in enumerate(rows.values()):
+        apart = half is not None and abs(mean) > half
+        color = INK if not apart else BLUE if mean < 0 else ORANGE
+        panel.errorbar(mean, place, xerr=half, fmt="o", color=color, markersize=5, capsize=3, linewidth=1.5)
+    panel.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_title(title, fontsize=10, color=INK, loc="left")
+    _plain(panel)
+    panel.grid(axis="x", color=INK, alpha=0.2, linewidth=0.6)
     return _svg(figure)
 
 

@@ -65,6 +65,9 @@ VERBS = {
         "unimoe.commands.consolidate:consolidate", "save the checkpoint of an unfinished run as a model"
     ),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build an MoE model from expert folders"),
+    "compare": Verb("unimoe.commands.compare:compare", "train several MoE designs under one budget"),
+    "moe list": Verb("unimoe.commands.moe:list_parts", "parts of MoE layers, and presets"),
+    "moe show": Verb("unimoe.commands.moe:show", "settings of a part, or a whole preset"),
     "convert llava": Verb("unimoe.model.convert:llava", "convert a LLaVA-1.5 checkpoint"),
     "continual run": Verb("unimoe.continual.cli:run", "train one strategy on a stream of tasks", raw=True),
     "continual compare": Verb(

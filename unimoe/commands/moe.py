@@ -1,0 +1,112 @@
+"""``unimoe moe list`` and ``unimoe moe show``: the parts that MoE layers are made of, and the presets."""
+
+from collections.abc import Iterator
+from textwrap import wrap
+from typing import Any
+
+import yaml
+
+import unimoe.moe  # noqa: F401  registers the parts
+from unimoe.errors import UserError
+from unimoe.moe import MoEConfig
+from unimoe.moe.config import presets
+from unimoe.moe.parts import CAPACITY, COMBINE, EXPERTS, LOSSES, ROUTERS, Part, Registry, nearest
+
+REGISTRIES: dict[str, Registry] = {one.kind: one for one in (ROUTERS, EXPERTS, LOSSES, COMBINE, CAPACITY)}
+"""Key of MoEConfig -> its parts."""
+NO_START = "losses", "capacity"
+"""Kinds whose parts have no start: they act in training only."""
+
+
+def list_parts() -> None:
+    """List every named part of MoE layers, and the presets."""
+    lines = [["KIND", "NAME", "AXIS", "STARTS AS THE DENSE MODEL", "SETTINGS (* KNOB)", "SOURCE"]]
+    lines += [
+        [kind, part.name, part.axis or "-", start_of(kind, part), settings_of(part), part.source]
+        for kind, registry in REGISTRIES.items()
+        for part in registry.values()
+    ]
+    lines += [["preset", name, "-", "-", "-", about] for name, about in described_presets().items()]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+    for line in lines:
+        cells = [text.ljust(width) for text, width in zip(line, widths, strict=False)]
+        print("  ".join([*cells, line[-1]]))
+    print("\n`unimoe moe show NAME` describes one.")
+
+
+def show(name: str) -> None:
+    """Describe a part with its settings, or print a preset in full, and the line that uses it.
+
+    Args:
+        name: as ``unimoe moe list`` shows it; kind/name where several parts have one name.
+    """
+    found = [(kind, part) for kind, registry in REGISTRIES.items() for part in registry.values()]
+    kind, _, short = name.rpartition("/")
+    cards = [_card(*one) for one in found if one[1].name == short and kind in ("", one[0])]
+    if kind in ("", "preset") and short in presets():
+        cards.append(_preset_card(short))
+    if not cards:
+        known = dict.fromkeys([*(part.name for _, part in found), *presets()])
+        raise UserError(f"unknown part or preset {name!r}{nearest(name, known)}")
+    print("\n\n".join("\n".join(card) for card in cards))
+
+
+def start_of(kind: str, part: Part) -> str:
+    """When a layer with the part starts as the dense model."""
+    return "-" if kind in NO_START else part.exact or "no: needs training first"
+
+
+def settings_of(part: Part) -> str:
+    """Names of the settings; those with a star may follow a schedule and differ between layers."""
+    return ", ".join(name + "*" * (name in part.knobs) for name in part.settings) or "-"
+
+
+def described_presets() -> dict[str, str]:
+    """Name -> first comment of the file."""
+    found = {}
+    for name, file in presets().items():
+        comments = [
+            line.lstrip("# ")
+            for line in file.read_text(encoding="utf-8").splitlines()
+            if line.startswith("#")
+        ]
+        found[name] = " ".join(comments)
+    return found
+
+
+def complete_preset(name: str) -> str:
+    """A preset with every default filled in, as YAML."""
+    return yaml.safe_dump(
+        MoEConfig.from_dict({"preset": name}).to_dict(), sort_keys=False, default_flow_style=None
+    )
+
+
+def use_line(kind: str, name: str) -> str:
+    """The line of a stage's YAML (under ``model:``) that takes a part or a preset."""
+    settings: dict[str, Any] = {
+        "preset": {"preset": name},
+        "losses": {"losses": {name: 0.01}},
+        "combine": {"combine": name},
+    }.get(kind, {kind: {"kind": name}})
+    return f"moe: {yaml.safe_dump(settings, default_flow_style=True, width=1000).strip()}"
+
+
+def _card(kind: str, part: Part) -> Iterator[str]:
+    yield f"{kind} {part.name}: {part.summary}"
+    yield f"  source                     {part.source}"
+    yield f"  axis                       {part.axis or '-'}"
+    yield f"  starts as the dense model  {start_of(kind, part)}"
+    for name, default in part.settings.items():
+        knob = ", a knob: a list has one value for each MoE layer, and model.anneal may move it"
+        yield f"  {name} = {default}{knob if name in part.knobs else ''}"
+        yield from wrap(
+            part.descriptions.get(name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    yield f"\n  {use_line(kind, part.name)}"
+
+
+def _preset_card(name: str) -> Iterator[str]:
+    yield f"preset {name}: {described_presets()[name]}"
+    yield ""
+    yield from complete_preset(name).rstrip().splitlines()
+    yield f"\n  {use_line('preset', name)}"

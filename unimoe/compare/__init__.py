@@ -1,0 +1,1 @@
+"""MoE designs side by side under one budget: ``unimoe compare``."""

@@ -1,0 +1,170 @@
+"""One cell of a comparison: one design trained with one seed, and what is measured of it."""
+
+import time
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from unimoe.data.collate import real_tokens
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.moe import record
+from unimoe.moe.install import moe_layers
+from unimoe.moe.records import join
+from unimoe.moe.routers.base import Router
+from unimoe.stages.anneal import check_anneal, losses_at, set_knobs
+from unimoe.training.module import ResumableModule
+from unimoe.training.progress import PlainProgress
+
+from .budget import Cost, measure
+from .config import CompareConfig
+from .data import Batch, CompareData
+from .design import Design
+from .evaluation import Evaluation, NotFinite, evaluate
+
+
+class CellModule(ResumableModule):
+    """Trains what requires a gradient with AdamW on next-token cross-entropy and the auxiliary losses."""
+
+    def __init__(
+        self, model: UniMoeForConditionalGeneration, design: Design, config: CompareConfig, seed: int
+    ):
+        """
+        Args:
+            model: of the design, in training mode.
+            design: its schedules.
+            config: optimizer and its learning rates.
+            seed: of the steps.
+
+        Raises:
+            UserError: a schedule that does not fit the model.
+        """
+        super().__init__()
+        check_anneal(design.anneal, model)
+        self.model, self.anneal, self.config = model, design.anneal, config
+        self.seed, self.schedule, self.warmup = seed, config.schedule, config.warmup
+        self.rows: list[dict[str, float]] = []
+        """One of each step: its loss and speed."""
+
+    def configure_optimizers(self) -> Any:
+        routers = [part for part in self.model.modules() if isinstance(part, Router)]
+        own = {parameter for router in routers for parameter in router.parameters()}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                rate = self.config.router_lr if parameter in own else None
+                decay = self.config.weight_decay if parameter.ndim > 1 else 0.0
+                groups.setdefault((rate or self.config.lr, decay), []).append(parameter)
+        settings = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        return self.scheduled(torch.optim.AdamW(settings))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        set_knobs(self.anneal, self.model, self.global_step)
+        with record() as parts:
+            loss, _ = self.model.answer_loss(batch)
+        records = join(parts)
+        self.count_load(records)
+        losses = losses_at(self.anneal, (self.model.config.moe or {}).get("losses", {}), self.global_step)
+        whole = loss + self.model.aux_loss(records, losses=losses)
+        if not bool(whole.isfinite()):
+            raise NotFinite(f"the loss is {float(whole.detach())} at step {self.global_step}")
+        row = {"step": float(self.global_step), "train/loss": float(loss.detach())}
+        self.rows.append(row | self.speed(self.batch_amount(batch)))
+        return whole
+
+    def batch_amount(self, batch: Batch) -> float:
+        """Tokens without padding."""
+        return float(sum(map(real_tokens, batch)))
+
+
+def train_cell(
+    model: UniMoeForConditionalGeneration, design: Design, config: CompareConfig, data: CompareData, seed: int
+) -> dict[str, Any]:
+    """Train a model and measure it.
+
+    Returns:
+        What the cell's file holds of the result: ``failed`` (empty, or why it has none), losses, curve, cost,
+        speed, routing.
+    """
+    began = time.monotonic()
+    module, evaluation = CellModule(model, design, config, seed), Evaluation(data, config.val_every)
+    failed = ""
+    try:
+        progress = PlainProgress(f"{design.name}, seed {seed}")
+        trainer(config.steps, [evaluation, progress]).fit(module, data.train(seed, config.steps))
+    except NotFinite as error:
+        failed = str(error)
+    speeds = [row["train/tokens_per_second"] for row in module.rows if "train/tokens_per_second" in row]
+    curve = [*module.rows, *_validations(evaluation, config)]
+    found = {"failed": failed, "curve": curve, "seconds": round(time.monotonic() - began, 1)}
+    if failed:
+        return found
+    routing, visits = {}, None
+    if layers := moe_layers(model):
+        routing = evaluation.routing.summary(layers)
+        visits = evaluation.routing.stats.experts_per_token(next(iter(layers.values())).num_experts)
+    cost: Cost = measure(model, visits)
+    return found | {
+        "start": evaluation.losses[0],
+        "losses": evaluation.losses[config.steps],
+        "cost": vars(cost),
+        "tokens_per_second": round(median(speeds), 1) if speeds else None,
+        "routing": routing,
+    }
+
+
+def estimate_seconds(
+    model: UniMoeForConditionalGeneration, design: Design, config: CompareConfig, data: CompareData, seed: int
+) -> float:
+    """How long a cell of ``design`` takes, from two steps (after one that warms up) and a batch of each
+    held-out file."""
+    module, clock = CellModule(model, design, config, seed), _Clock()
+    trainer(3, [clock]).fit(module, data.train(seed, 3))
+    seconds = config.steps * fmean(clock.seconds[1:])
+    checks = {"val": 2 + (config.steps - 1) // (config.val_every or config.steps), "test": 2}
+    model.eval()
+    for split, times in checks.items():
+        for batches in data.evaluation(split).values():
+            began = time.perf_counter()
+            evaluate(model, batches[:1])
+            seconds += times * len(batches) * (time.perf_counter() - began)
+    return seconds
+
+
+class _Clock(Callback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.seconds.append(-time.perf_counter())
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seconds[-1] += time.perf_counter()
+
+
+def trainer(steps: int, callbacks: list[Callback]) -> Trainer:
+    """One device, and nothing that is written."""
+    return Trainer(
+        max_steps=steps,
+        devices=1,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+
+
+def _validations(evaluation: Evaluation, config: CompareConfig) -> list[dict[str, float]]:
+    """Mean loss over the validation files, or the test sets where there are none, as rows of the curve."""
+    split = "val" if config.data.val else "test"
+    names = config.data.eval_files[split]
+    return [
+        {"step": float(step), "val/loss": fmean(losses[name] for name in names)}
+        for step, losses in evaluation.losses.items()
+        if all(name in losses for name in names)
+    ]

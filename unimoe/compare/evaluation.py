@@ -1,0 +1,74 @@
+"""Losses on held-out data before, while and after a model trains."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.utils import to_device
+from unimoe.moe import record
+
+from .data import Batch, CompareData
+from .routing import RoutingMeasures
+
+
+class NotFinite(Exception):
+    """The loss is not a number."""
+
+
+class Evaluation(Callback):
+    """Losses on the held-out files before, while and after a model trains, and its routing after."""
+
+    def __init__(self, data: CompareData, val_every: int | None):
+        self.data, self.every = data, val_every
+        self.losses: dict[int, dict[str, float]] = {}
+        """After so many steps, by file. ``test`` at the start and at the end only."""
+        self.routing = RoutingMeasures()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._evaluate(pl_module.model, 0, ("val", "test"))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        step = trainer.global_step
+        if self.every and step % self.every == 0 and step < trainer.max_steps:
+            self._evaluate(pl_module.model, step, ("val",))
+            pl_module._began = None  # or the next step's time would hold the evaluation's
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._evaluate(pl_module.model, trainer.global_step, ("val", "test"), self.routing)
+
+    def _evaluate(
+        self, model: Any, step: int, splits: Iterable[str], routing: RoutingMeasures | None = None
+    ) -> None:
+        model.eval()
+        found = self.losses[step] = {}
+        for split in splits:
+            for name, batches in self.data.evaluation(split).items():
+                nats = evaluate(model, batches, routing, self.data.kind(name))
+                found[name] = self.data.loss(name, nats)
+                if not math.isfinite(nats):
+                    raise NotFinite(f"the loss on {name} is {nats} after step {step}")
+        model.train()
+
+
+@torch.no_grad()
+def evaluate(
+    model: UniMoeForConditionalGeneration,
+    batches: Iterable[Batch],
+    routing: RoutingMeasures | None = None,
+    kind: str | None = None,
+) -> float:
+    """Mean cross-entropy over the supervised tokens, in nats; adds the routing to ``routing``."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        for part in batch:
+            with record() as records:
+                loss, count = model.answer_loss([to_device(part, model.device)])
+            total, tokens = total + float(loss) * count, tokens + count
+            if routing is not None and records:
+                routing.add(records, kind)
+    return total / max(tokens, 1)
