@@ -1,8 +1,8 @@
-"""Write the generated pages of the documentation: every command, every configuration key.
+"""Write the generated pages of the documentation: every command, every configuration key, every MoE part.
 
     python docs/make_reference.py
 
-Both are derived from signatures, dataclasses and docstrings, so they say what ``--help`` says. A test fails
+They are derived from signatures, dataclasses and docstrings, so they say what ``--help`` says. A test fails
 when a page is stale.
 """
 
@@ -26,6 +26,7 @@ NOTE = "<!-- Written by docs/make_reference.py; do not edit. -->\n"
 
 GROUPS = {
     "Train": ("prepare", "fit", "validate", "test", "assemble", "convert", "consolidate", "plan", "demo"),
+    "MoE designs": ("compare", "moe"),
     "Use": ("chat", "web", "serve", "detect", "inspect", "export"),
     "Evaluate": ("evaluate",),
     "Data": ("data",),
@@ -111,6 +112,7 @@ def _command(verb: str) -> Iterator[str]:
 
 def configuration() -> str:
     """configuration.md."""
+    from unimoe.compare.config import CompareConfig
     from unimoe.continual.run import RunConfig
     from unimoe.continual.strategies import strategies
     from unimoe.detection.data.datamodule import DetectionData
@@ -162,6 +164,7 @@ def configuration() -> str:
     for kind, (module, name) in _ENCODERS.items():
         encoder = getattr(import_module(f"unimoe.encoders.{module}"), name)
         lines += ["", f"### `type: {kind}`", "", f"For {encoder.modality}.", *_table(rows_of(encoder.Config))]
+    lines += ["", "## Comparison", "", "The file of `unimoe compare`.", *_table(rows_of(CompareConfig))]
     lines += ["", "## Continual tuning", "", "`unimoe continual run`, `compare` and `diagnose`."]
     lines += _table(rows_of(RunConfig))
     lines += ["", "### Settings of strategies", "", "`settings: {NAME: {KEY: value}}`."]
@@ -255,6 +258,75 @@ def _descriptions(made_of: type) -> dict[str, str]:
     return found
 
 
+# -------------------------------------------------------------------- parts of MoE layers
+
+
+PARTS = {
+    "router": ("Routers", "Choose the experts of a token: `moe: {router: {kind: NAME}}`."),
+    "experts": ("Experts", "Are made of dense FFNs: `moe: {experts: {kind: NAME}}`."),
+    "losses": ("Losses", "Auxiliary losses of training: `moe: {losses: {NAME: coefficient}}`."),
+    "combine": ("Combine", "The factor of an expert's output: `moe: {combine: NAME}`."),
+    "capacity": ("Capacity", "Limits of an expert's load in training: `moe: {capacity: {kind: NAME}}`."),
+}
+"""Key of MoEConfig -> heading and what its parts do."""
+
+
+def zoo() -> str:
+    """zoo.md."""
+    from unimoe.commands.moe import REGISTRIES, complete_preset, described_presets, start_of
+
+    lines = [
+        NOTE,
+        "# Parts and presets",
+        "",
+        "What `moe:` of a stage, a manifest or a comparison can name; `unimoe moe list` and"
+        " `unimoe moe show NAME` print the same. The axis is that of the survey by Cai et al."
+        " (arXiv 2407.06204). A layer starts as the dense model where the condition holds. Knobs (marked *) may follow a schedule"
+        " (`model.anneal`), and a list gives each MoE layer a value of its own.",
+    ]
+    for kind, registry in REGISTRIES.items():
+        title, about = PARTS[kind]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            about,
+            "",
+            "| name | what it does | axis | starts as the dense model | source |",
+        ]
+        lines += ["|---|---|---|---|---|"]
+        for part in registry.values():
+            cells = (f"`{part.name}`", _sentence(part.summary), part.axis, start_of(kind, part), part.source)
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+        rows = [
+            (
+                f"{part.name}.{name}{'*' if name in part.knobs else ''}",
+                _value(default),
+                part.descriptions.get(name, ""),
+            )
+            for part in registry.values()
+            for name, default in part.settings.items()
+        ]
+        if rows:
+            lines += ["", "| setting | default | meaning |", "|---|---|---|"]
+            lines += [
+                f"| `{key}` | {_code(default)} | {_cell(_sentence(about))} |" for key, default, about in rows
+            ]
+    lines += ["", "## Presets", "", "`moe: {preset: NAME}`; keys beside it win. Each in full:"]
+    for name, about in described_presets().items():
+        lines += [
+            "",
+            f"### `{name}`",
+            "",
+            about,
+            "",
+            "```yaml",
+            *complete_preset(name).rstrip().splitlines(),
+            "```",
+        ]
+    return "\n".join(lines) + "\n"
+
+
 # -------------------------------------------------------------------- markdown
 
 
@@ -308,7 +380,11 @@ def _value(default: Any) -> str:
     return str(list(default)) if isinstance(default, tuple) else str(default)
 
 
-PAGES: dict[str, Callable[[], str]] = {"commands.md": commands, "configuration.md": configuration}
+PAGES: dict[str, Callable[[], str]] = {
+    "commands.md": commands,
+    "configuration.md": configuration,
+    "zoo.md": zoo,
+}
 """File in docs/ -> its content."""
 
 if __name__ == "__main__":
