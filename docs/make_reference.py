@@ -281,8 +281,8 @@ def zoo() -> str:
         "",
         "What `moe:` of a stage, a manifest or a comparison can name; `unimoe moe list` and"
         " `unimoe moe show NAME` print the same. The axis is that of the survey by Cai et al."
-        " (arXiv 2407.06204). A layer starts as the dense model where the condition holds. Knobs (marked *) may"
-        " follow a schedule (`model.anneal`), and a list gives each MoE layer a value of its own.",
+        " (arXiv 2407.06204). A layer starts as the dense model where the condition holds. Knobs (marked *)"
+        " may follow a schedule (`model.anneal`), and a list gives each MoE layer a value of its own.",
     ]
     for kind, registry in REGISTRIES.items():
         title, about = PARTS[kind]
@@ -312,7 +312,7 @@ def zoo() -> str:
             lines += [
                 f"| `{key}` | {_code(default)} | {_cell(_sentence(about))} |" for key, default, about in rows
             ]
-    lines += ["", "## Presets", "", "`moe: {preset: NAME}`; keys beside it win. Each in full:"]
+    lines += ["", "## Presets", "", "`moe: {preset: NAME}`; keys beside it win. In full:"]
     for name, about in described_presets().items():
         lines += [
             "",

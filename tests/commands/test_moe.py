@@ -37,7 +37,7 @@ def test_a_preset_is_shown_in_full(name, capsys):
 
 def test_what_is_shown_can_be_used():
     for name in presets():
-        assert MoEConfig.from_dict(yaml.safe_load(complete_preset(name))) == MoEConfig.from_dict(
+        assert MoEConfig.from_dict(yaml.safe_load(complete_preset(name))["moe"]) == MoEConfig.from_dict(
             {"preset": name}
         )
 

@@ -12,7 +12,7 @@ from unimoe.errors import UserError
 
 def test_a_comparison_is_reported(small, texts):
     said = []
-    found = compare(small(seeds=[0, 1, 2], match="total"), said.append)
+    found = compare(small(seeds=[0, 1, 2], match="total", val_every=1), said.append)
     assert "6 cells to train" in "\n".join(said) and "from two timed steps" in "\n".join(said)
     assert [row["design"] for row in found["rows"]] == ["dense", "copies_top2"]
     dense, copies = found["rows"]
@@ -21,6 +21,7 @@ def test_a_comparison_is_reported(small, texts):
     assert copies["difference"]["mean"]["seeds"] == 3
     assert copies["difference"]["mean"]["verdict"] in ("better", "worse", "cannot tell")
     assert copies["difference"]["mean"] == copies["difference"]["digits"]  # the one test set is judged
+    assert [row["step"] for row in found["cells"][0]["curve"] if "val/loss" in row] == [0, 1, 2]
     assert found["unit"] == "bits per byte" and 7 < dense["loss"]["digits"]["mean"] < 9
     assert 1 <= copies["max_over_mean"] <= 4 and 0 <= copies["information"] <= 1
     assert 0.9 < copies["entropy"] <= 1 and copies["dead"] <= 0.5

@@ -75,10 +75,9 @@ def described_presets() -> dict[str, str]:
 
 
 def complete_preset(name: str) -> str:
-    """A preset with every default filled in, as YAML."""
-    return yaml.safe_dump(
-        MoEConfig.from_dict({"preset": name}).to_dict(), sort_keys=False, default_flow_style=None
-    )
+    """A preset with every default filled in, as the YAML of a stage (under ``model:``)."""
+    settings = MoEConfig.from_dict({"preset": name}).to_dict()
+    return yaml.safe_dump({"moe": settings}, sort_keys=False, default_flow_style=None)
 
 
 def use_line(kind: str, name: str) -> str:

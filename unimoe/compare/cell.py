@@ -90,7 +90,10 @@ def train_cell(
         speed, routing.
     """
     began = time.monotonic()
-    module, evaluation = CellModule(model, design, config, seed), Evaluation(data, config.val_every)
+    module, evaluation = (
+        CellModule(model, design, config, seed),
+        Evaluation(data, config.watched, config.val_every),
+    )
     failed = ""
     try:
         progress = PlainProgress(f"{design.name}, seed {seed}")
@@ -124,7 +127,8 @@ def estimate_seconds(
     module, clock = CellModule(model, design, config, seed), _Clock()
     trainer(3, [clock]).fit(module, data.train(seed, 3))
     seconds = config.steps * fmean(clock.seconds[1:])
-    checks = {"val": 2 + (config.steps - 1) // (config.val_every or config.steps), "test": 2}
+    checks = {"val": 2, "test": 2}
+    checks[config.watched] += (config.steps - 1) // (config.val_every or config.steps)
     model.eval()
     for split, times in checks.items():
         for batches in data.evaluation(split).values():
@@ -160,11 +164,9 @@ def trainer(steps: int, callbacks: list[Callback]) -> Trainer:
 
 
 def _validations(evaluation: Evaluation, config: CompareConfig) -> list[dict[str, float]]:
-    """Mean loss over the validation files, or the test sets where there are none, as rows of the curve."""
-    split = "val" if config.data.val else "test"
-    names = config.data.eval_files[split]
+    """Mean loss over the watched files, as rows of the curve."""
+    names = config.data.eval_files[config.watched]
     return [
         {"step": float(step), "val/loss": fmean(losses[name] for name in names)}
         for step, losses in evaluation.losses.items()
-        if all(name in losses for name in names)
     ]

@@ -168,7 +168,8 @@ class CompareConfig:
     """On matrices."""
 
     val_every: int | None = None
-    """Steps between two validations (default: at the start and at the end)."""
+    """Steps between two validations, on the test sets if there is no validation data (default: at the start
+    and at the end only)."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each gives the data another order, and fresh weights other values. Verdicts need three."""
@@ -189,6 +190,11 @@ class CompareConfig:
             raise UserError(f"seeds is {self.seeds}, expected one or more, each once")
         for seed in self.seeds:
             check_seed(seed, "seeds")
+
+    @property
+    def watched(self) -> str:
+        """The split whose loss is followed during training: ``val``, or ``test`` where there is none."""
+        return "val" if self.data.val else "test"
 
     @property
     def rows(self) -> int:

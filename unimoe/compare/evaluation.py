@@ -23,10 +23,16 @@ class NotFinite(Exception):
 class Evaluation(Callback):
     """Losses on the held-out files before, while and after a model trains, and its routing after."""
 
-    def __init__(self, data: CompareData, val_every: int | None):
-        self.data, self.every = data, val_every
+    def __init__(self, data: CompareData, watched: str, every: int | None):
+        """
+        Args:
+            data: has the held-out files.
+            watched: the split that is evaluated during training as well.
+            every: after so many steps each.
+        """
+        self.data, self.watched, self.every = data, watched, every
         self.losses: dict[int, dict[str, float]] = {}
-        """After so many steps, by file. ``test`` at the start and at the end only."""
+        """After so many steps, by file."""
         self.routing = RoutingMeasures()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -35,7 +41,7 @@ class Evaluation(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
         if self.every and step % self.every == 0 and step < trainer.max_steps:
-            self._evaluate(pl_module.model, step, ("val",))
+            self._evaluate(pl_module.model, step, (self.watched,))
             pl_module._began = None  # or the next step's time would hold the evaluation's
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -99,7 +99,7 @@ def text_table(rows: Sequence[dict[str, Any]], unit: str) -> str:
                 number(loss and loss["mean"])
                 + (f" ±{number(loss['sd'])}" if loss and loss["sd"] is not None else ""),
                 *difference_cells(row),
-                *(number(row[key] and row[key] / 1e6, 2) for key in ("active", "total")),
+                *(number(row[key] and row[key] / 1e6, 3) for key in ("active", "total")),
                 number(row["bytes"] and row["bytes"] / 1e6, 1),
                 number(row["tokens_per_second"], 0),
                 number(row["max_over_mean"], 2),
