@@ -55,6 +55,13 @@ def test_upcycled_experts_are_slices():
     assert (whole["copies"], whole["slices"]) == (1, 8)
 
 
+def test_slices_that_shared_experts_do_not_allow_are_left_out():
+    """In one slice, two shared experts would need two FFNs."""
+    given = design(router={"k": 2}, experts={"copies": 4, "slices": 2}, shared={"count": 2})
+    experts = fit_width(given, FRAME, "active", from_scratch=False).moe.experts
+    assert (experts["copies"], experts["slices"]) == (2, 4)
+
+
 def test_the_upcycled_control_keeps_whole_ffns():
     copies = read_designs([], "all")[1]
     assert fit_width(copies, FRAME, "active", from_scratch=False) is copies

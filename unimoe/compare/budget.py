@@ -162,11 +162,19 @@ def _any_width(design: Design, ratio: Callable[[Design], float]) -> Design:
 
 
 def _slices(design: Design, frame: Frame, ratio: Callable[[Design], float]) -> Design:
-    """The number of slices that comes nearest, of those that divide the FFN and the number of experts."""
+    """The number of slices that comes nearest, of those that divide the FFN and the number of experts, and
+    that the router and the shared experts allow."""
     assert design.moe is not None
     experts = design.moe.num_experts
-    cut = [s for s in range(1, experts + 1) if experts % s == 0 and frame.width % s == 0]
-    return min((_in_slices(design, slices) for slices in cut), key=lambda one: abs(ratio(one) - 1))
+    ratios: list[tuple[float, Design]] = [(abs(ratio(design) - 1), design)]
+    for slices in range(1, experts + 1):
+        if experts % slices == 0 and frame.width % slices == 0:
+            try:
+                cut = _in_slices(design, slices)
+                ratios.append((abs(ratio(cut) - 1), cut))
+            except UserError:  # shared experts that are too wide, or a k that is no multiple
+                continue
+    return min(ratios, key=lambda pair: pair[0])[1]
 
 
 def _in_slices(design: Design, slices: int) -> Design:
