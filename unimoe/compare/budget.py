@@ -19,6 +19,8 @@ from .config import Match
 from .design import COPIES, Design
 
 TOLERANCE = 0.02
+ROUND = 0.005
+"""Deviation at which a width that is a multiple of a power of two is preferred to the nearest."""
 BYTES = 2
 """Of a weight as it is stored: bfloat16."""
 
@@ -156,7 +158,7 @@ def _any_width(design: Design, ratio: Callable[[Design], float]) -> Design:
     for step in (16, 8, 4, 2, 1):
         below = step * int(exact // step)
         best = min((at(max(1, width)) for width in (below, below + step)), key=lambda d: abs(ratio(d) - 1))
-        if abs(ratio(best) - 1) <= TOLERANCE:
+        if abs(ratio(best) - 1) <= ROUND:
             break
     return best
 

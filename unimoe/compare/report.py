@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 import yaml
 
 from unimoe.analysis.plots import compare_losses, intervals, plot_expert_load
@@ -62,10 +61,11 @@ def render(results: dict[str, Any]) -> str:
         plots["differences"] = _image(intervals(shown, title))
     loads = {}
     for name, own in trained.items():
-        load = mean_load([cell["routing"]["load"] for cell in own if cell["routing"]])
+        load = own[0]["routing"].get("load")  # experts have no order that means across seeds would keep
         if load:
             experts = [str(expert) for expert in range(len(load["all"][0]))]
-            loads[name] = _image(plot_expert_load(load, experts, columns=3))
+            plot = plot_expert_load(load, experts, columns=3)
+            loads[f"{name}, seed {own[0]['seed']}"] = _image(plot)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "yaml": _yaml}
     template = files("unimoe.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -94,15 +94,6 @@ def mean_curve(cells: Sequence[Cell]) -> list[dict[str, float]]:
             {"step": step, column: statistics.fmean(values)} for step, values in sorted(by_step.items())
         ]
     return found
-
-
-def mean_load(loads: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The tables of expert load, averaged over cells of one design; empty where there are none."""
-    if not loads:
-        return {}
-    kinds = [kind for kind in loads[0] if kind != "layers" and all(kind in load for load in loads)]
-    tables = {kind: torch.tensor([load[kind] for load in loads]).mean(0).tolist() for kind in kinds}
-    return {"layers": loads[0]["layers"], **tables}
 
 
 def _image(svg: str) -> str:
