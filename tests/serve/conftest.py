@@ -1,9 +1,12 @@
+import os
+import socket
 import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import uvicorn
@@ -11,6 +14,8 @@ import uvicorn
 from unimoe.serve.app import ServerConfig, build_app
 from unimoe.serve.connections import uvicorn_config
 from unimoe.testing import IMAGE, SPEECH, VIDEO, tiny_model
+
+ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +59,57 @@ def server(serving):
 @pytest.fixture
 def client(server):
     return server.client
+
+
+def resident() -> int:
+    """Megabytes of this process, in which the server of these tests runs."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+@contextmanager
+def watched_by_a_client(server):
+    """Ask as an honest client all the while; gives how long the answers took, and the largest memory."""
+    found = {"seconds": [], "most": resident(), "before": resident()}
+    end = threading.Event()
+
+    def ask():
+        while not end.is_set():
+            start = time.monotonic()
+            reply = httpx.post(f"{server.url}/v1/chat/completions", json=ASK, timeout=60)
+            assert reply.status_code == 200
+            found["seconds"].append(time.monotonic() - start)
+            end.wait(0.1)
+
+    def look():
+        while not end.is_set():
+            found["most"] = max(found["most"], resident())
+            end.wait(0.02)
+
+    threads = [threading.Thread(target=ask), threading.Thread(target=look)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield found
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+    assert found["seconds"] and max(found["seconds"]) < 60
+
+
+@pytest.fixture
+def watched():
+    """``with watched(server) as found``"""
+    return watched_by_a_client
+
+
+@pytest.fixture
+def connect():
+    """A function from a server to a socket that is connected to it."""
+
+    def open_socket(server) -> socket.socket:
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        return socket.create_connection((host, int(port)), timeout=60)
+
+    return open_socket

@@ -1,8 +1,11 @@
 """The decoding processes: what they return, and what ends them."""
 
+import base64
 import io
+import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -13,6 +16,9 @@ from unimoe.media.image import load_image
 from unimoe.media.video import load_video, write_video
 from unimoe.serve.decode_worker import DecodeRequest
 from unimoe.serve.decoding import DecodePool
+from unimoe.serve.media import MediaLimits
+
+ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,10 @@ def encoded(image, format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def data_url(content):
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def test_what_a_process_decodes_is_what_this_one_would(pool, tmp_path):
@@ -88,3 +98,35 @@ def test_a_process_that_takes_too_much_memory_or_time_is_replaced():
     finally:
         narrow.close()
     assert process.poll() is not None
+
+
+def test_small_files_that_are_large_or_slow(serving, watched):
+    progressive = encoded(Image.new("RGB", (5000, 5000), "red"), "JPEG", progressive=True)
+    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    files = [
+        encoded(Image.new("I;16", (7000, 7000)), compress_level=1),
+        encoded(Image.new("LA", (7000, 7000)), compress_level=1),
+        progressive[:-2] + scan * 300 + b"\xff\xd9",
+    ]
+    limits = MediaLimits(decode_processes=1, decode_seconds=60)
+    with serving(media=limits) as server:
+        part = {"type": "image_url", "image_url": {"url": data_url(encoded(Image.new("RGB", (8, 8))))}}
+        body = {**ASK, "messages": [{"role": "user", "content": [part]}]}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=200).status_code == 200
+        replies = []
+
+        def attack(content):
+            part = {"type": "image_url", "image_url": {"url": data_url(content)}}
+            body = {**ASK, "messages": [{"role": "user", "content": [part]}]}
+            replies.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300))
+
+        with watched(server) as found:
+            threads = [threading.Thread(target=attack, args=(content,)) for content in files * 2]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert len(replies) == 6 and {reply.status_code for reply in replies} <= {200, 400}
+    errors = [reply.json()["error"] for reply in replies if reply.status_code == 400]
+    assert len(errors) >= 2 and {error["param"] for error in errors} == {"messages[0].content[0]"}
+    assert found["most"] - found["before"] < 150  # decoded here they would take 890 MB each
