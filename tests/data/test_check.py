@@ -14,7 +14,6 @@ from PIL import Image
 from unimoe.commands import main as cli
 from unimoe.data import check, read_samples, write_samples
 from unimoe.data.check import check_conversations
-from unimoe.data.errors import FAULTS
 
 
 def png(colour):
@@ -184,33 +183,6 @@ def read_samples_of(folder, count):
     path = folder / "some.jsonl"
     path.write_text("\n".join(json.dumps(good(number, rng)) for number in range(count)))
     return read_samples(path)
-
-
-def test_the_verb(folder, capsys, tmp_path):
-    from unimoe.testing import save_tiny_llm
-
-    path = folder / "few.jsonl"
-    bad = user({"type": "image", "path": "gone.png"})
-    path.write_text("\n".join(map(json.dumps, [good(0, random.Random(0)), bad, bad])))
-    assert cli.main(["data", "check", str(path), "--show", "1"]) == 1
-    out = capsys.readouterr().out
-    assert "3 samples, " in out
-    assert f"{FAULTS['missing file']}: 2 times\n  {path}:2: " in out and "and 1 more (--show N)" in out
-    path.write_text(path.read_text().splitlines()[0])
-    assert cli.main(["data", "check", str(path)]) == 0
-    assert "no faults found" in capsys.readouterr().out
-    flags = ["--model", str(save_tiny_llm(tmp_path / "llm")), "--max-length", "20", "--json"]
-    assert cli.main(["data", "check", str(path), *flags]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report["samples"] == 1 and report["tokens"]["sum"] > 20
-    assert [(fault["kind"], fault["where"]) for fault in report["faults"]] == [("too long", f"{path}:1")]
-    for arguments, message in (
-        ([str(path), "--max-length", "5"], "--model MODEL"),
-        ([str(folder / "none.jsonl")], "there is no data file"),
-        ([str(path), "--model", str(tmp_path)], "no model or tokenizer"),
-    ):
-        assert cli.main(["data", "check", *arguments]) == 2
-        assert message in capsys.readouterr().err
 
 
 def test_whatever_is_wrong_with_one_sample_the_others_are_checked(tmp_path, monkeypatch):

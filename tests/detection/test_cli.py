@@ -13,9 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from unimoe.commands import main as cli
-from unimoe.commands.fit import system
 from unimoe.detection.model.loading import load_detector
-from unimoe.errors import UserError
 from unimoe.training.curve import read_curve
 from unimoe.training.resume import saved_step
 
@@ -96,17 +94,6 @@ def test_mistakes_are_errors(settings, capsys, tmp_path):
     assert cli.main([*command(settings), "--data.train", str(tmp_path / "no.json")]) == 2
     assert "there is no data file" in capsys.readouterr().err
     assert not Path(settings["output"]).exists()
-
-
-def test_the_file_says_which_system(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("system: detection\n")
-    assert system(["fit", "-c", str(path)]) == "detection"
-    assert system(["fit", f"--config={path}", "--system", "stages"]) == "stages"
-    assert system(["fit", "-h"]) == "stages"
-    path.write_text("a: [")
-    with pytest.raises(UserError, match="is not YAML"):
-        system(["fit", "-c", str(path)])
 
 
 @pytest.mark.slow

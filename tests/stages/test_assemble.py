@@ -7,10 +7,8 @@ import pytest
 import torch
 import yaml
 
-from unimoe.data import Collator, read_samples
 from unimoe.errors import UserError
 from unimoe.model.loading import load_model
-from unimoe.moe import record
 from unimoe.moe.install import moe_layers
 from unimoe.stages.assemble import assemble
 from unimoe.stages.experts_file import ffn_tensors, load_connectors, load_expert, save_expert
@@ -122,32 +120,6 @@ def test_routers_come_from_the_seed(aligned, tmp_path):
         routers.append(moe_layers(load_model(out)[0])[0].router.get_parameter("weight"))
     assert torch.equal(routers[0], routers[1])
     assert not torch.equal(routers[0], routers[2])
-
-
-def test_routers_start_from_the_slots_data(manifest, world, tmp_path):
-    lines = (world / "train.jsonl").read_text().splitlines()
-    for name, chosen in (("image", lines[:6]), ("words", lines[9:])):
-        (world / f"{name}.jsonl").write_text("\n".join(chosen))
-    for slot in manifest["experts"]:
-        slot["data"] = str(world / f"{slot['name']}.jsonl")
-    assemble(write(tmp_path / "m.yaml", **manifest))
-    model, processor = load_model(tmp_path / "assembled")
-    for expert, name in enumerate(("words", "image")):
-        batch = Collator(processor)(read_samples(world / f"{name}.jsonl"))
-        with record() as records:
-            model.model(**{key: value for key, value in batch.items() if key != "labels"})
-        for entry in records:
-            choice_T = entry.routing.logits_TE.argmax(1)[~entry.ctx.pad_T]
-            assert (choice_T == expert).float().mean() > 0.8  # both begin with the same words
-
-
-def test_data_of_some_slots_only(manifest, world, tmp_path):
-    manifest["experts"][0]["data"] = str(world / "train.jsonl")
-    with pytest.raises(UserError, match="slot image names no data"):
-        assemble(write(tmp_path / "m.yaml", **manifest))
-    manifest["experts"][1]["data"] = "nowhere.jsonl"
-    with pytest.raises(UserError, match=r"there is no data file nowhere\.jsonl"):
-        assemble(write(tmp_path / "m.yaml", **manifest))
 
 
 def test_the_same_manifest_again(manifest, tmp_path, caplog):

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from unimoe.commands.main import main as unimoe
-from unimoe.data import read_samples, write_samples
 from unimoe.errors import UnfinishedRun, UserError
 from unimoe.files import lock_folder
 from unimoe.model.loading import load_model
@@ -125,66 +124,12 @@ def test_checkpoint_paths_are_not_offered(align, fit):
         fit(align, "--ckpt_path", "last.ckpt")
 
 
-def test_wrong_init_from(align, expert, expert_folder, world, fit, tmp_path):
-    for folder, message in (
-        (world, "no config.json"),
-        (world / "llm", "type 'llama', expected 'unimoe'"),
-        (expert_folder, "holds one expert"),
-        (world / "train.jsonl", "is a file"),
-    ):
-        expert["model"]["init_from"] = str(folder)
-        with pytest.raises(UserError, match=message):
-            fit(expert)
-    assert not (tmp_path / "expert").exists()
-
-
 def test_a_finished_stage_leaves_nothing_in_memory(align, fit):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     fit(align)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) is StageModule]
-
-
-def test_a_stage_trains_on_parquet_and_shards_as_on_json(align, fit, world, tmp_path):
-    parquet, shard = tmp_path / "train.parquet", tmp_path / "train-0.tar"
-    samples = read_samples(world / "train.jsonl")
-    write_samples(parquet, samples)
-    write_samples(shard, samples)
-    curves = []
-    for file, more in (
-        (world / "train.jsonl", {}),
-        (parquet, {}),
-        (tmp_path / "train-{0..0}.tar", {}),
-        (shard, {"pack": 100}),
-    ):
-        align["data"] |= {"train": str(file), **more}
-        align["output"] = str(tmp_path / f"run{len(curves)}")
-        fit(align)
-        curves.append(losses(align["output"]))
-    assert curves[0] == curves[1] == curves[2] == pytest.approx(curves[3], abs=1e-5)
-    assert list(json.loads(Path(align["output"], "stage.json").read_text())["data"]) == [str(shard)]
-
-
-def losses(folder):
-    return [
-        row["train/loss"] for row in read_curve(Path(folder, "logs", "metrics.csv")) if "train/loss" in row
-    ]
-
-
-def test_a_stage_streams_mixes_and_drops(align, fit, world, caplog):
-    write_samples(world / "train.tar", read_samples(world / "train.jsonl"))
-    shares = {str(world / "train.tar"): 0.5, str(world / "train.jsonl"): 1.5}
-    align["data"] |= {"train": shares, "stream": True, "buffer": 4, "max_length": 35, "overflow": "drop"}
-    fit(align)
-    assert len(losses(align["output"])) == 3
-    assert "more than max_length 35; it is dropped" in caplog.text
-    align["data"]["too_long"] = align["data"].pop("overflow")  # as version 0.1 named it
-    caplog.set_level("INFO")
-    fit(align)
-    assert "is finished: align, 3 steps" in caplog.text
-    with pytest.raises(UserError, match="does not go with cache_features"):
-        fit(align, "--data.cache_features", "true", "--overwrite", "true")
 
 
 def test_torchrun_starts_as_many_processes_as_the_trainer_has(align, fit, monkeypatch):
@@ -195,6 +140,12 @@ def test_torchrun_starts_as_many_processes_as_the_trainer_has(align, fit, monkey
         with pytest.raises(UserError, match=rf"started 2 processes, but trainer\.devices .* is {devices}"):
             fit(align, "--trainer.accelerator", "cpu", "--trainer.devices", str(devices))
     assert not Path(align["output"]).exists()
+
+
+def losses(folder):
+    return [
+        row["train/loss"] for row in read_curve(Path(folder, "logs", "metrics.csv")) if "train/loss" in row
+    ]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

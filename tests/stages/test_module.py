@@ -67,13 +67,6 @@ def test_schedules(world):
     assert [stage.rate(step, 10) for step in (0, 5, 10)] == [1, 1, 1]
 
 
-def test_one_start_only():
-    with pytest.raises(UserError, match="one of"):
-        StageModule()
-    with pytest.raises(UserError, match="belongs to a fresh start"):
-        StageModule(init_from="a", moe={"num_experts": 2})
-
-
 def test_checkpoints_hold_what_trains(world):
     stage = module(world)
     checkpoint = {"state_dict": stage.state_dict()}

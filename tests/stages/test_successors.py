@@ -1,49 +1,13 @@
 """The stages of configs/uni_moe/published/audio_*.yaml in miniature, by their commands."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
 
 from unimoe.model.loading import load_model
 from unimoe.moe.install import moe_layers
 from unimoe.stages.assemble import assemble
-from unimoe.testing import BEATS
-
-
-@pytest.fixture
-def hearing(world, aligned, fit, tmp_path) -> Path:
-    """A further stage of the aligned model, which gets a sound tower and trains its connector."""
-    lines = []
-    for index in range(3):
-        heard = {"role": "user", "content": [{"type": "audio", "path": str(world / f"{index}.wav")}]}
-        lines.append(json.dumps({"messages": [heard, {"role": "assistant", "content": "rain"}]}))
-    (tmp_path / "sounds.jsonl").write_text("\n".join(lines))
-    fit(
-        {
-            "stage": "align_audio",
-            "output": str(tmp_path / "hearing"),
-            "model": {
-                "init_from": str(aligned),
-                "modalities": {"audio": BEATS},
-                "trainable": [{"match": "model.connectors.audio.*", "lr": 1e-2}],
-            },
-            "data": {"train": str(tmp_path / "sounds.jsonl"), "steps": 2, "batch_size": 2},
-        }
-    )
-    return tmp_path / "hearing"
-
-
-def test_a_medium_is_added_between_stages(aligned, hearing):
-    before, _ = load_model(aligned, device="cpu")
-    after, processor = load_model(hearing, device="cpu")
-    assert set(processor.modalities) == {"image", "speech", "audio"}
-    old, new = before.state_dict(), after.state_dict()
-    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
-    assert {name.split(".")[2] for name in new.keys() - old.keys()} == {"audio"}
 
 
 def test_warm_up_trains_what_is_new_and_the_balance_loss_fades(world, aligned, expert_folder, fit, tmp_path):
