@@ -84,7 +84,7 @@ class Answer:
         self._text = TextStream(tokenizer, sampling.stops)
         self._sampling = sampling
         self._process: Any = model._get_logits_processor(  # type: ignore[operator]
-            sampling.generation, device=str(model.device)
+            sampling.generation, input_ids_seq_length=self.prompt_tokens, device=str(model.device)
         )
         self._generator = torch.Generator(model.device)
         if sampling.seed is None:
@@ -127,8 +127,8 @@ class Answer:
         self.on_delta(delta)
 
     def _choose(self, logits_V: Tensor) -> int:
-        generated_1T = torch.tensor([self.tokens], device=logits_V.device)
-        ids_1T = torch.cat([self.inputs["input_ids"].to(logits_V.device), generated_1T], 1)
+        prompt_1T = self.inputs["input_ids"].to(logits_V.device)
+        ids_1T = torch.cat([prompt_1T, prompt_1T.new_tensor([self.tokens])], 1)  # integers, also of no token
         scores_V = self._process(ids_1T, logits_V[None])[0]
         if not self._sampling.generation.do_sample:
             return int(scores_V.argmax())
