@@ -113,7 +113,7 @@ def test_oracle_zero_experts():
     router = TopK(D, E, 3, "softmax_topk", False, null_experts=4, bias="scores", scale=6.0)
     pairs = {key: value for key, value in ROUTED.items() if key.startswith("experts")}
     pairs |= {"router.classifier.weight": "router.weight", "router.e_score_correction_bias": "router.bias"}
-    compare(theirs, MoELayer(router, experts(), null="identity"), pairs)
+    compare(theirs, MoELayer(router, experts(), null_output="identity"), pairs)
 
 
 DEEPSEEK_V4 = {

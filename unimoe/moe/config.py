@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 PLACEMENTS = ("interval", "all", "first_half", "second_half", "none")
 SHARED_GATES = ("none", "sigmoid", "one_plus")
-OF_ALL_EXPERTS = {"copies": 4, "slices": 1, "null": "zero"}
+OF_ALL_EXPERTS = {"copies": 4, "slices": 1, "null_output": "zero"}
 """Settings of ``experts`` that do not depend on their kind."""
 
 _OLD: dict[str, tuple[str, str, Any]] = {
@@ -51,7 +51,7 @@ class MoEConfig:
     each MoE layer a value of its own, where the part allows it."""
     experts: dict[str, Any] = field(default_factory=lambda: {"kind": "swiglu"})
     """``kind``, ``copies`` of each FFN, ``slices`` that each copy is cut into (one expert per slice: 4 copies
-    in 2 slices are 8 experts of half width), ``null`` (output of null experts: zero, or identity, the token
+    in 2 slices are 8 experts of half width), ``null_output`` (of null experts: zero, or identity, the token
     itself), and settings of the kind."""
     shared: dict[str, Any] = field(default_factory=dict)
     """Experts that every token visits: their ``count``, ``size`` (intermediate size of one, default that of
@@ -91,8 +91,10 @@ class MoEConfig:
             LOSSES.complete({"kind": name, **settings})
         for key, least in (("copies", 1), ("slices", 1)):
             _at_least(f"experts.{key}", self.experts[key], least)
-        if self.experts["null"] not in ("zero", "identity"):
-            raise UserError(f"moe.experts.null is {self.experts['null']!r}, expected zero or identity")
+        if self.experts["null_output"] not in ("zero", "identity"):
+            raise UserError(
+                f"moe.experts.null_output is {self.experts['null_output']!r}, expected zero or identity"
+            )
         _at_least("shared.count", self.shared["count"], 0)
         if self.shared["gate"] not in SHARED_GATES:
             raise UserError(f"moe.shared.gate is {self.shared['gate']!r}, expected {', '.join(SHARED_GATES)}")

@@ -84,7 +84,7 @@ def layer_options(moe: MoEConfig, place: Place) -> dict[str, Any]:
     gate = moe.shared["gate"] if moe.shared["count"] else "none"
     return {
         "slices": place.slices,
-        "null": moe.experts["null"],
+        "null_output": moe.experts["null_output"],
         "capacity": None if moe.capacity is None else CAPACITY.build(moe.capacity, place),
         "shared_gate": None if gate == "none" else SharedGate(place.hidden_size, gate),
     }

@@ -26,7 +26,7 @@ class MoELayer(nn.Module):
     2. in training, ``capacity`` drops pairs of overfull experts
     3. the dispatcher brings the tokens to their experts and back: each pair weighted as ``combine`` says
        (combine.py), the pairs of a token summed. Experts that the router knows and ``experts`` does not have
-       are null experts: they return zero, or the token itself (``null="identity"``)
+       are null experts: they return zero, or the token itself (``null_output="identity"``)
     4. ``finish(x, y)``, where given, makes the output of the sum
     5. ``shared``, an FFN that every token visits, is added, times ``shared_gate``; shared ``Experts`` with
        the weights that the router gives them (``extra["shared_TS"]``), or with 1
@@ -41,7 +41,7 @@ class MoELayer(nn.Module):
         layer_index: int = -1,
         *,
         slices: int = 1,
-        null: Literal["zero", "identity"] = "zero",
+        null_output: Literal["zero", "identity"] = "zero",
         capacity: Capacity | None = None,
         finish: Callable[[Tensor, Tensor], Tensor] | None = None,
         shared_gate: nn.Module | None = None,
@@ -52,7 +52,7 @@ class MoELayer(nn.Module):
         """Experts with weights; the router may know null experts behind them."""
         self.num_null = router.num_experts - experts.num_experts
         self.num_shared = shared.num_experts if isinstance(shared, Experts) else 0
-        self.layer_index, self.slices, self.null = layer_index, slices, null
+        self.layer_index, self.slices, self.null_output = layer_index, slices, null_output
         self.capacity, self.finish, self.shared_gate = capacity, finish, shared_gate
         self.dispatcher = Dispatcher()
         """Another where the experts are divided among processes (parallel.py)."""
@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
         real = kept.first(self.num_experts)
         weight_N = combine_weights(self.combine, kept, self.slices).to(x.dtype)
         y_TD = self.dispatcher(self.experts, x_TD, real, weight_N[: len(real.token_N)])
-        if self.null == "identity":
+        if self.null_output == "identity":
             null_N = slice(len(real.token_N), None)
             y_TD = y_TD.index_add(
                 0, kept.token_N[null_N], x_TD[kept.token_N[null_N]] * weight_N[null_N, None]
