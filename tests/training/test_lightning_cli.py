@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from jsonargparse import get_loader
 
 from unimoe.errors import UserError
 from unimoe.training import lightning_cli as cli
+from unimoe.training import sharding
 
 
 def test_without_the_package(monkeypatch):
@@ -27,3 +29,13 @@ def test_on_a_cpu():
 def test_one_batch_is_not_all_of_them():
     assert cli._is_off(1.0, 1.0) and cli._is_off(None, 1.0) and cli._is_off(None, None)
     assert not cli._is_off(1, 1.0) and not cli._is_off(0.5, 1.0) and not cli._is_off("00:01:00:00", None)
+
+
+def test_configurations_of_version_0_1_are_read_with_the_current_names():
+    """config.yaml of an old run names ``Sharded``, which is ``FSDP2Strategy`` today."""
+    strategy = "{class_path: unimoe.training.sharding.Sharded, init_args: {expert_parallel: 2}}"
+    found = get_loader(cli._YAML)(f"trainer: {{strategy: {strategy}}}\ndata: {{too_long: cut, steps: 3}}\n")
+    module, _, name = found["trainer"]["strategy"]["class_path"].rpartition(".")
+    assert module == sharding.__name__ and getattr(sharding, name) is sharding.FSDP2Strategy
+    assert found["trainer"]["strategy"]["init_args"] == {"expert_parallel": 2}
+    assert found["data"] == {"overflow": "truncate", "steps": 3}
