@@ -27,6 +27,7 @@ from unimoe.prepare.cache import resolve_part
 from .budget import FFN, Frame, Stack
 from .config import CompareConfig, FromScratch
 from .design import Design
+from .trunk import Trunk, trunk_of
 
 
 class Base(Protocol):
@@ -39,6 +40,8 @@ class Base(Protocol):
     from_scratch: bool
     plain_text: bool
     """Whether it trains on plain text, else on conversations."""
+    trunk: Trunk | None
+    """Frozen layers whose output is kept for each sample, for conversations."""
 
     def build(self, design: Design, seed: int) -> UniMoeForConditionalGeneration:
         """The model of a cell, in training mode, with ``requires_grad`` on what trains."""
@@ -87,6 +90,7 @@ class DenseBase:
         first = self.mlps[placed[0]]
         vocab = self.model.get_input_embeddings().num_embeddings
         self.frame = Frame(hidden_size(first), read_swiglu(first)[1].shape[1], len(placed), vocab)
+        self.trunk = None if self.plain_text else trunk_of(self.model, placed[0])
 
     def build(self, design: Design, seed: int) -> UniMoeForConditionalGeneration:
         model = self.model.requires_grad_(False)
@@ -108,6 +112,7 @@ class RandomBase:
 
     from_scratch = True
     plain_text = True
+    trunk = None
 
     def __init__(self, settings: FromScratch, placement: str | list[int]):
         """Loads the tokenizer."""

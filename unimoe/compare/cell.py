@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from unimoe.data.collate import real_tokens
 from unimoe.model.modeling import UniMoeForConditionalGeneration
@@ -47,7 +48,8 @@ class CellModule(ResumableModule):
         self.model, self.anneal, self.config = model, design.anneal, config
         self.seed, self.schedule, self.warmup = seed, config.schedule, config.warmup
         self.rows: list[dict[str, float]] = []
-        """One of each step: its loss and speed."""
+        """One of each step: its loss, tokens and seconds."""
+        self._step_began = 0.0
 
     def configure_optimizers(self) -> Any:
         routers = [part for part in self.model.modules() if isinstance(part, Router)]
@@ -72,8 +74,19 @@ class CellModule(ResumableModule):
         if not bool(whole.isfinite()):
             raise NotFinite(f"the loss is {float(whole.detach())} at step {self.global_step}")
         row = {"step": float(self.global_step), "train/loss": float(loss.detach())}
-        self.rows.append(row | self.speed(self.batch_amount(batch)))
+        self.rows.append(row | {"tokens": self.batch_amount(batch)})
         return whole
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._step_began = time.perf_counter()  # without the data, which the first design of a seed prepares
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As of the base class, which also runs the training step; takes the time of it all."""
+        super().optimizer_step(*args, **kwargs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.rows[-1]["seconds"] = time.perf_counter() - self._step_began
 
     def batch_amount(self, batch: Batch) -> float:
         """Tokens without padding."""
@@ -100,7 +113,7 @@ def train_cell(
         trainer(config.steps, [evaluation, progress]).fit(module, data.train(seed, config.steps))
     except NotFinite as error:
         failed = str(error)
-    speeds = [row["train/tokens_per_second"] for row in module.rows if "train/tokens_per_second" in row]
+    speeds = [row["tokens"] / row["seconds"] for row in module.rows[1:]]  # the first step warms up
     curve = [*module.rows, *_validations(evaluation, config)]
     found = {"failed": failed, "curve": curve, "seconds": round(time.monotonic() - began, 1)}
     if failed:
@@ -124,29 +137,21 @@ def estimate_seconds(
 ) -> float:
     """How long a cell of ``design`` takes, from two steps (after one that warms up) and a batch of each
     held-out file."""
-    module, clock = CellModule(model, design, config, seed), _Clock()
-    trainer(3, [clock]).fit(module, data.train(seed, 3))
-    seconds = config.steps * fmean(clock.seconds[1:])
+    began = time.perf_counter()
+    batches = list(data.train(seed, 3))
+    prepared = (time.perf_counter() - began) / 3
+    module = CellModule(model, design, config, seed)
+    trainer(3, []).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    seconds = config.steps * (prepared + fmean(row["seconds"] for row in module.rows[1:]))
     checks = {"val": 2, "test": 2}
     checks[config.watched] += (config.steps - 1) // (config.val_every or config.steps)
     model.eval()
     for split, times in checks.items():
-        for batches in data.evaluation(split).values():
+        for held in data.evaluation(split).values():
             began = time.perf_counter()
-            evaluate(model, batches[:1])
-            seconds += times * len(batches) * (time.perf_counter() - began)
+            evaluate(model, held[:1])
+            seconds += times * len(held) * (time.perf_counter() - began)
     return seconds
-
-
-class _Clock(Callback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.seconds.append(-time.perf_counter())
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seconds[-1] += time.perf_counter()
 
 
 def trainer(steps: int, callbacks: list[Callback]) -> Trainer:

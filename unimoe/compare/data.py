@@ -4,6 +4,7 @@ The order of the training data depends on the seed alone, so that all designs of
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from unimoe.files import file_hash
 
 from .base import Base
 from .config import CompareConfig, DataConfig
+from .trunk import Row, batches_of
 
 T = TypeVar("T")
 Batch = list[dict[str, Any]]
@@ -73,9 +75,15 @@ class Conversations:
         cache = FeatureCache(Path(features).resolve(), base.processor, base.encoders)
         held = [samples for named in self.held.values() for samples in named.values()]
         cache.fill([sample for samples in (*self.pools, *held) for sample in samples])
-        self.collator = Collator(base.processor, data.max_length, cache)
+        self.collator, self.trunk = Collator(base.processor, data.max_length, cache), base.trunk
+        self._held_rows: dict[int, Row] = {}
+        self._rows: dict[int, Row] = {}
+        """Of the training samples of one seed, which all designs of the seed share."""
+        self._seed: int | None = None
 
     def train(self, seed: int, steps: int) -> Iterable[Batch]:
+        if seed != self._seed:
+            self._seed, self._rows = seed, {}
         data, samples = self.config.data, [sample for pool in self.pools for sample in pool]
         sizes = [len(pool) for pool in self.pools]
         if data.counts is not None:
@@ -84,11 +92,21 @@ class Conversations:
             shares = {"sizes": sizes, "weights": data.shares} if data.shares else {}
             kinds = [sample.modality for sample in samples]
             sampler = ModalityBatchSampler(kinds, self.config.batch_size, seed, steps=steps, **shares)
-        return DataLoader(samples, batch_sampler=sampler, collate_fn=self.collator.bucket_by_length)  # type: ignore[arg-type]
+        collate = partial(self._batch, self._rows)
+        return DataLoader(samples, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+
+    def _batch(self, known: dict[int, Row], samples: Sequence[Sample]) -> Batch:
+        """The samples as batches; through the trunk, where there is one, unless they are ``known``."""
+        if self.trunk is None:
+            return self.collator.bucket_by_length(samples)
+        for sample in samples:
+            if id(sample) not in known:
+                known[id(sample)] = self.trunk.row(self.collator([sample]))
+        return batches_of([known[id(sample)] for sample in samples])
 
     def evaluation(self, split: str) -> dict[str, list[Batch]]:
         return {
-            name: [self.collator.bucket_by_length(part) for part in parts(samples, self.config.rows)]
+            name: [self._batch(self._held_rows, part) for part in parts(samples, self.config.rows)]
             for name, samples in self.held[split].items()
         }
 

@@ -42,7 +42,6 @@ class Evaluation(Callback):
         step = trainer.global_step
         if self.every and step % self.every == 0 and step < trainer.max_steps:
             self._evaluate(pl_module.model, step, (self.watched,))
-            pl_module._began = None  # or the next step's time would hold the evaluation's
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._evaluate(pl_module.model, trainer.global_step, ("val", "test"), self.routing)
