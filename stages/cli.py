@@ -5,11 +5,16 @@
 The same command resumes an interrupted stage, and reports a finished one.
 """
 
+import json
 import logging
 from typing import Any
 
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
 from unimoe.artifacts import write_model, write_result
 from unimoe.model.loading import find_model
+from unimoe.moe.config import merge
 from unimoe.training.lightning_cli import RunCLI, run_cli
 
 from .anneal import keep_annealed
@@ -25,6 +30,21 @@ class StageCLI(RunCLI):
     """:class:`~unimoe.training.lightning_cli.RunCLI` for StageModule and StageData."""
 
     harmless_keys = ("data.num_workers", "data.cache_features")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """As RunCLI's; ``--model.moe.router.k 1`` changes one setting of a part.
+
+        jsonargparse would replace the whole part, and drop its other settings.
+        """
+        others, inner = _split_moe_flags(args)
+        if inner:
+            plain = [one for one in others if not one.startswith("--print_config")]
+            found = parser.parse_args(plain)
+            moe = found[found.subcommand].model.moe or {}
+            for (part, name), value in inner:
+                moe = merge(moe, {part: {name: value}})
+            others.append(f"--model.moe={json.dumps(moe)}")
+        super().parse_arguments(parser, others)
 
     def find_start(self, init_from: str) -> None:
         find_model(init_from, "init_from", hub=False)
@@ -64,6 +84,19 @@ class StageCLI(RunCLI):
             keep_annealed(module.anneal, model, module.global_step - 1)
             write_model(self.output, model, module.processor, record)
         return record.metrics.get("val/loss", record.metrics.get("train/loss", float("nan")))
+
+
+def _split_moe_flags(args: list[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+    """The other arguments, and place and value (read as YAML) of each setting of a part of MoE layers."""
+    others, inner, rest = [], [], iter(args)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        place = flag.removeprefix("--model.moe.").split(".")
+        if flag.startswith("--model.moe.") and len(place) == 2:
+            inner.append((place, yaml.safe_load(value if equals else next(rest, ""))))
+        else:
+            others.append(argument)
+    return others, inner
 
 
 def main(args: list[str]) -> None:

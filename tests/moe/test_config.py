@@ -44,6 +44,8 @@ def test_round_trip_through_json():
             "moe.router.p: top_k has no such setting, a setting of top_p",
         ),
         ({"router": {"k": [1, 5]}}, "moe.router.k is 5, expected 1..4"),
+        ({"router": {"k": "two"}}, "moe.router.k is 'two', expected an integer"),
+        ({"router": {"renormalize": 1}}, "moe.router.renormalize is 1, expected true or false"),
         ({"losses": {"balanced": 0.1}}, "moe.losses: unknown 'balanced', did you mean 'balance'"),
         ({"losses": {"balance": "much"}}, "moe.losses.balance is 'much', expected a coefficient"),
         ({"shared": {"gate": "tanh"}}, "moe.shared.gate is 'tanh', expected none, sigmoid, one_plus"),

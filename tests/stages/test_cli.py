@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import GenerationConfig
+from transformers import AutoModelForMultimodalLM, GenerationConfig
 
 from unimoe.commands.main import main as unimoe
 from unimoe.errors import UnfinishedRun, UserError
 from unimoe.files import lock_folder
 from unimoe.model.loading import load_model
+from unimoe.moe.install import moe_layers
 from unimoe.stages.module import StageModule
 from unimoe.training.curve import read_curve
 
@@ -261,3 +262,22 @@ def test_settings_that_cannot_be_saved_end_a_run_before_its_first_step(align, fi
     with pytest.raises(UserError, match="the finished model could not be saved: temperature is set"):
         fit(align)
     assert not Path(align["output"]).exists()
+
+
+def test_a_preset_of_the_command_line_is_trained_saved_loaded_and_inspected(align, fit, capsys):
+    """Its selection bias has moved, and is in the folder."""
+    align["model"]["trainable"].append({"match": "*.mlp.router.*", "lr": 1e-3})
+    flags = ["preset=aux_free", "placement=all", "router.bias_rate=0.01", "router.init_std=0.1"]
+    fit(align, *(f"--model.moe.{flag}" for flag in flags))
+    model = AutoModelForMultimodalLM.from_pretrained(align["output"])
+    router = {"score": "sigmoid", "bias_rate": 0.01, "init_std": 0.1}
+    assert router.items() <= model.config.moe["router"].items() and model.config.moe["placement"] == "all"
+    biases = [layer.router.bias for layer in moe_layers(model).values()]
+    assert len(biases) == model.config.get_text_config().num_hidden_layers
+    for bias_E in biases:  # each step moves a bias by the rate, or not at all
+        moves_E = bias_E / 0.01
+        torch.testing.assert_close(moves_E, moves_E.round(), atol=1e-4, rtol=0)
+        assert 0 < moves_E.abs().max() <= align["data"]["steps"] + 1e-4
+    capsys.readouterr()
+    assert unimoe(["inspect", align["output"]]) == 0
+    assert "by TopK" in capsys.readouterr().out

@@ -121,6 +121,8 @@ class Registry(dict[str, Part]):
                 owners = ", ".join(name for name, other in self.items() if key in other.settings)
                 hint = f", a setting of {owners}" if owners else nearest(key, [*part.settings, *ours])
                 raise UserError(f"moe.{self.kind}.{key}: {part.name} has no such setting{hint}")
+            if key in part.settings:
+                _check_type(f"moe.{self.kind}.{key}", given[key], part.settings[key], key in part.knobs)
         return {"kind": part.name, **part.settings, **given}
 
     def build(self, settings: dict[str, Any], place: Place, **given: Any) -> Any:
@@ -132,6 +134,16 @@ class Registry(dict[str, Part]):
         for name in part.knobs:
             own[name] = at_position(own[name], place, f"moe.{self.kind}.{name}")
         return part.build(**facts, **given, **own)
+
+
+def _check_type(where: str, value: Any, default: Any, knob: bool) -> None:
+    """Raises a UserError where a number or a switch has another type than its default."""
+    values = value if knob and isinstance(value, list) else [value]
+    wanted = {bool: "true or false", int: "an integer", float: "a number"}.get(type(default))
+    allowed = (int, float) if isinstance(default, float) else type(default)
+    for one in values if wanted else ():
+        if not isinstance(one, allowed) or isinstance(one, bool) != isinstance(default, bool):
+            raise UserError(f"{where} is {one!r}, expected {wanted}")
 
 
 def at_position(value: Any, place: Place, where: str) -> Any:
