@@ -10,7 +10,6 @@ from unimoe.compare.config import CompareConfig, DataConfig
 from unimoe.compare.data import Conversations
 from unimoe.compare.design import read_designs
 from unimoe.compare.run import compare
-from unimoe.errors import UserError
 from unimoe.testing import IMAGE, tiny_model
 
 
@@ -74,8 +73,3 @@ def test_batches_depend_on_the_seed_alone(folder, tmp_path):
         data = Conversations(settings, open_base(settings), str(tmp_path))
         first, again = ([part["input_ids"] for batch in data.train(5, 3) for part in batch] for _ in range(2))
         assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-
-
-def test_a_mixture_is_no_base(tiny_folder):
-    with pytest.raises(UserError, match="is a mixture of experts; designs need a dense model"):
-        open_base(config(tiny_folder, base=str(tiny_folder)))
