@@ -143,6 +143,8 @@ def divide_experts(layer: MoELayer, mesh: DeviceMesh, exchange: Exchange) -> Non
         UserError: the experts cannot be divided evenly, or share parameters.
     """
     experts = layer.experts
+    if experts.indivisible:
+        raise UserError(f"{type(experts).__name__} {experts.indivisible}; leave expert_parallel at 1")
     if experts.num_experts % mesh.size():
         raise UserError(
             f"{experts.num_experts} experts cannot be divided among {mesh.size()} processes; set "

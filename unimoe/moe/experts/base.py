@@ -23,6 +23,8 @@ class Experts(nn.Module):
     num_experts: int
     knobs: ClassVar[tuple[str, ...]] = ()
     """Attributes that a schedule may set during training."""
+    indivisible: ClassVar[str] = ""
+    """Why they cannot be divided among processes; empty if they can."""
 
     def forward(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         """[T, D] tokens -> [T, D]: the outputs of each token's experts, weighted and summed.

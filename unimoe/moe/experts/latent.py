@@ -21,6 +21,8 @@ class LatentExperts(Experts):
     processes, shrink by D / L; the router still reads the whole token.
     """
 
+    indivisible = "share two matrices, which cannot be divided among processes"
+
     def __init__(self, inner: Experts, hidden_size: int, latent_size: int, init_std: float = 0.02):
         super().__init__()
         if not 1 <= latent_size <= hidden_size:
