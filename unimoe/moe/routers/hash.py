@@ -16,7 +16,7 @@ from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
 from .base import Router, RouterDescription
-from .select import SCORES, check_score, divide_by_sum, probabilities
+from .select import SCORES, check_score, divide_by_sum
 
 
 @ROUTERS.register(
@@ -97,7 +97,7 @@ class HashRouter(Router):
             index_TK = self.table[ctx.token_T]
             weight_TK = scores_TE.gather(1, index_TK)
             weight_TK = self.scale * (divide_by_sum(weight_TK) if self.renormalize else weight_TK)
-        probs_TE = probabilities(self.score, scores_TE)
+            probs_TE = divide_by_sum(scores_TE)
         return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, self.num_experts)
 
     def describe(self) -> RouterDescription:

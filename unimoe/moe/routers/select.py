@@ -30,13 +30,8 @@ def check_score(score: str) -> None:
         raise UserError(f"moe.router.score is {score!r}, expected one of {', '.join(SCORES)}")
 
 
-def probabilities(score: str, scores_TE: Tensor) -> Tensor:
-    """[T, E] scores of a token over their sum, as losses read them (DeepSeek-V3, eq. 19)."""
-    return scores_TE if score == "softmax" else divide_by_sum(scores_TE)
-
-
 def divide_by_sum(scores_TX: Tensor) -> Tensor:
-    """Rows that sum to 1."""
+    """Rows that sum to 1: weights, and probabilities as losses read them (DeepSeek-V3, eq. 19)."""
     return scores_TX / (scores_TX.sum(dim=-1, keepdim=True) + 1e-20)
 
 

@@ -25,7 +25,6 @@ from .select import (
     divide_by_sum,
     keep_groups,
     one_of_each_slice,
-    probabilities,
 )
 
 
@@ -119,28 +118,31 @@ class TopK(BiasedRouter):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
             scores_TE = SCORES[self.score](logits_TE)
             late = self.score == "softmax" and self.gating == "topk_softmax"
-            kept_TK, index_TK = self._select(logits_TE, scores_TE, logits_TE if late else scores_TE)
+            of_TE = logits_TE if late else scores_TE
+            if self.bias_on is None and self.groups is None:
+                kept_TK, index_TK = of_TE.topk(self.k, dim=-1)
+            else:
+                index_TK = self._select(logits_TE, scores_TE, of_TE)
+                kept_TK = of_TE.gather(1, index_TK)
             if late:
                 weight_TK = kept_TK.softmax(dim=-1)
             else:
                 weight_TK = divide_by_sum(kept_TK) if self.renormalize else kept_TK
             if self.scale != 1:
                 weight_TK = weight_TK * self.scale
-            probs_TE = probabilities(self.score, scores_TE)
+            probs_TE = scores_TE if self.score == "softmax" else divide_by_sum(scores_TE)
         return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, self.num_experts)
 
-    def _select(self, logits_TE: Tensor, scores_TE: Tensor, of_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of ``of_TE`` [T, K] at the selected experts, and their indices."""
-        choice_TE = of_TE
+    @torch.no_grad()
+    def _select(self, logits_TE: Tensor, scores_TE: Tensor, choice_TE: Tensor) -> Tensor:
+        """[T, K] the experts of each token, by ``choice_TE`` or by what the bias is added to."""
         if self.bias is not None:
-            choice_TE = (logits_TE if self.bias_on == "logits" else scores_TE).detach() + self.bias
+            choice_TE = (logits_TE if self.bias_on == "logits" else scores_TE) + self.bias
         if self.groups == "slices":
-            index_TK = one_of_each_slice(choice_TE, self.slices, self.k)
-            return of_TE.gather(1, index_TK), index_TK
+            return one_of_each_slice(choice_TE, self.slices, self.k)
         if isinstance(self.groups, int):
-            choice_TE = keep_groups(choice_TE.detach(), self.groups, self.top_groups)
-        kept_TK, index_TK = choice_TE.topk(self.k, dim=-1)
-        return (kept_TK if choice_TE is of_TE else of_TE.gather(1, index_TK)), index_TK
+            choice_TE = keep_groups(choice_TE, self.groups, self.top_groups)
+        return choice_TE.topk(self.k, dim=-1).indices
 
     def describe(self) -> RouterDescription:
         return RouterDescription(self.num_experts, self.k, fixed=True)
