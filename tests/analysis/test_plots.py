@@ -2,6 +2,7 @@
 
 import torch
 
+from unimoe.analysis import plots
 from unimoe.analysis.plots import pathways, plot_expert_load
 from unimoe.analysis.routing_stats import RoutingStats
 from unimoe.moe import record
@@ -21,3 +22,19 @@ def test_pictures_of_a_model(tmp_path):
         picture = plot_expert_load(stats.expert_load(), experts, columns)
         assert picture.count("<!-- speech -->") == 2  # the axis of both panels
     assert "<!-- text tokens -->" in pathways(stats.flow(), stats.layers, experts)
+
+
+def test_losses_of_several_runs_are_lines_of_their_own():
+    curve = [{"step": step, "train/loss": 5 / (1 + step), "val/loss": 5 / (1 + step)} for step in range(20)]
+    one, two = (
+        plots.compare_losses({"dense": curve}),
+        plots.compare_losses({"dense": curve, "mixtral": curve}),
+    )
+    assert "mixtral" in two and "mixtral" not in one and two.count("<path") > one.count("<path")
+    assert plots.compare_losses({"dense": []})
+
+
+def test_intervals_apart_from_zero_have_a_colour():
+    drawn = plots.intervals({"better": (-0.2, 0.1), "same": (0.1, 0.3), "alone": (0.1, None)}, "difference")
+    assert plots.BLUE in drawn and plots.ORANGE not in drawn
+    assert plots.ORANGE in plots.intervals({"worse": (0.2, 0.1)}, "difference")

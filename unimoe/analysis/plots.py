@@ -53,17 +53,23 @@ def loss_curves(curves: Mapping[str, Curve]) -> str:
 
 
 def compare_losses(curves: Mapping[str, Curve]) -> str:
-    """The loss of several runs in one panel: running mean of each step's, and validation losses beside it."""
+    """The losses of several runs: running mean over the training steps, and held-out losses beside it. The
+    axes end at the highest loss after a tenth of the steps, since all runs fall from the same start."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     titles = {"train/loss": "training (running mean)", "val/loss": "held-out"}
     for panel, (column, title) in zip(panels, titles.items(), strict=True):
+        late: list[float] = []
         for place, (name, curve) in enumerate(curves.items()):
             steps, losses = _column(curve, column)
             shown = _running_mean(losses) if column == "train/loss" else losses
             marker = "" if column == "train/loss" else "o"
             style = {"color": INK, "linestyle": "--"} if place == 0 else {"color": TEN(place - 1)}
             panel.plot(steps, shown, marker=marker, markersize=3, linewidth=1.5, label=name, **style)
+            late += shown[steps > 0.1 * steps.max(initial=0)].tolist()
+        if late and max(late) > min(late):
+            margin = 0.05 * (max(late) - min(late))
+            panel.set_ylim(min(late) - margin, max(late) + margin)
         panel.set_title(title, fontsize=10, color=INK, loc="left")
         panel.set_xlabel("step", fontsize=8, color=INK)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
