@@ -3,7 +3,7 @@
 The file holds everything behind the tokenizer for one list of names, whose text features are constants in it.
 Beside it lies ``NAME.json`` with the names and how images are prepared.
 
-Shapes: B = 1 image, S pixels of a side, Q queries, C names.
+Shapes: B images (any number), S pixels of a side, Q queries, C names.
 """
 
 import importlib
@@ -118,13 +118,16 @@ def export_onnx(
             layer.ffn = DenseExperts(layer.ffn)
     resize = resize_for(model.config)
     side = resize.longest
-    example = (torch.randn(1, 3, side, side), torch.ones(1, side, side, dtype=torch.int64))
+    # two images: from one, torch.export would conclude that the batch is always of one
+    example = (torch.randn(2, 3, side, side), torch.ones(2, side, side, dtype=torch.int64))
+    batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
-        graph = torch.export.export(exported, example, strict=False)
+        graph = torch.export.export(exported, example, strict=False, dynamic_shapes=({0: batch}, {0: batch}))
         _drop_checks(graph.graph)
         program = torch.onnx.export(
             graph,
             dynamo=True,
+            dynamic_shapes=({0: "batch"}, None),  # the dimension's name in the file; the mask has the same
             input_names=["pixel_values", "pixel_mask"],
             output_names=["scores", "boxes"],
             verbose=False,
@@ -191,32 +194,35 @@ def _drop_checks(graph: torch.fx.Graph) -> None:
 @torch.no_grad()
 def check_parity(wanted: ExportWrapper, path: Path, images: Sequence[Image.Image], resize: Resize) -> float:
     """The greatest difference of scores and boxes over RGB images, from what torch answers to them as
-    :class:`~unimoe.detection.inference.predictor.Detector` gives them to it.
+    :class:`~unimoe.detection.inference.predictor.Detector` gives them to it. The file answers two at a time,
+    torch one.
 
     Queries are compared as sets, best first: among equal scores the two may choose in another order.
     """
     run = _session(path)
     worst = 0.0
-    for image in images:
-        pixels = resize(image)
-        values, mask = stack([pixels], resize.square)
-        if mask is None:
-            mask = torch.ones(1, *values.shape[2:], dtype=torch.int64)
-        found = run(_inputs(pixels, resize.longest))
-        expected = wanted(values, mask)
-        for one, other in zip(_ordered(*expected), _ordered(*map(torch.from_numpy, found)), strict=True):
-            difference = float((one - other).abs().max()) if one.shape == other.shape else math.inf
-            worst = difference if math.isnan(difference) else max(worst, difference)
-            if math.isnan(worst):
-                return worst
+    for start in range(0, len(images), 2):
+        pixels = [resize(image) for image in images[start : start + 2]]
+        found = map(torch.from_numpy, run(_inputs(pixels, resize.longest)))
+        for image, scores_QC, boxes_Q4 in zip(pixels, *found, strict=True):
+            values, mask = stack([image], resize.square)
+            if mask is None:
+                mask = torch.ones(1, *values.shape[2:], dtype=torch.int64)
+            expected = wanted(values, mask)
+            answer = _ordered(scores_QC[None], boxes_Q4[None])
+            for one, other in zip(_ordered(*expected), answer, strict=True):
+                difference = float((one - other).abs().max()) if one.shape == other.shape else math.inf
+                worst = difference if math.isnan(difference) else max(worst, difference)
+                if math.isnan(worst):
+                    return worst
     return worst
 
 
-def _inputs(pixels: Tensor, side: int) -> dict[str, np.ndarray]:
-    """The inputs of the file for pixels [3, h, w]: padded to its square, with the mask."""
+def _inputs(pixels: Sequence[Tensor], side: int) -> dict[str, np.ndarray]:
+    """The inputs of the file for images [3, h, w]: each padded to its square, with the mask."""
     return {
-        "pixel_values": padded(pixels, side, side)[None].numpy(),
-        "pixel_mask": pixel_masks_of([pixels.shape[1:]], side, side).numpy(),
+        "pixel_values": torch.stack([padded(image, side, side) for image in pixels]).numpy(),
+        "pixel_mask": pixel_masks_of([image.shape[1:] for image in pixels], side, side).numpy(),
     }
 
 
@@ -267,7 +273,7 @@ class OnnxDetector:
         :class:`~unimoe.detection.inference.predictor.Detector`."""
         results = []
         for image in images:
-            found = self.run(_inputs(self.resize(image), self.side))
+            found = self.run(_inputs([self.resize(image)], self.side))
             scores_QC, boxes_Q4 = (torch.from_numpy(output[0]) for output in found)
             chosen = select_top(scores_QC, boxes_Q4, image.size, top, threshold, one_label)
             results.append(best_first(chosen, nms, one_label))

@@ -109,3 +109,14 @@ def test_boxes_and_scores_on_twenty_pictures(folder, tmp_path, experts):
         )
         nearest = torch.cdist(rows, others, p=float("inf")).min(dim=1)
         assert nearest.values.max() < 1e-3 and nearest.indices.unique().numel() == len(rows)
+
+    session = importlib.import_module("onnxruntime").InferenceSession(str(file))
+    assert [entry.shape[0] for entry in (*session.get_inputs(), *session.get_outputs())] == ["batch"] * 4
+    detector = OnnxDetector(file)
+    for count in (3, 1):  # the file takes any number of images
+        pixels = [detector.resize(picture) for picture in pictures[:count]]
+        together = session.run(None, onnx._inputs(pixels, detector.side))
+        for row, image in enumerate(pixels):
+            alone = session.run(None, onnx._inputs([image], detector.side))
+            for one, other in zip(together, alone, strict=True):
+                np.testing.assert_allclose(one[row], other[0], atol=1e-5)
