@@ -88,7 +88,7 @@ class DenseBase:
         self.encoders = {name: cast(Encoder, tower) for name, tower in self.model.model.encoders.items()}
         self.mlps = {layer: dense_mlp(decoder, layer) for layer in placed}
         first = self.mlps[placed[0]]
-        vocab = self.model.get_input_embeddings().num_embeddings
+        vocab = self.model.config.get_text_config().vocab_size
         self.frame = Frame(hidden_size(first), read_swiglu(first)[1].shape[1], len(placed), vocab)
         self.trunk = None if self.plain_text else trunk_of(self.model, placed[0])
 
@@ -112,7 +112,7 @@ class RandomBase:
 
     from_scratch = True
     plain_text = True
-    trunk = None
+    trunk: Trunk | None = None
 
     def __init__(self, settings: FromScratch, placement: str | list[int]):
         """Loads the tokenizer."""
@@ -121,7 +121,8 @@ class RandomBase:
         assert settings.ffn is not None
         self.placed = _placed(placement, settings.layers)
         self.frame = Frame(settings.width, settings.ffn, len(self.placed), len(self.tokenizer))
-        self.processor, self.encoders = UniMoeProcessor(self.tokenizer), {}
+        self.processor = UniMoeProcessor(self.tokenizer)
+        self.encoders: dict[str, Encoder] = {}
 
     def build(self, design: Design, seed: int) -> UniMoeForConditionalGeneration:
         model = self._dense(seed)
@@ -142,6 +143,7 @@ class RandomBase:
 
     def _dense(self, seed: int) -> UniMoeForConditionalGeneration:
         settings = self.settings
+        assert settings.ffn is not None and settings.heads is not None
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=len(self.tokenizer),

@@ -38,7 +38,9 @@ class Evaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._evaluate(pl_module.model, 0, ("val", "test"))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if self.every and step % self.every == 0 and step < trainer.max_steps:
             self._evaluate(pl_module.model, step, (self.watched,))

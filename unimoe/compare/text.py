@@ -88,8 +88,8 @@ class _Windows(Dataset):
         else:
             chosen = np.repeat(np.arange(len(self.pools)), self.counts)
         windows = []
-        for pool in chosen:
-            start = random.integers(len(self.pools[pool]) - self.length)
+        for pool in chosen.tolist():
+            start = int(random.integers(len(self.pools[pool]) - self.length))
             windows.append(self.pools[pool][start : start + self.length + 1])
         return [batch_of(windows)]
 
