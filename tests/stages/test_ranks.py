@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from unimoe.commands.consolidate import consolidate
@@ -104,6 +105,29 @@ def test_accumulated_batches_count_as_those_of_one_process(world, tmp_path):
     fit(2, runs["ddp"], runs["fsdp2"])
     for name in ("ddp", "fsdp2"):
         assert_same_run(tmp_path / name, tmp_path / "alone")
+
+
+def test_a_selection_bias_follows_the_load_of_all_ranks_and_micro_batches(world, tmp_path):
+    """Each step moves it by the rate or not at all, so a load that is not the whole step's shows at once."""
+    router = {"kind": "top_k", "score": "sigmoid", "bias": "scores", "bias_rate": 0.01}
+    losses = {"balance": 0, "sequence_balance": 0.01}
+    moe = {"router": router, "experts": {"copies": 4}, "placement": "all", "losses": losses}
+    runs = {
+        name: settings(world, tmp_path / name, ranks, strategy, moe=moe)
+        for name, ranks, strategy in (("alone", 1, "auto"), ("ddp", 2, "ddp"), ("fsdp2", 2, "fsdp2"))
+    }
+    for run in runs.values():
+        run["data"]["steps"] = 6
+        run["trainer"]["accumulate_grad_batches"] = 2
+    fit(1, runs["alone"])
+    fit(2, runs["ddp"], runs["fsdp2"])
+    biases = {}
+    for name in runs:
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        biases[name] = torch.stack([t for key, t in sorted(tensors.items()) if key.endswith("router.bias")])
+    assert biases["alone"].abs().max() >= 0.02
+    for name in runs:
+        torch.testing.assert_close(biases[name], biases["alone"], rtol=0, atol=1e-6, msg=name)
 
 
 def assert_same_weights(run: Path, model: Path):

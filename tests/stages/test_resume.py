@@ -25,7 +25,7 @@ STOP = {"class_path": "unimoe.testing.StopAfter", "init_args": {"step": 4}}
 
 
 def settings(world: Path, output: Path) -> dict:
-    """A sparse model with dropout: adapters on attention and experts, routers, connectors."""
+    """A sparse model with dropout: adapters on attention and experts, routers and their bias, connectors."""
     return {
         "stage": "moe",
         "output": str(output),
@@ -33,7 +33,11 @@ def settings(world: Path, output: Path) -> dict:
         "model": {
             "llm": str(world / "llm"),
             "modalities": {"image": IMAGE, "speech": SPEECH},
-            "moe": {"num_experts": 2, "top_k": 1, "placement": "all", "gating": "softmax_topk"},
+            "moe": {
+                "router": {"kind": "top_k", "k": 1, "gating": "softmax_topk", "bias": "scores"},
+                "experts": {"copies": 2},
+                "placement": "all",
+            },
             "trainable": [
                 {"match": "model.connectors.*", "lr": 1e-3},
                 {"match": "*.mlp.router.*", "lr": 1e-3},

@@ -1,8 +1,12 @@
 import pytest
+import torch
+from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from unimoe.errors import UserError
-from unimoe.training.module import check_trainable
+from unimoe.moe import MoELayer, SwiGLUExperts, TopK, record
+from unimoe.training.module import ResumableModule, check_trainable
 
 
 def model(**trains: bool) -> nn.Module:
@@ -29,3 +33,63 @@ def test_a_pattern_that_matches_what_is_frozen():
 def test_a_model_that_trains_nothing():
     with pytest.raises(UserError, match="nothing trains in this run"):
         check_trainable(model(body=False))
+
+
+class Mixture(ResumableModule):
+    """One MoE layer whose selection bias follows the load."""
+
+    seed, schedule, warmup = 0, "constant", 0.0
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        router = TopK(8, 4, 2, score="sigmoid", bias="scores", bias_rate=0.1, init_std=1.0)
+        self.layer = MoELayer(router, SwiGLUExperts(4, 8, 8), layer_index=0)
+
+    def training_step(self, batch, batch_idx):
+        with record() as records:
+            loss = self.layer(batch).square().mean()
+        self.count_load(records)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trained(rows: torch.Tensor, size: int) -> Mixture:
+    """After two steps over batches of 8 rows, given in micro-batches of ``size``."""
+    module = Mixture()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        accumulate_grad_batches=8 // size,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(rows, batch_size=size))
+    return module
+
+
+def test_routers_act_once_a_step_on_the_load_of_all_its_micro_batches():
+    torch.manual_seed(1)
+    rows = torch.randn(16, 8)
+    whole, accumulated = trained(rows, 8), trained(rows, 2)
+    bias = whole.layer.router.bias
+    assert (bias.abs() / 0.1).round().tolist() != [0, 0, 0, 0] and bias.abs().max() < 0.21
+    torch.testing.assert_close(accumulated.layer.router.bias, bias)
+    torch.testing.assert_close(accumulated.layer.experts.down_proj, whole.layer.experts.down_proj)
+
+
+def test_a_checkpoint_holds_what_trains_and_what_routers_keep():
+    module = Mixture()
+    module.layer.experts.requires_grad_(False)
+    assert module.trained_names() == {"layer.router.weight"}
+    assert module.checkpoint_names() == {"layer.router.weight", "layer.router.bias"}
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == module.checkpoint_names()
+    del checkpoint["state_dict"]["layer.router.bias"]
+    with pytest.raises(UserError, match="it lacks layer.router.bias"):
+        module.on_load_checkpoint(checkpoint)
