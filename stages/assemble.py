@@ -171,7 +171,7 @@ def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, Un
 
 def mixture(manifest: Manifest) -> MoEConfig:
     """The MoE layers of a manifest, one copy of each FFN per slot."""
-    return MoEConfig.from_dict(merge(manifest.moe, {"experts": {"copies": len(manifest.experts)}}))
+    return MoEConfig.for_upcycling(merge(manifest.moe, {"experts": {"copies": len(manifest.experts)}}))
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -116,3 +116,27 @@ def test_a_list_gives_each_layer_its_own_value():
     assert found == [4, 2, 1]
     with pytest.raises(UserError, match="moe.router.k lists 3 values, expected one for each of 2 layers"):
         build_router(8, config, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("router", "experts", "groups"),
+    [
+        ({"k": 2}, {"slices": 2}, "slices"),
+        ({"k": [2, 4]}, {"slices": 2}, "slices"),
+        ({"k": 3}, {"slices": 2}, None),
+        ({"k": [2, 3]}, {"slices": 2}, None),
+        ({"k": 2}, {"slices": 1}, None),
+        ({"k": 2, "null_experts": 1}, {"slices": 2}, None),
+        ({"k": 2, "groups": None}, {"slices": 2}, None),
+    ],
+)
+def test_slices_of_whole_ffns_are_chosen_together_unless_the_settings_say_otherwise(router, experts, groups):
+    values = {"router": router, "experts": experts}
+    assert MoEConfig.for_upcycling(values).router["groups"] == groups
+    assert MoEConfig.from_dict(values).router["groups"] is None, "a saved model keeps what it has"
+
+
+def test_presets_decide_on_groups_themselves():
+    assert MoEConfig.for_upcycling({"preset": "sliced"}).router["groups"] == "slices"
+    assert MoEConfig.for_upcycling({"preset": "sliced_free"}).router["groups"] is None
+    assert "groups" not in MoEConfig.for_upcycling({"router": "top_p", "experts": {"slices": 2}}).router

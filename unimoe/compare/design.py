@@ -74,7 +74,7 @@ def _read(entry: Any, placement: str | list[int]) -> Design:
     if name == DENSE and (settings or anneal):
         raise UserError(f"designs: {DENSE} is the base without experts and has no settings")
     try:
-        moe = None if name == DENSE else MoEConfig.from_dict({**settings, "placement": placement})
+        moe = None if name == DENSE else MoEConfig.for_upcycling({**settings, "placement": placement})
         return Design(name, moe, {key: Anneal(**given) for key, given in anneal.items()})
     except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"design {name}: {error}") from error

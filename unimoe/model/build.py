@@ -113,7 +113,7 @@ def assemble_model(
     _check_logits(causal, model)
     _attach(model, tokenizer, encoders, modalities)
     if moe:
-        settings = MoEConfig.from_dict(moe)
+        settings = MoEConfig.for_upcycling(moe)
         install_moe(decoder, settings)
         config.moe = settings.to_dict()
     processor = UniMoeProcessor(tokenizer, processor_parts(model))

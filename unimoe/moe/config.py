@@ -127,18 +127,27 @@ class MoEConfig:
         Raises:
             UserError: an unknown key, part or preset, or a value out of its range.
         """
-        if isinstance(values, MoEConfig):
-            return values
-        values = dict(values)
-        preset = values.pop("preset", None)
-        nested = _nested(values)
-        if preset is not None:
-            nested = merge(_nested(read_preset(preset)), nested)
-        known = [one.name for one in fields(cls)]
-        for key in nested:
-            if key not in known:
-                raise UserError(f"moe has an unknown key {key!r}{nearest(key, known)}")
-        return cls(**nested)
+        return values if isinstance(values, MoEConfig) else cls(**_read(values))
+
+    @classmethod
+    def for_upcycling(cls, values: dict[str, Any]) -> "MoEConfig":
+        """As :meth:`from_dict`, for dense FFNs that are to be cut into slices.
+
+        A ``top_k`` router then chooses equally many experts of each slice, so that a token always visits
+        whole FFNs (``groups: slices``), unless ``values`` or a preset decide on ``groups``, or k is no
+        multiple of the slices. Freely chosen slices soon no longer make an FFN (docs/results/compare.md).
+
+        Raises:
+            UserError: as from_dict.
+        """
+        nested = _read(values)
+        config = cls(**nested)
+        router, slices = config.router, config.experts["slices"]
+        silent = "preset" not in values and "groups" not in nested.get("router", {})
+        free = silent and router.get("groups", "") is None
+        if slices > 1 and free and not router["null_experts"] and not _any_rest(router["k"], slices):
+            config.router["groups"] = "slices"
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -198,6 +207,25 @@ def read_preset(name: str) -> dict[str, Any]:
         raise UserError(f"moe.preset: unknown {name!r}{nearest(name, known)}")
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     return _mapping(found, f"preset {name}")
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that ``values`` and their preset give."""
+    values = dict(values)
+    preset = values.pop("preset", None)
+    nested = _nested(values)
+    if preset is not None:
+        nested = merge(_nested(read_preset(preset)), nested)
+    known = [one.name for one in fields(MoEConfig)]
+    for key in nested:
+        if key not in known:
+            raise UserError(f"moe has an unknown key {key!r}{nearest(key, known)}")
+    return nested
+
+
+def _any_rest(k: int | list[int], slices: int) -> bool:
+    """Whether a number of experts, in any layer, is no multiple of the slices."""
+    return any(one % slices for one in (k if isinstance(k, list) else [k]))
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
