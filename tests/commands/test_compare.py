@@ -37,7 +37,7 @@ def test_a_file_and_flags_give_a_table(file, capsys):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"match": "activ"}, "match"),
+        ({"match": "act"}, "match"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
         ({"stepz": 3}, "stepz"),
         ({"from_scratch": {"layers": 2, "width": 33}}, "from_scratch.width is 33"),
