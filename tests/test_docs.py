@@ -20,6 +20,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from PIL import Image
 from unimoe.commands import main as cli
 from unimoe.data.records import parse_record
 from unimoe.media.video import write_video
+from unimoe.moe.parts import ROUTERS
 from unimoe.prepare.parts import PARTS
 from unimoe.stages.assemble import read_manifest
 from unimoe.testing import VIDEO, tiny_model
@@ -198,7 +200,7 @@ def test_python(document, here):
             ast.parse(padded)
             if "OpenAI(" in block.text:  # tests/serve has a server
                 continue
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
+            with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch.dict(ROUTERS):
                 exec(compile(padded, document, "exec"), names)
             if following is not None and following.language == "text":
                 assert printed.getvalue() == following.text, str(following)
