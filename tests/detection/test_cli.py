@@ -32,7 +32,7 @@ def metrics(settings: dict) -> dict:
 
 @pytest.mark.slow
 def test_eight_pictures_are_learned_by_heart(settings, capsys, caplog):
-    settings["data"]["steps"] = 400
+    settings["data"]["steps"] = 320
     assert cli.main(command(settings)) == 0
     assert metrics(settings)["val/AP"] > 0.9
     assert cli.main(command(settings, "validate")) == 0

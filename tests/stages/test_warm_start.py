@@ -44,9 +44,7 @@ def test_the_target_is_said_or_is_the_answer(world):
     examples = read_examples([str(file)], None, "image", Ridge(where={"kind": "name"}))
     assert [example.target for example in examples] == ["red fox", "owl"]
     assert len(read_examples([str(file)], None, "image", Ridge(max_samples=1))) == 1
-    with pytest.raises(
-        UserError, match="no training record holds one speech and no other medium, kind: name"
-    ):
+    with pytest.raises(UserError, match="no training record holds one speech and no other media, kind: name"):
         read_examples([str(file)], None, "speech", Ridge(where={"kind": "name"}))
 
 

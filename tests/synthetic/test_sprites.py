@@ -27,7 +27,7 @@ def test_an_empty_drawing_is_none(tmp_path):
 
 
 def test_folders_and_files_without_drawings(tmp_path):
-    with pytest.raises(UserError, match="no pictures named by code point"):
+    with pytest.raises(UserError, match="no images named by code point"):
         open_artist(tmp_path)
     with pytest.raises(UserError, match="no such emoji font or folder"):
         open_artist(tmp_path / "nowhere.ttf")
