@@ -55,7 +55,7 @@ demo: $(READY)
 	@$(PY) -P -m unimoe demo $(ARGS)
 
 test: $(READY)
-	@$(PY) -P -m pytest -n 3 --dist worksteal $(ARGS)
+	@$(PY) -P -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .
