@@ -120,3 +120,15 @@ def expert_folder(world, aligned, tmp_path_factory) -> Path:
     (root / "expert.yaml").write_text(yaml.safe_dump(settings))
     main(["fit", "-c", str(root / "expert.yaml")])
     return root / "expert"
+
+
+@pytest.fixture
+def manifest(aligned, expert_folder, tmp_path) -> dict:
+    """Of a mixture of the base's FFNs and an expert's, in every layer."""
+    return {
+        "base": str(aligned),
+        "experts": [{"name": "words", "from": "base"}, {"name": "image", "from": str(expert_folder)}],
+        "connectors": {"image": str(expert_folder)},
+        "moe": {"top_k": 2, "placement": "all"},
+        "output": str(tmp_path / "assembled"),
+    }

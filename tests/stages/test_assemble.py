@@ -22,17 +22,6 @@ def write(path: Path, **content) -> str:
     return str(path)
 
 
-@pytest.fixture
-def manifest(aligned, expert_folder, tmp_path) -> dict:
-    return {
-        "base": str(aligned),
-        "experts": [{"name": "words", "from": "base"}, {"name": "image", "from": str(expert_folder)}],
-        "connectors": {"image": str(expert_folder)},
-        "moe": {"top_k": 2, "placement": "all"},
-        "output": str(tmp_path / "assembled"),
-    }
-
-
 def test_slots_hold_what_the_manifest_says(manifest, aligned, expert_folder, tmp_path):
     assemble(write(tmp_path / "m.yaml", **manifest))
     model, _ = load_model(tmp_path / "assembled")

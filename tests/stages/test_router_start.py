@@ -15,17 +15,6 @@ def write(path: Path, **content) -> str:
     return str(path)
 
 
-@pytest.fixture
-def manifest(aligned, expert_folder, tmp_path) -> dict:
-    return {
-        "base": str(aligned),
-        "experts": [{"name": "words", "from": "base"}, {"name": "image", "from": str(expert_folder)}],
-        "connectors": {"image": str(expert_folder)},
-        "moe": {"top_k": 2, "placement": "all"},
-        "output": str(tmp_path / "assembled"),
-    }
-
-
 def test_routers_start_from_the_slots_data(manifest, world, tmp_path):
     lines = (world / "train.jsonl").read_text().splitlines()
     for name, chosen in (("image", lines[:6]), ("words", lines[9:])):

@@ -165,7 +165,7 @@ class MoEConfig:
         }
 
     def place(self, hidden_size: int, position: int = 0, positions: int = 1, vocab_size: int = 0) -> Place:
-        """What a part is told about the MoE layer at ``position``."""
+        """What a part knows about the MoE layer at ``position``."""
         slices, shared = self.experts["slices"], self.shared["count"]
         return Place(hidden_size, self.num_experts, slices, shared, position, positions, vocab_size)
 
