@@ -273,7 +273,7 @@ PARTS = {
 
 def zoo() -> str:
     """zoo.md."""
-    from unimoe.commands.moe import REGISTRIES, complete_preset, described_presets, start_of
+    from unimoe.commands.moe import FACTS, REGISTRIES, complete_preset, described_presets, facts_of
 
     lines = [
         NOTE,
@@ -281,8 +281,11 @@ def zoo() -> str:
         "",
         "What `moe:` of a stage, a manifest or a comparison can name; `unimoe moe list` and"
         " `unimoe moe show NAME` print the same. The axis is that of the survey by Cai et al."
-        " (arXiv 2407.06204). A layer starts as the dense model where the condition holds. Knobs (marked *)"
-        " may follow a schedule (`model.anneal`), and a list gives each MoE layer a value of its own.",
+        " (arXiv 2407.06204). A layer starts as the dense model where the condition holds; healing is what"
+        " must be trained first where it does not. Divisible layers train with `expert_parallel` and"
+        " sharding."
+        " Knobs (marked *) may follow a schedule (`model.anneal`), and a list gives each MoE layer a value of"
+        " its own.",
     ]
     for kind, registry in REGISTRIES.items():
         title, about = PARTS[kind]
@@ -292,11 +295,11 @@ def zoo() -> str:
             "",
             about,
             "",
-            "| name | what it does | axis | starts as the dense model | source |",
+            f"| name | what it does | {' | '.join(FACTS)} | source |",
         ]
-        lines += ["|---|---|---|---|---|"]
+        lines += ["|---" * (len(FACTS) + 3) + "|"]
         for part in registry.values():
-            cells = (f"`{part.name}`", _sentence(part.summary), part.axis, start_of(kind, part), part.source)
+            cells = (f"`{part.name}`", _sentence(part.summary), *facts_of(kind, part), part.source)
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
         rows = [
             (

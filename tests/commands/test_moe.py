@@ -26,6 +26,10 @@ def test_the_card_of_a_part(capsys):
     ):
         assert words in shown
     assert yaml.safe_load(shown.rstrip().splitlines()[-1]) == {"moe": {"router": {"kind": "top_k"}}}
+    assert main(["moe", "show", "latent_space"]) == 0
+    shown = capsys.readouterr().out
+    assert "healing                    experts of a smaller size" in shown
+    assert "divisible                  no: share two matrices" in shown
 
 
 @pytest.mark.parametrize("name", ["mixtral", "preset/mixtral"])

@@ -64,3 +64,9 @@ def test_what_the_model_gives_is_no_setting():
         for part in one.values():
             given = {"hidden_size", "num_experts", "mlps", "records", "layers", "across"}
             assert not given & part.settings.keys(), (part.name, inspect.signature(part.build))
+
+
+def test_what_has_no_exact_start_says_what_heals_it():
+    for one in (ROUTERS, EXPERTS, COMBINE):
+        for part in one.values():
+            assert part.exact or part.healing, part.name

@@ -14,19 +14,22 @@ from unimoe.moe.parts import CAPACITY, COMBINE, EXPERTS, LOSSES, ROUTERS, Part, 
 
 REGISTRIES: dict[str, Registry] = {one.kind: one for one in (ROUTERS, EXPERTS, LOSSES, COMBINE, CAPACITY)}
 """Key of MoEConfig -> its parts."""
+FACTS = "axis", "starts as the dense model", "healing", "divisible"
+"""What is said of every part: taxonomy, condition of an exact start, training that it needs first, and
+whether its layers can be divided among processes."""
 NO_START = "losses", "capacity"
 """Kinds whose parts have no start: they act in training only."""
 
 
 def list_parts() -> None:
     """List every named part of MoE layers, and the presets."""
-    lines = [["KIND", "NAME", "AXIS", "STARTS AS THE DENSE MODEL", "SETTINGS (* KNOB)", "SOURCE"]]
+    lines = [["KIND", "NAME", *map(str.upper, FACTS), "SETTINGS (* KNOB)", "SOURCE"]]
     lines += [
-        [kind, part.name, part.axis or "-", start_of(kind, part), settings_of(part), part.source]
+        [kind, part.name, *facts_of(kind, part), settings_of(part), part.source]
         for kind, registry in REGISTRIES.items()
         for part in registry.values()
     ]
-    lines += [["preset", name, "-", "-", "-", about] for name, about in described_presets().items()]
+    lines += [["preset", name, *"-----", about] for name, about in described_presets().items()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     for line in lines:
         cells = [text.ljust(width) for text, width in zip(line, widths, strict=False)]
@@ -51,9 +54,12 @@ def show(name: str) -> None:
     print("\n\n".join("\n".join(card) for card in cards))
 
 
-def start_of(kind: str, part: Part) -> str:
-    """When a layer with the part starts as the dense model."""
-    return "-" if kind in NO_START else part.exact or "no: needs training first"
+def facts_of(kind: str, part: Part) -> tuple[str, str, str, str]:
+    """The part's values of ``FACTS``."""
+    start, healing = part.exact or "no", part.healing or "none"
+    if kind in NO_START:
+        start = healing = "-"
+    return part.axis or "-", start, healing, f"no: {part.indivisible}" if part.indivisible else "yes"
 
 
 def settings_of(part: Part) -> str:
@@ -93,8 +99,8 @@ def use_line(kind: str, name: str) -> str:
 def _card(kind: str, part: Part) -> Iterator[str]:
     yield f"{kind} {part.name}: {part.summary}"
     yield f"  source                     {part.source}"
-    yield f"  axis                       {part.axis or '-'}"
-    yield f"  starts as the dense model  {start_of(kind, part)}"
+    for name, value in zip(FACTS, facts_of(kind, part), strict=True):
+        yield f"  {name:<25}  {value}"
     for name, default in part.settings.items():
         knob = ", a knob: a list has one value for each MoE layer, and model.anneal may move it"
         yield f"  {name} = {default}{knob if name in part.knobs else ''}"

@@ -50,7 +50,11 @@ class Part:
     axis: str
     """Place in the taxonomy of Cai et al. (arXiv 2407.06204)."""
     exact: str
-    """Condition under which the layer starts as the dense model; empty: needs training first."""
+    """Condition under which the layer starts as the dense model; empty: it never does."""
+    healing: str
+    """What is trained first where the layer does not start as the dense model; empty: no part of its own."""
+    indivisible: str
+    """Why a layer with it cannot be divided among processes; empty: it can."""
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -86,11 +90,20 @@ class Registry(dict[str, Part]):
         super().__init__()
         self.kind = kind
 
-    def register(self, name: str, *, source: str, axis: str = "", exact: str = "") -> Callable[[Any], Any]:
+    def register(
+        self,
+        name: str,
+        *,
+        source: str,
+        axis: str = "",
+        exact: str = "",
+        healing: str = "",
+        indivisible: str = "",
+    ) -> Callable[[Any], Any]:
         """Decorator that adds a class or function under ``name``; the facts as of :class:`Part`."""
 
         def add(build: Any) -> Any:
-            self[name] = Part(name, build, source, axis, exact)
+            self[name] = Part(name, build, source, axis, exact, healing, indivisible)
             return build
 
         return add

@@ -19,7 +19,12 @@ from unimoe.moe.records import LayerRecord
 from .auxiliary import Across, alone
 
 
-@LOSSES.register("coupling", source="ERC, arXiv 2512.23447, section 3", axis="router regularisation")
+@LOSSES.register(
+    "coupling",
+    source="ERC, arXiv 2512.23447, section 3",
+    axis="router regularisation",
+    indivisible="reads whole weights; train without sharding and expert_parallel",
+)
 def coupling(
     records: Sequence[LayerRecord], layers: Mapping[int, Any], across: Across = alone, alpha: float = 1.0
 ) -> Tensor:
@@ -49,7 +54,7 @@ def _coupling(layer: Any, alpha: float) -> Tensor:
         kinds = f"{type(layer.router).__name__} and {type(layer.experts).__name__}"
         raise UserError(f"moe.losses.coupling: found {kinds}, expected a linear router and FFN experts")
     if isinstance(rows_ED, DTensor) or isinstance(first_EID, DTensor):
-        raise UserError("moe.losses.coupling reads whole weights; train without sharding and expert_parallel")
+        raise UserError(f"moe.losses.coupling {LOSSES['coupling'].indivisible}")
     rows_ED = rows_ED[: len(first_EID)].float()  # null experts have rows behind these
     if layer.training:
         rows_ED = rows_ED * _noise(rows_ED.detach())

@@ -20,6 +20,7 @@ from .base import Router, RouterDescription
     "experts_choose",
     source="Expert Choice, arXiv 2202.09368, eq. 1-2; by sample: UoE, ProMoE",
     axis="sparse, expert choice",
+    healing="router and FFNs: the sum of a token's weights is not 1",
 )
 class ExpertsChoose(Router):
     """Every expert takes the tokens of each sample that score highest for it, so that the load is even; a

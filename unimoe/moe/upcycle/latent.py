@@ -20,6 +20,8 @@ from .slice import split_experts
     source="LatentMoE, arXiv 2601.18089; NemotronHMoE of transformers",
     axis="FFN",
     exact="size = hidden size; whole copies, or all slices of one copy",
+    healing="experts of a smaller size: the directions left out are missing",
+    indivisible=LatentExperts.indivisible,
 )
 @torch.no_grad()
 def latent_experts(
