@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import gather_and_sum, one_by_one, prepare, without_autocast
-from .swiglu import Weights, grouped_swiglu
+from .swiglu import GATES, Weights, check_gate, grouped_swiglu
 
 
 class Adapters(NamedTuple):
@@ -36,16 +36,20 @@ def fused_lora_experts(
     scale: float,
     weight_N: Tensor | None = None,
     token_N: Tensor | None = None,
+    act: str = "silu",
 ) -> Tensor:
     """:func:`~unimoe.kernels.swiglu.fused_experts` with the adapted weights: same arguments, same result."""
+    check_gate(act)
     stacks = (gate_up_proj, down_proj, *adapters)
     form, x, stacks, weight_N = prepare("fused_lora_experts", x, stacks, weight_N)
     with without_autocast(x):
         if form == "reference":
             gate_up, down, *lora = stacks
-            run = partial(lora_experts_reference, adapters=Adapters(*lora), scale=scale, weight_N=weight_N)
+            run = partial(
+                lora_experts_reference, adapters=Adapters(*lora), scale=scale, weight_N=weight_N, act=act
+            )
             return gather_and_sum(run, x, token_N, offsets_E1, gate_up, down)
-        return grouped_swiglu(x, token_N, offsets_E1, Weights(*stacks), weight_N, scale)
+        return grouped_swiglu(x, token_N, offsets_E1, Weights(*stacks), weight_N, scale, act)
 
 
 def lora_experts_reference(
@@ -56,13 +60,14 @@ def lora_experts_reference(
     adapters: Adapters,
     scale: float,
     weight_N: Tensor | None = None,
+    act: str = "silu",
 ) -> Tensor:
     """``fused_lora_experts`` on rows, one expert after the other in plain autograd."""
 
     def expert(x: Tensor, weight: Tensor | None, gate_up: Tensor, down: Tensor, *lora: Tensor) -> Tensor:
         A1, B1, A2, B2 = lora
         gate, up = (F.linear(x, gate_up) + scale * F.linear(F.linear(x, A1), B1)).chunk(2, dim=-1)
-        activation = F.silu(gate) * up
+        activation = GATES[act](gate) * up
         if weight is not None:
             activation = activation * weight
         return F.linear(activation, down) + scale * F.linear(F.linear(activation, A2), B2)

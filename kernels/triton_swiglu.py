@@ -66,11 +66,12 @@ def fused_experts(
     down_proj: Tensor,
     weight_N: Tensor | None = None,
     token_N: Tensor | None = None,
+    act: str = "silu",
 ) -> Tensor:
     """:func:`~unimoe.kernels.swiglu.fused_experts`, whose arguments and result it has, in bfloat16, float16
     or float32. With ``token_N`` it neither stores the gathered rows nor sums by atomics."""
     keep = needs_grad(x, gate_up_proj, down_proj, weight_N)
-    return _SwiGLU.apply(x, token_N, offsets_E1, gate_up_proj, down_proj, weight_N, keep)
+    return _SwiGLU.apply(x, token_N, offsets_E1, gate_up_proj, down_proj, weight_N, keep, act)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -86,8 +87,12 @@ class _SwiGLU(torch.autograd.Function):
         down: Tensor,
         weight_N: Tensor | None,
         keep: bool,
+        act: str,
     ) -> Tensor:
-        y, h_NF, tiles_3M, order_N, start_T1 = _forward(x, token_N, offsets_E1, gate_up, down, weight_N, keep)
+        y, h_NF, tiles_3M, order_N, start_T1 = _forward(
+            x, token_N, offsets_E1, gate_up, down, weight_N, keep, act
+        )
+        ctx.act = act
         if keep:
             routing = (token_N, offsets_E1, tiles_3M, order_N, start_T1)
             ctx.save_for_backward(x, gate_up, down, weight_N, h_NF, *routing)
@@ -96,11 +101,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, _, gate_up, down, weight, _ = ctx.needs_input_grad
+        x, _, _, gate_up, down, weight, _, _ = ctx.needs_input_grad
         wanted = [x, gate_up, down, weight]
-        grads = iter(_backward(dy, *ctx.saved_tensors, wanted))
+        grads = iter(_backward(dy, *ctx.saved_tensors, wanted, ctx.act))
         dx, d_gate_up, d_down, d_weight_N = (next(grads) if want else None for want in wanted)
-        return dx, None, None, d_gate_up, d_down, d_weight_N, None
+        return dx, None, None, d_gate_up, d_down, d_weight_N, None, None
 
 
 @torch.library.custom_op("unimoe_triton::swiglu_forward", mutates_args=())
@@ -112,6 +117,7 @@ def _forward(
     down: Tensor,
     weight_N: Tensor | None,
     keep: bool,
+    act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output and what backward needs: pre-activations (if ``keep``), map of tiles, and the pairs of each
     token (if there are tokens)."""
@@ -125,7 +131,9 @@ def _forward(
         h_NF, act_NI = x.new_empty(N if keep else 0, 2 * I), x.new_empty(N, I)
         grid = (M * triton.cdiv(I, tiles.gate_up.columns),)
         kept, options = h_NF if keep else None, tiles.gate_up.options(x.dtype)
-        _gate_up_kernel[grid](x, token_N, weight_N, gate_up, kept, act_NI, tiles_3M, M, H, I, **options)
+        _gate_up_kernel[grid](
+            x, token_N, weight_N, gate_up, kept, act_NI, tiles_3M, M, H, I, ACT=act, **options
+        )
         y_NH = rows_times_weights(act_NI, None, down, tiles_3M, tiles.rows, transpose=True)
         if token_N is None:
             return y_NH, h_NF, tiles_3M, tiles_3M.new_empty(0), tiles_3M.new_empty(0)
@@ -134,7 +142,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, token_N, offsets_E1, gate_up, down, weight_N, keep):
+def _(x, token_N, offsets_E1, gate_up, down, weight_N, keep, act):
     N, (E, _, I) = (x if token_N is None else token_N).shape[0], down.shape  # noqa: E741
     M = tile_bound(N, E, tiles_for(N, E, x.dtype).gate_up.rows)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -159,6 +167,7 @@ def _backward(
     order_N: Tensor,
     start_T1: Tensor,
     wanted: list[bool],
+    act: str,
 ) -> list[Tensor]:
     """The wanted ones of the gradients of x, gate_up, down and weight_N."""
     N, (E, _, I) = h_NF.shape[0], down.shape  # noqa: E741
@@ -172,7 +181,7 @@ def _backward(
         dh_NF = torch.empty_like(h_NF)
         d_weight_N = torch.empty_like(weight_N) if weight_N is not None and want_weight else None
         columns = min(1024, triton.next_power_of_2(I))
-        cut: Any = {"ROWS": max(1, 2048 // columns), "COLUMNS": columns}
+        cut: Any = {"ROWS": max(1, 2048 // columns), "COLUMNS": columns, "ACT": act}
         _swiglu_backward_kernel[(triton.cdiv(N, cut["ROWS"]),)](
             h_NF, weight_N, offsets_E1, act_NI, dh_NF, d_weight_N, N, E, I, **cut
         )
@@ -191,8 +200,33 @@ def _backward(
 @_backward.register_fake
 def _(dy, x, gate_up, down, weight_N, *args):
     leaves = (x, gate_up, down, weight_N)
-    kept = (leaf for leaf, want in zip(leaves, args[-1], strict=True) if want)
+    kept = (leaf for leaf, want in zip(leaves, args[-2], strict=True) if want)
     return [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in kept]
+
+
+@triton.jit
+def _factor(gate, ACT: tl.constexpr):
+    """act(gate) / gate: a sigmoid for SiLU and for GELU by tanh, since (1 + tanh(u)) / 2 = sigmoid(2u); the
+    normal distribution's for the exact GELU."""
+    if ACT == "silu":
+        factor = tl.sigmoid(gate)
+    elif ACT == "gelu_tanh":
+        factor = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))  # 2 sqrt(2 / pi)
+    else:
+        factor = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+    return factor
+
+
+@triton.jit
+def _slope(gate, factor, ACT: tl.constexpr):
+    """The derivative of ``_factor`` by the gate."""
+    if ACT == "silu":
+        slope = factor * (1 - factor)
+    elif ACT == "gelu_tanh":
+        slope = factor * (1 - factor) * 1.5957691216057308 * (1 + 0.134145 * gate * gate)
+    else:
+        slope = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)  # 1 / sqrt(2 pi)
+    return slope
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -207,6 +241,7 @@ def _gate_up_kernel(
     M,
     H,
     I,  # noqa: E741
+    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -244,7 +279,7 @@ def _gate_up_kernel(
         tl.store(h_RC, gate, mask=mask)
         tl.store(h_RC + I, up, mask=mask)
     gate, up = gate.to(tl.float32), up.to(tl.float32)
-    a = gate * tl.sigmoid(gate) * up
+    a = gate * _factor(gate, ACT) * up
     if weight is not None:
         a *= tl.load(weight + row, mask=(row < end) & (expert >= 0), other=0.0).to(tl.float32)[:, None]
     tl.store(act + row[:, None] * I + column[None, :], a.to(act.dtype.element_ty), mask=mask)
@@ -263,6 +298,7 @@ def _swiglu_backward_kernel(
     I,  # noqa: E741
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ACT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     w = tl.full([ROWS], 1.0, tl.float32)
@@ -277,13 +313,13 @@ def _swiglu_backward_kernel(
         gate = tl.load(h + h_RC, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h + h_RC + I, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(da_RC, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        dot += tl.sum(d * silu * up, 1)
+        factor = _factor(gate, ACT)
+        gated = gate * factor
+        dot += tl.sum(d * gated * up, 1)
         d *= w[:, None]
-        d_gate = d * up * (sigmoid + silu * (1 - sigmoid))
+        d_gate = d * up * (factor + gate * _slope(gate, factor, ACT))
         tl.store(dh + h_RC, d_gate.to(dh.dtype.element_ty), mask=mask)
-        tl.store(dh + h_RC + I, (d * silu).to(dh.dtype.element_ty), mask=mask)
-        tl.store(da_RC, (w[:, None] * silu * up).to(da.dtype.element_ty), mask=mask)  # dA gives way to A
+        tl.store(dh + h_RC + I, (d * gated).to(dh.dtype.element_ty), mask=mask)
+        tl.store(da_RC, (w[:, None] * gated * up).to(da.dtype.element_ty), mask=mask)  # dA gives way to A
     if d_weight is not None:
         tl.store(d_weight + row, dot.to(d_weight.dtype.element_ty), mask=row < N)

@@ -34,6 +34,15 @@ def leaves(tensors):
     return [one for one in flat if isinstance(one, torch.Tensor) and one.requires_grad]
 
 
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+def test_other_gates_have_the_gradients_of_the_reference(act):
+    tensors = case([3, 0, 2])
+    ours, plain = (f(*tensors, act=act) for f in (fused_lora_experts, lora_experts_reference))
+    torch.testing.assert_close(ours, plain)
+    grads = [torch.autograd.grad(y.square().sum(), leaves(tensors)) for y in (ours, plain)]
+    torch.testing.assert_close(*grads)
+
+
 def run(function, tensors, form, monkeypatch):
     monkeypatch.setenv("UNIMOE_KERNELS", form)
     y = function(*tensors)

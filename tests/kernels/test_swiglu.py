@@ -7,6 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
+from unimoe.errors import UserError
 from unimoe.kernels import arguments
 from unimoe.kernels.swiglu import fused_experts, swiglu_experts_reference
 
@@ -60,6 +61,22 @@ def test_equals_the_reference_with_every_gradient(counts, weighted):
 def test_gradcheck(function):
     x, offsets, gate_up, down, weight = case([2, 0, 1], hidden=3, inner=4)
     assert gradcheck(lambda *args: function(args[0], offsets, *args[1:]), (x, gate_up, down, weight))
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+def test_other_gates_have_the_gradients_of_the_reference(act):
+    tensors, grad = case([3, 0, 2]), torch.randn(5, H, dtype=torch.float64)
+    for ours, plain in zip(
+        gradients(lambda *args: fused_experts(*args, act=act), tensors, grad),
+        gradients(lambda *args: swiglu_experts_reference(*args, act=act), tensors, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_an_unknown_gate_is_a_user_error():
+    with pytest.raises(UserError, match="activation 'tanh', expected one of silu, gelu, gelu_tanh"):
+        fused_experts(*case([1]), act="tanh")
 
 
 def test_gate_weight_of_zero_has_the_right_gradient():

@@ -68,7 +68,7 @@ def _fresh_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tiles, dtype", SHIPPED)
 def test_the_products_fit_the_chip(tiles, dtype):
-    gate_up, rows = tiles.gate_up.options(dtype), tiles.rows.options(dtype)
+    gate_up, rows = tiles.gate_up.options(dtype) | {"ACT": "silu"}, tiles.rows.options(dtype)
     gathered, weights = (tiles.weights.options(dtype, gathers) for gathers in (True, False))
     for kernel, options, absent in (
         (triton_swiglu._gate_up_kernel, gate_up, ()),
@@ -89,7 +89,10 @@ def test_the_products_fit_the_chip(tiles, dtype):
 @pytest.mark.parametrize(
     "kernel, options",
     [
-        (triton_swiglu._swiglu_backward_kernel, {"ROWS": 2, "COLUMNS": 1024}),
+        *(
+            (triton_swiglu._swiglu_backward_kernel, {"ROWS": 2, "COLUMNS": 1024, "ACT": act})
+            for act in ("silu", "gelu", "gelu_tanh")
+        ),
         (triton_routing._combine_kernel, {"PAIRS": 8, "BLOCK": 1024}),
         (triton_routing._tile_map_kernel, {"GROUPS": 256, "BLOCK": 16}),
         (triton_routing._rank_kernel, {"BLOCK": 32, "OTHERS": 128}),

@@ -83,6 +83,17 @@ def test_equals_the_reference_with_every_gradient(counts, tokens):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+def test_other_gates(act):
+    args = case([3, 2])
+    one, other = (
+        gradients(lambda *args, form=form: form(*args, act=act), args)
+        for form in (triton_swiglu.fused_experts, swiglu_experts_reference)
+    )
+    for ours, plain in zip(one, other, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_no_tokens():
     for one, other in zip(*(gradients(f, case([0, 0], tokens=0)) for f in (ours, reference)), strict=True):
         assert torch.equal(one, other)

@@ -42,6 +42,14 @@ def test_fused_and_separate_layouts_are_read():
     torch.testing.assert_close(MoELayer(TopK(H, 1, 1), copy_experts(fused, 1))(x), fused(x))
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"])
+def test_experts_keep_the_activation(act):
+    dense, x = mlp(hidden_act=act), torch.randn(5, H)
+    experts = copy_experts(dense, 3)
+    assert experts.act == {"silu": "silu", "gelu": "gelu"}.get(act, "gelu_tanh")
+    torch.testing.assert_close(MoELayer(TopK(H, 3, 2), experts)(x), dense(x))
+
+
 def test_other_two_layer_ffns_are_refused():
     with pytest.raises(UserError, match="LlamaMLP is not a two-layer FFN: expected linear layers up_proj"):
         read_ffn(mlp())
@@ -58,7 +66,7 @@ def test_other_two_layer_ffns_are_refused():
     [
         (nn.Sequential(nn.Linear(2, 2)), "Sequential is not a SwiGLU FFN"),
         (mlp(mlp_bias=True), "has a bias"),
-        (mlp(hidden_act="gelu"), "activation GELUActivation, expected SiLU"),
+        (mlp(hidden_act="relu"), "activation ReLU, expected SiLU or GELU"),
     ],
 )
 def test_other_ffns_are_refused_by_name(module, message):

@@ -54,7 +54,7 @@ class LoRAExperts(Experts):
         """Plain experts with W + alpha/r B A folded in, in the base's dtype; the base stays as it is."""
         gate_up, down = self.base.gate_up_proj, self.base.down_proj
         with torch.device("meta"):
-            merged = SwiGLUExperts(self.num_experts, down.shape[1], down.shape[2])
+            merged = SwiGLUExperts(self.num_experts, down.shape[1], down.shape[2], self.base.act)
         merged.gate_up_proj = nn.Parameter(self._fold(gate_up, self.lora_B_gate_up, self.lora_A_gate_up))
         merged.down_proj = nn.Parameter(self._fold(down, self.lora_B_down, self.lora_A_down))
         return merged

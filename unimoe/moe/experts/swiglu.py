@@ -1,4 +1,4 @@
-"""SwiGLU FFNs without biases, as LLMs have them.
+"""Gated FFNs without biases, as LLMs have them.
 
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, D = H hidden, I intermediate.
 """
@@ -6,9 +6,8 @@ Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, D = H hid
 import torch
 from torch import Tensor, nn
 
-from unimoe.errors import UserError
 from unimoe.kernels.lora import Adapters, fused_lora_experts
-from unimoe.kernels.swiglu import fused_experts
+from unimoe.kernels.swiglu import check_gate, fused_experts
 from unimoe.moe.routing import Routing
 
 from .base import Experts, local
@@ -17,7 +16,8 @@ from .base import Experts, local
 class SwiGLUExperts(Experts):
     """E bias-free SwiGLU FFNs (Shazeer, arXiv 2002.05202) as two stacked parameters in transformers' layout.
 
-    gate_up_proj [E, 2I, H] holds the gate rows first, down_proj is [E, H, I].
+    gate_up_proj [E, 2I, H] holds the gate rows first, down_proj is [E, H, I]. ``act`` is ``silu``; GeGLU has
+    ``gelu`` (exact) or, in Gemma, ``gelu_tanh``.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class SwiGLUExperts(Experts):
         init_std: float = 0.02,
     ):
         super().__init__()
-        if act not in ("silu", "swish"):
-            raise UserError(f"SwiGLU experts got the activation {act!r}, expected silu")
+        self.act = "silu" if act == "swish" else act
+        check_gate(self.act)
         self.num_experts, self.hidden_size, self.intermediate_size = (
             num_experts,
             hidden_size,
@@ -59,8 +59,12 @@ class SwiGLUExperts(Experts):
         """
         stacks, token_N = (local(self.gate_up_proj), local(self.down_proj)), routing.token_N
         if adapters is None:
-            return fused_experts(x_TD, routing.offsets_E1, *stacks, weight_N, token_N)
-        return fused_lora_experts(x_TD, routing.offsets_E1, *stacks, adapters, scale, weight_N, token_N)
+            return fused_experts(x_TD, routing.offsets_E1, *stacks, weight_N, token_N, self.act)
+        lora = (adapters, scale, weight_N, token_N, self.act)
+        return fused_lora_experts(x_TD, routing.offsets_E1, *stacks, *lora)
 
     def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"
+        sizes = (
+            f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"
+        )
+        return sizes if self.act == "silu" else f"{sizes}, act={self.act}"

@@ -47,7 +47,7 @@ def latent_experts(
     hidden, inner = down.shape[1:]
     size = max(1, hidden // 4) if size is None else size
     with torch.device("meta"):
-        latent = LatentExperts(SwiGLUExperts(len(down), size, inner), hidden, size)
+        latent = LatentExperts(SwiGLUExperts(len(down), size, inner, whole.act), hidden, size)
     read_LD = _leading(gate_up.flatten(0, 1), size)
     write_LD = _leading(down.transpose(1, 2).flatten(0, 1), size)
     latent.down, latent.up = nn.Parameter(read_LD), nn.Parameter(write_LD.T.contiguous())

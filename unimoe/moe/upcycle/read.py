@@ -8,13 +8,38 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 
+_GATES = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+}
+"""Activations by the name of their class, in torch and transformers."""
+
+
+def read_gate(mlp: nn.Module) -> str:
+    """The activation of a gated FFN, a name of :data:`unimoe.kernels.swiglu.GATES`; SiLU where the module
+    holds none.
+
+    Raises:
+        UserError: it has another activation.
+    """
+    act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    found = "SiLU" if act is None else type(act).__name__
+    if found not in _GATES:
+        raise UserError(f"{type(mlp).__name__} has the activation {found}, expected SiLU or GELU")
+    return "gelu_tanh" if getattr(act, "approximate", "none") == "tanh" else _GATES[found]
+
 
 def read_swiglu(mlp: nn.Module) -> tuple[Tensor, Tensor]:
-    """(gate_up [2I, H], down [H, I]) of a SwiGLU FFN with gate_proj/up_proj/down_proj or a fused
+    """(gate_up [2I, H], down [H, I]) of a gated FFN with gate_proj/up_proj/down_proj or a fused
     gate_up_proj, not copied where possible.
 
     Raises:
-        UserError: the FFN has other layers, a bias, or an activation other than SiLU.
+        UserError: the FFN has other layers, a bias, or an activation that experts do not have.
     """
     name = type(mlp).__name__
     parts = {part: getattr(mlp, part, None) for part in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")}
@@ -22,9 +47,7 @@ def read_swiglu(mlp: nn.Module) -> tuple[Tensor, Tensor]:
     biased = [part for part, linear in linears.items() if linear.bias is not None]
     if biased:
         raise UserError(f"{name}.{biased[0]} has a bias, expected a SwiGLU FFN without biases")
-    act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
-    if act is not None and type(act).__name__ not in ("SiLU", "SiLUActivation"):
-        raise UserError(f"{name} has the activation {type(act).__name__}, expected SiLU")
+    read_gate(mlp)
     if {"gate_proj", "up_proj", "down_proj"} <= linears.keys():
         gate_up = torch.cat([linears["gate_proj"].weight.detach(), linears["up_proj"].weight.detach()])
     elif {"gate_up_proj", "down_proj"} <= linears.keys():

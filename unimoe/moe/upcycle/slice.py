@@ -17,7 +17,7 @@ from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.parts import EXPERTS
 from unimoe.moe.routers.top_k import TopK
 
-from .read import read_ffn, read_swiglu
+from .read import read_ffn, read_gate, read_swiglu
 
 
 @EXPERTS.register(
@@ -39,21 +39,26 @@ def split_experts(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) ->
         noise: Gaussian noise on each expert's weights, in standard deviations of each weight matrix.
 
     Raises:
-        UserError: an FFN is not a bias-free SwiGLU FFN or has another shape, or cannot be cut evenly.
+        UserError: an FFN is not a bias-free gated FFN, has another shape or activation, or cannot be cut
+            evenly.
     """
     if not mlps:
         raise UserError("no dense FFN to make experts from, expected at least one")
     read = {mlp: read_swiglu(mlp) for mlp in mlps}  # once, where one model stands in every slot
     weights = [read[mlp] for mlp in mlps]
-    shape = weights[0][1].shape
+    shape, act = weights[0][1].shape, read_gate(mlps[0])
     for slot, (_, down) in enumerate(weights):
         if down.shape != shape:
             found, expected = list(down.shape), list(shape)
             raise UserError(
                 f"the FFN for expert {slot} has down_proj {found}, expected {expected} as expert 0 has"
             )
+        if (found := read_gate(mlps[slot])) != act:
+            raise UserError(
+                f"the FFN for expert {slot} has the activation {found}, expected {act} as expert 0 has"
+            )
     cuts = [cut for gate_up, down in weights for cut in cut_swiglu(gate_up, down, slices)]
-    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], noise)
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], noise, act)
 
 
 def slice_experts(mlp: nn.Module, slices: int, copies: int = 1, noise: float = 0.0) -> SwiGLUExperts:
@@ -118,7 +123,7 @@ def leading_slices(mlp: nn.Module, count: int, width: int) -> SwiGLUExperts:
         raise UserError(f"{count} shared experts of width {width} need more than the FFN's {inner}")
     (gate, up), kept = gate_up.chunk(2), count * width
     cuts = cut_swiglu(torch.cat([gate[:kept], up[:kept]]), down[:, :kept], count)
-    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], 0.0)
+    return _stack([gate_up for gate_up, _ in cuts], [down for _, down in cuts], 0.0, read_gate(mlp))
 
 
 def cut_swiglu(gate_up: Tensor, down: Tensor, slices: int) -> list[tuple[Tensor, Tensor]]:
@@ -150,10 +155,10 @@ def _slice_width(inner: int, slices: int) -> int:
     return inner // slices
 
 
-def _stack(gate_ups: list[Tensor], downs: list[Tensor], noise: float) -> SwiGLUExperts:
+def _stack(gate_ups: list[Tensor], downs: list[Tensor], noise: float, act: str) -> SwiGLUExperts:
     hidden, inner = downs[0].shape
     with torch.device("meta"):
-        experts = SwiGLUExperts(len(downs), hidden, inner)
+        experts = SwiGLUExperts(len(downs), hidden, inner, act)
     # clones: stacked weights of their own, so that a copied expert does not share memory with the dense model
     experts.gate_up_proj = nn.Parameter(_noisy(torch.stack(gate_ups), noise))
     experts.down_proj = nn.Parameter(_noisy(torch.stack(downs), noise))
