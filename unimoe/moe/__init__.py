@@ -8,10 +8,12 @@ from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.losses.auxiliary import auxiliary_loss
 from unimoe.moe.losses.balance import device_balance, load_balance, sequence_balance
 from unimoe.moe.losses.coupling import coupling
+from unimoe.moe.losses.dts_balance import dts_balance
 from unimoe.moe.losses.entropy import entropy
 from unimoe.moe.losses.top1_balance import top1_balance
 from unimoe.moe.losses.z import z_loss
 from unimoe.moe.routers.base import Router, RouterDescription
+from unimoe.moe.routers.dense_to_sparse import DenseToSparse
 from unimoe.moe.routers.experts_choose import ExpertsChoose
 from unimoe.moe.routers.fixed import FixedExpertRouter
 from unimoe.moe.routers.hash import HashRouter
@@ -23,6 +25,7 @@ from unimoe.moe.upcycle.copy import copy_experts, from_dense
 from unimoe.moe.upcycle.latent import latent_experts
 from unimoe.moe.upcycle.read import read_ffn, read_swiglu
 from unimoe.moe.upcycle.slice import cut_swiglu, repeat_router, slice_experts, slice_ffn, split_experts
+from unimoe.moe.upcycle.spawn import spawn
 
 from .combine import combine_dense, combine_weights
 from .config import MoEConfig
@@ -34,6 +37,7 @@ from .routing import Pairs, Routing
 
 __all__ = [
     "Context",
+    "DenseToSparse",
     "ExpertLoad",
     "Experts",
     "ExpertsChoose",
@@ -62,6 +66,7 @@ __all__ = [
     "current_context",
     "cut_swiglu",
     "device_balance",
+    "dts_balance",
     "entropy",
     "expert_load",
     "expert_load_by_modality",
@@ -79,6 +84,7 @@ __all__ = [
     "slice_experts",
     "slice_ffn",
     "sparse_mixer",
+    "spawn",
     "split_experts",
     "top1_balance",
     "z_loss",
