@@ -12,6 +12,7 @@ scale          throughput and memory by distributed strategy, on one and two pro
 serve          continuous batching beside one request at a time, and a soak test
 uni_moe_study  ablations: specialised experts, placement, top-k, load balance, modalities
 video_order    temporal order: frames kept in time beside Uni-MoE's mean over frames
+zoo            registered experiments on the claims of published MoE designs
 """
 
 import runpy
