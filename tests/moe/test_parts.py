@@ -2,10 +2,13 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModel, LlamaConfig
 
-import unimoe.moe  # noqa: F401  (fills the registries)
 from unimoe.errors import UserError
+from unimoe.moe import MoEConfig, install_moe
 from unimoe.moe.parts import CAPACITY, COMBINE, EXPERTS, LOSSES, ROUTERS, Part, Place, Registry
+from unimoe.moe.records import Context, routing_context
 
 REGISTRIES = (ROUTERS, EXPERTS, LOSSES, COMBINE, CAPACITY)
 PARTS = [pytest.param(part, id=f"{one.kind}-{part.name}") for one in REGISTRIES for part in one.values()]
@@ -70,3 +73,65 @@ def test_what_has_no_exact_start_says_what_heals_it():
     for one in (ROUTERS, EXPERTS, COMBINE):
         for part in one.values():
             assert part.exact or part.healing, part.name
+
+
+WHOLE = {"copies": 4}
+SLICED = {"copies": 4, "slices": 2}
+EXACT = {
+    "router top_k": {"router": {"kind": "top_k"}, "experts": WHOLE},
+    "router top_k by slices": {
+        "router": {"kind": "top_k", "groups": "slices"},
+        "experts": SLICED,
+        "combine": "straight_through",
+    },
+    "router top_p": {"router": {"kind": "top_p"}, "experts": WHOLE},
+    "router hash": {"router": {"kind": "hash", "k": 2}, "experts": WHOLE},
+    "router recurrent": {"router": {"kind": "recurrent", "k": 2, "renormalize": True}, "experts": WHOLE},
+    "router recurrent gru": {
+        "router": {"kind": "recurrent", "cell": "gru", "k": 2, "renormalize": True},
+        "experts": WHOLE,
+    },
+    "experts swiglu": {"experts": WHOLE},
+    "experts latent_space": {"experts": {**WHOLE, "kind": "latent_space", "size": 16}},
+    "combine weight": {"experts": WHOLE, "combine": "weight"},
+    "combine k_weight": {
+        "router": {"kind": "top_k", "groups": "slices", "init_std": 0.0},
+        "experts": SLICED,
+        "combine": "k_weight",
+    },
+    "combine slices": {
+        "router": {"kind": "top_k", "groups": "slices", "k": 4, "init_std": 0.0},
+        "experts": SLICED,
+        "combine": "slices",
+    },
+    "combine indicator": {
+        "router": {"kind": "top_k", "groups": "slices"},
+        "experts": SLICED,
+        "combine": "indicator",
+    },
+    "combine straight_through": {
+        "router": {"kind": "top_k", "groups": "slices"},
+        "experts": SLICED,
+        "combine": "straight_through",
+    },
+}
+"""Part -> settings that meet its condition of an exact start."""
+
+
+@pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
+def test_exact_start_of_a_part_is_the_dense_model(settings):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = AutoModel.from_config(LlamaConfig(vocab_size=32, **sizes)).double().eval()
+    tokens = torch.arange(12).reshape(2, 6)
+    dense = model(tokens).last_hidden_state
+    install_moe(model, MoEConfig.from_dict({**settings, "placement": "all"}))
+    with routing_context(Context(token_T=tokens.flatten())):
+        found = model.double()(tokens).last_hidden_state
+    torch.testing.assert_close(found, dense, rtol=0, atol=1e-9)
+
+
+def test_every_exact_start_is_tested():
+    """FFNs with biases: tests/moe/upcycle/test_slice.py; one_plus: tests/moe/test_shared_gate.py."""
+    elsewhere = {"experts ffn", "combine one_plus"}
+    claimed = {f"{one.kind} {name}" for one in REGISTRIES for name, part in one.items() if part.exact}
+    assert claimed - elsewhere <= {" ".join(name.split()[:2]) for name in EXACT}

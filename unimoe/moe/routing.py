@@ -40,7 +40,7 @@ class Routing:
 
     num_experts: int
     logits_TE: Tensor
-    """[T, E] float32 router logits before the choice; differentiable."""
+    """[T, E] router logits, float32 or float64 before the choice; differentiable."""
     probs: Tensor | Callable[[], Tensor]
     """``probs_TE``, or a function that computes it on first use, where the choice does not need it."""
     extra: dict[str, Tensor] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Routing:
 
     @cached_property
     def probs_TE(self) -> Tensor:
-        """[T, E] float32 router probabilities before the choice; differentiable."""
+        """[T, E] router probabilities before the choice; differentiable."""
         return self.probs if isinstance(self.probs, Tensor) else self.probs()
 
     @cached_property

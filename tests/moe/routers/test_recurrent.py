@@ -60,23 +60,23 @@ def test_exact_a_decay_of_zero_is_no_memory():
 
 def test_exact_the_gru_is_that_of_the_paper():
     """Eq. 4-6 of RMoE with the gates written out, in float64."""
-    routers, x = two("gru"), torch.randn(10, 8)
+    routers, x = [one.double() for one in two("gru")], torch.randn(10, 8, dtype=torch.float64)
     routers[1].gru.bias_hh.data.zero_()
     found = route(routers, x)[1].logits_TE
-    gru, (r, z, n) = routers[1].gru, routers[1].gru.weight_ih.double().chunk(3)
-    ur, uz, un = gru.weight_hh.double().chunk(3)
-    br, bz, bn = gru.bias_ih.double().chunk(3)
+    gru, (r, z, n) = routers[1].gru, routers[1].gru.weight_ih.chunk(3)
+    ur, uz, un = gru.weight_hh.chunk(3)
+    br, bz, bn = gru.bias_ih.chunk(3)
     with routing_context(Context()) as ctx:
         routers[0](x, ctx)
         assert ctx.carry
-        before = ctx.carry["router_state_TP"].double()
-    new = x.double() @ routers[1].proj.weight.double().T
+        before = ctx.carry["router_state_TP"]
+    new = x @ routers[1].proj.weight.T
     reset = (new @ r.T + before @ ur.T + br).sigmoid()
     update = (new @ z.T + before @ uz.T + bz).sigmoid()
     proposal = (new @ n.T + bn + reset * (before @ un.T)).tanh()
     state = (1 - update) * proposal + update * before
-    expected = state @ routers[1].head.weight.double().T
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = state @ routers[1].head.weight.T
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -23,11 +23,11 @@ def mlp(inner=I, **kw) -> Any:
 @pytest.mark.parametrize("gating", ["topk_softmax", "softmax_topk"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_copies_are_exact_under_any_router_whose_weights_sum_to_one(gating, k):
-    dense, x = mlp(), torch.randn(50, H)
+    dense, x = mlp().double(), torch.randn(50, H, dtype=torch.float64)
     experts: Any = copy_experts(dense, 4)
     for std in (0.02, 5.0):
         moe: Any = MoELayer(TopK(H, 4, k, gating, renormalize=True, init_std=std), experts)
-        torch.testing.assert_close(moe(x), dense(x), rtol=0, atol=2e-6)
+        torch.testing.assert_close(moe(x), dense(x), rtol=0, atol=1e-9)
 
 
 def test_copies_own_their_memory():

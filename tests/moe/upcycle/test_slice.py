@@ -37,21 +37,21 @@ def ffn(act: nn.Module | None = None, bias: bool = True) -> Any:
 
 @pytest.mark.parametrize("combine, exact", [("indicator", 1), ("straight_through", 1), ("weight", 0)])
 def test_slices_of_one_ffn_summed_unweighted_are_exact(combine, exact):
-    dense, x = mlp(), torch.randn(50, H)
+    dense, x = mlp().double(), torch.randn(50, H, dtype=torch.float64)
     experts: Any = slice_experts(dense, 4)
     assert experts.intermediate_size == I // 4
     moe: Any = MoELayer(TopK(H, 4, 4, init_std=1.0), experts, combine=combine)
-    assert torch.allclose(moe(x), dense(x), rtol=0, atol=2e-6) == bool(exact)
+    assert torch.allclose(moe(x), dense(x), rtol=0, atol=1e-9) == bool(exact)
 
 
 @pytest.mark.parametrize("combine", ["indicator", "straight_through", "k_weight"])
-def test_repeated_router_picks_all_slices_of_one_copy(combine):
-    dense, x = mlp(), torch.randn(50, H)
+def test_exact_repeated_router_picks_all_slices_of_one_copy(combine):
+    dense, x = mlp().double(), torch.randn(50, H, dtype=torch.float64)
     router = TopK(H, 8, 2, init_std=1.0)
     moe: Any = MoELayer(router, slice_experts(dense, 2, copies=4), combine=combine)
     assert not torch.allclose(moe(x), dense(x), atol=1e-3)
     repeat_router(router, 2)
-    torch.testing.assert_close(moe(x), dense(x), rtol=0, atol=2e-6)
+    torch.testing.assert_close(moe(x), dense(x), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("combine", ["indicator", "straight_through", "k_weight"])
@@ -63,7 +63,7 @@ def test_sliced_ffns_with_biases_are_exact(dense, slices, copies, combine):
     experts: Any = slice_ffn(dense, slices, copies)
     assert experts.up_proj.shape == (slices * copies, I // slices, H)
     x = torch.randn(50, H, dtype=torch.float64)
-    torch.testing.assert_close(MoELayer(router, experts, combine)(x), dense(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(MoELayer(router, experts, combine)(x), dense(x), rtol=0, atol=1e-9)
 
 
 def test_a_slice_has_its_share_of_the_last_bias():

@@ -6,6 +6,8 @@ Shapes: T tokens, D hidden.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.moe.records import Context
@@ -59,3 +61,10 @@ class Router(nn.Module):
     def describe(self) -> RouterDescription:
         """Number of experts per token; a router that does not override this counts as dense."""
         return RouterDescription(self.num_experts, self.num_experts, fixed=False)
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in float32, or in float64 where ``x`` is: routers compute no coarser, whatever the dtype
+    of the model."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

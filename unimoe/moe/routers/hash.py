@@ -6,7 +6,6 @@ Shapes: T tokens, D hidden, E experts, K experts of a token, V vocabulary.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
@@ -15,7 +14,7 @@ from unimoe.moe.parts import ROUTERS
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import Router, RouterDescription
+from .base import Router, RouterDescription, wide_linear
 from .select import SCORES, check_score, divide_by_sum
 
 
@@ -92,7 +91,7 @@ class HashRouter(Router):
         if ctx.token_T is None:
             raise UserError("moe.router: hash chooses experts by token id; the model got no input_ids")
         with without_autocast(x_TD):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = wide_linear(x_TD, self.weight)
             scores_TE = SCORES[self.score](logits_TE)
             index_TK = self.table[ctx.token_T]
             weight_TK = scores_TE.gather(1, index_TK)

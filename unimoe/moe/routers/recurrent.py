@@ -15,7 +15,7 @@ from unimoe.moe.parts import ROUTERS
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import RouterDescription
+from .base import RouterDescription, wide_linear
 from .select import BiasedRouter, divide_by_sum
 
 STATE = "router_state_TP"
@@ -110,7 +110,7 @@ class RecurrentRouter(BiasedRouter):
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         before_TP = None if self.first or ctx.carry is None else ctx.carry.get(STATE)
         with without_autocast(x_TD):
-            state_TP, logits_TE = self._step(_linear(self.proj, x_TD.float()), before_TP)
+            state_TP, logits_TE = self._step(_linear(self.proj, x_TD), before_TP)
             probs_TE = logits_TE.softmax(dim=-1)
             choice_TE = probs_TE if self.bias is None else probs_TE.detach() + self.bias
             index_TK = choice_TE.topk(self.k, dim=-1).indices
@@ -121,16 +121,18 @@ class RecurrentRouter(BiasedRouter):
         return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, self.num_experts)
 
     def _step(self, new_TP: Tensor, before_TP: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The new state and the logits, in float32."""
+        """The new state and the logits, in float32 or finer."""
         if self.gru is not None:
             before_TP = torch.zeros_like(new_TP) if before_TP is None else before_TP
             weights = (self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh)
-            state_TP = torch.gru_cell(new_TP, before_TP, *(weight.float() for weight in weights))
+            state_TP = torch.gru_cell(new_TP, before_TP, *(weight.to(new_TP.dtype) for weight in weights))
             return state_TP, _linear(self.head, state_TP)
         state_TP = new_TP
         if before_TP is not None and self.decay is not None:
-            state_TP = new_TP + before_TP * self.decay.float()
-        y_TP = F.rms_norm(state_TP, self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps)
+            state_TP = new_TP + before_TP * self.decay.to(new_TP.dtype)
+        y_TP = F.rms_norm(
+            state_TP, self.norm.normalized_shape, self.norm.weight.to(new_TP.dtype), self.norm.eps
+        )
         for layer in self.hidden:
             y_TP = F.gelu(_linear(layer, y_TP))
         return state_TP, _linear(self.head, y_TP)
@@ -140,6 +142,5 @@ class RecurrentRouter(BiasedRouter):
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in float32, whatever the dtype of the model."""
     assert isinstance(layer, nn.Linear)
-    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    return wide_linear(x, layer.weight, layer.bias)

@@ -6,7 +6,6 @@ Shapes: T tokens, D hidden, E experts, K experts kept per token.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
@@ -15,7 +14,7 @@ from unimoe.moe.parts import ROUTERS
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import RouterDescription
+from .base import RouterDescription, wide_linear
 from .select import (
     SCORES,
     BiasedRouter,
@@ -38,7 +37,7 @@ from .select import (
 class TopK(BiasedRouter):
     """Linear router without bias that selects the K best experts of each token.
 
-    1. logits = x W^T in float32, whatever the dtype of the model; scores = softmax, sigmoid or
+    1. logits = x W^T in float32 or finer, whatever the dtype of the model; scores = softmax, sigmoid or
        sqrt(softplus) of them
     2. selection: the K largest scores, with ``bias`` plus a bias that follows the load; only within a token's
        best ``groups``, or as many of each slice of the FFN
@@ -115,7 +114,7 @@ class TopK(BiasedRouter):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with without_autocast(x_TD):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = wide_linear(x_TD, self.weight)
             scores_TE = SCORES[self.score](logits_TE)
             late = self.score == "softmax" and self.gating == "topk_softmax"
             of_TE = logits_TE if late else scores_TE

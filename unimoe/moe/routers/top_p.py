@@ -6,7 +6,6 @@ Shapes: T tokens, D hidden, E experts to choose from (null ones included, last),
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
@@ -15,7 +14,7 @@ from unimoe.moe.parts import ROUTERS
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import Router, RouterDescription
+from .base import Router, RouterDescription, wide_linear
 from .sparse_mixer import GRADIENT_ESTIMATORS, sparse_mixer
 
 
@@ -28,8 +27,8 @@ from .sparse_mixer import GRADIENT_ESTIMATORS, sparse_mixer
 class TopP(Router):
     """Selects the smallest set of experts whose probabilities sum to at least ``p``.
 
-    1. float32 logits of the E experts to choose from, of which the last ``null_experts`` return zero (a token
-       that selects one skips computation), and of the S shared experts, which every token visits
+    1. logits, in float32 or finer, of the E experts to choose from, of which the last ``null_experts`` return
+       zero (a token that selects one skips computation), and of the S shared experts, visited by every token
     2. the fewest experts, in order of probability, whose sum reaches ``p``; at least one
     3. weights: softmax over the selected and the shared experts, so that they sum to 1; without
        ``renormalize`` the probabilities over all experts
@@ -91,7 +90,7 @@ class TopP(Router):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with without_autocast(x_TD):
-            all_TX = F.linear(x_TD.float(), self.weight.float())
+            all_TX = wide_linear(x_TD, self.weight)
             logits_TE = all_TX[:, : self.num_experts]
             probs_TE = logits_TE.softmax(dim=-1)
             k_T = self.counts(probs_TE)
