@@ -20,7 +20,8 @@ from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
-from unimoe.moe.lora_linear import PROJECTIONS, LoRABank, LoRALinear, adapt, adapter_size, plain_rank
+from unimoe.moe.adapt import PROJECTIONS, adapt
+from unimoe.moe.lora_linear import LoRABank, LoRALinear, adapter_size, plain_rank
 
 from .router import CosineTopK
 

@@ -33,8 +33,8 @@ from unimoe.model.loading import find_model, load_model
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import MoEConfig, SwiGLUExperts, cut_swiglu, install_moe
-from unimoe.moe.config import merge
 from unimoe.moe.install import moe_layers
+from unimoe.moe.settings import merge
 
 from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
 from .router_start import RouterStart, start_routers

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from unimoe.artifacts import write_model, write_result
 from unimoe.model.loading import find_model
-from unimoe.moe.config import merge
+from unimoe.moe.settings import merge
 from unimoe.training.lightning_cli import RunCLI, run_cli
 
 from .anneal import keep_annealed

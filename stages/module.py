@@ -18,7 +18,7 @@ from unimoe.model.build import Built
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import ExpertLoad, expert_load, load_balance, record
-from unimoe.moe.records import join
+from unimoe.moe.join import join
 from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.ranks import across_ranks, data_parallel_size, mean_over_ranks
 from unimoe.training.sharding import broadcast_module, foreach, shard

@@ -21,7 +21,7 @@ from unimoe.data import Collator, read_samples
 from unimoe.detection.inference.predictor import Detector
 from unimoe.model.build import build_model
 from unimoe.model.loading import load_model
-from unimoe.moe.lora_linear import adapt
+from unimoe.moe.adapt import adapt
 from unimoe.training.curve import read_curve
 
 WRITTEN = Path(__file__).parent / "fixtures" / "written_by_0_1"

@@ -4,7 +4,7 @@ import yaml
 from unimoe.commands.main import main
 from unimoe.commands.moe import REGISTRIES, complete_preset
 from unimoe.moe import MoEConfig
-from unimoe.moe.config import presets
+from unimoe.moe.settings import presets
 
 
 def test_every_part_and_preset_is_listed(capsys):

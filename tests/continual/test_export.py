@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unimoe.continual.export import export_bank, import_bank
 from unimoe.continual.router import CosineTopK
 from unimoe.errors import UserError
-from unimoe.moe.lora_linear import adapt
+from unimoe.moe.adapt import adapt
 
 
 def causal(seed=0):

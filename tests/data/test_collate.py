@@ -11,7 +11,7 @@ from unimoe.errors import UserError
 from unimoe.media.video import write_video
 from unimoe.model.configuration import IGNORED
 from unimoe.moe import record
-from unimoe.moe.records import join
+from unimoe.moe.join import join
 from unimoe.testing import AUDIO, SPEECH, VIDEO, tiny_model
 
 

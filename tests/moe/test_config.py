@@ -4,7 +4,7 @@ import pytest
 
 from unimoe.errors import UserError
 from unimoe.moe import MoEConfig, build_router
-from unimoe.moe.config import presets
+from unimoe.moe.settings import presets
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from unimoe.moe import (
     record,
     routing_context,
 )
-from unimoe.moe.config import presets
 from unimoe.moe.install import dense_mlp, moe_layers
+from unimoe.moe.settings import presets
 
 
 def decoder():

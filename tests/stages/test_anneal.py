@@ -6,7 +6,7 @@ from unimoe.errors import UserError
 from unimoe.model.loading import load_model
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
-from unimoe.moe.records import join
+from unimoe.moe.join import join
 from unimoe.stages.anneal import Anneal, check_anneal, keep_annealed, losses_at, set_knobs
 from unimoe.testing import IMAGE, tiny_model
 from unimoe.training.curve import read_curve

@@ -24,8 +24,8 @@ from unimoe.model.configuration import UniMoeConfig
 from unimoe.model.convert import image_modality
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import MoEConfig
-from unimoe.moe.config import merge
 from unimoe.moe.install import moe_layers
+from unimoe.moe.settings import merge
 from unimoe.stages.assemble import mixture as mixture_of
 from unimoe.stages.assemble import read_manifest
 from unimoe.stages.cli import main

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unimoe.model.configuration import MODALITIES
 from unimoe.moe import ExpertLoad, LayerRecord, expert_load, expert_load_by_modality
-from unimoe.moe.records import join
+from unimoe.moe.join import join
 
 ANSWER = "answer"
 """The kind of generated tokens, where they are counted apart from the prompt."""

@@ -9,8 +9,8 @@ import yaml
 import unimoe.moe  # noqa: F401  registers the parts
 from unimoe.errors import UserError
 from unimoe.moe import MoEConfig
-from unimoe.moe.config import presets
 from unimoe.moe.parts import CAPACITY, COMBINE, EXPERTS, LOSSES, ROUTERS, Part, Registry, nearest
+from unimoe.moe.settings import presets
 
 REGISTRIES: dict[str, Registry] = {one.kind: one for one in (ROUTERS, EXPERTS, LOSSES, COMBINE, CAPACITY)}
 """Key of MoEConfig -> its parts."""

@@ -14,7 +14,7 @@ from unimoe.data.collate import real_tokens
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
-from unimoe.moe.records import join
+from unimoe.moe.join import join
 from unimoe.moe.routers.base import Router
 from unimoe.stages.anneal import check_anneal, losses_at, set_knobs
 from unimoe.training.module import ResumableModule

@@ -7,8 +7,8 @@ from typing import Any
 
 from unimoe.errors import UserError
 from unimoe.moe import MoEConfig
-from unimoe.moe.config import presets
 from unimoe.moe.parts import nearest
+from unimoe.moe.settings import presets
 from unimoe.stages.anneal import Anneal
 
 DENSE = "dense"

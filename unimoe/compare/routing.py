@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unimoe.analysis.routing_stats import RoutingStats
 from unimoe.moe import ExpertLoad, LayerRecord, MoELayer
-from unimoe.moe.records import join
+from unimoe.moe.join import join
 
 
 class RoutingMeasures:

@@ -1,42 +1,19 @@
 """Configuration of MoE layers: which FFNs are replaced, by which experts, and how they route."""
 
-import logging
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from unimoe.errors import UserError
 
 from .parts import CAPACITY, COMBINE, EXPERTS, LOSSES, ROUTERS, Place, nearest
-
-log = logging.getLogger(__name__)
+from .settings import at_least, mapping, merge, nested_settings, read_preset
 
 PLACEMENTS = ("interval", "all", "first_half", "second_half", "none")
 SHARED_GATES = ("none", "sigmoid", "one_plus")
 OF_ALL_EXPERTS = {"copies": 4, "slices": 1, "null_output": "zero"}
 """Settings of ``experts`` that do not depend on their kind."""
-
-_OLD: dict[str, tuple[str, str, Any]] = {
-    "router_init_std": ("router", "init_std", 0.02),
-    "top_k": ("router", "k", 2),
-    "top_p": ("router", "p", 0.7),
-    "null_experts": ("router", "null_experts", 0),
-    "gradient_estimator": ("router", "gradient_estimator", None),
-    "mixer": ("router", "gradient_estimator", None),
-    "gating": ("router", "gating", "topk_softmax"),
-    "renormalize": ("router", "renormalize", True),
-    "slices": ("experts", "slices", 1),
-    "shared_experts": ("shared", "count", 0),
-    "shared_size": ("shared", "size", None),
-    "balance_coef": ("losses", "balance", 0.01),
-    "z_coef": ("losses", "z", 0.0),
-}
-"""The flat keys of 0.1, as saved models have them: part, name and default."""
 
 
 @dataclass
@@ -75,12 +52,12 @@ class MoEConfig:
         self.experts = EXPERTS.complete(
             {**OF_ALL_EXPERTS, **_named(self.experts, "experts", kind="swiglu")}, tuple(OF_ALL_EXPERTS)
         )
-        self.shared = {"count": 0, "size": None, "gate": "none", **_mapping(self.shared, "shared")}
+        self.shared = {"count": 0, "size": None, "gate": "none", **mapping(self.shared, "shared")}
         _known("shared", self.shared, ("count", "size", "gate"))
         COMBINE.find(self.combine)
         if self.capacity is not None:
             self.capacity = CAPACITY.complete(_named(self.capacity, "capacity", kind="probability"))
-        self.losses = {"balance": 0.01, **_mapping(self.losses, "losses")}
+        self.losses = {"balance": 0.01, **mapping(self.losses, "losses")}
         for name, given in self.losses.items():
             settings = dict(given) if isinstance(given, dict) else {"coef": given}
             coefficient = settings.pop("coef", None)
@@ -90,12 +67,12 @@ class MoEConfig:
                 )
             LOSSES.complete({"kind": name, **settings})
         for key, least in (("copies", 1), ("slices", 1)):
-            _at_least(f"experts.{key}", self.experts[key], least)
+            at_least(f"experts.{key}", self.experts[key], least)
         if self.experts["null_output"] not in ("zero", "identity"):
             raise UserError(
                 f"moe.experts.null_output is {self.experts['null_output']!r}, expected zero or identity"
             )
-        _at_least("shared.count", self.shared["count"], 0)
+        at_least("shared.count", self.shared["count"], 0)
         if self.shared["gate"] not in SHARED_GATES:
             raise UserError(f"moe.shared.gate is {self.shared['gate']!r}, expected {', '.join(SHARED_GATES)}")
         if self.placement not in PLACEMENTS and not isinstance(self.placement, list):
@@ -188,34 +165,13 @@ class MoEConfig:
         return sorted(set(self.placement))
 
 
-def presets() -> dict[str, Any]:
-    """The presets of ``configs/moe``: name -> file."""
-    folder = files("unimoe.configs").joinpath("moe")
-    found = sorted(folder.iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".yaml"): file for file in found if file.name.endswith(".yaml")}
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """The settings of a preset, by its name or by the path of a YAML file.
-
-    Raises:
-        UserError: there is none, or the file is no mapping.
-    """
-    known = presets()
-    file = Path(name) if str(name).endswith((".yaml", ".yml")) else known.get(name)
-    if file is None or not file.is_file():
-        raise UserError(f"moe.preset: unknown {name!r}{nearest(name, known)}")
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return _mapping(found, f"preset {name}")
-
-
 def _read(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that ``values`` and their preset give."""
     values = dict(values)
     preset = values.pop("preset", None)
-    nested = _nested(values)
+    nested = nested_settings(values)
     if preset is not None:
-        nested = merge(_nested(read_preset(preset)), nested)
+        nested = merge(nested_settings(read_preset(preset)), nested)
     known = [one.name for one in fields(MoEConfig)]
     for key in nested:
         if key not in known:
@@ -228,60 +184,12 @@ def _any_rest(k: int | list[int], slices: int) -> bool:
     return any(one % slices for one in (k if isinstance(k, list) else [k]))
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with the flat keys of 0.1 in their places."""
-    nested = {key: value for key, value in values.items() if key not in ("num_experts", *_OLD)}
-    old = {key: value for key, value in values.items() if key in _OLD}
-    for name in ("router", "experts", "capacity"):
-        if isinstance(nested.get(name), str):
-            nested[name] = {"kind": nested[name]}
-    kind = nested.get("router", {}).get("kind", "top_k") if old else "top_k"
-    for key, value in old.items():
-        part, name, default = _OLD[key]
-        if part == "router" and name not in ROUTERS.find(kind).settings:
-            if value != default:  # a saved model has them all
-                log.warning("moe.%s is ignored: router %s has no such setting", key, kind)
-            continue
-        nested[part] = {**({"kind": kind} if part == "router" else {}), **nested.get(part, {}), name: value}
-    if "num_experts" in values:
-        number, slices = values["num_experts"], nested.get("experts", {}).get("slices", 1)
-        _at_least("num_experts", number, 1)
-        _at_least("slices", slices, 1)
-        if number % slices:
-            raise UserError(f"moe.num_experts is {number}, expected a multiple of {slices} (moe.slices)")
-        nested["experts"] = {**nested.get("experts", {}), "copies": number // slices}
-    return nested
-
-
-def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Settings of MoE layers: ``over`` where both say something; a part of another kind replaces the whole
-    entry."""
-    merged = deepcopy(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        same = both and value.get("kind", below.get("kind")) == below.get("kind")
-        merged[key] = {**below, **value} if same else value
-    return merged
-
-
 def _named(given: Any, where: str, kind: str) -> dict[str, Any]:
     """Settings with their ``kind``; a string is the kind alone."""
-    return {"kind": given} if isinstance(given, str) else {"kind": kind, **_mapping(given, where)}
-
-
-def _mapping(given: Any, where: str) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise UserError(f"moe.{where} is {given!r}, expected settings: {{name: value}}")
-    return given
+    return {"kind": given} if isinstance(given, str) else {"kind": kind, **mapping(given, where)}
 
 
 def _known(where: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
             raise UserError(f"moe.{where} has an unknown key {key!r}{nearest(key, known)}")
-
-
-def _at_least(key: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise UserError(f"moe.{key} is {value!r}, expected at least {least}")

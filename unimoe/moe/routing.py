@@ -33,16 +33,14 @@ class Routing:
     The choice has two views, each computed on first use: pairs sorted by expert (``token_N``, ``expert_N``,
     ``weight_N``, ``offsets_E1``) for the kernels, and :meth:`dense` for banks of low-rank experts and for
     exported graphs, whose shapes must not depend on the data. Build one with :meth:`from_topk`,
-    :meth:`from_mask` or :meth:`from_pairs`.
+    :meth:`from_mask` or :meth:`from_pairs`. FSDP2 finds the tensors of a dataclass.
     """
-
-    # Dataclasses, since FSDP2 looks for the tensors of a module's output in them.
 
     num_experts: int
     logits_TE: Tensor
     """[T, E] router logits, float32 or float64 before the choice; differentiable."""
     probs: Tensor | Callable[[], Tensor]
-    """``probs_TE``, or a function that computes it on first use, where the choice does not need it."""
+    """``probs_TE``, or what computes it on first use."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that a router hands to its own loss. A name ends in its shape letters: the first is T (one
     row per token) or N (one per pair), or the tensor belongs to the whole layer."""
@@ -147,13 +145,11 @@ class _SlotRouting(Routing):
     @cached_property
     def pairs(self) -> Pairs:
         slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(self.index_TK, self.num_experts)
-        weight_N = self.weight_TK.reshape(-1).index_select(0, slot_N)
-        return Pairs(token_N, expert_N, weight_N, offsets_E1)
+        return Pairs(token_N, expert_N, self.weight_TK.reshape(-1).index_select(0, slot_N), offsets_E1)
 
     def chosen(self) -> Tensor:
-        index_TK = self.index_TK
-        unchosen_TE = index_TK.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
-        return unchosen_TE.scatter(1, index_TK, torch.ones_like(index_TK, dtype=torch.bool))
+        unchosen_TE = self.index_TK.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
+        return unchosen_TE.scatter(1, self.index_TK, torch.ones_like(self.index_TK, dtype=torch.bool))
 
     def dense(self) -> Tensor:
         zeros_TE = self.weight_TK.new_zeros(self.num_tokens, self.num_experts)
@@ -180,7 +176,7 @@ class _MaskRouting(Routing):
 
 @dataclass(eq=False, kw_only=True)
 class _PairRouting(Routing):
-    pairs: Pairs  # type: ignore[assignment]  # known from the start
+    pairs: Pairs  # type: ignore[assignment]
 
     def chosen(self) -> Tensor:
         unchosen_TE = self.token_N.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
@@ -195,8 +191,8 @@ class _PairRouting(Routing):
 def sort_by_expert(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Slots of ``index_TK`` grouped by expert: (slot_N, token_N, expert_N, offsets_E1), all int64.
 
-    slot_N points into ``index_TK.reshape(-1)``. Ids >= num_experts (transformers marks slots of other
-    machines so) are sorted behind offsets_E1[-1]; the caller drops them or lets its kernel skip them.
+    slot_N points into ``index_TK.reshape(-1)``. Ids >= num_experts (slots of other machines) are sorted
+    behind offsets_E1[-1]; the caller drops them or lets its kernel skip them.
     """
     expert_N, slot_N = torch.sort(index_TK.reshape(-1), stable=True)
     edges_E1 = torch.arange(num_experts + 1, device=index_TK.device, dtype=expert_N.dtype)
