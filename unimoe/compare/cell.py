@@ -126,6 +126,7 @@ def train_cell(
     return found | {
         "start": evaluation.losses[0],
         "losses": evaluation.losses[config.steps],
+        "exact": evaluation.exact[config.steps],
         "cost": vars(cost),
         "tokens_per_second": round(median(speeds), 1) if speeds else None,
         "routing": routing,

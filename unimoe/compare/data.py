@@ -29,6 +29,8 @@ class CompareData(Protocol):
 
     unit: str
     """Of the losses."""
+    has_answers: bool
+    """Whether a row is a question with its answer."""
 
     def train(self, seed: int, steps: int) -> Iterable[Batch]:
         """The batches of one cell."""
@@ -50,7 +52,7 @@ class CompareData(Protocol):
 class Conversations:
     """Samples with media, whose frozen encoders run once."""
 
-    unit = "nats per token"
+    unit, has_answers = "nats per token", True
 
     def __init__(self, config: CompareConfig, base: Base, features: str):
         """

@@ -1,4 +1,7 @@
-"""Losses on held-out data before, while and after a model trains."""
+"""Losses and exact answers on held-out data before, while and after a model trains.
+
+Shapes: B rows, S supervised tokens, V vocabulary.
+"""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from unimoe.model.configuration import IGNORED
+from unimoe.model.loss import cross_entropy_sum
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
 from unimoe.moe import record
@@ -33,6 +38,8 @@ class Evaluation(Callback):
         self.data, self.watched, self.every = data, watched, every
         self.losses: dict[int, dict[str, float]] = {}
         """After so many steps, by file."""
+        self.exact: dict[int, dict[str, float]] = {}
+        """Likewise, the share of answers given exactly; empty where the data has no answers."""
         self.routing = RoutingMeasures()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -52,11 +59,13 @@ class Evaluation(Callback):
         self, model: Any, step: int, splits: Iterable[str], routing: RoutingMeasures | None = None
     ) -> None:
         model.eval()
-        found = self.losses[step] = {}
+        found, exact = self.losses.setdefault(step, {}), self.exact.setdefault(step, {})
         for split in splits:
             for name, batches in self.data.evaluation(split).items():
-                nats = evaluate(model, batches, routing, self.data.kind(name))
+                nats, right = evaluate(model, batches, routing, self.data.kind(name))
                 found[name] = self.data.loss(name, nats)
+                if self.data.has_answers:
+                    exact[name] = right
                 if not math.isfinite(nats):
                     raise NotFinite(f"the loss on {name} is {nats} after step {step}")
         model.train()
@@ -68,14 +77,20 @@ def evaluate(
     batches: Iterable[Batch],
     routing: RoutingMeasures | None = None,
     kind: str | None = None,
-) -> float:
-    """Mean cross-entropy over the supervised tokens, in nats; adds the routing to ``routing``."""
-    total, tokens = 0.0, 0
+) -> tuple[float, float]:
+    """Mean cross-entropy over the supervised tokens, in nats, and the share of rows whose supervised tokens
+    are all the most probable ones: greedy decoding gives exactly these answers. Adds the routing to
+    ``routing``."""
+    total, tokens, right, rows = 0.0, 0, 0, 0
     for batch in batches:
         for part in batch:
             with record() as records:
-                loss, count = model.answer_loss([to_device(part, model.device)])
-            total, tokens = total + float(loss) * count, tokens + count
+                logits_SV, labels_S = model.answer_logits(to_device(part, model.device))
+            total, tokens = total + float(cross_entropy_sum(logits_SV, labels_S)), tokens + len(labels_S)
+            row_S = (part["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+            wrong_S = (logits_SV.argmax(dim=-1) != labels_S).to(row_S.device)
+            rows += len(row_S.unique())
+            right += len(row_S.unique()) - len(row_S[wrong_S].unique())
             if routing is not None and records:
                 routing.add(records, kind)
-    return total / max(tokens, 1)
+    return total / max(tokens, 1), right / max(rows, 1)

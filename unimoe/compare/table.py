@@ -44,6 +44,10 @@ def _row(
     }
     losses = _losses(good, judged)
     row["loss"] = {key: spread(list(by_seed.values())) for key, by_seed in losses.items() if by_seed}
+    files = dict.fromkeys(name for cell in good.values() for name in cell.get("exact", {}))
+    row["exact"] = {
+        name: spread([cell["exact"][name] for cell in good.values() if "exact" in cell]) for name in files
+    }
     row["start"] = spread([statistics.fmean(cell["start"][key] for key in judged) for cell in good.values()])
     row["difference"] = {
         key: asdict(found)

@@ -24,7 +24,7 @@ from .data import Batch, parts, spread
 class Texts:
     """Windows of plain text."""
 
-    unit = "bits per byte"
+    unit, has_answers = "bits per byte", False
 
     def __init__(self, config: CompareConfig, base: Base):
         """
