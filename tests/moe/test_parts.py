@@ -91,7 +91,9 @@ EXACT = {
         "router": {"kind": "recurrent", "cell": "gru", "k": 2, "renormalize": True},
         "experts": WHOLE,
     },
+    "router dense_to_sparse": {"router": {"kind": "dense_to_sparse"}, "experts": WHOLE},
     "experts swiglu": {"experts": WHOLE},
+    "experts spawn": {"experts": {**WHOLE, "kind": "spawn", "mask": 0.0}},
     "experts latent_space": {"experts": {**WHOLE, "kind": "latent_space", "size": 16}},
     "combine weight": {"experts": WHOLE, "combine": "weight"},
     "combine k_weight": {

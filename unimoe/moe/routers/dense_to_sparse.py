@@ -4,7 +4,6 @@ Shapes: T tokens, D hidden, E experts.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
@@ -13,7 +12,7 @@ from unimoe.moe.parts import ROUTERS
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
-from .base import Router, RouterDescription
+from .base import Router, RouterDescription, wide_linear
 
 
 @ROUTERS.register(
@@ -70,7 +69,7 @@ class DenseToSparse(Router):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with without_autocast(x_TD):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = wide_linear(x_TD, self.weight)
             noisy_TE = logits_TE
             if self.training:
                 noisy_TE = logits_TE - torch.empty_like(logits_TE).exponential_().log()
