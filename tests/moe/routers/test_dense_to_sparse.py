@@ -33,8 +33,7 @@ def test_exact_a_low_temperature_is_one_hot():
 def test_exact_copies_are_the_dense_ffn_at_every_temperature(training, temperature):
     dense, x = ffn(), torch.randn(30, 8, dtype=torch.float64)
     layer = MoELayer(DenseToSparse(8, 4, temperature).double(), copy_experts(dense, 4)).train(training)
-    # the router's weights are float32
-    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-9)
 
 
 def test_exact_slices_are_the_dense_ffn_under_a_uniform_gate():
