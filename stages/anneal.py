@@ -17,7 +17,8 @@ from unimoe.moe.parts import LOSSES, nearest
 
 @dataclass
 class Anneal:
-    """From ``start`` to ``end`` over ``steps``, constant afterwards; or the values of a ``table``."""
+    """From ``start`` to ``end`` over ``steps``, constant before and afterwards; or the values of a
+    ``table``."""
 
     start: float | None = None
     """Value at the first step; 0.025 for UniMoE-Audio's balance loss."""
@@ -27,6 +28,9 @@ class Anneal:
 
     steps: int = 0
     """Optimizer steps from ``start`` to ``end``; 10,000 there."""
+
+    after: int = 0
+    """Optimizer steps at ``start`` before them."""
 
     shape: Literal["linear", "exp"] = "linear"
     """Of the way between them; ``exp`` needs two values above 0."""
@@ -50,6 +54,9 @@ class Anneal:
         if self.table is not None:
             return [value for begin, value in self.table if begin <= step][-1]
         assert self.start is not None and self.end is not None
+        if step < self.after:
+            return self.start
+        step -= self.after
         done = step / self.steps if step < self.steps else 1.0
         if self.shape == "exp":
             return self.start ** (1 - done) * self.end**done

@@ -94,6 +94,10 @@ EXACT = {
     "router dense_to_sparse": {"router": {"kind": "dense_to_sparse"}, "experts": WHOLE},
     "experts swiglu": {"experts": WHOLE},
     "experts spawn": {"experts": {**WHOLE, "kind": "spawn", "mask": 0.0}},
+    "experts pool": {
+        "router": {"kind": "top_k", "candidates": 4},
+        "experts": {**WHOLE, "kind": "pool", "group": 2},
+    },
     "experts latent_space": {"experts": {**WHOLE, "kind": "latent_space", "size": 16}},
     "combine weight": {"experts": WHOLE, "combine": "weight"},
     "combine k_weight": {

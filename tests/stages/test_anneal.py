@@ -19,6 +19,8 @@ def test_a_line_and_then_the_end():
     assert [LINE.at(step) for step in (0, 10_000, 20_000)] == [0.025, 0.001, 0.001]
     assert LINE.at(5_000) == pytest.approx(0.013)
     assert Anneal(1.0, 0.5, 0).at(0) == 0.5
+    late = Anneal(4, 8, 4, after=10)
+    assert [late.at(step) for step in (0, 9, 10, 12, 14, 20)] == [4, 4, 4, 6, 8, 8]
 
 
 def test_the_loss_uses_the_step_s_coefficients_and_the_configuration_keeps_its_own(tmp_path):

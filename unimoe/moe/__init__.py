@@ -4,6 +4,7 @@ from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.ffn import FFNExperts
 from unimoe.moe.experts.latent import LatentExperts
 from unimoe.moe.experts.lora import LoRAExperts
+from unimoe.moe.experts.pool import PooledExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.losses.auxiliary import auxiliary_loss
 from unimoe.moe.losses.balance import device_balance, load_balance, sequence_balance
@@ -23,6 +24,7 @@ from unimoe.moe.routers.top_k import TopK
 from unimoe.moe.routers.top_p import TopP
 from unimoe.moe.upcycle.copy import copy_experts, from_dense
 from unimoe.moe.upcycle.latent import latent_experts
+from unimoe.moe.upcycle.pool import pooled_experts
 from unimoe.moe.upcycle.read import read_ffn, read_swiglu
 from unimoe.moe.upcycle.slice import cut_swiglu, repeat_router, slice_experts, slice_ffn, split_experts
 from unimoe.moe.upcycle.spawn import spawn
@@ -50,6 +52,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "Pairs",
+    "PooledExperts",
     "RecurrentRouter",
     "Router",
     "RouterDescription",
@@ -74,6 +77,7 @@ __all__ = [
     "install_moe",
     "latent_experts",
     "load_balance",
+    "pooled_experts",
     "read_ffn",
     "read_swiglu",
     "record",

@@ -66,8 +66,8 @@ class MoEConfig:
                     f"moe.losses.{name} is {given!r}, expected a coefficient, or coef and settings"
                 )
             LOSSES.complete({"kind": name, **settings})
-        for key, least in (("copies", 1), ("slices", 1)):
-            at_least(f"experts.{key}", self.experts[key], least)
+        for key in ("copies", "slices", "group"):
+            at_least(f"experts.{key}", self.experts.get(key, 1), 1)
         if self.experts["null_output"] not in ("zero", "identity"):
             raise UserError(
                 f"moe.experts.null_output is {self.experts['null_output']!r}, expected zero or identity"
@@ -131,7 +131,7 @@ class MoEConfig:
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer that a router can choose and that have weights."""
+        """Experts with weights of a layer."""
         return self.experts["copies"] * self.experts["slices"]
 
     @property
@@ -144,7 +144,8 @@ class MoEConfig:
     def place(self, hidden_size: int, position: int = 0, positions: int = 1, vocab_size: int = 0) -> Place:
         """What a part knows about the MoE layer at ``position``."""
         slices, shared = self.experts["slices"], self.shared["count"]
-        return Place(hidden_size, self.num_experts, slices, shared, position, positions, vocab_size)
+        choices = self.num_experts * self.experts.get("group", 1)
+        return Place(hidden_size, choices, slices, shared, position, positions, vocab_size)
 
     def layers(self, num_hidden_layers: int) -> list[int]:
         """Indices of the MoE layers, ascending, in a model of ``num_hidden_layers`` decoder layers."""

@@ -77,6 +77,10 @@ def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module]
             **layer_options(moe, place),
         )
         decoder.layers[index].mlp = layer  # type: ignore[index, union-attr]
+    layers: list[MoELayer] = [decoder.layers[index].mlp for index in placed]  # type: ignore[index, union-attr]
+    for position, layer in enumerate(layers):
+        layer.router.link(position, layers)
+        layer.experts.link(position, layers)
 
 
 def layer_options(moe: MoEConfig, place: Place) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Place:
 
     hidden_size: int
     num_experts: int
-    """Experts with weights."""
+    """Experts with weights that the router may choose."""
     slices: int = 1
     """Experts that each FFN was cut into."""
     shared_experts: int = 0
@@ -80,7 +80,7 @@ class Part:
     @property
     def knobs(self) -> tuple[str, ...]:
         """Settings that may change during training, or differ between layers."""
-        return getattr(self.build, "knobs", ())
+        return tuple(name for name in getattr(self.build, "knobs", ()) if name in self.settings)
 
 
 class Registry(dict[str, Part]):

@@ -37,7 +37,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._pytree import tree_map_only
 
 from unimoe.errors import UserError
-from unimoe.moe import MoELayer, Router
+from unimoe.moe import Experts, MoELayer, Router
 from unimoe.moe.parallel import Exchange, divide_experts
 
 from .ranks import mean_over_ranks
@@ -210,9 +210,16 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], whole: Sequence[
             methods, for the parameters outside of ``blocks``.
         blocks: modules that every process calls equally often.
         whole: modules that every process keeps whole: frozen ones, which may run on one rank only.
+
+    Raises:
+        UserError: experts that other layers run as well, which sharding by block cannot gather.
     """
     strategy = module.trainer.strategy
     assert isinstance(strategy, FSDP2Strategy)
+    for part in module.modules():
+        if isinstance(part, Router | Experts) and part.linked:
+            uses = "uses weights of other layers, which sharding gathers for their own block only"
+            raise UserError(f"{type(part).__name__} {uses}; train with strategy ddp")
     mesh = strategy.device_mesh
     data = others = mesh["data_parallel"]
     policy = mixed_precision_policy(module.trainer.precision)

@@ -3,13 +3,17 @@
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, D hidden.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unimoe.moe.routing import Routing
+
+if TYPE_CHECKING:
+    from unimoe.moe.layer import MoELayer
 
 
 class Experts(nn.Module):
@@ -25,6 +29,17 @@ class Experts(nn.Module):
     """Attributes that a schedule may set during training."""
     indivisible: ClassVar[str] = ""
     """Why they cannot be divided among processes; empty if they can."""
+
+    linked: bool = False
+    """Whether they use weights of other layers, so that their block cannot be sharded alone."""
+
+    def link(self, position: int, layers: "Sequence[MoELayer]") -> None:
+        """Called once all MoE layers of a model are there, in order, for experts that use other layers'."""
+
+    @property
+    def num_stored(self) -> int:
+        """Experts whose weights are in this module."""
+        return self.num_experts
 
     def forward(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         """[T, D] tokens -> [T, D]: the outputs of each token's experts, weighted and summed.

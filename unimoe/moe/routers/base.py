@@ -3,8 +3,9 @@
 Shapes: T tokens, D hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
+
+if TYPE_CHECKING:
+    from unimoe.moe.layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,14 @@ class Router(nn.Module):
     """
 
     num_experts: int
-    knobs: ClassVar[tuple[str, ...]] = ()
+    knobs: ClassVar[tuple[str, ...]] = ("frozen",)
     """Attributes that a schedule may set during training, and that may differ between layers."""
+    frozen: bool = False
+    """Whether the router stays as it is: it gets no gradient and does not act on the load. A schedule stops
+    the gate so after enough steps (theory of MoE in continual learning, arXiv 2406.16437). Its parameters
+    still require gradients, so that checkpoints hold what they held before."""
+    linked: bool = False
+    """Whether it uses weights of other layers, so that its block cannot be sharded alone."""
     looks_ahead: ClassVar[str] = ""
     """How the choice for a token depends on later tokens or on other samples; empty if it does not. Causal
     LMs refuse such a router."""
@@ -44,6 +54,9 @@ class Router(nn.Module):
         raise TypeError(
             f"{type(self).__name__} has no forward: a Router must define forward(x_TD, ctx) -> Routing"
         )
+
+    def link(self, position: int, layers: "Sequence[MoELayer]") -> None:
+        """Called once all MoE layers of a model are there, in order, for routers that use other layers'."""
 
     @property
     def acts_on_load(self) -> bool:

@@ -103,4 +103,6 @@ class BiasedRouter(Router):
     def after_step(self, load_E: Tensor) -> None:
         if self.bias is not None:
             # float32 even where the model was loaded in half precision, which would swallow the steps
-            self.bias = self.bias.float() + self.bias_rate * (load_E.mean() - load_E).sign().to(self.bias)
+            step_E = self.bias_rate * (load_E.mean() - load_E).sign().to(self.bias)
+            missing = len(self.bias) - len(step_E)  # experts that are no candidates yet
+            self.bias = self.bias.float() + F.pad(step_E, (0, missing))

@@ -38,7 +38,7 @@ class TopK(BiasedRouter):
     """Linear router without bias that selects the K best experts of each token.
 
     1. logits = x W^T in float32 or finer, whatever the dtype of the model; scores = softmax, sigmoid or
-       sqrt(softplus) of them
+       sqrt(softplus) of them; the first ``candidates`` experts alone, if given
     2. selection: the K largest scores, with ``bias`` plus a bias that follows the load; only within a token's
        best ``groups``, or as many of each slice of the FFN
     3. weights: the selected scores, divided by their sum if ``renormalize``, times ``scale``. With a softmax,
@@ -63,13 +63,14 @@ class TopK(BiasedRouter):
             ``slices``: the token visits k / slices experts at each slice position of the FFN.
         top_groups: groups that a token may visit.
         scale: factor of all weights (DeepSeek's routed_scaling_factor).
+        candidates: leading experts that tokens may choose from, the rest are not there yet; 0: all.
         slices: experts that each FFN was cut into.
 
     Raises:
         UserError: a setting is out of range or not known.
     """
 
-    knobs = ("k", "bias_rate")
+    knobs = ("k", "bias_rate", "candidates")
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class TopK(BiasedRouter):
         groups: Groups = None,
         top_groups: int = 1,
         scale: float = 1.0,
+        candidates: int = 0,
         slices: int = 1,
     ):
         super().__init__()
@@ -98,11 +100,14 @@ class TopK(BiasedRouter):
             raise UserError(f"moe.router.gating is {gating!r}, expected topk_softmax or softmax_topk")
         if bias not in ("scores", "logits", None):
             raise UserError(f"moe.router.bias is {bias!r}, expected scores, logits or nothing")
+        if candidates and (candidates < k or groups is not None or null_experts):
+            found = f"moe.router.candidates is {candidates}"
+            raise UserError(f"{found}, expected at least k = {k}, and no groups or null experts beside it")
         check_score(score)
         check_groups(groups, top_groups, num_experts, slices, null_experts, k)
         self.num_experts, self.k, self.gating, self.renormalize = num_experts, k, gating, renormalize
         self.init_std, self.score, self.scale, self.bias_on = init_std, score, scale, bias
-        self.groups, self.top_groups, self.slices = groups, top_groups, slices
+        self.groups, self.top_groups, self.slices, self.candidates = groups, top_groups, slices, candidates
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.set_bias(bias is not None, bias_rate)
         self.reset_parameters()
@@ -114,7 +119,8 @@ class TopK(BiasedRouter):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with without_autocast(x_TD):
-            logits_TE = wide_linear(x_TD, self.weight)
+            rows_ED = self.weight[: self.candidates] if self.candidates else self.weight
+            logits_TE = wide_linear(x_TD, rows_ED)
             scores_TE = SCORES[self.score](logits_TE)
             late = self.score == "softmax" and self.gating == "topk_softmax"
             of_TE = logits_TE if late else scores_TE
@@ -130,13 +136,15 @@ class TopK(BiasedRouter):
             if self.scale != 1:
                 weight_TK = weight_TK * self.scale
             probs_TE = scores_TE if self.score == "softmax" else divide_by_sum(scores_TE)
-        return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, self.num_experts)
+        return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, len(rows_ED))
 
     @torch.no_grad()
     def _select(self, logits_TE: Tensor, scores_TE: Tensor, choice_TE: Tensor) -> Tensor:
         """[T, K] the experts of each token, by ``choice_TE`` or by what the bias is added to."""
         if self.bias is not None:
-            choice_TE = (logits_TE if self.bias_on == "logits" else scores_TE) + self.bias
+            choice_TE = (logits_TE if self.bias_on == "logits" else scores_TE) + self.bias[
+                : scores_TE.shape[1]
+            ]
         if self.groups == "slices":
             return one_of_each_slice(choice_TE, self.slices, self.k)
         if isinstance(self.groups, int):
