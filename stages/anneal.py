@@ -36,7 +36,8 @@ class Anneal:
     """Of the way between them; ``exp`` needs two values above 0."""
 
     table: list[tuple[int, float]] | None = None
-    """In place of the above, steps and the value from each on: ``[[0, 8], [2000, 1]]``."""
+    """In place of the above, steps and the value from each on: ``[[0, 8], [2000, 1]]``. Before the first step
+    the configured value holds, which may be a list with one for each layer."""
 
     layers: list[int] | None = None
     """Decoder layers whose knob is set; default all MoE layers."""
@@ -44,15 +45,16 @@ class Anneal:
     def __post_init__(self) -> None:
         if (self.table is None) == (self.start is None or self.end is None):
             raise UserError("model.anneal: give start, end and steps, or a table of steps and values")
-        if self.table is not None and (not self.table or self.table[0][0] != 0):
-            raise UserError(f"model.anneal: the table is {self.table}, expected an entry for step 0 first")
+        steps = [row[0] for row in self.table or []]
+        if self.table is not None and (not steps or steps != sorted(steps)):
+            raise UserError(f"model.anneal: the table is {self.table}, expected rows in the order of steps")
         if self.shape == "exp" and not (self.start and self.end and min(self.start, self.end) > 0):
             raise UserError("model.anneal: shape exp goes between two values above 0")
 
-    def at(self, step: int) -> float:
-        """The value at an optimizer step, counted from 0."""
+    def at(self, step: int) -> float | None:
+        """The value at an optimizer step, counted from 0; None where the configured one holds."""
         if self.table is not None:
-            return [value for begin, value in self.table if begin <= step][-1]
+            return next((value for begin, value in reversed(self.table) if begin <= step), None)
         assert self.start is not None and self.end is not None
         if step < self.after:
             return self.start
@@ -90,6 +92,8 @@ def losses_at(settings: dict[str, Anneal], losses: Mapping[str, Any], step: int)
     for name in LOSSES.keys() & settings.keys():
         given = changed.get(name)
         value = settings[name].at(step)
+        if value is None:
+            continue
         changed[name] = {**given, "coef": value} if isinstance(given, dict) else value
     return changed
 
@@ -98,7 +102,7 @@ def set_knobs(settings: dict[str, Anneal], model: nn.Module, step: int) -> None:
     """Give routers and experts the values of an optimizer step."""
     for key in settings.keys() - LOSSES.keys():
         value = settings[key].at(step)
-        for index, part in _owners(model, key):
+        for index, part in _owners(model, key) if value is not None else ():
             if settings[key].layers is None or index in settings[key].layers:
                 setattr(part, key, type(getattr(part, key))(value))
 

@@ -18,6 +18,7 @@ from unimoe.model.build import Built
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import ExpertLoad, expert_load, load_balance, record
+from unimoe.moe.install import moe_layers
 from unimoe.moe.join import join
 from unimoe.training.module import ResumableModule, Schedule
 from unimoe.training.ranks import across_ranks, data_parallel_size, mean_over_ranks
@@ -247,12 +248,13 @@ class StageModule(ResumableModule):
         return loss + aux + self._unused_parameters()
 
     def _unused_parameters(self) -> Tensor:
-        """Zero-valued term that keeps encoders and connectors in the graph.
+        """Zero-valued term that keeps encoders, connectors and frozen routers in the graph.
 
         Without it, modalities that a batch lacks would have no gradients (an unused-parameter error under
         DDP), and a text-only batch none at all when only connectors train.
         """
-        parts = (self.model.model.encoders, self.model.model.connectors)
+        routers = [layer.router for layer in moe_layers(self.model).values() if layer.router.frozen]
+        parts = (self.model.model.encoders, self.model.model.connectors, *routers)
         trained = [p for part in parts for p in part.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
 

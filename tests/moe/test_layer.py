@@ -237,3 +237,14 @@ def test_a_compiled_layer_is_the_layer(kind):
     ours, plain = (torch.autograd.grad(f(x).square().sum(), leaves) for f in (compiled, layer))
     torch.testing.assert_close(compiled(x), layer(x))
     torch.testing.assert_close(ours, plain)
+
+
+def test_a_frozen_router_gets_no_gradient_and_its_experts_do():
+    moe, x = MoELayer(TopK(8, 4, 2), SwiGLUExperts(4, 8, 12)), torch.randn(6, 8, requires_grad=True)
+    free = moe(x)
+    moe.router.frozen = True
+    with record() as records:
+        y = moe(x)
+    assert torch.equal(y, free) and not records[0].routing.logits_TE.requires_grad
+    y.square().sum().backward()
+    assert moe.router.weight.grad is None and moe.experts.down_proj.grad.any() and x.grad.any()

@@ -68,7 +68,23 @@ def test_mistakes(tmp_path):
 def test_a_table_and_an_exponential():
     table = Anneal(table=[(0, 8), (2000, 1)])
     assert [table.at(step) for step in (0, 1999, 2000)] == [8, 8, 1]
+    assert [Anneal(table=[(10, 1)]).at(step) for step in (0, 9, 10)] == [None, None, 1]
+    with pytest.raises(UserError, match="expected rows in the order of steps"):
+        Anneal(table=[(10, 1), (0, 2)])
     assert Anneal(1.0, 0.01, 2, shape="exp").at(1) == pytest.approx(0.1)
+
+
+def test_layers_begin_with_numbers_of_their_own_and_end_with_one(tmp_path):
+    """Progressive sparsification of Sigma-MoE-Tiny."""
+    moe = {"router": {"kind": "top_k", "k": [4, 2]}, "experts": {"copies": 4}, "placement": "all"}
+    model, _ = tiny_model(tmp_path, moe=moe, image=IMAGE)
+    schedule = {"k": Anneal(table=[(10, 1)])}
+    check_anneal(schedule, model)
+    for step, wanted in ((0, [4, 2]), (9, [4, 2]), (10, [1, 1])):
+        set_knobs(schedule, model, step)
+        assert [layer.router.k for layer in moe_layers(model).values()] == wanted
+    keep_annealed(schedule, model, 10)
+    assert (model.config.moe or {})["router"]["k"] == 1
 
 
 def test_a_knob_follows_its_schedule_and_the_configuration_keeps_the_last_values(tmp_path):

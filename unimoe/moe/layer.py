@@ -59,7 +59,8 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_TD, records.current_context())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.router.frozen):
+            routing = self.router(x_TD, records.current_context())
         records.append(self.layer_index, routing)
         kept = routing if self.capacity is None or not self.training else self.capacity(routing)
         real = kept.first(self.num_experts)

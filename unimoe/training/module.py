@@ -108,9 +108,16 @@ class ResumableModule(LightningModule):
                 router.after_step(mean_over_ranks(self._load[index]) * data_parallel_size(self.trainer))
         self._load = {}
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave frozen routers out: a gradient of zero would still move them, by momentum and decay."""
+        for layer in moe_layers(self).values():
+            if layer.router.frozen:
+                for parameter in layer.router.parameters():
+                    parameter.grad = None
+
     def _acting_routers(self) -> dict[int, Router]:
         routers = {index: layer.router for index, layer in moe_layers(self).items()}
-        return {index: router for index, router in routers.items() if router.acts_on_load}
+        return {index: one for index, one in routers.items() if one.acts_on_load and not one.frozen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what changes; the frozen rest is loaded from ``init_from`` again."""

@@ -43,7 +43,7 @@ class DenseToSparse(Router):
         UserError: the temperature or the threshold is out of range.
     """
 
-    knobs = ("temperature", "hard")
+    knobs = (*Router.knobs, "temperature", "hard")
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class ExpertsChoose(Router):
         UserError: ``k`` is not in 1..E.
     """
 
-    knobs = ("k",)
+    knobs = (*Router.knobs, "k")
     looks_ahead = "lets later tokens decide on the experts of earlier ones"
 
     def __init__(self, hidden_size: int, num_experts: int, k: int = 2, init_std: float = 0.02):

@@ -57,7 +57,7 @@ class RecurrentRouter(BiasedRouter):
         UserError: ``k`` is out of range, or the cell is not known.
     """
 
-    knobs = ("k", "bias_rate")
+    knobs = (*BiasedRouter.knobs, "k", "bias_rate")
 
     def __init__(
         self,

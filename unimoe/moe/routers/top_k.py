@@ -70,7 +70,7 @@ class TopK(BiasedRouter):
         UserError: a setting is out of range or not known.
     """
 
-    knobs = ("k", "bias_rate", "candidates")
+    knobs = (*BiasedRouter.knobs, "k", "bias_rate", "candidates")
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class TopP(Router):
         UserError: ``p`` is out of range, or the estimator is not known.
     """
 
-    knobs = ("p",)
+    knobs = (*Router.knobs, "p")
 
     def __init__(
         self,
