@@ -4,16 +4,13 @@ Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, D hidden.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unimoe.moe.routing import Routing
-
-if TYPE_CHECKING:
-    from unimoe.moe.layer import MoELayer
 
 
 class Experts(nn.Module):
@@ -33,8 +30,8 @@ class Experts(nn.Module):
     linked: bool = False
     """Whether they use weights of other layers, so that their block cannot be sharded alone."""
 
-    def link(self, position: int, layers: "Sequence[MoELayer]") -> None:
-        """Called once all MoE layers of a model are there, in order, for experts that use other layers'."""
+    def link(self, position: int, layers: Sequence[Any]) -> None:
+        """Called once all ``MoELayer``s of a model are there, in order, for experts that use others."""
 
     @property
     def num_stored(self) -> int:

@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
-
-if TYPE_CHECKING:
-    from unimoe.moe.layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class Router(nn.Module):
             f"{type(self).__name__} has no forward: a Router must define forward(x_TD, ctx) -> Routing"
         )
 
-    def link(self, position: int, layers: "Sequence[MoELayer]") -> None:
-        """Called once all MoE layers of a model are there, in order, for routers that use other layers'."""
+    def link(self, position: int, layers: Sequence[Any]) -> None:
+        """Called once all ``MoELayer``s of a model are there, in order, for routers that use others."""
 
     @property
     def acts_on_load(self) -> bool:
