@@ -5,6 +5,7 @@ import torch
 from jsonargparse import get_loader
 
 from unimoe.errors import UserError
+from unimoe.stages.cli import main
 from unimoe.training import lightning_cli as cli
 from unimoe.training import sharding
 
@@ -39,3 +40,12 @@ def test_configurations_of_version_0_1_are_read_with_the_current_names():
     assert module == sharding.__name__ and getattr(sharding, name) is sharding.FSDP2Strategy
     assert found["trainer"]["strategy"]["init_args"] == {"expert_parallel": 2}
     assert found["data"] == {"overflow": "truncate", "steps": 3}
+
+
+def test_the_help_describes_the_fields_of_dataclasses(capsys):
+    """They are read from the source for a help text only, also after a command that did without."""
+    with pytest.raises(Exception, match="no_such_flag"):
+        main(["fit", "--no_such_flag", "1"])
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model.lora.help"])
+    assert end.value.code == 0 and "Rank r of the update." in capsys.readouterr().out

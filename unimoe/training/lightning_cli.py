@@ -116,18 +116,18 @@ class RunCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any):
         """Parses the command line and runs its verb, as LightningCLI does."""
+        self.verb: str = kwargs["args"][0]
         with ExitStack() as self.held:
             super().__init__(*args, **kwargs)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """``ckpt_path`` is hidden: passing one stage's checkpoint to the next would fail silently."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb of this command alone, as each costs a parser; with the arguments that have no flag.
+
+        ``ckpt_path`` is hidden: passing one stage's checkpoint to the next would fail silently.
+        """
         hidden = {"model", "datamodule", "ckpt_path", "weights_only"}
-        return {
-            "fit": hidden | {"train_dataloaders", "val_dataloaders"},
-            "validate": hidden | {"dataloaders", "verbose"},
-            "test": hidden | {"dataloaders", "verbose"},
-        }
+        fit, evaluation = {"train_dataloaders", "val_dataloaders"}, {"dataloaders", "verbose"}
+        return {self.verb: hidden | (fit if self.verb == "fit" else evaluation)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -446,7 +446,9 @@ def run_cli(
         KeyboardInterrupt: the run was interrupted, and its state saved.
     """
     _quiet()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help of dataclasses' fields
+    # The help of dataclasses' fields stands in their source, which takes a second to read.
+    described = any("help" in one or one == "-h" for one in args)
+    set_parsing_settings(docstring_parse_attribute_docstrings=described)
     keep_memory(default=True)
     try:
         cli(
