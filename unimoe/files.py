@@ -69,8 +69,9 @@ def lock_folder(folder: str | Path, flag: str = "--output") -> Iterator[None]:
         lock.release()
 
 
-def atomic_write(path: str | Path, content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path`` by way of a temporary file.
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path; what the block writes there takes the place of ``path`` when it ends well.
 
     Raises UserError when the disk is full.
     """
@@ -79,10 +80,19 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            yield temporary
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Write ``content`` (text as UTF-8) to ``path`` by way of a temporary file.
+
+    Raises UserError when the disk is full.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def file_hash(path: str | Path) -> str:

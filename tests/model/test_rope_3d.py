@@ -195,7 +195,7 @@ def test_answers_in_a_batch_are_those_alone_and_those_of_the_server(clocked):
             prompt = Prompt(model, alone)
             assert prompt.advance(3)[1] is None  # in pieces
             said.append([int(prompt.advance(10_000)[1].argmax())])
-        running.join(prompt.cache, prompt.ahead)
+        running.join(prompt)
     with torch.inference_mode():
         for _ in range(5):
             for tokens, logits in zip(said, running.step([tokens[-1] for tokens in said]), strict=True):

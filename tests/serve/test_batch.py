@@ -45,7 +45,7 @@ def test_rows_of_different_lengths_join_and_leave_without_touching_one_another(t
     def join(text: str) -> None:
         row = prompt(tiny, text)
         row.advance(1000)
-        batch.join(row.cache, row.ahead)
+        batch.join(row)
         texts.append(text)
 
     def step(letters: str) -> None:
@@ -75,7 +75,7 @@ def test_an_empty_batch_begins_anew(tiny):
     for text in LINES[:2]:
         row = prompt(tiny, text)
         row.advance(1000)
-        batch.join(row.cache)
+        batch.join(row)
         letter = tiny[1].tokenizer.encode("a")
         assert_close(batch.step(letter)[0], alone(tiny, text + "a"), atol=1e-4, rtol=1e-4)
         batch.keep([])

@@ -51,7 +51,7 @@ def test_bad_flags(folder, flags, message, capsys):
 
 
 def test_a_port_that_is_taken_and_an_empty_key_in_the_environment(monkeypatch, capsys):
-    monkeypatch.setattr("unimoe.serve.command.load_model", None)  # nothing is loaded before
+    monkeypatch.setattr("unimoe.serve.command.load_engine", None)  # nothing is loaded before
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         assert cli.main(["serve", "x", "--port", port]) == 2

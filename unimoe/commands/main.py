@@ -111,6 +111,7 @@ VERBS = {
     "export onnx": Verb(
         "unimoe.commands.export_onnx:onnx", "export a detector to ONNX and compare it with the model"
     ),
+    "export gguf": Verb("unimoe.commands.export_gguf:gguf", "export a model's LLM to GGUF, for llama.cpp"),
     "demo detection": Verb(
         "unimoe.demo.detection:detection", "train a detector, its experts and a dense control"
     ),

@@ -19,6 +19,7 @@ task                metrics
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
@@ -31,8 +32,10 @@ from unimoe.data import Collator
 from unimoe.data.read import data_hashes
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, file_hash
+from unimoe.inference.engines import AnsweringModel, Engine, GGUFType, load_engine
 from unimoe.inference.generate import ask_all
-from unimoe.model.loading import find_model, load_model
+from unimoe.model.loading import find_model
+from unimoe.model.processing import UniMoeProcessor
 
 from .normalize import caption_tokens
 from .questions import Question, read_questions
@@ -59,6 +62,9 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = 64,
+    engine: Engine = "torch",
+    type: GGUFType | None = None,
+    gguf: Path | None = None,
 ) -> int:
     """Ask a model every question of a file and score its answers.
 
@@ -74,6 +80,9 @@ def evaluate(
         limit: number of questions, from the first; 0 asks all.
         batch_size: questions per batch; affects the answers only through rounding.
         max_new_tokens: maximum length of an answer.
+        engine: torch; or llama.cpp, which decodes faster and in less memory.
+        type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
+        gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
 
     Returns:
         0, or 1 if a question could not be asked.
@@ -106,7 +115,10 @@ def evaluate(
         "media_root": media_root,
         "max_new_tokens": max_new_tokens,
     }
-    answers = _ask(model, questions, Path(output), identity, batch_size, max_new_tokens, skip)
+    if engine != "torch":
+        identity["engine"] = f"{engine} {file_hash(gguf) if gguf and gguf.is_file() else type or 'q8_0'}"
+    load = partial(load_engine, model, engine, type, gguf, batch_size)
+    answers = _ask(load, questions, Path(output), identity, batch_size, max_new_tokens, skip)
     if not answers:
         raise UserError(f"{data}: no question can be asked; the first: {next(iter(failed.values()))}")
     questions = [question for question in questions if question.id not in failed]
@@ -139,7 +151,7 @@ def score(metrics: Metric, questions: Sequence[Question], answers: Answers) -> d
 
 
 def _ask(
-    model: str,
+    load: Callable[[], tuple[AnsweringModel, UniMoeProcessor]],
     questions: Sequence[Question],
     folder: Path,
     identity: dict[str, Any],
@@ -158,7 +170,7 @@ def _ask(
     if not answers:
         atomic_write(path, json.dumps(identity) + "\n")
     disable_progress_bar()
-    loaded, processor = load_model(model)
+    loaded, processor = load()
     collator, done = Collator(processor), 0
     with path.open("a", encoding="utf-8") as file:
         samples = [question.sample for question in left]
@@ -191,7 +203,7 @@ def _read(path: Path, identity: dict[str, Any]) -> Answers:
     try:
         found, *rows = (json.loads(line) for line in whole.splitlines())
         answers = {row["id"]: row["said"] for row in rows}
-        different = [key for key in identity if found.get(key) != identity[key]]
+        different = [key for key in identity | found if found.get(key) != identity.get(key)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no predictions ({error}); choose another --output") from error
     if different:

@@ -25,11 +25,11 @@ from unimoe.files import atomic_write
 from unimoe.media.container import modality
 from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA
-from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
 
+from .engines import AnsweringModel
 from .generate import generate
 
 
@@ -82,7 +82,7 @@ _TYPES = {int: "a whole number", float: "a number", str: "text"}
 class Conversation:
     """The turns so far, and what is attached to the next."""
 
-    def __init__(self, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, settings: Settings):
+    def __init__(self, model: AnsweringModel, processor: UniMoeProcessor, settings: Settings):
         self.model = model
         self.processor = processor
         self.settings = settings

@@ -10,13 +10,14 @@ from transformers.generation.streamers import TextStreamer
 from unimoe.data import Collator, Sample
 from unimoe.errors import UserError
 from unimoe.model.generation import decoding_settings
-from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
 
+from .engines import AnsweringModel
+
 
 def generate(
-    model: UniMoeForConditionalGeneration,
+    model: AnsweringModel,
     processor: UniMoeProcessor,
     batch: Mapping[str, Any],
     max_new_tokens: int = 64,
@@ -43,7 +44,7 @@ def generate(
 
 
 def ask_all(
-    model: UniMoeForConditionalGeneration,
+    model: AnsweringModel,
     collator: Collator,
     samples: Sequence[Sample],
     batch_size: int = 16,

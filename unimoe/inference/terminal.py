@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from textwrap import indent
 
 from transformers.utils.logging import disable_progress_bar
@@ -19,12 +20,13 @@ from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.routing_stats import format_load_table
 from unimoe.errors import UserError
 from unimoe.media.source import describe
-from unimoe.model.loading import load_model
 from unimoe.model.utils import count_parameters
 from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import cache_folder
 
 from .conversation import Conversation, Settings, detect_modality
+from .engines import Engine, GGUFType, load_engine
+from .llama import LlamaModel
 
 AUDIBLE = ("speech", "audio")
 """Modalities that may be the whole message."""
@@ -42,6 +44,9 @@ def chat(
     temperature: float = 0.0,
     seed: int = 0,
     system: str = "",
+    engine: Engine = "torch",
+    type: GGUFType | None = None,
+    gguf: Path | None = None,
 ) -> None:
     """Chat with a model: text, images, video, speech and audio.
 
@@ -60,6 +65,9 @@ def chat(
         temperature: 0 for greedy decoding; higher is more random.
         seed: of sampling.
         system: system prompt.
+        engine: torch; or llama.cpp, which decodes faster and in less memory and cannot be looked into.
+        type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
+        gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
     """
     settings = Settings(max_new_tokens, temperature, seed, system)
     settings.check()
@@ -67,7 +75,7 @@ def chat(
         raise UserError("the prompt is empty; expected a message after -p")
     disable_progress_bar()
     logging.getLogger("unimoe").setLevel(logging.WARNING)  # this is a conversation
-    talk = Conversation(*load_model(model), settings)
+    talk = Conversation(*load_engine(model, engine, type, gguf), settings)
     if session:
         talk.load(session)
     flags = {"image": image, "video": video, "audio": audio, "sound": sound}
@@ -177,6 +185,8 @@ class Terminal:
         stats = self.talk.stats
         if rest not in ("", "layers"):
             raise UserError(f"!experts {rest}: expected nothing or the word layers after it")
+        if isinstance(self.talk.model, LlamaModel):
+            raise UserError("!experts: llama.cpp does not show its experts; chat with --engine torch")
         layers = moe_layers(self.talk.model)
         if not stats.pairs:
             why = "no answer yet" if layers else "this model is dense, it has none"
@@ -200,6 +210,8 @@ class Terminal:
 
     def _status(self, _: str):
         model = self.talk.model
+        if isinstance(model, LlamaModel):
+            print(f"  engine           llama.cpp on {model.file}")
         layers = list(moe_layers(model).values())
         visits = self.talk.stats.experts_per_token(layers[0].num_experts) if layers else {}
         total, active = count_parameters(model, visits or None)

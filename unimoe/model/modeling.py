@@ -96,16 +96,8 @@ class UniMoePreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class UniMoeModel(UniMoePreTrainedModel):
-    """Encoders, connectors and the decoder, without the head.
-
-    The forward pass:
-
-    1. Embed ``input_ids``.
-    2. For each modality that is present, encode its items, project them to the LLM's width, and put the
-       resulting tokens in the places of its placeholder. A modality that is absent runs nothing.
-    3. Run the decoder; routers see the modality of every token and the padding.
-    """
+class MediaModel(UniMoePreTrainedModel):
+    """Encoders and connectors: from media to tokens of the LLM's width."""
 
     def __init__(self, config: UniMoeConfig):
         super().__init__(config)
@@ -119,6 +111,44 @@ class UniMoeModel(UniMoePreTrainedModel):
                 for modality, parts in modalities.items()
             }
         )
+
+    def connect(self, modality: str, encoded: EncodedMedia) -> Tensor:
+        """Media tokens [N, H] of all items of one modality, in order, from its encoder's output."""
+        tokens_MNH, counts_M = self.connectors(modality, *encoded)
+        valid_MN = torch.arange(tokens_MNH.shape[1], device=tokens_MNH.device) < counts_M[:, None]
+        return tokens_MNH[valid_MN]
+
+    def media_tokens(self, **media: Unpack[MediaInputs]) -> dict[str, Tensor]:
+        """Media tokens [N, H] of a batch by modality, in the order of the items.
+
+        Raises:
+            ValueError: media of a modality that the model does not have.
+        """
+        encoded_media = dict(media.get("encoded_media") or {})
+        for modality, names in MEDIA_INPUTS.items():
+            if media.get(names[0]) is not None:
+                if modality not in (self.config.modalities or {}):
+                    raise ValueError(
+                        f"{names[0]} given, but this model has no {modality} encoder; "
+                        f"it has {list(self.config.modalities or {})}"
+                    )
+                encoded_media[modality] = self.encoders(modality, *(media.get(name) for name in names))
+        return {modality: self.connect(modality, encoded) for modality, encoded in encoded_media.items()}
+
+
+class UniMoeModel(MediaModel):
+    """Encoders, connectors and the decoder, without the head.
+
+    The forward pass:
+
+    1. Embed ``input_ids``.
+    2. For each modality that is present, encode its items, project them to the LLM's width, and put the
+       resulting tokens in the places of its placeholder. A modality that is absent runs nothing.
+    3. Run the decoder; routers see the modality of every token and the padding.
+    """
+
+    def __init__(self, config: UniMoeConfig):
+        super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.moe:
             install_moe(self.language_model, MoEConfig.from_dict(config.moe))
@@ -131,12 +161,6 @@ class UniMoeModel(UniMoePreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
-
-    def connect(self, modality: str, encoded: EncodedMedia) -> Tensor:
-        """Media tokens [N, H] of all items of one modality, in order, from its encoder's output."""
-        tokens_MNH, counts_M = self.connectors(modality, *encoded)
-        valid_MN = torch.arange(tokens_MNH.shape[1], device=tokens_MNH.device) < counts_M[:, None]
-        return tokens_MNH[valid_MN]
 
     def insert_media(self, modality: str, input_ids: Tensor, embeds_BTH: Tensor, tokens_NH: Tensor) -> Tensor:
         """Put the media tokens, in order, where ``input_ids`` hold the placeholder.
@@ -161,18 +185,9 @@ class UniMoeModel(UniMoePreTrainedModel):
             ValueError: media of a modality that the model does not have, or of another number of tokens than
                 there are placeholders.
         """
-        encoded_media = dict(media.get("encoded_media") or {})
-        for modality, names in MEDIA_INPUTS.items():
-            if media.get(names[0]) is not None:
-                if modality not in (self.config.modalities or {}):
-                    raise ValueError(
-                        f"{names[0]} given, but this model has no {modality} encoder; "
-                        f"it has {list(self.config.modalities or {})}"
-                    )
-                encoded_media[modality] = self.encoders(modality, *(media.get(name) for name in names))
         embeds_BTH = self.get_input_embeddings()(input_ids)
-        for modality, encoded in encoded_media.items():
-            embeds_BTH = self.insert_media(modality, input_ids, embeds_BTH, self.connect(modality, encoded))
+        for modality, tokens_NH in self.media_tokens(**media).items():
+            embeds_BTH = self.insert_media(modality, input_ids, embeds_BTH, tokens_NH)
         return embeds_BTH
 
     @takes_media

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.inference.engines import AnsweringModel
 
 from .text import TextStream
 
@@ -67,7 +67,7 @@ class Answer:
 
     def __init__(
         self,
-        model: UniMoeForConditionalGeneration,
+        model: AnsweringModel,
         tokenizer: Any,
         inputs: Mapping[str, Any],
         sampling: SamplingParams,

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from unimoe.errors import UserError
-from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.inference.engines import AnsweringModel
 from unimoe.model.processing import UniMoeProcessor
 
 from .answer import Answer, Delta
@@ -66,9 +66,7 @@ class EngineError(Exception):
 class Service:
     """Model, engine and limits behind the routes."""
 
-    def __init__(
-        self, model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, config: ServerConfig
-    ):
+    def __init__(self, model: AnsweringModel, processor: UniMoeProcessor, config: ServerConfig):
         self.model = model
         self.processor = processor
         self.config = config
@@ -184,9 +182,7 @@ class Client:
             self.metrics.whole.observe(time.monotonic() - self.begin)
 
 
-def build_app(
-    model: UniMoeForConditionalGeneration, processor: UniMoeProcessor, config: ServerConfig
-) -> FastAPI:
+def build_app(model: AnsweringModel, processor: UniMoeProcessor, config: ServerConfig) -> FastAPI:
     """The application. The end of its lifespan closes the engine and the decoding processes."""
     service = Service(model, processor, config)
 

@@ -13,7 +13,7 @@ seed for all.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,41 @@ from transformers.cache_utils import DynamicLayer
 
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
+
+P = TypeVar("P", bound="Prefill")
+
+
+class Prefill(Protocol):
+    """A prompt on its way into the cache."""
+
+    def advance(self, tokens: int) -> tuple[int, Tensor | None]:
+        """Prefill at most ``tokens`` more tokens.
+
+        Returns:
+            How many were processed, and the logits [V] once the prompt is complete, else None.
+        """
+        ...
+
+
+class Decoder(Protocol[P]):
+    """What the engine runs answers on: :class:`RunningBatch` in torch, and
+    :class:`unimoe.inference.llama.LlamaBatch` in llama.cpp."""
+
+    def prompt(self, inputs: Mapping[str, Any]) -> P:
+        """Begin a prompt, a batch of one row with its media; one is under way at a time."""
+        ...
+
+    def join(self, prompt: P) -> None:
+        """Add a row whose prompt is complete."""
+        ...
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Append one token to each row; the logits [B, V] of the next tokens."""
+        ...
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep only these rows, in this order."""
+        ...
 
 
 def can_batch(model: UniMoeForConditionalGeneration) -> bool:
@@ -51,11 +86,7 @@ class Prompt:
         self.done = 0
 
     def advance(self, tokens: int) -> tuple[int, Tensor | None]:
-        """Prefill at most ``tokens`` more tokens.
-
-        Returns:
-            How many were processed, and the logits [V] once the prompt is complete, else None.
-        """
+        """As :meth:`Prefill.advance`."""
         chunk = slice(self.done, min(self.done + tokens, self.ids_1T.shape[1]))
         output = self.model(
             input_ids=self.ids_1T[:, chunk],
@@ -80,8 +111,13 @@ class RunningBatch:
         self.ahead: list[int] = []
         """See :class:`Prompt`."""
 
-    def join(self, cache: DynamicCache, ahead: int = 0):
-        """Add a row: in each layer keys and values [1, heads, length, width]."""
+    def prompt(self, inputs: Mapping[str, Any]) -> Prompt:
+        """Encode the media of a prompt, a batch of one row."""
+        return Prompt(self.model, inputs)
+
+    def join(self, prompt: Prompt) -> None:
+        """Add a row whose prompt is complete."""
+        cache = prompt.cache
         length = cache.get_seq_length()
         longest = max([length, *self.lengths])
         for ours, new in zip(_layers(self.cache), _layers(cache), strict=False):
@@ -89,7 +125,7 @@ class RunningBatch:
             new.values = torch.cat([_pad_left(ours.values, longest), _pad_left(new.values, longest)])
         self.cache = cache
         self.lengths.append(length)
-        self.ahead.append(ahead)
+        self.ahead.append(prompt.ahead)
 
     def step(self, tokens: list[int]) -> Tensor:
         """Append one token to each row.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unimoe.errors import UserError
-from unimoe.model.loading import load_model
+from unimoe.inference.engines import Engine, GGUFType, load_engine
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -25,6 +25,9 @@ def serve(
     port: int = 8000,
     name: str | None = None,
     api_key: str | None = None,
+    engine: Engine = "torch",
+    type: GGUFType | None = None,
+    gguf: Path | None = None,
     device: str | None = None,
     max_batch: int = 8,
     max_queue: int = 32,
@@ -49,6 +52,9 @@ def serve(
         port: to listen on; 0 picks a free one.
         name: the model's name for clients (default: the folder's name).
         api_key: what clients must send; better in the environment, as UNIMOE_API_KEY.
+        engine: torch; or llama.cpp, which decodes faster and in less memory and cannot be looked into.
+        type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
+        gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
         device: such as cpu or cuda (default: a GPU if available).
         max_batch: answers decoded together.
         max_queue: answers that wait for a slot; further requests receive 429.
@@ -89,7 +95,7 @@ def serve(
     if drain_seconds < 0:
         raise UserError(f"--drain-seconds must be at least 0, found {drain_seconds}")
     api_key = _key(api_key)
-    engine = EngineConfig(max_batch=max_batch, max_queue=max_queue)
+    limits_of_engine = EngineConfig(max_batch=max_batch, max_queue=max_queue)
     _check_port(host, port)
     if host not in LOCAL and not api_key:
         logger.warning("anyone who can reach %s may use this model; --api-key restricts that", host)
@@ -109,9 +115,9 @@ def serve(
             root=media_root,
             hosts=media_hosts or [],
         ),
-        engine=engine,
+        engine=limits_of_engine,
     )
-    served, processor = load_model(model, device=device)
+    served, processor = load_engine(model, engine, type, gguf, max_batch, device)
     own_weights(served)
     app = build_app(served, processor, config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from unimoe.errors import UserError
-from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.inference.engines import AnsweringModel
+from unimoe.inference.llama import LlamaBatch, LlamaModel
 
 from .answer import Answer, Delta
-from .batch import Prompt, RunningBatch, can_batch
+from .batch import Decoder, Prefill, RunningBatch, can_batch
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class EngineConfig:
 class Engine:
     """Runs answers until :meth:`close`. All public methods are thread-safe."""
 
-    def __init__(self, model: UniMoeForConditionalGeneration, config: EngineConfig | None = None):
+    def __init__(self, model: AnsweringModel, config: EngineConfig | None = None):
         self.model = model
         self.config = config or EngineConfig()
         self.max_batch = self.config.max_batch
@@ -61,9 +62,9 @@ class Engine:
         self._places = self.max_batch + self.config.max_queue
         self._taken = 0
         self._waiting: deque[Answer] = deque()
-        self._prefilling: tuple[Answer, Prompt] | None = None
+        self._prefilling: tuple[Answer, Prefill] | None = None
         self._rows: list[Answer] = []
-        self._batch = RunningBatch(model)
+        self._batch: Decoder = LlamaBatch(model) if isinstance(model, LlamaModel) else RunningBatch(model)
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="unimoe-engine", daemon=True)
@@ -157,7 +158,7 @@ class Engine:
         while left > 0 and (answer := self._next_prompt()):
             try:
                 if self._prefilling is None:
-                    self._prefilling = answer, Prompt(self.model, answer.inputs)
+                    self._prefilling = answer, self._batch.prompt(answer.inputs)
                 prompt = self._prefilling[1]
                 read, logits_V = prompt.advance(left)
                 left -= read
@@ -167,7 +168,7 @@ class Engine:
                 if answer.finish_reason:
                     self._end(answer)
                 else:
-                    self._batch.join(prompt.cache, prompt.ahead)
+                    self._batch.join(prompt)
                     self._rows.append(answer)
             except Exception as error:
                 logger.exception("a prompt failed")
@@ -196,7 +197,8 @@ class Engine:
             logger.exception("a step failed")
             for answer in self._rows:
                 self._end(answer, Delta(error=error))
-            self._rows, self._batch = [], RunningBatch(self.model)
+            self._rows = []
+            self._batch.keep([])
             return
         for answer, logits_V in zip(self._rows, logits_BV, strict=True):
             try:

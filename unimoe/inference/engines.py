@@ -1,0 +1,50 @@
+"""What a model's LLM runs on: torch, or another engine behind the same interface."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Union
+
+from unimoe.errors import UserError
+from unimoe.model.loading import load_model
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.processing import UniMoeProcessor
+
+from .gguf import GGUFType
+
+if TYPE_CHECKING:
+    from .llama import LlamaModel
+
+Engine = Literal["torch", "llama.cpp"]
+AnsweringModel = Union[UniMoeForConditionalGeneration, "LlamaModel"]
+"""What answers: a model in torch, or one whose LLM runs in llama.cpp."""
+
+
+def load_engine(
+    model: str,
+    engine: Engine = "torch",
+    type: GGUFType | None = None,
+    gguf: Path | None = None,
+    rows: int = 1,
+    device: str | None = None,
+) -> tuple[AnsweringModel, UniMoeProcessor]:
+    """A model on an engine, and its processor.
+
+    Args:
+        model: folder of a finished stage (or, in torch, a hub id of a unimoe model).
+        engine: ``torch`` shows everything inside; ``llama.cpp`` answers faster and in less memory.
+        type: of the weights in llama.cpp.
+        gguf: file of `unimoe export gguf`.
+        rows: answers that are decoded together at most.
+        device: such as cpu or cuda (default: a GPU if available).
+
+    Raises:
+        UserError: the model cannot be loaded, the engine is missing or cannot express it, or settings of one
+            engine are given to another.
+    """
+    if engine == "llama.cpp":
+        from .llama import load_llama
+
+        return load_llama(model, type, gguf, rows, device)
+    for flag, value in {"--type": type, "--gguf": gguf}.items():
+        if value is not None:
+            raise UserError(f"{flag} {value}: the engine torch has no such setting; add --engine llama.cpp")
+    return load_model(model, device=device)
