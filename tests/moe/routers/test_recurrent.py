@@ -79,6 +79,36 @@ def test_exact_the_gru_is_that_of_the_paper():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+def test_exact_a_shared_gru_is_equal_grus_and_gets_their_gradients():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
+    models: list[Any] = []
+    for share in (True, False):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(LlamaConfig(vocab_size=32, **sizes))
+        router = {"kind": "recurrent", "cell": "gru", "size": 6, "k": 2, "init_std": 1.0, "share": share}
+        install_moe(model, MoEConfig(router=router, experts={"copies": 4}, placement="all"))
+        models.append(model.double())
+    shared, own = models
+    grus = [layer.router.gru for layer in moe_layers(own).values()]
+    own.load_state_dict(shared.state_dict(), strict=False)
+    for gru in grus[1:]:
+        gru.load_state_dict(grus[0].state_dict())
+    gradients = []
+    for model in (shared, own):
+        with routing_context(Context()):
+            y = model(input_ids=torch.arange(12).reshape(2, 6)).last_hidden_state
+        y.square().sum().backward()
+        gradients.append(y.detach())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-9)
+    (one,) = [layer.router.gru for layer in moe_layers(shared).values() if layer.router.gru is not None]
+    for name, parameter in one.named_parameters():
+        total = sum(gru.get_parameter(name).grad for gru in grus)
+        torch.testing.assert_close(parameter.grad, total, rtol=0, atol=1e-9)
+    names = [name for name, _ in shared.named_parameters(remove_duplicate=False) if "gru" in name]
+    assert len(names) == 4, "stored once"
+    assert [layer.router.linked for layer in moe_layers(shared).values()] == [False, True, True]
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_checkpointing_gives_the_same_gradients(cell):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}

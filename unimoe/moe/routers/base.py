@@ -37,6 +37,9 @@ class Router(nn.Module):
     num_experts: int
     knobs: ClassVar[tuple[str, ...]] = ("frozen",)
     """Attributes that a schedule may set during training, and that may differ between layers."""
+    rows: ClassVar[tuple[str, ...]] = ()
+    """Parameters and buffers with one row for each expert with weights, and others behind those; empty where
+    experts cannot be added or taken away."""
     frozen: bool = False
     """Whether the router stays as it is: it gets no gradient and does not act on the load. A schedule stops
     the gate so after enough steps (theory of MoE in continual learning, arXiv 2406.16437). Its parameters

@@ -44,6 +44,7 @@ class DenseToSparse(Router):
     """
 
     knobs = (*Router.knobs, "temperature", "hard")
+    rows = ("weight",)
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 Shapes: T tokens, D hidden, E experts, K experts kept per token, P size of the state.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from unimoe.moe.routing import Routing
 
 from .base import RouterDescription, wide_linear
 from .select import BiasedRouter, divide_by_sum
+
+if TYPE_CHECKING:
+    from unimoe.moe.layer import MoELayer
 
 STATE = "router_state_TP"
 """Name in ``Context.carry``."""
@@ -32,8 +36,7 @@ class RecurrentRouter(BiasedRouter):
     """The state of a token passes from MoE layer to MoE layer within a forward pass; its gradient too.
 
     1. state = cell(proj(x), state of the layer before). ``decay`` adds the old state times a learned factor
-       of each entry; ``gru`` is a gated recurrent unit (RMoE shares one among all layers, here each layer has
-       its own)
+       of each entry; ``gru`` is a gated recurrent unit
     2. logits = head(state): for ``decay`` an MLP of two GELU layers behind an RMSNorm, for ``gru`` linear
     3. weights: the K largest of the softmax (plus the bias, for the selection), divided by their sum if
        ``renormalize``, times ``scale``
@@ -44,6 +47,7 @@ class RecurrentRouter(BiasedRouter):
         k: experts that each token visits, 1..E.
         cell: ``decay`` (ZAYA1) or ``gru`` (RMoE).
         size: P; 256 in ZAYA1, 128 in RMoE.
+        share: whether all layers use the GRU of the first one (RMoE), by reference.
         null_experts: experts without weights behind the others; visiting one skips computation.
         bias: whether the selection has a bias that follows the load (auxiliary-loss-free balancing).
         bias_rate: change of that bias in a step.
@@ -58,6 +62,7 @@ class RecurrentRouter(BiasedRouter):
     """
 
     knobs = (*BiasedRouter.knobs, "k", "bias_rate")
+    rows = ("head.weight", "bias")
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class RecurrentRouter(BiasedRouter):
         k: int = 1,
         cell: Literal["decay", "gru"] = "decay",
         size: int = 256,
+        share: bool = False,
         null_experts: int = 0,
         bias: bool = False,
         bias_rate: float = 1e-3,
@@ -87,8 +93,11 @@ class RecurrentRouter(BiasedRouter):
         self.null_bias, self.init_std, self.first = null_bias, init_std, position == 0
         self.set_bias(bias, bias_rate)
         self.proj = nn.Linear(hidden_size, size, bias=cell == "decay")
-        self.gru = nn.GRUCell(size, size) if cell == "gru" else None
-        if self.gru is None:
+        self.cell, self.share = cell, share and cell == "gru" and not self.first
+        self.gru = nn.GRUCell(size, size) if cell == "gru" and not self.share else None
+        self.owner: tuple[RecurrentRouter, ...] = (self,)
+        """Whose GRU this is. A tuple, so that another layer's router is no submodule."""
+        if cell == "decay":
             self.decay = None if self.first else nn.Parameter(torch.empty(size))
             self.norm = nn.RMSNorm(size, eps=1e-5)
             self.hidden = nn.ModuleList([nn.Linear(size, size) for _ in range(2)])
@@ -107,6 +116,12 @@ class RecurrentRouter(BiasedRouter):
             nn.init.zeros_(self.bias)
             nn.init.constant_(self.bias[self.num_real :], self.null_bias)
 
+    def link(self, position: int, layers: "Sequence[MoELayer]") -> None:
+        if self.share:
+            first = layers[0].router
+            assert isinstance(first, RecurrentRouter)
+            self.owner, self.linked = (first,), True
+
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         before_TP = None if self.first or ctx.carry is None else ctx.carry.get(STATE)
         with without_autocast(x_TD):
@@ -122,9 +137,11 @@ class RecurrentRouter(BiasedRouter):
 
     def _step(self, new_TP: Tensor, before_TP: Tensor | None) -> tuple[Tensor, Tensor]:
         """The new state and the logits, in float32 or finer."""
-        if self.gru is not None:
+        if self.cell == "gru":
+            gru = self.owner[0].gru
+            assert gru is not None, "a shared GRU needs the first layer's router (link)"
             before_TP = torch.zeros_like(new_TP) if before_TP is None else before_TP
-            weights = (self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh)
+            weights = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
             state_TP = torch.gru_cell(new_TP, before_TP, *(weight.to(new_TP.dtype) for weight in weights))
             return state_TP, _linear(self.head, state_TP)
         state_TP = new_TP

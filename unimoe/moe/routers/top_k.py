@@ -71,6 +71,7 @@ class TopK(BiasedRouter):
     """
 
     knobs = (*BiasedRouter.knobs, "k", "bias_rate", "candidates")
+    rows = ("weight", "bias")
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class TopP(Router):
     """
 
     knobs = (*Router.knobs, "p")
+    rows = ("weight",)
 
     def __init__(
         self,
