@@ -23,8 +23,10 @@ from unimoe.moe.routers.sparse_mixer import sparse_mixer
 from unimoe.moe.routers.top_k import TopK
 from unimoe.moe.routers.top_p import TopP
 from unimoe.moe.upcycle.copy import copy_experts, from_dense
+from unimoe.moe.upcycle.join_experts import join_experts
 from unimoe.moe.upcycle.latent import latent_experts
 from unimoe.moe.upcycle.pool import pooled_experts
+from unimoe.moe.upcycle.prune_by_use import prune_by_use
 from unimoe.moe.upcycle.read import read_ffn, read_swiglu
 from unimoe.moe.upcycle.slice import cut_swiglu, repeat_router, slice_experts, slice_ffn, split_experts
 from unimoe.moe.upcycle.spawn import spawn
@@ -75,9 +77,11 @@ __all__ = [
     "expert_load_by_modality",
     "from_dense",
     "install_moe",
+    "join_experts",
     "latent_experts",
     "load_balance",
     "pooled_experts",
+    "prune_by_use",
     "read_ffn",
     "read_swiglu",
     "record",
