@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
 from unimoe.commands.main import main
-from unimoe.commands.moe import REGISTRIES, complete_preset
+from unimoe.commands.moe import REGISTRIES, complete_preset, result_of, tests_of
 from unimoe.moe import MoEConfig
 from unimoe.moe.settings import presets
 
@@ -49,3 +51,29 @@ def test_what_is_shown_can_be_used():
 def test_an_unknown_name_gets_the_nearest(capsys):
     assert main(["moe", "show", "top_kk"]) == 2
     assert "unknown part or preset 'top_kk', did you mean 'top_k'?" in capsys.readouterr().err
+
+
+def test_the_name_of_a_paper_leads_to_its_parts_preset_tests_and_result(capsys):
+    assert main(["moe", "show", "EvoMoE"]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "router dense_to_sparse: ",
+        "experts spawn: ",
+        "losses dts_balance: ",
+        "tests/moe/routers/test_dense_to_sparse.py",
+        "preset evomoe: ",
+        "parts   router dense_to_sparse, experts spawn, losses dts_balance, combine weight",
+        "result  `loss` of `evomoe` lower than of `copies_top1`: ",
+    ):
+        assert words in shown
+    for paper in ("Sigma-MoE-Tiny", "Z-code M3", "ReXMoE", "DeepSeekMoE", "RMoE"):
+        assert main(["moe", "show", paper]) == 0
+        assert "preset " in capsys.readouterr().out, paper
+    assert result_of("copies_top2") == ""
+
+
+def test_every_part_has_the_tests_that_its_card_names():
+    root = Path(__file__).parents[2]
+    for registry in REGISTRIES.values():
+        for part in registry.values():
+            assert (root / tests_of(part)).is_file(), tests_of(part)
