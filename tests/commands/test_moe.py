@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from unimoe.commands.main import main
-from unimoe.commands.moe import REGISTRIES, complete_preset, result_of, tests_of
+from unimoe.commands.moe import REGISTRIES, complete_preset, result_of, where_tested
 from unimoe.moe import MoEConfig
 from unimoe.moe.settings import presets
 
@@ -76,4 +76,4 @@ def test_every_part_has_the_tests_that_its_card_names():
     root = Path(__file__).parents[2]
     for registry in REGISTRIES.values():
         for part in registry.values():
-            assert (root / tests_of(part)).is_file(), tests_of(part)
+            assert (root / where_tested(part)).is_file(), where_tested(part)

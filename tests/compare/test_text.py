@@ -1,11 +1,15 @@
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from unimoe.compare.base import open_base
 from unimoe.compare.text import Texts, read_text
+from unimoe.compare.trunk import Trunk
 from unimoe.errors import UserError
+from unimoe.testing import tiny_model
 
 
 def ids(batches):
@@ -20,6 +24,28 @@ def test_a_seed_gives_every_design_the_same_batches(small):
     assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
     assert {tuple(one.shape) for one in first} == {(2, 17)}
     assert torch.equal(first[2], ids(data.train(0, 3))[2])  # whatever the number of steps
+
+
+def test_windows_pass_the_trunk_once_and_lose_the_same(small, tmp_path):
+    """The layers below the first one with experts run once for each step, whatever the number of designs."""
+    model = tiny_model(tmp_path / "parts")[0]
+    decoder: Any = model.model.language_model
+    config = small()
+    plain = Texts(config, open_base(config))
+    (batch,) = plain.train(0, 1)
+    whole, count = model.answer_loss(batch)
+    runs = []
+    decoder.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    base: Any = SimpleNamespace(trunk=Trunk(model, 1), processor=open_base(config).processor)
+    data = Texts(config, base)
+    for _ in range(3):
+        (batch,) = data.train(0, 1)
+        upper, upper_count = model.answer_loss(batch)
+        assert upper_count == count
+        torch.testing.assert_close(upper, whole)
+    assert len(runs) == 1
+    held = [data.evaluation("test")["digits"] for _ in range(2)]
+    assert held[0] is held[1] and "inputs_embeds" in held[0][0][0]
 
 
 def test_whole_numbers_are_rows_of_each_file(small, texts):

@@ -1,7 +1,14 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, LlamaConfig
 
-from unimoe.training.sharding import by_name, by_number
+from unimoe.errors import UserError
+from unimoe.moe import MoEConfig, install_moe
+from unimoe.training.sharding import FSDP2Strategy, by_name, by_number, shard
 
 
 def test_optimizer_states_by_name_and_by_number():
@@ -15,3 +22,19 @@ def test_optimizer_states_by_name_and_by_number():
     assert named["param_groups"][0]["params"] == ["1.weight", "0.bias"]
     assert named["state"]["0.weight"]["exp_avg"].shape == (3, 2)
     assert by_number(named) == state
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"router": {"kind": "top_k", "k": 1}, "experts": {"kind": "pool", "copies": 2}},
+        {"router": {"kind": "recurrent", "cell": "gru", "size": 4, "share": True}, "experts": {"copies": 2}},
+    ],
+)
+def test_parts_that_use_other_layers_are_refused(moe):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model: Any = AutoModel.from_config(LlamaConfig(vocab_size=32, **sizes))
+    install_moe(model, MoEConfig.from_dict({**moe, "placement": "all"}))
+    model.trainer = SimpleNamespace(strategy=FSDP2Strategy.__new__(FSDP2Strategy))
+    with pytest.raises(UserError, match="uses weights of other layers.*train with strategy ddp"):
+        shard(model, model.layers)

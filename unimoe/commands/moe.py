@@ -104,7 +104,7 @@ def parts_of(preset: str) -> list[tuple[str, Part]]:
     return [(kind, REGISTRIES[kind].find(name)) for kind, name in names]
 
 
-def tests_of(part: Part) -> str:
+def where_tested(part: Part) -> str:
     """Where the repository tests a part: the file that mirrors its module."""
     *folders, module = part.build.__module__.removeprefix("unimoe.").split(".")
     return "/".join(["tests", *folders, f"test_{module}.py"])
@@ -139,7 +139,7 @@ def _card(kind: str, part: Part) -> Iterator[str]:
     yield f"  source                     {part.source}"
     for name, value in zip(FACTS, facts_of(kind, part), strict=True):
         yield f"  {name:<25}  {value}"
-    yield f"  {'tests':<25}  {tests_of(part)}"
+    yield f"  {'tests':<25}  {where_tested(part)}"
     users = [preset for preset in presets() if (kind, part) in parts_of(preset)]
     yield f"  {'presets':<25}  {', '.join(users) or 'none'}"
     for name, default in part.settings.items():
@@ -155,7 +155,7 @@ def _preset_card(name: str) -> Iterator[str]:
     yield f"preset {name}: {described_presets()[name]}"
     parts = parts_of(name)
     yield f"  parts   {', '.join(f'{kind} {part.name}' for kind, part in parts)}"
-    yield f"  tests   {', '.join(dict.fromkeys(tests_of(part) for _, part in parts))}"
+    yield f"  tests   {', '.join(dict.fromkeys(where_tested(part) for _, part in parts))}"
     if result := result_of(name):
         yield f"  result  {result} (benchmarks/zoo/{name}.yaml, {RESULTS})"
     yield ""

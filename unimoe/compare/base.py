@@ -41,7 +41,7 @@ class Base(Protocol):
     plain_text: bool
     """Whether it trains on plain text, else on conversations."""
     trunk: Trunk | None
-    """Frozen layers whose output is kept for each sample, for conversations."""
+    """Frozen layers whose output is kept for each sample or window of text."""
 
     def build(self, design: Design, seed: int) -> UniMoeForConditionalGeneration:
         """The model of a cell, in training mode, with ``requires_grad`` on what trains."""
@@ -90,7 +90,7 @@ class DenseBase:
         first = self.mlps[placed[0]]
         vocab = self.model.config.get_text_config().vocab_size
         self.frame = Frame(hidden_size(first), read_swiglu(first)[1].shape[1], len(placed), vocab)
-        self.trunk = None if self.plain_text else trunk_of(self.model, placed[0])
+        self.trunk = trunk_of(self.model, placed[0])
 
     def build(self, design: Design, seed: int) -> UniMoeForConditionalGeneration:
         model = self.model.requires_grad_(False)

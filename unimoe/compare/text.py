@@ -20,6 +20,9 @@ from .base import Base
 from .config import CompareConfig
 from .data import Batch, parts, spread
 
+KEPT = 2**30
+"""Bytes of the trunk's output that are kept; later steps run the trunk again for every design."""
+
 
 class Texts:
     """Windows of plain text."""
@@ -34,6 +37,11 @@ class Texts:
         self.config, self.tokenizer = config, base.processor.tokenizer
         self.tokens_per_byte: dict[str, float] = {}
         self.pools = [self._tokens(file)[0] for file in config.data.train_files]
+        self.trunk = base.trunk
+        self._batches: dict[int, Batch] = {}
+        """Above the trunk, of the steps of one seed, which all designs of the seed share."""
+        self._seed: int | None = None
+        self._evaluation: dict[str, list[Batch]] = {}
         self.held: dict[str, Tensor] = {}
         for named in config.data.eval_files.values():
             for name, file in named.items():
@@ -49,8 +57,27 @@ class Texts:
         return torch.tensor(ids["input_ids"]), count / len(text.encode())
 
     def train(self, seed: int, steps: int) -> Iterable[Batch]:
+        if seed != self._seed:
+            self._seed, self._batches = seed, {}
         windows = _Windows(self.pools, self.config, seed, steps)
-        return DataLoader(windows, batch_size=None, sampler=range(steps))
+        return DataLoader(_AboveTrunk(windows, self), batch_size=None, sampler=range(steps))
+
+    def batch(self, step: int, windows: "_Windows") -> Batch:
+        """Of a step; through the trunk, where there is one, unless it is known."""
+        if self.trunk is None:
+            return windows[step]
+        if step not in self._batches:
+            batch = self._above(windows[step])
+            if (len(self._batches) + 1) * batch[0]["inputs_embeds"].nbytes > KEPT:
+                return batch
+            self._batches[step] = batch
+        return self._batches[step]
+
+    def _above(self, batch: Batch) -> Batch:
+        """The batch with the trunk's output, where there is a trunk."""
+        if self.trunk is None:
+            return batch
+        return [one | {"inputs_embeds": self.trunk.states(one)} for one in batch]
 
     def evaluation(self, split: str) -> dict[str, list[Batch]]:
         length, data = self.config.data.length, self.config.data
@@ -59,7 +86,10 @@ class Texts:
             ids = self.held[name]
             starts = spread(range(0, len(ids) - length, length), data.eval_samples)
             windows = [ids[start : start + length + 1] for start in starts]
-            found[name] = [[batch_of(part)] for part in parts(windows, self.config.rows)]
+            if name not in self._evaluation:
+                batches = [[batch_of(part)] for part in parts(windows, self.config.rows)]
+                self._evaluation[name] = [self._above(batch) for batch in batches]
+            found[name] = self._evaluation[name]
         return found
 
     def loss(self, name: str, nats: float) -> float:
@@ -92,6 +122,19 @@ class _Windows(Dataset):
             start = int(random.integers(len(self.pools[pool]) - self.length))
             windows.append(self.pools[pool][start : start + self.length + 1])
         return [batch_of(windows)]
+
+
+class _AboveTrunk(Dataset):
+    """Step -> batch, as :meth:`Texts.batch` gives it."""
+
+    def __init__(self, windows: _Windows, texts: Texts):
+        self.windows, self.texts = windows, texts
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.texts.batch(step, self.windows)
 
 
 def batch_of(windows: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -58,6 +58,16 @@ class Trunk:
     @torch.no_grad()
     def row(self, batch: Mapping[str, Any]) -> Row:
         """Run the trunk on a collated batch of one sample; the result is on the CPU."""
+        states_BTH = self.states(batch)
+        return {
+            "input_ids": batch["input_ids"][0],
+            "labels": batch["labels"][0],
+            "inputs_embeds": states_BTH[0],
+        }
+
+    @torch.no_grad()
+    def states(self, batch: Mapping[str, Any]) -> Tensor:
+        """[B, T, H] the trunk's output for a batch whose rows have one length, on the CPU."""
         self.skipping = False
         try:
             self.model.last_hidden(to_device(dict(batch), self.model.device))
@@ -66,12 +76,8 @@ class Trunk:
         finally:
             self.skipping = True
         assert self._caught is not None
-        states_TH, self._caught = self._caught[0].cpu(), None
-        return {
-            "input_ids": batch["input_ids"][0],
-            "labels": batch["labels"][0],
-            "inputs_embeds": states_TH,
-        }
+        states_BTH, self._caught = self._caught.cpu(), None
+        return states_BTH
 
 
 def batches_of(rows: Sequence[Row]) -> list[dict[str, Tensor]]:
