@@ -11,7 +11,7 @@ cells of ``unimoe compare`` (equal batches and active parameters), prints what c
 registration: a changed file counts as not run.
 
 Experiments of one setting (``benchmarks/zoo/settings``) share their cells in runs/zoo. The data is the Debian
-Administrator's Handbook, see ``handbook.py``.
+Administrator's Handbook, see ``handbook.py``; experiments on digits need scikit-learn.
 """
 
 import argparse
@@ -217,7 +217,10 @@ def _script_cells(experiment: Experiment) -> dict[str, dict[int, dict[str, Any]]
     spec = importlib.util.spec_from_file_location(f"zoo_{experiment.script}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{experiment.name} needs {error.name}; install it first") from error
     found: dict[str, dict[int, dict[str, Any]]] = {"treatment": {}, "control": {}}
     for seed in experiment.seeds:
         for side, cell in module.run(seed).items():

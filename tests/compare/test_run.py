@@ -117,3 +117,16 @@ def test_empty_and_short_data_are_refused(small, texts):
         with pytest.raises(UserError, match=message):
             compare(small())
     assert not (texts / "out").exists()
+
+
+def test_designs_whose_layers_follow_schedules_or_use_one_another(small):
+    exponential = {"start": 2.0, "end": 0.3, "steps": 1, "shape": "exp"}
+    designs = [
+        {"preset": "evomoe", "anneal": {"temperature": exponential, "hard": {"table": [[1, 1]]}}},
+        {"preset": "rexmoe", "anneal": {"candidates": {"start": 4, "end": 8, "steps": 1}}},
+        {"preset": "rmoe", "router": {"size": 8}, "anneal": {"frozen": {"table": [[1, 1]]}}},
+    ]
+    rows = {row["design"]: row for row in compare(small(designs=designs, match="none"), print)["rows"]}
+    assert not any(row["failed"] for row in rows.values())
+    assert rows["rexmoe"]["total"] - rows["copies_top2"]["total"] == (2 - 1) * 4 * 32 * 2  # router rows
+    assert rows["evomoe"]["total"] == rows["copies_top2"]["total"] > rows["evomoe"]["active"]
