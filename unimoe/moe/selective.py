@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.moe.routers.experts_choose import ExpertsChoose
 
 from . import records
-from .routers.experts_choose import ExpertsChoose
 
 
 class SelectiveAttention(nn.Module):
