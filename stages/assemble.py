@@ -34,7 +34,7 @@ from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import MoEConfig, SwiGLUExperts, cut_swiglu, install_moe
 from unimoe.moe.install import moe_layers
-from unimoe.moe.settings import merge
+from unimoe.moe.settings import merge, parse_settings
 
 from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
 from .router_start import RouterStart, start_routers
@@ -100,7 +100,7 @@ def assemble(
         UserError: the manifest is wrong, or a part does not fit the base.
     """
     parsed = read_manifest(manifest)
-    parsed.moe = merge(parsed.moe, _overrides(moe))
+    parsed.moe = merge(parsed.moe, parse_settings(moe, copies=False))
     if parsed.experts[0].data and mixture(parsed).experts["slices"] != 1:
         raise UserError(
             f"{manifest}: routers that start from data need moe.experts.slices 1; leave out the data"
@@ -198,21 +198,6 @@ def read_manifest(path: str | Path) -> Manifest:
     _check_keys(f"{path}: routers:", routers, _names(RouterStart))
     slots = _slots(path, content.get("experts"))
     return Manifest(**{**content, "experts": slots, "routers": RouterStart(**routers)})
-
-
-def _overrides(moe: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` settings of the mixture, values read as YAML; ``router.k=1`` sets one of a part."""
-    settings: dict[str, Any] = {}
-    for text in moe:
-        key, equals, value = text.partition("=")
-        if not equals or key in ("num_experts", "experts.copies"):
-            raise UserError(
-                f"--moe {text}: expected KEY=VALUE, such as placement=all (not the number of experts)"
-            )
-        part, dot, name = key.partition(".")
-        found = yaml.safe_load(value)
-        settings = merge(settings, {part: {name: found}} if dot else {key: found})
-    return settings
 
 
 def _slots(path: str | Path, experts: Any) -> list[Slot]:

@@ -1,10 +1,12 @@
 """unimoe: multimodal mixture-of-experts models over one MoE layer.
 
-Importing it makes the model known to transformers: after ``import unimoe`` the Auto classes load our folders,
-and ``model.set_experts_implementation("unimoe")`` runs any MoE model of transformers on our kernels.
+Importing it makes the model known to transformers: after ``import unimoe`` the Auto classes load our folders
+(stock models with MoE layers, too), and ``model.set_experts_implementation("unimoe")`` runs any MoE model of
+transformers on our kernels.
 """
 
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,13 +42,25 @@ def _experts_forward(*args: Any) -> Any:
     return experts_forward(*args)
 
 
-class _RegisterExperts:
-    """Finder that registers our experts function as soon as transformers' interface for them is imported.
+def _register_experts(module: Any) -> None:
+    module.ALL_EXPERTS_FUNCTIONS.register("unimoe", _experts_forward)
 
-    Importing that interface here would import torch.
+
+def _register_structure(module: Any) -> None:
+    from unimoe.model.structure import StructureConfig, StructureQuantizer
+
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING["unimoe"] = StructureConfig
+    module.AUTO_QUANTIZER_MAPPING["unimoe"] = StructureQuantizer
+
+
+class _Register:
+    """Finder that calls ``register`` with a module of transformers as soon as that is imported.
+
+    Importing it here would import torch.
     """
 
-    name = "transformers.integrations.moe"
+    def __init__(self, name: str, register: Callable[[Any], None]):
+        self.name, self.register = name, register
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != self.name:
@@ -63,14 +77,15 @@ class _RegisterExperts:
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
-    def register(self, module: Any) -> None:
-        module.ALL_EXPERTS_FUNCTIONS.register("unimoe", _experts_forward)
 
-
-if _RegisterExperts.name in sys.modules:
-    _RegisterExperts().register(sys.modules[_RegisterExperts.name])
-else:
-    sys.meta_path.insert(0, _RegisterExperts())
+for _name, _register in {
+    "transformers.integrations.moe": _register_experts,
+    "transformers.quantizers.auto": _register_structure,
+}.items():
+    if _name in sys.modules:
+        _register(sys.modules[_name])
+    else:
+        sys.meta_path.insert(0, _Register(_name, _register))
 
 
 def __getattr__(name: str) -> Any:

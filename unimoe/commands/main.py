@@ -65,6 +65,7 @@ VERBS = {
         "unimoe.commands.consolidate:consolidate", "save the checkpoint of an unfinished run as a model"
     ),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build an MoE model from expert folders"),
+    "upcycle": Verb("unimoe.commands.upcycle:upcycle", "give a multimodal model of transformers MoE layers"),
     "compare": Verb("unimoe.commands.compare:compare", "train several MoE designs under one budget"),
     "moe list": Verb("unimoe.commands.moe:list_parts", "parts of MoE layers, and presets"),
     "moe show": Verb("unimoe.commands.moe:show", "settings of a part, or a whole preset"),
@@ -148,7 +149,7 @@ def _dispatch(args: list[str]) -> int:
     if VERBS[name].raw:
         function(args)
         return 0
-    given = vars(build_parser(name, function).parse_args(rest))
+    given = vars(build_parser(name, function).parse_args(_join_dotted(rest, function)))
     leading = [given.pop(word) for word in _positional_only(function) if word in given]
     status = function(*leading, **given)
     return status if isinstance(status, int) else 0
@@ -216,6 +217,21 @@ def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPa
             flags.insert(0, short[parameter.name])
         parser.add_argument(*flags, dest=parameter.name, **settings)
     return parser
+
+
+def _join_dotted(args: list[str], function: Callable[..., Any]) -> list[str]:
+    """``--moe.preset NAME`` as ``--moe preset=NAME``, for parameters that take ``KEY=VALUE``."""
+    joined: list[str] = []
+    rest = list(args)
+    while rest:
+        flag, dot, key = rest.pop(0).partition(".")
+        if not dot or not flag.startswith("--") or flag[2:] not in inspect.signature(function).parameters:
+            joined.append(flag + dot + key)
+            continue
+        if "=" not in key and rest:
+            key += f"={rest.pop(0)}"
+        joined += [flag, key]
+    return joined
 
 
 def _positional_only(function: Callable[..., Any]) -> list[str]:

@@ -9,8 +9,11 @@ Marks are private-use characters that pass through the chat template and are rem
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from jinja2 import TemplateError
 
 from unimoe.errors import UserError
 
@@ -43,8 +46,8 @@ VICUNA = (
 )
 """Template of Vicuna 1.1 and later, LLaVA-1.5 and Uni-MoE (``vicuna_v1``)."""
 
-TYPED, TYPED_END, ANSWER, ANSWER_END = "\ue000", "\ue001", "\ue002", "\ue003"
-_MARKS = re.compile(f"[{TYPED}-{ANSWER_END}]")
+TYPED, TYPED_END, ANSWER, ANSWER_END, BREAK = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004"
+_MARKS = re.compile(f"[{TYPED}-{BREAK}]")
 _ANSWERS = re.compile(f"{ANSWER}(.*?){ANSWER_END}", re.DOTALL)
 _OTHER = "choose another chat_template, such as chatml"
 
@@ -118,6 +121,34 @@ def tokenize(text: str, tokenizer: Any, counts: dict[str, list[int]]) -> Tokens:
             tokens.ends += [token] * ends_turn
         answering = inside[-1]
     return tokens
+
+
+def opening_settings(apply: Callable[[str | None, bool, dict[str, bool]], str]) -> dict[str, bool] | None:
+    """What a chat template is called with, so that an answer stands behind the same opening when it is
+    learned as when it is asked for; None if nothing does that.
+
+    Templates of thinking models may put an empty thought before an answer, in one of the two only.
+
+    Args:
+        apply: renders a question and, unless it is None, the answer given as text; the flag adds the opening
+            of an answer, and the settings go to the template.
+    """
+    try:
+        if apply(None, True, {}) == apply(None, False, {}):
+            return {}  # it has no opening for answers
+        for settings in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+            opening = apply(mark_answer("a"), False, settings).partition(ANSWER)[0]
+            if opening.rstrip() == apply(None, True, settings).rstrip():
+                return settings
+    except (TemplateError, TypeError, ValueError):
+        return {}  # it refuses this probe; what it does with real conversations is seen then
+    return None
+
+
+OPENS_OTHERWISE = (
+    "the chat template opens an answer in another way when the model is asked than in what it learns from; "
+    "choose another chat_template, such as chatml"
+)
 
 
 def check_answers(text: str, answers: list[str], where: str) -> None:

@@ -9,13 +9,25 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from unimoe.errors import UserError, first_line
 from unimoe.media.source import Part
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, UniMoeConfig
+from .host import count_experts
+from .host_processor import HostProcessor
 from .inputs import Prepared
 from .llm import prepare_tokenizer
 from .modeling import UniMoeForConditionalGeneration
@@ -84,17 +96,18 @@ class ModelKind(Generic[M, P]):
             UserError: there is no model of this type, or its weights and its configuration do not have
                 exactly the same names and shapes.
         """
-        source, _ = self.find(model, setting, hub)
+        source, found = self.find(model, setting, hub)
+        model_class, open_inputs = self.classes(found)
         try:
-            loaded: Any = self.model.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 source,
                 dtype=dtype,
                 output_loading_info=True,
                 local_files_only=not hub,
                 use_safetensors=True,  # the other formats are pickles
             )
-            processor = self.processor(source, local_files_only=not hub)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            processor = open_inputs(source, local_files_only=not hub)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise UserError(f"{setting} {source} cannot be loaded: {first_line(error)}") from error
         built, info = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -103,9 +116,13 @@ class ModelKind(Generic[M, P]):
                 raise UserError(f"{setting} {source}: config.json and weights differ: {found}")
         return built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
+    def classes(self, model_type: str) -> tuple[Any, Callable[..., Any]]:
+        """What models of this type, and their processors, are loaded with."""
+        return self.model, self.processor
+
     def _check_type(self, found: Any, setting: str, where: str | Path) -> str:
         if found not in self.types:
-            expected = " or ".join(map(repr, self.types))
+            expected = " or ".join(map(repr, self.types[:3])) + (" and others" if len(self.types) > 3 else "")
             raise UserError(f"{setting} {where} holds a model of type {found!r}, expected {expected}")
         return found
 
@@ -117,6 +134,60 @@ UNIMOE = ModelKind(
     (UniMoeConfig.model_type,),
 )
 load_model, find_model = UNIMOE.load, UNIMOE.find
+
+
+STOCK_TYPES = {*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} - {
+    UniMoeConfig.model_type
+}
+"""Types of transformers' own multimodal models."""
+
+
+@dataclass(frozen=True)
+class _WithStock(ModelKind[Any, Any]):
+    """Our models, and transformers' own with MoE layers or without."""
+
+    def classes(self, model_type: str) -> tuple[Any, Callable[..., Any]]:
+        if model_type == UniMoeConfig.model_type:
+            return self.model, self.processor
+        return AutoModelForMultimodalLM, HostProcessor.from_pretrained
+
+
+ANY = _WithStock(
+    UniMoeForConditionalGeneration,
+    UniMoeProcessor.from_pretrained,
+    "the folder of a multimodal model (config.json and weights)",
+    (UniMoeConfig.model_type, *sorted(STOCK_TYPES)),
+)
+load_any, find_any = ANY.load, ANY.find
+STOCK = ModelKind[Any, Any](
+    AutoModelForMultimodalLM,  # type: ignore[arg-type]
+    AutoProcessor.from_pretrained,
+    "the folder of a multimodal model of transformers",
+    tuple(sorted(STOCK_TYPES)),
+)
+load_stock = STOCK.load
+
+
+def find_dense_host(model: str) -> str:
+    """A folder or hub id of a multimodal model of transformers whose FFNs are dense floats.
+
+    Raises:
+        UserError: it is none, is quantised, or has MoE layers already.
+    """
+    source, _ = STOCK.find(model)
+    config: Any = AutoConfig.from_pretrained(source)
+    quantised = getattr(config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method == "unimoe":
+        raise UserError(f"MODEL {model} has MoE layers already; give the dense model")
+    if quantised is not None:
+        raise UserError(f"MODEL {model} is quantised ({method}) and cannot be upcycled; give the original")
+    if count_experts(config):
+        raise UserError(
+            f"MODEL {model} is a mixture of experts already; only dense models can be upcycled (chat, serve, "
+            "inspect and evaluate take it as it is)"
+        )
+    return source
 
 
 def _read_type(path: Path, found: str, expected: str) -> Any:

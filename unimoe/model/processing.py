@@ -22,13 +22,14 @@ from unimoe.errors import UserError, first_line
 from unimoe.media.source import Part
 
 from .chat_template import (
-    ANSWER,
     CHATML,
+    OPENS_OTHERWISE,
     check_answers,
     check_learned,
     control_pattern,
     mark_answer,
     mark_typed,
+    opening_settings,
     tokenize,
     unmark,
 )
@@ -97,10 +98,7 @@ class UniMoeProcessor(ProcessorMixin):
         answers = [mark_answer(self._text(m, where)) for m in messages if m["role"] == "assistant"]
         check_answers(text, answers, where)
         if answers and self._template_settings is None:
-            raise UserError(
-                f"{where}: the chat template opens an answer in another way when the model is asked than in "
-                "what it learns from; choose another chat_template, such as chatml"
-            )
+            raise UserError(f"{where}: {OPENS_OTHERWISE}")
         return self._expand(text, media, where, check=True)
 
     def pad(self, encoded: Sequence[EncodedConversation], side: str = "right") -> BatchFeature:
@@ -224,22 +222,13 @@ class UniMoeProcessor(ProcessorMixin):
 
     @cached_property
     def _template_settings(self) -> dict[str, bool] | None:
-        """What the chat template is called with, so that an answer stands behind the same opening when it is
-        learned as when it is asked for; None if nothing does that.
+        """See :func:`opening_settings`."""
 
-        Templates of thinking models may put an empty thought before an answer, in one of the two only.
-        """
-        marked = [_PROBE[0], {"role": "assistant", "content": mark_answer("a")}]
-        try:
-            if self._apply(_PROBE[:1], True, {}) == self._apply(_PROBE[:1], False, {}):
-                return {}  # it has no opening for answers
-            for settings in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
-                opening = self._apply(marked, False, settings).partition(ANSWER)[0]
-                if opening.rstrip() == self._apply(_PROBE[:1], True, settings).rstrip():
-                    return settings
-        except (TemplateError, TypeError, ValueError):
-            return {}  # it refuses this probe; what it does with real conversations is seen then
-        return None
+        def apply(answer: str | None, opening: bool, settings: dict[str, bool]) -> str:
+            said = [] if answer is None else [{"role": "assistant", "content": answer}]
+            return self._apply([_PROBE[0], *said], opening, settings)
+
+        return opening_settings(apply)
 
     def _apply(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, settings: dict[str, bool]

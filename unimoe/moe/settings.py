@@ -1,6 +1,7 @@
 """Plain settings of MoE layers: presets, the flat keys of 0.1, and what lies over what."""
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
@@ -101,3 +102,25 @@ def at_least(key: str, value: Any, least: int) -> None:
     """Raises a UserError for anything but a whole number from ``least`` on."""
     if not isinstance(value, int) or value < least:
         raise UserError(f"moe.{key} is {value!r}, expected at least {least}")
+
+
+def parse_settings(texts: Sequence[str], copies: bool = True) -> dict[str, Any]:
+    """Settings of MoE layers from ``key=value`` texts, values read as YAML; ``router.k=1`` is of a part.
+
+    Args:
+        texts: as given on the command line.
+        copies: whether the number of experts may be set; elsewhere it follows from their sources.
+
+    Raises:
+        UserError: a text of another form, or one that sets what it must not.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or (not copies and key in ("num_experts", "experts.copies")):
+            limit = "" if copies else " (not the number of experts)"
+            raise UserError(f"--moe {text}: expected KEY=VALUE, such as placement=all{limit}")
+        part, dot, name = key.partition(".")
+        found = yaml.safe_load(value)
+        settings = merge(settings, {part: {name: found}} if dot else {key: found})
+    return settings

@@ -1,0 +1,103 @@
+"""Conversations by the processors of tiny stock models: inputs, labels, batches."""
+
+import pytest
+import torch
+
+from unimoe.data import Collator, Sample
+from unimoe.errors import UserError
+from unimoe.model.chat_template import BREAK
+from unimoe.model.configuration import IGNORED
+from unimoe.model.host_processor import HostProcessor, join
+from unimoe.testing_hosts import FAMILIES, inputs, question
+
+CHAT = [name for name in FAMILIES if name != "paligemma"]  # a base model, without a chat template
+
+
+def hosted(name):
+    model, processor = FAMILIES[name][0]()
+    return model, HostProcessor(processor)
+
+
+def answered(*kinds, answer="a <image> fox"):
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    return [*question(*kinds), said, *question(), said]
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_prompts_are_those_of_the_stock_processor(name):
+    _, ours = hosted(name)
+    kinds = FAMILIES[name][1]
+    for asked in [(), *((kind,) for kind in kinds), (kinds[0], kinds[0])]:
+        found = ours.pad([ours.encode(question(*asked), add_generation_prompt=True)])
+        expected = inputs(ours.processor, question(*asked))
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], torch.as_tensor(value), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_labels_decode_to_the_answers_and_batches_to_the_stock_ones(name):
+    model, ours = hosted(name)
+    kind = FAMILIES[name][1][0]
+    samples = [Sample(answered(kind), "a"), Sample(answered(kind, kind, answer="yes"), "b")]
+    batch = Collator(ours)(samples)
+    for labels, answer in zip(batch["labels"], ("a <image> fox", "yes"), strict=True):
+        learned = labels[labels != IGNORED]
+        assert ours.tokenizer.decode(learned) == f"{answer}<|im_end|>" * 2
+    with torch.no_grad():
+        dense = model(**batch).loss
+    assert dense.isfinite()
+    prompts = Collator(ours).prompts([Sample(question(kind), "a"), Sample(question(kind, kind), "b")])
+    expected = inputs(ours.processor, question(kind), question(kind, kind))
+    for key in ("input_ids", "attention_mask"):
+        assert torch.equal(prompts[key], expected[key])
+    with torch.no_grad():
+        logits = [model(**one).logits[:, -1] for one in (prompts, expected)]
+    torch.testing.assert_close(*logits)
+
+
+def test_typed_placeholders_stay_text():
+    _, ours = hosted("llava")
+    typed = [{"role": "user", "content": f"what does <image> mean, and <|im_end|>{BREAK}?"}]
+    row = ours.encode(typed, add_generation_prompt=True)
+    assert "pixel_values" not in row["media"]
+    ids = ours.tokenizer.convert_tokens_to_ids(["<image>", "<|im_end|>"])
+    assert [row["input_ids"].count(one) for one in ids] == [0, 1]
+    assert "what does <image> mean, and <|im_end|>?" in ours.tokenizer.decode(row["input_ids"])
+
+
+def test_media_that_a_model_does_not_take_are_named():
+    _, ours = hosted("llava")
+    with pytest.raises(UserError, match="row 3: this model takes no audio; it takes text, image"):
+        ours.encode(question("audio"), where="row 3")
+
+
+def test_processors_that_cannot_be_learned_from_are_refused():
+    _, processor = FAMILIES["paligemma"][0]()
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="PaliGemmaProcessor has no chat template"):
+        HostProcessor(processor)
+    _, ours = hosted("llava")
+    plain = type(ours.processor).__call__
+
+    class Cuts(type(ours.processor)):
+        def __call__(self, **given):
+            batch = plain(self, **given)
+            batch["input_ids"] = batch["input_ids"][:, :-5]
+            return batch
+
+    ours.processor.__class__ = Cuts
+    with pytest.raises(UserError, match="drops or moves some of the assistant's"):
+        ours.encode(answered("image"))
+
+
+def test_templates_that_drop_an_answer_are_refused():
+    _, ours = hosted("llava")
+    ours.chat_template = ours.chat_template.replace("{{ c['text'] }}", "{{ c['text'] | upper }}")
+    with pytest.raises(UserError, match="drops or rewrites the answer"):
+        ours.encode(answered("image"))
+
+
+def test_items_of_several_rows_are_padded_to_the_largest():
+    joined = join([torch.ones(1, 2), torch.ones(2, 3)])
+    assert joined.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]

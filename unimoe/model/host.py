@@ -1,0 +1,159 @@
+"""Any multimodal model of transformers as the host of MoE layers, by what it is, not by a list of names.
+
+A host has a separable decoder (``get_decoder()``, with its FFNs at ``layers[i].mlp``), and its configuration
+names the token of each modality (``image_token_id``, ``video_token_id``, ``audio_token_id``).
+
+Shapes: B rows, T tokens of a row.
+"""
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unimoe.errors import UserError
+from unimoe.moe import Context, MoEConfig, routing_context
+from unimoe.moe.install import install_moe, moe_layers
+
+from .configuration import MODALITIES
+
+
+def find_decoder(model: nn.Module) -> Any:
+    """The decoder of a model: what holds ``layers``, without head and towers.
+
+    Raises:
+        UserError: the model has none that stands alone.
+    """
+    found: Any = model
+    while (inner := found.get_decoder() if hasattr(found, "get_decoder") else None) is not None:
+        if inner is found:
+            break
+        found = inner
+    if not isinstance(getattr(found, "layers", None), nn.ModuleList):
+        raise UserError(
+            f"{type(model).__name__} has no decoder that stands alone, expected one with the blocks "
+            "layers[i] under get_decoder()"
+        )
+    return found
+
+
+def token_ids(config: Any) -> dict[str, int]:
+    """Id of the placeholder token of every modality that a configuration names."""
+    found = {}
+    for modality in MODALITIES:
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            if isinstance(token := getattr(config, name, None), int):
+                found.setdefault(modality, token)
+    return found
+
+
+def install_host(model: PreTrainedModel, moe: MoEConfig, sources: Sequence[nn.Module] | None = None) -> None:
+    """Replace FFNs of a model of transformers with MoE layers, in place.
+
+    Its routers know the modality of each token and the padding. See
+    :func:`unimoe.model.structure.upcycle_model` for one that can be saved.
+
+    Args:
+        model: dense.
+        moe: the MoE layers.
+        sources: models of the same shape, one for each copy of an FFN; None copies the model's own.
+
+    Raises:
+        UserError: the model has no separable decoder, is a mixture of experts already, or as of
+            :func:`unimoe.moe.install.install_moe`.
+    """
+    decoder = find_decoder(model)
+    check_dense(model)
+    install_moe(decoder, moe, None if sources is None else [find_decoder(source) for source in sources])
+    follow_tokens(model)
+
+
+def check_dense(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        UserError: the model is a mixture of experts already.
+    """
+    if count_experts(model.config) or moe_layers(model):
+        raise UserError(
+            f"{type(model).__name__} is a mixture of experts already; only dense models can be upcycled"
+        )
+
+
+def count_experts(config: Any) -> int:
+    """Experts of each layer of a stock mixture of experts, by its configuration; 0 for a dense model."""
+    text = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((count for name in names if (count := getattr(text, name, 0))), 0)
+
+
+class _Inputs(NamedTuple):
+    """What the whole model was called with."""
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    token_ids: dict[str, int]
+
+
+_inputs: ContextVar[_Inputs | None] = ContextVar("unimoe_host_inputs", default=None)
+_opened = threading.local()
+
+
+def follow_tokens(model: PreTrainedModel) -> None:
+    """Let the routers of a model know the modality of each token and the padding (``routing_context``).
+
+    The whole model sees ids and padding, its decoder how many tokens there are: some models insert media only
+    in between, so that only equal lengths are taken for the same tokens.
+    """
+    decoder = find_decoder(model)
+    model.register_forward_pre_hook(_note_inputs, with_kwargs=True)
+    model.register_forward_hook(_forget_inputs, always_call=True)
+    decoder.register_forward_pre_hook(_open_context, with_kwargs=True)
+    decoder.register_forward_hook(_close_context, always_call=True)
+
+
+def _note_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    _inputs.set(_Inputs(ids, mask, token_ids(model.config)))
+
+
+def _forget_inputs(*_: Any) -> None:
+    _inputs.set(None)
+
+
+def _open_context(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    embeds = kwargs.get("inputs_embeds")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    tokens = embeds if embeds is not None else ids
+    assert tokens is not None
+    opened: AbstractContextManager = routing_context(
+        _context(_inputs.get(), *tokens.shape[:2], tokens.device)
+    )
+    opened.__enter__()
+    stack: list[AbstractContextManager] = _opened.__dict__.setdefault("stack", [])
+    stack.append(opened)
+
+
+def _close_context(*_: Any) -> None:
+    _opened.stack.pop().__exit__(None, None, None)
+
+
+def _context(inputs: _Inputs | None, rows: int, length: int, device: torch.device) -> Context:
+    sample_T = torch.arange(rows, device=device).repeat_interleave(length)
+    if inputs is None:
+        return Context(sample_T=sample_T)
+    ids, mask = inputs.input_ids, inputs.attention_mask
+    modality_T = token_T = pad_T = None
+    if ids is not None and ids.shape == (rows, length):
+        token_T = ids.flatten()
+        modality_T = torch.zeros_like(token_T)
+        for modality, token in inputs.token_ids.items():
+            modality_T[token_T == token] = MODALITIES.index(modality)
+        if mask is not None and mask.shape[1] >= length:
+            pad_T = (mask[:, -length:] == 0).flatten()
+    return Context(pad_T=pad_T, modality_T=modality_T, sample_T=sample_T, token_T=token_T)

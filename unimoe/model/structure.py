@@ -1,0 +1,94 @@
+"""MoE layers in a stock model of transformers, rebuilt by its own ``from_pretrained``.
+
+``config.json`` keeps the host's ``model_type`` and gains an entry::
+
+    "quantization_config": {"quant_method": "unimoe", "moe": {...}}
+
+transformers lets a quantizer change a model on the meta device, after it was built and before its weights are
+read. Ours replaces FFNs; nothing is quantised. Without ``import unimoe`` transformers warns of an unknown
+quantization type, and of weights that it has no place for.
+
+This module is imported while transformers itself is, so it imports nothing that needs a whole transformers.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unimoe.moe import MoEConfig
+
+
+TAGS = ["unimoe", "mixture-of-experts"]
+"""In the model card that ``push_to_hub`` writes."""
+
+
+class StructureConfig(QuantizationConfigMixin):
+    """How a model differs from what its class builds.
+
+    Args:
+        moe: fields of :class:`unimoe.moe.MoEConfig`.
+        quant_method: always ``unimoe``.
+    """
+
+    def __init__(self, moe: dict[str, Any] | None = None, quant_method: str = "unimoe"):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.moe = moe
+
+
+class StructureQuantizer(HfQuantizer):
+    """Puts the MoE layers of a :class:`StructureConfig` into a model that is being loaded."""
+
+    quantization_config: StructureConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        from unimoe.moe import MoEConfig
+
+        from .host import install_host
+
+        if self.quantization_config.moe is not None:
+            install_host(model, MoEConfig.from_dict(self.quantization_config.moe))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        model.is_quantized = False  # its weights are floats: it trains, and may be cast
+        for module in model.modules():
+            if getattr(getattr(module, "config", None), "_is_quantized", False):
+                module.config._is_quantized = False
+        model.add_model_tags(TAGS)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def upcycle_model(model: Any, moe: "MoEConfig", sources: "Sequence[nn.Module] | None" = None) -> None:
+    """:func:`unimoe.model.host.install_host`, and the entry of the configuration with which the model is
+    saved and, after ``import unimoe``, loaded as before.
+
+    Raises:
+        UserError: as of install_host.
+    """
+    from .host import install_host
+
+    install_host(model, moe, sources)
+    model.hf_quantizer = StructureQuantizer(StructureConfig(moe.to_dict()))
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.add_model_tags(TAGS)
+
+
+def host_moe(model: Any) -> "MoEConfig | None":
+    """The MoE layers that :func:`upcycle_model` gave a model; None for other models."""
+    from unimoe.moe import MoEConfig
+
+    structure = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not isinstance(structure, StructureConfig) or structure.moe is None:
+        return None
+    return MoEConfig.from_dict(structure.moe)
