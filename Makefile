@@ -17,7 +17,7 @@ endif
 
 help:
 	@echo "make setup   install unimoe and its tools in $(VENV)"
-	@echo "make native  compile the experts' loops (optional: faster training on a CPU; needs a C++ compiler)"
+	@echo "make native  compile the C++ operators again (make setup does, where there is a compiler)"
 	@echo "make demo    the whole path on real weights (ARGS=\"--control\" adds the dense control)"
 	@echo "make test    the tests, two at a time (ARGS=\"tests/moe -n 8\")"
 	@echo "make check   lint, format, spelling, types, import floors"
@@ -46,6 +46,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing unimoe and its dependencies in $(VENV) (torch alone may be a download of some GB)"
 	@$(PY) -m pip install --disable-pip-version-check -e ".[dev]" -c constraints.txt \
 	    || { echo "unimoe: the installation failed, see above; the same command starts it again" >&2; exit 1; }
+	@$(PY) -P -m unimoe.kernels.native >/dev/null \
+	    || echo "        without it, a CPU trains and decodes in plain torch, which is slower"
 	@echo "$(CURDIR)" > $(READY)
 
 native: $(READY)

@@ -8,6 +8,8 @@ Operations:
   the weights of the K experts once.
 - ``lora_experts``: the same with an adapter per expert and frozen weights. Lower bound: one frozen FFN on the
   same number of rows, under autograd.
+- ``moe_layer``: a whole MoE layer with its router, on few tokens without a gradient: as in training, and in
+  one operator as in decoding. Lower bound: that of ``experts``.
 - ``adapted_linear``: one frozen FFN whose three linear layers carry E gated adapters (K of them active).
   Lower bound: the FFN without adapters, under autograd.
 
@@ -39,7 +41,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
 from unimoe.kernels.lora import Adapters, fused_lora_experts
-from unimoe.moe import Context, Router
+from unimoe.moe import Context, MoELayer, Router, SwiGLUExperts, TopK
+from unimoe.moe.few_rows import few_rows
 from unimoe.moe.lora_linear import LoRALinear
 from unimoe.moe.routing import Routing, sort_by_expert
 
@@ -63,6 +66,8 @@ SHAPES = {
 """The default LLM, a fine-grained MoE, Qwen3-30B-A3B, Mixtral, OLMoE; for adapted_linear a dense FFN of
 TinyLlama's size."""
 RANK, SCALE = 16, 2.0
+TOKENS = {"moe_layer": range(1, 17), "lora_experts": (64, 1024), "adapted_linear": (64, 1024)}
+"""Of which numbers of tokens an operation is measured at all; ``experts`` at all."""
 PHASES = ("forward", "forward+backward")
 COLUMNS = (
     "op",
@@ -313,8 +318,23 @@ def _lower_bound(shape: Shape, T: int, x: Tensor) -> dict[str, Callable[[], Any]
     return {PHASES[0]: forward, PHASES[1]: both}
 
 
+def moe_layer(shape: Shape, T: int, routing: str, device: str, dtype: torch.dtype) -> Case:
+    """A whole MoE layer, inside and outside of :func:`few_rows`; its own router decides."""
+    with torch.device(device):
+        layer = MoELayer(TopK(shape.H, shape.E, shape.K), SwiGLUExperts(shape.E, shape.H, shape.I)).to(dtype)
+    x = torch.randn(T, shape.H, device=device, dtype=dtype, requires_grad=True)
+
+    def few() -> Tensor:
+        with few_rows(layer):
+            return layer(x)
+
+    runs = {"unimoe": partial(layer, x), "unimoe few rows": few}
+    return Case(_lower_bound(shape, T, x), runs, [x, *layer.parameters()], torch.randn_like(x))
+
+
 OPS: dict[str, Callable[..., Case]] = {
     "experts": experts,
+    "moe_layer": moe_layer,
     "lora_experts": partial(experts, lora=True),
     "adapted_linear": lora_mixture,
 }
@@ -432,7 +452,7 @@ def main(args: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for op in options.ops:
         for shape in ["L1"] if op == "adapted_linear" else shapes:
-            for T in tokens if op == "experts" else [T for T in tokens if T in (64, 1024)]:
+            for T in tokens if op == "experts" else [T for T in tokens if T in TOKENS[op]]:
                 for routing in options.routings:
                     rows += run_case(op, shape, T, routing, options.device, dtype, options.phases, seconds)
                     gc.collect()
@@ -458,6 +478,7 @@ def run_case(
     rows, floor = [], 1.0
     print(f"\n{op} {shape} T={T} {routing} {width}")
     print(f"{'':42}{'median ms':>10}{'quartiles':>18}{'x floor':>9}{'saved MiB':>11}")
+    phases = PHASES[:1] if op == "moe_layer" else phases
     for phase, name, ms, saved in measure(case, phases, device, seconds):
         median = statistics.median(ms)
         floor = median if name == "floor" else floor

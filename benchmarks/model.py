@@ -4,9 +4,11 @@
   run as transformers' ``eager`` and ``grouped_mm``, and as ours through the same interface.
 - ``demo``: the default LLM with the demo's MoE layers and its last stage's LoRA on frozen weights. ``plain
   autograd`` is the reference implementation; the other two are the CPU kernel's loops.
+- ``decoding``: the demo's model as it is served, without adapters, for one conversation and for eight: with
+  torch's products, and with products of few rows in C++ (``make native``).
 
 The implementations take turns in one process. A step is forward and backward without the optimizer, whose
-cost is the same for all; decoding is greedy, one conversation, with a KV cache.
+cost is the same for all; decoding is greedy, one conversation (of ``decoding`` also eight), with a KV cache.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
 from unimoe.model.build import build_model
+from unimoe.moe.few_rows import few_rows
 from unimoe.stages.trainable import LoRA, choose
 
 EXPERTS, TOP_K = 4, 2
@@ -82,7 +85,14 @@ def demo() -> tuple[Any, dict[str, Form]]:
     return model, {title: partial(environment, **values) for title, values in forms.items()}
 
 
-MODELS = {"mixtral": mixtral, "demo": demo}
+def decoding() -> tuple[Any, dict[str, Form]]:
+    """The demo's MoE model without adapters, and a context manager that selects each form of its products."""
+    moe = {"router": {"kind": "top_k", "k": TOP_K}, "experts": {"copies": EXPERTS}}
+    model, _ = build_model("default", moe=moe)
+    return model.eval(), {"torch": nullcontext, "few rows in C++": partial(few_rows, model)}
+
+
+MODELS = {"mixtral": mixtral, "demo": demo, "decoding": decoding}
 
 
 def step(model: Any, ids_BT: torch.Tensor) -> int:
@@ -93,9 +103,9 @@ def step(model: Any, ids_BT: torch.Tensor) -> int:
 
 
 @torch.inference_mode()
-def decode(model: Any, ids_BT: torch.Tensor, new: int) -> int:
-    """Greedy generation from the first row; returns the number of new tokens."""
-    prompt = ids_BT[:1, :64]
+def decode(model: Any, ids_BT: torch.Tensor, new: int, rows: int = 1) -> int:
+    """Greedy generation from the first rows; returns the number of new tokens."""
+    prompt = ids_BT[:rows, :64]
     plain = {
         "attention_mask": torch.ones_like(prompt),
         "do_sample": False,
@@ -103,7 +113,7 @@ def decode(model: Any, ids_BT: torch.Tensor, new: int) -> int:
         "eos_token_id": None,
     }
     answer = model.generate(prompt, max_new_tokens=new, min_new_tokens=new, **plain)
-    return answer.shape[1] - prompt.shape[1]
+    return rows * (answer.shape[1] - prompt.shape[1])
 
 
 def race(model: Any, forms: dict[str, Form], work: Callable[[], int], rounds: int) -> dict[str, list[float]]:
@@ -140,6 +150,9 @@ def main() -> None:
             "training step": partial(step, model, ids_BT),
             "decoding": partial(decode, model, ids_BT, options.new),
         }
+        if name == "decoding":
+            del works["training step"]
+            works["decoding, 8 conversations"] = partial(decode, model, ids_BT, options.new, 8)
         for phase, work in works.items():
             print(f"\n{name}, {phase}: tokens per second (median, quartiles), and relative to the first")
             first = None

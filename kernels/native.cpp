@@ -1,20 +1,28 @@
-// Grouped SwiGLU experts (with or without low-rank adapters) and two-layer FFN experts: the cpu forms of swiglu.py
-// and ffn.py, one expert per thread. Products and elementwise steps are ATen's own, so the numbers are those of the
+// Two kinds of operators. First, grouped SwiGLU experts (with or without low-rank adapters) and two-layer FFN experts:
+// the cpu forms of swiglu.py and ffn.py, one expert per thread. Products and elementwise steps are ATen's own, so the numbers are those of the
 // loop in Python; what is saved is the interpreter's time, the threads' waiting for each other inside every small
-// product, and trips of the activations to memory.
+// product, and trips of the activations to memory. Second, the few rows of a decoding step (few_rows.py): linear layers
+// and whole MoE layers without a backward, in products of our own (few_rows.h).
 //
 // Shapes: T tokens, N (token, expert) pairs sorted by expert, n pairs of one expert, E experts, H hidden,
 // I intermediate, R rank. bounds: expert e owns pairs bounds[e]..bounds[e+1].
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
+#include <numeric>
 #include <optional>
+#include <tuple>
 #include <vector>
+
+#include "few_rows.h"
 
 namespace {
 
@@ -248,6 +256,168 @@ void ffn_backward(const Tensor& x, const Maybe& token, Bounds bounds, const std:
   });
 }
 
+// ---------------------------------------------------------------- few rows
+
+constexpr int64_t kBlock = 12;            // rows of a weight matrix that a thread takes at a time
+constexpr int64_t kColumns = 16;          // rows of x that are multiplied with them
+constexpr int64_t kWorthAThread = 32768;  // weights: fewer are read sooner than a second thread wakes
+
+// A stack of weight matrices [E, P, K], or one [P, K], and how its rows are multiplied. It comes as a list, since a
+// packed form takes several tensors (planes, scales): such a form is another branch here and other products.
+class Stack {
+ public:
+  explicit Stack(at::TensorList parts) : weight_(parts[0]) {
+    TORCH_CHECK(parts.size() == 1 && weight_.is_cpu() && weight_.scalar_type() == at::kFloat && weight_.is_contiguous(),
+                "few rows: expected one contiguous float32 tensor on the CPU");
+  }
+  int64_t rows() const { return weight_.size(-2); }
+  int64_t width() const { return weight_.size(-1); }
+  // Blocks of rows that are worth waking a thread for.
+  int64_t grain() const { return std::max<int64_t>(1, kWorthAThread / (kBlock * width())); }
+
+  // out[c][r] = <row first + r of matrix e, x[c]>
+  void multiply(int64_t e, int64_t first, int64_t rows, const float* const* x, int64_t columns, float* const* out) const {
+    static const few_rows::Products products = few_rows::choose(at::get_cpu_capability());
+    const float* w = weight_.const_data_ptr<float>() + (e * this->rows() + first) * width();
+    products(w, rows, width(), x, columns, out);
+  }
+
+ private:
+  Tensor weight_;
+};
+
+Tensor few_rows_linear(const Tensor& x, at::TensorList weight, const Maybe& bias) {
+  const Stack stack(weight);
+  const int64_t P = stack.rows(), K = stack.width(), N = x.numel() / K;
+  const Tensor x_NK = x.contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = P;
+  Tensor y = at::empty(shape, x.options());
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const float *in = x_NK.const_data_ptr<float>(), *add = bias ? b.const_data_ptr<float>() : nullptr;
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, (P + kBlock - 1) / kBlock, stack.grain(), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kBlock, rows = std::min(end * kBlock, P) - first;
+    for (int64_t start = 0; start < N; start += kColumns) {
+      const int64_t columns = std::min(kColumns, N - start);
+      std::array<const float*, kColumns> from;
+      std::array<float*, kColumns> to;
+      for (int64_t c = 0; c < columns; ++c) from[c] = in + (start + c) * K, to[c] = out + (start + c) * P + first;
+      stack.multiply(0, first, rows, from.data(), columns, to.data());
+      for (int64_t c = 0; add && c < columns; ++c) {
+        for (int64_t r = 0; r < rows; ++r) to[c][r] += add[first + r];
+      }
+    }
+  });
+  return y;
+}
+
+struct Pair {
+  int64_t expert, token;
+  float weight;
+};
+
+// y[token] += weight * expert(x[token]) for all pairs, which are sorted by expert. gate_up [E, 2I, H], down [E, H, I].
+Tensor few_rows_swiglu(const Tensor& x, const std::vector<Pair>& pairs, const Stack& gate_up, const Stack& down) {
+  const int64_t N = pairs.size(), H = down.rows(), I = down.width();
+  Tensor y = at::zeros({x.size(0), H}, x.options()), activation = at::empty({N, I}, x.options());
+  const float* in = x.const_data_ptr<float>();
+  float *out = y.mutable_data_ptr<float>(), *act = activation.mutable_data_ptr<float>();
+  // pairs of one expert, at most kColumns: each group reads the expert's weights once
+  std::vector<int64_t> starts;
+  for (int64_t n = 0; n < N; ++n) {
+    if (n == 0 || pairs[n].expert != pairs[n - 1].expert || n - starts.back() == kColumns) starts.push_back(n);
+  }
+  const int64_t groups = starts.size(), blocks = (I + kBlock - 1) / kBlock;
+  starts.push_back(N);
+  std::array<std::array<float, kBlock>, kColumns> zeros{};
+  at::parallel_for(0, groups * blocks, gate_up.grain(), [&](int64_t begin, int64_t end) {
+    auto gate = zeros, up = zeros;
+    std::array<const float*, kColumns> from;
+    std::array<float*, kColumns> to_gate, to_up;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t start = starts[unit / blocks], columns = starts[unit / blocks + 1] - start;
+      const int64_t first = unit % blocks * kBlock, rows = std::min(kBlock, I - first), e = pairs[start].expert;
+      for (int64_t c = 0; c < columns; ++c) {
+        from[c] = in + pairs[start + c].token * H, to_gate[c] = gate[c].data(), to_up[c] = up[c].data();
+      }
+      gate_up.multiply(e, first, rows, from.data(), columns, to_gate.data());
+      gate_up.multiply(e, I + first, rows, from.data(), columns, to_up.data());
+      for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const float g = gate[c][r];
+          act[(start + c) * I + first + r] = g / (1 + std::exp(-g)) * up[c][r] * pairs[start + c].weight;
+        }
+      }
+    }
+  });
+  at::parallel_for(0, (H + kBlock - 1) / kBlock, down.grain(), [&](int64_t begin, int64_t end) {
+    auto sums = zeros;
+    std::array<const float*, kColumns> from;
+    std::array<float*, kColumns> to;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t start = starts[group], columns = starts[group + 1] - start;
+      for (int64_t c = 0; c < columns; ++c) from[c] = act + (start + c) * I, to[c] = sums[c].data();
+      for (int64_t first = begin * kBlock; first < std::min(end * kBlock, H); first += kBlock) {
+        const int64_t rows = std::min(kBlock, H - first);
+        down.multiply(pairs[start].expert, first, rows, from.data(), columns, to.data());
+        for (int64_t c = 0; c < columns; ++c) {
+          for (int64_t r = 0; r < rows; ++r) out[pairs[start + c].token * H + first + r] += sums[c][r];
+        }
+      }
+    }
+  });
+  return y;
+}
+
+// The experts of a routing: pairs sorted by expert, expert e owns bounds[e]..bounds[e+1].
+Tensor few_rows_experts(const Tensor& x, const Tensor& token, Bounds bounds, const Tensor& weight,
+                        at::TensorList gate_up, at::TensorList down) {
+  const Tensor token_N = token.contiguous(), weight_N = weight.contiguous();
+  const int64_t* t = token_N.const_data_ptr<int64_t>();
+  const float* w = weight_N.const_data_ptr<float>();
+  std::vector<Pair> pairs;
+  for (int64_t e = 0; e + 1 < static_cast<int64_t>(bounds.size()); ++e) {
+    for (int64_t n = bounds[e]; n < bounds[e + 1]; ++n) pairs.push_back({e, t[n], w[n]});
+  }
+  return few_rows_swiglu(x.contiguous(), pairs, Stack(gate_up), Stack(down));
+}
+
+// A whole MoE layer: router [E', H] with a softmax and its k largest, as TopK (top_k.py) chooses and weighs them, then
+// the experts. Those of the router behind the experts that have weights are null experts: they add nothing. Returns
+// the output, and what a Routing holds: logits [T, E'], experts [T, k] and weights [T, k].
+std::tuple<Tensor, Tensor, Tensor, Tensor> few_rows_moe(const Tensor& x_in, const Tensor& router, int64_t k, bool late,
+                                                        bool renormalize, double scale, at::TensorList gate_up,
+                                                        at::TensorList down) {
+  const Tensor x = x_in.contiguous(), logits = few_rows_linear(x, {router}, {});
+  const int64_t T = logits.size(0), E = logits.size(1), experts = down[0].size(0);
+  const Tensor index = at::empty({T, k}, x.options().dtype(at::kLong)), weight = at::empty({T, k}, x.options());
+  std::vector<Pair> pairs;
+  std::vector<int64_t> order(E);
+  std::vector<float> score(E);
+  for (int64_t t = 0; t < T; ++t) {
+    const float* logit = logits.const_data_ptr<float>() + t * E;
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logit[a] > logit[b]; });
+    // late: the softmax is over the chosen; otherwise over all
+    float all = 0, chosen = 0;
+    for (int64_t i = 0; i < E; ++i) {
+      score[i] = std::exp(logit[order[i]] - logit[order[0]]);
+      all += score[i];
+      if (i < k) chosen += score[i];
+    }
+    const float sum = late || renormalize ? chosen : all;
+    for (int64_t i = 0; i < k; ++i) {
+      const float w = static_cast<float>(scale) * score[i] / sum;
+      index.mutable_data_ptr<int64_t>()[t * k + i] = order[i];
+      weight.mutable_data_ptr<float>()[t * k + i] = w;
+      if (order[i] < experts) pairs.push_back({order[i], t, w});
+    }
+  }
+  std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.expert < b.expert; });
+  return {few_rows_swiglu(x, pairs, Stack(gate_up), Stack(down)), logits, index, weight};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(unimoe, m) {
@@ -268,4 +438,12 @@ TORCH_LIBRARY(unimoe, m) {
       "ffn_backward(Tensor x, Tensor? token, int[] bounds, Tensor[] stacks, bool relu, Tensor? weight, Tensor h, "
       "Tensor dy, Tensor(a!)? dx, Tensor?[] d_stacks, Tensor(b!)? d_weight, ScalarType fast) -> ()",
       &ffn_backward);
+  m.def("few_rows_linear(Tensor x, Tensor[] weight, Tensor? bias) -> Tensor", &few_rows_linear);
+  m.def(
+      "few_rows_experts(Tensor x, Tensor token, int[] bounds, Tensor weight, Tensor[] gate_up, Tensor[] down) -> Tensor",
+      &few_rows_experts);
+  m.def(
+      "few_rows_moe(Tensor x, Tensor router, int k, bool late, bool renormalize, float scale, Tensor[] gate_up, "
+      "Tensor[] down) -> (Tensor, Tensor, Tensor, Tensor)",
+      &few_rows_moe);
 }

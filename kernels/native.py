@@ -1,13 +1,15 @@
-"""The cpu forms in C++ (native.cpp), built once by ``make native`` (``python -m unimoe.kernels.native``).
+"""The operators in C++ (native.cpp), built once by ``make setup`` or ``python -m unimoe.kernels.native``.
 
-Without it the same loops run in plain torch. It buys a quarter to a half of a training step's time in the
-experts (``make bench`` with and without UNIMOE_NATIVE=0 says how much here): they run side by side, one per
-thread, instead of one after the other with all threads in each product.
+Without them the same runs in plain torch. They buy a quarter to a half of a training step's time in the
+experts (``make bench`` with and without UNIMOE_NATIVE=0 says how much here), which run side by side, one per
+thread, instead of one after the other with all threads in each product; and half of a decoding step's
+(few_rows.py). The file is compiled for any processor of its kind and chooses its instructions as it runs.
 """
 
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,9 +29,9 @@ _logger = logging.getLogger(__name__)
 def library() -> Path:
     """Where the library for this source and this torch lies, or would: below UNIMOE_CACHE."""
     cache_folder = Path(os.environ.get("UNIMOE_CACHE") or "~/.cache/unimoe").expanduser()
-    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {sys.platform}".encode()).hexdigest()[
-        :16
-    ]
+    sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]*"))]
+    made_for = f"{torch.__version__} {sys.platform} {platform.machine()}".encode()
+    key = hashlib.sha256(b"".join([*sources, made_for])).hexdigest()[:16]
     return cache_folder / "native" / f"unimoe-{key}.so"
 
 
@@ -69,7 +71,7 @@ def build() -> Path:
     root = Path(torch.__file__).parent
     target.parent.mkdir(parents=True, exist_ok=True)
     output = target.with_suffix(f".{os.getpid()}")
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}"]
+    flags = ["-O2", "-std=c++20", "-ffp-contract=fast", "-shared", "-fPIC", f"-I{root / 'include'}"]
     # Apple's compiler has no -fopenmp: there the experts run one after the other, as in Python
     flags += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]
     libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]

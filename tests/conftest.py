@@ -46,6 +46,19 @@ def weights() -> Path:
 
 
 @pytest.fixture(scope="session")
+def built():
+    """The operators in C++, compiled once into the cache; tests of them are skipped where no compiler can."""
+    from unimoe.errors import UserError
+    from unimoe.kernels import native
+
+    try:
+        native.build()
+    except UserError as error:
+        pytest.skip(str(error))
+    native.ops.cache_clear()
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A saved model of random weights that sees and hears, two of four experts in its first layer."""
     from unimoe.testing import tiny_model

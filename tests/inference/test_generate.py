@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from unimoe.inference.generate import generate
+from unimoe.kernels import few_rows as kernel
+from unimoe.kernels import native
 from unimoe.model.build import build_model
 from unimoe.model.loading import load_model
 from unimoe.testing import save_tiny_llm
@@ -48,3 +50,24 @@ def test_greedy_is_greedy_whatever_the_llm_says(llm, tmp_path):
                 break
     wanted = processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert generate(model, processor, batch, 8) == generate(loaded, processor, batch, 8) == [wanted.strip()]
+
+
+def test_products_of_few_rows_leave_the_greedy_text_as_it_is(built, tiny_folder, monkeypatch):
+    model, processor = load_model(tiny_folder, device="cpu", hub=False)
+    asked = [[{"role": "user", "content": text}] for text in ("hello", "what is this?", "a b c d e")]
+    batch = processor.apply_chat_template(
+        asked, tokenize=True, add_generation_prompt=True, return_tensors="pt", padding=True
+    )
+    tokens, run = [], kernel.moe
+
+    def spied(x_TH, *rest, **options):
+        tokens.append(len(x_TH))
+        return run(x_TH, *rest, **options)
+
+    monkeypatch.setattr(kernel, "moe", spied)
+    monkeypatch.setattr(kernel, "available", lambda: native.ops() is not None)
+    ours = generate(model, processor, batch, 20)
+    steps = len(tokens)
+    assert steps == 0 if native.ops() is None else set(tokens) == {3}  # a token of each conversation
+    monkeypatch.setattr(kernel, "available", lambda: False)
+    assert generate(model, processor, batch, 20) == ours and len(tokens) == steps

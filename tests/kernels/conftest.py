@@ -1,17 +1,6 @@
 import pytest
 
-from unimoe.errors import UserError
 from unimoe.kernels import native
-
-
-@pytest.fixture(scope="session")
-def built():
-    """The loop in C++, compiled once into the cache; tests of it are skipped where no compiler can."""
-    try:
-        native.build()
-    except UserError as error:
-        pytest.skip(str(error))
-    native.ops.cache_clear()
 
 
 @pytest.fixture(params=["python", "native"])

@@ -12,6 +12,7 @@ from unimoe.errors import UserError
 from unimoe.model.generation import decoding_settings
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
+from unimoe.moe.few_rows import few_rows
 
 from .engines import AnsweringModel
 
@@ -35,7 +36,7 @@ def generate(
     """
     inputs = {name: to_device(value, model.device) for name, value in batch.items()}
     settings = {"streamer": streamer, **decoding_settings(max_new_tokens, temperature)}
-    with torch.inference_mode():
+    with torch.inference_mode(), few_rows(model):
         ids: Any = model.generate(**inputs, **settings)  # type: ignore[operator]
     answers = processor.tokenizer.batch_decode(
         ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True

@@ -1,6 +1,6 @@
 """The one MoE layer.
 
-Shapes: T tokens (all leading dimensions flattened), D hidden, S shared experts, N (token, expert) pairs.
+Shapes: T tokens (all leading dimensions), D hidden, S shared experts, N (token, expert) pairs, M with null.
 """
 
 from collections.abc import Callable
@@ -59,23 +59,25 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
+        routing, y_TD = self.forward_routed(x_TD)
+        y_TD = y_TD if self.finish is None else self.finish(x_TD, y_TD)
+        if self.shared is not None:
+            y_TD = y_TD + self._shared_output(x_TD, routing)
+        return y_TD.reshape(x.shape)
+
+    def forward_routed(self, x_TD: Tensor) -> tuple[Routing, Tensor]:
+        """Steps 1 to 3; few_rows.py has another form of them."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.router.frozen):
             routing = self.router(x_TD, records.current_context())
         records.append(self.layer_index, routing)
         kept = routing if self.capacity is None or not self.training else self.capacity(routing)
         real = kept.first(self.num_experts)
-        weight_N = combine_weights(self.combine, kept, self.slices).to(x.dtype)
+        weight_N = combine_weights(self.combine, kept, self.slices).to(x_TD.dtype)
         y_TD = self.dispatcher(self.experts, x_TD, real, weight_N[: len(real.token_N)])
         if self.null_output == "identity":
-            null_N = slice(len(real.token_N), None)
-            y_TD = y_TD.index_add(
-                0, kept.token_N[null_N], x_TD[kept.token_N[null_N]] * weight_N[null_N, None]
-            )
-        if self.finish is not None:
-            y_TD = self.finish(x_TD, y_TD)
-        if self.shared is not None:
-            y_TD = y_TD + self._shared_output(x_TD, routing)
-        return y_TD.reshape(x.shape)
+            token_M, weight_M = kept.token_N[len(real.token_N) :], weight_N[len(real.token_N) :]
+            y_TD = y_TD.index_add(0, token_M, x_TD[token_M] * weight_M[:, None])
+        return routing, y_TD
 
     def _shared_output(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D]: every token at every shared expert."""
@@ -92,7 +94,6 @@ class MoELayer(nn.Module):
 
     @property
     def experts_per_token(self) -> float:
-        """Experts with weights that a token visits on average, as far as the router can tell without data:
-        null experts are taken to be chosen as often as the others."""
+        """Experts with weights of a token, without data: null experts count as chosen as often as others."""
         router = self.router.describe()
         return router.experts_per_token * self.num_experts / router.num_experts

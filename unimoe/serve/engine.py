@@ -16,6 +16,7 @@ import torch
 from unimoe.errors import UserError
 from unimoe.inference.engines import AnsweringModel
 from unimoe.inference.llama import LlamaBatch, LlamaModel
+from unimoe.moe.few_rows import few_rows
 
 from .answer import Answer, Delta
 from .batch import Decoder, Prefill, RunningBatch, can_batch
@@ -118,7 +119,7 @@ class Engine:
         self._thread.join()
 
     def _run(self):
-        with torch.inference_mode():
+        with torch.inference_mode(), few_rows(self.model):
             while self._wait_for_work():
                 self._drop_cancelled()
                 self._prefill()
