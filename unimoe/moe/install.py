@@ -32,9 +32,11 @@ def dense_mlp(decoder: nn.Module, layer: int) -> nn.Module:
     return mlp
 
 
-def build_router(hidden_size: int, moe: MoEConfig, position: int = 0, positions: int = 1) -> Router:
+def build_router(
+    hidden_size: int, moe: MoEConfig, position: int = 0, positions: int = 1, vocab_size: int = 0
+) -> Router:
     """The router that ``moe`` describes for one of the MoE layers, with fresh weights."""
-    return ROUTERS.build(moe.router, moe.place(hidden_size, position, positions))
+    return ROUTERS.build(moe.router, moe.place(hidden_size, position, positions, vocab_size))
 
 
 def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module] | None = None) -> None:
