@@ -101,6 +101,16 @@ class UniMoeProcessor(ProcessorMixin):
             raise UserError(f"{where}: {OPENS_OTHERWISE}")
         return self._expand(text, media, where, check=True)
 
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]], where: str = "messages") -> list[int]:
+        """Ids [T] of a conversation to be answered, with one placeholder for each media item, for engines
+        that expand these themselves. Media parts need no content.
+
+        Raises:
+            UserError: as :meth:`encode` does.
+        """
+        text, _ = self._render(messages, True, where)
+        return tokenize(text, self.tokenizer, {}).ids
+
     def pad(self, encoded: Sequence[EncodedConversation], side: str = "right") -> BatchFeature:
         """Conversations from :meth:`encode` as one batch.
 
@@ -122,7 +132,7 @@ class UniMoeProcessor(ProcessorMixin):
             for name in preprocessor.outputs:
                 items = [item for row in encoded for item in row["media"].get(name, [])]
                 if items:
-                    batch[name] = _stack(items)
+                    batch[name] = stack(items)
         return BatchFeature(batch)
 
     def apply_chat_template(  # type: ignore[override]
@@ -322,7 +332,7 @@ def _log_ignored(settings: dict[str, Any]) -> None:
         log.warning("the processor ignores %s", ", ".join(ignored))
 
 
-def _stack(items: list[Tensor]) -> Tensor:
+def stack(items: list[Tensor]) -> Tensor:
     """Stack one tensor per item, padded with zeros at the end of each axis where they differ in length."""
     shape = [max(sizes) for sizes in zip(*(item.shape for item in items), strict=True)]
     stacked = items[0].new_zeros(len(items), *shape)
