@@ -4,6 +4,7 @@ continual      every strategy on a miniature stream
 cuda           correctness, speed and memory of the Triton kernels on a GPU
 data           speed-up from sequence packing and from cached encoder features
 detection      latency of the MoE decoder beside the dense one, and of whole detectors at 640 pixels
+engines        our server beside llama.cpp and vLLM, over HTTP
 experts        the expert kernels beside the implementations a user could pick instead (the default)
 handbook       prepare the Debian handbook in seven languages as text for `unimoe compare`
 model          tokens per second of training and decoding, by expert implementation

@@ -11,10 +11,13 @@ import openai
 import pytest
 import uvicorn
 
+from unimoe.inference.gguf import source_hash, write_gguf
+from unimoe.inference.llama import load_llama
 from unimoe.serve.app import ServerConfig, build_app
 from unimoe.serve.connections import uvicorn_config
 from unimoe.testing import IMAGE, SPEECH, VIDEO, tiny_model
 
+ENGINE = os.environ.get("UNIMOE_TEST_ENGINE", "torch")
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
@@ -28,12 +31,31 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def serving(tiny):
+def in_llama(tiny, tmp_path_factory):
+    """The same model with its LLM in llama.cpp, in float32."""
+    folder = tmp_path_factory.mktemp("llama")
+    for part in tiny:
+        part.save_pretrained(folder)
+    write_gguf(tiny[0], tiny[1].tokenizer, folder / "m.gguf", "f32", source_hash(folder))
+    model, processor = load_llama(str(folder), gguf=folder / "m.gguf", rows=8, device="cpu")
+    model.generation_config.eos_token_id = None
+    yield model, processor
+    model.llama.close()
+
+
+@pytest.fixture(scope="session")
+def served(request):
+    """What the server of these tests runs: ``tiny``, or ``in_llama`` where UNIMOE_TEST_ENGINE says so."""
+    return request.getfixturevalue("in_llama" if ENGINE == "llama.cpp" else "tiny")
+
+
+@pytest.fixture(scope="session")
+def serving(served):
     """``with serving(**settings) as server``: at a free port; it has ``url``, ``client`` and ``service``."""
 
     @contextmanager
-    def run(**settings: Any):
-        app = build_app(*tiny, ServerConfig(**{"name": "tiny", **settings}))
+    def run(parts: Any = served, **settings: Any):
+        app = build_app(*parts, ServerConfig(**{"name": "tiny", **settings}))
         server = uvicorn.Server(uvicorn_config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=server.run)
         thread.start()

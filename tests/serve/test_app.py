@@ -19,7 +19,6 @@ from unimoe.media.audio import load_audio
 from unimoe.media.image import load_image
 from unimoe.media.video import write_video
 from unimoe.serve.answer import Answer
-from unimoe.serve.batch import RunningBatch
 from unimoe.serve.engine import EngineConfig
 
 ASK = [{"role": "user", "content": "What is this?"}]
@@ -79,8 +78,8 @@ def test_streaming_gives_the_same_text(client):
     assert len(chunks) > 6
 
 
-def test_end_of_turn_is_a_reason_to_stop(tiny, serving):
-    model, processor = tiny
+def test_end_of_turn_is_a_reason_to_stop(served, serving):
+    model, processor = served
     ids = model.generate(**processor.apply_chat_template(ASK, tokenize=True, add_generation_prompt=True),
                          max_new_tokens=12, do_sample=False)[0, -12:].tolist()  # fmt: skip
     model.generation_config.eos_token_id = ids[4]
@@ -225,12 +224,12 @@ def test_an_exception_fails_its_request_alone(client, tiny, monkeypatch):
         assert beside.result().choices[0].message.content.strip() == alone(tiny, ASK, 200)
 
 
-def test_a_failed_step_does_not_end_the_server(client, monkeypatch):
+def test_a_failed_step_does_not_end_the_server(server, client, monkeypatch):
     def broken(self, tokens):
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunningBatch, "step", broken)
+        patch.setattr(type(server.service.engine._batch), "step", broken)
         with pytest.raises(openai.InternalServerError):
             say(client)
     assert say(client).usage.completion_tokens == 12

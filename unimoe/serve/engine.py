@@ -60,6 +60,8 @@ class Engine:
                 "this LLM's KV cache (sliding window, recurrence) cannot be batched; one request at a time"
             )
             self.max_batch = 1
+        if isinstance(model, LlamaModel):
+            self.max_batch = min(self.max_batch, model.llama.rows)
         self._places = self.max_batch + self.config.max_queue
         self._taken = 0
         self._waiting: deque[Answer] = deque()
