@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from unimoe.errors import UserError
 from unimoe.inference.gguf import SOURCE, check_expressible, write_gguf
 from unimoe.inference.llama_cpp import Llama
+from unimoe.moe.lora_linear import LoRALinear
 from unimoe.testing import IMAGE, save_tiny_llm, tiny_model
 
 PROMPT, STEPS = "hello there, how are you?", 20
@@ -176,8 +177,12 @@ def test_other_positions_and_blocks_are_refused(random_model):
     with pytest.raises(UserError, match="biases"):
         check_expressible(model)
     model.config.text_config.attention_bias = False
-    model.model.language_model.layers[1] = torch.nn.Identity()
-    with pytest.raises(UserError, match="blocks of Identity"):
+    layers = model.model.language_model.layers
+    layers[1].self_attn.q_proj = LoRALinear(layers[1].self_attn.q_proj, 1.0, "layers.1.self_attn.q_proj")
+    with pytest.raises(UserError, match="blocks with LoRALinear"):
+        check_expressible(model)
+    layers[1] = torch.nn.Identity()
+    with pytest.raises(UserError, match="blocks with Identity"):
         check_expressible(model)
 
 

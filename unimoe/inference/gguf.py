@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 from unimoe.errors import UserError
 from unimoe.files import atomic_file, file_hash
@@ -135,8 +135,14 @@ def check_expressible(model: UniMoeForConditionalGeneration) -> Mixture | None:
         raise _inexpressible("positions of three axes (rope_sections)")
     decoder = model.model.language_model
     for layer in decoder.layers:
-        if type(layer) is not LlamaDecoderLayer:
-            raise _inexpressible(f"blocks of {type(layer).__name__}; it expects LLaMA's")
+        parts = {type(layer): LlamaDecoderLayer}
+        if type(layer) is LlamaDecoderLayer:
+            attention, ffn = layer.self_attn, layer.mlp
+            parts = {type(attention): LlamaAttention, type(attention.q_proj): nn.Linear}
+            parts[type(ffn)] = MoELayer if isinstance(ffn, MoELayer) else LlamaMLP
+        for found, expected in parts.items():
+            if found is not expected:
+                raise _inexpressible(f"blocks with {found.__name__}; it expects LLaMA's {expected.__name__}")
     text = model.config.text_config
     biased = text.attention_bias or text.mlp_bias or model.lm_head.bias is not None
     if biased:
