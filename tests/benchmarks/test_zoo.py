@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from unimoe.compare.design import read_designs
+from unimoe.compare.run import read_cells
 from unimoe.errors import UserError
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "zoo.py"
@@ -102,3 +103,27 @@ def test_mistakes_name_what_was_found(zoo, registered):
         path.write_text(good.replace(old, new))
         with pytest.raises(UserError, match=message):
             zoo.read_experiments()
+
+
+def test_an_experiment_of_a_setting_runs_a_comparison(zoo, registered, capsys):
+    """Plain upcycling against dense: the two controls that every comparison has."""
+    (registered / "a.txt").write_text(" ".join(map(str, range(300))))
+    (registered / "settings").mkdir()
+    (registered / "settings" / "tiny.yaml").write_text(
+        "# A tiny model\n"
+        "from_scratch: {layers: 1, width: 16, ffn: 32, heads: 2}\n"
+        f"data: {{train: {registered}/a.txt, test: {{a: {registered}/a.txt}}, eval_samples: 1, length: 8}}\n"
+        "match: none\nplacement: all\nsteps: 1\nbatch_size: 1\n"
+    )
+    (registered / "tiny.yaml").write_text(
+        "{design: Copies, claim: none, setting: tiny, statistic: loss, direction: lower, minutes: 1,"
+        " treatment: copies_top2, control: dense}"
+    )
+    zoo.main(["--only", "tiny", "--output", str(registered / "out")])
+    assert "tiny: " in capsys.readouterr().out and "| A tiny model |" in (registered / "zoo.md").read_text()
+    stored = json.loads((registered / "results" / "tiny.json").read_text())
+    assert len(stored["values"]["treatment"]) == len(stored["values"]["control"]) == 5
+    assert stored["active"]["treatment"] > stored["active"]["control"] > 0
+    cell = read_cells(registered / "out" / "tiny")["copies_top2", 0]
+    assert all(isinstance(statistic(cell), float) for statistic in zoo.STATISTICS.values())
+    assert 1 <= zoo.STATISTICS["first_max_over_mean"](cell) <= 4
