@@ -137,6 +137,8 @@ def test_mistakes_name_what_was_found():
         divide_experts(moe_layers(pooled)[0], None, "all_reduce")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="candidates is 1, expected at least k = 2"):
         models(1)
+    with pytest.raises(UserError, match=r"candidates is \[4, 8\], expected one number for all layers"):
+        models([4, 4, 8, 8])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="moe.experts.group is 0, expected at least 1"):
         MoEConfig(experts={"kind": "pool", "group": 0})
     with pytest.raises(UserError, match="moe.experts.group is 3, expected a divisor of 4"):

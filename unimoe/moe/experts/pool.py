@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from unimoe.errors import UserError
 from unimoe.kernels.lora import Adapters
 from unimoe.moe.routing import Pairs, Routing
 
@@ -40,6 +41,9 @@ class PooledExperts(SwiGLUExperts):
         return self.num_own
 
     def link(self, position: int, layers: "Sequence[MoELayer]") -> None:
+        found = sorted({getattr(layer.router, "candidates", 0) for layer in layers})
+        if len(found) > 1:  # losses and loads are stacked over layers
+            raise UserError(f"moe.router.candidates is {found}, expected one number for all layers")
         begin = position - position % self.group
         others = [one for one in range(begin, begin + self.group) if one != position]
         others.sort(key=lambda one: abs(one - position))
