@@ -184,7 +184,7 @@ def correctness() -> Rows:
     def fused(x: Tensor, token: Tensor, *args: Tensor) -> Tensor:
         return triton_swiglu.fused_experts(x, *args, token_N=token)
 
-    def loop(x: Tensor, token: Tensor, *args: Tensor) -> Tensor:
+    def loop(x: Tensor, token: Tensor, *args: Any) -> Tensor:
         return torch.zeros_like(x).index_add(0, token, swiglu_experts_reference(x[token], *args))
 
     def gradients(
