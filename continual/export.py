@@ -41,7 +41,7 @@ def export_bank(
 
     Args:
         folder: an export that is there is replaced.
-        layers: as :func:`unimoe.moe.lora_linear.adapt` returned them.
+        layers: as :func:`unimoe.moe.adapt.adapt` returned them.
         index: of the bank; -1 is the newest.
         prefix: path of the decoder inside the model that peft will load it on, such as ``model`` for a
             ``LlamaForCausalLM``; None takes that of the base.

@@ -89,7 +89,7 @@ def one_by_one(
     weights = [None] * len(sizes) if weight_N is None else weight_N[:, None].split(sizes)
     parameters = zip(*(stack.unbind(0) for stack in stacks), strict=True)
     outputs = [expert(x, weight, *own) for x, weight, own in zip(rows, weights, parameters, strict=False)]
-    return torch.cat([*outputs, torch.zeros_like(rows[-1])])
+    return torch.cat([*outputs, outputs[0].new_zeros(len(rows[-1]), *outputs[0].shape[1:])])
 
 
 def rows_of(x: Tensor, token_N: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor:

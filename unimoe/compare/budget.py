@@ -102,7 +102,7 @@ def measure(model: nn.Module, visits: dict[int, float] | None = None) -> Cost:
     for index, layer in moe_layers(model).items():
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
         visited = layer.experts_per_token if visits is None else visits[index]
-        idle += experts * (1 - visited / layer.experts.num_stored)
+        idle += experts - layer.experts.active_parameters(visited)
         saved += BYTES * experts - _stored(layer)
     return Cost(total - idle, total, BYTES * total - saved)
 

@@ -4,6 +4,7 @@ from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.ffn import FFNExperts
 from unimoe.moe.experts.latent import LatentExperts
 from unimoe.moe.experts.lora import LoRAExperts
+from unimoe.moe.experts.mole import MoLEExperts
 from unimoe.moe.experts.pool import PooledExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.losses.auxiliary import auxiliary_loss
@@ -30,6 +31,7 @@ from unimoe.moe.upcycle.prune_by_use import prune_by_use
 from unimoe.moe.upcycle.read import read_ffn, read_swiglu
 from unimoe.moe.upcycle.slice import cut_swiglu, repeat_router, slice_experts, slice_ffn, split_experts
 from unimoe.moe.upcycle.spawn import spawn
+from unimoe.moe.upcycle.svd import svd_experts
 
 from .combine import combine_dense, combine_weights
 from .config import MoEConfig
@@ -53,6 +55,7 @@ __all__ = [
     "LoRAExperts",
     "MoEConfig",
     "MoELayer",
+    "MoLEExperts",
     "Pairs",
     "PooledExperts",
     "RecurrentRouter",
@@ -94,6 +97,7 @@ __all__ = [
     "sparse_mixer",
     "spawn",
     "split_experts",
+    "svd_experts",
     "top1_balance",
     "z_loss",
 ]

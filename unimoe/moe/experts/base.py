@@ -3,7 +3,7 @@
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,9 @@ class Experts(nn.Module):
     indivisible: ClassVar[str] = ""
     """Why they cannot be divided among processes; empty if they can."""
 
+    frozen: bool = False
+    """Whether they stay as they are, whatever a stage trains (``shared.frozen``)."""
+
     linked: bool = False
     """Whether they use weights of other layers, so that their block cannot be sharded alone."""
 
@@ -45,6 +48,13 @@ class Experts(nn.Module):
         """
         y_ND = self.forward_rows(x_TD.index_select(0, routing.token_N), routing.offsets_E1, weight_N)
         return torch.zeros_like(x_TD, dtype=y_ND.dtype).index_add(0, routing.token_N, y_ND)
+
+    def after_step(self, across: Callable[[Tensor], Tensor]) -> None:
+        """Called after each optimizer step of training; ``across`` is the mean over processes."""
+
+    def active_parameters(self, visits: float) -> float:
+        """Parameters that a token visits with ``visits`` experts; those that experts share count whole."""
+        return visits * sum(parameter.numel() for parameter in self.parameters()) / self.num_stored
 
     def forward_rows(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> Tensor:
         """[N, D] rows grouped by expert -> [N, D], each row's output times its weight."""

@@ -41,5 +41,8 @@ class LatentExperts(Experts):
         y_TL = self.inner(F.linear(x_TD, self.down.to(x_TD.dtype)), routing, weight_N)
         return F.linear(y_TL, self.up.to(y_TL.dtype))
 
+    def active_parameters(self, visits: float) -> float:
+        return self.down.numel() + self.up.numel() + self.inner.active_parameters(visits)
+
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.up.shape[0]}, latent={self.up.shape[1]}"

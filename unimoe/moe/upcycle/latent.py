@@ -48,15 +48,15 @@ def latent_experts(
     size = max(1, hidden // 4) if size is None else size
     with torch.device("meta"):
         latent = LatentExperts(SwiGLUExperts(len(down), size, inner, whole.act), hidden, size)
-    read_LD = _leading(gate_up.flatten(0, 1), size)
-    write_LD = _leading(down.transpose(1, 2).flatten(0, 1), size)
+    read_LD = leading_directions(gate_up.flatten(0, 1), size)
+    write_LD = leading_directions(down.transpose(1, 2).flatten(0, 1), size)
     latent.down, latent.up = nn.Parameter(read_LD), nn.Parameter(write_LD.T.contiguous())
     latent.inner.gate_up_proj = nn.Parameter(gate_up @ read_LD.T)
     latent.inner.down_proj = nn.Parameter(write_LD @ down)
     return latent
 
 
-def _leading(rows_RD: Tensor, size: int) -> Tensor:
+def leading_directions(rows_RD: Tensor, size: int) -> Tensor:
     """[L, D] orthonormal directions of the largest share of the rows, by the eigenvectors of their Gram
     matrix."""
     exact_RD = rows_RD.double()
