@@ -12,6 +12,7 @@ from torch import nn
 
 from unimoe.errors import UserError
 from unimoe.moe import LoRAExperts, MoELayer, SwiGLUExperts
+from unimoe.moe.install import frozen_parameters
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Group:
 def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> list[Group]:
     """Freeze ``model``, add the adapters, and unfreeze what a stage trains.
 
-    A parameter that several patterns match belongs to the first.
+    A parameter that several patterns match belongs to the first. Frozen shared experts stay frozen.
 
     Returns:
         One group for each entry, the adapters' last.
@@ -94,7 +95,7 @@ def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> li
     names = {parameter: name for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     groups = []
-    taken: set[nn.Parameter] = set()
+    taken = frozen_parameters(model)
     for entry in trainable:
         found = [p for p, name in names.items() if _matches(name, entry.match) and p not in taken]
         if not found:

@@ -91,7 +91,7 @@ def test_a_configuration_of_0_1_loads():
     assert (config.num_experts, config.experts["slices"], config.placement) == (8, 2, "all")
     wanted = {"kind": "top_p", "p": 0.5, "null_experts": 1, "gradient_estimator": "code", "init_std": 0.1}
     assert wanted.items() <= config.router.items() and not config.router["renormalize"]
-    assert config.shared == {"count": 2, "size": 16, "gate": "none"}
+    assert config.shared == {"count": 2, "size": 16, "gate": "none", "frozen": False}
     assert config.losses == {"balance": 0.025, "z": 0.001}
     assert MoEConfig.from_dict(config.to_dict()) == config
 

@@ -131,6 +131,11 @@ class RandomBase:
         if design.moe is not None:
             experts, width = design.moe.experts, design.width or self.frame.width
             torch.manual_seed(seed + 2**32)  # another stream than the trunk's
+            if design.moe.shared["frozen"]:
+                raise UserError(
+                    f"design {design.name}: shared.frozen needs the FFNs of a dense base; set base in "
+                    "place of from_scratch"
+                )
             for layer in self.placed:  # shared experts are cut from it
                 decoder.layers[layer].mlp = _random_ffn(self.frame.hidden, width, std)
             sources = [self._source(width, std) for _ in range(experts["copies"])]

@@ -7,6 +7,7 @@ from unimoe.moe.experts.lora import LoRAExperts
 from unimoe.moe.experts.mole import MoLEExperts
 from unimoe.moe.experts.pool import PooledExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
+from unimoe.moe.experts.ternary import TernaryExperts
 from unimoe.moe.losses.auxiliary import auxiliary_loss
 from unimoe.moe.losses.balance import device_balance, load_balance, sequence_balance
 from unimoe.moe.losses.coupling import coupling
@@ -32,6 +33,7 @@ from unimoe.moe.upcycle.read import read_ffn, read_swiglu
 from unimoe.moe.upcycle.slice import cut_swiglu, repeat_router, slice_experts, slice_ffn, split_experts
 from unimoe.moe.upcycle.spawn import spawn
 from unimoe.moe.upcycle.svd import svd_experts
+from unimoe.moe.upcycle.ternary import pack_ternary, ternary_experts
 
 from .combine import combine_dense, combine_weights
 from .config import MoEConfig
@@ -63,6 +65,7 @@ __all__ = [
     "RouterDescription",
     "Routing",
     "SwiGLUExperts",
+    "TernaryExperts",
     "TopK",
     "TopP",
     "auxiliary_loss",
@@ -83,6 +86,7 @@ __all__ = [
     "join_experts",
     "latent_experts",
     "load_balance",
+    "pack_ternary",
     "pooled_experts",
     "prune_by_use",
     "read_ffn",
@@ -98,6 +102,7 @@ __all__ = [
     "spawn",
     "split_experts",
     "svd_experts",
+    "ternary_experts",
     "top1_balance",
     "z_loss",
 ]

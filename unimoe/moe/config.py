@@ -16,6 +16,10 @@ OF_ALL_EXPERTS = {"copies": 4, "slices": 1, "null_output": "zero"}
 """Settings of ``experts`` that do not depend on their kind."""
 
 
+NO_SHARED = {"count": 0, "size": None, "gate": "none", "frozen": False}
+"""Settings of ``shared`` and their defaults."""
+
+
 @dataclass
 class MoEConfig:
     """The MoE layers of one model. Every field is JSON, so it can be part of a transformers config.
@@ -32,8 +36,9 @@ class MoEConfig:
     itself), and settings of the kind."""
     shared: dict[str, Any] = field(default_factory=dict)
     """Experts that every token visits: their ``count``, ``size`` (intermediate size of one, default that of
-    the routed experts) and ``gate``: none; sigmoid, a learned factor of each token; one_plus, 1 + that
-    logit. A router that weights shared experts (top_p) does so whatever the gate is."""
+    the routed experts), ``frozen`` (whether no stage trains them) and ``gate``: none; sigmoid, a learned
+    factor of each token; one_plus, 1 + that logit. A router that weights shared experts (top_p) does so
+    whatever the gate is."""
     combine: str = "weight"
     """Factor of each expert's output: its router weight w (``weight``); ``k_weight`` k * w; ``slices`` w
     times the number of slices; ``indicator`` 1; ``straight_through`` 1 with the gradient of w; ``one_plus``
@@ -52,8 +57,8 @@ class MoEConfig:
         self.experts = EXPERTS.complete(
             {**OF_ALL_EXPERTS, **_named(self.experts, "experts", kind="swiglu")}, tuple(OF_ALL_EXPERTS)
         )
-        self.shared = {"count": 0, "size": None, "gate": "none", **mapping(self.shared, "shared")}
-        _known("shared", self.shared, ("count", "size", "gate"))
+        self.shared = {**NO_SHARED, **mapping(self.shared, "shared")}
+        _known("shared", self.shared, tuple(NO_SHARED))
         COMBINE.find(self.combine)
         if self.capacity is not None:
             self.capacity = CAPACITY.complete(_named(self.capacity, "capacity", kind="probability"))

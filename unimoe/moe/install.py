@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from unimoe.errors import UserError
+from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.routers.base import Router
 from unimoe.moe.upcycle.read import read_swiglu
@@ -107,7 +108,15 @@ def shared_experts(mlp: nn.Module, moe: MoEConfig) -> SwiGLUExperts | None:
     if not count:
         return None
     inner = read_swiglu(mlp)[1].shape[1]
-    return leading_slices(mlp, count, moe.shared["size"] or inner // moe.experts["slices"])
+    experts = leading_slices(mlp, count, moe.shared["size"] or inner // moe.experts["slices"])
+    experts.frozen = moe.shared["frozen"]
+    return experts.requires_grad_(not experts.frozen)
+
+
+def frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Those of shared experts that are never trained."""
+    frozen = [part for part in model.modules() if isinstance(part, Experts) and part.frozen]
+    return {parameter for part in frozen for parameter in part.parameters()}
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoELayer]:

@@ -52,7 +52,8 @@ def svd_experts(
     size = max(1, hidden // 2) if size is None else size
     group = min(group_size, experts)
     if group < 1 or experts % group:
-        raise UserError(f"moe.experts.group_size is {group_size}, expected a divisor of {experts} (the experts)")
+        found = f"moe.experts.group_size is {group_size}"
+        raise UserError(f"{found}, expected a divisor of {experts} (the experts)")
     groups = experts // group
     with torch.device("meta"):
         found = MoLEExperts(experts, groups, hidden, inner, size, whole.act)
