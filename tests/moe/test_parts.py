@@ -101,14 +101,14 @@ EXACT = {
     "experts latent_space": {"experts": {**WHOLE, "kind": "latent_space", "size": 16}},
     "combine weight": {"experts": WHOLE, "combine": "weight"},
     "combine k_weight": {
-    "experts latent": {"experts": {**WHOLE, "kind": "latent", "size": 16}},
-    "experts importance": {
-        "router": {"kind": "top_k", "k": 8, "score": "logits", "renormalize": False, "init_std": 0.0},
-        "experts": {"copies": 1, "slices": 8, "kind": "importance"},
-        "combine": "one_plus",
-    },
-    "attention shared": {"experts": WHOLE, "attention": {"kv": "shared"}},
-    "attention experts": {"experts": WHOLE, "attention": {"kv": "experts"}},
+        "experts latent": {"experts": {**WHOLE, "kind": "latent", "size": 16}},
+        "experts importance": {
+            "router": {"kind": "top_k", "k": 8, "score": "logits", "renormalize": False, "init_std": 0.0},
+            "experts": {"copies": 1, "slices": 8, "kind": "importance"},
+            "combine": "one_plus",
+        },
+        "attention shared": {"experts": WHOLE, "attention": {"kv": "shared"}},
+        "attention experts": {"experts": WHOLE, "attention": {"kv": "experts"}},
         "router": {"kind": "top_k", "groups": "slices", "init_std": 0.0},
         "experts": SLICED,
         "combine": "k_weight",

@@ -130,6 +130,24 @@ def test_a_selection_bias_follows_the_load_of_all_ranks_and_micro_batches(world,
         torch.testing.assert_close(biases[name], biases["alone"], rtol=0, atol=1e-6, msg=name)
 
 
+def test_gradient_conflicts_are_those_of_all_ranks_and_micro_batches(world, tmp_path):
+    moe = {"preset": "cdsp", "router": {"drop": 0.0}, "experts": {"copies": 4}, "placement": "all"}
+    runs = {
+        name: settings(world, tmp_path / name, ranks, strategy, moe=moe)
+        for name, ranks, strategy in (("alone", 1, "auto"), ("ddp", 2, "ddp"))
+    }
+    for run in runs.values():
+        run["data"]["steps"] = 4
+        run["trainer"]["accumulate_grad_batches"] = 2
+    fit(1, runs["alone"])
+    fit(2, runs["ddp"])
+    alone, ddp = (load_file(tmp_path / name / "model.safetensors") for name in runs)
+    kept = [name for name in alone if ".layers.1." in name and name.endswith(("conflict_EE", "topology"))]
+    assert len(kept) == 2 and all(alone[name].any() for name in kept)
+    for name in kept:
+        torch.testing.assert_close(ddp[name], alone[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 def assert_same_weights(run: Path, model: Path):
     """What is consolidated is what torch's own converter finds in the shards."""
     consolidate(str(run), str(model))

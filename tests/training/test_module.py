@@ -1,11 +1,15 @@
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from unimoe.errors import UserError
-from unimoe.moe import MoELayer, SwiGLUExperts, TopK, record
+from unimoe.moe import MoELayer, SwiGLUExperts, TopK, auxiliary_loss, record, subspace_experts
 from unimoe.training.module import ResumableModule, check_trainable
 
 
@@ -54,6 +58,49 @@ class Mixture(ResumableModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Subspaces(Mixture):
+    """One MoE layer whose experts keep the conflict of their gradients for the next step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        mlp = LlamaMLP(LlamaConfig(**sizes))
+        for weight in mlp.parameters():
+            torch.nn.init.normal_(weight)
+        router = TopK(8, 4, 2, init_std=1.0)
+        self.layer = MoELayer(router, subspace_experts([mlp] * 4, 1), layer_index=0)
+
+    def training_step(self, batch, batch_idx):
+        with record() as records:
+            loss = self.layer(batch).square().mean()
+        return loss + auxiliary_loss({"conflict": 1.0}, records, {0: self.layer})
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_a_run_with_gradient_conflicts_resumes_as_if_it_had_not_stopped(tmp_path):
+    torch.manual_seed(1)
+    rows = torch.randn(8, 8)
+
+    def run(steps: int, resume: str | None = None) -> Subspaces:
+        module = Subspaces()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        keep: Any = {"default_root_dir": tmp_path, "enable_checkpointing": False, **quiet}
+        trainer = Trainer(accelerator="cpu", max_steps=steps, **keep)
+        trainer.fit(module, DataLoader(rows, batch_size=8), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    straight, half = run(4), run(2)
+    assert "layer.experts.conflict_EE" in half.checkpoint_names()
+    resumed = run(4, str(tmp_path / "2.ckpt"))
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert not torch.equal(half.layer.experts.conflict_EE, straight.layer.experts.conflict_EE)
 
 
 def trained(rows: torch.Tensor, size: int) -> Mixture:

@@ -6,10 +6,12 @@ from unimoe.moe.experts.latent import LatentExperts
 from unimoe.moe.experts.lora import LoRAExperts
 from unimoe.moe.experts.mole import MoLEExperts
 from unimoe.moe.experts.pool import PooledExperts
+from unimoe.moe.experts.subspace import SubspaceExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.experts.ternary import TernaryExperts
 from unimoe.moe.losses.auxiliary import auxiliary_loss
 from unimoe.moe.losses.balance import device_balance, load_balance, sequence_balance
+from unimoe.moe.losses.conflict import conflict
 from unimoe.moe.losses.coupling import coupling
 from unimoe.moe.losses.dts_balance import dts_balance
 from unimoe.moe.losses.entropy import entropy
@@ -22,6 +24,7 @@ from unimoe.moe.routers.fixed import FixedExpertRouter
 from unimoe.moe.routers.hash import HashRouter
 from unimoe.moe.routers.recurrent import RecurrentRouter
 from unimoe.moe.routers.sparse_mixer import sparse_mixer
+from unimoe.moe.routers.task import TaskRouter
 from unimoe.moe.routers.top_k import TopK
 from unimoe.moe.routers.top_p import TopP
 from unimoe.moe.upcycle.copy import copy_experts, from_dense
@@ -32,6 +35,7 @@ from unimoe.moe.upcycle.prune_by_use import prune_by_use
 from unimoe.moe.upcycle.read import read_ffn, read_swiglu
 from unimoe.moe.upcycle.slice import cut_swiglu, repeat_router, slice_experts, slice_ffn, split_experts
 from unimoe.moe.upcycle.spawn import spawn
+from unimoe.moe.upcycle.subspace import subspace_experts
 from unimoe.moe.upcycle.svd import svd_experts
 from unimoe.moe.upcycle.ternary import pack_ternary, ternary_experts
 
@@ -64,7 +68,9 @@ __all__ = [
     "Router",
     "RouterDescription",
     "Routing",
+    "SubspaceExperts",
     "SwiGLUExperts",
+    "TaskRouter",
     "TernaryExperts",
     "TopK",
     "TopP",
@@ -72,6 +78,7 @@ __all__ = [
     "build_router",
     "combine_dense",
     "combine_weights",
+    "conflict",
     "copy_experts",
     "coupling",
     "current_context",
@@ -101,6 +108,7 @@ __all__ = [
     "sparse_mixer",
     "spawn",
     "split_experts",
+    "subspace_experts",
     "svd_experts",
     "ternary_experts",
     "top1_balance",

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
-from unimoe.moe import LayerRecord, Router, expert_load
+from unimoe.moe import Experts, LayerRecord, Router, expert_load
 from unimoe.moe.install import moe_layers
 
 from .ranks import data_parallel_size, mean_over_ranks
@@ -101,12 +101,15 @@ class ResumableModule(LightningModule):
                 self._load[one.layer] = self._load.get(one.layer, 0) + pairs_E
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; then routers act on the load of the whole step (``Router.after_step``)."""
+        """As Lightning's; then routers act on the load of the whole step, and experts on what they kept of it
+        (``after_step`` of both)."""
         super().optimizer_step(*args, **kwargs)
         for index, router in self._acting_routers().items():
             if index in self._load:
                 router.after_step(mean_over_ranks(self._load[index]) * data_parallel_size(self.trainer))
         self._load = {}
+        for layer in moe_layers(self).values():
+            layer.experts.after_step(mean_over_ranks)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave frozen routers out: a gradient of zero would still move them, by momentum and decay."""
@@ -132,10 +135,13 @@ class ResumableModule(LightningModule):
             raise UserError(f"the checkpoint does not belong to this stage: it {side} {name}")
 
     def checkpoint_names(self) -> set[str]:
-        """Names, in this module's state_dict, of what training changes: parameters, and routers' buffers."""
+        """Names, in this module's state_dict, of what training changes: parameters, and buffers of routers
+        and experts."""
         parameters = dict(self.named_parameters())
-        routers = {f"{name}.": part for name, part in self.named_modules() if isinstance(part, Router)}
-        buffers = {before + name for before, router in routers.items() for name in router.state_dict()}
+        parts = {
+            f"{name}.": part for name, part in self.named_modules() if isinstance(part, Router | Experts)
+        }
+        buffers = {before + name for before, part in parts.items() for name in part.state_dict()}
         return self.trained_names() | (buffers - parameters.keys())
 
     def trained_names(self) -> set[str]:

@@ -15,7 +15,7 @@ from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
 from .base import Router, RouterDescription, wide_linear
-from .select import SCORES, check_score, divide_by_sum
+from .select import SCORES, check_score, divide_by_sum, probabilities
 
 
 @ROUTERS.register(
@@ -69,7 +69,7 @@ class HashRouter(Router):
             raise UserError("moe.router: hash chooses experts by token id, expected a model that reads them")
         if not 1 <= k <= num_experts or k % slices:
             raise UserError(f"moe.router.k is {k}, expected a multiple of {slices} in 1..{num_experts}")
-        check_score(score)
+        check_score(score, renormalize)
         self.num_experts, self.k, self.score, self.renormalize = num_experts, k, score, renormalize
         self.scale, self.seed, self.init_std = scale, seed + position, init_std
         self.slices = slices
@@ -96,7 +96,7 @@ class HashRouter(Router):
             index_TK = self.table[ctx.token_T]
             weight_TK = scores_TE.gather(1, index_TK)
             weight_TK = self.scale * (divide_by_sum(weight_TK) if self.renormalize else weight_TK)
-            probs_TE = divide_by_sum(scores_TE)
+            probs_TE = probabilities(self.score, logits_TE, scores_TE)
         return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, self.num_experts)
 
     def describe(self) -> RouterDescription:

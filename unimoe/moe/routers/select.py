@@ -18,21 +18,32 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
     "sqrt_softplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
+    "logits": lambda logits_TE: logits_TE,
 }
-"""From logits to the score of each expert: Switch; DeepSeek-V3 (arXiv 2412.19437, eq. 15); DeepSeek-V4."""
+"""From logits to the score of each expert: Switch; DeepSeek-V3 (arXiv 2412.19437, eq. 15); DeepSeek-V4;
+SparseUnifiedModel."""
 
 Groups = int | Literal["slices"] | None
 
 
-def check_score(score: str) -> None:
-    """Raises a UserError for a score that is not known."""
+def check_score(score: str, renormalize: bool) -> None:
+    """Raises a UserError for a score that is not known, or whose values have no sum to be divided by."""
     if score not in SCORES:
         raise UserError(f"moe.router.score is {score!r}, expected one of {', '.join(SCORES)}")
+    if score == "logits" and renormalize:
+        raise UserError("moe.router.renormalize is true, expected false with score: logits")
 
 
 def divide_by_sum(scores_TX: Tensor) -> Tensor:
     """Rows that sum to 1: weights, and probabilities as losses read them (DeepSeek-V3, eq. 19)."""
     return scores_TX / (scores_TX.sum(dim=-1, keepdim=True) + 1e-20)
+
+
+def probabilities(score: str, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+    """[T, E] the scores as probabilities; logits, which have signs, by a softmax."""
+    if score == "softmax":
+        return scores_TE
+    return logits_TE.softmax(dim=-1) if score == "logits" else divide_by_sum(scores_TE)
 
 
 def keep_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:

@@ -24,6 +24,7 @@ from .select import (
     divide_by_sum,
     keep_groups,
     one_of_each_slice,
+    probabilities,
 )
 
 
@@ -55,7 +56,8 @@ class TopK(BiasedRouter):
         renormalize: divide the selected scores by their sum.
         init_std: standard deviation of the initial weights.
         null_experts: experts without weights behind the others; visiting one skips computation.
-        score: ``softmax``, ``sigmoid`` (DeepSeek-V3, GLM-4) or ``sqrt_softplus`` (DeepSeek-V4) of the logits.
+        score: ``softmax``, ``sigmoid`` (DeepSeek-V3, GLM-4) or ``sqrt_softplus`` (DeepSeek-V4) of the logits;
+            or the ``logits`` themselves, for combine: one_plus.
         bias: what the selection bias of auxiliary-loss-free balancing is added to, ``scores`` (DeepSeek-V3)
             or ``logits``; None: there is none.
         bias_rate: change of that bias in a step.
@@ -82,7 +84,7 @@ class TopK(BiasedRouter):
         renormalize: bool = True,
         init_std: float = 0.02,
         null_experts: int = 0,
-        score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax",
+        score: Literal["softmax", "sigmoid", "sqrt_softplus", "logits"] = "softmax",
         bias: Literal["scores", "logits"] | None = None,
         bias_rate: float = 1e-3,
         groups: Groups = None,
@@ -104,7 +106,7 @@ class TopK(BiasedRouter):
         if candidates and (candidates < k or groups is not None or null_experts):
             found = f"moe.router.candidates is {candidates}"
             raise UserError(f"{found}, expected at least k = {k}, and no groups or null experts beside it")
-        check_score(score)
+        check_score(score, renormalize)
         check_groups(groups, top_groups, num_experts, slices, null_experts, k)
         self.num_experts, self.k, self.gating, self.renormalize = num_experts, k, gating, renormalize
         self.init_std, self.score, self.scale, self.bias_on = init_std, score, scale, bias
@@ -120,8 +122,7 @@ class TopK(BiasedRouter):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with without_autocast(x_TD):
-            rows_ED = self.weight[: self.candidates] if self.candidates else self.weight
-            logits_TE = wide_linear(x_TD, rows_ED)
+            logits_TE = self.logits(x_TD, ctx)
             scores_TE = SCORES[self.score](logits_TE)
             late = self.score == "softmax" and self.gating == "topk_softmax"
             of_TE = logits_TE if late else scores_TE
@@ -136,8 +137,12 @@ class TopK(BiasedRouter):
                 weight_TK = divide_by_sum(kept_TK) if self.renormalize else kept_TK
             if self.scale != 1:
                 weight_TK = weight_TK * self.scale
-            probs_TE = scores_TE if self.score == "softmax" else divide_by_sum(scores_TE)
-        return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, len(rows_ED))
+            probs_TE = probabilities(self.score, logits_TE, scores_TE)
+        return Routing.from_topk(index_TK, weight_TK, logits_TE, probs_TE, logits_TE.shape[1])
+
+    def logits(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        """[T, E] of the candidates, float32, or float64 where ``x_TD`` is."""
+        return wide_linear(x_TD, self.weight[: self.candidates] if self.candidates else self.weight)
 
     @torch.no_grad()
     def _select(self, logits_TE: Tensor, scores_TE: Tensor, choice_TE: Tensor) -> Tensor:
