@@ -22,12 +22,14 @@ from unimoe.moe.routers.dense_to_sparse import DenseToSparse
 from unimoe.moe.routers.experts_choose import ExpertsChoose
 from unimoe.moe.routers.fixed import FixedExpertRouter
 from unimoe.moe.routers.hash import HashRouter
+from unimoe.moe.routers.modality import ModalityRouter
 from unimoe.moe.routers.recurrent import RecurrentRouter
 from unimoe.moe.routers.sparse_mixer import sparse_mixer
 from unimoe.moe.routers.task import TaskRouter
 from unimoe.moe.routers.top_k import TopK
 from unimoe.moe.routers.top_p import TopP
 from unimoe.moe.upcycle.copy import copy_experts, from_dense
+from unimoe.moe.upcycle.importance import deal_units, importance_experts, measure_importance
 from unimoe.moe.upcycle.join_experts import join_experts
 from unimoe.moe.upcycle.latent import latent_experts
 from unimoe.moe.upcycle.pool import pooled_experts
@@ -62,6 +64,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "MoLEExperts",
+    "ModalityRouter",
     "Pairs",
     "PooledExperts",
     "RecurrentRouter",
@@ -83,16 +86,19 @@ __all__ = [
     "coupling",
     "current_context",
     "cut_swiglu",
+    "deal_units",
     "device_balance",
     "dts_balance",
     "entropy",
     "expert_load",
     "expert_load_by_modality",
     "from_dense",
+    "importance_experts",
     "install_moe",
     "join_experts",
     "latent_experts",
     "load_balance",
+    "measure_importance",
     "pack_ternary",
     "pooled_experts",
     "prune_by_use",

@@ -9,6 +9,7 @@ from unimoe.errors import UserError
 from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.routers.base import Router
+from unimoe.moe.upcycle.importance import important_units
 from unimoe.moe.upcycle.read import read_swiglu
 from unimoe.moe.upcycle.slice import leading_slices
 
@@ -103,12 +104,16 @@ def hidden_size(mlp: nn.Module) -> int:
 
 
 def shared_experts(mlp: nn.Module, moe: MoEConfig) -> SwiGLUExperts | None:
-    """The leading slices of an FFN, as experts that every token visits."""
+    """The leading slices of an FFN, or its most important units, as experts that every token visits."""
     count = moe.shared["count"]
     if not count:
         return None
-    inner = read_swiglu(mlp)[1].shape[1]
-    experts = leading_slices(mlp, count, moe.shared["size"] or inner // moe.experts["slices"])
+    slices = moe.experts["slices"]
+    if moe.experts["kind"] == "importance":  # which keeps its shared experts' units from the others
+        experts = important_units(mlp, slices, count)
+    else:
+        inner = read_swiglu(mlp)[1].shape[1]
+        experts = leading_slices(mlp, count, moe.shared["size"] or inner // slices)
     experts.frozen = moe.shared["frozen"]
     return experts.requires_grad_(not experts.frozen)
 
