@@ -2,7 +2,7 @@
 
     base: runs/align                  # a dense model folder; everything but the experts comes from it
     experts:                          # one slot each, in order; or a number of copies of the base's FFNs
-      - {name: words, from: base, data: text.jsonl}
+      - {name: words, from: base, data: text.jsonl}     # from: base, an expert folder, or a dense model's
       - {name: image, from: runs/expert_image, data: [names.jsonl, questions.jsonl]}
     connectors: {image: runs/expert_image}   # default: the base's own
     moe:                              # unimoe.moe.MoEConfig without experts.copies, or a preset
@@ -10,6 +10,8 @@
       experts: {slices: 2}            # split each slot's FFNs into two experts
       placement: interval
     routers: {scale: 6}               # initialisation where slots name data, see router_start.py
+    importance: text.jsonl            # samples that say which units matter, for moe.experts.kind: importance
+    average: false                    # true: what has no experts becomes the mean of the slots' models
     seed: 0                           # of fresh routers, and of the choice of their samples
     output: runs/assembled
 
@@ -24,7 +26,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from unimoe.artifacts import StageRecord, check_same, clear, flatten, folder_hash, read_record, write_result
 from unimoe.data.read import data_files, data_hashes
@@ -32,15 +33,26 @@ from unimoe.errors import UserError
 from unimoe.model.loading import find_model, load_model
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.moe import MoEConfig, SwiGLUExperts, cut_swiglu, install_moe
+from unimoe.moe import MoEConfig, install_moe
 from unimoe.moe.install import moe_layers
 from unimoe.moe.settings import merge, parse_settings
 
-from .experts_file import base_fingerprint, ffn_tensors, load_connectors, load_expert
+from .experts_file import load_connectors
+from .importance import measure_units
 from .router_start import RouterStart, start_routers
+from .slot_models import slot_decoders
 
 log = logging.getLogger(__name__)
 
+KINDS: dict[str, Any] = {
+    "connectors": dict,
+    "moe": dict,
+    "routers": dict,
+    "average": bool,
+    "importance": str | list,
+    "seed": int,
+}
+"""Key of a manifest -> its type."""
 BASE = "base"
 """The source of a slot or connector that stays the base model's own."""
 
@@ -53,7 +65,7 @@ class Slot:
     """Name in reports."""
 
     source: str = BASE
-    """``base``, or an expert folder (``from`` in the manifest)."""
+    """``base``, an expert folder, or the folder of a dense model (``from`` in the manifest)."""
 
     data: list[str] = field(default_factory=list)
     """Files of samples for this expert, to initialise the routers."""
@@ -77,6 +89,13 @@ class Manifest:
 
     routers: RouterStart = field(default_factory=RouterStart)
     """Initialisation of the routers where slots name data; otherwise it is random."""
+
+    importance: list[str] = field(default_factory=list)
+    """Files of samples on which the units' importance is measured, for experts of that kind."""
+
+    average: bool = False
+    """Whether the LLM's weights without experts become the mean over the slots' models (BTX, BAM); expert
+    folders count as the base."""
 
     seed: int = 0
     """Of fresh routers, and of the choice of their samples."""
@@ -113,7 +132,9 @@ def assemble(
     parents = [{"folder": path, "sha256": folder_hash(path)} for path in _sources(parsed)]
     files = _data(parsed)
     content = {"content of parents": parents, "content of data": data_hashes(files)}
-    settings = {**flatten({**asdict(parsed), "output": None}), **content}
+    # None where a manifest written before they existed has nothing
+    later = {"average": parsed.average or None, "importance": parsed.importance or None}
+    settings = {**flatten({**asdict(parsed), "output": None, **later}), **content}
     if overwrite:
         clear(folder)
     done = read_record(folder)
@@ -122,10 +143,11 @@ def assemble(
         log.info("%s is finished: assembled with this manifest before", folder)
         return
 
-    model, processor = put_together(parsed)
-    if files:
+    cache = folder.parent / "features"
+    model, processor = put_together(parsed, cache)
+    if parsed.experts[0].data:
         slots = [slot.data for slot in parsed.experts]
-        start_routers(model, processor, slots, parsed.routers, folder.parent / "features", parsed.seed)
+        start_routers(model, processor, slots, parsed.routers, cache, parsed.seed)
     sparse = moe_layers(model)
     record = StageRecord(
         stage="assemble",
@@ -148,21 +170,31 @@ def assemble(
     log.info("%s: %d MoE layers of %d experts (%s)", folder, len(sparse), len(parsed.experts), names)
 
 
-def put_together(manifest: Manifest) -> tuple[UniMoeForConditionalGeneration, UniMoeProcessor]:
-    """Build the model of a manifest in memory. Raises UserError if a part does not fit the base."""
+def put_together(
+    manifest: Manifest, cache: str | Path
+) -> tuple[UniMoeForConditionalGeneration, UniMoeProcessor]:
+    """Build the model of a manifest in memory; ``cache`` is the folder of the frozen encoders' features.
+
+    Raises:
+        UserError: a part does not fit the base.
+    """
     model, processor = load_model(manifest.base, "base", torch.float32, "cpu", hub=False)
     if model.config.moe:
         raise UserError(f"base: {manifest.base} is a mixture of experts already; expected a dense model")
-    dense = ffn_tensors(model)
-    fingerprint = base_fingerprint(model)
     moe = mixture(manifest)
+    decoder: Any = model.model.language_model
+    placed = moe.layers(len(decoder.layers))
+    if manifest.importance:
+        if moe.experts["kind"] != "importance":
+            kind = moe.experts["kind"]
+            raise UserError(f"importance: found experts of kind {kind}, expected importance; leave it out")
+        measure_units(model, processor, manifest.importance, placed, cache, manifest.seed)
+    folders = [None if slot.source == BASE else slot.source for slot in manifest.experts]
+    sources = slot_decoders(model, folders, placed, manifest.average)
     with torch.random.fork_rng():
         torch.manual_seed(manifest.seed)
-        install_moe(model.model.language_model, moe)  # copies in every slot, fresh routers
+        install_moe(decoder, moe, sources)  # with fresh routers
     model.config.moe = moe.to_dict()
-    for slot, entry in enumerate(manifest.experts):
-        if entry.source != BASE:
-            _fill_slot(model, slot, entry.source, dense, fingerprint)
     for kind, source in manifest.connectors.items():
         if source != BASE:
             _replace_connector(model, kind, source)
@@ -191,12 +223,15 @@ def read_manifest(path: str | Path) -> Manifest:
         "num_experts" in moe or "copies" in (moe.get("experts") or {})
     ):
         raise UserError(f"{path}: the number of experts follows from experts; leave it out of moe")
-    for key, kind in (("connectors", dict), ("moe", dict), ("routers", dict), ("seed", int)):
-        if not isinstance(content.get(key, kind()), kind):
-            raise UserError(f"{path}: {key} must be of type {kind.__name__}, found {content[key]!r}")
+    for key, kind in KINDS.items():
+        if key in content and not isinstance(content[key], kind):
+            wanted = getattr(kind, "__name__", kind)
+            raise UserError(f"{path}: {key} must be of type {wanted}, found {content[key]!r}")
     routers = content.get("routers", {})
     _check_keys(f"{path}: routers:", routers, _names(RouterStart))
     slots = _slots(path, content.get("experts"))
+    importance = content.get("importance", [])
+    content["importance"] = [importance] if isinstance(importance, str) else importance
     return Manifest(**{**content, "experts": slots, "routers": RouterStart(**routers)})
 
 
@@ -222,43 +257,6 @@ def _slots(path: str | Path, experts: Any) -> list[Slot]:
             f"{path}: slot {without[0]} names no data; the routers need that of every slot, or of none"
         )
     return slots
-
-
-def _fill_slot(
-    model: UniMoeForConditionalGeneration, slot: int, source: str, dense: dict[str, Tensor], fingerprint: str
-):
-    """Copy an expert folder into one slot of every MoE layer; ``dense`` holds the base's FFNs."""
-    expert = load_expert(source)
-    for name, own in dense.items():
-        found = list(expert.tensors[name].shape) if name in expert.tensors else "nothing"
-        if found != list(own.shape):
-            wanted = list(own.shape)
-            raise UserError(f"experts[{slot}]: {source}: tensor {name} has shape {found}, expected {wanted}")
-    if len(expert.tensors) != len(dense):
-        raise UserError(
-            f"experts[{slot}]: {source} has {len(expert.tensors) // 2} layers, the base {len(dense) // 2}"
-        )
-    if expert.info.base_llm != fingerprint:
-        found, wanted = expert.info.base_llm[:12], fingerprint[:12]
-        raise UserError(
-            f"experts[{slot}]: {source} was trained from another LLM: fingerprint {found}, expected {wanted}"
-        )
-    slices = (model.config.moe or {})["experts"]["slices"]
-    for index, layer in moe_layers(model).items():
-        experts = layer.experts
-        assert isinstance(experts, SwiGLUExperts)
-        gate_up, down = (expert.tensors[f"layers.{index}.{name}"] for name in ("gate_up_proj", "down_proj"))
-        cuts = cut_swiglu(gate_up, down, slices)
-        with torch.no_grad():
-            for place, (upper, lower) in enumerate(cuts, slot * slices):
-                experts.gate_up_proj[place].copy_(upper)
-                experts.down_proj[place].copy_(lower)
-    places = {f"layers.{index}" for index in moe_layers(model)}
-    learned = {
-        name.rpartition(".")[0] for name, own in dense.items() if not torch.equal(own, expert.tensors[name])
-    }
-    if lost := len(learned - places):
-        log.warning("%s: %d of its trained layers are not placed as MoE layers and are dropped", source, lost)
 
 
 def _replace_connector(model: UniMoeForConditionalGeneration, kind: str, source: str):
@@ -291,7 +289,7 @@ def _sources(manifest: Manifest) -> list[str]:
 
 def _data(manifest: Manifest) -> list[str]:
     """Every file of samples that slots name, once. Raises UserError for a missing one."""
-    files = sorted({file for slot in manifest.experts for file in slot.data})
+    files = sorted({*manifest.importance, *(file for slot in manifest.experts for file in slot.data)})
     for file in files:
         data_files(file)
     return files

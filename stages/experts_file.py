@@ -8,11 +8,12 @@ connectors.safetensors   {modality}.{name}: the connectors after that stage
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unimoe.errors import UserError
 from unimoe.files import file_hash, fingerprint
@@ -63,6 +64,20 @@ class Expert:
 
     tensors: dict[str, Tensor]
     """``layers.{i}.gate_up_proj`` [2I, H] and ``layers.{i}.down_proj`` [H, I]."""
+
+    def decoder(self, act_fn: nn.Module | None = None) -> Any:
+        """The FFNs where a decoder has them (``layers[i].mlp``), to make experts of; ``act_fn`` is the
+        activation of the gate, None for SiLU."""
+        layers = []
+        for index in range(self.info.num_layers):
+            mlp = nn.Module()
+            mlp.act_fn = act_fn
+            for name in ("gate_up_proj", "down_proj"):
+                linear = nn.Linear(1, 1, bias=False, device="meta")
+                linear.weight = nn.Parameter(self.tensors[f"layers.{index}.{name}"])
+                setattr(mlp, name, linear)
+            layers.append(SimpleNamespace(mlp=mlp))
+        return SimpleNamespace(layers=layers)
 
 
 def base_fingerprint(model: UniMoeForConditionalGeneration) -> str:

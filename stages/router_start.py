@@ -15,7 +15,7 @@ Shapes: T tokens, D hidden size, E experts.
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.data import Collator, FeatureCache, Sample, read_samples
+from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import FixedExpertRouter, TopK, TopP, current_context
@@ -63,11 +64,18 @@ def start_routers(
         slots: the files of samples of each expert, in order.
         cache: folder of the frozen encoders' features; missing ones are computed.
         seed: of the choice of samples.
+
+    Raises:
+        UserError: routers of another kind than top_k and top_p.
     """
+    for index, layer in moe_layers(model).items():
+        if type(layer.router) not in (TopK, TopP):
+            found = type(layer.router).__name__
+            raise UserError(f"layer {index} has a {found}; routers that start from data are top_k or top_p")
     groups: dict[tuple[str, ...], list[int]] = {}
     for slot, paths in enumerate(slots):
         groups.setdefault(tuple(paths), []).append(slot)
-    chosen = {paths: _choose(paths, settings.samples, seed) for paths in groups}
+    chosen = {paths: choose_samples(paths, settings.samples, seed) for paths in groups}
     towers: Any = model.model.encoders
     features = FeatureCache(cache, processor, towers)
     features.fill([sample for samples in chosen.values() for sample in samples])
@@ -88,7 +96,7 @@ def start_routers(
     log.info("routers: initialised from %d samples of %d sets by ridge regression", count, len(groups))
 
 
-def _choose(paths: tuple[str, ...], most: int, seed: int) -> list[Sample]:
+def choose_samples(paths: Sequence[str], most: int, seed: int) -> list[Sample]:
     """An equal number of samples of each file (fewer where a file has fewer), in random order."""
     chosen: list[Sample] = []
     for path in paths:

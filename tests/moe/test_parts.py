@@ -92,6 +92,8 @@ EXACT = {
         "experts": WHOLE,
     },
     "router dense_to_sparse": {"router": {"kind": "dense_to_sparse"}, "experts": WHOLE},
+    "router task": {"router": {"kind": "task"}, "experts": WHOLE},
+    "router modality": {"router": {"kind": "modality"}, "experts": WHOLE},
     "experts swiglu": {"experts": WHOLE},
     "experts spawn": {"experts": {**WHOLE, "kind": "spawn", "mask": 0.0}},
     "experts pool": {
@@ -99,16 +101,16 @@ EXACT = {
         "experts": {**WHOLE, "kind": "pool", "group": 2},
     },
     "experts latent_space": {"experts": {**WHOLE, "kind": "latent_space", "size": 16}},
+    "experts latent": {"experts": {**WHOLE, "kind": "latent", "size": 16}},
+    "experts importance": {
+        "router": {"kind": "top_k", "k": 8, "score": "logits", "renormalize": False, "init_std": 0.0},
+        "experts": {"copies": 1, "slices": 8, "kind": "importance"},
+        "combine": "one_plus",
+    },
+    "attention shared": {"experts": WHOLE, "attention": {"kv": "shared"}},
+    "attention experts": {"experts": WHOLE, "attention": {"kv": "experts"}},
     "combine weight": {"experts": WHOLE, "combine": "weight"},
     "combine k_weight": {
-        "experts latent": {"experts": {**WHOLE, "kind": "latent", "size": 16}},
-        "experts importance": {
-            "router": {"kind": "top_k", "k": 8, "score": "logits", "renormalize": False, "init_std": 0.0},
-            "experts": {"copies": 1, "slices": 8, "kind": "importance"},
-            "combine": "one_plus",
-        },
-        "attention shared": {"experts": WHOLE, "attention": {"kv": "shared"}},
-        "attention experts": {"experts": WHOLE, "attention": {"kv": "experts"}},
         "router": {"kind": "top_k", "groups": "slices", "init_std": 0.0},
         "experts": SLICED,
         "combine": "k_weight",

@@ -87,6 +87,7 @@ class DenseBase:
         placed = _placed(placement, len(decoder.layers))
         self.encoders = {name: cast(Encoder, tower) for name, tower in self.model.model.encoders.items()}
         self.mlps = {layer: dense_mlp(decoder, layer) for layer in placed}
+        self.attentions = {layer: decoder.layers[layer].self_attn for layer in placed}
         first = self.mlps[placed[0]]
         vocab = self.model.config.get_text_config().vocab_size
         self.frame = Frame(hidden_size(first), read_swiglu(first)[1].shape[1], len(placed), vocab)
@@ -97,6 +98,7 @@ class DenseBase:
         decoder: Any = model.model.language_model
         for layer, mlp in self.mlps.items():
             decoder.layers[layer].mlp = copy.deepcopy(mlp).requires_grad_(True)
+            decoder.layers[layer].self_attn = self.attentions[layer]
         torch.manual_seed(seed)
         if design.moe is not None:
             install_moe(decoder, design.moe)
@@ -129,13 +131,13 @@ class RandomBase:
         decoder: Any = model.model.language_model
         std = decoder.config.initializer_range
         if design.moe is not None:
-            experts, width = design.moe.experts, design.width or self.frame.width
-            torch.manual_seed(seed + 2**32)  # another stream than the trunk's
             if design.moe.shared["frozen"]:
                 raise UserError(
                     f"design {design.name}: shared.frozen needs the FFNs of a dense base; set base in "
                     "place of from_scratch"
                 )
+            experts, width = design.moe.experts, design.width or self.frame.width
+            torch.manual_seed(seed + 2**32)  # another stream than the trunk's
             for layer in self.placed:  # shared experts are cut from it
                 decoder.layers[layer].mlp = _random_ffn(self.frame.hidden, width, std)
             sources = [self._source(width, std) for _ in range(experts["copies"])]

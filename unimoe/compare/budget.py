@@ -1,6 +1,7 @@
 """What a design costs, and the expert width at which it costs what the dense model does.
 
-Only the FFNs of the placed layers count, with their routers: the rest is the same in all designs.
+Only the FFNs of the placed layers count, with their routers: the rest is the same in all designs, but
+for attention experts: what is measured counts them, widths are not matched for them.
 """
 
 from collections.abc import Callable
@@ -86,7 +87,7 @@ class Frame:
         with torch.device("meta"):
             ffns = [FFN(self.hidden, design.width or self.width) for _ in range(self.layers)]
             stack = Stack(list(ffns), self.vocab_size)
-            install_moe(stack, replace(design.moe, placement="all"))
+            install_moe(stack, replace(design.moe, placement="all", attention=None))
         return measure(stack)
 
 

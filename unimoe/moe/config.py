@@ -45,6 +45,9 @@ class MoEConfig:
     1 + w."""
     capacity: dict[str, Any] | None = None
     """Pairs that an expert takes at most, e.g. ``{kind: probability, factor: 1.25}``; None drops no token."""
+    attention: dict[str, Any] | None = None
+    """Attention experts (BAM) in the same layers, one for each copy; a token visits all. ``{kv: shared}``, or
+    ``{kv: experts}`` for keys and values of their own. None leaves attention as it is."""
     losses: dict[str, Any] = field(default_factory=dict)
     """Auxiliary losses of training, each summed over layers: name -> coefficient, or ``{coef: 0.01,
     ...settings}``. ``balance`` is 0.01 unless given; 0 switches it off."""
@@ -60,6 +63,11 @@ class MoEConfig:
         self.shared = {**NO_SHARED, **mapping(self.shared, "shared")}
         _known("shared", self.shared, tuple(NO_SHARED))
         COMBINE.find(self.combine)
+        if self.attention is not None:
+            self.attention = {"kv": "shared", **mapping(self.attention, "attention")}
+            _known("attention", self.attention, ("kv",))
+            if self.attention["kv"] not in ("shared", "experts"):
+                raise UserError(f"moe.attention.kv is {self.attention['kv']!r}, expected shared or experts")
         if self.capacity is not None:
             self.capacity = CAPACITY.complete(_named(self.capacity, "capacity", kind="probability"))
         self.losses = {"balance": 0.01, **mapping(self.losses, "losses")}

@@ -13,6 +13,7 @@ from unimoe.moe.upcycle.importance import important_units
 from unimoe.moe.upcycle.read import read_swiglu
 from unimoe.moe.upcycle.slice import leading_slices
 
+from .attention import KV, attention_experts
 from .config import MoEConfig
 from .layer import MoELayer
 from .parts import CAPACITY, EXPERTS, ROUTERS, Place
@@ -81,10 +82,25 @@ def install_moe(decoder: nn.Module, moe: MoEConfig, sources: Sequence[nn.Module]
             **layer_options(moe, place),
         )
         decoder.layers[index].mlp = layer  # type: ignore[index, union-attr]
+        if moe.attention is not None:
+            others = [decoder] * copies if sources is None else sources
+            _install_attention(decoder, index, others, moe.attention["kv"])
     layers: list[MoELayer] = [decoder.layers[index].mlp for index in placed]  # type: ignore[index, union-attr]
     for position, layer in enumerate(layers):
         layer.router.link(position, layers)
         layer.experts.link(position, layers)
+
+
+def _install_attention(decoder: Any, index: int, sources: Sequence[Any], kv: KV) -> None:
+    """Attention experts in one decoder layer; a source without attention of its own has the decoder's."""
+    block = decoder.layers[index]
+    own = getattr(block, "self_attn", None)
+    if own is None:
+        raise UserError(
+            f"{type(decoder).__name__} has no attention at layers[{index}].self_attn, where experts of it go"
+        )
+    experts = [getattr(source.layers[index], "self_attn", own) for source in sources]
+    block.self_attn = attention_experts(own, experts, kv)
 
 
 def layer_options(moe: MoEConfig, place: Place) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unimoe.moe.parts import ROUTERS
 from unimoe.moe.records import Context
 
-from .base import wide_linear
+from .base import Router, wide_linear
 from .top_k import TopK
 
 MODALITIES = 5
@@ -41,7 +41,7 @@ class ModalityRouter(TopK):
         UserError: a setting is out of range or not known.
     """
 
-    knobs = ("k",)
+    knobs = (*Router.knobs, "k")
 
     def __init__(
         self,
