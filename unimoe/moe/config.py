@@ -8,7 +8,7 @@ import torch
 from unimoe.errors import UserError
 
 from .parts import CAPACITY, COMBINE, EXPERTS, LOSSES, ROUTERS, Place, nearest
-from .settings import at_least, mapping, merge, nested_settings, read_preset
+from .settings import at_least, check_known, mapping, merge, named, nested_settings, read_preset
 
 PLACEMENTS = ("interval", "all", "first_half", "second_half", "none")
 SHARED_GATES = ("none", "sigmoid", "one_plus")
@@ -56,20 +56,20 @@ class MoEConfig:
     list of indices."""
 
     def __post_init__(self) -> None:
-        self.router = ROUTERS.complete(_named(self.router, "router", kind="top_k"))
+        self.router = ROUTERS.complete(named(self.router, "router", kind="top_k"))
         self.experts = EXPERTS.complete(
-            {**OF_ALL_EXPERTS, **_named(self.experts, "experts", kind="swiglu")}, tuple(OF_ALL_EXPERTS)
+            {**OF_ALL_EXPERTS, **named(self.experts, "experts", kind="swiglu")}, tuple(OF_ALL_EXPERTS)
         )
         self.shared = {**NO_SHARED, **mapping(self.shared, "shared")}
-        _known("shared", self.shared, tuple(NO_SHARED))
+        check_known("shared", self.shared, tuple(NO_SHARED))
         COMBINE.find(self.combine)
         if self.attention is not None:
             self.attention = {"kv": "shared", **mapping(self.attention, "attention")}
-            _known("attention", self.attention, ("kv",))
+            check_known("attention", self.attention, ("kv",))
             if self.attention["kv"] not in ("shared", "experts"):
                 raise UserError(f"moe.attention.kv is {self.attention['kv']!r}, expected shared or experts")
         if self.capacity is not None:
-            self.capacity = CAPACITY.complete(_named(self.capacity, "capacity", kind="probability"))
+            self.capacity = CAPACITY.complete(named(self.capacity, "capacity", kind="probability"))
         self.losses = {"balance": 0.01, **mapping(self.losses, "losses")}
         for name, given in self.losses.items():
             settings = dict(given) if isinstance(given, dict) else {"coef": given}
@@ -196,14 +196,3 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
 def _any_rest(k: int | list[int], slices: int) -> bool:
     """Whether a number of experts, in any layer, is no multiple of the slices."""
     return any(one % slices for one in (k if isinstance(k, list) else [k]))
-
-
-def _named(given: Any, where: str, kind: str) -> dict[str, Any]:
-    """Settings with their ``kind``; a string is the kind alone."""
-    return {"kind": given} if isinstance(given, str) else {"kind": kind, **mapping(given, where)}
-
-
-def _known(where: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
-    for key in given:
-        if key not in known:
-            raise UserError(f"moe.{where} has an unknown key {key!r}{nearest(key, known)}")

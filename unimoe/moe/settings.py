@@ -124,3 +124,15 @@ def parse_settings(texts: Sequence[str], copies: bool = True) -> dict[str, Any]:
         found = yaml.safe_load(value)
         settings = merge(settings, {part: {name: found}} if dot else {key: found})
     return settings
+
+
+def named(given: Any, where: str, kind: str) -> dict[str, Any]:
+    """Settings with their ``kind``; a string is the kind alone."""
+    return {"kind": given} if isinstance(given, str) else {"kind": kind, **mapping(given, where)}
+
+
+def check_known(where: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raises a UserError for a setting that is none of ``known``."""
+    for key in given:
+        if key not in known:
+            raise UserError(f"moe.{where} has an unknown key {key!r}{nearest(key, known)}")
