@@ -66,6 +66,12 @@ VERBS = {
     ),
     "assemble": Verb("unimoe.stages.assemble:assemble", "build an MoE model from expert folders"),
     "upcycle": Verb("unimoe.commands.upcycle:upcycle", "give a multimodal model of transformers MoE layers"),
+    "select experts": Verb(
+        "unimoe.stages.select_experts:experts", "choose adapters of a bank by a few labelled samples"
+    ),
+    "select items": Verb(
+        "unimoe.stages.select_items:items", "choose items of open data near a few labelled samples"
+    ),
     "compare": Verb("unimoe.commands.compare:compare", "train several MoE designs under one budget"),
     "moe list": Verb("unimoe.commands.moe:list_parts", "parts of MoE layers, and presets"),
     "moe show": Verb("unimoe.commands.moe:show", "settings of a part, or a whole preset"),
