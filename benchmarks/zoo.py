@@ -214,6 +214,7 @@ def _compare_cells(experiment: Experiment, output: Path) -> dict[str, dict[int, 
 
 def _script_cells(experiment: Experiment) -> dict[str, dict[int, dict[str, Any]]]:
     path = FOLDER / f"{experiment.script}.py"
+    sys.path.insert(0, str(FOLDER))  # where scripts find what they share
     spec = importlib.util.spec_from_file_location(f"zoo_{experiment.script}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
