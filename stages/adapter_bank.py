@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -51,7 +52,7 @@ def read_bank(folders: Sequence[str]) -> list[Adapter]:
 
 def _read(folder: Path) -> Adapter:
     try:
-        config = LoraConfig.from_pretrained(str(folder))
+        config: Any = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is no LoRA adapter of peft: {first_line(error)}") from error
@@ -66,7 +67,7 @@ def _read(folder: Path) -> Adapter:
     return Adapter(str(folder), factors)
 
 
-def _scale(config: LoraConfig, place: str, rank: int) -> float:
+def _scale(config: Any, place: str, rank: int) -> float:
     from peft.utils.other import get_pattern_key
 
     patterns = config.alpha_pattern or {}

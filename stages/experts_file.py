@@ -70,7 +70,7 @@ class Expert:
         activation of the gate, None for SiLU."""
         layers = []
         for index in range(self.info.num_layers):
-            mlp = nn.Module()
+            mlp: Any = nn.Module()
             mlp.act_fn = act_fn
             for name in ("gate_up_proj", "down_proj"):
                 linear = nn.Linear(1, 1, bias=False, device="meta")

@@ -87,10 +87,11 @@ def _train(seed: int, subspace: bool) -> dict[str, Any]:
         task_B = torch.arange(BATCH) % TASKS
         with record() as records:
             hidden_BD = net(image_NPX[rows_B], task_B)
-        loss = sum(
+        losses_X = [
             F.cross_entropy(net.heads[task](hidden_BD[task_B == task]), targets[task, rows_B[task_B == task]])
             for task in range(TASKS)
-        )
+        ]
+        loss = torch.stack(losses_X).sum()
         loss = loss + auxiliary_loss(losses, records, moe_layers(net))
         optimizer.zero_grad()
         loss.backward()

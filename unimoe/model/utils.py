@@ -25,7 +25,7 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
     for index, layer in moe_layers(model).items():
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
         visited = layer.experts_per_token if visits is None else visits[index]
-        idle += experts * (1 - visited / layer.experts.num_stored)
+        idle += experts - layer.experts.active_parameters(visited)
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.num_experts:
             experts = sum(parameter.numel() for parameter in module.banks.parameters())

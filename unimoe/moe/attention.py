@@ -65,16 +65,15 @@ def attention_experts(attention: nn.Module, sources: Sequence[nn.Module], kv: KV
     if len(set(heads)) > 1:
         raise UserError(f"moe.attention: the experts' heads are {heads[1:]}, expected {heads[0]} of each")
     groups = heads[0][1] if kv == "shared" else 1
-    mixed = _shallow_copy(attention)
+    mixed: Any = _shallow_copy(attention)
     joined = {name: _join(sources, name, groups) for name in ("q_proj", "o_proj")}
     if kv == "experts":
         joined |= {name: _join(sources, name, 1) for name in ("k_proj", "v_proj")}
     else:
-        mixed.num_key_value_groups = len(sources) * int(mixed.num_key_value_groups)  # type: ignore[arg-type]
+        mixed.num_key_value_groups = len(sources) * mixed.num_key_value_groups
     for name, linear in joined.items():
         setattr(mixed, name, linear)
     o_proj, mixed.o_proj = mixed.o_proj, nn.Identity()
-    assert isinstance(o_proj, nn.Linear)
     return AttentionExperts(mixed, o_proj, len(sources), groups)
 
 

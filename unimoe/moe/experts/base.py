@@ -24,7 +24,7 @@ class Experts(nn.Module):
     num_experts: int
     knobs: ClassVar[tuple[str, ...]] = ()
     """Attributes that a schedule may set during training."""
-    indivisible: ClassVar[str] = ""
+    indivisible: str = ""
     """Why they cannot be divided among processes; empty if they can."""
 
     frozen: bool = False

@@ -27,6 +27,7 @@ class SubspaceExperts(Experts):
     have, for the loss of that name in the next step (the paper's lagged game).
     """
 
+    conflict_EE: Tensor
     indivisible = "share one FFN, which cannot be divided among processes"
 
     def __init__(self, num_experts: int, gate_up_2BD: Tensor, down_DB: Tensor, act: str = "silu"):

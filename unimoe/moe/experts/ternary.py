@@ -24,6 +24,11 @@ class TernaryExperts(Experts):
     them by codes of 2 bits, for inference.
     """
 
+    gate_up_codes: Tensor
+    gate_up_scale: Tensor
+    down_codes: Tensor
+    down_scale: Tensor
+
     def __init__(self, gate_up_EFH: Tensor, down_EHI: Tensor, act: str = "silu", init_std: float = 0.02):
         super().__init__()
         self.num_experts, self.hidden_size, self.intermediate_size = down_EHI.shape
