@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from unimoe.errors import UserError
 from unimoe.moe import (
     Context,
     MoELayer,
@@ -68,6 +68,10 @@ def run(seed: int) -> dict[str, dict[str, Any]]:
 def _train(seed: int, subspace: bool) -> dict[str, Any]:
     began = time.monotonic()
     torch.manual_seed(seed)
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("cdsp reads the digits of scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     image_NHW = torch.tensor(digits.images / 16, dtype=torch.float32)
     image_NPX = image_NHW.unfold(1, 2, 2).unfold(2, 2, 2).reshape(-1, 16, 4)
