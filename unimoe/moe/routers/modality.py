@@ -42,6 +42,7 @@ class ModalityRouter(TopK):
     """
 
     knobs = (*Router.knobs, "k")
+    rows = ()
 
     def __init__(
         self,
