@@ -28,7 +28,7 @@ from .slice import leading_slices, split_experts
 def importance_experts(
     mlps: Sequence[nn.Module], slices: int, shared_experts: int = 0, noise: float = 0.0
 ) -> SwiGLUExperts:
-    """Slices of each FFN that matter equally: its units, sorted by importance, are dealt out to and fro.
+    """Slices of each FFN that matter equally: its units, sorted by importance, are dealt out back and forth.
 
     Shared experts have the most important units, and no other expert has those. The importance of a unit is
     its mean absolute activation where it was measured (``importance`` of a manifest,
