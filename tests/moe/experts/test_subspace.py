@@ -18,15 +18,6 @@ def mlp() -> Any:
     return LlamaMLP(LlamaConfig(hidden_size=D, intermediate_size=B, num_attention_heads=2)).double()
 
 
-def test_exact_one_expert_is_the_ffn_times_its_influence():
-    dense, x = mlp(), torch.randn(20, D, dtype=torch.float64)
-    layer = MoELayer(TopK(D, 1, 1), subspace_experts([dense], 1))
-    with torch.no_grad():
-        layer.experts.topology = torch.nn.Parameter(layer.experts.topology.double())
-    expected = torch.tensor(1.0, dtype=torch.float64).sigmoid() * dense(x)
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-9)
-
-
 def test_exact_an_expert_is_its_part_of_the_ffn():
     dense, x = mlp(), torch.randn(20, D, dtype=torch.float64)
     experts = subspace_experts([dense] * 4, 1)
@@ -80,9 +71,7 @@ def test_the_task_reaches_the_topology_through_the_influence_alone():
     assert influence.requires_grad and not units.is_floating_point()
 
 
-def test_mistakes_name_what_was_found():
-    with pytest.raises(UserError, match="subspace experts share one FFN, that of expert 1 is another"):
-        subspace_experts([mlp(), mlp()], 1)
+def test_they_are_not_divided_among_processes():
     layer = MoELayer(TopK(D, 4, 2), subspace_experts([mlp()] * 4, 1))
     with pytest.raises(UserError, match="SubspaceExperts share one FFN.*leave expert_parallel at 1"):
         divide_experts(layer, None, "all_to_all")  # type: ignore[arg-type]
