@@ -21,7 +21,8 @@ from unimoe.continual.cli import load_run
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
-from unimoe.model.loading import load_model
+from unimoe.model.host import find_decoder, logits_to_keep, towers
+from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import count_parameters, to_device
@@ -66,7 +67,7 @@ def inspect(
     chosen = (
         [] if data is None else spread(read_samples(data, media_root=media_root, training=False), samples)
     )
-    found, processor = load_model(model)
+    found, processor = load_any(model)
     if data is not None and not moe_layers(found):
         raise UserError(f"{model} is a dense model: it has no experts to look at; leave {data} out")
     stats = observe(found, processor, chosen, batch_size)
@@ -113,12 +114,15 @@ def describe_model(
     if stats is not None and sparse:
         visits = stats.experts_per_token(next(iter(sparse.values())).num_experts)
     total, active = count_parameters(model, visits or None)
-    parts = {"language model": model.model.language_model}
-    for kind in model.model.encoders:
-        parts |= {
-            f"{kind} encoder": model.model.encoders[kind],
-            f"{kind} connector": model.model.connectors[kind],
-        }
+    parts = {"language model": find_decoder(model)}
+    if isinstance(model, UniMoeForConditionalGeneration):
+        for kind in model.model.encoders:
+            parts |= {
+                f"{kind} encoder": model.model.encoders[kind],
+                f"{kind} connector": model.model.connectors[kind],
+            }
+    else:
+        parts |= {name.replace("_", " "): tower for name, tower in towers(model).items()}
     sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
     moe: dict[str, Any] = {}
     if sparse:
@@ -182,7 +186,8 @@ def observe(
     for rows in _batches(samples, batch_size):
         encoded = [processor.encode(sample.messages, where=sample.source) for sample in rows]
         with record() as records:
-            model.model(**to_device(dict(processor.pad(encoded)), model.device))
+            batch = to_device(dict(processor.pad(encoded)), model.device)
+            model(**batch, **logits_to_keep(model), use_cache=False)
         stats.add(records)
     return stats
 

@@ -34,7 +34,7 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write, file_hash
 from unimoe.inference.engines import AnsweringModel, Engine, GGUFType, load_engine
 from unimoe.inference.generate import ask_all
-from unimoe.model.loading import find_model
+from unimoe.model.loading import find_any
 from unimoe.model.processing import UniMoeProcessor
 
 from .normalize import caption_tokens
@@ -108,7 +108,7 @@ def evaluate(
     if not questions:
         raise UserError(f"{data}: no question can be asked; the first: {next(iter(failed.values()))}")
     _check_answers(task, questions)
-    find_model(model)
+    find_any(model)
     identity = {
         "model": _identity(model),
         "data": list(data_hashes([data]).values()),

@@ -226,7 +226,7 @@ class Conversation:
         return self.processor.preprocessors[found].load(part, where)
 
     def _check_length(self, length: int):
-        longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         more = self.settings.max_new_tokens
         if longest and length + more > longest:
             raise UserError(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union
 
 from unimoe.errors import UserError
-from unimoe.model.loading import load_model
+from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 
@@ -29,7 +29,7 @@ def load_engine(
     """A model on an engine, and its processor.
 
     Args:
-        model: folder of a finished stage (or, in torch, a hub id of a unimoe model).
+        model: folder of a finished stage; in torch also of a multimodal model of transformers, or a hub id.
         engine: ``torch`` shows everything inside; ``llama.cpp`` answers faster and in less memory.
         type: of the weights in llama.cpp.
         gguf: file of `unimoe export gguf`.
@@ -47,4 +47,4 @@ def load_engine(
     for flag, value in {"--type": type, "--gguf": gguf}.items():
         if value is not None:
             raise UserError(f"{flag} {value}: the engine torch has no such setting; add --engine llama.cpp")
-    return load_model(model, device=device)
+    return load_any(model, device=device)

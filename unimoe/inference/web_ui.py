@@ -25,7 +25,7 @@ from unimoe.detection.inference.sources import split_prompt
 from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
 from unimoe.files import data_url
-from unimoe.model.loading import load_model
+from unimoe.model.loading import load_any
 from unimoe.moe.install import moe_layers
 
 from .conversation import Conversation, Settings, detect_modality
@@ -130,7 +130,7 @@ class ChatTab:
 
     def __init__(self, model: str, device: str | None = None):
         self.name = model
-        self.model, self.processor = load_model(model, device=device)
+        self.model, self.processor = load_any(model, device=device)
 
     def build(self, gr: Any):
         """Add the components to the surrounding Blocks."""

@@ -6,6 +6,7 @@ names the token of each modality (``image_token_id``, ``video_token_id``, ``audi
 Shapes: B rows, T tokens of a row.
 """
 
+import inspect
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -40,6 +41,27 @@ def find_decoder(model: nn.Module) -> Any:
             "layers[i] under get_decoder()"
         )
     return found
+
+
+def towers(model: nn.Module) -> dict[str, nn.Module]:
+    """What is in front of the decoder, by name: encoders and projectors."""
+    decoder, head = find_decoder(model), model.get_output_embeddings()  # type: ignore[operator]
+    place = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    found: dict[str, nn.Module] = {}
+    for depth, step in enumerate(place):
+        around = model.get_submodule(".".join(place[:depth]))
+        found |= {
+            name: child
+            for name, child in around.named_children()
+            if name != step and child is not head and any(True for _ in child.parameters())
+        }
+    return found
+
+
+def logits_to_keep(model: nn.Module, kept: int | Tensor = 1) -> dict[str, Any]:
+    """The argument that limits logits to some positions, for models that have it."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": kept} if known else {}
 
 
 def token_ids(config: Any) -> dict[str, int]:

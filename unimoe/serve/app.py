@@ -73,7 +73,9 @@ class Service:
         self.media = MediaReader(processor.preprocessors, config.media)
         self.engine = Engine(model, config.engine)
         self.metrics = Metrics(self.engine)
-        self.context: int = getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
+        self.context: int = (
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+        )
 
     def check(self, request: ChatRequest):
         """Validate a request before anything is computed.

@@ -17,9 +17,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from unimoe.model.host import logits_to_keep
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
 
@@ -100,6 +101,30 @@ class Prompt:
         return chunk.stop - chunk.start, output.logits[0, -1] if self.done == self.ids_1T.shape[1] else None
 
 
+class StockPrompt:
+    """Prefill of one prompt of a model of transformers, at once: some let the tokens of an image see one
+    another, or add features of images in later layers."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]):
+        self.model: Any = model
+        self.inputs = {name: to_device(value, model.device) for name, value in inputs.items()}
+        self.cache = DynamicCache(config=model.config)
+        self.ahead = 0
+        """As of :class:`Prompt`."""
+
+    def advance(self, tokens: int) -> tuple[int, Tensor | None]:
+        """As :meth:`Prefill.advance`, of all tokens."""
+        cached = {"past_key_values": self.cache, "use_cache": True}
+        parts = (self.model, getattr(self.model, "model", None))
+        owners = [one for one in parts if hasattr(one, "rope_deltas")]
+        for owner in owners:
+            owner.rope_deltas = None  # of the prompt before, which one without media would leave
+        output = self.model(**self.inputs, **cached, **logits_to_keep(self.model))
+        for owner in owners:
+            self.ahead = 0 if owner.rope_deltas is None else int(owner.rope_deltas.flatten()[0])
+        return self.inputs["input_ids"].shape[1], output.logits[0, -1]
+
+
 class RunningBatch:
     """Rows whose prompts are prefilled; each :meth:`step` decodes one token of every row."""
 
@@ -111,11 +136,12 @@ class RunningBatch:
         self.ahead: list[int] = []
         """See :class:`Prompt`."""
 
-    def prompt(self, inputs: Mapping[str, Any]) -> Prompt:
+    def prompt(self, inputs: Mapping[str, Any]) -> "Prompt | StockPrompt":
         """Encode the media of a prompt, a batch of one row."""
-        return Prompt(self.model, inputs)
+        stock = not isinstance(self.model, UniMoeForConditionalGeneration)
+        return StockPrompt(self.model, inputs) if stock else Prompt(self.model, inputs)
 
-    def join(self, prompt: Prompt) -> None:
+    def join(self, prompt: "Prompt | StockPrompt") -> None:
         """Add a row whose prompt is complete."""
         cache = prompt.cache
         length = cache.get_seq_length()
@@ -138,7 +164,7 @@ class RunningBatch:
         past = max(self.lengths)
         mask_BL = torch.arange(past + 1, device=device) >= past - lengths_B1
         positions = lengths_B1
-        if self.model.config.rope_sections:
+        if any(self.ahead) or getattr(self.model.config, "rope_sections", None):
             positions = lengths_B1 + torch.tensor(self.ahead, device=device)[:, None]
             positions = torch.stack([lengths_B1, positions, positions, positions])
         output = self.model(
@@ -147,7 +173,7 @@ class RunningBatch:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            **logits_to_keep(self.model),
         )
         self.lengths = [length + 1 for length in self.lengths]
         return output.logits[:, -1]
