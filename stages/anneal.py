@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from unimoe.errors import UserError
+from unimoe.model.host_loss import moe_settings
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe.install import moe_layers
 from unimoe.moe.parts import LOSSES, nearest
@@ -109,7 +110,7 @@ def set_knobs(settings: dict[str, Anneal], model: nn.Module, step: int) -> None:
 
 def keep_annealed(settings: dict[str, Anneal], model: UniMoeForConditionalGeneration, step: int) -> None:
     """Write the values of a step into the model's configuration, for whoever goes on from there."""
-    moe = model.config.moe
+    moe = moe_settings(model)
     if not settings or not moe:
         return
     moe["losses"] = losses_at(settings, moe["losses"], step)

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from unimoe.artifacts import write_model, write_result
-from unimoe.model.loading import find_model
+from unimoe.model.loading import find_any
 from unimoe.moe.settings import merge
 from unimoe.training.lightning_cli import RunCLI, run_cli
 
@@ -47,11 +47,11 @@ class StageCLI(RunCLI):
         super().parse_arguments(parser, others)
 
     def find_start(self, init_from: str) -> None:
-        find_model(init_from, "init_from", hub=False)
+        find_any(init_from, "init_from", hub=False)
 
     def use_result(self, model_settings: dict[str, Any]) -> None:
         """Evaluate the stage's result, not the model it started from."""
-        find_model(self.output, "output", hub=False)
+        find_any(self.output, "output", hub=False)
         model_settings["init_from"] = str(self.output)
         for key in ("llm", "modalities", "moe", "chat_template", "rope_sections", "warm_start", "anneal"):
             model_settings[key] = None

@@ -17,6 +17,7 @@ from unimoe.data.collate import Overflow
 from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.stream import SampleStream
 from unimoe.errors import UserError
+from unimoe.model.host_processor import HostProcessor
 from unimoe.training.loader import ResumableLoader, StepSampler
 from unimoe.training.ranks import data_parallel_rank, data_parallel_size
 
@@ -160,6 +161,13 @@ class StageData(LightningDataModule):
             trainer: Any = self.trainer
             module = trainer.lightning_module
             features = None
+            if isinstance(module.processor, HostProcessor):
+                for key in ("pack", "cache_features"):
+                    if getattr(self.config, key):
+                        raise UserError(
+                            f"data.{key}: {type(module.model).__name__} has inputs that cannot be "
+                            f"{'packed' if key == 'pack' else 'cached'}; leave it out"
+                        )
             if self.config.cache_features:
                 folder = self.config.cache_features
                 if not isinstance(folder, str):

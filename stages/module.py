@@ -15,9 +15,11 @@ from unimoe.data import Collator
 from unimoe.data.collate import real_tokens
 from unimoe.errors import UserError
 from unimoe.model.build import Built
+from unimoe.model.host import find_decoder
+from unimoe.model.host_loss import answer_loss, aux_loss, front, is_stock, moe_settings
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.moe import ExpertLoad, expert_load, load_balance, record
+from unimoe.moe import ExpertLoad, expert_load, load_balance, record, remember_context
 from unimoe.moe.install import moe_layers
 from unimoe.moe.join import join
 from unimoe.training.module import ResumableModule, Schedule
@@ -77,7 +79,7 @@ class StageConfig(OptimizerConfig, TrainableConfig, StartConfig):
 
 
 class StageModule(ResumableModule):
-    """Trains parts of a UniMoe model on next-token cross-entropy over the assistant's turns.
+    """Trains parts of a model, ours or one of transformers, on next-token cross-entropy over the answers.
 
     The training step:
 
@@ -131,6 +133,7 @@ class StageModule(ResumableModule):
             tower.eval()  # a frozen tower must not update its batch statistics
         if self.config.gradient_checkpointing:  # the reentrant form would lose the routers' auxiliary losses
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            remember_context(self.model)
         if divided:
             for tower in frozen:
                 broadcast_module(tower, self.trainer.strategy.root_device)
@@ -151,6 +154,9 @@ class StageModule(ResumableModule):
         if self.global_rank == 0:
             try:
                 built = self._build()
+                if is_stock(built[0]):
+                    found = type(built[0]).__name__
+                    raise UserError(f"{found} cannot be sharded yet; choose trainer.strategy: ddp")
             except UserError as error:
                 problem = error
         received: Any = self.trainer.strategy.broadcast(problem or (built and (built[0].config, built[1])))
@@ -165,7 +171,12 @@ class StageModule(ResumableModule):
         """The model with its weights, and its processor."""
         model, processor = self.config.build(self.seed)
         if self.config.save == "expert":
-            if model.config.moe:
+            if is_stock(model):
+                raise UserError(
+                    f"{self.config.init_from} is a model of transformers, which is saved whole (save: "
+                    "model); unimoe upcycle --experts makes experts of such folders"
+                )
+            if moe_settings(model):
                 raise UserError(
                     f"{self.config.init_from} is a mixture of experts; save: expert needs a dense model"
                 )
@@ -175,9 +186,9 @@ class StageModule(ResumableModule):
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The modules that FSDP2 shards one by one, and those it leaves whole: frozen towers, which may run
         on one process and not on another."""
-        towers = self.model.model.encoders.values()
-        frozen = [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]
-        return list(self.model.model.language_model.layers), frozen  # type: ignore[arg-type]
+        parts = front(self.model) if is_stock(self.model) else list(self.model.model.encoders.values())
+        frozen = [part for part in parts if not any(p.requires_grad for p in part.parameters())]
+        return list(find_decoder(self.model).layers), frozen
 
     def configure_optimizers(self) -> Any:
         """AdamW; matrices and vectors of each entry of ``trainable`` and ``lora`` are parameter groups."""
@@ -219,7 +230,7 @@ class StageModule(ResumableModule):
 
     def batch_loss(self, batch: list[dict[str, Any]]) -> tuple[Tensor, int]:
         """Mean cross-entropy over the supervised tokens of all sub-batches, and their number."""
-        return self.model.answer_loss(batch)
+        return answer_loss(self.model, batch)
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         set_knobs(self.anneal, self.model, self.trainer.global_step)
@@ -235,8 +246,8 @@ class StageModule(ResumableModule):
         load = ExpertLoad(mean[2:].reshape(max(len(records), 1), -1), tokens)
         loss = loss * (supervised / mean[0].clamp(min=1e-9))
         balance_L = load_balance(records, across=across_ranks).detach()
-        losses = losses_at(self.anneal, (self.model.config.moe or {}).get("losses", {}), self.global_step)
-        aux = self.model.aux_loss(records, across_ranks, losses)
+        losses = losses_at(self.anneal, (moe_settings(self.model) or {}).get("losses", {}), self.global_step)
+        aux = aux_loss(self.model, records, across_ranks, losses)
         shown = mean_over_ranks(torch.stack([loss, aux]).detach())
         self.log("train/loss", shown[0], prog_bar=True, logger=False)
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
@@ -254,7 +265,7 @@ class StageModule(ResumableModule):
         DDP), and a text-only batch none at all when only connectors train.
         """
         routers = [layer.router for layer in moe_layers(self.model).values() if layer.router.frozen]
-        parts = (self.model.model.encoders, self.model.model.connectors, *routers)
+        parts = (*front(self.model), *routers)
         trained = [p for part in parts for p in part.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
 

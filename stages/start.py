@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from unimoe.artifacts import check_savable
 from unimoe.errors import UserError
 from unimoe.model.build import Built, add_modalities, build_model
-from unimoe.model.loading import load_model
+from unimoe.model.host_loss import is_stock
+from unimoe.model.loading import load_any
 from unimoe.model.saving import check_saveable
 
 log = logging.getLogger(__name__)
@@ -19,7 +21,8 @@ class StartConfig:
     """The model before training."""
 
     init_from: str | None = None
-    """Folder of an earlier stage or of ``unimoe assemble``; otherwise give ``llm``."""
+    """Folder of an earlier stage, of ``unimoe assemble`` or ``unimoe upcycle``, or of a multimodal model of
+    transformers; otherwise give ``llm``."""
 
     llm: str | None = None
     """Language model of a fresh start: ``default``, a local folder or a hub id."""
@@ -67,7 +70,12 @@ class StartConfig:
                     self.llm, self.modalities or {}, self.moe, self.chat_template, self.rope_sections
                 )
         else:
-            model, processor = load_model(self.init_from, "init_from", torch.float32, "cpu", hub=False)
+            model, processor = load_any(self.init_from, "init_from", torch.float32, "cpu", hub=False)
+            if is_stock(model):
+                if self.modalities:
+                    raise UserError(f"model.modalities: {type(model).__name__} has its own; leave them out")
+                check_savable(model, processor)
+                return model, processor
             if self.modalities:
                 with torch.random.fork_rng():
                     torch.manual_seed(seed)

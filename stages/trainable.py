@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from unimoe.errors import UserError
+from unimoe.model.host import find_decoder
 from unimoe.moe import LoRAExperts, MoELayer, SwiGLUExperts
 from unimoe.moe.install import frozen_parameters
 
@@ -196,17 +197,15 @@ def _wrap_experts(layer: nn.Module, entry: LoRA):
 
 def _targets(model: nn.Module, kind: str) -> Iterator[str]:
     """Names of the language model's modules of one kind, in order."""
+    decoder = find_decoder(model)
+    inside = next(name for name, module in model.named_modules() if module is decoder) + "."
     inside_moe: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
             inside_moe += (name + ".",)
             if kind == "experts":
                 yield name
-        elif (
-            isinstance(module, nn.Linear)
-            and ".language_model." in f".{name}"
-            and not name.startswith(inside_moe)
-        ):
+        elif isinstance(module, nn.Linear) and name.startswith(inside) and not name.startswith(inside_moe):
             in_attention = "attn" in name or "attention" in name
             if kind == ("attention" if in_attention else "ffn"):
                 yield name

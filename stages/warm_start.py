@@ -21,6 +21,7 @@ from unimoe.data import Sample, parse_record
 from unimoe.data.read import read_records
 from unimoe.encoders import ridge_init
 from unimoe.errors import UserError
+from unimoe.model.host_loss import is_stock
 from unimoe.model.inputs import EncodedMedia
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
@@ -117,6 +118,8 @@ def warm_start(
 
 def check_kinds(settings: dict[str, Ridge], model: UniMoeForConditionalGeneration) -> None:
     """Raises UserError for a modality that the model lacks."""
+    if settings and is_stock(model):
+        raise UserError(f"warm_start: {type(model).__name__} brings trained connectors; leave it out")
     for kind in settings:
         if kind not in model.model.connectors:
             has = ", ".join(model.model.connectors) or "none"

@@ -16,7 +16,7 @@ from torch import Tensor
 from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
 from unimoe.media.source import Part, describe
-from unimoe.model.configuration import IGNORED, PLACEHOLDERS
+from unimoe.model.configuration import IGNORED
 from unimoe.model.inputs import EncodedConversation, Prepared
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.rope_3d import Span, image_span
@@ -69,7 +69,7 @@ class Collator:
         self.features = features
         self.overflow: Overflow = overflow
         self._dropped: set[str] = set()
-        self._media_ids = set(processor.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values())))
+        self._media_ids = processor.media_ids
         self._cached: dict[str, _CachedFeatures] = {}
         if features is not None:
             if processor.rope_rate and "video" in features.modalities:

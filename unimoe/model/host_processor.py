@@ -175,6 +175,12 @@ class HostProcessor:
                 batch[name] = join([item for row in encoded for item in row["media"].get(name, [])])
         return BatchFeature(batch)
 
+    @property
+    def media_ids(self) -> set[int]:
+        """Ids of the placeholders."""
+        names = [f"{modality}_token_id" for modality in ARGUMENTS]
+        return {token for name in names if isinstance(token := getattr(self.processor, name, None), int)}
+
     @cached_property
     def _settings(self) -> dict[str, bool] | None:
         """See :func:`opening_settings`."""

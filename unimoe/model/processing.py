@@ -218,6 +218,11 @@ class UniMoeProcessor(ProcessorMixin):
         ]
         return self.pad(encoded, padding_side)
 
+    @property
+    def media_ids(self) -> set[int]:
+        """Ids of the placeholders."""
+        return set(self.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS.values())))
+
     def end_of_turn(self) -> int | None:
         """The id of the control token that ends the assistant's turns.
 

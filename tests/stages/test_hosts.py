@@ -1,0 +1,101 @@
+"""Stages on multimodal models of transformers."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForMultimodalLM
+
+from unimoe.errors import UserError
+from unimoe.model.host_loss import moe_settings
+from unimoe.model.structure import upcycle_model
+from unimoe.moe import MoEConfig
+from unimoe.moe.install import moe_layers
+from unimoe.testing_hosts import FAMILIES
+from unimoe.training.curve import read_curve
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """A folder with an upcycled model in ``moe``, its dense start in ``dense``, and samples."""
+    root = tmp_path_factory.mktemp("host")
+    lines = []
+    for index, colour in enumerate(("red", "green", "blue", "red")):
+        Image.new("RGB", (28, 28 * (1 + index % 2)), colour).save(root / f"{index}.png")
+        asked = [{"type": "image", "path": f"{index}.png"}, {"type": "text", "text": "colour?"}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": colour}]
+        lines.append(json.dumps({"messages": turns}))
+    (root / "train.jsonl").write_text("\n".join(lines))
+    for kind in ("dense", "moe"):
+        model, processor = FAMILIES["qwen2_5_vl"][0]()
+        if kind == "moe":
+            torch.manual_seed(0)
+            upcycle_model(model, MoEConfig.for_upcycling({"experts": {"copies": 3}}))
+        model.save_pretrained(root / kind)
+        processor.save_pretrained(root / kind)
+    return root
+
+
+def settings(host, tmp_path, kind="moe", **model):
+    return {
+        "stage": "moe",
+        "output": str(tmp_path / "out"),
+        "model": {"init_from": str(host / kind), **model},
+        "data": {"train": str(host / "train.jsonl"), "steps": 3, "batch_size": 2},
+    }
+
+
+def test_a_moe_stage_trains_and_leaves_a_stock_folder(host, fit, tmp_path):
+    chosen = settings(
+        host,
+        tmp_path,
+        trainable=[{"match": "*.mlp.router.*", "lr": 1e-2}, {"match": "*visual*", "lr": 1e-3}],
+        lora=[{"layers": "attention", "rank": 2}, {"layers": "experts", "rank": 2}],
+        gradient_checkpointing=True,
+        anneal={"balance": {"start": 0.1, "end": 0.0, "steps": 2}},
+    )
+    fit(chosen)
+    found = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
+    start = AutoModelForMultimodalLM.from_pretrained(host / "moe")
+    moved = {
+        name.split(".layers.")[-1]
+        for (name, one), other in zip(found.named_parameters(), start.parameters(), strict=True)
+        if not torch.equal(one, other)
+    }
+    assert {"0.mlp.router.weight", "0.mlp.experts.down_proj", "1.self_attn.q_proj.weight"} <= moved
+    assert "1.mlp.down_proj.weight" not in moved and len(moe_layers(found)) == 1
+    kept = moe_settings(found)
+    assert kept is not None and kept["losses"]["balance"] == 0.0
+    rows = read_curve(tmp_path / "out" / "logs" / "metrics.csv")
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def test_the_dense_control_trains_too(host, fit, tmp_path):
+    fit(settings(host, tmp_path, "dense", lora=[{"layers": "ffn", "rank": 2}]))
+    found = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
+    start = AutoModelForMultimodalLM.from_pretrained(host / "dense")
+    ffn = [one.get_decoder().layers[1].mlp.up_proj.weight for one in (found, start)]
+    assert not torch.equal(*ffn)
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ("model", {"save": "expert"}, "is saved whole"),
+        (
+            "data",
+            {"pack": 64},
+            "data.pack: Qwen2_5_VLForConditionalGeneration has inputs that cannot be packed",
+        ),
+        ("data", {"cache_features": True}, "data.cache_features: .* cannot be cached"),
+        ("model", {"warm_start": {"image": {}}}, "warm_start: .* brings trained connectors"),
+        ("model", {"modalities": {"image": {}}}, "model.modalities: .* has its own"),
+    ],
+)
+def test_what_a_host_cannot_do_is_said(host, fit, tmp_path, place, value, message):
+    chosen = settings(host, tmp_path, lora=[{"layers": "attention"}])
+    chosen[place] |= value
+    with pytest.raises(UserError, match=message):
+        fit(chosen)
