@@ -10,6 +10,7 @@ from unimoe.continual.strategies import Strategy
 from unimoe.evaluation.questions import Question
 from unimoe.evaluation.scorers import grade_all, scorer
 from unimoe.inference.generate import ask_all
+from unimoe.model.host_loss import last_hidden
 from unimoe.model.utils import to_device
 from unimoe.moe import record
 from unimoe.training.ranks import shard_across_ranks, union_over_ranks
@@ -68,5 +69,5 @@ def routing_of(strategy: Strategy, task: Experience, samples: int = 32) -> dict[
     with record() as records:
         for question in task.questions[:samples]:
             batch = to_device(learner.collator.prompts([question.sample]), learner.device)
-            learner.model.last_hidden(batch)
+            last_hidden(learner.model, batch)
     return strategy.routing(records)

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.continual.strategies import Combined, Strategy, strategies
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, lock_folder
+from unimoe.model.host import decoder_name
 from unimoe.training.resume import Interrupted
 
 from .export import export_bank, weights_fingerprint
@@ -109,11 +110,13 @@ def export(run: str, output: str, /, *, task: str | None = None, prefix: str | N
         output: folder of the adapter; an adapter that is there is replaced.
         task: whose bank (default: the last task that was learned).
         prefix: path of the decoder in the model that peft loads the adapter on (default: that of the run's
-            base, ``model.language_model`` of a unimoe model or ``model`` of an LLM).
+            base, such as ``model.language_model`` of a multimodal model or ``model`` of an LLM).
     """
     loaded = load_run(run, task)
     layers = loaded.strategy.learner.layers
-    export_bank(output, layers, -1, prefix, base_model(loaded.model))
+    base = base_model(loaded.model)
+    own = decoder_name(loaded.strategy.learner.model) if base[1] else "model"
+    export_bank(output, layers, -1, prefix, base, own)
     log.info("%s: the bank of %s, for PeftModel.from_pretrained", output, loaded.tasks[-1])
 
 

@@ -36,6 +36,7 @@ def export_bank(
     index: int,
     prefix: str | None = "",
     base: tuple[str, bool] | None = None,
+    own: str = "model",
 ) -> None:
     """Write bank ``index`` of every layer.
 
@@ -45,12 +46,13 @@ def export_bank(
         index: of the bank; -1 is the newest.
         prefix: path of the decoder inside the model that peft will load it on, such as ``model`` for a
             ``LlamaForCausalLM``; None takes that of the base.
-        base: path or hub id of the base, for peft's ``AutoPeftModel``, and whether it is a unimoe model.
+        base: path or hub id of the base, for peft's ``AutoPeftModel``, and whether it is a multimodal model
+            rather than an LLM.
+        own: path of the decoder inside the base.
 
     Raises:
         UserError: for a folder that holds anything else.
     """
-    own = "model.language_model" if base and base[1] else "model"
     prefix = own if prefix is None else prefix
     target = Path(folder)
     if target.exists() and not (target / BANK_FILE).is_file() and (target.is_file() or any(target.iterdir())):
@@ -82,7 +84,7 @@ def export_bank(
         config.base_model_name_or_path = base[0]
     if base and base[1]:  # AutoPeftModel finds the class by the name of its library
         config.auto_mapping = {
-            "base_model_class": "AutoModelForImageTextToText",
+            "base_model_class": "AutoModelForMultimodalLM",
             "parent_library": "transformers",
         }
     else:

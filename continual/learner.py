@@ -17,6 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
+from unimoe.model.host import find_decoder
+from unimoe.model.host_loss import is_stock
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
@@ -71,13 +73,13 @@ class Learner:
             )
         self.model, self.processor, self.config = model, processor, config
         model.requires_grad_(False).eval()  # dropout and the like of the base stay off
-        self.decoder: nn.Module = model.model.language_model
+        self.decoder: nn.Module = find_decoder(model)
         self.layers: dict[str, LoRALinear] = adapt(self.decoder, config.targets, config.layers, config.scale)
         self.recomputes = False
         self.divided = False
         """Whether the base is sharded over processes, which must then run it together."""
         self.features: FeatureCache | None = None
-        if features is not None and len(model.model.encoders):
+        if features is not None and not is_stock(model) and len(model.model.encoders):
             towers: dict[str, Encoder] = dict(model.model.encoders.items())  # type: ignore[arg-type]
             self.features = FeatureCache(features, processor, towers)
         self.collator = Collator(processor, max_length, self.features)

@@ -33,7 +33,7 @@ from unimoe.continual.strategies import Strategy
 from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
 from unimoe.model.build import build_model
-from unimoe.model.loading import load_model
+from unimoe.model.loading import load_any
 from unimoe.prepare.cache import resolve_part
 from unimoe.training.progress import clock
 from unimoe.training.ranks import shard_across_ranks
@@ -59,7 +59,8 @@ class ModelConfig:
     """The base: a finished model, or an LLM with encoders and untrained connectors."""
 
     init_from: str | None = None
-    """Folder of a stage (``unimoe fit``) or hub id, with trained connectors."""
+    """Folder of a stage (``unimoe fit``) or hub id, with trained connectors; or a multimodal model of
+    transformers, with MoE layers or without."""
     llm: str | None = None
     """Instead, a causal LM: ``default``, a local folder or a hub id."""
     modalities: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -398,7 +399,7 @@ def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | P
     if (model.init_from is None) == (model.llm is None):
         raise UserError("model: give one of init_from (a trained model) and llm (an LLM)")
     if model.init_from is not None:
-        built = load_model(model.init_from, "model.init_from", dtype=torch.float32)
+        built = load_any(model.init_from, "model.init_from", dtype=torch.float32)
     else:
         assert model.llm is not None
         built = build_model(model.llm, model.modalities, None, model.chat_template)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.model.host_loss import last_hidden
 
 from .learner import Learner
 from .stream import Experience
@@ -53,7 +54,7 @@ class Subspace:
         for sample in task.samples[: self.samples]:
             for part in learner.collate([sample]):
                 chosen_T = torch.randperm(part["input_ids"].numel(), generator=chance)[:each]
-                learner.model.last_hidden(part)
+                last_hidden(learner.model, part)
         for handle in handles:
             handle.remove()
         return {name: torch.cat(parts) for name, parts in tokens.items()}

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from unimoe.errors import UserError
-from unimoe.model.host import find_decoder
+from unimoe.model.host import decoder_name
 from unimoe.moe import LoRAExperts, MoELayer, SwiGLUExperts
 from unimoe.moe.install import frozen_parameters
 
@@ -197,8 +197,7 @@ def _wrap_experts(layer: nn.Module, entry: LoRA):
 
 def _targets(model: nn.Module, kind: str) -> Iterator[str]:
     """Names of the language model's modules of one kind, in order."""
-    decoder = find_decoder(model)
-    inside = next(name for name, module in model.named_modules() if module is decoder) + "."
+    inside = decoder_name(model) + "."
     inside_moe: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):

@@ -8,6 +8,7 @@ from torch import Tensor
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
+from unimoe.model.host_loss import answer_loss
 from unimoe.moe import LayerRecord
 from unimoe.training.ranks import rank_weighted
 
@@ -73,7 +74,7 @@ class Strategy:
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """The loss of a step (0-based) out of ``steps``."""
-        return rank_weighted(*self.learner.model.answer_loss(batch))
+        return rank_weighted(*answer_loss(self.learner.model, batch))
 
     def penalty(self) -> Tensor | float:
         """Added to the loss; depends on the weights alone."""

@@ -60,7 +60,7 @@ class EWC(Strategy):
         count = min(self.samples, len(task.samples))
         for sample in random.Random(f"{self.seed}:{task.name}").sample(task.samples, count):
             (part,) = self.learner.collate([sample])
-            logits_SV, labels_S = self.learner.model.answer_logits(part)
+            logits_SV, labels_S = answer_logits(self.learner.model, part)
             likelihood = logits_SV.log_softmax(-1).gather(-1, labels_S[:, None]).sum()
             slopes = torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True)
             for name, slope in zip(total, slopes, strict=True):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
+from unimoe.model.host_loss import is_stock
 from unimoe.moe import Context, Router, Routing
 from unimoe.moe.routers.base import RouterDescription
 
@@ -99,6 +100,8 @@ class HiDe(Strategy):
     def describe(self, part: dict[str, Any]) -> list[dict[str, Tensor]]:
         """One vector per modality for each row, from the question alone (answers are not used)."""
         model, ids_BT = self.learner.model, part["input_ids"]
+        if is_stock(model):
+            raise UserError(f"hide describes tasks by cached features, which {type(model).__name__} has not")
         real_BT = part["attention_mask"].bool()
         media = model.config.token_ids()
         asked_BT = real_BT & (part["labels"] == -100) if "labels" in part else real_BT

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
+from unimoe.model.host_loss import answer_logits
 from unimoe.model.loss import cross_entropy_sum
 from unimoe.training.ranks import rank_weighted
 
@@ -46,8 +47,8 @@ class LwF(Strategy):
         total, count = torch.zeros((), device=self.learner.device), 0
         for part in batch:
             with torch.no_grad(), self._teacher():
-                old_SV = self.learner.model.answer_logits(part)[0] / self.temperature
-            new_SV, labels_S = self.learner.model.answer_logits(part)
+                old_SV = answer_logits(self.learner.model, part)[0] / self.temperature
+            new_SV, labels_S = answer_logits(self.learner.model, part)
             total = total + cross_entropy_sum(new_SV, labels_S)
             student_SV = (new_SV / self.temperature).log_softmax(-1)
             distance = F.kl_div(student_SV, old_SV.log_softmax(-1), reduction="sum", log_target=True)

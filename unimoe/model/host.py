@@ -43,10 +43,16 @@ def find_decoder(model: nn.Module) -> Any:
     return found
 
 
+def decoder_name(model: nn.Module) -> str:
+    """Path of the decoder inside a model."""
+    decoder = find_decoder(model)
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
 def towers(model: nn.Module) -> dict[str, nn.Module]:
     """What is in front of the decoder, by name: encoders and projectors."""
-    decoder, head = find_decoder(model), model.get_output_embeddings()  # type: ignore[operator]
-    place = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    place = decoder_name(model).split(".")
     found: dict[str, nn.Module] = {}
     for depth, step in enumerate(place):
         around = model.get_submodule(".".join(place[:depth]))

@@ -1,7 +1,7 @@
 """What training asks of a model, ours or any of transformers: the supervised loss, the auxiliary losses, and
 which parts it consists of.
 
-Shapes: B rows, T tokens of a row, P positions, K supervised tokens of a batch, V vocabulary.
+Shapes: B rows, T tokens of a row, H hidden, P positions, K supervised tokens of a batch, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from unimoe.moe.install import moe_layers
 from unimoe.moe.losses.auxiliary import Across, alone
 
 from .configuration import IGNORED
-from .host import logits_to_keep, towers
+from .host import find_decoder, logits_to_keep, towers
 from .loss import cross_entropy_sum
 from .modeling import UniMoeForConditionalGeneration
 from .structure import StructureConfig
@@ -55,6 +55,28 @@ def supervised_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Ten
         logits_BPV = logits_BPV[:, at_P]
     keep_BP = labels_BT[:, at_P] != IGNORED
     return logits_BPV[keep_BP], labels_BT[:, at_P][keep_BP]
+
+
+def answer_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits [K, V] in float32 and labels [K] of a collated batch."""
+    if not is_stock(model):
+        return model.answer_logits(batch)
+    logits_KV, labels_K = supervised_logits(model, batch)
+    return logits_KV.float(), labels_K
+
+
+def last_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """[B, T, H] of a collated batch, with or without labels, before the head."""
+    if not is_stock(model):
+        return model.last_hidden(batch)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    seen: list[Tensor] = []
+    hook = find_decoder(model).register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
+    try:
+        model(**inputs, **logits_to_keep(model), use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def moe_settings(model: nn.Module) -> dict[str, Any] | None:
