@@ -37,7 +37,7 @@ class Router(nn.Module):
     num_experts: int
     knobs: ClassVar[tuple[str, ...]] = ("frozen",)
     """Attributes that a schedule may set during training, and that may differ between layers."""
-    rows: ClassVar[tuple[str, ...]] = ()
+    expert_rows: ClassVar[tuple[str, ...]] = ()
     """Parameters and buffers with one row for each expert with weights, and others behind those; empty where
     experts cannot be added or taken away."""
     frozen: bool = False

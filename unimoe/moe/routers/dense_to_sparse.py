@@ -44,7 +44,7 @@ class DenseToSparse(Router):
     """
 
     knobs = (*Router.knobs, "temperature", "hard")
-    rows = ("weight",)
+    expert_rows = ("weight",)
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class ExpertsChoose(Router):
     """
 
     knobs = (*Router.knobs, "k")
-    rows = ("weight",)
+    expert_rows = ("weight",)
     looks_ahead = "lets later tokens decide on the experts of earlier ones"
 
     def __init__(self, hidden_size: int, num_experts: int, k: int = 2, init_std: float = 0.02):

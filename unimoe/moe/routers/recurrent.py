@@ -62,7 +62,7 @@ class RecurrentRouter(BiasedRouter):
     """
 
     knobs = (*BiasedRouter.knobs, "k", "bias_rate")
-    rows = ("head.weight", "bias")
+    expert_rows = ("head.weight", "bias")
 
     def __init__(
         self,

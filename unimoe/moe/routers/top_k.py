@@ -73,7 +73,7 @@ class TopK(BiasedRouter):
     """
 
     knobs = (*BiasedRouter.knobs, "k", "bias_rate", "candidates")
-    rows = ("weight", "bias")
+    expert_rows = ("weight", "bias")
 
     def __init__(
         self,

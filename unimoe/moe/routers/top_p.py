@@ -55,7 +55,7 @@ class TopP(Router):
     """
 
     knobs = (*Router.knobs, "p")
-    rows = ("weight",)
+    expert_rows = ("weight",)
 
     def __init__(
         self,
