@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
+from unimoe.model.host_loss import answer_logits
 
 from .base import Strategy
 

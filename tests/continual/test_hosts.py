@@ -11,6 +11,10 @@ from unimoe.commands.main import main
 from unimoe.testing_hosts import FAMILIES, inputs, question
 
 
+def state(folder):
+    return torch.load(folder / "state.pt", weights_only=True)["adapters"]
+
+
 def test_dymoe_keeps_old_banks_and_peft_loads_the_new_one(config, command, tmp_path):
     model, processor = FAMILIES["qwen2_5_vl"][0]()
     model.save_pretrained(tmp_path / "base")
@@ -27,11 +31,7 @@ def test_dymoe_keeps_old_banks_and_peft_loads_the_new_one(config, command, tmp_p
     config["stream"]["tasks"] = tasks
     config["model"] = {"init_from": str(tmp_path / "base")}
     assert main(command(config, "run", "--strategy", "dymoe")) == 0
-    first, second = (
-        torch.load(tmp_path / "run" / folder / "state.pt", weights_only=True)
-        for folder in ("01-upper", "02-twice")
-    )
-    first, second = (found.get("adapters", found) for found in (first, second))
+    first, second = (state(tmp_path / "run" / folder) for folder in ("01-upper", "02-twice"))
     old = [name for name in first if ".banks.0." in name]
     assert old and all(torch.equal(first[name], second[name]) for name in old)
     assert main(["continual", "export", str(tmp_path / "run"), str(tmp_path / "bank")]) == 0
