@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe.model.build import Built, build_model
@@ -110,8 +114,7 @@ def run_together(ranks: int, code: str, *arguments: str, timeout: float = 1200) 
         RuntimeError: if a process fails; with the output of all.
         TimeoutError: if a process does not end in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unimoe.testing", "unimoe.stages.cli"])
+    context = _server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -135,13 +138,59 @@ def run_together(ranks: int, code: str, *arguments: str, timeout: float = 1200) 
                 process.kill()
         outputs = [file.read_text() for file in files]
     if any(process.exitcode for process in processes):
-        raise RuntimeError("\n".join(outputs))
+        ends = ", ".join(str(process.exitcode) for process in processes)
+        raise RuntimeError("\n".join([*outputs, f"exit codes: {ends}"]))
     return outputs
+
+
+def run_elastic(ranks: int, restarts: int, code: str, *arguments: str) -> list[str]:
+    """Run Python code as :func:`run_together` does, under the agent of torchrun: when a process dies, all are
+    started again, so many times.
+
+    Returns:
+        What each process wrote to stdout and stderr, over all starts.
+
+    Raises:
+        RuntimeError: if a process fails after the last restart; with the output of all.
+    """
+    _server()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(ranks)]
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            max_restarts=restarts,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            monitor_interval=0.1,
+            start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
+            signals_to_handle="",  # this process keeps its own handlers
+        )
+        try:
+            elastic_launch(config, _run_restarted)(code, arguments, files)
+        except ChildFailedError as error:
+            raise RuntimeError("\n".join(file.read_text() for file in files)) from error
+        return [file.read_text() for file in files]
+
+
+def _server() -> ForkServerContext:
+    """Starts processes by forking one that has imported the suite."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["unimoe.testing", "unimoe.stages.cli"])
+    return context
+
+
+def _run_restarted(code: str, arguments: Sequence[str], files: Sequence[Path]) -> None:
+    """One process of :func:`run_elastic`."""
+    _run_rank(code, arguments, dict(os.environ), files[int(os.environ["RANK"])])
 
 
 def _run_rank(code: str, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
     """One process of :func:`run_together`."""
-    with output.open("wb") as file:
+    with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.clear()

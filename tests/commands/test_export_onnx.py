@@ -12,12 +12,20 @@ from unimoe.errors import UserError
 WITH_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
+@pytest.fixture
+def settings(settings):
+    """One layer of the decoder: each takes seconds to export, and tests/detection exports several."""
+    settings["model"]["detector"]["decoder_layers"] = 1
+    return settings
+
+
 @pytest.mark.skipif(WITH_ONNX, reason="onnx is installed")
 def test_without_onnx_the_package_is_named(folder, tmp_path, capsys):
     assert cli.main(["export", "onnx", str(folder), str(tmp_path / "m.onnx"), "--prompt", "cat"]) == 2
     assert "pip install 'unimoe[export]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not WITH_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")
 def test_an_exported_file_answers_as_the_model(folder, pictures, tmp_path, capsys):
     file = tmp_path / "m.onnx"

@@ -1,11 +1,6 @@
 """The whole path: a YAML file, training, a model folder, its average precision; and what goes wrong."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +9,16 @@ from safetensors.torch import load_file
 
 from unimoe.commands import main as cli
 from unimoe.detection.model.loading import load_detector
+from unimoe.testing import run_together
 from unimoe.training.curve import read_curve
 from unimoe.training.resume import saved_step
 
 SPEED = {"train/images_per_second"}
+FIT = """
+import sys
+from unimoe.commands.main import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def command(settings: dict, verb: str = "fit") -> list[str]:
@@ -32,7 +33,7 @@ def metrics(settings: dict) -> dict:
 
 @pytest.mark.slow
 def test_eight_pictures_are_learned_by_heart(settings, capsys, caplog):
-    settings["data"]["steps"] = 320
+    settings |= {"data": {**settings["data"], "steps": 160}, "checkpoint_every": 160}
     assert cli.main(command(settings)) == 0
     assert metrics(settings)["val/AP"] > 0.9
     assert cli.main(command(settings, "validate")) == 0
@@ -97,23 +98,17 @@ def test_mistakes_are_errors(settings, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_changes_nothing(settings, tmp_path):
-    settings["data"]["steps"] = 40
+def test_kill_9_changes_nothing(settings, tmp_path, caplog):
+    settings["data"]["steps"] = 16
     whole = {**settings, "output": str(tmp_path / "whole")}
     assert cli.main(command(whole)) == 0
-    args = [sys.executable, "-m", "unimoe", *command(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-    checkpoint, end = Path(settings["output"], "checkpoints", "last.ckpt"), time.monotonic() + 200
-    while not checkpoint.is_file() and time.monotonic() < end:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    begun = saved_step(checkpoint)
-    assert 0 < begun < 40
-    said = subprocess.run(args, capture_output=True, text=True, env=environment, check=True).stderr
-    assert f"resuming after step {begun} of 40" in said
+    die = {"class_path": "unimoe.testing.DieAt", "init_args": {"step": 9, "rank": 0}}
+    with pytest.raises(RuntimeError, match="exit codes: -9$"):
+        run_together(1, FIT, *command({**settings, "trainer": {"callbacks": [die]}}))
+    begun = saved_step(Path(settings["output"], "checkpoints", "last.ckpt"))
+    assert 0 < begun < 16
+    assert cli.main(command(settings)) == 0
+    assert f"resuming after step {begun} of 16" in caplog.text
     curves = [read_curve(Path(run["output"], "logs", "metrics.csv")) for run in (whole, settings)]
     assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]]
     for one, other in zip(*curves, strict=True):

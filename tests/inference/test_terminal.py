@@ -239,11 +239,16 @@ def test_active_parameters_leave_out_the_experts_not_chosen(built):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own(tiny_folder, files):
-    command = [sys.executable, "-P", "-m", "unimoe", "chat", str(tiny_folder), "--max-new-tokens", "4"]
+    """Nothing but errors on stderr; a conversation, and one question about a sound."""
+    code = """
+import sys
+from unimoe.commands.main import main
+folder, sound = sys.argv[1:]
+print("codes", main(["chat", folder, "--max-new-tokens", "4"]),
+      main(["chat", folder, "--max-new-tokens", "4", "--audio", sound]))
+"""
+    command = [sys.executable, "-P", "-c", code, str(tiny_folder), str(files / "q.wav")]
     lines = "hello\n!image nowhere.png\nbye\n"
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "codes 0 0"
     assert done.stderr == "unimoe: error: !image: cannot read nowhere.png: No such file or directory\n"
-    command += ["--audio", str(files / "q.wav")]
-    one = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert (one.returncode, one.stderr) == (0, "")
