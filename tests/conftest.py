@@ -10,10 +10,16 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests have a quarter of an hour each, where they name no limit: the machine may be busy."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+    """Slow tests have a quarter of an hour each, where they name no limit: the machine may be busy.
+
+    Their files come first, so that processes which share the tests have small ones left to share at the end.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    for item in slow:
+        if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
+    files = {item.path for item in slow}
+    items.sort(key=lambda item: item.path not in files)
 
 
 @pytest.fixture(autouse=True)

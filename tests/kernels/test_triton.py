@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)  # half a minute, but the interpreter is slow company on a busy machine
 def test_the_kernels_in_the_interpreter():
     tests = Path(__file__).with_name("triton_interpreted.py")
