@@ -13,11 +13,11 @@ balance loss is 1 a layer at uniform routing                tests/moe/test_losse
 identical experts equal the dense model in "code" mode      test_identical_experts_are_the_dense_model, below
 labels only on what the assistant said                      tests/data/test_collate.py
 
-What deviates: placeholders are tokens of the vocabulary, one for each medium, not -200, -300 and -400 (speech
-and audio have their own, and generation never makes one); -100 marks what is not learned, as there. The last
-window of a sound is as long as the sound, not padded to 30 s. Images stay where they stand in their turn.
-Video has a connector of its own, that starts as the one of pictures. Balance loss is off for 4 specialised
-experts and on for 8, as there.
+What deviates: placeholders are tokens of the vocabulary, one for each modality, not -200, -300 and -400
+(speech and audio have their own, and generation never makes one); -100 marks what is not learned, as there.
+The last window of a sound is as long as the sound, not padded to 30 s. Images stay where they stand in their
+turn. Video has a connector of its own, that starts as the one of pictures. Balance loss is off for 4
+specialised experts and on for 8, as there.
 """
 
 from typing import Any

@@ -23,7 +23,7 @@ ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A random model of three media, and its processor; it has never heard of ending an answer."""
+    """A random model of three modalities, and its processor; it has never heard of ending an answer."""
     moe, media = {"num_experts": 4, "top_k": 2}, {"image": IMAGE, "video": VIDEO, "speech": SPEECH}
     model, processor = tiny_model(tmp_path_factory.mktemp("parts"), moe, **media)
     model.generation_config.eos_token_id = None
@@ -118,6 +118,22 @@ def watched_by_a_client(server):
         for thread in threads:
             thread.join()
     assert found["seconds"] and max(found["seconds"]) < 60
+
+
+@pytest.fixture
+def error_of():
+    """A function: the error that a server returns for a wrong request, of which ``parts`` are the message's
+    content, and ``fields`` replace those of a right one."""
+
+    def ask(server, *parts: dict, **fields: Any) -> dict:
+        body = {**ASK, **({"messages": [{"role": "user", "content": parts}]} if parts else {}), **fields}
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=100)
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert error["type"] == "invalid_request_error" and "function-after" not in error["message"]
+        return error
+
+    return ask
 
 
 @pytest.fixture

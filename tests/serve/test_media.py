@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -18,11 +17,9 @@ from unimoe.errors import UserError
 from unimoe.serve.media import MediaLimits, MediaReader
 from unimoe.serve.protocol import Message, Url, VideoPart
 
-ASK = [{"role": "user", "content": "What is this?"}]
-
 
 def refusal(client, kind, value, where="url"):
-    """The message with which a medium is refused."""
+    """The message with which an image, a video or audio is refused."""
     part = {"type": kind, kind: {where: value}}
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(
@@ -166,19 +163,6 @@ def test_more_media_than_one_request_may_hold(client):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": [part] * 33}])
 
 
-def error_of(server, **fields):
-    body = {"messages": ASK, "max_tokens": 2, **fields}
-    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=100)
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert error["type"] == "invalid_request_error" and "function-after" not in error["message"]
-    return error
-
-
-def content(*parts):
-    return {"messages": [{"role": "user", "content": list(parts)}]}
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -192,8 +176,8 @@ def content(*parts):
         "a\0b",
     ],
 )
-def test_urls_that_do_not_parse(server, url):
-    error = error_of(server, **content({"type": "image_url", "image_url": {"url": url}}))
+def test_urls_that_do_not_parse(server, error_of, url):
+    error = error_of(server, {"type": "image_url", "image_url": {"url": url}})
     assert error["param"] == "messages[0].content[0]"
 
 
@@ -219,17 +203,15 @@ class Odd(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_what_allowed_hosts_may_reply(serving):
+def test_what_allowed_hosts_may_reply(serving, error_of):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as host:
         host.daemon_threads = True
         threading.Thread(target=host.serve_forever).start()
         url = f"http://127.0.0.1:{host.server_port}"
         try:
-            with serving(media=MediaLimits(hosts=["127.0.0.1"], fetch_seconds=8.0)) as server:
+            with serving(media=MediaLimits(hosts=["127.0.0.1"], fetch_seconds=4.0)) as server:
                 for path in ("/bad", "/cut", "/many", "/slow"):
-                    error = error_of(
-                        server, **content({"type": "image_url", "image_url": {"url": url + path}})
-                    )
+                    error = error_of(server, {"type": "image_url", "image_url": {"url": url + path}})
                     assert "cannot be fetched" in error["message"]
                 for path in ("/a bü.png", "/a%20b%C3%BC.png"):
                     assert look(server.client, url + path).usage.completion_tokens == 2

@@ -75,15 +75,6 @@ def test_nothing_is_unpickled_while_a_model_is_loaded(tiny, tmp_path, monkeypatc
         load_model(tmp_path, hub=False)
 
 
-def error_of(server, **fields):
-    body = {"messages": ASK, "max_tokens": 2, **fields}
-    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=100)
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert error["type"] == "invalid_request_error" and "function-after" not in error["message"]
-    return error
-
-
 def content(*parts):
     return {"messages": [{"role": "user", "content": list(parts)}]}
 
@@ -116,7 +107,7 @@ def content(*parts):
         ({"generation_config": '{"top_k": -5}'}, "generation_config.top_k", "greater than"),
     ],
 )
-def test_an_error_names_the_field(server, fields, param, said):
+def test_an_error_names_the_field(server, error_of, fields, param, said):
     error = error_of(server, **fields)
     assert error["param"] == param and said in error["message"] and error["message"].startswith(param)
 

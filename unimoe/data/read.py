@@ -6,8 +6,8 @@ file.parquet     rows, also .arrow                                -> Sample(sour
 shard.tar        000.json 000.jpg ..., a WebDataset shard         -> Sample(source="shard.tar:000")
 set-{00..09}.tar, set-*.parquet, a folder of either, a folder from Dataset.save_to_disk: several files
 
-The format is told by content, the encoding of text (UTF-8, UTF-16, UTF-32, with or without byte order marks)
-too.
+The format is detected from the content, as is the encoding of text (UTF-8, UTF-16, UTF-32, with or without
+byte order marks).
 """
 
 import glob

@@ -88,7 +88,7 @@ class InputAudio(BaseModel):
     data: str
     """Base64 of a whole file."""
     format: str = "wav"
-    """Ignored: the format is told by content."""
+    """Ignored: the format is detected from the content."""
 
 
 class TextPart(BaseModel):
