@@ -42,7 +42,7 @@ class ModalityRouter(TopK):
     """
 
     knobs = (*Router.knobs, "k")
-    rows = ()
+    expert_rows = ()
 
     def __init__(
         self,

@@ -20,13 +20,13 @@ def expert_rows(layer: MoELayer) -> dict[str, Tensor]:
         UserError: a router or experts that are not made of such rows.
     """
     router, experts = layer.router, layer.experts
-    if not router.rows:
+    if not router.expert_rows:
         raise UserError(f"layer {layer.layer_index}: {type(router).__name__} has no row for each expert")
     if experts.indivisible:
         raise UserError(f"layer {layer.layer_index}: {type(experts).__name__} {experts.indivisible}")
     names = [f"experts.{name}" for name, _ in experts.named_parameters()]
     tensors = layer.state_dict()
-    names += [name for one in router.rows if (name := f"router.{one}") in tensors]
+    names += [name for one in router.expert_rows if (name := f"router.{one}") in tensors]
     return {name: tensors[name][: layer.num_experts] for name in names}
 
 
