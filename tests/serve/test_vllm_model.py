@@ -29,6 +29,8 @@ from unimoe.media.video import write_video  # noqa: E402
 from unimoe.model.loading import load_model  # noqa: E402
 from unimoe.testing import AUDIO, IMAGE, SPEECH, VIDEO, save_tiny_llm, tiny_model  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 MEDIA = {"image": IMAGE, "video": VIDEO, "speech": SPEECH, "audio": AUDIO}
 TOP_K = {"placement": [1], "shared": {"count": 1}, "experts": {"slices": 2}, "router": {"k": 3}}
 TOP_P = {"placement": "all", "router": {"kind": "top_p", "p": 0.5, "init_std": 0.5, "null_experts": 1}}
