@@ -260,7 +260,7 @@ void ffn_backward(const Tensor& x, const Maybe& token, Bounds bounds, const std:
 
 constexpr int64_t kBlock = 12;            // rows of a weight matrix that a thread takes at a time
 constexpr int64_t kColumns = 16;          // rows of x that are multiplied with them
-constexpr int64_t kWorthAThread = 32768;  // weights: fewer are read sooner than a second thread wakes
+constexpr int64_t kWorthAThread = 131072; // weights: fewer are read sooner than a second thread wakes
 
 // A stack of weight matrices [E, P, K], or one [P, K], and how its rows are multiplied. It comes as a list, since a
 // packed form takes several tensors (planes, scales): such a form is another branch here and other products.
