@@ -282,8 +282,9 @@ def table() -> str:
         lines.append(f"| {' | '.join(' '.join(cell.split()) for cell in cells)} |")
     lines += [
         "",
-        "Minutes of a finished experiment are those of its cells on the machine that ran it; those of the"
-        ' others are estimates for one free core. `make bench ARGS="zoo --only NAME"` runs one, and resumes.',
+        "Minutes of a finished experiment are the time of its cells on a machine shared with other work;"
+        " those of the others are estimates for one free core."
+        ' `make bench ARGS="zoo --only NAME"` runs one, and resumes.',
         "",
         "Statistics: `loss` is the mean held-out loss in bits per byte, `first_max_over_mean` the load of the"
         " fullest expert over the mean in the first MoE layer, `information` the mutual information of a"
