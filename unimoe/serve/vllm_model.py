@@ -58,7 +58,10 @@ class UniMoeForVllm(MoEMixin, CausalMixin, SupportsMultiModal):
             if isinstance(layer, MoELayer):
                 SlotMoELayer.convert(layer, self.text_config.num_experts_per_tok)
                 self.text_config.moe_intermediate_size = layer.experts.down_proj.shape[2]
-        super().recursive_replace()
+        if self.config.moe:
+            super().recursive_replace()
+        else:  # vLLM has no group of processes for the experts of a dense model
+            super(MoEMixin, self).recursive_replace()
         self.model._modules.update(kept)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

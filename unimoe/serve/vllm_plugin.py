@@ -75,7 +75,6 @@ def publish_experts(config: Any) -> None:
     if getattr(text, "logits_scaling", 1) != 1:
         raise UserError(f"vLLM cannot serve an LLM of type {text.model_type!r}, which scales its logits")
     if not config.moe:
-        text.num_experts_per_tok = getattr(text, "num_experts_per_tok", 1)
         return
     act = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", "silu")
     if act not in ("silu", "swish"):
