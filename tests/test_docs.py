@@ -97,6 +97,7 @@ def place(tmp_path_factory, tiny_folder, tiny_detector_folder):
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_folder, place / "runs/demo/moe")
     shutil.copytree(tiny_folder, place / "runs/mine")
+    shutil.copytree(tiny_folder, place / "runs/hosted")
     shutil.copytree(tiny_detector_folder, place / "runs/demo-detection/base")
     written = ROOT / "tests/fixtures/written_by_0_1"  # a continual run, and the LLM that it names
     shutil.copytree(written / "continual", place / "runs/continual/all/dymoe-0")

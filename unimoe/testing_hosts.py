@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers as hf
+import transformers
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from unimoe.model.llm import byte_tokenizer
 
+hf: Any = transformers  # whose processors are typed for one version
 TEMPLATE = (
     "{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}}\n{{% for c in m['content'] %}}"
     "{{% if c['type'] == 'image' %}}{image}{{% elif c['type'] == 'video' %}}{video}"
@@ -333,7 +334,9 @@ def inputs(processor: Any, *conversations: list[dict[str, Any]]) -> dict[str, An
         media["video"] += [part["video"] for part in parts if part["type"] == "video"]
         media["audio"] += [part["audio"] for part in parts if part["type"] == "audio"]
     names = {"image": "images", "video": "videos", "audio": "audio"}
-    given = {names[one]: items for one, items in media.items() if any(len(item) for item in items)}
+    given: dict[str, Any] = {
+        names[one]: items for one, items in media.items() if any(len(item) for item in items)
+    }
     if "audio" in given:
         given["sampling_rate"] = 16000
     return dict(processor(text=texts, padding=True, return_tensors="pt", **given))

@@ -14,6 +14,7 @@ parameter                   on the command line
 ``image: list[str] = []``   ``--image A [B ...]``, may be given again
 ``Literal["a", "b"]``       one of the values
 ``X | None``                as ``X``
+``moe: Sequence[str]``      ``--moe KEY=VALUE [...]`` or ``--moe.KEY VALUE``
 ==========================  ==================================================
 """
 
@@ -26,7 +27,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -161,7 +162,7 @@ def _dispatch(args: list[str]) -> int:
     if VERBS[name].raw:
         function(args)
         return 0
-    given = vars(build_parser(name, function).parse_args(_join_dotted(rest, function)))
+    given = vars(build_parser(name, function).parse_args(rest))
     leading = [given.pop(word) for word in _positional_only(function) if word in given]
     status = function(*leading, **given)
     return status if isinstance(status, int) else 0
@@ -204,6 +205,7 @@ def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPa
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
     short = VERBS[name].short if name in VERBS else {}
     for parameter in inspect.signature(function).parameters.values():
@@ -231,13 +233,13 @@ def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPa
     return parser
 
 
-def _join_dotted(args: list[str], function: Callable[..., Any]) -> list[str]:
+def _join_dotted(args: Sequence[str], parameters: Iterable[str]) -> list[str]:
     """``--moe.preset NAME`` as ``--moe preset=NAME``, for parameters that take ``KEY=VALUE``."""
     joined: list[str] = []
     rest = list(args)
     while rest:
         flag, dot, key = rest.pop(0).partition(".")
-        if not dot or not flag.startswith("--") or flag[2:] not in inspect.signature(function).parameters:
+        if not dot or not flag.startswith("--") or flag[2:] not in parameters:
             joined.append(flag + dot + key)
             continue
         if "=" not in key and rest:
@@ -252,6 +254,12 @@ def _positional_only(function: Callable[..., Any]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
+    parameters: Iterable[str] = ()
+    """Of the verb's function."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return super().parse_args(_join_dotted(args or (), self.parameters), namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 

@@ -202,7 +202,7 @@ def _read_type(path: Path, found: str, expected: str) -> Any:
 
 
 def open_processor(model: str) -> UniMoeProcessor:
-    """The processor of a finished stage's folder, or one around the tokenizer of an LLM.
+    """The processor of a finished stage's or a stock model's folder, or one around the tokenizer of an LLM.
 
     ``model`` may also be ``default`` or a hub id. For an LLM alone each media item is one token.
 
@@ -210,6 +210,8 @@ def open_processor(model: str) -> UniMoeProcessor:
         UserError: there is no processor and no tokenizer.
     """
     try:
+        if (Path(model) / "config.json").is_file() and _read_type(Path(model), model, "") in STOCK_TYPES:
+            return HostProcessor.from_pretrained(model, local_files_only=True)  # type: ignore[return-value]
         if (Path(model) / "processor_config.json").is_file():
             return UniMoeProcessor.from_pretrained(model, local_files_only=True)
         tokenizer: Any = AutoTokenizer.from_pretrained(str(resolve_part(model, "llm")))
