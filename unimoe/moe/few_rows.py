@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden, N (token, expert) pairs sorted by expert.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,8 +64,8 @@ class FewRowsMoELayer(MoELayer):
     """An MoE layer with a plain :class:`TopK` router; router and experts of few tokens are one operator."""
 
     def forward_routed(self, x_TD: Tensor) -> tuple[Routing, Tensor]:
-        router, experts = self.router, self.experts
-        assert isinstance(router, TopK) and isinstance(experts, SwiGLUExperts)
+        router: Any = self.router  # a TopK
+        experts: Any = self.experts  # SwiGLUExperts
         if self.training or not kernel.few(x_TD, router.weight, experts.gate_up_proj, experts.down_proj):
             return super().forward_routed(x_TD)
         late = router.gating == "topk_softmax"
