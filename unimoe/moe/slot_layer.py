@@ -5,6 +5,8 @@ Any routing fits: slots that a token does not need hold experts with weight 0.
 Shapes: T tokens, D hidden, E experts, K slots of a token.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,8 @@ class SlotMoELayer(MoELayer):
     """K."""
 
     @classmethod
-    def convert(cls, layer: MoELayer, slots: int) -> None:
-        """Make ``layer`` one of these, in place; its ``experts`` are the caller's to replace."""
+    def convert(cls, layer: Any, slots: int) -> None:
+        """Make a :class:`MoELayer` one of these, in place; its ``experts`` are the caller's to replace."""
         layer.__class__ = cls
         layer.slots = slots
 

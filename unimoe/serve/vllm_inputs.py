@@ -5,6 +5,8 @@ vLLM knows ``image``, ``video`` and ``audio``. The renderer divides ``audio`` as
 ``input_audio`` is speech, ``audio_url`` is other audio, where the model takes both.
 """
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any
@@ -13,24 +15,18 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
-from vllm.multimodal.inputs import MultiModalFieldConfig  # pyright: ignore[reportMissingImports]
-from vllm.multimodal.media.base import MediaWithBytes  # pyright: ignore[reportMissingImports]
-from vllm.multimodal.parse import (  # pyright: ignore[reportMissingImports]
-    MultiModalDataParser,
-    ProcessorBatchItems,
-)
-from vllm.multimodal.processing import (  # pyright: ignore[reportMissingImports]
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.media.base import MediaWithBytes
+from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
+from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
     PromptReplacement,
 )
-from vllm.renderers.chat_utils import (  # pyright: ignore[reportMissingImports]
-    parse_chat_messages,
-    parse_chat_messages_async,
-)
-from vllm.renderers.hf import HfRenderer  # pyright: ignore[reportMissingImports]
+from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
+from vllm.renderers.hf import HfRenderer
 
 from unimoe.errors import UserError
 from unimoe.media.source import Part

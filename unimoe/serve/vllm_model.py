@@ -7,22 +7,20 @@ connectors stay as they are.
 Shapes: T tokens of all running requests, D hidden, M encoder items, N media tokens of an item, V vocabulary.
 """
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models.interfaces import SupportsMultiModal  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.transformers.causal import (  # pyright: ignore[reportMissingImports]
-    CausalMixin,
-)
-from vllm.model_executor.models.transformers.moe import MoEMixin  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.utils import (  # pyright: ignore[reportMissingImports]
-    _merge_multimodal_embeddings,
-)
-from vllm.multimodal import MULTIMODAL_REGISTRY  # pyright: ignore[reportMissingImports]
-from vllm.sequence import IntermediateTensors  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.transformers.causal import CausalMixin
+from vllm.model_executor.models.transformers.moe import MoEMixin
+from vllm.model_executor.models.utils import _merge_multimodal_embeddings
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
 
 from unimoe.model.configuration import MEDIA_INPUTS, PLACEHOLDERS
 from unimoe.moe.layer import MoELayer
@@ -57,7 +55,8 @@ class UniMoeForVllm(MoEMixin, CausalMixin, SupportsMultiModal):
         for layer in self.model.modules():
             if isinstance(layer, MoELayer):
                 SlotMoELayer.convert(layer, self.text_config.num_experts_per_tok)
-                self.text_config.moe_intermediate_size = layer.experts.down_proj.shape[2]
+                down_proj: Any = layer.experts.down_proj
+                self.text_config.moe_intermediate_size = down_proj.shape[2]
         if self.config.moe:
             super().recursive_replace()
         else:  # vLLM has no group of processes for the experts of a dense model

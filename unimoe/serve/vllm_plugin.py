@@ -8,6 +8,8 @@ vllm_inputs.py  from requests to token ids and encoder inputs, by our processor
 Written for vLLM 0.32.
 """
 
+# pyright: reportMissingImports=false
+
 import logging
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -87,7 +89,7 @@ def publish_experts(config: Any) -> None:
     text.num_experts_per_tok = slots_per_token(moe, text.num_hidden_layers)
 
 
-def refuse(settings: Mapping[str, Any], chat_template: str) -> None:
+def refuse(settings: Mapping[str, Any], chat_template: Any) -> None:
     """Raises a UserError for settings of a request that would have no effect on its prompt."""
     if settings.get("chat_template") not in (None, chat_template):
         raise UserError("every request is rendered with the chat template of the model's folder")
