@@ -478,7 +478,7 @@ def run_case(
     rows, floor = [], 1.0
     print(f"\n{op} {shape} T={T} {routing} {width}")
     print(f"{'':42}{'median ms':>10}{'quartiles':>18}{'x floor':>9}{'saved MiB':>11}")
-    phases = PHASES[:1] if op == "moe_layer" else phases
+    phases = list(PHASES[:1]) if op == "moe_layer" else phases
     for phase, name, ms, saved in measure(case, phases, device, seconds):
         median = statistics.median(ms)
         floor = median if name == "floor" else floor
