@@ -133,7 +133,7 @@ def check_expressible(model: UniMoeForConditionalGeneration) -> Mixture | None:
     """
     if model.config.rope_sections:
         raise _inexpressible("positions of three axes (rope_sections)")
-    decoder = model.model.language_model
+    decoder: Any = model.model.language_model
     for layer in decoder.layers:
         parts = {type(layer): LlamaDecoderLayer}
         if type(layer) is LlamaDecoderLayer:
@@ -143,7 +143,7 @@ def check_expressible(model: UniMoeForConditionalGeneration) -> Mixture | None:
         for found, expected in parts.items():
             if found is not expected:
                 raise _inexpressible(f"blocks with {found.__name__}; it expects LLaMA's {expected.__name__}")
-    text = model.config.text_config
+    text: Any = model.config.text_config
     biased = text.attention_bias or text.mlp_bias or model.lm_head.bias is not None
     if biased:
         raise _inexpressible("biases of linear layers")
@@ -197,7 +197,7 @@ def _settings(mixture: Mixture) -> tuple:
     return *chosen, *grouped, mixture.width, mixture.shared, mixture.scale
 
 
-def _check_rotary(model: UniMoeForConditionalGeneration, arch: str) -> None:
+def _check_rotary(model: Any, arch: str) -> None:
     rotary: Any = model.model.language_model.rotary_emb
     if arch != "llama" and _frequency_factors(model) is not None:
         raise _inexpressible(f"scaled rotary positions ({rotary.rope_type}) beside a mixture in some layers")
@@ -205,7 +205,7 @@ def _check_rotary(model: UniMoeForConditionalGeneration, arch: str) -> None:
         raise _inexpressible(f"rotary positions of type {rotary.rope_type}")
 
 
-def _frequency_factors(model: UniMoeForConditionalGeneration) -> Tensor | None:
+def _frequency_factors(model: Any) -> Tensor | None:
     """[head / 2] plain rotary frequencies over the model's own; None where these are plain."""
     text, rotary = model.config.text_config, model.model.language_model.rotary_emb
     width = text.head_dim
@@ -259,7 +259,7 @@ def _add_settings(writer: Any, text: Any, mixture: Mixture | None, arch: str, ty
         writer.add_expert_group_used_count(router.top_groups)
 
 
-def _add_vocabulary(writer: Any, tokenizer: Any, model: UniMoeForConditionalGeneration) -> None:
+def _add_vocabulary(writer: Any, tokenizer: Any, model: Any) -> None:
     """What stock llama.cpp needs to read and write text; tokens alone where it cannot cut text as we do."""
     rows = model.config.text_config.vocab_size
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -310,7 +310,7 @@ Named = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 """A tensor of the file: its name, its shape, and a function that makes it."""
 
 
-def _tensors(model: UniMoeForConditionalGeneration, mixture: Mixture | None, arch: str) -> Iterator[Named]:
+def _tensors(model: Any, mixture: Mixture | None, arch: str) -> Iterator[Named]:
     decoder: Any = model.model.language_model
     text = model.config.text_config
     yield _plain("token_embd.weight", decoder.embed_tokens.weight)
@@ -357,7 +357,8 @@ def _mixture_tensors(block: str, layer: MoELayer, mixture: Mixture, arch: str) -
     yield f"{block}.ffn_down_exps.weight", outer, lambda: stacked(down)
     if arch == "llama":
         return
-    shared, total = layer.shared, mixture.shared or _ZEROS
+    shared: Any = layer.shared
+    total = mixture.shared or _ZEROS
 
     def side_by_side(up: bool) -> Tensor:
         """All shared experts as one FFN: [S I, D]."""
@@ -389,6 +390,7 @@ def _type_of(name: str, shape: tuple[int, ...], type: GGUFType) -> Any:
     import gguf
 
     wanted = gguf.GGMLQuantizationType[type.upper()]
+    row = shape[-1]
     small = len(shape) < 2 or "ffn_gate_inp" in name
-    fits = shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
+    fits = row % gguf.GGML_QUANT_SIZES[wanted][0] == 0
     return gguf.GGMLQuantizationType.F32 if small or not fits else wanted

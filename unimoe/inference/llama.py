@@ -57,7 +57,7 @@ class LlamaModel(UniMoePreTrainedModel, GenerationMixin):
         Raises:
             UserError: llama.cpp cannot load it, or it does not fit this model's configuration.
         """
-        text = self.config.text_config
+        text: Any = self.config.text_config
         self.file = file
         self.llama = Llama(file, rows, rows * text.max_position_embeddings)
         found = self.llama.vocab_size, self.llama.hidden_size

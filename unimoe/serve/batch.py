@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from unimoe.model.host import logits_to_keep
-from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.modeling import UniMoeForConditionalGeneration, UniMoePreTrainedModel
 from unimoe.model.utils import to_device
 
 P = TypeVar("P", bound="Prefill")
@@ -60,7 +60,7 @@ class Decoder(Protocol[P]):
         ...
 
 
-def can_batch(model: UniMoeForConditionalGeneration) -> bool:
+def can_batch(model: UniMoePreTrainedModel) -> bool:
     """Whether every layer has a plain cache, in which rows can be padded (no window, no recurrence)."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
