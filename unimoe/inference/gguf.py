@@ -41,7 +41,7 @@ from unimoe.moe.routers.top_k import TopK
 log = logging.getLogger(__name__)
 
 GGUFType = Literal["q8_0", "f16", "f32"]
-"""Types of the weights that were measured as right (docs/talk.md); norms and routers are always float32."""
+"""Types of the weights that were measured as right (docs/serve.md); norms and routers are always float32."""
 
 SOURCE = "unimoe.source"
 """Metadata key: the hash of the model that the file was made of (:func:`source_hash`)."""
