@@ -39,7 +39,7 @@ def test_every_operation_is_measured_and_written(bench, routing, tmp_path, capsy
     )
     rows = json.loads(file.read_text())
     assert all(list(row) == list(bench.COLUMNS) for row in rows)
-    assert {row["op"] for row in rows} == {"experts", "lora_experts", "adapted_linear"}
+    assert {row["op"] for row in rows} == {"experts", "moe_layer", "lora_experts", "adapted_linear"}
     for phase in bench.PHASES:
         names = {row["impl"] for row in rows if row["op"] == "experts" and row["phase"] == phase}
         assert names >= {"floor", "unimoe", "transformers eager", "transformers grouped_mm"}

@@ -218,10 +218,22 @@ def test_the_custom_ops_keep_their_contract(tokens, weighted):
     x, *token, offsets, gate_up, down, weight = (arg.detach() for arg in case([3, 0, 2], tokens))
     token, weight = token[0] if token else None, weight if weighted else None
     checks = ("test_schema", "test_faketensor")
-    forward = (x, token, offsets, gate_up, down, weight, True)
+    forward = (x, token, offsets, gate_up, down, weight, True, "silu")
     torch.library.opcheck(triton_swiglu._forward, forward, test_utils=checks)
     y, h, *routing = triton_swiglu._forward(*forward)
-    backward = (y, x, gate_up, down, weight, h, token, offsets, *routing, [True, False, True, weighted])
+    backward = (
+        y,
+        x,
+        gate_up,
+        down,
+        weight,
+        h,
+        token,
+        offsets,
+        *routing,
+        [True, False, True, weighted],
+        "silu",
+    )
     torch.library.opcheck(triton_swiglu._backward, backward, test_utils=checks)
 
 

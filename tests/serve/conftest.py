@@ -13,6 +13,7 @@ import uvicorn
 
 from unimoe.inference.gguf import source_hash, write_gguf
 from unimoe.inference.llama import load_llama
+from unimoe.model.loading import load_model
 from unimoe.serve.app import ServerConfig, build_app
 from unimoe.serve.connections import uvicorn_config
 from unimoe.testing import IMAGE, SPEECH, VIDEO, tiny_model
@@ -36,7 +37,8 @@ def in_llama(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     for part in tiny:
         part.save_pretrained(folder)
-    write_gguf(tiny[0], tiny[1].tokenizer, folder / "m.gguf", "f32", source_hash(folder))
+    model, processor = load_model(str(folder), device="cpu")  # a server decodes with ``tiny`` all the while
+    write_gguf(model, processor.tokenizer, folder / "m.gguf", "f32", source_hash(folder))
     model, processor = load_llama(str(folder), gguf=folder / "m.gguf", rows=8, device="cpu")
     model.generation_config.eos_token_id = None
     yield model, processor
@@ -67,7 +69,10 @@ def serving(served):
                 yield SimpleNamespace(url=url, client=client, service=app.state.service)
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(60)
+            if thread.is_alive():
+                state, server.force_exit = server.server_state, True
+                pytest.fail(f"the server waits for {state.connections} and {state.tasks}")
 
     return run
 

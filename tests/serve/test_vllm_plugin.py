@@ -60,6 +60,7 @@ def test_experts_are_published_where_vllm_looks(config):
 
 
 def test_a_ragged_router_gets_a_slot_for_every_expert(config):
+    config = changed(config)
     publish_experts(config)
     assert (config.text_config.num_experts, config.text_config.num_experts_per_tok) == (4, 4)
 

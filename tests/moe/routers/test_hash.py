@@ -2,12 +2,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from unimoe.errors import UserError
 from unimoe.moe import Context, HashRouter, MoELayer, RouterDescription, slice_experts
+from unimoe.moe.routers.base import Router
 
 
 def test_a_token_id_decides_and_the_weights_are_learned():
@@ -39,7 +39,7 @@ def test_exact_slices_of_whole_copies_are_the_dense_ffn():
     torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-9)
 
 
-class Fed(nn.Module):
+class Fed(Router):
     """A router that is told the token ids."""
 
     def __init__(self, router, token_T):
