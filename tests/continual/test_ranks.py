@@ -62,16 +62,16 @@ def assert_same(one, other, weights=1e-5):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_processes_learn_as_one(config, command, tmp_path):
-    """Three samples a step, two for the one process and one for the other; 20 steps a task for the two
+    """Three samples a step, two for the one process and one for the other; 10 steps a task for the two
     strategies at the ends, with the base whole or divided, and 3 for those that do something of their own
     between tasks, or to the batches."""
     config["stream"]["tasks"] = config["stream"]["tasks"][:2]
-    config["training"] |= {"checkpoint_every": 20, "lr": 2e-3}
+    config["training"] |= {"checkpoint_every": 10, "lr": 2e-3}
     runs = []
     for name in ("dymoe", "lora", *HOOKS):
         ends = name in ("dymoe", "lora")
         for task in config["stream"]["tasks"]:
-            task["steps"] = 20 if ends else 3
+            task["steps"] = 10 if ends else 3
         config["training"] |= {"devices": 1}
         assert main(command(config, f"{name}-alone", "--strategy", name)) == 0
         for kind in ("ddp", "fsdp2") if ends else ("ddp",):
@@ -93,12 +93,12 @@ def test_two_processes_learn_as_one(config, command, tmp_path):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_process_that_is_killed_inside_a_task_is_started_again(kind, config, command, tmp_path):
     for task in config["stream"]["tasks"]:
-        task["steps"] = 20 if task["name"] == "twice" else 4
+        task["steps"] = 12 if task["name"] == "twice" else 4
     config["training"] |= {"checkpoint_every": 4, "devices": 2, "strategy": kind}
     command(config, "whole")
     run_together(2, RUN, f"{tmp_path / 'whole.yaml'}:dymoe:{tmp_path / 'whole'}")
     said = run_elastic(2, 1, KILLED, *command(config, "run", "--strategy", "dymoe"))
-    assert "resumes after step 8 of 20" in said[0], said
+    assert "resumes after step 8 of 12" in said[0], said
     assert_same(tmp_path / "run", tmp_path / "whole", weights=0)
 
 

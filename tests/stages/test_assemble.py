@@ -52,53 +52,6 @@ def test_specialists_may_become_experts_of_any_kind(manifest, expert_folder, tmp
     assert torch.allclose(found, load_expert(expert_folder).tensors["layers.0.gate_up_proj"], atol=1e-5)
 
 
-def test_the_rest_of_specialists_may_be_averaged(aligned, tmp_path):
-    """BAM from the base and a model that differs everywhere: experts are theirs, the rest is the mean."""
-    other, processor = load_model(aligned)
-    with torch.no_grad():
-        for parameter in other.model.language_model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    other.save_pretrained(tmp_path / "other")
-    processor.save_pretrained(tmp_path / "other")
-    slots = [{"from": "base"}, {"from": str(tmp_path / "other")}]
-    moe = {"attention": {"kv": "shared"}, "placement": [1]}
-    manifest = {"base": str(aligned), "experts": slots, "moe": moe, "average": True}
-    assemble(write(tmp_path / "m.yaml", **manifest), output=str(tmp_path / "bam"))
-    own, found = load_model(aligned)[0], load_model(tmp_path / "bam")[0]
-    decoders: list[Any] = [one.model.language_model for one in (own, other, found)]
-    for layer in (0, 1):
-        weights = [one.layers[layer].input_layernorm.weight for one in decoders]
-        torch.testing.assert_close(weights[2], (weights[0] + weights[1]) / 2)
-    experts = decoders[2].layers[1].mlp.experts
-    for slot in (0, 1):
-        assert torch.equal(experts.down_proj[slot], decoders[slot].layers[1].mlp.down_proj.weight)
-    attention = decoders[2].layers[1].self_attn
-    width = decoders[0].layers[1].self_attn.q_proj.weight.shape[0]
-    assert attention.attention.q_proj.weight.shape[0] == 2 * width
-    keys = [one.layers[1].self_attn.k_proj.weight for one in decoders[:2]]
-    torch.testing.assert_close(attention.attention.k_proj.weight, (keys[0] + keys[1]) / 2)
-
-
-def test_units_are_dealt_out_by_what_was_measured(aligned, world, tmp_path):
-    """With all experts and gates of zero, any order of the units is the dense model."""
-    moe = {"preset": "sparse_unified", "router": {"k": 8, "init_std": 0.0}, "experts": {"slices": 8}}
-    manifest = {"base": str(aligned), "experts": 1, "moe": moe}
-    data = str(world / "train.jsonl")
-    for name, more in {"weights": {}, "measured": {"importance": data}}.items():
-        assemble(write(tmp_path / "m.yaml", **manifest, **more), output=str(tmp_path / name))
-    models = [
-        load_model(folder)[0].eval() for folder in (aligned, tmp_path / "weights", tmp_path / "measured")
-    ]
-    dense, *others = (model(IDS).logits for model in models)
-    for logits in others:
-        torch.testing.assert_close(logits, dense, rtol=1e-4, atol=1e-4)
-    downs = [moe_layers(model)[0].experts.down_proj for model in models[1:]]
-    assert not torch.equal(*downs)
-    manifest |= {"moe": {}, "experts": 2}
-    with pytest.raises(UserError, match="found experts of kind swiglu, expected importance; leave it out"):
-        assemble(write(tmp_path / "m.yaml", **manifest, importance=data), output=str(tmp_path / "no"))
-
-
 def test_copies_answer_as_the_dense_model(aligned, tmp_path):
     assemble(write(tmp_path / "m.yaml", base=str(aligned), experts=4), output=str(tmp_path / "moe"))
     dense, sparse = load_model(aligned)[0].eval(), load_model(tmp_path / "moe")[0].eval()
