@@ -70,8 +70,8 @@ def serving(served):
         finally:
             server.should_exit = True
             thread.join(20)
-            # At the end of a long session uvicorn sometimes never ends its shutdown, with no connection and no
-            # task left; a server in a process of its own (test_command.py) does.
+            # At the end of a long session uvicorn sometimes does not end its shutdown, with no connection and
+            # no task left; a server in a process of its own (test_command.py) does.
             server.force_exit = True
 
     return run
