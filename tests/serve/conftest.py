@@ -59,7 +59,7 @@ def serving(served):
     def run(parts: Any = served, **settings: Any):
         app = build_app(*parts, ServerConfig(**{"name": "tiny", **settings}))
         server = uvicorn.Server(uvicorn_config(app, port=0, log_level="warning"))
-        thread = threading.Thread(target=server.run, daemon=True)
+        thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started:
             time.sleep(0.01)
@@ -69,10 +69,7 @@ def serving(served):
                 yield SimpleNamespace(url=url, client=client, service=app.state.service)
         finally:
             server.should_exit = True
-            thread.join(20)
-            # At the end of a long session uvicorn sometimes does not end its shutdown, with no connection and
-            # no task left; a server in a process of its own (test_command.py) does.
-            server.force_exit = True
+            thread.join()
 
     return run
 

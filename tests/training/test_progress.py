@@ -26,7 +26,7 @@ def test_lines_at_the_first_and_last_step_and_every_ten_seconds(monkeypatch, cap
     """A run resumed after step 2 of 8; a step takes 4 s and two batches of 10 images each, of loss 0.5 + 1.5,
     which Lightning halves."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     trainer = SimpleNamespace(global_step=2, max_steps=8, accumulate_grad_batches=2)
     module = SimpleNamespace(batch_amount=len, batch_unit="images")
     callback = PlainProgress("tiny", every_seconds=10.0)
