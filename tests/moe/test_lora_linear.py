@@ -1,26 +1,10 @@
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
 
 from unimoe.continual.router import CosineTopK
 from unimoe.moe import Context, Routing, record
 from unimoe.moe.adapt import adapt
 from unimoe.moe.lora_linear import LoRALinear, adapter_size, plain_rank
-
-
-def decoder(layers=2, hidden=16):
-    torch.manual_seed(0)
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=hidden,
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-        )
-    )
 
 
 def routed(banks=2, experts=4, rank=2, k=4, inputs=8, outputs=6):
@@ -77,7 +61,7 @@ def test_concatenating_banks_changes_nothing():
     torch.testing.assert_close(two(x), one(x), rtol=1e-6, atol=1e-6)
 
 
-def test_routing_is_recorded_under_the_name_of_the_projection():
+def test_routing_is_recorded_under_the_name_of_the_projection(decoder):
     layers = adapt(decoder(), ["v_proj"])
     for layer in layers.values():
         layer.router = CosineTopK(layer.in_features, 2, temperature=0.1)
