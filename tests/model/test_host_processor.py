@@ -7,7 +7,8 @@ from unimoe.data import Collator, Sample
 from unimoe.errors import UserError
 from unimoe.model.chat_template import BREAK
 from unimoe.model.configuration import IGNORED
-from unimoe.model.host_processor import HostProcessor, join
+from unimoe.model.host_processor import HostProcessor
+from unimoe.model.inputs import cat_padded
 from unimoe.testing_hosts import FAMILIES, inputs, question
 
 CHAT = [name for name in FAMILIES if name != "paligemma"]  # a base model, without a chat template
@@ -99,5 +100,5 @@ def test_templates_that_drop_an_answer_are_refused():
 
 
 def test_items_of_several_rows_are_padded_to_the_largest():
-    joined = join([torch.ones(1, 2), torch.ones(2, 3)])
+    joined = cat_padded([torch.ones(1, 2), torch.ones(2, 3)])
     assert joined.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]

@@ -39,7 +39,7 @@ from .chat_template import (
     tokenize,
     unmark,
 )
-from .inputs import EncodedConversation, EncoderInputs
+from .inputs import EncodedConversation, EncoderInputs, cat_padded
 
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}
 """What a processor calls the media of each modality."""
@@ -172,7 +172,7 @@ class HostProcessor:
                 ]
                 batch[name] = pad_sequence(kinds, True, 0, side)
             else:
-                batch[name] = join([item for row in encoded for item in row["media"].get(name, [])])
+                batch[name] = cat_padded([item for row in encoded for item in row["media"].get(name, [])])
         return BatchFeature(batch)
 
     @property
@@ -301,14 +301,3 @@ class _Encoded(BatchEncoding):
 def is_of_tokens(name: str) -> bool:
     """Whether an input has an entry for each token, not for each media item."""
     return name.endswith("token_type_ids")
-
-
-def join(items: Sequence[Tensor]) -> Tensor:
-    """[M, ...]: inputs of several rows behind one another, padded with zeros at the end of all other axes."""
-    shape = [max(sizes) for sizes in zip(*(item.shape[1:] for item in items), strict=True)]
-    joined = items[0].new_zeros(sum(map(len, items)), *shape)
-    start = 0
-    for item in items:
-        joined[(slice(start, start + len(item)), *map(slice, item.shape[1:]))] = item
-        start += len(item)
-    return joined

@@ -7,7 +7,7 @@ item, D encoder width, F frames.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict, TypeVar
 
@@ -108,3 +108,19 @@ def takes_media(forward: F) -> F:
     ]
     forward.__signature__ = signature.replace(parameters=[*named, *media, rest])  # type: ignore[attr-defined]
     return forward
+
+
+def cat_padded(items: Sequence[Tensor]) -> Tensor:
+    """[M, ...]: inputs of several rows behind one another, padded with zeros at the end of all other axes."""
+    shape = [max(sizes) for sizes in zip(*(item.shape[1:] for item in items), strict=True)]
+    joined = items[0].new_zeros(sum(map(len, items)), *shape)
+    start = 0
+    for item in items:
+        joined[(slice(start, start + len(item)), *map(slice, item.shape[1:]))] = item
+        start += len(item)
+    return joined
+
+
+def stack_padded(items: Sequence[Tensor]) -> Tensor:
+    """[M, ...]: one tensor per item, padded with zeros at the end of each axis where lengths differ."""
+    return cat_padded([item[None] for item in items])

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
@@ -34,7 +33,7 @@ from .chat_template import (
     unmark,
 )
 from .configuration import MEDIA, PLACEHOLDERS
-from .inputs import EncodedConversation, EncoderInputs, Preprocessor
+from .inputs import EncodedConversation, EncoderInputs, Preprocessor, stack_padded
 from .media_arguments import as_parts, local_files
 from .preprocessing import PREPROCESSORS
 from .rope_3d import Span, row_positions
@@ -132,7 +131,7 @@ class UniMoeProcessor(ProcessorMixin):
             for name in preprocessor.outputs:
                 items = [item for row in encoded for item in row["media"].get(name, [])]
                 if items:
-                    batch[name] = stack(items)
+                    batch[name] = stack_padded(items)
         return BatchFeature(batch)
 
     def apply_chat_template(  # type: ignore[override]
@@ -335,12 +334,3 @@ def _log_ignored(settings: dict[str, Any]) -> None:
     ignored = [f"{name}={value!r}" for name, value in settings.items() if value and value != always.get(name)]
     if ignored:
         log.warning("the processor ignores %s", ", ".join(ignored))
-
-
-def stack(items: list[Tensor]) -> Tensor:
-    """Stack one tensor per item, padded with zeros at the end of each axis where they differ in length."""
-    shape = [max(sizes) for sizes in zip(*(item.shape for item in items), strict=True)]
-    stacked = items[0].new_zeros(len(items), *shape)
-    for row, item in zip(stacked, items, strict=True):
-        row[tuple(map(slice, item.shape))] = item
-    return stacked

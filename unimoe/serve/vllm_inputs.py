@@ -31,7 +31,8 @@ from vllm.renderers.hf import HfRenderer
 from unimoe.errors import UserError
 from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA, MEDIA_INPUTS, PLACEHOLDERS
-from unimoe.model.processing import SAMPLE_RATE, UniMoeProcessor, stack
+from unimoe.model.inputs import stack_padded
+from unimoe.model.processing import SAMPLE_RATE, UniMoeProcessor
 
 from .vllm_plugin import audio_modalities, divide_audio, plain_messages, refuse, with_list
 
@@ -142,7 +143,7 @@ class MediaProcessor(BaseMultiModalProcessor[MediaSettings]):
             preprocessor = self.info.processor.preprocessors[modality]
             for index, item in enumerate(items.data):
                 prepared = preprocessor(media_part(modality, item), f"{modality} {index + 1}")
-                inputs = {name: stack(tensors) for name, tensors in prepared.inputs.items()}
+                inputs = {name: stack_padded(tensors) for name, tensors in prepared.inputs.items()}
                 inputs[f"{modality}_tokens"] = torch.tensor(prepared.tokens)
                 for name, tensor in inputs.items():
                     fields.setdefault(name, []).append(tensor)
