@@ -74,7 +74,7 @@ class Mixture:
     def plain(self) -> bool:
         """Whether the architecture ``llama`` can hold it."""
         router = self.router
-        softmax = router.score == "softmax" and (router.gating == "topk_softmax" or router.renormalize)
+        softmax = router.late or (router.score == "softmax" and router.renormalize)
         return softmax and not self.shared and self.scale == 1 and router.bias is None and not router.groups
 
 
@@ -167,7 +167,7 @@ def _mixture(layer: MoELayer) -> Mixture:
         raise _inexpressible("a selection bias on logits (moe.router.bias)")
     if router.groups == "slices":
         raise _inexpressible("experts chosen by slice (moe.router.groups: slices)")
-    logits = router.score == "softmax" and router.gating == "topk_softmax" and router.bias is None
+    logits = router.late and router.bias is None
     if isinstance(router.groups, int) and logits:
         raise _inexpressible("groups chosen by logits (moe.router.gating: topk_softmax)")
     if isinstance(router.groups, int) and router.num_experts < 2 * router.groups:
@@ -251,8 +251,7 @@ def _add_settings(writer: Any, text: Any, mixture: Mixture | None, arch: str, ty
     writer.add_rope_freq_base_swa(text.rope_parameters["rope_theta"])
     writer.add_expert_shared_feed_forward_length(mixture.shared or _ZEROS)
     writer.add_uint32(f"{arch}.expert_gating_func", _GATING[router.score])
-    late = router.score == "softmax" and router.gating == "topk_softmax"
-    writer.add_expert_weights_norm(late or router.renormalize)
+    writer.add_expert_weights_norm(router.late or router.renormalize)
     writer.add_expert_weights_scale(mixture.scale)
     if isinstance(router.groups, int):
         writer.add_expert_group_count(router.groups)

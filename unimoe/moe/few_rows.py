@@ -68,14 +68,13 @@ class FewRowsMoELayer(MoELayer):
         experts: Any = self.experts  # SwiGLUExperts
         if self.training or not kernel.few(x_TD, router.weight, experts.gate_up_proj, experts.down_proj):
             return super().forward_routed(x_TD)
-        late = router.gating == "topk_softmax"
         y_TD, logits_TE, index_TK, weight_TK = kernel.moe(
             x_TD,
             router.weight,
             router.k,
             experts.gate_up_proj,
             experts.down_proj,
-            late=late,
+            late=router.late,
             renormalize=router.renormalize,
             scale=router.scale,
         )

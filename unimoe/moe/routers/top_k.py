@@ -120,18 +120,22 @@ class TopK(BiasedRouter):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @property
+    def late(self) -> bool:
+        """Whether the weights are the softmax over the selected logits, and so sum to 1."""
+        return self.score == "softmax" and self.gating == "topk_softmax"
+
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with without_autocast(x_TD):
             logits_TE = self.logits(x_TD, ctx)
             scores_TE = SCORES[self.score](logits_TE)
-            late = self.score == "softmax" and self.gating == "topk_softmax"
-            of_TE = logits_TE if late else scores_TE
+            of_TE = logits_TE if self.late else scores_TE
             if self.bias_on is None and self.groups is None:
                 kept_TK, index_TK = of_TE.topk(self.k, dim=-1)
             else:
                 index_TK = self._select(logits_TE, scores_TE, of_TE)
                 kept_TK = of_TE.gather(1, index_TK)
-            if late:
+            if self.late:
                 weight_TK = kept_TK.softmax(dim=-1)
             else:
                 weight_TK = divide_by_sum(kept_TK) if self.renormalize else kept_TK
