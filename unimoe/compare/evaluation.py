@@ -89,8 +89,8 @@ def evaluate(
             total, tokens = total + float(cross_entropy_sum(logits_SV, labels_S)), tokens + len(labels_S)
             row_S = (part["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
             wrong_S = (logits_SV.argmax(dim=-1) != labels_S).to(row_S.device)
-            rows += len(row_S.unique())
-            right += len(row_S.unique()) - len(row_S[wrong_S].unique())
+            answers = len(row_S.unique())
+            rows, right = rows + answers, right + answers - len(row_S[wrong_S].unique())
             if routing is not None and records:
                 routing.add(records, kind)
     return total / max(tokens, 1), right / max(rows, 1)

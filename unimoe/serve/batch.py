@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from unimoe.model.host import logits_to_keep
+from unimoe.model.host_loss import is_stock
 from unimoe.model.modeling import UniMoeForConditionalGeneration, UniMoePreTrainedModel
 from unimoe.model.utils import to_device
 
@@ -138,8 +139,7 @@ class RunningBatch:
 
     def prompt(self, inputs: Mapping[str, Any]) -> "Prompt | StockPrompt":
         """Encode the media of a prompt, a batch of one row."""
-        stock = not isinstance(self.model, UniMoeForConditionalGeneration)
-        return StockPrompt(self.model, inputs) if stock else Prompt(self.model, inputs)
+        return StockPrompt(self.model, inputs) if is_stock(self.model) else Prompt(self.model, inputs)
 
     def join(self, prompt: "Prompt | StockPrompt") -> None:
         """Add a row whose prompt is complete."""
