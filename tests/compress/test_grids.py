@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from unimoe.compress.grids import BITS, code_range, dequantise, fitted_scale, quantise_rtn, rounded
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_lie_on_the_grid_and_rounding_is_to_nearest(bits):
+    w = torch.randn(6, 64)
+    codes, scale = quantise_rtn(w, bits, 16)
+    least, most = code_range(bits)
+    assert codes.dtype == torch.int8 and scale.shape == (6, 4)
+    assert codes.min() >= least and codes.max() <= most
+    if bits > 1:
+        assert ((dequantise(codes, scale) - w).abs() <= scale.repeat_interleave(16, 1) / 2 + 1e-6).all()
+    else:
+        assert set(codes.unique().tolist()) == {-1, 1}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_on_the_grid_stay_as_they_are(bits):
+    once = rounded(torch.randn(4, 32), bits, 16)
+    torch.testing.assert_close(rounded(once, bits, 16), once)
+
+
+def test_more_bits_err_less():
+    w = torch.randn(16, 128)
+    errors = [(rounded(w, bits, 32) - w).norm().item() for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_fitted_scale_is_never_worse_than_the_spanning_one(bits):
+    w = torch.randn(32, 64)
+    scale = fitted_scale(w, bits)
+    least, most = code_range(bits)
+    codes = torch.where(w >= 0, 1.0, -1.0) if bits == 1 else (w / scale).round().clamp(least, most)
+    fitted = (codes * scale - w).square().sum(1)
+    assert (fitted <= (rounded(w, bits, 64) - w).square().sum(1) + 1e-5).all()
+
+
+def test_a_group_of_zeros_stays_zero():
+    assert rounded(torch.zeros(2, 32), 4, 16).eq(0).all()

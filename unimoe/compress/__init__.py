@@ -1,0 +1,1 @@
+"""What to do with a trained mixture of experts: smaller, faster, and what that costs."""

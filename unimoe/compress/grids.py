@@ -1,0 +1,77 @@
+"""Grids of 1, 2, 3, 4 or 8 bits with one scale per group of a row.
+
+A weight is stood for by ``code * scale``. Codes of b >= 2 bits are integers from -2^(b-1) to 2^(b-1) - 1; one
+bit is the sign, -1 or +1. The rounding to nearest itself is the reference of the packed kernels.
+
+Shapes: O outputs, K inputs, G groups of a row.
+"""
+
+import torch
+from torch import Tensor
+
+from unimoe.errors import UserError
+
+BITS = (1, 2, 3, 4, 8)
+
+
+def check_group(width: int, group: int, what: str) -> None:
+    """Raises UserError where rows of ``width`` weights cannot be cut into groups of ``group``."""
+    if group < 1 or width % group:
+        fits = [size for size in (128, 64, 32, 16) if width % size == 0]
+        raise UserError(f"--group {group} does not divide the {width} inputs of {what}; these do: {fits}")
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest code."""
+    return (-1, 1) if bits == 1 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+
+
+def encode(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest codes, as floats; ``scale`` broadcasts against ``w``."""
+    if bits == 1:
+        return torch.where(w >= 0, 1.0, -1.0)
+    return (w / scale).round_().clamp_(*code_range(bits))
+
+
+def quantise_rtn(w_OK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes [O, K] int8 and scales [O, G] float32 of plain rounding to nearest: the scale of a group spans
+    its largest weight; with one bit it is the mean absolute value."""
+    w = w_OK.float().unflatten(-1, (-1, group))
+    if bits == 1:
+        scale = w.abs().mean(-1, keepdim=True)
+    else:
+        scale = w.abs().amax(-1, keepdim=True) / code_range(bits)[1]
+    codes = encode(w, scale.clamp_min_(1e-12), bits)
+    return codes.to(torch.int8).flatten(-2), scale.squeeze(-1)
+
+
+def dequantise(codes_OK: Tensor, scale_OG: Tensor) -> Tensor:
+    """[O, K] weights in float32 that the codes stand for."""
+    groups = codes_OK.unflatten(-1, (scale_OG.shape[-1], -1))
+    return (groups * scale_OG[..., None]).flatten(-2)
+
+
+def rounded(w_OK: Tensor, bits: int, group: int) -> Tensor:
+    """The weights after rounding to nearest, in their own type."""
+    return dequantise(*quantise_rtn(w_OK.float(), bits, group)).to(w_OK.dtype)
+
+
+def fitted_scale(w: Tensor, bits: int, steps: int = 20) -> Tensor:
+    """[..., 1] the scale of each last dimension with the least squared error of rounding.
+
+    Tried are the ``steps`` shares from 1 down to about 0.4 of the scale that spans the largest weight, and
+    for each both signs: a negative scale has the longer end of the range on the side of the positive weights.
+    With one bit the mean of the absolute values is the optimum.
+    """
+    if bits == 1:
+        return w.abs().mean(-1, keepdim=True).clamp_min_(1e-12)
+    spanning = w.abs().amax(-1, keepdim=True).clamp_min_(1e-12) / code_range(bits)[1]
+    best = spanning.clone()
+    least = torch.full_like(best, torch.inf)
+    for step in range(steps):
+        for sign in (1, -1):
+            scale = spanning * (sign * (1 - 0.6 * step / steps))
+            error = (encode(w, scale, bits) * scale - w).square_().sum(-1, keepdim=True)
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+    return best
