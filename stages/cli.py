@@ -13,7 +13,9 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from unimoe.artifacts import write_model, write_result
+from unimoe.model.card import model_card, upcycled_from
 from unimoe.model.loading import find_any
+from unimoe.model.structure import host_moe
 from unimoe.moe.settings import merge
 from unimoe.training.lightning_cli import RunCLI, run_cli
 
@@ -82,7 +84,11 @@ class StageCLI(RunCLI):
             )
         else:
             keep_annealed(module.anneal, model, module.global_step - 1)
-            write_model(self.output, model, module.processor, record)
+            card, moe = None, host_moe(model)
+            if moe is not None:
+                base = upcycled_from(module.config.init_from or "")
+                card = model_card(model, base, moe, trained=f"stage {name}, {record.steps} steps")
+            write_model(self.output, model, module.processor, record, card)
         return record.metrics.get("val/loss", record.metrics.get("train/loss", float("nan")))
 
 

@@ -47,10 +47,7 @@ def _register_experts(module: Any) -> None:
 
 
 def _register_structure(module: Any) -> None:
-    from unimoe.model.structure import StructureConfig, StructureQuantizer
-
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING["unimoe"] = StructureConfig
-    module.AUTO_QUANTIZER_MAPPING["unimoe"] = StructureQuantizer
+    import unimoe.model.structure  # noqa: F401  it registers itself
 
 
 class _Register:

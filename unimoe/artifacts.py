@@ -66,15 +66,24 @@ def versions() -> dict[str, str]:
     return {"unimoe": __version__, "python": platform.python_version(), **found}
 
 
-def write_model(output: Path, model: PreTrainedModel, processor: Any, record: StageRecord):
+def write_model(
+    output: Path, model: PreTrainedModel, processor: Any, record: StageRecord, card: str | None = None
+):
     """Save a model and ``stage.json`` into ``output``, beside what is there.
 
-    ``processor``: the model's processor or tokenizer.
+    Args:
+        output: folder.
+        model: to save.
+        processor: the model's processor or tokenizer.
+        record: the content of ``stage.json``.
+        card: the content of ``README.md``, if it gets one.
     """
 
     def save(folder: Path):
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_result(output, save, record)
 

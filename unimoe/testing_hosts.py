@@ -145,6 +145,23 @@ def qwen3_vl() -> Built:
     return model(config), hf.Qwen3VLProcessor(images, tokens, videos)
 
 
+def qwen3_vl_moe() -> Built:
+    tokens = tokenizer("<|image_pad|>", "<|video_pad|>")
+    vision = qwen_vision(
+        num_position_embeddings=16, deepstack_visual_indexes=[0], hidden_act="gelu_pytorch_tanh"
+    )
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = hf.Qwen3VLMoeConfig(
+        text_config=text(tokens, rope_parameters=ROPE, head_dim=8, **experts),
+        vision_config=vision,
+        **qwen_ids(tokens),
+    )
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    images = hf.Qwen2VLImageProcessor(size=size, patch_size=14)
+    videos = hf.Qwen3VLVideoProcessor(size=size, patch_size=14)
+    return model(config), hf.Qwen3VLProcessor(images, tokens, videos)
+
+
 def glm4v() -> Built:
     """FFNs with one matrix for gate and up."""
     tokens = tokenizer(
@@ -165,6 +182,21 @@ def glm4v() -> Built:
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56 * 2}
     images = hf.Glm4vImageProcessor(size=size, patch_size=14)
     return model(config), hf.Glm4vProcessor(images, tokens, hf.Glm4vVideoProcessor(size=size, patch_size=14))
+
+
+def glm4v_moe() -> Built:
+    """A dense block, then one with routed and shared experts."""
+    dense, processor = glm4v()
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    names = [f"{kind}_{place}_token_id" for kind in ("image", "video") for place in ("start", "end")]
+    config = hf.Glm4vMoeConfig(
+        text_config=text(
+            processor.tokenizer, rope_parameters={**ROPE, "partial_rotary_factor": 1.0}, **experts
+        ),
+        vision_config=qwen_vision(image_size=56) | {"depth": 1},
+        **{name: getattr(dense.config, name) for name in ("image_token_id", "video_token_id", *names)},
+    )
+    return model(config), processor
 
 
 def idefics3() -> Built:
@@ -286,6 +318,9 @@ FAMILIES: dict[str, tuple[Callable[[], Built], tuple[str, ...]]] = {
     "qwen2_5_omni": (qwen2_5_omni, ("image", "video", "audio")),
 }
 """How each is built, and the modalities that its tests use."""
+
+MIXTURES = {"qwen3_vl_moe": qwen3_vl_moe, "glm4v_moe": glm4v_moe}
+"""Mixtures of experts of transformers."""
 
 
 def model(config: Any, cls: Any = AutoModelForMultimodalLM) -> Any:

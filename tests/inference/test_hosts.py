@@ -13,7 +13,7 @@ from unimoe.model.loading import load_any, load_model
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
 from unimoe.serve.batch import RunningBatch, can_batch
-from unimoe.testing_hosts import FAMILIES, inputs, question
+from unimoe.testing_hosts import FAMILIES, MIXTURES, inputs, question
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,38 @@ def test_inspect_shows_its_parts_and_the_load_of_its_experts(folder, capsys):
     assert found["moe"]["layers"] == [0] and found["tokens"]["image"] == 2
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "qwen2_5_omni"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_transformers_talk_and_are_inspected(name, tmp_path, capsys):
+    built = MIXTURES[name]()
+    for part in built:
+        part.save_pretrained(tmp_path)
+    Image.new("RGB", (28, 56), "red").save(tmp_path / "red.png")
+    talk = Conversation(*load_any(tmp_path, device="cpu"), Settings(max_new_tokens=3))
+    talk.attach("image", str(tmp_path / "red.png"), "!image")
+    asked = [{"role": "user", "content": [{"type": "image", "image": Image.open(tmp_path / "red.png")},
+                                          {"type": "text", "text": "what is it?"}]}]  # fmt: skip
+    batch = inputs(built[1], asked)
+    ids = built[0].generate(**batch, max_new_tokens=3, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    expected = built[1].tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert talk.ask("what is it?", lambda _: None) == expected
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["moe"]["layers"] == ([1] if name == "glm4v_moe" else [0, 1])
+    assert len(found["moe"]["experts"]) == 4 and found["moe"]["experts_per_token"] == 2
+    sizes = found["parameters"]
+    assert sizes["total"] - sizes["active"] == sizes["parts"]["experts"] / 2 > 0
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"}]}))
+    assert cli.main(["inspect", str(tmp_path), str(tmp_path / "data.jsonl")]) == 2
+    assert "routing is not recorded" in capsys.readouterr().err
+
+
+BATCHED = ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "qwen2_5_omni", *MIXTURES]
+
+
+@pytest.mark.parametrize("name", BATCHED)
 @torch.inference_mode()
 def test_a_running_batch_gives_what_generate_gives(name):
-    model, processor = FAMILIES[name][0]()
+    model, processor = MIXTURES[name]() if name in MIXTURES else FAMILIES[name][0]()
     asked = [question("image"), question(), question("image", "image")]
     rows = [inputs(processor, one) for one in asked][: 3 if can_batch(model) else 1]
     batch, said = RunningBatch(model), []

@@ -85,7 +85,7 @@ def test_a_batch_and_beams_equal_single_answers(name):
 
 LOAD = """
 import json, sys, torch
-import unimoe
+import unimoe.model.structure  # before any model of transformers
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 torch.set_num_threads(1)
 answers = {}

@@ -18,8 +18,10 @@ from unimoe.inference.generate import generate
 from unimoe.media.audio import load_audio
 from unimoe.media.image import load_image
 from unimoe.media.video import write_video
+from unimoe.model.host_processor import HostProcessor
 from unimoe.serve.answer import Answer
 from unimoe.serve.engine import EngineConfig
+from unimoe.testing_hosts import MIXTURES
 
 ASK = [{"role": "user", "content": "What is this?"}]
 LONG = 3000
@@ -286,3 +288,19 @@ def test_transformers_chat_can_talk_to_it(server, client):
     stream = hub.chat_completion(ASK, model="tiny", stream=True, extra_body=sent)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text == say(client, max_tokens=5).choices[0].message.content
+
+
+def test_a_mixture_of_experts_of_transformers(serving):
+    model, processor = MIXTURES["qwen3_vl_moe"]()
+    model.generation_config.eos_token_id = None
+    parts = model, HostProcessor(processor)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 56, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    url = {"url": data_url(buffer.getvalue(), "image/png")}
+    words = {"type": "text", "text": "What is this?"}
+    expected = alone(parts, [{"role": "user", "content": [{"type": "image", "image": noise}, words]}], 6)
+    with serving(parts) as server:
+        asked = [{"role": "user", "content": [{"type": "image_url", "image_url": url}, words]}]
+        said = say(server.client, asked, max_tokens=6).choices[0].message.content
+    assert said.strip() == expected

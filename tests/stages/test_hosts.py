@@ -70,6 +70,7 @@ def test_a_moe_stage_trains_and_leaves_a_stock_folder(host, fit, tmp_path):
     rows = read_curve(tmp_path / "out" / "logs" / "metrics.csv")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 3 and losses[-1] < losses[0]
+    assert "Trained by `unimoe fit`: stage moe, 3 steps." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_dense_control_trains_too(host, fit, tmp_path):

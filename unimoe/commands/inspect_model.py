@@ -21,7 +21,14 @@ from unimoe.continual.cli import load_run
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
-from unimoe.model.host import find_decoder, logits_to_keep, towers
+from unimoe.model.host import (
+    count_experts,
+    find_decoder,
+    logits_to_keep,
+    stock_experts,
+    stock_experts_per_token,
+    towers,
+)
 from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
@@ -69,7 +76,10 @@ def inspect(
     )
     found, processor = load_any(model)
     if data is not None and not moe_layers(found):
-        raise UserError(f"{model} is a dense model: it has no experts to look at; leave {data} out")
+        what = "has experts of transformers' own, whose routing is not recorded"
+        if not stock_experts(found):
+            what = "is a dense model: it has no experts to look at"
+        raise UserError(f"{model} {what}; leave {data} out")
     stats = observe(found, processor, chosen, batch_size)
     report = {"model": model, **describe_model(found, model, stats)}
     plots: dict[str, str] = {}
@@ -141,6 +151,17 @@ def describe_model(
             "experts_per_token": round(sum(counts) / len(counts), 3),
             "measured": bool(visits) or (router.fixed and not null),
             "router": type(first.router).__name__,
+        }
+    elif stock := stock_experts(model):
+        sizes["experts"] = sum(w.numel() for experts in stock.values() for w in experts.parameters())
+        moe = {
+            "layers": sorted(stock),
+            "of": model.config.get_text_config().num_hidden_layers,
+            "experts": expert_names(folder, count_experts(model.config), 0),
+            "null_experts": 0,
+            "experts_per_token": stock_experts_per_token(model.config),
+            "measured": True,
+            "router": f"that of {model.config.model_type}",
         }
     return {"parameters": {"total": total, "active": active, "parts": sizes}, "moe": moe}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from unimoe.artifacts import StageRecord, check_savable, folder_hash, write_result
+from unimoe.artifacts import StageRecord, check_savable, folder_hash, write_model
 from unimoe.errors import UserError, check_seed
 from unimoe.model.card import model_card
 from unimoe.model.loading import find_dense_host, load_stock
@@ -72,13 +72,7 @@ def upcycle(
         metrics={"difference": difference},
         parameters={"total": total, "active": active},
     )
-
-    def save(target: Path) -> None:
-        built.save_pretrained(target)
-        processor.save_pretrained(target)
-        (target / "README.md").write_text(model_card(built, model, config), encoding="utf-8")
-
-    write_result(folder, save, record)
+    write_model(folder, built, processor, record, model_card(built, model, config))
     log.info("%s: %s parameters, %s active per token", folder, f"{total:,}", f"{active:,}")
     log.info("its logits differ from the dense model's by %.1g of the largest", difference)
 

@@ -52,9 +52,12 @@ class HostLoader:
     :class:`~unimoe.model.inputs.Preprocessor`."""
 
     outputs: tuple[str, ...] = ()
+    longest = None
+    """Images and frames are scaled down by the host's own processor."""
+    frames = FRAMES
 
-    def __init__(self, modality: str, rate: int):
-        self.modality, self.rate = modality, rate
+    def __init__(self, modality: str, sampling_rate: int):
+        self.modality, self.sampling_rate = modality, sampling_rate
 
     def load(self, part: Part, where: str) -> Part:
         """The part with its content decoded, under its own type.
@@ -67,7 +70,11 @@ class HostLoader:
             return {**part, kind: load_image(part, where)}
         if self.modality == "video":
             return {**part, kind: load_video(part, where, FRAMES)}
-        return {**part, kind: load_audio(part, where, self.rate), "sampling_rate": self.rate}
+        return {
+            **part,
+            kind: load_audio(part, where, self.sampling_rate),
+            "sampling_rate": self.sampling_rate,
+        }
 
 
 class HostProcessor:

@@ -14,6 +14,7 @@ This module is imported while transformers itself is, so it imports nothing that
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,6 +28,7 @@ TAGS = ["unimoe", "mixture-of-experts"]
 """In the model card that ``push_to_hub`` writes."""
 
 
+@register_quantization_config("unimoe")
 class StructureConfig(QuantizationConfigMixin):
     """How a model differs from what its class builds.
 
@@ -40,6 +42,7 @@ class StructureConfig(QuantizationConfigMixin):
         self.moe = moe
 
 
+@register_quantizer("unimoe")
 class StructureQuantizer(HfQuantizer):
     """Puts the MoE layers of a :class:`StructureConfig` into a model that is being loaded."""
 

@@ -9,12 +9,15 @@ from torch import nn
 from unimoe.moe.install import moe_layers
 from unimoe.moe.lora_linear import LoRALinear
 
+from .host import count_experts, stock_experts, stock_experts_per_token
+
 
 def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None) -> tuple[int, int]:
     """All parameters of a model, and the active ones: without the experts that a token does not visit.
 
     Args:
-        model: dense or with MoE layers; its projections may have banks of low-rank experts.
+        model: dense, with MoE layers, or a mixture of experts of transformers; its projections may have banks
+            of low-rank experts.
         visits: measured mean number of experts with weights that a token visits, by MoE layer
             (``RoutingStats.experts_per_token``). None takes what each router says of itself, which for one
             that chooses another number for each token is that of equally probable experts. Routers of banks
@@ -26,6 +29,10 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
         visited = layer.experts_per_token if visits is None else visits[index]
         idle += experts - layer.experts.active_parameters(visited)
+    for stacks in stock_experts(model).values():
+        config: Any = model.config
+        share = stock_experts_per_token(config) / count_experts(config)
+        idle += sum(parameter.numel() for parameter in stacks.parameters()) * (1 - share)
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.num_experts:
             experts = sum(parameter.numel() for parameter in module.banks.parameters())

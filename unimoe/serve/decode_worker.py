@@ -31,6 +31,9 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
 
 READY = b"ready\n"
 
+SAMPLING_RATE = 16_000
+"""Hz of decoded audio."""
+
 MAX_SCANNED_PIXELS = 1_000_000_000
 """Pixels times scans of a JPEG, about 6 s of CPU; cameras and web sites write at most 12 scans."""
 
@@ -107,7 +110,7 @@ def _video(request: DecodeRequest, content: bytes) -> Decoded:
 
 
 def _audio(request: DecodeRequest, content: bytes) -> Decoded:
-    rate, most = 16_000, request.seconds
+    rate, most = SAMPLING_RATE, request.seconds
     part = {"type": request.modality, "bytes": content}
     samples = load_audio(part, request.where, rate, longest=most + 1)
     if len(samples) > most * rate:

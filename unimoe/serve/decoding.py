@@ -21,7 +21,7 @@ from PIL import Image
 from unimoe.errors import UserError
 from unimoe.media.source import Part
 
-from .decode_worker import READY, Decoded, DecodeRequest
+from .decode_worker import READY, SAMPLING_RATE, Decoded, DecodeRequest
 
 _START_SECONDS = 120.0  # it imports the decoders
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -56,7 +56,7 @@ class DecodePool:
             self._idle.put(worker)
         modality = request.modality
         if modality in ("speech", "audio"):
-            return {"type": modality, modality: items[0][0]}
+            return {"type": modality, modality: items[0][0], "sampling_rate": SAMPLING_RATE}
         images = [_image(array, seconds) for array, seconds in items]
         return {"type": modality, modality: images if modality == "video" else images[0]}
 
