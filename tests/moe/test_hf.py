@@ -3,66 +3,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from unimoe.moe import hf
+from unimoe.testing_stock import STOCK, TINY
 
-TINY: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-STOCK: dict[str, Any] = {
-    "mixtral": lambda **kw: MixtralForCausalLM(
-        MixtralConfig(**TINY, **kw, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
-    ),
-    "olmoe": lambda **kw: OlmoeForCausalLM(
-        OlmoeConfig(**TINY, **kw, intermediate_size=24, num_experts=8, num_experts_per_tok=4)
-    ),
-    "qwen3_moe": lambda **kw: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **TINY,
-            **kw,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_experts=8,
-            num_experts_per_tok=4,
-            norm_topk_prob=True,
-        )
-    ),
-    "deepseek_v3": lambda **kw: DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **(TINY | {"num_key_value_heads": 4}),
-            **kw,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            n_routed_experts=8,
-            num_experts_per_tok=4,
-            n_group=2,
-            topk_group=1,
-            first_k_dense_replace=1,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-        )
-    ),
-}
+OURS = ("mixtral", "olmoe", "qwen3_moe", "deepseek_v3")
 
 
 def run(model, implementation, ids):
@@ -75,7 +22,7 @@ def run(model, implementation, ids):
     }
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", OURS)
 def test_stock_models_equal_eager(name, monkeypatch):
     calls = []
     plain = hf.fused_experts

@@ -1,11 +1,12 @@
-"""MoE layers in a stock model of transformers, rebuilt by its own ``from_pretrained``.
+"""What was changed in a model, rebuilt by its own ``from_pretrained``.
 
 ``config.json`` keeps the host's ``model_type`` and gains an entry::
 
-    "quantization_config": {"quant_method": "unimoe", "moe": {...}}
+    "quantization_config": {"quant_method": "unimoe", "moe": {...}, "plan": {...}}
 
 transformers lets a quantizer change a model on the meta device, after it was built and before its weights are
-read. Ours replaces FFNs; nothing is quantised. Without ``import unimoe`` transformers warns of an unknown
+read. Ours replaces FFNs (``moe``) and gives MoE layers fewer, merged or packed experts (``plan``), also those
+of our own model. Without ``import unimoe`` transformers warns of an unknown
 quantization type, and of weights that it has no place for.
 
 This module is imported while transformers itself is, so it imports nothing that needs a whole transformers.
@@ -34,17 +35,23 @@ class StructureConfig(QuantizationConfigMixin):
 
     Args:
         moe: fields of :class:`unimoe.moe.MoEConfig`.
+        plan: fields of :class:`unimoe.compress.plan.Plan`.
         quant_method: always ``unimoe``.
     """
 
-    def __init__(self, moe: dict[str, Any] | None = None, quant_method: str = "unimoe"):
+    def __init__(
+        self,
+        moe: dict[str, Any] | None = None,
+        plan: dict[str, Any] | None = None,
+        quant_method: str = "unimoe",
+    ):
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.moe = moe
+        self.moe, self.plan = moe, plan
 
 
 @register_quantizer("unimoe")
 class StructureQuantizer(HfQuantizer):
-    """Puts the MoE layers of a :class:`StructureConfig` into a model that is being loaded."""
+    """Changes a model that is being loaded as a :class:`StructureConfig` says."""
 
     quantization_config: StructureConfig
 
@@ -55,6 +62,11 @@ class StructureQuantizer(HfQuantizer):
 
         if self.quantization_config.moe is not None:
             install_host(model, MoEConfig.from_dict(self.quantization_config.moe))
+        if self.quantization_config.plan is not None:
+            from unimoe.compress.plan import Plan
+            from unimoe.compress.structure import structure
+
+            structure(model, Plan.from_dict(self.quantization_config.plan))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.is_quantized = False  # its weights are floats: it trains, and may be cast
@@ -82,16 +94,25 @@ def upcycle_model(model: Any, moe: "MoEConfig", sources: "Sequence[nn.Module] | 
     from .host import install_host
 
     install_host(model, moe, sources)
-    model.hf_quantizer = StructureQuantizer(StructureConfig(moe.to_dict()))
-    model.config.quantization_config = model.hf_quantizer.quantization_config
+    remember_structure(model, StructureConfig(moe.to_dict()))
+
+
+def remember_structure(model: Any, structure: StructureConfig) -> None:
+    """Let a model be saved with this entry of its configuration."""
+    model.hf_quantizer = StructureQuantizer(structure)
+    model.config.quantization_config = structure
     model.add_model_tags(TAGS)
+
+
+def structure_of(model: Any) -> StructureConfig:
+    """The entry of a model's configuration; an empty one where there is none."""
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    return found if isinstance(found, StructureConfig) else StructureConfig()
 
 
 def host_moe(model: Any) -> "MoEConfig | None":
     """The MoE layers that :func:`upcycle_model` gave a model; None for other models."""
     from unimoe.moe import MoEConfig
 
-    structure = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not isinstance(structure, StructureConfig) or structure.moe is None:
-        return None
-    return MoEConfig.from_dict(structure.moe)
+    moe = structure_of(model).moe
+    return None if moe is None else MoEConfig.from_dict(moe)

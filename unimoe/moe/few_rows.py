@@ -66,7 +66,8 @@ class FewRowsMoELayer(MoELayer):
     def forward_routed(self, x_TD: Tensor) -> tuple[Routing, Tensor]:
         router: Any = self.router  # a TopK
         experts: Any = self.experts  # SwiGLUExperts
-        if self.training or not kernel.few(x_TD, router.weight, experts.gate_up_proj, experts.down_proj):
+        plain = not self.training and not _is_hooked(router) and not _is_hooked(experts)
+        if not plain or not kernel.few(x_TD, router.weight, experts.gate_up_proj, experts.down_proj):
             return super().forward_routed(x_TD)
         y_TD, logits_TE, index_TK, weight_TK = kernel.moe(
             x_TD,
@@ -94,6 +95,12 @@ def _form(module: nn.Module) -> type[nn.Module] | None:
     if type(module) is MoELayer and _is_plain(module):
         return FewRowsMoELayer
     return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something watches or rewrites what a module does (:mod:`unimoe.compress.view`), which the
+    operator would pass by."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _is_plain(layer: MoELayer) -> bool:

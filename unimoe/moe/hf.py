@@ -41,6 +41,18 @@ def experts_forward(
     return fused_experts(hidden_states, offsets_E1, gate_up, down, weight_N, token_N).to(hidden_states.dtype)
 
 
+def takes_sentinels(experts: nn.Module) -> bool:
+    """Whether ids >= num_experts contribute nothing in the implementation that runs these experts.
+
+    Where not, a slot is skipped by a valid id and weight 0: experts with biases (gpt-oss) and batched
+    products index out of range, grouped products leave such rows uninitialised.
+    """
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if implementation == "unimoe" and _not_ours(experts) is None:
+        return True
+    return implementation in (None, "eager") and not getattr(experts, "has_bias", False)
+
+
 def _not_ours(experts: nn.Module) -> str | None:
     """Why these experts cannot run in our kernel, or None."""
     flags = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "has_gate": True}

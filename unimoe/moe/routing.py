@@ -78,7 +78,11 @@ class Routing:
 
     @classmethod
     def from_pairs(
-        cls, pairs: Pairs, logits_TE: Tensor, probs_TE: Tensor, extra: dict[str, Tensor] | None = None
+        cls,
+        pairs: Pairs,
+        logits_TE: Tensor,
+        probs_TE: Tensor | Callable[[], Tensor],
+        extra: dict[str, Tensor] | None = None,
     ) -> "Routing":
         """Pairs that are sorted already."""
         return _PairRouting(

@@ -1,0 +1,151 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.compress.plan import Plan
+from unimoe.compress.store import compress
+from unimoe.compress.structure import merge_rows
+from unimoe.compress.view import choose, view
+from unimoe.errors import UserError
+
+from .conftest import FAMILIES
+
+disable_progress_bar()
+
+
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def unequal(model):
+    """Another number of experts in each layer; as many in each group."""
+    layers = view(model)
+    if layers[0].groups > 1:
+        return [[0, 2, 3, 4, 5, 7]]
+    return [[1, *range(2, layer.num_experts - layer.index)] for layer in layers]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_keeping_all_changes_nothing(name, families, ids):
+    model = families(name)
+    before = logits(model, ids)
+    compress(model, Plan(keep=[list(range(layer.num_experts)) for layer in view(model)]))
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_slice_is_a_mask_and_is_loaded_as_it_was_saved(name, families, ids, tmp_path):
+    model = families(name)
+    layers, kept, before = view(model), unequal(model), logits(model, ids)
+
+    def mask(layer, logits_TE):
+        dropped = torch.ones(layer.num_experts, dtype=torch.bool)
+        dropped[kept[layer.index]] = False
+        return logits_TE.masked_fill(dropped, -torch.inf)
+
+    with choose(layers, mask):
+        masked = logits(model, ids)
+    if any(len(one) < layer.top_k for one, layer in zip(kept, layers, strict=True)):
+        masked = None  # a mask cannot make a token visit fewer experts
+    compress(model, Plan(keep=kept))
+    sliced = logits(model, ids)
+    assert (sliced - before).abs().max() > 0.01
+    if masked is not None:
+        torch.testing.assert_close(sliced, masked, rtol=0, atol=5e-6)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert [layer.num_experts for layer in view(loaded)] == list(map(len, kept))
+    torch.testing.assert_close(logits(loaded, ids), sliced, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_merged_experts_are_loaded_as_they_were_saved(name, families, ids, tmp_path):
+    model = families(name)
+    merged = [[expert // 2 for expert in range(layer.num_experts)] for layer in view(model)]
+    compress(model, Plan(merge=merged))
+    found = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert [layer.num_experts for layer in view(loaded)] == [len(one) // 2 for one in merged]
+    torch.testing.assert_close(logits(loaded, ids), found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "unimoe"])
+@torch.no_grad()
+def test_merging_equal_experts_changes_nothing(name, families, ids):
+    model = families(name)
+    for layer in view(model):
+        for stack in layer.stacks().values():
+            stack[1], stack[3] = stack[0], stack[2]
+    before = logits(model, ids)
+    compress(model, Plan(merge=[[0, 0, 1, 1]] * 2))
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=2e-6)
+
+
+def test_merged_rows_are_the_union_svd_of_sub_moe():
+    """W_i = U S V_i^T of the concatenation, so U S (sum f_i V_i / sum f_i)^T is the weighted mean."""
+    stack = torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight_E = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    U, S, Vh = torch.linalg.svd(torch.cat([stack[0], stack[1]], dim=1), full_matrices=False)
+    mixed = (3 * Vh[:, :5] + Vh[:, 5:]) / 4
+    found = merge_rows(stack, [0, 0, 1, 1], weight_E)
+    torch.testing.assert_close(found[0], U @ S.diag() @ mixed, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[1], stack[2], rtol=0, atol=1e-6)
+    unseen = merge_rows(stack, [0, 0, 1, 1], torch.zeros(4))
+    torch.testing.assert_close(unseen[1], stack[2:].mean(0), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_plans_compose_over_saved_models(families, ids, tmp_path):
+    model = families("unimoe")
+    for plan, counts in (
+        (Plan(keep=[[0, 1, 3], [1, 2, 3]]), [3, 3]),
+        (Plan(keep=[[0, 1, 2], [0, 2]]), [3, 2]),
+    ):
+        compress(model, plan)
+        assert [layer.num_experts for layer in view(model)] == counts
+        model.save_pretrained(tmp_path)
+        found, model = logits(model, ids), type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(logits(model, ids), found, rtol=0, atol=1e-6)
+    assert model.config.quantization_config.plan["keep"] == [[0, 1, 3], [1, 3]]
+    with pytest.raises(UserError, match=r"expected ascending numbers of 0\.\.1"):
+        compress(model, Plan(keep=[[0], [2]]))
+
+
+LOAD = """
+import json, sys, torch
+import unimoe
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+torch.set_num_threads(1)
+ids, answers = torch.tensor(json.loads(sys.argv[2])), {}
+for name, folder in json.loads(sys.argv[1]).items():
+    auto = AutoModelForMultimodalLM if name in ("unimoe",) else AutoModelForCausalLM
+    model = auto.from_pretrained(folder)
+    answers[name] = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+print(json.dumps(answers))
+"""
+
+
+@torch.no_grad()
+def test_a_new_process_generates_the_same(families, ids, tmp_path):
+    expected, folders = {}, {}
+    for name in ("mixtral", "deepseek_v3", "gpt_oss", "unimoe"):
+        model = families(name)
+        compress(model, Plan(keep=unequal(model)))
+        folders[name] = str(tmp_path / name)
+        model.save_pretrained(folders[name])
+        expected[name] = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    arguments = [json.dumps(folders), json.dumps(ids.tolist())]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOAD, *arguments], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
