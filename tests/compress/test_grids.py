@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unimoe.compress.grids import BITS, code_range, dequantise, fitted_scale, quantise_rtn, rounded
+from unimoe.compress.grids import BITS, code_range, dequantise, encode, fitted_scale, quantise_rtn, rounded
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -12,7 +12,11 @@ def test_codes_lie_on_the_grid_and_rounding_is_to_nearest(bits):
     assert codes.dtype == torch.int8 and scale.shape == (6, 4)
     assert codes.min() >= least and codes.max() <= most
     if bits > 1:
-        assert ((dequantise(codes, scale) - w).abs() <= scale.repeat_interleave(16, 1) / 2 + 1e-6).all()
+        inside = (codes != most) | (
+            w / scale.repeat_interleave(16, 1) <= most + 0.5
+        )  # the end may be cut off
+        error = (dequantise(codes, scale) - w).abs()
+        assert (error[inside] <= scale.abs().repeat_interleave(16, 1)[inside] / 2 * 1.001).all()
     else:
         assert set(codes.unique().tolist()) == {-1, 1}
 
@@ -20,7 +24,7 @@ def test_codes_lie_on_the_grid_and_rounding_is_to_nearest(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_on_the_grid_stay_as_they_are(bits):
     once = rounded(torch.randn(4, 32), bits, 16)
-    torch.testing.assert_close(rounded(once, bits, 16), once)
+    torch.testing.assert_close(rounded(once, bits, 16), once, rtol=1e-3, atol=1e-6)  # scales are float16
 
 
 def test_more_bits_err_less():
@@ -33,10 +37,8 @@ def test_more_bits_err_less():
 def test_a_fitted_scale_is_never_worse_than_the_spanning_one(bits):
     w = torch.randn(32, 64)
     scale = fitted_scale(w, bits)
-    least, most = code_range(bits)
-    codes = torch.where(w >= 0, 1.0, -1.0) if bits == 1 else (w / scale).round().clamp(least, most)
-    fitted = (codes * scale - w).square().sum(1)
-    assert (fitted <= (rounded(w, bits, 64) - w).square().sum(1) + 1e-5).all()
+    fitted = (encode(w, scale, bits) * scale - w).square().sum(1)
+    assert (fitted <= (rounded(w, bits, 64) - w).square().sum(1) * 1.001).all()
 
 
 def test_a_group_of_zeros_stays_zero():

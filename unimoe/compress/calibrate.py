@@ -1,0 +1,168 @@
+"""What quantisation needs to know of calibration data: the Hessian of each expert's inputs, and the error
+that few bits of it make. Layers are gone through in groups, so that what is kept of them fits into a given
+memory.
+
+Shapes: D hidden, E experts, I inner width of an expert, N (token, expert) pairs, C numbers of bits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .grids import rounded
+from .view import MoEView
+from .watch import Seen, run_experts, watch
+
+Forward = Callable[[Any], object]
+"""Runs a batch through the model."""
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose further layers nobody watches."""
+
+
+@torch.no_grad()
+def collect(
+    layers: Sequence[MoEView],
+    forward: Forward,
+    batches: Sequence[Any],
+    take: Callable[[Seen], None],
+    done: Callable[[], bool] = lambda: False,
+) -> None:
+    """Hand what ``layers`` see of all batches to ``take``, until ``done()``; later layers do not run."""
+
+    def tell(seen: Seen) -> None:
+        take(seen)
+        if seen.layer is layers[-1]:
+            raise _Enough
+
+    with watch(layers, tell):
+        for batch in batches:
+            try:
+                forward(batch)
+            except _Enough:
+                pass
+            if done():
+                break
+
+
+def in_flight(
+    layers: Sequence[MoEView], size: Callable[[MoEView], int], memory: float
+) -> Iterator[list[MoEView]]:
+    """The layers in groups of neighbours whose ``size`` in bytes is at most ``memory`` together, at least
+    one."""
+    group: list[MoEView] = []
+    used = 0
+    for layer in layers:
+        if group and used + size(layer) > memory:
+            yield group
+            group, used = [], 0
+        group.append(layer)
+        used += size(layer)
+    yield group
+
+
+class Hessians:
+    """Sums of x x^T over the rows of each expert of some layers, padding left out.
+
+    Args:
+        layers: of one model.
+        cap: rows of an expert that are taken at most.
+    """
+
+    def __init__(self, layers: Sequence[MoEView], cap: int | None = None):
+        self.cap = cap
+        self.rows = {layer.index: [0] * layer.num_experts for layer in layers}
+        """Rows that each expert of a layer saw."""
+        self.x: dict[tuple[int, int], Tensor] = {}
+        """Layer and expert -> [D, D] of the gate and up projections' inputs."""
+        self.inner: dict[tuple[int, int], Tensor] = {}
+        """Layer and expert -> [I, I] of the down projection's inputs."""
+
+    def take(self, seen: Seen) -> None:
+        """Add one forward pass of a layer."""
+        assert seen.inner_NI is not None, "experts that are no plain stacks are refused before"
+        keep_N = seen.real_T[seen.token_N]
+        rows = self.rows[seen.layer.index]
+        for expert in seen.expert_N[keep_N].unique().tolist():
+            index = (keep_N & (seen.expert_N == expert)).nonzero().flatten()
+            if self.cap is not None:
+                index = index[: max(self.cap - rows[expert], 0)]
+            rows[expert] += len(index)
+            for sums, values in ((self.x, seen.x_ND), (self.inner, seen.inner_NI)):
+                own = values[index].float()
+                key = (seen.layer.index, expert)
+                sums[key] = own.t() @ own if key not in sums else sums[key].addmm_(own.t(), own)
+
+    def full(self) -> bool:
+        """Whether every expert has as many rows as it may."""
+        return self.cap is not None and min(min(rows) for rows in self.rows.values()) >= self.cap
+
+    @staticmethod
+    def size(layer: MoEView) -> int:
+        """Bytes of all sums of a layer."""
+        inner, hidden = layer.expert(0)["up"].shape
+        return 4 * layer.num_experts * (hidden**2 + inner**2)
+
+
+ROWS = 256
+"""Rows of an expert that its error is measured on, the first that it sees."""
+
+
+class BitErrors:
+    """What the PMQ cost is made of: tokens, weights and errors of each expert of some layers.
+
+    Args:
+        layers: of one model.
+    """
+
+    def __init__(self, layers: Sequence[MoEView]):
+        self.count = {layer.index: torch.zeros(layer.num_experts) for layer in layers}
+        self.weight = {layer.index: torch.zeros(layer.num_experts) for layer in layers}
+        self.kept: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        """Layer and expert -> inputs and weights."""
+
+    def take(self, seen: Seen) -> None:
+        """Add one forward pass of a layer."""
+        keep_N = seen.real_T[seen.token_N]
+        expert_N, weight_N = seen.expert_N[keep_N], seen.weight_N[keep_N].float()
+        x_ND, index = seen.x_ND[keep_N], seen.layer.index
+        self.count[index] += torch.bincount(expert_N, minlength=seen.layer.num_experts).cpu()
+        self.weight[index] += torch.zeros(seen.layer.num_experts).index_add(0, expert_N.cpu(), weight_N.cpu())
+        for expert in expert_N.unique().tolist():
+            kept = self.kept.setdefault((index, expert), [])
+            left = ROWS - sum(len(x) for x, _ in kept)
+            own = (expert_N == expert).nonzero().flatten()[: max(left, 0)]
+            kept.append((x_ND[own].clone(), weight_N[own]))
+
+    @torch.no_grad()
+    def errors(self, layer: MoEView, choices: Sequence[int], group: int) -> Tensor:
+        """[E, C] Frobenius norm of the change of the layer's output over all tokens, if one expert alone is
+        rounded to nearest with a number of bits; extrapolated from the kept rows. Weights are as before
+        afterwards."""
+        found = torch.zeros(layer.num_experts, len(choices))
+        for expert in range(layer.num_experts):
+            kept = self.kept.get((layer.index, expert), [])
+            if not sum(len(x) for x, _ in kept):
+                continue
+            x_ND, weight_N = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            expert_N = torch.full((len(x_ND),), expert, device=x_ND.device)
+            whole_ND = run_experts(layer, x_ND, expert_N)[0].float()
+            matrices = layer.expert(expert)
+            before = {name: matrix.clone() for name, matrix in matrices.items()}
+            for choice, bits in enumerate(choices):
+                for name, matrix in matrices.items():
+                    matrix.copy_(rounded(before[name], bits, group))
+                change_ND = (run_experts(layer, x_ND, expert_N)[0].float() - whole_ND) * weight_N[:, None]
+                share = self.count[layer.index][expert] / len(x_ND)
+                found[expert, choice] = change_ND.norm() * share.sqrt()
+            for name, matrix in matrices.items():
+                matrix.copy_(before[name])
+        return found
+
+    @staticmethod
+    def size(layer: MoEView) -> int:
+        """Bytes of what is kept of a layer."""
+        return 4 * layer.num_experts * ROWS * layer.expert(0)["up"].shape[1]
