@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "few_rows.h"
+#include "native.h"
 
 namespace {
 
@@ -286,6 +287,10 @@ class Stack {
   Tensor weight_;
 };
 
+}  // namespace
+
+namespace unimoe {
+
 Tensor few_rows_linear(const Tensor& x, at::TensorList weight, const Maybe& bias) {
   const Stack stack(weight);
   const int64_t P = stack.rows(), K = stack.width(), N = x.numel() / K;
@@ -312,10 +317,12 @@ Tensor few_rows_linear(const Tensor& x, at::TensorList weight, const Maybe& bias
   return y;
 }
 
-struct Pair {
-  int64_t expert, token;
-  float weight;
-};
+}  // namespace unimoe
+
+namespace {
+
+using unimoe::few_rows_linear;
+using unimoe::Pair;
 
 // y[token] += weight * expert(x[token]) for all pairs, which are sorted by expert. gate_up [E, 2I, H], down [E, H, I].
 Tensor few_rows_swiglu(const Tensor& x, const std::vector<Pair>& pairs, const Stack& gate_up, const Stack& down) {
@@ -373,13 +380,7 @@ Tensor few_rows_swiglu(const Tensor& x, const std::vector<Pair>& pairs, const St
 // The experts of a routing: pairs sorted by expert, expert e owns bounds[e]..bounds[e+1].
 Tensor few_rows_experts(const Tensor& x, const Tensor& token, Bounds bounds, const Tensor& weight,
                         at::TensorList gate_up, at::TensorList down) {
-  const Tensor token_N = token.contiguous(), weight_N = weight.contiguous();
-  const int64_t* t = token_N.const_data_ptr<int64_t>();
-  const float* w = weight_N.const_data_ptr<float>();
-  std::vector<Pair> pairs;
-  for (int64_t e = 0; e + 1 < static_cast<int64_t>(bounds.size()); ++e) {
-    for (int64_t n = bounds[e]; n < bounds[e + 1]; ++n) pairs.push_back({e, t[n], w[n]});
-  }
+  const std::vector<Pair> pairs = unimoe::pairs_of(token, bounds, weight);
   return few_rows_swiglu(x.contiguous(), pairs, Stack(gate_up), Stack(down));
 }
 
@@ -389,32 +390,8 @@ Tensor few_rows_experts(const Tensor& x, const Tensor& token, Bounds bounds, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> few_rows_moe(const Tensor& x_in, const Tensor& router, int64_t k, bool late,
                                                         bool renormalize, double scale, at::TensorList gate_up,
                                                         at::TensorList down) {
-  const Tensor x = x_in.contiguous(), logits = few_rows_linear(x, {router}, {});
-  const int64_t T = logits.size(0), E = logits.size(1), experts = down[0].size(0);
-  const Tensor index = at::empty({T, k}, x.options().dtype(at::kLong)), weight = at::empty({T, k}, x.options());
-  std::vector<Pair> pairs;
-  std::vector<int64_t> order(E);
-  std::vector<float> score(E);
-  for (int64_t t = 0; t < T; ++t) {
-    const float* logit = logits.const_data_ptr<float>() + t * E;
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logit[a] > logit[b]; });
-    // late: the softmax is over the chosen; otherwise over all
-    float all = 0, chosen = 0;
-    for (int64_t i = 0; i < E; ++i) {
-      score[i] = std::exp(logit[order[i]] - logit[order[0]]);
-      all += score[i];
-      if (i < k) chosen += score[i];
-    }
-    const float sum = late || renormalize ? chosen : all;
-    for (int64_t i = 0; i < k; ++i) {
-      const float w = static_cast<float>(scale) * score[i] / sum;
-      index.mutable_data_ptr<int64_t>()[t * k + i] = order[i];
-      weight.mutable_data_ptr<float>()[t * k + i] = w;
-      if (order[i] < experts) pairs.push_back({order[i], t, w});
-    }
-  }
-  std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.expert < b.expert; });
+  const Tensor x = x_in.contiguous();
+  const auto [logits, index, weight, pairs] = unimoe::route(x, router, k, late, renormalize, scale, down[0].size(0));
   return {few_rows_swiglu(x, pairs, Stack(gate_up), Stack(down)), logits, index, weight};
 }
 

@@ -1,9 +1,10 @@
-"""The operators in C++ (native.cpp), built once by ``make setup`` or ``python -m unimoe.kernels.native``.
+"""The operators in C++, built once by ``make setup`` or ``python -m unimoe.kernels.native``.
 
 Without them the same runs in plain torch. They buy a quarter to a half of a training step's time in the
 experts (``make bench`` with and without UNIMOE_NATIVE=0 says how much here), which run side by side, one per
 thread, instead of one after the other with all threads in each product; and half of a decoding step's
-(few_rows.py). The file is compiled for any processor of its kind and chooses its instructions as it runs.
+(few_rows.py). Packed weights (packed.py) need them to be fast at all. The files are compiled for any
+processor of their kind and choose their instructions as they run.
 """
 
 import hashlib
@@ -22,14 +23,14 @@ import torch
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "packed.cpp"))
 _logger = logging.getLogger(__name__)
 
 
 def library() -> Path:
     """Where the library for this source and this torch lies, or would: below UNIMOE_CACHE."""
     cache_folder = Path(os.environ.get("UNIMOE_CACHE") or "~/.cache/unimoe").expanduser()
-    sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]*"))]
+    sources = [path.read_bytes() for path in sorted(SOURCES[0].parent.glob("*.[ch]*"))]
     made_for = f"{torch.__version__} {sys.platform} {platform.machine()}".encode()
     key = hashlib.sha256(b"".join([*sources, made_for])).hexdigest()[:16]
     return cache_folder / "native" / f"unimoe-{key}.so"
@@ -56,10 +57,10 @@ def ops() -> Any:
 
 
 def build() -> Path:
-    """Compile native.cpp with the compiler that CXX names (c++ by default), unless that was done before.
+    """Compile the sources with the compiler that CXX names (c++ by default), unless that was done before.
 
     Raises:
-        UserError: there is no compiler, or it cannot build the file.
+        UserError: there is no compiler, or it cannot build the files.
     """
     target, compiler = library(), os.environ.get("CXX", "c++")
     if target.is_file():
@@ -77,12 +78,15 @@ def build() -> Path:
     libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     try:
         done = subprocess.run(
-            [compiler, *flags, str(SOURCE), "-o", str(output), *libraries], capture_output=True, text=True
+            [compiler, *flags, *map(str, SOURCES), "-o", str(output), *libraries],
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             log = target.with_suffix(".log")
             atomic_write(log, done.stderr)
-            raise UserError(f"{compiler} cannot build {SOURCE.name} (exit code {done.returncode}), see {log}")
+            names = " and ".join(path.name for path in SOURCES)
+            raise UserError(f"{compiler} cannot build {names} (exit code {done.returncode}), see {log}")
         output.replace(target)
     finally:
         output.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ def test_another_torch_or_source_is_another_library(monkeypatch, tmp_path):
     monkeypatch.undo()
     source = tmp_path / "native.cpp"
     source.write_text("// other")
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source,))
     assert native.library().name != path.name
 
 
@@ -53,7 +53,7 @@ def test_no_compiler_is_a_user_error(monkeypatch):
 def test_a_source_that_does_not_compile_leaves_its_messages(monkeypatch, tmp_path):
     source = tmp_path / "native.cpp"
     source.write_text("int main( {")
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source,))
     with pytest.raises(UserError, match=r"cannot build native.cpp \(exit code 1\), see .*\.log"):
         native.build()
     assert "error" in native.library().with_suffix(".log").read_text()
@@ -62,9 +62,10 @@ def test_a_source_that_does_not_compile_leaves_its_messages(monkeypatch, tmp_pat
 
 def test_no_operator_is_defined_twice():
     """The second definition would end the process."""
-    ours = set(re.findall(r'm\.def\(\s*"(\w+)\(', native.SOURCE.read_text()))
-    python = "".join(path.read_text() for path in native.SOURCE.parent.glob("*.py"))
-    assert ours and not ours & set(re.findall(r'"unimoe::(\w+)"', python))
+    ours = re.findall(r'm\.def\(\s*"(\w+)\(', "".join(path.read_text() for path in native.SOURCES))
+    python = "".join(path.read_text() for path in native.SOURCES[0].parent.glob("*.py"))
+    ours += re.findall(r'"unimoe::(\w+)"', python)
+    assert ours and len(ours) == len(set(ours))
 
 
 @pytest.mark.slow
