@@ -8,12 +8,14 @@ from torch import nn
 
 from unimoe.moe.install import moe_layers
 from unimoe.moe.lora_linear import LoRALinear
+from unimoe.moe.packed import packed_weights
 
 from .host import count_experts, stock_experts, stock_experts_per_token
 
 
 def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None) -> tuple[int, int]:
     """All parameters of a model, and the active ones: without the experts that a token does not visit.
+    Packed weights count as what they stand for.
 
     Args:
         model: dense, with MoE layers, or a mixture of experts of transformers; its projections may have banks
@@ -23,10 +25,10 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
             that chooses another number for each token is that of equally probable experts. Routers of banks
             always speak for themselves.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
+    total = _count(model)
+    idle = 0.0
     for index, layer in moe_layers(model).items():
-        experts = sum(parameter.numel() for parameter in layer.experts.parameters())
+        experts = _count(layer.experts)
         visited = layer.experts_per_token if visits is None else visits[index]
         idle += experts - layer.experts.active_parameters(visited)
     for stacks in stock_experts(model).values():
@@ -38,6 +40,10 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
             experts = sum(parameter.numel() for parameter in module.banks.parameters())
             idle += experts * (1 - module.experts_per_token / module.num_experts)
     return total, total - round(idle)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) + packed_weights(module)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unimoe.kernels import few_rows as kernel
+from unimoe.kernels import packed
 from unimoe.kernels.lora import Adapters
 from unimoe.moe.experts.base import local
 from unimoe.moe.experts.swiglu import SwiGLUExperts
@@ -18,13 +19,15 @@ from unimoe.moe.routers.top_k import TopK
 from . import records
 from .dispatcher import Dispatcher
 from .layer import MoELayer
+from .packed import PackedExperts
 from .routing import Routing
 
 
 @contextmanager
 def few_rows(model: nn.Module) -> Iterator[None]:
     """Inside, products of at most 16 rows run in operators that read each weight once, if no gradient is
-    needed, on a CPU, in float32: those of linear layers, the head, SwiGLU experts and whole MoE layers.
+    needed, on a CPU, in float32: those of linear layers, the head, SwiGLU experts and whole MoE layers, also
+    with packed experts (packed.py).
 
     Where the operators are not built, nothing changes. Results differ from torch's by rounding, and a row's
     do not depend on the other rows. Modules keep their parameters and have another class while the block
@@ -65,20 +68,19 @@ class FewRowsMoELayer(MoELayer):
 
     def forward_routed(self, x_TD: Tensor) -> tuple[Routing, Tensor]:
         router: Any = self.router  # a TopK
-        experts: Any = self.experts  # SwiGLUExperts
+        experts: Any = self.experts  # SwiGLUExperts or PackedExperts
+        is_packed = isinstance(experts, PackedExperts)
+        stacks = () if is_packed else (experts.gate_up_proj, experts.down_proj)
         plain = not self.training and not _is_hooked(router) and not _is_hooked(experts)
-        if not plain or not kernel.few(x_TD, router.weight, experts.gate_up_proj, experts.down_proj):
+        if not plain or not kernel.few(x_TD, router.weight, *stacks):
             return super().forward_routed(x_TD)
-        y_TD, logits_TE, index_TK, weight_TK = kernel.moe(
-            x_TD,
-            router.weight,
-            router.k,
-            experts.gate_up_proj,
-            experts.down_proj,
-            late=router.late,
-            renormalize=router.renormalize,
-            scale=router.scale,
-        )
+        gates = {"late": router.late, "renormalize": router.renormalize, "scale": router.scale}
+        if is_packed:
+            weights = (*experts.stacks(), experts.bits, experts.act)
+            found = packed.moe(x_TD, router.weight, router.k, *weights, **gates)
+        else:
+            found = kernel.moe(x_TD, router.weight, router.k, *stacks, **gates)
+        y_TD, logits_TE, index_TK, weight_TK = found
         routing = Routing.from_topk(
             index_TK, weight_TK, logits_TE, lambda: logits_TE.softmax(dim=-1), router.num_experts
         )
@@ -112,8 +114,10 @@ def _is_plain(layer: MoELayer) -> bool:
         and router.bias_on is None
         and router.groups is None
         and not router.candidates
-        and type(layer.experts) is SwiGLUExperts
-        and layer.experts.act == "silu"
+        and (
+            (type(layer.experts) is SwiGLUExperts and layer.experts.act == "silu")
+            or (type(layer.experts) is PackedExperts and layer.experts.level == 0)
+        )
         and type(layer.dispatcher) is Dispatcher
         and layer.combine == "weight"
         and (layer.num_null == 0 or layer.null_output == "zero")
