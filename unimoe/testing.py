@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from unimoe.model.build import Built, build_model
 from unimoe.model.llm import byte_tokenizer
@@ -93,6 +93,25 @@ def tiny_model(folder: str | Path, moe: dict[str, Any] | None = None, **modaliti
     if not llm.exists():
         save_tiny_llm(llm)
     return build_model(str(llm), modalities or {"image": IMAGE, "speech": SPEECH}, moe)
+
+
+def tiny_mixtral(experts: int = 4, top_k: int = 2, layers: int = 2) -> MixtralForCausalLM:
+    """A random Mixtral of a few thousand parameters, whose experts differ, in evaluation mode."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        initializer_range=0.4,
+        pad_token_id=0,
+        eos_token_id=63,
+    )
+    return MixtralForCausalLM(config).eval()
 
 
 def run_together(ranks: int, code: str, *arguments: str, timeout: float = 1200) -> list[str]:

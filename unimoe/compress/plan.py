@@ -38,7 +38,9 @@ class Plan:
     nested: dict[str, Any] | None = None
     """Settings of nested planes (D2MoE)."""
     skip: dict[str, Any] | None = None
-    """Thresholds below which experts are skipped: ``alpha`` by layer, and one for each modality."""
+    """A rule by which experts of single tokens are skipped (:mod:`unimoe.compress.skip_rules`)."""
+    main: int | None = None
+    """Experts of a token that run; the others act through vectors (:mod:`.compressed_experts`)."""
     made_of: str = ""
     """sha256 of the model that it is for (:func:`unimoe.artifacts.folder_hash`)."""
 

@@ -18,7 +18,9 @@ from unimoe.moe.layer import MoELayer
 from unimoe.moe.routing import Pairs, Routing
 from unimoe.moe.upcycle.rows import expert_rows, set_expert_rows
 
+from . import compressed_experts
 from .plan import Plan
+from .skip_rules import install, rule_of
 from .view import MoEView, rewrite, view
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
@@ -48,6 +50,10 @@ def structure(model: nn.Module, plan: Plan, weights: Weights | None = None) -> N
     if plan.merge is not None:
         for place, (layer, merged) in enumerate(zip(layers, plan.merge, strict=True)):
             merge_experts(layer, merged, None if weights is None else weights[place])
+    if plan.main is not None:
+        compressed_experts.attach(view(model), plan.main)
+    if plan.skip is not None:
+        install(view(model), rule_of(plan.skip))
     if plan.bits is not None or plan.linears is not None or plan.head is not None:
         raise UserError("plan.bits, linears and head: weights cannot be packed yet, leave them out")
 

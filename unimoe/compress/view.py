@@ -193,7 +193,9 @@ def rewrite(layer: MoEView, fn: Rewrite) -> RemovableHandle:
     if isinstance(layer.block, MoELayer):
 
         def after_router(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> Routing:
-            return _of_slots(routing, *fn(layer, args[0], *_slots(routing)))
+            before = slots(routing)
+            after = fn(layer, args[0], *before)
+            return routing if after[0] is before[0] and after[1] is before[1] else _of_slots(routing, *after)
 
         return layer.router.register_forward_hook(after_router)
 
@@ -208,7 +210,7 @@ def rewrite(layer: MoEView, fn: Rewrite) -> RemovableHandle:
     return layer.experts.register_forward_pre_hook(before_experts)
 
 
-def _slots(routing: Routing) -> tuple[Tensor, Tensor]:
+def slots(routing: Routing) -> tuple[Tensor, Tensor]:
     """[T, K] experts and weights; a token with fewer experts than another has ids ``num_experts``."""
     index_TK, weight_TK = getattr(routing, "index_TK", None), getattr(routing, "weight_TK", None)
     if index_TK is not None and weight_TK is not None:

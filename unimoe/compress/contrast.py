@@ -1,0 +1,125 @@
+"""SCMoE: contrast a mixture's answer with that of its own worse experts (arXiv 2405.14507).
+
+The model runs twice at each step, with its own routing and with each token at the expert of one lower rank.
+Both runs have a cache of their own, since their histories differ, and both are fed the chosen token.
+
+Shapes: B rows, T tokens, K slots of a token, E experts, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor
+
+from unimoe.errors import UserError
+
+from .rows import rewritten
+from .skip import drop
+from .view import MoEView, choose
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How strong and weak logits are put together."""
+
+    alpha: float = 0.1
+    """Tokens less probable than alpha times the best one are ruled out; 1 leaves the best one, greedy."""
+    rank: int = 2
+    """Of the one expert that a token visits in the weak run, by the router's order, from 1. The released
+    command line counts from 0: its 2 is rank 3."""
+    weight: Literal["one", "raw"] = "one"
+    """Of that expert: 1, as in the paper (eq. 4); or what the router gave it, as in the released code where
+    the weights of a model are not renormalised (DeepSeekMoE)."""
+
+
+def contrast_logits(strong_BV: Tensor, weak_BV: Tensor, beta: Tensor | float, alpha: float = 0.1) -> Tensor:
+    """[B, V] (1 + beta) strong - beta weak among the tokens that the strong run finds likely, else -inf.
+
+    Eq. 5 and 6 of the paper. With beta 0 the largest is that of ``strong_BV``, whose values stay as they are.
+
+    Args:
+        strong_BV: logits of the model's own routing.
+        weak_BV: logits of the weak routing.
+        beta: one number, or one for each row [B, 1].
+        alpha: least probability, as a share of the largest.
+    """
+    least = math.log(alpha) if alpha > 0 else -math.inf
+    likely_BV = strong_BV >= strong_BV.amax(dim=-1, keepdim=True) + least
+    return torch.where(likely_BV, (1 + beta) * strong_BV - beta * weak_BV, -torch.inf)
+
+
+@contextmanager
+def weak(layers: Sequence[MoEView], how: Contrast) -> Iterator[None]:
+    """Inside, each token visits the one routed expert of rank ``how.rank``; shared experts stay.
+
+    A rank beyond the router's own number is found by hiding the better experts from it.
+
+    Raises:
+        UserError: there are fewer experts than that, or ``raw`` weights of experts that are not chosen.
+    """
+    fewest, most = min(layer.num_experts for layer in layers), min(layer.top_k for layer in layers)
+    if not 1 <= how.rank <= fewest:
+        raise UserError(f"contrast: the rank is {how.rank}, expected 1 to {fewest} (the number of experts)")
+    hidden = how.rank > most
+    if hidden and how.weight == "raw":
+        raise UserError(f"contrast: rank {how.rank} has no weight where the router chooses {most}; use one")
+
+    def only(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        rank_TK = weight_TK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        dropped_TK = rank_TK != (0 if hidden else how.rank - 1)
+        if how.weight == "one":
+            weight_TK = torch.ones_like(weight_TK).masked_fill(index_TK >= layer.num_experts, 0)
+        return drop(index_TK, weight_TK, dropped_TK, layer.num_experts)
+
+    def hide(layer: MoEView, logits_TE: Tensor) -> Tensor:
+        better_TR = logits_TE.topk(how.rank - 1, dim=1).indices
+        return logits_TE.scatter(1, better_TR, -torch.inf)
+
+    with rewritten(layers, only):
+        if not hidden:
+            yield
+            return
+        with choose(layers, hide):
+            yield
+
+
+class ContrastProcessor(LogitsProcessor):
+    """For ``generate(logits_processor=[...])``: runs the weak model beside the strong one.
+
+    Args:
+        model: that generates.
+        layers: its MoE layers.
+        inputs: of the prompt, as ``generate`` got them, padded on the left.
+        beta: strength.
+        how: the other settings.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[MoEView],
+        inputs: Mapping[str, Any],
+        beta: float,
+        how: Contrast | None = None,
+    ):
+        self.model, self.layers, self.beta, self.how = model, layers, beta, how or Contrast()
+        self.kwargs = {name: value for name, value in inputs.items() if name != "input_ids"}
+        self.kwargs |= {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+        self.kwargs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        self.first = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        new = {} if self.first else {"next_sequence_length": 1}
+        inputs = self.model.prepare_inputs_for_generation(
+            input_ids, is_first_iteration=self.first, **new, **self.kwargs
+        )
+        with weak(self.layers, self.how):
+            outputs = self.model(**inputs, return_dict=True)
+        self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
+        self.first = False
+        return contrast_logits(scores, outputs.logits[:, -1].float(), self.beta, self.how.alpha)
