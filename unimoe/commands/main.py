@@ -77,6 +77,10 @@ VERBS = {
     "compare": Verb("unimoe.commands.compare:compare", "train several MoE designs under one budget"),
     "moe list": Verb("unimoe.commands.moe:list_parts", "parts of MoE layers, and presets"),
     "moe show": Verb("unimoe.commands.moe:show", "settings of a part, or a whole preset"),
+    "compress stats": Verb(
+        "unimoe.commands.compress:stats", "run calibration data through a model and measure its experts"
+    ),
+    "compress prune": Verb("unimoe.commands.compress:prune", "keep the experts that matter most"),
     "convert llava": Verb("unimoe.model.convert:llava", "convert a LLaVA-1.5 checkpoint"),
     "continual run": Verb("unimoe.continual.cli:run", "train one strategy on a stream of tasks", raw=True),
     "continual compare": Verb(

@@ -29,6 +29,31 @@ Weights = Sequence[Tensor]
 """For each MoE layer [E] how much of each expert goes into the merged one."""
 
 
+def check_coverage(model: nn.Module, layers: Sequence[MoEView]) -> int:
+    """The weights of all routed experts, every one of which the layers hold.
+
+    Raises:
+        UserError: some experts were not found; a plan would pass them by silently.
+    """
+    inside = {id(one) for layer in layers for one in layer.experts.parameters()}
+    missed = [
+        name
+        for name, one in model.named_parameters()
+        if "experts" in name.split(".") and id(one) not in inside and not _is_shared(name, layers)
+    ]
+    total = sum(one.numel() for layer in layers for one in layer.experts.parameters())
+    if missed:
+        raise UserError(
+            f"{len(missed)} weights of experts were not found, such as {missed[0]}: this kind of mixture is "
+            "not supported"
+        )
+    return total
+
+
+def _is_shared(name: str, layers: Sequence[MoEView]) -> bool:
+    return any(layer.ours and name.startswith(f"{layer.name}.shared.") for layer in layers)
+
+
 @torch.no_grad()
 def structure(model: nn.Module, plan: Plan, weights: Weights | None = None) -> None:
     """Give a model the experts that a plan says, in place.

@@ -1,0 +1,148 @@
+"""``unimoe compress`` on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from transformers import AutoModelForMultimodalLM
+
+from unimoe.commands import main as cli
+from unimoe.compress.plan import Plan
+from unimoe.compress.view import view
+from unimoe.model.loading import load_model
+from unimoe.testing import tiny_model
+
+MOE = {"experts": {"copies": 4}, "router": {"k": 2}, "placement": "all"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    built, processor = tiny_model(folder, MOE)
+    for layer in view(built):
+        for weight in layer.experts.parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+    built.save_pretrained(folder / "moe")
+    processor.save_pretrained(folder / "moe")
+    return str(folder / "moe")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("RGB", (50, 40), "red").save(folder / "a.png")
+    soundfile.write(folder / "q.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    for name, part in (
+        ("image", {"type": "image", "path": "a.png"}),
+        ("speech", {"type": "speech", "path": "q.wav"}),
+    ):
+        rows = [
+            {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "what " * number}]},
+                          {"role": "assistant", "content": "this is it"}]}
+            for number in range(1, 5)
+        ]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder / "image.jsonl"), str(folder / "speech.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def stats(model, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stats") / "s"
+    assert cli.main(["compress", "stats", model, *data, "--output", str(output)]) == 0
+    return str(output)
+
+
+def test_stats_name_what_they_saw(stats, model, data, tmp_path, capsys):
+    assert (
+        cli.main(
+            ["compress", "stats", model, data[0], "--output", str(tmp_path / "t"), "--min-tokens", "999"]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert (
+        "tokens of each expert, by MoE layer" in text
+        and "8 experts saw fewer than 999 tokens: layer 0" in text
+    )
+    about = json.loads((tmp_path / "t" / "stats.json").read_text())
+    assert about["data"] == data[:1] and about["tokens"] > 40
+
+
+@pytest.mark.parametrize("how", ["easy_ep", "random"])
+def test_a_pruned_folder_is_a_model(how, model, stats, tmp_path):
+    output = tmp_path / "p"
+    args = [
+        "compress",
+        "prune",
+        model,
+        "--stats",
+        stats,
+        "--how",
+        how,
+        "--keep",
+        "3",
+        "--output",
+        str(output),
+    ]
+    assert cli.main(args) == 0
+    loaded, _ = load_model(output)
+    assert [layer.num_experts for layer in view(loaded)] == [3, 3]
+    plan = Plan.from_yaml(output / "plan.yaml")
+    assert plan.made_of and all(len(kept) == 3 for kept in plan.keep)
+    record = json.loads((output / "stage.json").read_text())
+    assert record["stage"] == "compress prune" and record["parents"][0]["sha256"] == plan.made_of
+
+
+def test_a_global_budget_and_its_plan_again(model, stats, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    args = ["compress", "prune", model, "--budget", "0.625", "--globally", "--stats", stats]
+    assert cli.main([*args, "--output", str(first)]) == 0
+    loaded = AutoModelForMultimodalLM.from_pretrained(first)
+    counts = sorted(layer.num_experts for layer in view(loaded))
+    assert counts == [2, 3]
+    args = ["compress", "prune", model, "--plan", str(first / "plan.yaml"), "--output", str(again)]
+    assert cli.main(args) == 0
+    other = AutoModelForMultimodalLM.from_pretrained(again).state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in loaded.state_dict().items())
+    back = [
+        "compress",
+        "prune",
+        str(first),
+        "--plan",
+        str(first / "plan.yaml"),
+        "--output",
+        str(tmp_path / "no"),
+    ]
+    assert cli.main(back) == 2 and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --keep"),
+        (["--keep", "5"], "expected 1..4"),
+        (["--budget", "1.5"], "expected a share of the experts"),
+        (["--budget", "0.1"], "0 experts are to be kept"),
+        (["--budget", "0.3", "--globally"], "2 experts are to be kept in all, expected 4..8"),
+        (["--plan", "nowhere.yaml"], "plan nowhere.yaml cannot be read"),
+    ],
+)
+def test_bad_input_writes_nothing(flags, message, model, stats, tmp_path, capsys):
+    output = tmp_path / "p"
+    assert cli.main(["compress", "prune", model, "--stats", stats, *flags, "--output", str(output)]) == 2
+    assert message in capsys.readouterr().err and not output.exists()
+
+
+def test_statistics_of_another_model_and_no_samples(model, stats, data, tmp_path, capsys):
+    other = tmp_path / "p"
+    assert (
+        cli.main(["compress", "prune", model, "--stats", stats, "--keep", "2", "--output", str(other)]) == 0
+    )
+    args = ["compress", "prune", str(other), "--stats", stats, "--keep", "1", "--output", str(tmp_path / "q")]
+    assert cli.main(args) == 2 and "is of another model" in capsys.readouterr().err
+    args = ["compress", "stats", model, data[0], "--samples", "0", "--output", str(tmp_path / "s")]
+    assert cli.main(args) == 2 and "--samples is 0" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists() and not (tmp_path / "s").exists()

@@ -1,0 +1,262 @@
+"""``unimoe compress``: what to do with a trained mixture of experts.
+
+unimoe compress stats runs/moe data/train.image.jsonl --output runs/stats
+unimoe compress prune runs/moe --stats runs/stats --keep 2 --output runs/pruned
+unimoe compress report runs/moe runs/pruned --data data/val.image.jsonl --output runs/report
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unimoe.artifacts import StageRecord, folder_hash, write_result
+from unimoe.compress.budget import global_top, top_m
+from unimoe.compress.plan import Plan
+from unimoe.compress.scores import Scores, mixed, random_scores, score
+from unimoe.compress.store import compress
+from unimoe.compress.structure import check_coverage
+from unimoe.compress.view import MoEView, view
+from unimoe.compress.watch import Collector, Stats
+from unimoe.data import Collator, read_samples
+from unimoe.errors import UserError, check_seed
+from unimoe.files import atomic_folder
+from unimoe.model.host_loss import last_hidden
+from unimoe.model.loading import load_any
+from unimoe.model.utils import to_device
+
+from .inspect_model import spread
+
+log = logging.getLogger(__name__)
+
+CALIBRATION = {"count", "gate", "norm", "gnorm", "easy", "turn", "cosel", "x_sq", "inner_sq"}
+"""Statistics that `unimoe compress stats` collects."""
+How = Literal["easy_ep", "reap", "gnorm", "gate", "frequency", "random"]
+
+
+def stats(
+    model: str,
+    data: Sequence[str],
+    *,
+    output: str,
+    samples: int = 256,
+    batch_size: int = 8,
+    media_root: str | None = None,
+    min_tokens: int = 32,
+) -> None:
+    """Run calibration data through a model once and save what its experts see and compute.
+
+    Calibrate on what must stay: everything that the data lacks may be lost later. Prints the tokens of each
+    layer's experts, and names those that saw too few.
+
+    Args:
+        model: folder of a finished stage, or of a multimodal model of transformers.
+        data: conversations, in any format that training reads; several files count together.
+        output: new folder of the statistics.
+        samples: most conversations of each file, evenly spaced.
+        batch_size: conversations per batch.
+        media_root: folder of relative media paths (default: that of each data file).
+        min_tokens: an expert that saw fewer is named.
+    """
+    check_new(output)
+    loaded, processor = load_any(model)
+    layers = view(loaded)
+    check_coverage(loaded, layers)
+    batches = read_batches(processor, data, samples, batch_size, media_root)
+    found = calibrate(loaded, layers, [batch for of_file in batches.values() for batch in of_file])
+    found.meta = {"model": folder_hash(model), "data": list(data), "samples": samples}
+    with atomic_folder(output) as folder:
+        found.save(folder)
+    print(calibration_text(found, layers, min_tokens))
+    print(f"written to {output}")
+
+
+def prune(
+    model: str,
+    *,
+    output: str,
+    stats: Sequence[str] = (),
+    plan: str | None = None,
+    how: How = "easy_ep",
+    keep: int = 0,
+    budget: float = 0.0,
+    globally: bool = False,
+    seed: int = 0,
+) -> None:
+    """Keep the experts that matter most on calibration data, with their rows of the router.
+
+    Plain from_pretrained loads the result after `import unimoe`, also with another number of experts in each
+    layer.
+
+    Args:
+        model: folder of a finished stage, or of a multimodal model of transformers.
+        output: new folder of the result.
+        stats: folders of `unimoe compress stats`; several are domains of equal weight.
+        plan: plan.yaml to carry out instead.
+        how: what counts as mattering; random is the floor to compare with.
+        keep: experts of each layer.
+        budget: share of the experts instead, 0..1.
+        globally: divide the budget over all layers, so that they keep different numbers.
+        seed: of random.
+    """
+    check_new(output)
+    check_seed(seed, "--seed")
+    if plan is None and (keep > 0) == (budget > 0):
+        raise UserError("give either --keep, the experts of each layer, or --budget, their share")
+    if not 0 <= budget <= 1:
+        raise UserError(f"--budget is {budget}, expected a share of the experts, 0..1")
+    sha256 = folder_hash(model)
+    own = [] if plan else load_stats(stats, sha256)
+    loaded, processor = load_any(model, device="cpu")
+    layers = view(loaded)
+    check_coverage(loaded, layers)
+    if plan is not None:
+        chosen = Plan.from_yaml(plan)
+        chosen.check_model(sha256)
+    else:
+        counts = [layer.num_experts for layer in layers]
+        scores = random_scores(counts, seed) if how == "random" else score_all(own, how, layers)
+        if globally:
+            kept = global_top(layers, scores, round((budget or keep / max(counts)) * sum(counts)))
+        else:
+            kept = top_m(layers, scores, keep or round(budget * min(counts)))
+        chosen = Plan(keep=kept, made_of=sha256)
+    before = expert_bytes(layers)
+    settings = {"stats": list(stats), "how": how, "keep": keep, "budget": budget, "globally": globally}
+    finish(model, loaded, processor, chosen, output, "compress prune", {**settings, "seed": seed})
+    after = view(loaded)
+    left = ", ".join(str(layer.num_experts) for layer in after)
+    log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(after) / 1e6, before / 1e6)
+
+
+def check_new(output: str) -> None:
+    """Raises UserError where ``output`` holds something."""
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {output} is there already; choose a folder that is new or empty")
+
+
+def read_batches(
+    processor: Any, data: Sequence[str], samples: int, batch_size: int, media_root: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Collated batches of each data file by its name, with labels at the answers.
+
+    Raises:
+        UserError: a number is below 1, or a file cannot be read or holds nothing.
+    """
+    for name, value in (("samples", samples), ("batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}, expected at least 1 (0 calibration tokens tell nothing)")
+    collate, found = Collator(processor), {}
+    for file in data:
+        rows = spread(read_samples(file, media_root=media_root), samples)
+        found[Path(file).stem] = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return found
+
+
+@torch.inference_mode()
+def calibrate(
+    model: Any,
+    layers: Sequence[MoEView],
+    batches: Sequence[dict[str, Any]],
+    wanted: set[str] = CALIBRATION,
+) -> Stats:
+    """Statistics of the experts over collated batches.
+
+    Raises:
+        UserError: no token was seen.
+    """
+    with Collector(layers, wanted) as found:
+        for batch in batches:
+            last_hidden(model, to_device(batch, model.device))
+    if not found.tokens:
+        raise UserError("0 calibration tokens: the data holds no conversation")
+    return found
+
+
+def load_stats(folders: Sequence[str], sha256: str) -> list[Stats]:
+    """
+    Raises:
+        UserError: a folder holds no statistics, or those of another model.
+    """
+    found = []
+    for folder in folders:
+        one = Stats.load(folder)
+        if one.meta.get("model") != sha256:
+            raise UserError(f"--stats {folder} is of another model, collect it of this one")
+        found.append(one)
+    return found
+
+
+def score_all(found: Sequence[Stats], how: str, layers: Sequence[MoEView]) -> Scores:
+    """The scores of one domain, or of several mixed; warns of experts that no token visited."""
+    if not found:
+        raise UserError(f"--how {how} needs --stats, a folder of `unimoe compress stats`")
+    whole = found[0] if len(found) == 1 else None
+    for place, layer in enumerate(layers):
+        counts = sum(one.values["count"][place] for one in found)
+        assert isinstance(counts, Tensor)
+        unseen = (counts == 0).nonzero()[:, 0].tolist()
+        if unseen:
+            log.warning("%s: no calibration token visits experts %s", layer.name, ", ".join(map(str, unseen)))
+    return score(whole, how) if whole else mixed([score(one, how) for one in found])
+
+
+def calibration_text(found: Stats, layers: Sequence[MoEView], least: int) -> str:
+    """Tokens of each expert by layer, and the starved ones by name."""
+    lines = [f"{found.tokens:,} tokens", "tokens of each expert, by MoE layer"]
+    for layer, count_E in zip(layers, found.values["count"], strict=True):
+        lines.append(f"  {layer.layer:>3}  " + "  ".join(f"{int(count):>7,}" for count in count_E))
+    starved = found.starved(least)
+    if starved:
+        named = [f"layer {layers[place].layer} expert {expert} ({count})" for place, expert, count in starved]
+        more = f" and {len(named) - 12} more" if len(named) > 12 else ""
+        lines.append(f"{len(named)} experts saw fewer than {least} tokens: {', '.join(named[:12])}{more}")
+    else:
+        lines.append(f"every expert saw at least {least} tokens")
+    return "\n".join(lines)
+
+
+def expert_bytes(layers: Sequence[MoEView]) -> int:
+    """Bytes of all routed experts."""
+    return sum(
+        one.numel() * one.element_size()
+        for layer in layers
+        for one in (*layer.experts.parameters(), *layer.experts.buffers())
+    )
+
+
+def finish(
+    source: str,
+    model: Any,
+    processor: Any,
+    plan: Plan,
+    output: str,
+    verb: str,
+    settings: dict[str, Any],
+    weights: Sequence[Tensor] | None = None,
+) -> None:
+    """Carry a plan out and save the result with plan.yaml and stage.json; nothing is written before it is
+    done."""
+    compress(model, plan, weights)
+    save(source, model, processor, plan, output, verb, settings)
+
+
+def save(
+    source: str, model: Any, processor: Any, plan: Plan, output: str, verb: str, settings: dict[str, Any]
+) -> None:
+    """Save a compressed model with plan.yaml and stage.json."""
+    parents = [{"folder": source, "sha256": folder_hash(source)}]
+    total = sum(weight.numel() for weight in model.parameters())
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        plan.to_yaml(folder / "plan.yaml")
+
+    record = StageRecord(verb, {"model": source, **settings}, parents, parameters={"total": total})
+    write_result(Path(output), write, record)
+    log.info("%s: %s parameters", output, f"{total:,}")
