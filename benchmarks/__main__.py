@@ -8,6 +8,7 @@ engines        our server beside llama.cpp and vLLM, over HTTP
 experts        the expert kernels beside the implementations a user could pick instead (the default)
 handbook       prepare the Debian handbook in seven languages as text for `unimoe compare`
 model          tokens per second of training and decoding, by expert implementation
+packed_experts experts whose weights are packed (the same as `experts --op packed`)
 same_losses    compare every loss with an earlier commit's
 scale          throughput and memory by distributed strategy, on one and two processes
 serve          continuous batching beside one request at a time, and a soak test

@@ -10,6 +10,7 @@ Operations:
   same number of rows, under autograd.
 - ``moe_layer``: a whole MoE layer with its router, on few tokens without a gradient: as in training, and in
   one operator as in decoding. Lower bound: that of ``experts``.
+- ``packed``: packed experts on one thread, see packed_experts.py.
 - ``adapted_linear``: one frozen FFN whose three linear layers carry E gated adapters (K of them active).
   Lower bound: the FFN without adapters, under autograd.
 
@@ -21,6 +22,7 @@ fastest is dropped after two rounds. Their outputs and gradients are compared be
 import argparse
 import gc
 import json
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -428,9 +430,10 @@ def main(args: list[str] | None = None) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--op", "--ops", dest="ops", nargs="+", choices=[*OPS, "packed"], default=list(OPS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: S1 S2 (CPU), S1..S5 (CUDA)")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 4096])
+    parser.add_argument("--T", "--tokens", dest="tokens", nargs="+", type=int, default=[1, 64, 1024, 4096])
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 3, 2], help="of packed weights")
     parser.add_argument("--routings", nargs="+", choices=["uniform", "zipf", "one-hot"], default=["uniform"])
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument(
@@ -451,6 +454,11 @@ def main(args: list[str] | None = None) -> None:
     print(f"{name}, torch {torch.__version__}; loop in {loop}; freed memory {'kept' if kept else 'released'}")
     rows: list[dict[str, Any]] = []
     for op in options.ops:
+        if op == "packed":
+            report = runpy.run_path(str(Path(__file__).with_name("packed_experts.py")))["report"]
+            for shape in shapes:
+                rows += report(shape, SHAPES[shape], tokens, options.bits, seconds, route)
+            continue
         for shape in ["L1"] if op == "adapted_linear" else shapes:
             for T in tokens if op == "experts" else [T for T in tokens if T in TOKENS[op]]:
                 for routing in options.routings:

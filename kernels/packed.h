@@ -34,10 +34,14 @@
 
 namespace packed {
 
-// Sixteen floats or integers, one for each row of a block; the compiler cuts them to what the form has.
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef int8_t Codes __attribute__((vector_size(16)));
+// Vectors of kBytes: a step of weights, or a row of sums for the 16 rows of a block, is 64 / kBytes of them. As members,
+// since a template argument loses its attributes.
+template <int kBytes>
+struct Vectors {
+  typedef float Floats __attribute__((vector_size(kBytes)));
+  typedef int32_t Ints __attribute__((vector_size(kBytes)));
+  typedef int8_t Codes __attribute__((vector_size(kBytes / 4)));
+};
 
 constexpr int64_t kMostGroup = 512;  // columns that share a scale, at most
 constexpr int64_t kTile = 3;         // rows of x that are multiplied at a time
@@ -76,6 +80,9 @@ namespace plain {
 #define PACKED_TARGET
 #define INLINE [[gnu::always_inline]] inline
 typedef uint8_t Bytes __attribute__((vector_size(16)));
+using Floats = Vectors<16>::Floats;
+using Ints = Vectors<16>::Ints;
+using Codes = Vectors<16>::Codes;
 typedef uint16_t Pairs __attribute__((vector_size(16)));
 constexpr float kOffset = 0;
 
@@ -94,7 +101,7 @@ INLINE Bytes shifted(Bytes a, int by) {
 }
 INLINE Floats halves(const uint16_t* from) {
   Floats wide;
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 4; ++i) {
     const uint32_t bits = (from[i] & 0x7fffu) << 13 | (from[i] & 0x8000u) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
@@ -104,20 +111,20 @@ INLINE Floats halves(const uint16_t* from) {
 }
 INLINE Ints nearest(Floats values) {
   Ints whole;
-  for (int i = 0; i < 16; ++i) whole[i] = static_cast<int32_t>(std::nearbyint(values[i]));
+  for (int i = 0; i < 4; ++i) whole[i] = static_cast<int32_t>(std::nearbyint(values[i]));
   return whole;
 }
 template <int kKind, int C, class Source>
-INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, int32_t (*out)[16]) {
-  std::memset(out, 0, C * 64);
+INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, Ints (*out)[4]) {
+  for (int c = 0; c < C; ++c) out[c][0] = out[c][1] = out[c][2] = out[c][3] = Ints{};
   for (int64_t s = 0; s < chunks * 8; ++s) {
     for (int p = 0; p < 4; ++p) {
       const Bytes bytes = w.step(s / 8, s % 8, p);
       for (int c = 0; c < C; ++c) {
         const int8_t* four = x[c] + s * 4;
         for (int r = 0; r < 4; ++r) {
-          out[c][p * 4 + r] += bytes[r * 4] * four[0] + bytes[r * 4 + 1] * four[1] + bytes[r * 4 + 2] * four[2] +
-                               bytes[r * 4 + 3] * four[3];
+          out[c][p][r] += bytes[r * 4] * four[0] + bytes[r * 4 + 1] * four[1] + bytes[r * 4 + 2] * four[2] +
+                          bytes[r * 4 + 3] * four[3];
         }
       }
     }
@@ -131,6 +138,9 @@ namespace avx2 {
 #define PACKED_TARGET __attribute__((target("avx2,fma,f16c")))
 #define INLINE PACKED_TARGET [[gnu::always_inline]] inline
 typedef __m256i Bytes;
+using Floats = Vectors<32>::Floats;
+using Ints = Vectors<32>::Ints;
+using Codes = Vectors<32>::Codes;
 constexpr float kOffset = 128;
 
 INLINE Bytes load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
@@ -139,27 +149,17 @@ INLINE Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 INLINE Bytes masked(Bytes a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask))); }
 INLINE Bytes shifted(Bytes a, int by) { return by < 0 ? _mm256_slli_epi16(a, -by) : _mm256_srli_epi16(a, by); }
 INLINE Floats halves(const uint16_t* from) {
-  const __m256 two[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
-                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};
-  Floats wide;
-  std::memcpy(&wide, two, 64);
-  return wide;
+  return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
-INLINE Ints nearest(Floats values) {
-  __m256 two[2];
-  std::memcpy(two, &values, 64);
-  const __m256i whole[2] = {_mm256_cvtps_epi32(two[0]), _mm256_cvtps_epi32(two[1])};
-  Ints wide;
-  std::memcpy(&wide, whole, 64);
-  return wide;
-}
+INLINE Ints nearest(Floats values) { return Ints(_mm256_cvtps_epi32(__m256(values))); }
 // vpmaddubsw adds two products into 16 bits: of 8 steps for codes of 4 bits, of one for 7. Codes of 8 bits are taken as
 // signed numbers, and their sign goes to x.
 template <int kKind, int C, class Source>
-INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, int32_t (*out)[16]) {
+INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, Ints (*out)[2]) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i total[C][2];
-  for (auto& halves : total) halves[0] = halves[1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) total[c][0] = total[c][1] = _mm256_setzero_si256();
   for (int64_t j = 0; j < chunks; ++j) {
     __m256i part[C][2];
 #pragma GCC unroll 8
@@ -199,7 +199,8 @@ INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, int32_
       }
     }
   }
-  std::memcpy(out, total, sizeof(total));
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) out[c][0] = Ints(total[c][0]), out[c][1] = Ints(total[c][1]);
 }
 #include "packed_form.h"
 }  // namespace avx2
@@ -208,6 +209,9 @@ namespace avx512 {
 #define PACKED_TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,avx2,fma,f16c")))
 #define INLINE PACKED_TARGET [[gnu::always_inline]] inline
 typedef __m512i Bytes;
+using Floats = Vectors<64>::Floats;
+using Ints = Vectors<64>::Ints;
+using Codes = Vectors<64>::Codes;
 constexpr float kOffset = 0;
 
 INLINE Bytes load(const uint8_t* from) { return _mm512_loadu_si512(from); }
@@ -218,14 +222,13 @@ INLINE Bytes shifted(Bytes a, int by) {
   return by < 0 ? _mm512_slli_epi16(a, static_cast<unsigned>(-by)) : _mm512_srli_epi16(a, static_cast<unsigned>(by));
 }
 INLINE Floats halves(const uint16_t* from) {
-  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  return Floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
-INLINE Ints nearest(Floats values) {
-  return reinterpret_cast<Ints>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(values)));
-}
+INLINE Ints nearest(Floats values) { return Ints(_mm512_cvtps_epi32(__m512(values))); }
 template <int kKind, int C, class Source>
-INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, int32_t (*out)[16]) {
+INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, Ints (*out)[1]) {
   __m512i even[C], odd[C];  // two chains: the instruction takes longer than it keeps its unit busy
+#pragma GCC unroll 4
   for (int c = 0; c < C; ++c) even[c] = odd[c] = _mm512_setzero_si512();
   for (int64_t j = 0; j < chunks; ++j) {
 #pragma GCC unroll 4
@@ -240,7 +243,8 @@ INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, int32_
       }
     }
   }
-  for (int c = 0; c < C; ++c) _mm512_storeu_si512(out[c], _mm512_add_epi32(even[c], odd[c]));
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) out[c][0] = Ints(_mm512_add_epi32(even[c], odd[c]));
 }
 #include "packed_form.h"
 }  // namespace avx512
@@ -253,6 +257,9 @@ namespace neon {
 #endif
 #define INLINE PACKED_TARGET [[gnu::always_inline]] inline
 typedef uint8x16_t Bytes;
+using Floats = Vectors<16>::Floats;
+using Ints = Vectors<16>::Ints;
+using Codes = Vectors<16>::Codes;
 constexpr float kOffset = 128;
 
 INLINE Bytes load(const uint8_t* from) { return vld1q_u8(from); }
@@ -260,26 +267,12 @@ INLINE void store(uint8_t* to, Bytes bytes) { vst1q_u8(to, bytes); }
 INLINE Bytes either(Bytes a, Bytes b) { return vorrq_u8(a, b); }
 INLINE Bytes masked(Bytes a, int mask) { return vandq_u8(a, vdupq_n_u8(static_cast<uint8_t>(mask))); }
 INLINE Bytes shifted(Bytes a, int by) { return vshlq_u8(a, vdupq_n_s8(static_cast<int8_t>(-by))); }
-INLINE Floats halves(const uint16_t* from) {
-  float32x4_t four[4];
-  for (int i = 0; i < 4; ++i) four[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i * 4)));
-  Floats wide;
-  std::memcpy(&wide, four, 64);
-  return wide;
-}
-INLINE Ints nearest(Floats values) {
-  float32x4_t four[4];
-  std::memcpy(four, &values, 64);
-  int32x4_t whole[4];
-  for (int i = 0; i < 4; ++i) whole[i] = vcvtnq_s32_f32(four[i]);
-  Ints wide;
-  std::memcpy(&wide, whole, 64);
-  return wide;
-}
+INLINE Floats halves(const uint16_t* from) { return Floats(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)))); }
+INLINE Ints nearest(Floats values) { return Ints(vcvtnq_s32_f32(float32x4_t(values))); }
 template <int kKind, int C, class Source>
-INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, int32_t (*out)[16]) {
+INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, Ints (*out)[4]) {
   int32x4_t total[C][4];
-  for (auto& parts : total) parts[0] = parts[1] = parts[2] = parts[3] = vdupq_n_s32(0);
+  for (int c = 0; c < C; ++c) total[c][0] = total[c][1] = total[c][2] = total[c][3] = vdupq_n_s32(0);
   for (int64_t j = 0; j < chunks; ++j) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
@@ -299,7 +292,11 @@ INLINE void dots(const Source& w, int64_t chunks, const int8_t* const* x, int32_
       }
     }
   }
-  std::memcpy(out, total, sizeof(total));
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) out[c][p] = Ints(total[c][p]);
+  }
 }
 #include "packed_form.h"
 }  // namespace neon

@@ -2,6 +2,8 @@
 // own, after it defined INLINE (with the instructions that the form may use: an attribute cannot depend on a template
 // argument), the vectors Bytes and what is done with them. Layout and letters: packed.h.
 
+constexpr int kParts = 64 / sizeof(Bytes);  // vectors of a step
+
 // Where `dots` takes its weights from: part p (of sizeof(Bytes)) of step i of a chunk, 64 bytes a step.
 
 // Codes that were unpacked before.
@@ -27,32 +29,22 @@ struct Planes {
   }
 };
 
-// out[c] += scale * x scale * (dot - zero * sum of x), for C rows of x and one group
+// sums[c] += scale * x scale * (dot - zero * sum of x), for C rows of x and one group
 template <int kKind, int C, class Source>
-INLINE void add_group(const Source& w, int64_t padded, const Activations& x, const int64_t* at, Floats scale, float zero,
-                      float* out) {
-  alignas(64) int32_t dot[C][16];
+INLINE void add_group(const Source& w, int64_t padded, const Activations& x, const int64_t* at, const Floats* scale,
+                      float zero, Floats (*sums)[kParts]) {
+  Ints dot[C][kParts];
   const int8_t* codes[C];
+#pragma GCC unroll 4
   for (int c = 0; c < C; ++c) codes[c] = x.codes + at[c] * padded;
   dots<kKind, C>(w, padded / 32, codes, dot);
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
-    Ints whole;
-    Floats sum;
-    std::memcpy(&whole, dot[c], 64);
-    std::memcpy(&sum, out + c * 16, 64);
-    sum += (scale * x.scale[at[c]]) * (__builtin_convertvector(whole, Floats) - zero * x.sum[at[c]]);
-    std::memcpy(out + c * 16, &sum, 64);
-  }
-}
-
-template <int kKind, class Source>
-INLINE void add_rows(const Source& w, int64_t padded, const Activations& x, const int64_t* at, int64_t n, Floats scale,
-                     float zero, float* out) {
-  switch (n) {
-    case 1: return add_group<kKind, 1>(w, padded, x, at, scale, zero, out);
-    case 2: return add_group<kKind, 2>(w, padded, x, at, scale, zero, out);
-    default: return add_group<kKind, 3>(w, padded, x, at, scale, zero, out);
+    const float x_scale = x.scale[at[c]], less = zero * x.sum[at[c]];
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      sums[c][p] += (scale[p] * x_scale) * (__builtin_convertvector(dot[c][p], Floats) - less);
+    }
   }
 }
 
@@ -62,45 +54,86 @@ INLINE void prefetch(const uint8_t* from, int64_t lines) {
 }
 
 template <int... kWidths>
-PACKED_TARGET inline void products_of(const Matrix& m, int64_t block, const Activations& x, const int64_t* rows,
-                                      int64_t n, float* out) {
-  constexpr int kBits = (kWidths + ...), kKind = kBits <= 4 ? 0 : kBits < 8 ? 1 : 2;
-  alignas(64) uint8_t buffer[sizeof...(kWidths) == 1 && kBits == 8 ? 64 : kMostGroup * 16];
-  const int64_t chunks = m.padded / 32;
+constexpr int kKindOf = (kWidths + ...) <= 4 ? 0 : (kWidths + ...) < 8 ? 1 : 2;
+
+INLINE void scales(const Matrix& m, int64_t block, int64_t g, Floats* to) {
+  const uint16_t* from = m.scales + (block * m.groups + g) * 16;
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) to[p] = halves(from + p * (16 / kParts)) * m.step;
+}
+
+// C rows of x: codes are multiplied as they are unpacked.
+template <int C, int... kWidths>
+INLINE void few(const Matrix& m, int64_t block, const Activations& x, const int64_t* rows, float* out) {
+  constexpr int kKind = kKindOf<kWidths...>;
   const float zero = m.zero - (kKind == 2 ? kOffset : 0);
+  const int64_t chunks = m.padded / 32;
+  Floats sums[C][kParts] = {};
+  for (int64_t g = 0; g < m.groups; ++g) {
+    const int64_t chunk = (block * m.groups + g) * chunks;
+    int i = 0;
+    ((prefetch(m.planes[i] + chunk * kWidths * 64, chunks * kWidths), ++i), ...);
+    Floats scale[kParts];
+    scales(m, block, g, scale);
+    int64_t at[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) at[c] = g * x.rows + rows[c];
+    add_group<kKind, C>(Planes<kWidths...>{m.planes, chunk}, m.padded, x, at, scale, zero, sums);
+  }
+  std::memcpy(out, sums, sizeof(sums));
+}
+
+// n rows of x, C at a time, with codes that were unpacked.
+template <int kKind, int C>
+INLINE void add_rows(const uint8_t* bytes, int64_t g, int64_t padded, const Activations& x, const int64_t* rows,
+                     const Floats* scale, float zero, float* out) {
+  Floats sums[C][kParts];
+  std::memcpy(sums, out, sizeof(sums));
+  int64_t at[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) at[c] = g * x.rows + rows[c];
+  add_group<kKind, C>(Unpacked{bytes}, padded, x, at, scale, zero, sums);
+  std::memcpy(out, sums, sizeof(sums));
+}
+
+template <int... kWidths>
+INLINE void many(const Matrix& m, int64_t block, const Activations& x, const int64_t* rows, int64_t n, float* out) {
+  constexpr int kKind = kKindOf<kWidths...>;
+  constexpr bool kAsTheyAre = sizeof...(kWidths) == 1 && kKind == 2;
+  alignas(64) uint8_t buffer[kAsTheyAre ? 64 : kMostGroup * 16];
+  const float zero = m.zero - (kKind == 2 ? kOffset : 0);
+  const int64_t chunks = m.padded / 32;
   std::memset(out, 0, n * 64);
   for (int64_t g = 0; g < m.groups; ++g) {
     const int64_t chunk = (block * m.groups + g) * chunks;
     const Planes<kWidths...> planes{m.planes, chunk};
-    const Floats scale = halves(m.scales + (block * m.groups + g) * 16) * m.step;
-    int ahead = 0;
-    ((prefetch(m.planes[ahead] + chunk * kWidths * 64, chunks * kWidths), ++ahead), ...);
-    if (n <= kTile) {
-      int64_t at[kTile];
-      for (int64_t c = 0; c < n; ++c) at[c] = g * x.rows + rows[c];
-      add_rows<kKind>(planes, m.padded, x, at, n, scale, zero, out);
-      continue;
-    }
-    const uint8_t* bytes = buffer;
-    if constexpr (sizeof...(kWidths) == 1 && kBits == 8) {
-      bytes = m.planes[0] + chunk * 512;
-    } else {
-      for (int64_t j = 0; j < chunks; ++j) {
+    const uint8_t* bytes = kAsTheyAre ? m.planes[0] + chunk * 512 : buffer;
+    for (int64_t j = 0; !kAsTheyAre && j < chunks; ++j) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 8; ++i) {
 #pragma GCC unroll 4
-          for (int p = 0; p < static_cast<int>(64 / sizeof(Bytes)); ++p) {
-            store(buffer + (j * 8 + i) * 64 + p * sizeof(Bytes), planes.step(j, i, p));
-          }
-        }
+        for (int p = 0; p < kParts; ++p) store(buffer + (j * 8 + i) * 64 + p * sizeof(Bytes), planes.step(j, i, p));
       }
     }
-    for (int64_t c = 0; c < n; c += kTile) {
-      const int64_t some = std::min<int64_t>(kTile, n - c);
-      int64_t at[kTile];
-      for (int64_t i = 0; i < some; ++i) at[i] = g * x.rows + rows[c + i];
-      add_rows<kKind>(Unpacked{bytes}, m.padded, x, at, some, scale, zero, out + c * 16);
+    Floats scale[kParts];
+    scales(m, block, g, scale);
+    int64_t c = 0;
+    for (; c + kTile <= n; c += kTile) {
+      add_rows<kKind, kTile>(bytes, g, m.padded, x, rows + c, scale, zero, out + c * 16);
     }
+    if (n - c == 2) add_rows<kKind, 2>(bytes, g, m.padded, x, rows + c, scale, zero, out + c * 16);
+    if (n - c == 1) add_rows<kKind, 1>(bytes, g, m.padded, x, rows + c, scale, zero, out + c * 16);
+  }
+}
+
+template <int... kWidths>
+PACKED_TARGET inline void products_of(const Matrix& m, int64_t block, const Activations& x, const int64_t* rows,
+                                      int64_t n, float* out) {
+  switch (n) {
+    case 1: return few<1, kWidths...>(m, block, x, rows, out);
+    case 2: return few<2, kWidths...>(m, block, x, rows, out);
+    case 3: return few<3, kWidths...>(m, block, x, rows, out);
+    default: return many<kWidths...>(m, block, x, rows, n, out);
   }
 }
 
@@ -129,28 +162,28 @@ PACKED_TARGET inline void quantise(const float* x, int64_t first, int64_t last, 
     for (int64_t g = 0; g * group < width; ++g) {
       const float* in = x + r * width + g * group;
       if (group != padded) in = static_cast<const float*>(std::memcpy(copy, in, group * sizeof(float)));
+      constexpr int kLanes = sizeof(Floats) / sizeof(float);
       Ints most = {}, sum = {};
-      for (int64_t i = 0; i < padded; i += 16) {
+      for (int64_t i = 0; i < padded; i += kLanes) {
         Ints bits;  // without their signs floats are in the order of their bits, and NaN is the largest
-        std::memcpy(&bits, in + i, 64);
+        std::memcpy(&bits, in + i, sizeof(bits));
         bits &= 0x7fffffff;
         most = most > bits ? most : bits;
       }
-      int32_t largest = 0;
-      for (int i = 0; i < 16; ++i) largest = std::max(largest, most[i]);
+      int32_t largest = 0, total = 0;
+      for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
       float size;
       std::memcpy(&size, &largest, 4);
       const float times = size > kSmallest ? 127 / size : 0;
-      for (int64_t i = 0; i < padded; i += 16) {
+      for (int64_t i = 0; i < padded; i += kLanes) {
         Floats values;
-        std::memcpy(&values, in + i, 64);
+        std::memcpy(&values, in + i, sizeof(values));
         const Ints whole = nearest(values * times);
         const Codes codes = __builtin_convertvector(whole, Codes);
-        std::memcpy(to.codes + (g * to.rows + r) * padded + i, &codes, 16);
+        std::memcpy(to.codes + (g * to.rows + r) * padded + i, &codes, sizeof(codes));
         sum += whole;
       }
-      int32_t total = 0;
-      for (int i = 0; i < 16; ++i) total += sum[i];
+      for (int i = 0; i < kLanes; ++i) total += sum[i];
       to.scale[g * to.rows + r] = size / 127;
       to.sum[g * to.rows + r] = static_cast<float>(total);
     }
@@ -173,7 +206,7 @@ INLINE Floats sigmoid(Floats x) {
   p = p * r * r + r + 1.0f;
   const Ints exponent = (n + 127) << 23;
   Floats two_n;
-  std::memcpy(&two_n, &exponent, 64);
+  std::memcpy(&two_n, &exponent, sizeof(two_n));
   return 1.0f / (1.0f + p * two_n);
 }
 
@@ -181,17 +214,19 @@ INLINE Floats sigmoid(Floats x) {
 PACKED_TARGET inline void gated(int64_t act, const float* gate, const float* up, int64_t n, int64_t valid, float* out,
                                 int64_t stride) {
   for (int64_t c = 0; c < n; ++c) {
-    Floats g, u;
-    std::memcpy(&g, gate + c * 16, 64);
-    std::memcpy(&u, up + c * 16, 64);
-    if (act == 0) {
-      u *= g * sigmoid(g);
-    } else if (act == 1) {
-      for (int i = 0; i < 16; ++i) u[i] *= 0.5f * g[i] * (1 + std::erf(g[i] * 0.70710678118654752f));
-    } else {
-      u *= g * sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g));  // (1 + tanh(v)) / 2 = sigmoid(2 v)
+    Floats g[kParts], u[kParts];
+    std::memcpy(g, gate + c * 16, sizeof(g));
+    std::memcpy(u, up + c * 16, sizeof(u));
+    for (int p = 0; p < kParts; ++p) {
+      if (act == 0) {
+        u[p] *= g[p] * sigmoid(g[p]);
+      } else if (act == 1) {
+        for (int i = 0; i < 16 / kParts; ++i) u[p][i] *= 0.5f * g[p][i] * (1 + std::erf(g[p][i] * 0.70710678118654752f));
+      } else {  // (1 + tanh(v)) / 2 = sigmoid(2 v)
+        u[p] *= g[p] * sigmoid(1.5957691216057308f * (g[p] + 0.044715f * g[p] * g[p] * g[p]));
+      }
     }
-    std::memcpy(out + c * stride, &u, valid * sizeof(float));
+    std::memcpy(out + c * stride, u, valid * sizeof(float));
   }
 }
 
