@@ -77,8 +77,10 @@ def test_mixtures_of_transformers_talk_and_are_inspected(name, tmp_path, capsys)
     sizes = found["parameters"]
     assert sizes["total"] - sizes["active"] == sizes["parts"]["experts"] / 2 > 0
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"}]}))
-    assert cli.main(["inspect", str(tmp_path), str(tmp_path / "data.jsonl")]) == 2
-    assert "routing is not recorded" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path), str(tmp_path / "data.jsonl"), "--json"]) == 0
+    load = json.loads(capsys.readouterr().out)["load"]
+    assert load["layers"] == found["moe"]["layers"] and len(load["text"][0]) == 4
+    assert talk.stats.expert_load()["layers"] == load["layers"] and talk.stats.tokens()["image"] > 0
 
 
 BATCHED = ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "qwen2_5_omni", *MIXTURES]

@@ -16,9 +16,11 @@ from transformers import (
 
 from unimoe.commands.main import main
 from unimoe.errors import UserError
+from unimoe.inference.conversation import Conversation, Settings
 from unimoe.model.convert import image_modality
 from unimoe.model.llm import byte_tokenizer
 from unimoe.model.loading import load_model
+from unimoe.testing_stock import STOCK
 
 VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -117,3 +119,25 @@ def test_what_ours_cannot_have_is_named():
         image_modality(LlavaConfig(vision_feature_layer=[-2, -3]))
     siglip = LlavaConfig(vision_config=SiglipVisionConfig(**VISION), vision_feature_select_strategy="full")
     assert image_modality(siglip)["encoder"]["type"] == "siglip"
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss"])
+@torch.no_grad()
+def test_any_causal_lm_becomes_a_model(family, tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    causal = STOCK[family](vocab_size=len(tokenizer)).eval()
+    for part in (causal, tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+    args = ["convert", "llm", str(tmp_path / "lm"), str(tmp_path / "model")]
+    assert main(args) == 0
+    model, processor = load_model(tmp_path / "model", device="cpu")
+    ids = torch.arange(1, 60)[None]
+    found = model(input_ids=ids).logits[..., : len(tokenizer)]
+    torch.testing.assert_close(found, causal(input_ids=ids).logits, rtol=0, atol=1e-5)
+    talk = Conversation(model, processor, Settings(max_new_tokens=3))
+    talk.ask("hello", lambda _: None)
+    layers = [1] if family == "deepseek_v3" else [0, 1]
+    assert talk.stats.expert_load()["layers"] == layers  # what !experts shows
+    assert main(["inspect", str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["moe"]["layers"] == layers
+    assert main(args) == 2 and "is there already" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unimoe.model.configuration import MODALITIES
@@ -82,21 +83,25 @@ class RoutingStats:
         """Share of the (token, expert) pairs that each expert got; empty when nothing was counted.
 
         ``layers`` holds the indices of the MoE layers, ``all`` and every kind a table [L, E] whose rows
-        sum to 1.
+        sum to 1. A layer with fewer experts than another has zeros behind its own.
         """
         if not self.pairs:
             return {}
         tables = {kind: [self.pairs[kind][layer] for layer in self.layers] for kind in self.kinds}
         everything = [sum(table[row] for table in tables.values()) for row in range(len(self.layers))]
         tables = {"all": everything, **tables}
-        return {"layers": self.layers} | {name: list(map(_shares, table)) for name, table in tables.items()}
+        most = max(map(len, everything))
+        return {"layers": self.layers} | {
+            name: [_shares(F.pad(count_E, (0, most - len(count_E)))) for count_E in table]
+            for name, table in tables.items()
+        }
 
-    def experts_per_token(self, num_experts: int) -> dict[int, float]:
-        """For each MoE layer the mean number of its first ``num_experts`` experts, those with weights, that a
-        token visited; empty when nothing was counted."""
+    def experts_per_token(self, num_experts: Mapping[int, int]) -> dict[int, float]:
+        """For each MoE layer the mean number of its first ``num_experts[layer]`` experts, those with weights,
+        that a token visited; empty when nothing was counted."""
         tokens = sum(self.tokens().values())
         return {
-            layer: float(sum(own[layer][:num_experts].sum() for own in self.pairs.values())) / tokens
+            layer: float(sum(own[layer][: num_experts[layer]].sum() for own in self.pairs.values())) / tokens
             for layer in (self.layers if self.pairs else [])
         }
 

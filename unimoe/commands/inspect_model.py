@@ -17,24 +17,17 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.plots import pathways, plot_expert_load
 from unimoe.analysis.routing_stats import RoutingStats, format_load_table
+from unimoe.compress.view import expert_counts, find_layers
 from unimoe.continual.cli import load_run
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
-from unimoe.model.host import (
-    count_experts,
-    find_decoder,
-    logits_to_keep,
-    stock_experts,
-    stock_experts_per_token,
-    towers,
-)
+from unimoe.model.host import find_decoder, logits_to_keep, towers
 from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import count_parameters, to_device
-from unimoe.moe import record
-from unimoe.moe.install import moe_layers
+from unimoe.moe import MoELayer, record
 
 
 def inspect(
@@ -75,11 +68,8 @@ def inspect(
         [] if data is None else spread(read_samples(data, media_root=media_root, training=False), samples)
     )
     found, processor = load_any(model)
-    if data is not None and not moe_layers(found):
-        what = "has experts of transformers' own, whose routing is not recorded"
-        if not stock_experts(found):
-            what = "is a dense model: it has no experts to look at"
-        raise UserError(f"{model} {what}; leave {data} out")
+    if data is not None and not find_layers(found):
+        raise UserError(f"{model} is a dense model: it has no experts to look at; leave {data} out")
     stats = observe(found, processor, chosen, batch_size)
     report = {"model": model, **describe_model(found, model, stats)}
     plots: dict[str, str] = {}
@@ -119,10 +109,8 @@ def describe_model(
 
     How many experts a token visits is measured where ``stats`` counted something.
     """
-    sparse = moe_layers(model)
-    visits: dict[int, float] = {}
-    if stats is not None and sparse:
-        visits = stats.experts_per_token(next(iter(sparse.values())).num_experts)
+    layers = find_layers(model)
+    visits = {} if stats is None else stats.experts_per_token(expert_counts(model))
     total, active = count_parameters(model, visits or None)
     parts = {"language model": find_decoder(model)}
     if isinstance(model, UniMoeForConditionalGeneration):
@@ -135,33 +123,25 @@ def describe_model(
         parts |= {name.replace("_", " "): tower for name, tower in towers(model).items()}
     sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
     moe: dict[str, Any] = {}
-    if sparse:
-        first = next(iter(sparse.values()))
-        null = first.num_null
-        router = first.router.describe()
-        stated = {index: layer.experts_per_token for index, layer in sparse.items()}
-        counts = list((visits or stated).values())
-        sizes["experts"] = sum(w.numel() for layer in sparse.values() for w in layer.experts.parameters())
-        sizes["routers"] = sum(w.numel() for layer in sparse.values() for w in layer.router.parameters())
+    if layers:
+        own = [one.block for one in layers if isinstance(one.block, MoELayer)]
+        null = own[0].num_null if own else 0
+        fixed = not own or own[0].router.describe().fixed
+        stated = [one.experts_per_token for one in own] or [one.top_k for one in layers]
+        counts = list(visits.values()) or stated
+        numbers = [one.num_experts for one in layers]
+        for name in ("experts", "router"):
+            parts = [w.numel() for one in layers for w in getattr(one, name).parameters()]
+            sizes["routers" if name == "router" else name] = sum(parts)
         moe = {
-            "layers": sorted(sparse),
+            "layers": [one.layer for one in layers],
             "of": model.config.get_text_config().num_hidden_layers,
-            "experts": expert_names(folder, first.num_experts + null, null),
+            "experts": expert_names(folder, max(numbers) + null, null),
+            "experts_by_layer": numbers,
             "null_experts": null,
             "experts_per_token": round(sum(counts) / len(counts), 3),
-            "measured": bool(visits) or (router.fixed and not null),
-            "router": type(first.router).__name__,
-        }
-    elif stock := stock_experts(model):
-        sizes["experts"] = sum(w.numel() for experts in stock.values() for w in experts.parameters())
-        moe = {
-            "layers": sorted(stock),
-            "of": model.config.get_text_config().num_hidden_layers,
-            "experts": expert_names(folder, count_experts(model.config), 0),
-            "null_experts": 0,
-            "experts_per_token": stock_experts_per_token(model.config),
-            "measured": True,
-            "router": f"that of {model.config.model_type}",
+            "measured": bool(visits) or (fixed and not null),
+            "router": type(layers[0].router).__name__,
         }
     return {"parameters": {"total": total, "active": active, "parts": sizes}, "moe": moe}
 
@@ -243,6 +223,8 @@ def as_text(report: dict[str, Any]) -> str:
         f"  MoE layers        {len(layers)} of {moe['of']}: {', '.join(map(str, layers))}",
         f"  experts           {len(experts)} ({', '.join(experts)}), {chosen}",
     ]
+    if len(set(moe["experts_by_layer"])) > 1:
+        lines.append(f"  experts by layer  {', '.join(map(str, moe['experts_by_layer']))}")
     if "load" in report:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in report["tokens"].items())
         lines += [

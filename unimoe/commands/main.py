@@ -81,6 +81,9 @@ VERBS = {
         "unimoe.commands.compress:stats", "run calibration data through a model and measure its experts"
     ),
     "compress prune": Verb("unimoe.commands.compress:prune", "keep the experts that matter most"),
+    "convert llm": Verb(
+        "unimoe.model.convert:llm", "make a causal LM, dense or MoE, one to chat with and serve"
+    ),
     "convert llava": Verb("unimoe.model.convert:llava", "convert a LLaVA-1.5 checkpoint"),
     "continual run": Verb("unimoe.continual.cli:run", "train one strategy on a stream of tasks", raw=True),
     "continual compare": Verb(

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from unimoe.compress.view import expert_counts
 from unimoe.data.collate import real_tokens
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import record
@@ -121,7 +122,7 @@ def train_cell(
     routing, visits = {}, None
     if layers := moe_layers(model):
         routing = evaluation.routing.summary(layers)
-        visits = evaluation.routing.stats.experts_per_token(next(iter(layers.values())).num_experts)
+        visits = evaluation.routing.stats.experts_per_token(expert_counts(model))
     cost: Cost = measure(model, visits)
     return found | {
         "start": evaluation.losses[0],

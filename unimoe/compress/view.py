@@ -61,7 +61,10 @@ class MoEView:
 
     @property
     def layer(self) -> int:
-        """Index of the decoder layer: the last number of the path."""
+        """Index of the decoder layer, which records also have: the last number of the path, where the layer
+        does not know it."""
+        if (own := getattr(self.block, "layer_index", -1)) >= 0:
+            return own
         numbers = re.findall(r"\d+", self.name)
         return int(numbers[-1]) if numbers else self.index
 
@@ -121,14 +124,25 @@ def view(model: nn.Module) -> list[MoEView]:
     Raises:
         UserError: it has none.
     """
+    found = find_layers(model)
+    if not found:
+        raise UserError(f"{type(model).__name__} has no MoE layers; expected a mixture of experts")
+    return found
+
+
+def expert_counts(model: nn.Module) -> dict[int, int]:
+    """Index of the decoder layer -> experts with weights."""
+    return {layer.layer: layer.num_experts for layer in find_layers(model)}
+
+
+def find_layers(model: nn.Module) -> list[MoEView]:
+    """As :func:`view`; empty for a dense model."""
     found: list[MoEView] = []
     for name, block in model.named_modules():
         parts = _ours(block) if isinstance(block, MoELayer) else _stock(block)
         if parts is not None:
             parent = model.get_submodule(name.rpartition(".")[0])
             found.append(MoEView(len(found), name, block, *parts, parent))
-    if not found:
-        raise UserError(f"{type(model).__name__} has no MoE layers; expected a mixture of experts")
     return found
 
 
@@ -138,7 +152,10 @@ Parts = tuple[nn.Module, nn.Module, nn.Module | None, int, int, int]
 def _ours(block: MoELayer) -> Parts:
     router: Any = block.router
     groups = getattr(router, "groups", None)
-    top_k = getattr(router, "k", None) or -int(-block.experts_per_token // 1)
+    top_k = getattr(router, "k", None)
+    if top_k is None:  # another number for each token, which a router tells by its values
+        meta = next(block.parameters()).is_meta
+        top_k = block.num_experts if meta else -int(-block.experts_per_token // 1)
     groups = groups if isinstance(groups, int) else 1
     return router, block.experts, block.shared, block.num_experts, top_k, groups
 
@@ -195,7 +212,7 @@ def rewrite(layer: MoEView, fn: Rewrite) -> RemovableHandle:
         def after_router(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> Routing:
             before = slots(routing)
             after = fn(layer, args[0], *before)
-            return routing if after[0] is before[0] and after[1] is before[1] else _of_slots(routing, *after)
+            return routing if after[0] is before[0] and after[1] is before[1] else of_slots(routing, *after)
 
         return layer.router.register_forward_hook(after_router)
 
@@ -226,7 +243,7 @@ def slots(routing: Routing) -> tuple[Tensor, Tensor]:
     return index_TK, weight_TK
 
 
-def _of_slots(routing: Routing, index_TK: Tensor, weight_TK: Tensor) -> Routing:
+def of_slots(routing: Routing, index_TK: Tensor, weight_TK: Tensor) -> Routing:
     """A routing like another, with these slots."""
     slot_N, token_N, expert_N, offsets_E1 = sort_by_expert(index_TK, routing.num_experts)
     end = int(offsets_E1[-1])

@@ -17,6 +17,7 @@ from transformers import set_seed
 from transformers.generation.streamers import TextStreamer
 
 from unimoe.analysis.routing_stats import ANSWER, RoutingStats
+from unimoe.compress.view import find_layers
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
 from unimoe.data.sample import Message, Sample
@@ -27,7 +28,6 @@ from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import record
-from unimoe.moe.install import moe_layers
 
 from .engines import AnsweringModel
 from .generate import generate
@@ -146,7 +146,8 @@ class Conversation:
                         *asked,
                         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
                     ]
-                prompt = len(moe_layers(self.model))  # one record a layer for the prompt, then for each token
+                # one record a layer for the prompt, then for each token
+                prompt = len(find_layers(self.model))
                 self.stats = RoutingStats()
                 self.stats.add(records[:prompt])
                 self.stats.add(records[prompt : len(records) - len(records) % max(prompt, 1)], ANSWER)

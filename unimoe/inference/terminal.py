@@ -16,12 +16,12 @@ from textwrap import indent
 
 from transformers.utils.logging import disable_progress_bar
 
-from unimoe.analysis.expert_names import expert_names
+from unimoe.analysis.expert_names import names_of
 from unimoe.analysis.routing_stats import format_load_table
+from unimoe.compress.view import expert_counts, find_layers
 from unimoe.errors import UserError
 from unimoe.media.source import describe
 from unimoe.model.utils import count_parameters
-from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import cache_folder
 
 from .conversation import Conversation, Settings, detect_modality
@@ -187,13 +187,11 @@ class Terminal:
             raise UserError(f"!experts {rest}: expected nothing or the word layers after it")
         if isinstance(self.talk.model, LlamaModel):
             raise UserError("!experts: llama.cpp does not show its experts; chat with --engine torch")
-        layers = moe_layers(self.talk.model)
         if not stats.pairs:
-            why = "no answer yet" if layers else "this model is dense, it has none"
+            why = "no answer yet" if find_layers(self.talk.model) else "this model is dense, it has none"
             raise UserError(f"!experts: {why}")
         load = stats.expert_load()
-        null = next(iter(layers.values())).num_null
-        names = expert_names(self.name, len(load["all"][0]), null)
+        names = names_of(self.talk.model, self.name, len(load["all"][0]))
         counts = ", ".join(f"{count} {kind}" for kind, count in stats.tokens().items())
         print(f"  tokens of the last prompt and its answer: {counts}")
         if rest:
@@ -212,8 +210,7 @@ class Terminal:
         model = self.talk.model
         if isinstance(model, LlamaModel):
             print(f"  engine           llama.cpp on {model.file}")
-        layers = list(moe_layers(model).values())
-        visits = self.talk.stats.experts_per_token(layers[0].num_experts) if layers else {}
+        visits = self.talk.stats.experts_per_token(expert_counts(model))
         total, active = count_parameters(model, visits or None)
         print(f"  model            {self.name} on {model.device}")
         print(f"  parameters       {total / 1e6:.1f} M, {active / 1e6:.1f} M of them active for a token")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
-from unimoe.analysis.expert_names import expert_names
+from unimoe.analysis.expert_names import names_of
 from unimoe.analysis.plots import plot_expert_load
 from unimoe.analysis.routing_stats import RoutingStats
 from unimoe.detection.inference.drawing import draw_boxes
@@ -26,7 +26,6 @@ from unimoe.detection.model.loading import load_detector
 from unimoe.errors import UserError
 from unimoe.files import data_url
 from unimoe.model.loading import load_any
-from unimoe.moe.install import moe_layers
 
 from .conversation import Conversation, Settings, detect_modality
 
@@ -226,8 +225,7 @@ class ChatTab:
         if not load:
             return _note("This model is dense: it has no experts.")
         counts = ", ".join(f"{count} {kind}" for kind, count in stats.tokens().items())
-        null = next(iter(moe_layers(self.model).values())).num_null
-        plot = plot_expert_load(load, expert_names(self.name, len(load["all"][0]), null), columns=2)
+        plot = plot_expert_load(load, names_of(self.model, self.name, len(load["all"][0])), columns=2)
         source = data_url("image/svg+xml", plot.encode())
         text = "Expert load of the last prompt and its answer, in per cent per layer"
         return _note(f"{text}: {counts} tokens.") + (

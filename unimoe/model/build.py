@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from unimoe.compress.records import leave_records
 from unimoe.encoders import (
     Encoder,
     ImageEncoder,
@@ -108,6 +109,7 @@ def assemble_model(
     with torch.device("meta"):  # only the frame: every part is put in below
         model = UniMoeForConditionalGeneration(config)
     decoder = getattr(causal, causal.base_model_prefix)
+    leave_records(decoder)
     model.model.language_model = decoder
     model.lm_head = causal.get_output_embeddings()
     _check_logits(causal, model)

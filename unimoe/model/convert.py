@@ -19,7 +19,7 @@ from unimoe.encoders import build_encoder
 from unimoe.encoders.weights import fill, select_prefix
 from unimoe.errors import UserError, first_line
 
-from .build import Built, assemble_model
+from .build import Built, assemble_model, build_model
 from .llm import add_placeholders
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,7 @@ def llava(source: str, output: str, chat_template: str = "vicuna") -> None:
         output: folder of the result: start other stages from it, or chat with it.
         chat_template: vicuna, chatml, or a Jinja template.
     """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"OUTPUT {output} is there already; choose a folder that is new or empty")
+    folder = check_free(output)
     model, processor = read_llava(source, chat_template)
     parents = [{"folder": source, "sha256": folder_hash(source)}] if Path(source).is_dir() else []
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -50,6 +48,33 @@ def llava(source: str, output: str, chat_template: str = "vicuna") -> None:
     record = StageRecord("convert llava", settings, parents, parameters={"total": total})
     write_model(folder, model, processor, record)
     log.info("%s: %s parameters out of %s", folder, f"{total:,}", source)
+
+
+def llm(source: str, output: str, chat_template: str | None = None) -> None:
+    """Turn a causal LM of transformers, dense or a mixture of experts, into a model that chat, serve,
+    evaluate, inspect and compress take. It sees and hears nothing; its logits stay as they are.
+
+    Args:
+        source: folder or hub id, such as allenai/OLMoE-1B-7B-0125-Instruct.
+        output: folder of the result.
+        chat_template: vicuna, chatml, or a Jinja template; without it the tokenizer's own.
+    """
+    folder = check_free(output)
+    model, processor = build_model(source, {}, None, chat_template)
+    parents = [{"folder": source, "sha256": folder_hash(source)}] if Path(source).is_dir() else []
+    total = sum(parameter.numel() for parameter in model.parameters())
+    settings = {"source": source, "chat_template": chat_template}
+    record = StageRecord("convert llm", settings, parents, parameters={"total": total})
+    write_model(folder, model, processor, record)
+    log.info("%s: %s parameters out of %s", folder, f"{total:,}", source)
+
+
+def check_free(output: str) -> Path:
+    """The folder of a result. Raises UserError where it holds something."""
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"OUTPUT {output} is there already; choose a folder that is new or empty")
+    return folder
 
 
 def read_llava(source: str, chat_template: str = "vicuna") -> Built:

@@ -119,28 +119,6 @@ def count_experts(config: Any) -> int:
     return next((count for name in names if (count := getattr(text, name, 0))), 0)
 
 
-def stock_experts(model: nn.Module) -> dict[int, nn.Module]:
-    """The experts of a stock mixture of experts, by the index of their decoder layer; {} for other models.
-
-    They are found as what holds stacks with an entry for each expert.
-    """
-    count = count_experts(model.config) if isinstance(model, PreTrainedModel) else 0
-    found: dict[int, nn.Module] = {}
-    for index, layer in enumerate(find_decoder(model).layers if count else ()):
-        for module in layer.modules():
-            if any(stack.dim() == 3 and len(stack) == count for stack in module.parameters(recurse=False)):
-                found[index] = module
-    return found
-
-
-def stock_experts_per_token(config: Any) -> int:
-    """Experts that each token visits in a layer of a stock mixture of experts, by its configuration; 0 for a
-    dense model."""
-    text = config.get_text_config()
-    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
-    return next((k for name in names if isinstance(k := getattr(text, name, 0), int) and k), 0)
-
-
 class _Inputs(NamedTuple):
     """What the whole model was called with."""
 

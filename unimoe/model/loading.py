@@ -21,12 +21,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from unimoe.compress.records import leave_records
+from unimoe.compress.view import find_layers
 from unimoe.errors import UserError, first_line
 from unimoe.media.source import Part
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, UniMoeConfig
-from .host import count_experts
+from .host import count_experts, follow_tokens
 from .host_processor import HostProcessor
 from .inputs import Prepared
 from .llm import prepare_tokenizer
@@ -114,6 +116,10 @@ class ModelKind(Generic[M, P]):
             if names := sorted(map(str, info[problem])):
                 found = f"{len(names)} {problem.replace('_', ' ')}, such as {names[0]}"
                 raise UserError(f"{setting} {source}: config.json and weights differ: {found}")
+        stock = not isinstance(built, UniMoeForConditionalGeneration)
+        if stock and any(not layer.ours for layer in find_layers(built)):
+            leave_records(built)
+            follow_tokens(built)
         return built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
     def classes(self, model_type: str) -> tuple[Any, Callable[..., Any]]:

@@ -17,6 +17,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from unimoe.compress.records import leave_records
 from unimoe.encoders import Encoder, build_connector, build_encoder
 from unimoe.encoders.weights import own_weights
 from unimoe.moe import (
@@ -152,6 +153,7 @@ class UniMoeModel(MediaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         if config.moe:
             install_moe(self.language_model, MoEConfig.from_dict(config.moe))
+        leave_records(self.language_model)
         if config.rope_sections:
             install_time_rotary(self.language_model, config.rope_sections)
         self.post_init()

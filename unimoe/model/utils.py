@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from unimoe.compress.view import find_layers
 from unimoe.moe.install import moe_layers
 from unimoe.moe.lora_linear import LoRALinear
 from unimoe.moe.packed import packed_weights
-
-from .host import count_experts, stock_experts, stock_experts_per_token
 
 
 def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None) -> tuple[int, int]:
@@ -31,10 +30,11 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
         experts = _count(layer.experts)
         visited = layer.experts_per_token if visits is None else visits[index]
         idle += experts - layer.experts.active_parameters(visited)
-    for stacks in stock_experts(model).values():
-        config: Any = model.config
-        share = stock_experts_per_token(config) / count_experts(config)
-        idle += sum(parameter.numel() for parameter in stacks.parameters()) * (1 - share)
+    for one in find_layers(model):
+        if not one.ours:
+            visited = one.top_k if visits is None else visits[one.layer]
+            experts = sum(parameter.numel() for parameter in one.experts.parameters())
+            idle += experts * (1 - visited / one.num_experts)
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.num_experts:
             experts = sum(parameter.numel() for parameter in module.banks.parameters())

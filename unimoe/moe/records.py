@@ -150,6 +150,11 @@ def current_context() -> Context:
     return _context.get()
 
 
+def recording() -> bool:
+    """Whether a ``record()`` is open."""
+    return _records.get() is not None
+
+
 def append(layer: int, routing: Routing, projection: str = "") -> None:
     """Adds a record to the active ``record()``, if there is one."""
     records = _records.get()
