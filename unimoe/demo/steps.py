@@ -16,7 +16,7 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write, lock_folder
 from unimoe.prepare import prepare
 from unimoe.prepare.cache import cache_folder, fault
-from unimoe.prepare.parts import PARTS
+from unimoe.prepare.parts import default_parts, find_part
 from unimoe.training.progress import clock
 
 from . import console
@@ -53,7 +53,7 @@ def _prepare(run: Run):
 
 
 def _prepared(run: Run) -> bool:
-    return all(fault(part, cache_folder()) is None for part in PARTS.values())
+    return all(fault(find_part(name), cache_folder()) is None for name in default_parts())
 
 
 PREPARE = Step("prepare", "download and convert the pretrained parts, once", 0.5, _prepare, _prepared)

@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 
 def default_part(name: str) -> Path:
-    """The folder of a prepared part: llm, image, speech, text, sprites, photos or artist.
+    """The folder of a prepared part: llm, image, speech, text, sprites, photos, artist or movielens.
 
     Raises:
         UserError: it is not in the cache, is incomplete, or was made by another version of its converter.
@@ -25,7 +25,8 @@ def default_part(name: str) -> Path:
     part = find_part(name)
     reason = fault(part, cache_folder())
     if reason:
-        raise UserError(f"{part.title}: {reason}; run `unimoe prepare`")
+        named = f" --parts {name}" if part.optional else ""
+        raise UserError(f"{part.title}: {reason}; run `unimoe prepare{named}`")
     return cache_folder() / part.folder
 
 

