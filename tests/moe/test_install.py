@@ -67,7 +67,8 @@ def test_every_preset_runs_forward_and_backward(name):
     install_moe(model, moe)
     assert list(moe_layers(model)) == [0, 2]
     samples = torch.arange(2).repeat_interleave(12)
-    with record() as records, routing_context(Context(token_T=ids.flatten(), sample_T=samples)):
+    known = {"cond_BC": torch.randn(2, 16), "time_B": torch.rand(2)}  # of a diffusion transformer
+    with record() as records, routing_context(Context(token_T=ids.flatten(), sample_T=samples, **known)):
         found = model.train()(input_ids=ids).last_hidden_state
     loss = found.square().mean() + auxiliary_loss(moe.losses, records, moe_layers(model))
     loss.backward()

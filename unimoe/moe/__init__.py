@@ -3,6 +3,7 @@
 from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.ffn import FFNExperts
 from unimoe.moe.experts.latent import LatentExperts
+from unimoe.moe.experts.linear import LinearExperts, linear_experts
 from unimoe.moe.experts.lora import LoRAExperts
 from unimoe.moe.experts.mole import MoLEExperts
 from unimoe.moe.experts.pool import PooledExperts
@@ -13,16 +14,20 @@ from unimoe.moe.losses.auxiliary import auxiliary_loss
 from unimoe.moe.losses.balance import device_balance, load_balance, sequence_balance
 from unimoe.moe.losses.conflict import conflict
 from unimoe.moe.losses.coupling import coupling
+from unimoe.moe.losses.diffusion_prior import diffusion_prior
 from unimoe.moe.losses.dts_balance import dts_balance
 from unimoe.moe.losses.entropy import entropy
+from unimoe.moe.losses.routing_contrastive import routing_contrastive
 from unimoe.moe.losses.top1_balance import top1_balance
 from unimoe.moe.losses.z import z_loss
 from unimoe.moe.routers.base import Router, RouterDescription
+from unimoe.moe.routers.condition import ConditionRouter
 from unimoe.moe.routers.dense_to_sparse import DenseToSparse
 from unimoe.moe.routers.experts_choose import ExpertsChoose
 from unimoe.moe.routers.fixed import FixedExpertRouter
 from unimoe.moe.routers.hash import HashRouter
 from unimoe.moe.routers.modality import ModalityRouter
+from unimoe.moe.routers.prototype import PrototypeRouter
 from unimoe.moe.routers.recurrent import RecurrentRouter
 from unimoe.moe.routers.sparse_mixer import sparse_mixer
 from unimoe.moe.routers.task import TaskRouter
@@ -50,6 +55,7 @@ from .records import Context, LayerRecord, current_context, record, remember_con
 from .routing import Pairs, Routing
 
 __all__ = [
+    "ConditionRouter",
     "Context",
     "DenseToSparse",
     "ExpertLoad",
@@ -60,6 +66,7 @@ __all__ = [
     "HashRouter",
     "LatentExperts",
     "LayerRecord",
+    "LinearExperts",
     "LoRAExperts",
     "MoEConfig",
     "MoELayer",
@@ -67,6 +74,7 @@ __all__ = [
     "ModalityRouter",
     "Pairs",
     "PooledExperts",
+    "PrototypeRouter",
     "RecurrentRouter",
     "Router",
     "RouterDescription",
@@ -88,6 +96,7 @@ __all__ = [
     "cut_swiglu",
     "deal_units",
     "device_balance",
+    "diffusion_prior",
     "dts_balance",
     "entropy",
     "expert_load",
@@ -97,6 +106,7 @@ __all__ = [
     "install_moe",
     "join_experts",
     "latent_experts",
+    "linear_experts",
     "load_balance",
     "measure_importance",
     "pack_ternary",
@@ -108,6 +118,7 @@ __all__ = [
     "remember_context",
     "repeat_router",
     "routing_context",
+    "routing_contrastive",
     "sequence_balance",
     "slice_experts",
     "slice_ffn",

@@ -51,17 +51,17 @@ def _join(entries: list[LayerRecord]) -> LayerRecord:
 
 
 def _join_samples(contexts: Sequence[Context]) -> dict[str, Tensor]:
-    """``sample_T``, ``cond_BC`` and ``label_B``, where every forward pass has them, the samples numbered
-    through."""
+    """``sample_T``, ``cond_BC``, ``label_B`` and ``time_B``, where every forward pass has them, the samples
+    numbered through."""
     known: dict[str, Tensor] = {}
-    for name in ("cond_BC", "label_B"):
+    for name in ("cond_BC", "label_B", "time_B"):
         parts = [getattr(ctx, name) for ctx in contexts]
         if all(part is not None for part in parts):
             known[name] = torch.cat(parts)
     samples = [ctx.sample_T for ctx in contexts if ctx.sample_T is not None]
     if len(samples) == len(contexts):
         # without a lookup numbers only have to differ; counting samples would wait for a GPU
-        rows = [ctx.cond_BC if "cond_BC" in known else ctx.label_B for ctx in contexts] if known else samples
+        rows = [getattr(ctx, next(iter(known))) for ctx in contexts] if known else samples
         starts = accumulate((len(row) for row in rows if row is not None), initial=0)
         known["sample_T"] = torch.cat([own + start for own, start in zip(samples, starts, strict=False)])
     return known

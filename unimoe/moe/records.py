@@ -34,6 +34,8 @@ class Context:
     """[B, C] float embedding of each sample, such as that of a timestep."""
     label_B: Tensor | None = None
     """[B] int64 label of each sample, such as a class or a task."""
+    time_B: Tensor | None = None
+    """[B] float in 0..1, time of each sample in a diffusion process."""
     carry: dict[str, Tensor] | None = None
     """What routers of earlier layers leave to those of later ones in the same forward pass, by name;
     ``routing_context`` opens it. None outside of one, so that nothing passes between forward passes."""
