@@ -112,6 +112,8 @@ def _command(verb: str) -> Iterator[str]:
 
 def configuration() -> str:
     """configuration.md."""
+    from unimoe.applications.recommendation.data import RecommendationData
+    from unimoe.applications.recommendation.module import RecommendationConfig
     from unimoe.compare.config import CompareConfig
     from unimoe.continual.run import RunConfig
     from unimoe.continual.strategies import strategies
@@ -141,6 +143,8 @@ def configuration() -> str:
         ("Data of a stage", "", StageDataConfig, "data"),
         ("Detector", "For `system: detection`.", DetectionConfig, "model"),
         ("Data of a detector", "", DetectionData, "data"),
+        ("Recommendation", "For `system: recommendation`.", RecommendationConfig, "model"),
+        ("Data of a recommendation", "", RecommendationData, "data"),
     ):
         lines += ["", f"### {title}", "", *([about] if about else []), *_table(rows_of(made_of, prefix))]
     lines += ["", "### Fields of `model.detector`", *_table(_own_rows(DynamicDinoConfig))]

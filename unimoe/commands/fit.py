@@ -9,7 +9,11 @@ import yaml
 
 from unimoe.errors import UserError
 
-SYSTEMS = {"stages": "unimoe.stages.cli", "detection": "unimoe.detection.cli"}
+SYSTEMS = {
+    "stages": "unimoe.stages.cli",
+    "detection": "unimoe.detection.cli",
+    "recommendation": "unimoe.applications.recommendation.module",
+}
 
 
 def main(args: list[str]) -> None:

@@ -135,6 +135,9 @@ VERBS = {
     "demo continual": Verb(
         "unimoe.demo.continual:continual", "train five continual strategies on the default parts"
     ),
+    "demo applications": Verb(
+        "unimoe.demo.applications:applications", "train an application beside its dense control"
+    ),
     "continual data": Verb(
         "unimoe.synthetic.continual_tasks:build_tasks", "write the tasks of the embedded stream"
     ),

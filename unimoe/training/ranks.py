@@ -1,7 +1,7 @@
 """Collectives over the processes of a run; without torch.distributed each returns its input."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -49,6 +49,30 @@ def across_ranks(values: Tensor) -> Tensor:
     if not (is_available() and is_initialized()):
         return values
     return values - values.detach() + mean_over_ranks(values)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; its gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        all_reduce(total)
+        return total
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, differentiable on each: for statistics of a batch that every rank's
+    loss depends on. Every rank must call it, and its backward pass."""
+    if not (is_available() and is_initialized()):
+        return values
+    return cast(Tensor, _Sum.apply(values))
 
 
 def expert_load_over_ranks(load: ExpertLoad) -> ExpertLoad:

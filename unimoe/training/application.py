@@ -1,0 +1,282 @@
+"""What the small applications share: a module around one network, its data, and its command line.
+
+An application subclasses :class:`ApplicationModule` and :class:`ApplicationData` and calls
+:func:`run_application`. It inherits resuming, several processes, progress and the output folder.
+"""
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from unimoe.artifacts import write_result
+from unimoe.data import ModalityBatchSampler
+from unimoe.data.read import data_hashes
+from unimoe.errors import UserError
+from unimoe.files import atomic_write
+
+from .lightning_cli import RunCLI, run_cli
+from .loader import ResumableLoader
+from .module import ResumableModule, Schedule
+from .ranks import data_parallel_rank, data_parallel_size, mean_over_ranks, union_over_ranks
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass
+class ApplicationConfig:
+    """Settings that all applications have, under ``model:``."""
+
+    init_from: str | None = None
+    """Folder of a finished run of the same application to start from."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """On matrices only."""
+    schedule: Schedule = "cosine"
+    """Of the learning rate after warm-up."""
+    warmup: float = 0.05
+    """Share of all steps over which the learning rate rises linearly from zero."""
+    seed: int = 0
+    """Of everything random; each step depends on it and on the step's number alone."""
+
+
+class Batch(Protocol):
+    """Samples of one step."""
+
+    @property
+    def index(self) -> Any:
+        """[B] their numbers in the split (``Any``, since a tuple has a method of this name)."""
+        ...
+
+
+class BatchSet(Protocol):
+    """Samples that are fetched a batch at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: list[int]) -> Any: ...
+
+
+class ApplicationModule(ResumableModule):
+    """Trains ``model``, the network that ``build`` makes of a dictionary which ``config.json`` keeps."""
+
+    application: ClassVar[str]
+    """Its name, which ``config.json`` states."""
+    batch_unit = "samples"
+
+    def __init__(self, config: ApplicationConfig):
+        super().__init__()
+        self.base, self.seed = config, config.seed
+        self.schedule, self.warmup = config.schedule, config.warmup
+        self.model: nn.Module
+        self.network: dict[str, Any]
+        """What ``build`` made the model of."""
+        self._kept: list[tuple[Tensor, ...]] = []
+
+    @abstractmethod
+    def network_settings(self, data: Any) -> dict[str, Any]:
+        """Everything that ``build`` needs, of the module's settings and its datamodule; JSON."""
+
+    @staticmethod
+    @abstractmethod
+    def build(network: dict[str, Any]) -> nn.Module:
+        """The network with random weights."""
+
+    def configure_model(self) -> None:
+        """Build the network, once. Raises UserError if ``init_from`` does not fit."""
+        if hasattr(self, "model"):
+            return
+        folder, data = self.base.init_from, cast(Any, self.trainer).datamodule
+        wanted = self.network_settings(data)
+        self.network = wanted if folder is None else read_network(folder, self.application)
+        for key in wanted.keys() & {"data"}:  # what the data dictates
+            if self.network[key] != wanted[key]:
+                raise UserError(
+                    f"{folder} was trained on other data: {key} differs; train on this data first"
+                )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.model = self.build(self.network)
+        if folder is not None:
+            load_weights(self.model, folder)
+        self.model.train()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with decay on matrices only."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        decay = self.base.weight_decay
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return self.scheduled(torch.optim.AdamW([one for one in groups if one["params"]], lr=self.base.lr))
+
+    def checkpoint_names(self) -> set[str]:
+        """All of the network, with its buffers: running means and averages of weights move too."""
+        return {f"model.{name}" for name in self.model.state_dict()}
+
+    def batch_amount(self, batch: Batch) -> float:
+        """Samples of a batch, for the speed in the progress."""
+        return len(batch.index)
+
+    def log_step(self, losses: dict[str, Tensor], samples: int, batch_idx: int) -> None:
+        """Show ``losses["loss"]`` and write a row with all losses, as means over ranks."""
+        shown = mean_over_ranks(torch.stack([loss.detach().float() for loss in losses.values()]))
+        self.log("train/loss", shown[list(losses).index("loss")], prog_bar=True, logger=False)
+        row = {f"train/{name}": value for name, value in zip(losses, shown.tolist(), strict=True)}
+        row["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        speed = self.speed(samples * data_parallel_size(self.trainer))
+        self.log_row({**row, **speed}, batch_idx)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def keep(self, *columns: Tensor) -> None:
+        """Keep an evaluation batch: the numbers of its samples, and columns of results."""
+        self._kept.append(tuple(column.detach().cpu() for column in columns))
+
+    def kept(self) -> list[Tensor]:
+        """The columns of all samples in order, from all ranks; forgets them."""
+        parts = [torch.cat(column) for column in zip(*self._kept, strict=True)]
+        self._kept = []
+        shares = list(union_over_ranks({self.global_rank: parts}).values())
+        index, *columns = (torch.cat(column) for column in zip(*shares, strict=True))
+        order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])  # ranks repeat a few samples
+        return [column[order] for column in columns]
+
+    def log_scores(self, scores: dict[str, float], report: dict[str, Any]) -> None:
+        """Log ``scores``; after ``validate`` and ``test`` also write ``report`` to logs/VERB/scores.json."""
+        self.log_dict(scores, rank_zero_only=False)
+        verb = self.trainer.state.fn
+        if self.trainer.is_global_zero and verb in ("validate", "test"):
+            folder = Path(self.trainer.default_root_dir) / "logs" / str(verb.value)
+            atomic_write(folder / "scores.json", json.dumps(report, indent=1) + "\n")
+
+    def save(self, folder: Path) -> None:
+        """Write weights and ``config.json`` into ``folder``."""
+        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(state, folder / WEIGHTS)
+        network = {"application": self.application, **self.network}
+        (folder / CONFIG).write_text(json.dumps(network, indent=1) + "\n", encoding="utf-8")
+
+
+class ApplicationData(LightningDataModule):
+    """Training, validation and test sets that are fetched a batch at a time."""
+
+    def __init__(self, steps: int, batch_size: int, seed: int):
+        super().__init__()
+        if min(steps, batch_size) < 1:
+            raise UserError(
+                f"data.steps and data.batch_size must be at least 1, found {steps} and {batch_size}"
+            )
+        self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        self.sets: dict[str, BatchSet] = {}
+
+    @abstractmethod
+    def files(self) -> list[str]:
+        """All files that determine the result."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        assert self.trainer is not None
+        sampler = ModalityBatchSampler(
+            ["sample"] * len(self.sets["train"]),
+            self.batch_size,
+            seed=self.seed,
+            world_size=data_parallel_size(self.trainer),
+            rank=data_parallel_rank(self.trainer),
+            steps=self.steps * self.trainer.accumulate_grad_batches,
+        )
+        return ResumableLoader(_dataset(self.sets["train"]), batch_sampler=sampler, collate_fn=_as_it_is)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._eval_dataloader("val") if "val" in self.sets else []
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, split: str) -> DataLoader:
+        """This rank's share: as many samples as any other's, so that all take the same steps."""
+        assert self.trainer is not None
+        count = len(self.sets[split])
+        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
+        share: Sequence[int] = [place % count for place in range(rank, count + -count % ranks, ranks)]
+        data = _dataset(self.sets[split])
+        return DataLoader(data, self.batch_size, sampler=share, collate_fn=_as_it_is)
+
+
+def _dataset(data: BatchSet) -> Dataset:
+    return cast(Dataset, data)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def read_network(folder: str | Path, application: str) -> dict[str, Any]:
+    """The content of a result's ``config.json``.
+
+    Raises:
+        UserError: it is not a result of ``application``.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no finished run of an application: {path.name} is missing"
+        ) from error
+    if found.pop("application", None) != application:
+        raise UserError(f"{folder} is no result of the application {application!r}")
+    return found
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Load a result's weights. Raises UserError where they do not fit the network."""
+    try:
+        model.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: the weights do not fit ({str(error).splitlines()[0]})") from error
+
+
+class ApplicationCLI(RunCLI):
+    """:class:`~unimoe.training.lightning_cli.RunCLI` for an application."""
+
+    data_splits = ()
+
+    def _settings(self, ranks: int) -> dict[str, Any]:
+        self.data_hashes |= data_hashes(self.datamodule.files())
+        return super()._settings(ranks)
+
+    def find_start(self, init_from: str) -> None:
+        if not (Path(init_from) / CONFIG).is_file():
+            raise UserError(f"init_from: {init_from} holds no finished run of an application")
+
+    def use_result(self, model_settings: dict[str, Any]) -> None:
+        model_settings["init_from"] = str(self.output)
+
+    def write(self, module: ApplicationModule, name: str) -> float:
+        total = sum(p.numel() for p in module.model.parameters())
+        trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
+        record = self.record(name, module.base.init_from, {"trained": trained, "total": total})
+        write_result(self.output, module.save, record)
+        return record.metrics.get("val/loss", record.metrics.get("train/loss", float("nan")))
+
+
+def run_application(module: type[ApplicationModule], data: type[ApplicationData], args: list[str]) -> None:
+    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) of an application.
+
+    Raises:
+        UserError: bad settings or data.
+        UnfinishedRun: the run ended before its last step, or its loss is not a number.
+        KeyboardInterrupt: the run was interrupted, and its state saved.
+    """
+    run_cli(ApplicationCLI, module, data, args)
