@@ -70,6 +70,11 @@ class FewRowsLinear(nn.Linear):
         return torch.ops.unimoe.few_rows_linear.default(input, [self.weight], self.bias)
 
 
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Rows [..., H] over the root of their mean square, times ``weight_H``."""
+    return torch.ops.unimoe.few_rows_rms_norm.default(x, weight_H, eps)
+
+
 def experts(
     x_TH: Tensor,
     token_N: Tensor,

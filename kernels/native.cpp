@@ -321,6 +321,26 @@ Tensor few_rows_linear(const Tensor& x, at::TensorList weight, const Maybe& bias
 
 namespace {
 
+// weight * x / sqrt(mean of squares + eps), row by row
+Tensor few_rows_rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
+  const Tensor x = x_in.contiguous(), w = weight.contiguous(), y = at::empty_like(x);
+  const int64_t K = w.numel(), N = x.numel() / K;
+  const float *in = x.const_data_ptr<float>(), *times = w.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  for (int64_t n = 0; n < N; ++n, in += K, out += K) {
+    std::array<float, 16> sums{};
+    int64_t k = 0;
+    for (; k + 16 <= K; k += 16) {
+      for (int64_t i = 0; i < 16; ++i) sums[i] += in[k + i] * in[k + i];
+    }
+    float sum = std::accumulate(sums.begin(), sums.end(), 0.0f);
+    for (; k < K; ++k) sum += in[k] * in[k];
+    const float scale = 1 / std::sqrt(sum / static_cast<float>(K) + static_cast<float>(eps));
+    for (k = 0; k < K; ++k) out[k] = times[k] * (in[k] * scale);
+  }
+  return y;
+}
+
 using unimoe::few_rows_linear;
 using unimoe::Pair;
 
@@ -415,6 +435,7 @@ TORCH_LIBRARY(unimoe, m) {
       "ffn_backward(Tensor x, Tensor? token, int[] bounds, Tensor[] stacks, bool relu, Tensor? weight, Tensor h, "
       "Tensor dy, Tensor(a!)? dx, Tensor?[] d_stacks, Tensor(b!)? d_weight, ScalarType fast) -> ()",
       &ffn_backward);
+  m.def("few_rows_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &few_rows_rms_norm);
   m.def("few_rows_linear(Tensor x, Tensor[] weight, Tensor? bias) -> Tensor", &few_rows_linear);
   m.def(
       "few_rows_experts(Tensor x, Tensor token, int[] bounds, Tensor weight, Tensor[] gate_up, Tensor[] down) -> Tensor",

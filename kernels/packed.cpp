@@ -107,15 +107,14 @@ class Stack {
   std::vector<packed::Matrix> matrices_;
 };
 
-// Rows of 8 bits, and the memory that holds them.
+// Rows of 8 bits in some memory, which is kept from call to call.
 class Quantised {
  public:
-  Quantised(const Tensor& x, const Stack& stack) {
+  Quantised(const Tensor& x, const Stack& stack, std::vector<int8_t>& memory) : memory_(memory) {
     const int64_t N = x.size(0), K = stack.width(), group = stack.group(), G = K / group, padded = (group + 31) / 32 * 32;
-    codes_ = at::empty({G * N * padded}, x.options().dtype(at::kChar));
-    rest_ = at::empty({2, G * N}, x.options());
-    float* rest = rest_.mutable_data_ptr<float>();
-    rows_ = {codes_.mutable_data_ptr<int8_t>(), rest, rest + G * N, N};
+    memory_.resize(G * N * (padded + 2 * sizeof(float)));
+    auto* rest = reinterpret_cast<float*>(memory_.data() + G * N * padded);
+    rows_ = {memory_.data(), rest, rest + G * N, N};
     const float* from = x.const_data_ptr<float>();
     at::parallel_for(0, N, std::max<int64_t>(1, 65536 / K), [&](int64_t first, int64_t last) {
       form()->quantise(from, first, last, K, group, padded, rows_);
@@ -124,9 +123,14 @@ class Quantised {
   const packed::Activations& rows() const { return rows_; }
 
  private:
-  Tensor codes_, rest_;
+  std::vector<int8_t>& memory_;
   packed::Activations rows_;
 };
+
+std::vector<int8_t>& memory(int i) {
+  thread_local std::array<std::vector<int8_t>, 2> kept;
+  return kept[i];
+}
 
 // y = x W^T + bias, x [..., K]. codes: bytes; scales: [1, B, G, 16].
 Tensor packed_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, int64_t P, int64_t bits, bool nested,
@@ -134,7 +138,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
   const int64_t K = x.size(-1), N = x.numel() / K;
   const Stack stack(codes, scales, {bits}, K, nested, level);
   const Tensor x_NK = x.reshape({N, K}).contiguous(), b = bias ? bias->contiguous() : Tensor();
-  const Quantised quantised(x_NK, stack);
+  const Quantised quantised(x_NK, stack, memory(0));
   auto shape = x.sizes().vec();
   shape.back() = P;
   Tensor y = at::empty(shape, x.options());
@@ -178,7 +182,7 @@ struct Experts {
 Tensor run(const Tensor& x, const std::vector<unimoe::Pair>& pairs, const Experts& experts) {
   const int64_t N = pairs.size(), H = x.size(1), I = experts.inner;
   Tensor y = at::zeros({x.size(0), H}, x.options()), activation = at::empty({N, I}, x.options());
-  const Quantised tokens(x, experts.gate_up);
+  const Quantised tokens(x, experts.gate_up, memory(0));
   float *out = y.mutable_data_ptr<float>(), *act = activation.mutable_data_ptr<float>();
   std::vector<int64_t> starts, token(N), pair(N);
   for (int64_t n = 0; n < N; ++n) {
@@ -198,7 +202,7 @@ Tensor run(const Tensor& x, const std::vector<unimoe::Pair>& pairs, const Expert
       form()->gated(experts.act, gate.data(), up.data(), n, valid, act + start * I + block * kLanes, I);
     }
   });
-  const Quantised inner(activation, experts.down);
+  const Quantised inner(activation, experts.down, memory(1));
   at::parallel_for(0, experts.down.blocks(), experts.down.grain(), [&](int64_t begin, int64_t end) {
     alignas(64) std::array<float, kColumns * kLanes> sums;
     for (int64_t i = 0; i < runs; ++i) {

@@ -71,6 +71,13 @@ def test_everything_else_runs_in_torch(monkeypatch):
     assert transposed(torch.ones(1, 8)).shape == (1, 8)
 
 
+@pytest.mark.parametrize("width", [1, 16, 75, 600])
+def test_rms_norm_equals_float64(width):
+    x, weight = torch.randn(2, 3, width), torch.randn(width)
+    expected = F.rms_norm(x.double(), (width,), weight.double(), 1e-5)
+    assert error(few_rows.rms_norm(x, weight, 1e-5), expected) < TOLERANCE
+
+
 def mixture(tokens, experts, inner=37, hidden=41):
     return (
         torch.randn(tokens, hidden),
