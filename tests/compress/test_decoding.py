@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from unimoe.compress import rewire
 from unimoe.compress.decoding import Decoding, best, extend, generate_ids, renormalises, routed
 from unimoe.compress.skip import Thresholds
 from unimoe.compress.skip_rules import install
@@ -125,17 +126,14 @@ def test_settings_that_change_nothing_generate_the_same(name, models):
 
 def test_rewiring_goes_on_in_blocks_and_ended_rows_stay_ended(models, monkeypatch):
     model, calls = models["ours"], []
-    monkeypatch.setattr("unimoe.compress.decoding.Rewiring.tokens", 4, raising=False)
-    from unimoe.compress import decoding
+    train = rewire.train
 
-    real = decoding.rewire
-
-    def spied(layers, rows, loss, steps, how):
+    def spied(layers, rows, loss, steps):
         calls.append(steps)
-        return real(layers, rows, loss, 0, how)  # shifts of zero: the text is that of plain decoding
+        return train(layers, rows, loss, 0)  # shifts of zero: the text is that of plain decoding
 
-    monkeypatch.setattr(decoding, "rewire", spied)
-    monkeypatch.setattr(decoding, "Rewiring", lambda: _Short())
+    monkeypatch.setattr(rewire, "train", spied)
+    monkeypatch.setattr(rewire, "BLOCK", 4)
     with torch.inference_mode():
         plain = model.generate(**PROMPT, **GREEDY)
         streamer = _Streamer()
@@ -149,10 +147,6 @@ def test_rewiring_goes_on_in_blocks_and_ended_rows_stay_ended(models, monkeypatc
         wanted = model.generate(**PROMPT, **GREEDY)
         found = generate_ids(model, PROMPT, Decoding(rewire=5), GREEDY)
         assert torch.equal(found[:, : wanted.shape[1]], wanted)
-
-
-class _Short:
-    tokens = 4
 
 
 class _Streamer:

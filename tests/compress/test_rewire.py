@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unimoe.compress.rewire import Rewiring, context_loss, no_other_gradients, rewire
+from unimoe.compress.rewire import Rewiring, context_loss, no_other_gradients, train
 from unimoe.compress.view import view
 from unimoe.testing import tiny_mixtral, tiny_model
 
@@ -21,7 +21,7 @@ def test_no_step_changes_no_bit(mixtral):
     layers = view(mixtral)
     with torch.no_grad():
         before = mixtral(**PROMPT).logits
-        shifts = rewire(layers, 2, context_loss(mixtral, PROMPT), 0)
+        shifts = train(layers, 2, context_loss(mixtral, PROMPT), 0)
         with shifts.applied():
             assert torch.equal(mixtral(**PROMPT).logits, before)
     assert [tuple(delta.shape) for delta in shifts.delta_LBE] == [(2, 4), (2, 4)]
@@ -33,7 +33,7 @@ def test_steps_make_the_context_more_probable_and_leave_the_model_as_it_was(mixt
     with torch.inference_mode():  # as the server's thread is
         before, logits = loss(), mixtral(**PROMPT).logits
         with no_other_gradients(mixtral):
-            shifts = rewire(layers, 2, loss, 5, Rewiring(rate=0.02, select="all"))
+            shifts = train(layers, 2, loss, 5, Rewiring(rate=0.02, select="all"))
         with shifts.applied():
             assert bool((loss() < before).all())
         assert torch.equal(mixtral(**PROMPT).logits, logits)
@@ -44,10 +44,10 @@ def test_steps_make_the_context_more_probable_and_leave_the_model_as_it_was(mixt
 
 def test_rows_do_not_act_on_one_another(mixtral):
     layers = view(mixtral)
-    both = rewire(layers, 2, context_loss(mixtral, PROMPT), 3)
+    both = train(layers, 2, context_loss(mixtral, PROMPT), 3)
     for row, begin in enumerate((2, 0)):
         alone = {"input_ids": IDS[row : row + 1, begin:]}
-        one = rewire(layers, 1, context_loss(mixtral, alone), 3)
+        one = train(layers, 1, context_loss(mixtral, alone), 3)
         for mine, ours in zip(one.delta_LBE, both.delta_LBE, strict=True):
             assert torch.allclose(mine[0], ours[row], atol=0.02)  # Adam divides small gradients by themselves
 
@@ -56,7 +56,7 @@ def test_only_the_selected_layers_move(mixtral):
     layers, loss = view(mixtral), context_loss(mixtral, PROMPT)
     moved = {
         how: torch.stack(
-            [delta.any(1) for delta in rewire(layers, 2, loss, 1, Rewiring(select=how)).delta_LBE]
+            [delta.any(1) for delta in train(layers, 2, loss, 1, Rewiring(select=how)).delta_LBE]
         )
         for how in ("max", "min", "all", "soft")
     }

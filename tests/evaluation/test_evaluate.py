@@ -103,12 +103,24 @@ def test_answers_of_another_model_are_not_taken_for_this_ones(command, tmp_path,
     assert "made with another model" in capsys.readouterr().err
 
 
+def test_answers_of_other_settings_are_not_taken_for_these(command, tmp_path, capsys):
+    assert command("--task", "vqa", "--contrast", "0.5", "--skip", "text=0.3") == 0
+    first = predictions(tmp_path)
+    assert json.loads(first[0])["decoding"]["skip"] == {"text": 0.3}
+    assert command("--task", "vqa", "--contrast", "0.5", "--skip", "text=0.3") == 0
+    assert predictions(tmp_path) == first
+    assert command("--task", "vqa") == 2
+    assert "made with another decoding" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--task", "choice"], "asked.jsonl:1: the answer 'two dogs' is no letter"),
         (["--task", "vqa", "--batch-size", "0"], "--batch-size is 0"),
         (["--task", "vq"], "invalid choice: 'vq'"),
+        (["--task", "vqa", "--experts", "3"], "--experts is 3, expected at most the router's 2"),
+        (["--task", "vqa", "--skip", "text=x"], "expected MODALITY=THRESHOLD"),
         ([], "--task"),
     ],
 )

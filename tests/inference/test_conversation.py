@@ -93,6 +93,15 @@ def test_who_took_part(talk, files):
     assert talk.stats is not before
 
 
+def test_a_second_run_and_the_training_of_shifts_do_not_count(talk):
+    talk.ask("what?", silent)
+    plain = talk.stats.tokens()
+    talk.clear()
+    talk.settings = Settings(max_new_tokens=6, contrast=0.5, rewire=1)
+    talk.ask("what?", silent)
+    assert talk.stats.tokens() == plain
+
+
 def test_a_saved_conversation_is_taken_up_where_it_was(talk, built, files):
     talk.settings.set("system=Be short.")
     talk.attach("image", str(files / "a b.png"), "!image")

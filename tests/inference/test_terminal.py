@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from unimoe.commands import main as cli
+from unimoe.compress.decoding import Decoding
 from unimoe.errors import UserError
 from unimoe.inference.conversation import Conversation, Settings
 from unimoe.inference.generate import generate
@@ -58,6 +59,17 @@ def test_one_shot_prints_only_the_answer(tiny_folder, files, built, monkeypatch,
     asked = [{"role": "user", "content": parts}]
     batch = processor.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)
     assert (status, out.strip(), err) == (0, generate(model, processor, batch, 6)[0], "")
+
+
+def test_settings_of_the_experts_reach_the_answer(tiny_folder, built, monkeypatch, capsys):
+    args = ["-p", "hello", "--max-new-tokens", 6]
+    flags = ["--contrast", 0.5, "--rewire", 2, "--experts", 1, "--skip", "image=0.5,text=0.2"]
+    model, processor = built
+    asked = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    batch = processor.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)
+    wanted = Decoding({"image": 0.5, "text": 0.2}, experts=1, contrast=0.5, rewire=2)
+    status, out, err = run(monkeypatch, capsys, [], tiny_folder, *args, *flags)
+    assert (status, out.strip(), err) == (0, generate(model, processor, batch, 6, decoding=wanted)[0], "")
 
 
 def test_sound_alone_is_the_message(tiny_folder, files, monkeypatch, capsys):
@@ -148,6 +160,9 @@ def test_commands(talk, files, capsys, monkeypatch):
         ("!set seed=x", "found 'x', expected a whole number"),
         ("!set temperature=-1", "temperature must be 0 or more"),
         ("!set temperature=nan", "temperature must be 0 or more"),
+        ("!set experts=3", "experts is 3, expected at most the router's 2"),
+        ("!set skip=vidoe=0.1", "found the modality 'vidoe'"),
+        ("!set contrast=-1", "contrast is -1.0, expected 0 to 10"),
         ("!set max_new_tokens=100000", None),
     ],
 )
@@ -176,6 +191,8 @@ def test_bad_lines_are_said_and_change_nothing(talk, monkeypatch, line, says):
         (["-p", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["-p", "x", "--seed", "-1"], "the seed is -1, expected a number from 0 to 4294967295"),
         (["-p", "x", "--temperature", "x"], "invalid float value"),
+        (["-p", "x", "--skip", "image"], "expected MODALITY=THRESHOLD"),
+        (["-p", "x", "--experts", "3"], "--experts is 3, expected at most the router's 2"),
     ],
 )
 def test_bad_arguments_are_one_line(tiny_folder, files, monkeypatch, capsys, args, says):

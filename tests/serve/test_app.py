@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import soundfile
 from huggingface_hub import InferenceClient
 from PIL import Image
 
+from unimoe.compress.decoding import Decoding
 from unimoe.inference.generate import generate
 from unimoe.media.audio import load_audio
 from unimoe.media.image import load_image
@@ -68,6 +70,15 @@ def test_text(client, tiny):
     assert answer.usage.completion_tokens == 12
     assert answer.usage.prompt_tokens == len(tiny[1].encode(ASK, True)["input_ids"])
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+
+
+@pytest.mark.skipif(os.environ.get("UNIMOE_TEST_ENGINE") == "llama.cpp", reason="it routes by itself")
+def test_a_request_says_how_experts_take_part(client, tiny):
+    settings = {"skip": {"text": 0.4}, "contrast": 0.5, "rewire": 1}
+    model, processor = tiny
+    batch = processor.pad([processor.encode(ASK, True)], "left")
+    wanted = generate(model, processor, batch, 12, decoding=Decoding(**settings))[0]
+    assert say(client, extra_body=settings).choices[0].message.content.strip() == wanted
 
 
 def test_streaming_gives_the_same_text(client):
@@ -247,6 +258,8 @@ def test_a_failed_step_does_not_end_the_server(server, client, monkeypatch):
         ({"frequency_penalty": 1}, "frequency_penalty"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"extra_body": {"colour": "red"}}, "colour"),
+        ({"extra_body": {"experts": 3}}, "experts"),
+        ({"extra_body": {"skip": {"text": "much"}}}, "skip.text"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].role"),

@@ -43,6 +43,8 @@ def test_it_listens_to_this_machine_only(monkeypatch, folder):
         (["--max-body-mb", "0"], "--max-body-mb must be above 0"),
         (["--max-image-megapixels", "nan"], "--max-image-megapixels must be above 0"),
         (["--drain-seconds", "-1"], "--drain-seconds must be at least 0"),
+        (["--skip", "image=high"], "expected MODALITY=THRESHOLD"),
+        (["--experts", "3"], "--experts is 3, expected at most the router's 2"),
     ],
 )
 def test_bad_flags(folder, flags, message, capsys):

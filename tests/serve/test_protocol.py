@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 from transformers import GenerationConfig
 
+from unimoe.compress.decoding import Decoding
 from unimoe.serve.protocol import BadRequest, ChatRequest
+from unimoe.testing import tiny_mixtral
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -72,6 +75,24 @@ def test_more_tokens_than_there_is_room_for():
     with pytest.raises(BadRequest, match="max_tokens: found 60, the prompt leaves room for 50") as caught:
         sampling(max_tokens=60)
     assert caught.value.param == "max_tokens"
+
+
+def test_what_a_request_says_of_experts_precedes_the_servers_settings():
+    model, default = tiny_mixtral(), Decoding(contrast=0.5, experts=1)
+
+    def decoding(**fields):
+        return ChatRequest(messages=ASK, **fields).decoding(default, model)
+
+    assert decoding() == default
+    assert decoding(contrast=0, rewire=3) == Decoding(experts=1, rewire=3)
+    assert decoding(skip={"text": 0.2}, experts=0) == Decoding({"text": 0.2}, contrast=0.5)
+    for fields, param in (({"experts": 3}, "experts"), ({"skip": {"vidoe": 0.1}}, "skip")):
+        with pytest.raises(BadRequest) as caught:
+            decoding(**fields)
+        assert caught.value.param == param
+    for fields in ({"contrast": -1}, {"rewire": 1000}, {"skip": {"text": -1}}, {"skip": 0.1}):
+        with pytest.raises(ValidationError):
+            decoding(**fields)
 
 
 def test_fields_that_are_not_supported_are_named():

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from unimoe.errors import UserError
+from unimoe.moe.records import unrecorded
 
 from .rows import rewritten
 from .skip import drop
@@ -118,7 +119,7 @@ class ContrastProcessor(LogitsProcessor):
         inputs = self.model.prepare_inputs_for_generation(
             input_ids, is_first_iteration=self.first, **new, **self.kwargs
         )
-        with weak(self.layers, self.how):
+        with weak(self.layers, self.how), unrecorded():
             outputs = self.model(**inputs, return_dict=True)
         self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
         self.first = False

@@ -26,10 +26,11 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from unimoe.errors import UserError
-from unimoe.moe.records import current_context
+from unimoe.moe import record
+from unimoe.moe.records import current_context, unrecorded
 
+from . import rewire
 from .contrast import ContrastProcessor
-from .rewire import Rewiring, context_loss, no_other_gradients, rewire
 from .rows import modality_ids, rewritten, row_of
 from .skip import Thresholds, check_thresholds, drop, keep_sum
 from .skip_rules import own_rule
@@ -55,6 +56,11 @@ class Decoding:
         """Whether nothing is set."""
         return self == Decoding()
 
+    @property
+    def named(self) -> str:
+        """Name of the first setting that is set."""
+        return next(name for name, value in vars(self).items() if value != getattr(Decoding(), name))
+
     def check(self, model: nn.Module, prefix: str = "") -> None:
         """
         Args:
@@ -73,12 +79,11 @@ class Decoding:
             )
         if self.plain:
             return
-        named = next(name for name, value in vars(self).items() if value != getattr(Decoding(), name))
         try:
             layers = view(model)
         except UserError:
             raise UserError(
-                f"{prefix}{named}: this model is dense, it has no experts to choose among"
+                f"{prefix}{self.named}: this model is dense, it has no experts to choose among"
             ) from None
         fewest = min(layer.top_k for layer in layers)
         if self.experts > fewest:
@@ -205,18 +210,22 @@ def _rewired(
 ) -> Tensor:
     """Blocks of tokens, each after training the shifts on what is there, from a prompt that is read anew: the
     cache of the block before was made with other shifts."""
-    left, how, rows = settings.pop("max_new_tokens"), Rewiring(), len(inputs["input_ids"])
+    left, rows = settings.pop("max_new_tokens"), len(inputs["input_ids"])
     if (streamer := settings.get("streamer")) is not None:
         settings["streamer"] = _Blocks(streamer)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    ends = _ends(model)
+    ends, first = _ends(model), True
     done_B1 = torch.zeros(rows, 1, dtype=torch.bool, device=inputs["input_ids"].device)
     while True:
-        length, count = inputs["input_ids"].shape[1], min(left, how.tokens)
-        with no_other_gradients(model):
-            shifts = rewire(layers, rows, context_loss(model, inputs), decoding.rewire, how)
-        with shifts.applied():
+        length, count = inputs["input_ids"].shape[1], min(left, rewire.BLOCK)
+        with rewire.no_other_gradients(model), unrecorded():
+            loss = rewire.context_loss(model, inputs)
+            shifts = rewire.train(layers, rows, loss, decoding.rewire)
+        with shifts.applied(), record() as records:
             ids_BT = _generated(model, layers, inputs, decoding, {**settings, "max_new_tokens": count})
+            if not first:
+                del records[: len(layers)]  # of the context, which was recorded with the first block
+        first = False
         new_BT = ids_BT[:, length:]
         new_BT = torch.where(done_B1, _padding(model, ends), new_BT)
         end_BT = torch.isin(new_BT, ends) if len(ends) else torch.zeros_like(new_BT, dtype=torch.bool)

@@ -22,6 +22,9 @@ from unimoe.moe.records import current_context
 from .rows import row_of
 from .view import MoEView, choose
 
+BLOCK = 128
+"""Answer tokens after which the shifts are trained again, on the longer context."""
+
 
 @dataclass(frozen=True)
 class Rewiring:
@@ -29,8 +32,6 @@ class Rewiring:
 
     rate: float = 0.05
     """Learning rate of Adam; the paper names no optimiser."""
-    tokens: int = 128
-    """Answer tokens after which the shifts are trained again, on the longer context."""
     select: Literal["max", "min", "all", "soft"] = "max"
     """Which layers: the ``share`` with the largest mean of -log p over the chosen experts, as the paper's
     formula says (it calls them confident; a reviewer notes that they are the unsure ones), with the smallest,
@@ -60,7 +61,7 @@ class Shifts:
         return logits_TE + self.delta_LBE[layer.index][row_T].to(logits_TE.dtype)
 
 
-def rewire(
+def train(
     layers: Sequence[MoEView], rows: int, loss: Callable[[], Tensor], steps: int, how: Rewiring | None = None
 ) -> Shifts:
     """Train shifts.
@@ -136,7 +137,7 @@ def _factors(surprise_LB: Tensor, how: Rewiring) -> Tensor:
 
 
 def context_loss(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
-    """The loss [B] of :func:`rewire`: mean cross-entropy of a row's next tokens, without placeholders and
+    """The loss [B] of :func:`train`: mean cross-entropy of a row's next tokens, without placeholders and
     padding.
 
     Args:

@@ -19,6 +19,7 @@ task                metrics
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,11 +29,13 @@ from typing import Any, Literal
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.artifacts import STAGE_FILE
+from unimoe.compress.decoding import Decoding
+from unimoe.compress.skip import parse_thresholds
 from unimoe.data import Collator
 from unimoe.data.read import data_hashes
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, file_hash
-from unimoe.inference.engines import AnsweringModel, Engine, GGUFType, load_engine
+from unimoe.inference.engines import AnsweringModel, Engine, GGUFType, check_decoding, load_engine
 from unimoe.inference.generate import ask_all
 from unimoe.model.loading import find_any
 from unimoe.model.processing import UniMoeProcessor
@@ -62,6 +65,10 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = 64,
+    contrast: float = 0.0,
+    rewire: int = 0,
+    experts: int = 0,
+    skip: str = "",
     engine: Engine = "torch",
     type: GGUFType | None = None,
     gguf: Path | None = None,
@@ -80,6 +87,10 @@ def evaluate(
         limit: number of questions, from the first; 0 asks all.
         batch_size: questions per batch; affects the answers only through rounding.
         max_new_tokens: maximum length of an answer.
+        contrast: strength of the contrast with the model's own worse experts (SCMoE), such as 0.5.
+        rewire: steps that shift the routers towards each question (Rewiring), such as 5.
+        experts: experts of a token, fewer than the router chooses.
+        skip: weights below which experts are skipped, by modality, such as image=0.5,text=0.2.
         engine: torch; or llama.cpp, which decodes faster and in less memory.
         type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
         gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
@@ -100,11 +111,12 @@ def evaluate(
     metrics = METRICS[task]()
     failed: dict[str, str] = {}
 
-    def skip(name: str, error: UserError) -> None:
+    def leave_out(name: str, error: UserError) -> None:
         failed[name] = str(error)
         log.warning("%s", error)
 
-    questions = read_questions(data, media_root, skip)[: limit or None]
+    decoding = Decoding(parse_thresholds(skip) if skip else None, experts, contrast, rewire)
+    questions = read_questions(data, media_root, leave_out)[: limit or None]
     if not questions:
         raise UserError(f"{data}: no question can be asked; the first: {next(iter(failed.values()))}")
     _check_answers(task, questions)
@@ -117,8 +129,10 @@ def evaluate(
     }
     if engine != "torch":
         identity["engine"] = f"{engine} {file_hash(gguf) if gguf and gguf.is_file() else type or 'q8_0'}"
+    if not decoding.plain:
+        identity["decoding"] = asdict(decoding)
     load = partial(load_engine, model, engine, type, gguf, batch_size)
-    answers = _ask(load, questions, Path(output), identity, batch_size, max_new_tokens, skip)
+    answers = _ask(load, questions, Path(output), identity, batch_size, max_new_tokens, leave_out, decoding)
     if not answers:
         raise UserError(f"{data}: no question can be asked; the first: {next(iter(failed.values()))}")
     questions = [question for question in questions if question.id not in failed]
@@ -158,6 +172,7 @@ def _ask(
     batch_size: int,
     max_new_tokens: int,
     skip: Callable[[str, UserError], object],
+    decoding: Decoding,
 ) -> Answers:
     """Answers by id of the question; those in the folder are not asked again."""
     path = folder / "predictions.jsonl"
@@ -167,10 +182,11 @@ def _ask(
         print(f"{len(questions) - len(left)} of {len(questions)} questions were answered before")
     if not left:
         return answers
-    if not answers:
-        atomic_write(path, json.dumps(identity) + "\n")
     disable_progress_bar()
     loaded, processor = load()
+    check_decoding(loaded, decoding)
+    if not answers:
+        atomic_write(path, json.dumps(identity) + "\n")
     collator, done = Collator(processor), 0
     with path.open("a", encoding="utf-8") as file:
         samples = [question.sample for question in left]
@@ -178,7 +194,8 @@ def _ask(
         def skip_one(index: int, error: UserError) -> None:
             skip(left[index].id, error)
 
-        for batch in ask_all(loaded, collator, samples, batch_size, max_new_tokens, skip=skip_one):
+        how = {"skip": skip_one, "decoding": decoding}
+        for batch in ask_all(loaded, collator, samples, batch_size, max_new_tokens, **how):
             for index, said in batch.items():
                 question = left[index]
                 answers[question.id] = said

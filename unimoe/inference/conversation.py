@@ -9,7 +9,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from transformers import set_seed
 from transformers.generation.streamers import TextStreamer
 
 from unimoe.analysis.routing_stats import ANSWER, RoutingStats
+from unimoe.compress.decoding import Decoding
+from unimoe.compress.skip import parse_thresholds
 from unimoe.compress.view import find_layers
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
@@ -29,7 +31,7 @@ from unimoe.model.configuration import MEDIA
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import record
 
-from .engines import AnsweringModel
+from .engines import AnsweringModel, check_decoding
 from .generate import generate
 
 
@@ -45,6 +47,14 @@ class Settings:
     """Of sampling, set again for each answer."""
     system: str = ""
     """The system prompt; empty for none."""
+    contrast: float = 0.0
+    """Strength of the contrast with the model's own worse experts (SCMoE); 0 for none."""
+    rewire: int = 0
+    """Steps that shift the routers towards the conversation; 0 for none."""
+    experts: int = 0
+    """Experts of a token; 0 for as many as the router chooses."""
+    skip: str = ""
+    """Weights below which experts are skipped, such as image=0.5,text=0.2; empty for the model's own rule."""
 
     def set(self, assignment: str):
         """Take ``name=value``.
@@ -74,6 +84,16 @@ class Settings:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature must be 0 or more, found {self.temperature}")
         check_seed(self.seed, "seed")
+        self.decoding()
+
+    def decoding(self) -> Decoding:
+        """How experts take part.
+
+        Raises:
+            UserError: the thresholds cannot be read.
+        """
+        skip = parse_thresholds(self.skip) if self.skip else None
+        return Decoding(skip, self.experts, self.contrast, self.rewire)
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "text"}
@@ -92,6 +112,17 @@ class Conversation:
         """Media of the next message."""
         self.stats = RoutingStats()
         """Where the tokens of the last prompt and its answer went."""
+
+    def set(self, assignment: str):
+        """Take ``name=value`` into the settings.
+
+        Raises:
+            UserError: as of :meth:`Settings.set`, or the model has no such choice; nothing is changed.
+        """
+        changed = replace(self.settings)
+        changed.set(assignment)
+        check_decoding(self.model, changed.decoding(), "")
+        self.settings = changed
 
     def attach(self, modality: str, path: str, where: str):
         """Read a media file for the next message.
@@ -133,6 +164,7 @@ class Conversation:
                     self.settings.max_new_tokens,
                     self.settings.temperature,
                     streamer,
+                    self.settings.decoding(),
                 )
             except _Stopped:
                 streamer.end()  # the word it was in

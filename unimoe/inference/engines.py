@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union
 
+from unimoe.compress.decoding import Decoding
 from unimoe.errors import UserError
 from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
@@ -16,6 +17,23 @@ if TYPE_CHECKING:
 Engine = Literal["torch", "llama.cpp"]
 AnsweringModel = Union[UniMoeForConditionalGeneration, "LlamaModel"]
 """What answers: a model in torch, or one whose LLM runs in llama.cpp."""
+
+
+def check_decoding(model: AnsweringModel, decoding: Decoding, prefix: str = "--") -> None:
+    """
+    Args:
+        model: that is to answer.
+        decoding: how.
+        prefix: of a setting's name in messages.
+
+    Raises:
+        UserError: a setting is out of range, or has no meaning for this model or its engine.
+    """
+    from .llama import LlamaModel
+
+    if isinstance(model, LlamaModel) and not decoding.plain:
+        raise UserError(f"{prefix}{decoding.named}: llama.cpp routes by itself; use the engine torch")
+    decoding.check(model, prefix)
 
 
 def load_engine(

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.utils.logging import disable_progress_bar
 
+from unimoe.compress.decoding import Decoding
 from unimoe.errors import UserError
 from unimoe.files import lock_folder
 from unimoe.model.configuration import UniMoeConfig
@@ -215,8 +216,8 @@ class LlamaBatch:
             self.llama.forget(row)
         return next(row for row in range(self.llama.rows) if row not in self.rows)
 
-    def prompt(self, inputs: Mapping[str, Any]) -> LlamaPrompt:
-        """Encode the media of a prompt, a batch of one row."""
+    def prompt(self, inputs: Mapping[str, Any], decoding: Decoding) -> LlamaPrompt:
+        """Encode the media of a prompt, a batch of one row; ``decoding`` is plain (``check_decoding``)."""
         given = {name: to_device(value, self.model.device) for name, value in inputs.items()}
         given.pop("position_ids", None)
         ids_1T, mask_1T = given.pop("input_ids"), given.pop("attention_mask", None)

@@ -25,7 +25,7 @@ from unimoe.model.utils import count_parameters
 from unimoe.prepare.cache import cache_folder
 
 from .conversation import Conversation, Settings, detect_modality
-from .engines import Engine, GGUFType, load_engine
+from .engines import Engine, GGUFType, check_decoding, load_engine
 from .llama import LlamaModel
 
 AUDIBLE = ("speech", "audio")
@@ -44,6 +44,10 @@ def chat(
     temperature: float = 0.0,
     seed: int = 0,
     system: str = "",
+    contrast: float = 0.0,
+    rewire: int = 0,
+    experts: int = 0,
+    skip: str = "",
     engine: Engine = "torch",
     type: GGUFType | None = None,
     gguf: Path | None = None,
@@ -65,17 +69,22 @@ def chat(
         temperature: 0 for greedy decoding; higher is more random.
         seed: of sampling.
         system: system prompt.
+        contrast: strength of the contrast with the model's own worse experts (SCMoE), such as 0.5.
+        rewire: steps that shift the routers towards the conversation (Rewiring), such as 5.
+        experts: experts of a token, fewer than the router chooses.
+        skip: weights below which experts are skipped, by modality, such as image=0.5,text=0.2.
         engine: torch; or llama.cpp, which decodes faster and in less memory and cannot be looked into.
         type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
         gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
     """
-    settings = Settings(max_new_tokens, temperature, seed, system)
+    settings = Settings(max_new_tokens, temperature, seed, system, contrast, rewire, experts, skip)
     settings.check()
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty; expected a message after -p")
     disable_progress_bar()
     logging.getLogger("unimoe").setLevel(logging.WARNING)  # this is a conversation
     talk = Conversation(*load_engine(model, engine, type, gguf), settings)
+    check_decoding(talk.model, settings.decoding())
     if session:
         talk.load(session)
     flags = {"image": image, "video": video, "audio": audio, "sound": sound}
@@ -112,7 +121,7 @@ class Terminal:
             "!save": (self._save, "FILE", "write the conversation to a JSON file"),
             "!load": (self._load, "FILE", "resume a saved conversation"),
             "!status": (self._status, "", "model, settings, attachments, length of the conversation"),
-            "!set": (talk.settings.set, "NAME=VALUE", "change a setting: " + ", ".join(vars(talk.settings))),
+            "!set": (talk.set, "NAME=VALUE", "change a setting: " + ", ".join(vars(talk.settings))),
             "!clear": (self._clear, "", "forget the conversation and the attachments"),
             "!exit": (self._exit, "", "leave (also: end of input, Ctrl-C)"),
         }

@@ -107,6 +107,16 @@ def record() -> Iterator[list[LayerRecord]]:
             outer.extend(records)
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, forward passes leave no records: those that are beside the one that answers."""
+    token = _records.set(None)
+    try:
+        yield
+    finally:
+        _records.reset(token)
+
+
 def remember_context(model: nn.Module) -> None:
     """Make gradient checkpointing run the layers of ``model`` again as they ran first.
 

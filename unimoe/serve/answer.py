@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from unimoe.compress.decoding import Decoding
 from unimoe.inference.engines import AnsweringModel
 
 from .text import TextStream
@@ -63,6 +64,7 @@ class Answer:
         inputs: the prompt from ``processor.pad``, a batch of one row.
         sampling: how to generate it.
         on_delta: called with each Delta, on the engine's thread.
+        decoding: how experts are skipped, contrasted or rewired; None changes nothing.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Answer:
         inputs: Mapping[str, Any],
         sampling: SamplingParams,
         on_delta: Callable[[Delta], None],
+        decoding: Decoding | None = None,
     ) -> None:
         self.inputs = inputs
+        self.decoding = decoding or Decoding()
         self.on_delta = on_delta
         self.prompt_tokens: int = inputs["input_ids"].shape[1]
         self.tokens: list[int] = []

@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from unimoe.compress.decoding import Decoding
 from unimoe.errors import UserError
 from unimoe.inference.engines import AnsweringModel
 from unimoe.model.processing import UniMoeProcessor
@@ -55,6 +56,8 @@ class ServerConfig:
     """Longest prompt, media tokens included; None for the LLM's context length."""
     max_new_tokens: int = 1024
     """Longest answer, and the default of requests that set no maximum."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """How experts take part in answers whose requests do not say it."""
     media: MediaLimits = field(default_factory=MediaLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -126,8 +129,9 @@ class Service:
         self._check_length(length, most)
         defaults = self.model.generation_config
         sampling = request.sampling(defaults, self.config.max_new_tokens, self.context - length)
+        decoding = request.decoding(self.config.decoding, self.model)
         inputs = self.processor.pad([encoded], "left")
-        return Answer(self.model, self.processor.tokenizer, inputs, sampling, on_delta)
+        return Answer(self.model, self.processor.tokenizer, inputs, sampling, on_delta, decoding)
 
     def _check_length(self, tokens: int, most: int):
         if tokens > most:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from unimoe.compress.decoding import Decoding
 from unimoe.model.host import logits_to_keep
 from unimoe.model.host_loss import is_stock
 from unimoe.model.modeling import UniMoeForConditionalGeneration, UniMoePreTrainedModel
@@ -41,10 +42,10 @@ class Prefill(Protocol):
 
 
 class Decoder(Protocol[P]):
-    """What the engine runs answers on: :class:`RunningBatch` in torch, and
+    """What the engine runs answers on: :class:`unimoe.serve.routed_batch.RoutedBatch` in torch, and
     :class:`unimoe.inference.llama.LlamaBatch` in llama.cpp."""
 
-    def prompt(self, inputs: Mapping[str, Any]) -> P:
+    def prompt(self, inputs: Mapping[str, Any], decoding: Decoding) -> P:
         """Begin a prompt, a batch of one row with its media; one is under way at a time."""
         ...
 

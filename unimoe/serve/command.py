@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unimoe.compress.decoding import Decoding
+from unimoe.compress.skip import parse_thresholds
 from unimoe.errors import UserError
-from unimoe.inference.engines import Engine, GGUFType, load_engine
+from unimoe.inference.engines import Engine, GGUFType, check_decoding, load_engine
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -33,6 +35,10 @@ def serve(
     max_queue: int = 32,
     max_prompt_tokens: int | None = None,
     max_new_tokens: int = 1024,
+    contrast: float = 0.0,
+    rewire: int = 0,
+    experts: int = 0,
+    skip: str = "",
     max_body_mb: int = 48,
     max_image_megapixels: float = 50.0,
     max_audio_seconds: float = 300.0,
@@ -60,6 +66,10 @@ def serve(
         max_queue: answers that wait for a slot; further requests receive 429.
         max_prompt_tokens: longest prompt, media tokens included (default: the LLM's context).
         max_new_tokens: longest answer, and the default length.
+        contrast: default of requests: strength of the contrast with the model's own worse experts (SCMoE).
+        rewire: default of requests: steps that shift the routers towards the prompt; such answers run alone.
+        experts: default of requests: experts of a token, fewer than the router chooses.
+        skip: default of requests: weights below which experts are skipped, such as image=0.5,text=0.2.
         max_body_mb: largest request, in megabytes.
         max_image_megapixels: largest image.
         max_audio_seconds: longest audio.
@@ -94,6 +104,7 @@ def serve(
             raise UserError(f"{flag} must be above 0, found {limit}")
     if drain_seconds < 0:
         raise UserError(f"--drain-seconds must be at least 0, found {drain_seconds}")
+    decoding = Decoding(parse_thresholds(skip) if skip else None, experts, contrast, rewire)
     api_key = _key(api_key)
     limits_of_engine = EngineConfig(max_batch=max_batch, max_queue=max_queue)
     _check_port(host, port)
@@ -108,6 +119,7 @@ def serve(
         cors_origins=cors_origins or [],
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
+        decoding=decoding,
         media=MediaLimits(
             media_bytes=body,
             image_pixels=int(max_image_megapixels * 1e6),
@@ -118,6 +130,7 @@ def serve(
         engine=limits_of_engine,
     )
     served, processor = load_engine(model, engine, type, gguf, max_batch, device)
+    check_decoding(served, decoding)
     own_weights(served)
     app = build_app(served, processor, config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again

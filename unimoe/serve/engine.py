@@ -19,7 +19,8 @@ from unimoe.inference.llama import LlamaBatch, LlamaModel
 from unimoe.moe.few_rows import few_rows
 
 from .answer import Answer, Delta
-from .batch import Decoder, Prefill, RunningBatch, can_batch
+from .batch import Decoder, Prefill, can_batch
+from .routed_batch import RoutedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Engine:
         self._waiting: deque[Answer] = deque()
         self._prefilling: tuple[Answer, Prefill] | None = None
         self._rows: list[Answer] = []
-        self._batch: Decoder = LlamaBatch(model) if isinstance(model, LlamaModel) else RunningBatch(model)
+        self._batch: Decoder = LlamaBatch(model) if isinstance(model, LlamaModel) else RoutedBatch(model)
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="unimoe-engine", daemon=True)
@@ -161,7 +162,7 @@ class Engine:
         while left > 0 and (answer := self._next_prompt()):
             try:
                 if self._prefilling is None:
-                    self._prefilling = answer, self._batch.prompt(answer.inputs)
+                    self._prefilling = answer, self._batch.prompt(answer.inputs, answer.decoding)
                 prompt = self._prefilling[1]
                 read, logits_V = prompt.advance(left)
                 left -= read
@@ -185,8 +186,12 @@ class Engine:
         with self._changed:
             if not self._waiting or len(self._rows) >= self.max_batch:
                 return None
-            longest = max(answer.prompt_tokens + answer.longest for answer in [*self._rows, self._waiting[0]])
-            if self._rows and longest * (len(self._rows) + 1) > self.config.max_cached_tokens:
+            together = [*self._rows, self._waiting[0]]
+            if self._rows and any(answer.decoding.rewire for answer in together):
+                return None  # it trains while the others would wait
+            longest = max(answer.prompt_tokens + answer.longest for answer in together)
+            caches = sum(2 if answer.decoding.contrast else 1 for answer in together)
+            if self._rows and longest * caches > self.config.max_cached_tokens:
                 return None
             return self._waiting.popleft()
 

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import time
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,7 +20,9 @@ from pydantic import (
 )
 from transformers import GenerationConfig
 
+from unimoe.compress.decoding import Decoding
 from unimoe.errors import UserError, first_line
+from unimoe.inference.engines import AnsweringModel, check_decoding
 from unimoe.model.generation import decoding_settings
 
 from .answer import Choice, SamplingParams
@@ -210,6 +213,11 @@ class ChatRequest(BaseModel):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     n: Literal[1] | None = None
+    contrast: Annotated[float, Field(ge=0, le=10)] | None = None
+    rewire: Annotated[int, Field(ge=0, le=100)] | None = None
+    experts: Annotated[int, Field(ge=0)] | None = None
+    skip: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """As the settings of that name of :class:`unimoe.compress.decoding.Decoding`."""
     generation_config: Annotated[str, StringConstraints(max_length=20_000)] | None = None
     """JSON, as ``transformers chat`` sends it; fields of the request take precedence."""
 
@@ -224,6 +232,20 @@ class ChatRequest(BaseModel):
                 raise BadRequest(name[:64], "this server does not support it; omit it")
         if self.top_logprobs is not None and not self.logprobs:
             raise BadRequest("top_logprobs", "needs logprobs to be true")
+
+    def decoding(self, default: Decoding, model: AnsweringModel) -> Decoding:
+        """How experts take part in the answer; what the request omits is as in ``default``.
+
+        Raises:
+            BadRequest: a setting has no meaning for the model.
+        """
+        asked = {name: value for name in vars(default) if (value := getattr(self, name)) is not None}
+        for name, value in asked.items():
+            try:
+                check_decoding(model, Decoding(**{name: value}), "")
+            except UserError as error:
+                raise BadRequest(name, str(error).removeprefix(f"{name}: ")) from error
+        return replace(default, **asked)
 
     def characters(self) -> int:
         """Length of all text."""
