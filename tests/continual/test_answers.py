@@ -55,7 +55,7 @@ def test_the_hook_after_the_answers_runs_when_they_fail(task, llm, monkeypatch):
         def after_eval(self):
             calls.append(1)
 
-    def fail(*args):
+    def fail(*_, **__):
         raise RuntimeError("no answer")
 
     monkeypatch.setattr(generate, "generate", fail)

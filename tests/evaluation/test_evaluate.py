@@ -56,9 +56,12 @@ def test_a_run_that_was_cut_asks_only_the_rest(command, tmp_path, capsys, monkey
     (tmp_path / "out" / "predictions.jsonl").write_text("\n".join(whole[:3]) + "\n" + whole[3][:9])
     asked = []
     answer = generate.generate
-    monkeypatch.setattr(
-        generate, "generate", lambda *args: asked.append(len(args[2]["input_ids"])) or answer(*args)
-    )
+
+    def spied(*args, **more):
+        asked.append(len(args[2]["input_ids"]))
+        return answer(*args, **more)
+
+    monkeypatch.setattr(generate, "generate", spied)
     assert command("--task", "vqa") == 0
     assert sum(asked) == 3 and sorted(predictions(tmp_path)) == sorted(whole)
     assert "2 of 5 questions were answered before" in capsys.readouterr().out
