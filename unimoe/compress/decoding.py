@@ -34,7 +34,7 @@ from .contrast import ContrastProcessor
 from .rows import modality_ids, rewritten, row_of
 from .skip import Thresholds, check_thresholds, drop, keep_sum
 from .skip_rules import own_rule
-from .view import MoEView, view
+from .view import MoEView, find_layers
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,9 @@ class Decoding:
             )
         if self.plain:
             return
-        try:
-            layers = view(model)
-        except UserError:
-            raise UserError(
-                f"{prefix}{self.named}: this model is dense, it has no experts to choose among"
-            ) from None
+        layers = find_layers(model)
+        if not layers:
+            raise UserError(f"{prefix}{self.named}: this model is dense, it has no experts to choose among")
         fewest = min(layer.top_k for layer in layers)
         if self.experts > fewest:
             raise UserError(f"{prefix}experts is {self.experts}, expected at most the router's {fewest}")
@@ -181,7 +178,7 @@ def generate_ids(
     Returns:
         Prompts and answers [B, T + answer].
     """
-    layers = view(model)
+    layers = find_layers(model)
     with routed(layers, [decoding] * len(inputs["input_ids"])):
         if decoding.rewire:
             return _rewired(model, layers, dict(inputs), decoding, dict(settings))

@@ -18,8 +18,7 @@ from transformers import DynamicCache
 from unimoe.compress import rewire
 from unimoe.compress.contrast import Contrast, contrast_logits, weak
 from unimoe.compress.decoding import Decoding, extend, routed
-from unimoe.compress.view import view
-from unimoe.errors import UserError
+from unimoe.compress.view import find_layers
 from unimoe.model.utils import to_device
 from unimoe.moe.records import unrecorded
 
@@ -81,10 +80,7 @@ class RoutedBatch:
         self.model = model
         self.strong, self.weak = RunningBatch(model), RunningBatch(model)
         self.rows: list[RoutedPrompt] = []
-        try:
-            self.layers = view(model)
-        except UserError:  # dense: its rows have no settings
-            self.layers = []
+        self.layers = find_layers(model)
         settings = model.generation_config
         self.suppressed: list[int] = list(getattr(settings, "suppress_tokens", None) or [])
 
