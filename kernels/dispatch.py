@@ -18,7 +18,11 @@ import torch
 from unimoe.errors import UserError
 
 FORMS = ("reference", "cpu", "triton")
-TRITON = {"fused_experts": "triton_swiglu"}
+TRITON = {
+    "fused_experts": "triton_swiglu",
+    "packed_linear": "triton_packed",
+    "packed_experts": "triton_packed",
+}
 """Operations with a Triton form, and the file in this folder whose function of the same name it is."""
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 W ~ q * scale with signed integers q in [-2^(bits-1), 2^(bits-1) - 1]; for one bit q is -1 or 1. Activations
 are rounded to 8 bits with a scale for each row and group; their products are summed in integers within a
 group, and in float32 over groups. Two forms: the operators of packed.cpp (AVX-512 VNNI, AVX2, NEON, plain
-C++, chosen as they run), and the reference here with the same rounding.
+C++, chosen as they run; triton_packed.py), and the reference here with the same rounding.
 
 Shapes: T tokens, N rows or (token, expert) pairs sorted by expert, E experts, P outputs, K inputs, G groups
 of a row, B blocks of 16 rows, H hidden, I intermediate.
@@ -19,7 +19,8 @@ from torch import Tensor
 from unimoe.errors import UserError
 
 from . import native
-from .arguments import groups
+from .arguments import groups, needs_grad
+from .dispatch import choose, triton_form
 from .few_rows import MoEOutput
 from .swiglu import GATES
 
@@ -113,7 +114,7 @@ class Stack:
         """
         check(bits, group, width)
         blocks, G = halves * -(-rows // halves // LANES), width // group
-        columns = G * _filled(group)
+        columns = G * filled(group)
         codes = torch.empty(sum(bits) * blocks * LANES * columns // 8, dtype=torch.uint8)
         scales = torch.empty(len(bits), blocks, G, LANES, dtype=torch.int16)
         return cls(codes, scales, tuple(bits), rows, width, group, nested, halves)
@@ -129,13 +130,13 @@ class Stack:
         u = (q_PK.to(torch.int16) + 1) // 2 if bits == 1 else q_PK.to(torch.int16) + 2 ** (bits - 1)
         if u.min() < 0 or u.max() >= 2**bits:
             raise UserError(f"codes are out of range for {bits} bits: {q_PK.min()} to {q_PK.max()}")
-        u_PK = F.pad(u.to(torch.uint8).unflatten(-1, (G, -1)), (0, _filled(self.group) - self.group)).flatten(
+        u_PK = F.pad(u.to(torch.uint8).unflatten(-1, (G, -1)), (0, filled(self.group) - self.group)).flatten(
             1
         )
         u_BRK = self._blocks(u_PK)
         # [B, R, G, chunk, step, 4] -> [B, G, chunk, step, 64]
         steps = u_BRK.unflatten(-1, (G, -1, CHUNK // STEP, STEP)).permute(0, 2, 3, 4, 1, 5).flatten(-2)
-        start, low = self._starts()[e], bits
+        start, low = self.starts()[e], bits
         for width in planes(bits, self.nested):
             low -= width
             parts = (steps >> low & 2**width - 1).unflatten(3, (width, 8 // width))
@@ -164,11 +165,11 @@ class Stack:
         """Some rows of matrix ``e``, [X, K] float32; ``halves`` is 1."""
         bits, G = self.bits[e], self.width // self.group
         block_X, lane_X = row_X // LANES, row_X % LANES
-        start, u = self._starts()[e], None
+        start, u = self.starts()[e], None
         for width in planes(bits, self.nested):
-            size = self.scales.shape[1] * G * _filled(self.group) // CHUNK * width * 64
+            size = self.scales.shape[1] * G * filled(self.group) // CHUNK * width * 64
             plane = self.codes[start : start + size].view(
-                -1, G, _filled(self.group) // CHUNK, width, LANES, STEP
+                -1, G, filled(self.group) // CHUNK, width, LANES, STEP
             )
             shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)[:, None]
             # [X, G, chunk, width, 1, 4] -> [X, G, chunk, 8 steps, 4]
@@ -186,16 +187,15 @@ class Stack:
         """Unsigned codes [P, K], steps between their values [P, G], what is subtracted from the codes, and
         how many scales make a step."""
         bits, G, blocks = self.bits[e], self.width // self.group, self.scales.shape[1]
-        start, u, have = self._starts()[e], None, 0
-        for width in planes(bits, self.nested):
-            if level and have >= level:
-                break
-            size = blocks * G * _filled(self.group) // CHUNK * width * 64
+        start, u = self.starts()[e], None
+        widths, have = plane_widths(bits, self.nested, level)
+        for width in widths:
+            size = blocks * G * filled(self.group) // CHUNK * width * 64
             plane = self.codes[start : start + size].view(blocks, G, -1, width, 1, 64)
             shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)[:, None]
             part = (plane >> shifts & 2**width - 1).flatten(3, 4)
             u = part if u is None else u << width | part
-            start, have = start + size, have + width
+            start += size
         assert u is not None
         # [B, G, chunk, step, 64] -> [B, R, G, chunk, step, 4]
         u_BRK = u.unflatten(-1, (LANES, STEP)).permute(0, 4, 1, 2, 3, 5)
@@ -204,9 +204,9 @@ class Stack:
         zero, step = middle(bits, have)
         return self._rows(u_BRK), self._rows(scale_BRG) * step, zero, step
 
-    def _starts(self) -> list[int]:
+    def starts(self) -> list[int]:
         """Where the codes of each matrix begin."""
-        one = self.scales.shape[1] * LANES * (self.width // self.group) * _filled(self.group) // 8
+        one = self.scales.shape[1] * LANES * (self.width // self.group) * filled(self.group) // 8
         starts = [0]
         for bits in self.bits:
             starts.append(starts[-1] + bits * one)
@@ -224,6 +224,15 @@ class Stack:
         return values[:, : self.rows // self.halves].flatten(0, 1)
 
 
+def plane_widths(bits: int, nested: bool, level: int) -> tuple[tuple[int, ...], int]:
+    """Widths of the planes that hold the first ``level`` bits, or all for 0, and the bits that they hold."""
+    found: list[int] = []
+    for width in planes(bits, nested):
+        if level == 0 or sum(found) < level:
+            found.append(width)
+    return tuple(found), sum(found)
+
+
 def middle(bits: int, level: int) -> tuple[float, float]:
     """(zero, step) such that W ~ (u - zero) * step * scale for the first ``level`` bits u of a code.
 
@@ -235,7 +244,8 @@ def middle(bits: int, level: int) -> tuple[float, float]:
     return 2.0 ** (level - 1) - (1 - 1 / lost) / 2, lost
 
 
-def _filled(group: int) -> int:
+def filled(group: int) -> int:
+    """Columns of a group with those that fill up its last chunk."""
     return -(-group // CHUNK) * CHUNK
 
 
@@ -270,6 +280,8 @@ def linear(x: Tensor, stack: Stack, bias: Tensor | None = None, level: int = 0) 
         bias = None if bias is None else bias.float()
         y = torch.ops.unimoe.packed_linear.default(x.float(), stack.codes, *scale, bias)
         return y if x.dtype is torch.float32 else y.to(x.dtype)
+    if runs_triton(x):
+        return triton_form("packed_linear")(x, stack, bias, level)
     weight = stack.dequantise(0, level).to(x.dtype)
     return F.linear(x, weight, bias)
 
@@ -303,6 +315,9 @@ def fused_experts(
         pairs = (token_N, offsets_E1.tolist(), weight_N.float())
         run = torch.ops.unimoe.packed_experts.default
         return run(x_TH.float(), *pairs, *parts, level, list(GATES).index(act)).to(x_TH.dtype)
+    if runs_triton(x_TH, weight_N):
+        pairs = (x_TH, token_N, offsets_E1, weight_N)
+        return triton_form("packed_experts")(*pairs, gate_up, down, act, level)
     y_TH = torch.zeros_like(x_TH)
     for e, start, end in groups(offsets_E1.tolist()):
         token, dtype = token_N[start:end], x_TH.dtype
@@ -360,3 +375,9 @@ def runs_native(x: Tensor, *others: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and native.ops() is not None
     )
+
+
+def runs_triton(x: Tensor, *others: Tensor) -> bool:
+    """Whether the Triton form multiplies ``x``: no gradient of it or ``others`` is asked for, and Triton runs
+    here."""
+    return not needs_grad(x, *others) and x.numel() > 0 and choose("packed_linear", x) == "triton"

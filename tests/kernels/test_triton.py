@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # half a minute, but the interpreter is slow company on a busy machine
 def test_the_kernels_in_the_interpreter():
-    tests = Path(__file__).with_name("triton_interpreted.py")
+    tests = [str(path) for path in sorted(Path(__file__).parent.glob("triton_*interpreted.py"))]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

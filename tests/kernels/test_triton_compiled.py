@@ -13,12 +13,13 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from unimoe.kernels import triton_grouped, triton_routing, triton_swiglu  # noqa: E402
+from unimoe.kernels import triton_grouped, triton_packed, triton_routing, triton_swiglu  # noqa: E402
 
 MOST_SHARED = 227 * 1024
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INTEGERS = {"token": "i64", "left_token": "i64", "right_token": "i64", "offsets": "i64", "order": "i64"}
-INTEGERS |= {"tiles": "i32", "start": "i32"}
+INTEGERS |= {"tiles": "i32", "start": "i32", "table": "i64", "codes": "u8", "x_codes": "i8", "scales": "fp16"}
+INTEGERS |= dict.fromkeys(("numbers", "x_scale", "x_sum"), "fp32")
 SHIPPED = [
     (tiles, torch.bfloat16 if size == 2 else torch.float32)
     for (_, size), tiles in triton_swiglu.TILES.items()
@@ -84,6 +85,16 @@ def test_the_products_fit_the_chip(tiles, dtype):
         # 64 rows are what Hopper's own matrix instruction takes; loads are 16 bytes wide and do not wait
         assert ("wgmma.mma_async" in binary.asm["ptx"]) == (options["ROWS"] >= 64)
         assert "cp.async.cg.shared.global" in binary.asm["ptx"]
+
+
+@pytest.mark.parametrize("tile", triton_packed.TILES.values())
+def test_products_of_packed_weights_fit_the_chip(tile):
+    options = {"CHUNKS": 2, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    for absent in ((), ("token",)):
+        binary, usage = compiled(triton_packed._packed_kernel, torch.float32, options, absent)
+        assert usage["STACK"] == usage["LOCAL"] == 0 and binary.metadata.shared <= MOST_SHARED
+        assert ("wgmma.mma_async" in binary.asm["ptx"]) == (tile.rows >= 64)
 
 
 @pytest.mark.parametrize(
