@@ -27,6 +27,7 @@ FLOORS = {
     "unimoe": 3,  # unimoe/__init__.py, which registers the model
     "unimoe.model": 3,
     "unimoe.compress": 3,
+    "unimoe.compress.report": 4,  # draws with unimoe.analysis
     "unimoe.data": 4,
     "unimoe.analysis": 4,
     "unimoe.analysis.memory_plan": 8,  # reads the configuration of a stage

@@ -146,3 +146,42 @@ def test_statistics_of_another_model_and_no_samples(model, stats, data, tmp_path
     args = ["compress", "stats", model, data[0], "--samples", "0", "--output", str(tmp_path / "s")]
     assert cli.main(args) == 2 and "--samples is 0" in capsys.readouterr().err
     assert not (tmp_path / "q").exists() and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("how", ["sub_moe", "stun"])
+def test_merged_models_and_their_report(how, model, data, tmp_path, capsys):
+    merged, page = tmp_path / "merged", tmp_path / "report"
+    flags = ["--sparsity", "0.5", "--coselection", "0.5"] if how == "stun" else ["--tokens", "40"]
+    args = ["compress", "merge", model, *data, "--keep", "3", "--how", how, "--output", str(merged), *flags]
+    assert cli.main(args) == 0
+    loaded, _ = load_model(merged)
+    layers = view(loaded)
+    assert sum(layer.num_experts for layer in layers) == 6
+    plan = Plan.from_yaml(merged / "plan.yaml")
+    assert (plan.merge is None) == (how == "stun") == (plan.keep is not None)
+    if how == "stun":
+        zeros = [float((layer.stacks()["down_proj"] == 0).float().mean()) for layer in layers]
+        assert all(abs(share - (1 - 0.5 / 0.75)) < 0.02 for share in zeros)
+    args = ["compress", "report", model, str(merged), "--data", *data, "--output", str(page), "--steps", "2"]
+    assert cli.main(args) == 0
+    text = capsys.readouterr().out
+    assert "worst KL" in text or "none of the models" in text
+    found = json.loads((page / "report.json").read_text())["models"]
+    assert [one["experts"] for one in found] == [[4, 4], [layer.num_experts for layer in layers]]
+    assert found[0]["quality"]["image"]["kl"] == 0 < found[1]["quality"]["image"]["kl"]
+    assert found[1]["bytes"] < found[0]["bytes"] and found[0]["quality"].keys() == {"image", "speech"}
+    assert cli.main(args) == 2 and "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keep", "5"], "--keep is 5, expected 1..4"),
+        (["--keep", "2", "--window", "3"], "--window is 3"),
+        (["--keep", "3", "--how", "stun", "--sparsity", "0.1"], "cannot follow one of 0.25"),
+    ],
+)
+def test_bad_merges_write_nothing(flags, message, model, data, tmp_path, capsys):
+    output = tmp_path / "m"
+    assert cli.main(["compress", "merge", model, *data, *flags, "--output", str(output)]) == 2
+    assert message in capsys.readouterr().err and not output.exists()

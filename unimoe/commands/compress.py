@@ -15,11 +15,16 @@ from torch import Tensor
 
 from unimoe.artifacts import StageRecord, folder_hash, write_result
 from unimoe.compress.budget import global_top, top_m
+from unimoe.compress.cluster import windows
+from unimoe.compress.measure import Reference, measure, milliseconds_per_token, reference, resident_bytes
+from unimoe.compress.merge import all_outputs, stun
 from unimoe.compress.plan import Plan
+from unimoe.compress.report import Figures, as_table, where_it_stops, write_report
 from unimoe.compress.scores import Scores, mixed, random_scores, score
+from unimoe.compress.sparse import second_stage, sparsify
 from unimoe.compress.store import compress
 from unimoe.compress.structure import check_coverage
-from unimoe.compress.view import MoEView, view
+from unimoe.compress.view import MoEView, expert_counts, view
 from unimoe.compress.watch import Collector, Stats
 from unimoe.data import Collator, read_samples
 from unimoe.errors import UserError, check_seed
@@ -130,6 +135,147 @@ def prune(
     after = view(loaded)
     left = ", ".join(str(layer.num_experts) for layer in after)
     log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(after) / 1e6, before / 1e6)
+
+
+def merge(
+    model: str,
+    data: Sequence[str],
+    *,
+    output: str,
+    keep: int,
+    how: Literal["sub_moe", "stun"] = "sub_moe",
+    samples: int = 64,
+    tokens: int = 512,
+    window: int = 2,
+    coselection: float = 0.0,
+    kappa: int = 2,
+    sparsity: float = 0.0,
+    owl: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    media_root: str | None = None,
+) -> None:
+    """Replace experts that are alike by their mean (Sub-MoE), or by one of them (STUN).
+
+    Sub-MoE clusters experts by their outputs for the same tokens, and means are weighted by use; the router
+    keeps its rows. STUN clusters them by the router's rows, keeps the expert nearest to each mean, and may
+    then zero single weights. Layers end with different numbers of experts.
+
+    Args:
+        model: folder of a finished stage, or of a multimodal model of transformers.
+        data: conversations to calibrate on, in any format that training reads.
+        output: new folder of the result.
+        keep: experts of a layer, on average.
+        how: sub_moe or stun.
+        samples: most conversations of each file, evenly spaced.
+        tokens: for sub_moe, tokens that every expert answers to.
+        window: for sub_moe, neighbouring layers that share their clusters: 1 or 2.
+        coselection: for stun, weight of how often two experts are selected together.
+        kappa: for stun, layers of at most so many clusters get means.
+        sparsity: for stun, share of all expert weights that is gone in the end (Wanda).
+        owl: for stun, another sparsity in each layer, by outliers.
+        seed: of k-means++.
+        batch_size: conversations per batch.
+        media_root: folder of relative media paths (default: that of each data file).
+    """
+    check_new(output)
+    check_seed(seed, "--seed")
+    if window not in (1, 2):
+        raise UserError(f"--window is {window}, expected 1 or 2")
+    loaded, processor = load_any(model, device="cpu")
+    layers = view(loaded)
+    check_coverage(loaded, layers)
+    least = min(layer.num_experts for layer in layers)
+    if not 1 <= keep <= least:
+        raise UserError(f"--keep is {keep}, expected 1..{least} experts of a layer")
+    for layer in layers:
+        layer.stacks()  # before the long part: raises for experts that are no plain stacks
+    files = read_batches(processor, data, samples, batch_size, media_root)
+    batches = [batch for of_file in files.values() for batch in of_file]
+    found = calibrate(loaded, layers, batches)
+    sha256, before = folder_hash(model), expert_bytes(layers)
+    whole = sum(layer.num_experts for layer in layers)
+    settings = {"how": how, "keep": keep, "data": list(data), "samples": samples, "seed": seed}
+    if how == "stun":
+        settings |= {"coselection": coselection, "kappa": kappa, "sparsity": sparsity, "owl": owl}
+        chosen = Plan(
+            keep=stun(layers, keep * len(layers), found.values["cosel"], 1.0, coselection, kappa),
+            made_of=sha256,
+        )
+        if sparsity:
+            left = sum(map(len, chosen.keep or []))
+            share = second_stage(sparsity, 1 - left / whole)
+            starved = sparsify(layers, found, share, owl)
+            log.info("%.0f %% of what is left zeroed; %d experts by magnitude", 100 * share, len(starved))
+        finish(model, loaded, processor, chosen, output, "compress merge", settings)
+    else:
+        settings |= {"tokens": tokens, "window": window}
+        with all_outputs(layers, tokens) as outputs, torch.inference_mode():
+            for batch in batches:
+                last_hidden(loaded, to_device(batch, loaded.device))
+        chosen = Plan(merge=windows(outputs, keep, window, seed), made_of=sha256)
+        finish(model, loaded, processor, chosen, output, "compress merge", settings, found.values["count"])
+    after = view(loaded)
+    left = ", ".join(str(layer.num_experts) for layer in after)
+    log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(after) / 1e6, before / 1e6)
+
+
+def report(
+    model: str,
+    changed: Sequence[str],
+    *,
+    data: Sequence[str],
+    output: str,
+    samples: int = 32,
+    limit: float = 0.02,
+    steps: int = 24,
+    batch_size: int = 8,
+    media_root: str | None = None,
+) -> None:
+    """Compare compressed models with their original: KL at the answers by domain, bytes, milliseconds.
+
+    Prints a table and a line that says how small is still safe, and writes report.html and report.json.
+
+    Args:
+        model: folder of the original.
+        changed: folders of compressed models.
+        data: conversations with answers; each file is a domain.
+        output: new folder of the report.
+        samples: most conversations of each file, evenly spaced.
+        limit: largest KL of a domain, in nats, that counts as safe.
+        steps: decoding steps that are timed.
+        batch_size: conversations per batch.
+        media_root: folder of relative media paths (default: that of each data file).
+    """
+    check_new(output)
+    if steps < 1:
+        raise UserError(f"--steps is {steps}, expected at least 1")
+    figures: list[Figures] = []
+    original: Reference = {}
+    batches: dict[str, list[dict[str, Any]]] = {}
+    for folder in (model, *changed):
+        loaded, processor = load_any(folder, "MODEL" if folder == model else "CHANGED")
+        if not figures:
+            batches = read_batches(processor, data, samples, batch_size, media_root)
+            batches = {name: [to_device(one, loaded.device) for one in of] for name, of in batches.items()}
+            original = reference(loaded, batches)
+        figures.append(
+            Figures(
+                str(folder),
+                list(expert_counts(loaded).values()),
+                resident_bytes(loaded),
+                milliseconds_per_token(loaded, steps),
+                measure(loaded, original, batches),
+            )
+        )
+        log.info("%s: worst KL %.4f on %s", folder, figures[-1].worst[1], figures[-1].worst[0])
+        del loaded
+    with atomic_folder(output) as folder:
+        words = ["unimoe compress report", model, *changed, "--data", *data, "--samples", str(samples)]
+        write_report(folder, figures, limit, " ".join(words))
+    print(as_table(figures))
+    print(where_it_stops(figures, limit))
+    print(f"written to {output}: report.html, report.json")
 
 
 def check_new(output: str) -> None:

@@ -81,6 +81,12 @@ VERBS = {
         "unimoe.commands.compress:stats", "run calibration data through a model and measure its experts"
     ),
     "compress prune": Verb("unimoe.commands.compress:prune", "keep the experts that matter most"),
+    "compress merge": Verb(
+        "unimoe.commands.compress:merge", "replace alike experts by their mean, or by one"
+    ),
+    "compress report": Verb(
+        "unimoe.commands.compress:report", "what compressed models cost: KL by domain, bytes, time"
+    ),
     "convert llm": Verb(
         "unimoe.model.convert:llm", "make a causal LM, dense or MoE, one to chat with and serve"
     ),
