@@ -11,8 +11,8 @@ _SPEC = importlib.util.spec_from_file_location("detection_fixtures", _FILE)
 assert _SPEC and _SPEC.loader
 _FIXTURES = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_FIXTURES)
-folder, settings, tokenizer, world = (
-    getattr(_FIXTURES, name) for name in ("folder", "settings", "tokenizer", "world")
+folder, settings, sizes, tokenizer, world = (
+    getattr(_FIXTURES, name) for name in ("folder", "settings", "sizes", "tokenizer", "world")
 )
 
 

@@ -62,8 +62,8 @@ def assert_same(one, other, weights=1e-5):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_processes_learn_as_one(config, command, tmp_path):
-    """Three samples a step, two for the one process and one for the other; 10 steps a task for the two
-    strategies at the ends, with the base whole or divided, and 3 for those that do something of their own
+    """Three samples a step, two for the one process and one for the other; 4 steps a task for the two
+    strategies at the ends, with the base whole or divided, and 2 for those that do something of their own
     between tasks, or to the batches."""
     config["stream"]["tasks"] = config["stream"]["tasks"][:2]
     config["training"] |= {"checkpoint_every": 10, "lr": 2e-3}
@@ -71,7 +71,7 @@ def test_two_processes_learn_as_one(config, command, tmp_path):
     for name in ("dymoe", "lora", *HOOKS):
         ends = name in ("dymoe", "lora")
         for task in config["stream"]["tasks"]:
-            task["steps"] = 10 if ends else 3
+            task["steps"] = 4 if ends else 2
         config["training"] |= {"devices": 1}
         assert main(command(config, f"{name}-alone", "--strategy", name)) == 0
         for kind in ("ddp", "fsdp2") if ends else ("ddp",):

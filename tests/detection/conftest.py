@@ -143,8 +143,26 @@ def world(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def sizes(world) -> dict:
+    """Arguments of ``build_detector`` for a detector that sees pictures of 64 pixels."""
+    return {
+        "backbone": "test_efficientnet",
+        "text_encoder": str(world / "text"),
+        "image_size": 64,
+        "d_model": 32,
+        "ffn_dim": 64,
+        "num_heads": 4,
+        "decoder_layers": 2,
+        "num_queries": 12,
+        "learned_queries": False,
+        "csp_blocks": 1,
+        "csp_expansion": 0.5,
+    }
+
+
 @pytest.fixture
-def settings(world, tmp_path) -> dict:
+def settings(world, sizes, tmp_path) -> dict:
     """A run on these pictures, as its YAML file would hold it."""
     return {
         "system": "detection",
@@ -152,19 +170,7 @@ def settings(world, tmp_path) -> dict:
         "output": str(tmp_path / "tiny"),
         "checkpoint_every": 5,
         "model": {
-            "detector": {
-                "backbone": "test_efficientnet",
-                "text_encoder": str(world / "text"),
-                "image_size": 64,
-                "d_model": 32,
-                "ffn_dim": 64,
-                "num_heads": 4,
-                "decoder_layers": 2,
-                "num_queries": 12,
-                "learned_queries": False,
-                "csp_blocks": 1,
-                "csp_expansion": 0.5,
-            },
+            "detector": dict(sizes),
             "denoising": {"queries": 20},
             "freeze_encoders": False,
             "encoder_lr": 1.0,
@@ -182,7 +188,7 @@ def settings(world, tmp_path) -> dict:
 
 @pytest.fixture
 def folder(settings, tmp_path) -> Path:
-    """A random detector that sees pictures of 64 pixels."""
+    """A random detector of these settings."""
     model, tokenizer = build_detector(**settings["model"]["detector"])
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -1,3 +1,4 @@
+import ctypes
 import logging
 import re
 import shutil
@@ -68,7 +69,17 @@ def test_no_operator_is_defined_twice():
     assert ours and len(ours) == len(set(ours))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
-def test_builds():
-    assert native.build() == native.library() and native.library().is_file()
+def test_builds_a_library_that_loads_once(monkeypatch, tmp_path, caplog):
+    """A small one: the operators themselves are compiled by the fixture ``built``, for the tests of them."""
+    source = tmp_path / "native.cpp"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(native, "SOURCE", source)
+    path = native.build()
+    assert path == native.library() and ctypes.CDLL(str(path)).answer() == 42
+    assert sorted(path.parent.iterdir()) == [path]
+    with caplog.at_level(logging.INFO, logger=native.__name__):
+        assert native.ops() is torch.ops.unimoe
+    assert caplog.messages == [f"the experts' loops run in C++: {path}"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.build() == path, "what is built is not built again"

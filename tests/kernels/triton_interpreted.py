@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, on a CPU; test_triton.py runs this file.
 
-The interpreter takes 20 to 40 ms for a program, so everything is tiny; it knows no bfloat16 product.
+The interpreter takes 20 to 40 ms for a program, so everything is tiny: one tile holds the columns, except in
+tests of how they are cut. It knows no bfloat16 product.
 """
 
 import os
@@ -17,7 +18,9 @@ from unimoe.kernels.triton_routing import by_token, combine, tile_bound, tile_ma
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py")
 
-H, I = 24, 20  # noqa: E741  neither a multiple of the tiles below
+H, I = 12, 10  # noqa: E741
+CUT = (24, 20)
+"""H and I that take two tiles each, of which the second is not full."""
 GROUPINGS = {
     "even": [3, 3, 3],
     "an empty expert, one over a tile": [17, 0, 2],
@@ -36,9 +39,9 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(triton_swiglu, "TILES", {(None, 4): small, (None, 2): small})
 
 
-def case(counts, tokens=None, tail=0, dtype=torch.float32) -> Any:
-    """Arguments of fused_experts, the tokens second where there are any."""
-    E, N = len(counts), sum(counts) + tail
+def case(counts, tokens=None, tail=0, dtype=torch.float32, sizes=(H, I)) -> Any:
+    """Arguments of fused_experts, the tokens second where there are any; ``sizes`` are H and I."""
+    E, N, (H, I) = len(counts), sum(counts) + tail, sizes  # noqa: E741
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
     x = torch.randn(N if tokens is None else tokens, H)
     token = [] if tokens is None else [torch.randint(0, max(tokens, 1), (N,))]
@@ -78,7 +81,7 @@ def gradients(function, args, grad=None):
 @pytest.mark.parametrize("counts", GROUPINGS.values(), ids=GROUPINGS.keys())
 @pytest.mark.parametrize("tokens", [None, 7])
 def test_equals_the_reference_with_every_gradient(counts, tokens):
-    args = case(counts, tokens)
+    args = case(counts, tokens, sizes=CUT)
     for one, other in zip(gradients(ours, args), gradients(reference, args), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -110,7 +113,7 @@ def test_without_weights():
 def test_the_shipped_tiles(tiles, monkeypatch):
     """They are larger than everything here."""
     monkeypatch.setattr(triton_swiglu, "TILES", {(None, 4): tiles})
-    args = case([5, 2], tokens=4)
+    args = case([5, 2], tokens=4, sizes=CUT)
     for one, other in zip(gradients(ours, args), gradients(reference, args), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -123,7 +126,7 @@ def test_tiles_follow_the_rows_per_expert(monkeypatch):
 
 
 def test_float16_error_is_that_of_the_plain_loop():
-    args = case([17, 0, 9], tokens=9, dtype=torch.float16)
+    args = case([17, 0, 9], tokens=9, dtype=torch.float16, sizes=CUT)
     wide = [arg.detach().double().requires_grad_() if arg.is_floating_point() else arg for arg in args]
     exact, plain = gradients(reference, wide), gradients(reference, args)
     for a, b, c in zip(gradients(ours, args), plain, exact, strict=True):
@@ -147,7 +150,7 @@ def test_a_frozen_subset_does_no_work_for_its_gradients(trained, monkeypatch):
 @pytest.mark.parametrize("tokens", [None, 4])
 def test_everything_is_written_and_nothing_leaks(tokens):
     """Fresh memory, rows of nobody and the weights of an unused expert hold NaN."""
-    args = case([4, 0, 2], tokens, tail=2)
+    args = case([4, 0, 2], tokens, tail=2, sizes=CUT)
     with torch.no_grad():
         args[-3][1], args[-2][1], args[-1][6:] = float("nan"), float("nan"), float("nan")
         if tokens is None:
@@ -174,9 +177,9 @@ def test_gate_weight_of_zero_has_the_right_gradient():
 
 
 def test_expanded_and_strided_tensors():
-    args = case([4, 0, 2])
-    grad = torch.ones(1, 1).expand(6, H)
-    plain = gradients(reference, args, torch.ones(6, H))
+    args = case([4, 0, 2], sizes=CUT)
+    grad = torch.ones(1, 1).expand(6, CUT[0])
+    plain = gradients(reference, args, torch.ones(6, CUT[0]))
     for i in (0, 2, 3, 4):
         reversed_ = torch.empty(args[i].shape[::-1]).permute(*range(args[i].dim() - 1, -1, -1))
         args[i] = reversed_.copy_(args[i].detach()).requires_grad_()

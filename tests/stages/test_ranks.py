@@ -14,7 +14,7 @@ from unimoe.testing import IMAGE, SPEECH, assert_same_run, run_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-STEPS = 20
+STEPS = 8
 FIT = """
 import logging
 import sys
@@ -34,7 +34,7 @@ def settings(world: Path, output: Path, ranks: int, strategy, **model) -> dict:
     return {
         "stage": "moe",
         "output": str(output),
-        "checkpoint_every": 5,
+        "checkpoint_every": 2,
         "model": {
             "llm": str(world / "llm"),
             "modalities": {"image": IMAGE, "speech": SPEECH},
@@ -164,18 +164,18 @@ def assert_same_weights(run: Path, model: Path):
 def test_a_sharded_checkpoint_goes_on_with_other_ranks(world, alone, tmp_path, ranks):
     output = tmp_path / "run"
     run = settings(world, output, ranks[0], "fsdp2")
-    stop = {"class_path": "unimoe.testing.StopAfter", "init_args": {"step": 12}}
+    stop = {"class_path": "unimoe.testing.StopAfter", "init_args": {"step": 5}}
     run["trainer"]["callbacks"] = [stop]
     assert "stopped" in fit(ranks[0], run)
     assert (output / "checkpoints" / "last.ckpt").is_dir()
     if ranks[0] == 2:
         assert_same_weights(output, tmp_path / "model")
     damaged = ranks[0] == 2
-    if damaged:  # the newest is cut short: the one before it, of step 10, takes its place
+    if damaged:  # the newest is cut short: the one before it, of step 4, takes its place
         piece = max((output / "checkpoints" / "last.ckpt").glob("*.distcp"))
         piece.write_bytes(piece.read_bytes()[:-100])
     strategy = "fsdp2" if ranks[1] > 1 else "auto"
     said = fit(ranks[1], settings(world, output, ranks[1], strategy))
-    assert f"resuming after step {10 if damaged else 12} of {STEPS}" in said
+    assert f"resuming after step {4 if damaged else 5} of {STEPS}" in said
     assert ("is damaged" in said) == damaged
     assert_same_run(output, alone)

@@ -1,32 +1,16 @@
-"""The exported file beside the model, on twenty pictures."""
+"""Experts of fixed shapes, and the check of a file; tests/commands/test_export_onnx.py makes one."""
 
-import importlib.util
-import json
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from unimoe.commands import main as cli
 from unimoe.detection.data.transforms import resize_for
 from unimoe.detection.inference import onnx
-from unimoe.detection.inference.onnx import (
-    TOLERANCE,
-    DenseExperts,
-    ExportWrapper,
-    OnnxDetector,
-    check_parity,
-)
-from unimoe.detection.inference.predictor import Detector
+from unimoe.detection.inference.onnx import TOLERANCE, DenseExperts, ExportWrapper, check_parity
 from unimoe.detection.model.grounding_dino import convert
-from unimoe.detection.model.loading import load_detector
-from unimoe.detection.model.moe_tuning import GATES, moe_tuning
+from unimoe.detection.model.moe_tuning import GATES
 from unimoe.detection.model.prompt import Prompt
 from unimoe.moe import FFNExperts, MoELayer, TopK
-
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-NAMES = ["cat", "red car", "tree"]
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -70,53 +54,3 @@ def test_what_is_not_a_number_is_never_parity(tiny_detector, tokenizer, tmp_path
     torch_session(monkeypatch, lambda *inputs: [output * float("nan") for output in wrapper(*inputs)])
     images = [Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "red")]
     assert not check_parity(wrapper, tmp_path / "m.onnx", images, resize_for(model.config)) <= TOLERANCE
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in PACKAGES), reason=f"needs {', '.join(PACKAGES)}"
-)
-@pytest.mark.parametrize("experts", [False, True])
-def test_boxes_and_scores_on_twenty_pictures(folder, tmp_path, experts):
-    """Each answer of the model has one of the file's with its label, score and box (on a 0..1 scale)."""
-    if experts:
-        model, _ = load_detector(folder)
-        with torch.no_grad():
-            for parameter in moe_tuning(model, copies=2, slices=2).decoder.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-    noise = np.random.default_rng(0)
-    pictures = []
-    for number in range(20):
-        width, height = noise.integers(40, 200, 2).tolist()
-        small = noise.integers(0, 255, (6, 6, 3), dtype=np.uint8)
-        pictures.append(Image.fromarray(small).resize((width, height)))
-        pictures[-1].save(tmp_path / f"{number:02d}.png")
-    file = tmp_path / "model.onnx"
-    args = [str(folder), str(file), "--prompt", ", ".join(NAMES), "--images", str(tmp_path / "*.png")]
-    assert cli.main(["export", "onnx", *args]) == 0
-    assert json.loads(file.with_suffix(".json").read_text())["names"] == NAMES
-
-    wanted, found = (
-        kind.load(path, NAMES)(pictures, threshold=0.0)
-        for kind, path in ((Detector, folder), (OnnxDetector, file))
-    )
-    for picture, one, other in zip(pictures, wanted, found, strict=True):
-        assert len(one.scores_K) == len(other.scores_K) == 12 * len(NAMES)
-        scale = torch.tensor([*picture.size, *picture.size])
-        rows, others = (
-            torch.cat([d.boxes_K4 / scale, d.scores_K[:, None], d.labels_K[:, None]], 1) for d in (one, other)
-        )
-        nearest = torch.cdist(rows, others, p=float("inf")).min(dim=1)
-        assert nearest.values.max() < 1e-3 and nearest.indices.unique().numel() == len(rows)
-
-    session = importlib.import_module("onnxruntime").InferenceSession(str(file))
-    assert [entry.shape[0] for entry in (*session.get_inputs(), *session.get_outputs())] == ["batch"] * 4
-    detector = OnnxDetector(file)
-    for count in (3, 1):  # the file takes any number of images
-        pixels = [detector.resize(picture) for picture in pictures[:count]]
-        together = session.run(None, onnx._inputs(pixels, detector.side))
-        for row, image in enumerate(pixels):
-            alone = session.run(None, onnx._inputs([image], detector.side))
-            for one, other in zip(together, alone, strict=True):
-                np.testing.assert_allclose(one[row], other[0], atol=1e-5)
