@@ -14,7 +14,7 @@ from unimoe.inference.engines import load_engine
 from unimoe.inference.generate import ask_all, generate
 from unimoe.inference.gguf import source_hash, write_gguf
 from unimoe.inference.llama import LlamaBatch, LlamaPrompt
-from unimoe.testing import IMAGE, SPEECH, tiny_model
+from unimoe.testing import AUDIO, IMAGE, SPEECH, VIDEO, tiny_model
 
 
 def text(words):
@@ -30,11 +30,21 @@ def speech(seconds):
     return {"type": "speech", "speech": wave}
 
 
+def video(*reds):
+    frames = [Image.new("RGB", (40, 30), (red, 90, 160)) for red in reds]
+    return {"type": "video", "video": frames}
+
+
+def audio(seconds):
+    wave = np.cos(np.arange(int(16000 * seconds)) / 50).astype(np.float32)
+    return {"type": "audio", "audio": wave}
+
+
 QUESTIONS = [
     [text("hi")],
     [image(20), text("What is this?")],
     [image(250), image(90), text("Which of the two is redder, and why?")],
-    [image(120), speech(0.5)],
+    [image(120), speech(0.5), video(10, 200, 90), audio(0.7), text("What belongs together?")],
     [text("Listen: "), speech(1.5), text(" and answer")],
 ]
 
@@ -44,7 +54,7 @@ def folder(tmp_path_factory):
     """A saved model whose answers do not end by themselves."""
     folder = tmp_path_factory.mktemp("llama") / "model"
     moe = {"experts": {"copies": 3}, "placement": "interval"}
-    model, processor = tiny_model(folder.parent, moe, image=IMAGE, speech=SPEECH)
+    model, processor = tiny_model(folder.parent, moe, image=IMAGE, video=VIDEO, speech=SPEECH, audio=AUDIO)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.named_parameters():
         if "experts" in name or "router" in name:
@@ -121,7 +131,7 @@ def test_sampling_follows_the_seed(llama):
 def test_placeholders_are_never_generated(llama):
     model, processor = llama
     suppressed = model.generation_config.suppress_tokens
-    ids = processor.tokenizer.convert_tokens_to_ids(["<image>", "<speech>"])
+    ids = processor.tokenizer.convert_tokens_to_ids(["<image>", "<video>", "<speech>", "<audio>"])
     assert set(ids) <= set(suppressed)
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,7 @@ from unimoe.media.image import load_image
 from unimoe.media.video import write_video
 from unimoe.model.host_processor import HostProcessor
 from unimoe.serve.answer import Answer
+from unimoe.serve.app import POLL_SECONDS
 from unimoe.serve.engine import EngineConfig
 from unimoe.testing_hosts import MIXTURES
 
@@ -217,6 +219,36 @@ def test_a_client_that_leaves_before_its_answer(serving):
         count = server.service.metrics.registry.get_sample_value
         until(lambda: count("unimoe_answers_total", {"how": "cancelled"}))
         assert count("unimoe_answer_tokens_total") < LONG
+
+
+@pytest.mark.parametrize("engine", ["tiny", "in_llama"])
+def test_a_client_that_leaves_costs_one_step_at_most(engine, request, serving, monkeypatch):
+    """The server looks after its clients several times a second, also while the engine makes no progress;
+    a row is freed before the next step."""
+    parts, count = request.getfixturevalue(engine), 20
+    permits, steps = threading.Semaphore(count), []
+    with serving(parts, max_new_tokens=LONG) as server:
+        running = server.service.engine
+        step = running._batch.step
+
+        def gated(tokens):
+            permits.acquire()
+            steps.append(len(tokens))
+            return step(tokens)
+
+        monkeypatch.setattr(running._batch, "step", gated)
+        try:
+            stream = say(server.client, stream=True, max_tokens=LONG)
+            until(lambda: len(steps) == count)  # the next one waits
+            stream.close()
+            until(lambda: all(answer.cancelled for answer in running._rows))
+        finally:
+            permits.release(LONG)
+        until(lambda: not running.running)
+        assert len(steps) <= count + 1
+        if engine == "in_llama":
+            assert parts[0].llama.lengths == {}
+    assert POLL_SECONDS <= 0.5
 
 
 def test_an_exception_fails_its_request_alone(client, tiny, monkeypatch):
