@@ -99,3 +99,14 @@ def test_routers_that_choose_by_the_numbers_count_by_their_mean(tmp_path, moe):
         assert [layer.router for layer in moe_layers(model).values()] == routers
         found.append(saved.peak(False))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("hard", "visited"), [(False, 4), (True, 1)])
+def test_a_gate_that_starts_dense_counts_as_it_starts(tmp_path, hard, visited):
+    """One expert a token in evaluation, all in the first steps of training."""
+    found = []
+    for router in ({"kind": "dense_to_sparse", "hard": hard}, {"kind": "top_k", "k": visited}):
+        moe = {"experts": {"copies": 4}, "placement": "all", "router": router}
+        model, _ = tiny_model(tmp_path, moe)
+        found.append(count_saved(model.train().to("meta"), ROWS, TOKENS, LEARNED).peak(False))
+    assert found[0] == found[1]

@@ -152,7 +152,8 @@ def _attend(
 def _stand_ins(model: UniMoeForConditionalGeneration) -> Iterator[None]:
     """Experts and attention that save what the real ones save.
 
-    A router whose number of experts depends on the values is replaced by one with the same mean.
+    A router whose number of experts depends on the values is replaced by one with the same mean, or with as
+    many as it chooses at the most in training, where it says how many those are.
     """
     decoder: Any = model.model.language_model
     implementation = decoder.config._attn_implementation
@@ -163,7 +164,7 @@ def _stand_ins(model: UniMoeForConditionalGeneration) -> Iterator[None]:
         router = layer.router.describe()
         if not router.fixed or router.num_experts > layer.num_experts:
             trains = any(weight.requires_grad for weight in layer.router.parameters())
-            k = max(1, round(layer.experts_per_token))
+            k = max(1, round(layer.most_experts_per_token))
             with torch.device("meta"):
                 layer.router = TopK(decoder.config.hidden_size, layer.num_experts, k)
             layer.router.requires_grad_(trains)

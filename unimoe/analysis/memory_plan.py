@@ -197,7 +197,7 @@ def make_plan(
     moved = width * (2 * whole[0] * send + 2 * sizes.experts[0] / share * (away - 1) / away) * accumulate
     moved += 4 * (whole[1] * send + sizes.experts[1] / share * (away - 1) / away) * accumulate
     hidden = model.config.get_text_config().hidden_size
-    visits = sum(layer.experts_per_token for layer in layers)
+    visits = sum(layer.most_experts_per_token for layer in layers)
     traffic = 4 * visits * hidden * width * batch.tokens * accumulate * (share - 1) / share
     return Plan(weights, trained, 2 * trained, gathered, activations, moved, traffic)
 

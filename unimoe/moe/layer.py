@@ -97,3 +97,8 @@ class MoELayer(nn.Module):
         """Experts with weights of a token, without data: null experts count as chosen as often as others."""
         router = self.router.describe()
         return router.experts_per_token * self.num_experts / router.num_experts
+
+    @property
+    def most_experts_per_token(self) -> float:
+        """The same in training, at the most."""
+        return self.router.describe().most_in_training or self.experts_per_token

@@ -81,4 +81,5 @@ def test_mistakes_name_what_was_found():
 
 
 def test_it_describes_itself():
-    assert DenseToSparse(8, 4).describe() == RouterDescription(4, 1, fixed=False)
+    assert DenseToSparse(8, 4).describe() == RouterDescription(4, 1, fixed=False, most_in_training=4)
+    assert DenseToSparse(8, 4, hard=True).describe() == RouterDescription(4, 1, fixed=False)

@@ -26,6 +26,8 @@ class RouterDescription:
     experts, as before training."""
     fixed: bool
     """Whether it is the same for every token."""
+    most_in_training: float | None = None
+    """Experts per token while it trains, at the most, where these are more than ``experts_per_token``."""
 
 
 class Router(nn.Module):

@@ -85,8 +85,9 @@ class DenseToSparse(Router):
         return Routing.from_mask(chosen_TE, weight_TE, logits_TE, logits_TE.softmax(dim=-1))
 
     def describe(self) -> RouterDescription:
-        """One expert, as in evaluation; in training more, as the temperature says."""
-        return RouterDescription(self.num_experts, 1, fixed=False)
+        """One expert, as in evaluation; in training more, as the temperature says: all at a high one."""
+        most = None if self.hard else self.num_experts
+        return RouterDescription(self.num_experts, 1, fixed=False, most_in_training=most)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, temperature={self.temperature:g}, hard={self.hard}"
