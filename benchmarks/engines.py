@@ -3,18 +3,22 @@
     make bench ARGS="engines runs/demo/moe --clients 1 8 16"
     make bench ARGS="engines runs/demo/moe --data runs/demo/data/test.text_questions.jsonl --task vqa"
     make bench ARGS="engines runs/demo/moe --vllm path/to/vllm/environment/bin/python"
+    make bench ARGS="engines runs/demo/moe --before 985e437 --before-model path/to/a/model/of/that/version"
+    make bench ARGS="engines runs/demo/moe --long --tokens 64 --questions 8 --clients 1 8 --minutes 8"
     make bench ARGS="engines"                          # a tiny random model, to try the script
 
 Each engine has a process of its own, and all run until the end. For each number of clients they take turns
-on the same requests (every third with an image), so a busy machine slows all of them; the best of --rounds
-counts.
-Decoding is greedy, and every answer is compared with that of the first engine at one client.
+on the same requests (every third with an image; with --long, texts whose answers do not end by themselves),
+so a busy machine slows all of them; the best of --rounds counts, and after --minutes no round is begun.
+Decoding is greedy, and every answer is compared with that of the first engine at one client. With --before
+the server of an earlier commit, or of another checkout, comes first.
 """
 
 import argparse
 import base64
 import importlib.util
 import json
+import math
 import os
 import socket
 import subprocess
@@ -46,9 +50,30 @@ serve = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = serve  # its dataclasses look there
 _spec.loader.exec_module(serve)
 
+ROOT = Path(__file__).parents[1]
 ENGINES = ("torch", "f32", "f16", "q8_0")
 """Ours in torch, and llama.cpp by type of its weights."""
-VLLM = "vllm"
+BEFORE, VLLM = "before", "vllm"
+TOPICS = ("a dragon", "a river", "a robot", "the moon", "a cat", "an old house", "a ship", "a doctor")
+
+
+@contextmanager
+def checkout(before: str) -> Iterator[Path]:
+    """A checkout of unimoe: the folder ``before``, or else a worktree of that commit, removed in the end."""
+    if (Path(before) / "unimoe").is_dir():
+        yield Path(before)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        code, git = Path(folder) / "code", ["git", "-C", str(ROOT), "worktree"]
+        added = subprocess.run(
+            [*git, "add", "--quiet", "--detach", str(code), before], capture_output=True, text=True
+        )
+        if added.returncode:
+            sys.exit(f"unimoe: error: --before {before}: neither a checkout nor a commit: {added.stderr}")
+        try:
+            yield code
+        finally:
+            subprocess.run([*git, "remove", "--force", str(code)], check=True)
 
 
 @contextmanager
@@ -114,7 +139,7 @@ def megabytes_of_weights(name: str, model: str) -> float:
                     for size in part.get_shape():
                         count *= size
                     media += count * (2 if part.get_dtype() in ("F16", "BF16") else 4)
-    if name in ("torch", VLLM):
+    if name in ("torch", BEFORE, VLLM):
         return whole / 1e6
     from unimoe.inference.gguf import source_hash
 
@@ -154,38 +179,53 @@ def grade(servers: dict[str, Any], data: str, task: str, limit: int, tokens: int
     return found
 
 
+def long_questions(count: int) -> list[list[Any]]:
+    """Distinct requests for long texts."""
+    asks = (f"Write a long story about {TOPICS[i % len(TOPICS)]}, number {i}." for i in range(count))
+    return [[{"role": "user", "content": ask}] for ask in asks]
+
+
 def compare(
-    servers: dict[str, Any], asked: list[Any], tokens: int, clients: list[int], rounds: int
+    servers: dict[str, Any],
+    asked: list[Any],
+    tokens: int,
+    clients: list[int],
+    rounds: int,
+    minutes: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """A row for each number of clients and engine."""
-    first = next(iter(servers))
+    """A row for each number of clients and engine, as far as one round of it was begun in time."""
+    first, end = next(iter(servers)), time.monotonic() + 60 * minutes
     for server in servers.values():
-        serve.load(server, asked[:2], tokens, 1)  # warm-up
+        serve.load(server, asked[:2], min(tokens, 4), 1)  # warm-up
     expected = [reply.text for reply in serve.load(servers[first], asked, tokens, 1)[0]]
     rows = []
     for count in clients:
         turns: dict[str, list[tuple[float, float, int]]] = {name: [] for name in servers}
         for _ in range(rounds):
+            if time.monotonic() > end:
+                break
             for name, server in servers.items():
                 replies, seconds = serve.load(server, asked, tokens, count)
                 equal = sum(reply.text == text for reply, text in zip(replies, expected, strict=True))
                 speed = sum(reply.tokens for reply in replies) / seconds
                 turns[name].append((speed, median(reply.first_s for reply in replies), equal))
         for name, found in turns.items():
-            speed, first_s, equal = max(found)
-            row = {"clients": count, "engine": name, "tokens_per_s": speed, "first_token_s": first_s}
-            rows.append({**row, "equal": equal, "times": speed / max(turns[first])[0]})
+            if found:
+                speed, first_s, equal = max(found)
+                row = {"clients": count, "engine": name, "tokens_per_s": speed, "first_token_s": first_s}
+                row |= {"equal": equal, "rounds": len(found), "times": speed / max(turns[first])[0]}
+                rows.append(row)
     return rows
 
 
 def show(result: dict[str, Any]) -> None:
     console = Console()
     table = Table(
-        "clients", "engine", "tokens/s", "times", "first token (s)", f"equal of {result['answers']}"
+        "clients", "engine", "tokens/s", "times", "first token (s)", f"equal of {result['answers']}", "rounds"
     )
     for row in result["rows"]:
         figures = (f"{row['tokens_per_s']:.1f}", f"{row['times']:.2f}", f"{row['first_token_s']:.2f}")
-        table.add_row(str(row["clients"]), row["engine"], *figures, str(row["equal"]))
+        table.add_row(str(row["clients"]), row["engine"], *figures, str(row["equal"]), str(row["rounds"]))
     console.print(table)
     table = Table("engine", "weights (MB)", "process (MB)", "load (s)", "score")
     for name, row in result["engines"].items():
@@ -203,12 +243,18 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder of a model (default: a tiny random one)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["torch", "f32", "q8_0"])
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM and unimoe")
+    parser.add_argument("--before", metavar="COMMIT_OR_CHECKOUT", help="also serve with an earlier unimoe")
+    parser.add_argument(
+        "--before-model", metavar="MODEL", help="the same model in a form that the earlier unimoe reads"
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48, help="maximum new tokens per answer")
     parser.add_argument(
         "--rounds", type=int, default=2, help="turns of each engine, of which the best counts"
     )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after these no round is begun")
+    parser.add_argument("--long", action="store_true", help="ask for long texts, without images")
     parser.add_argument("--data", help="a file of questions to score")
     parser.add_argument("--task", choices=list(METRICS), default="vqa")
     parser.add_argument("--limit", type=int, default=0, help="questions to score, from the first; 0: all")
@@ -220,13 +266,20 @@ def main() -> None:
                 part.save_pretrained(folder)
         model = args.model or folder
         images = "image" in json.loads((Path(model) / "config.json").read_text())["modalities"]
-        asked = serve.questions(args.questions, images)
+        asked = long_questions(args.questions) if args.long else serve.questions(args.questions, images)
         servers, engines = {}, {}
+        if args.before:
+            earlier = args.before_model or model
+            code, begin = stack.enter_context(checkout(args.before)), time.perf_counter()
+            flags = ("--max-batch", str(max(args.clients)))
+            servers[BEFORE] = stack.enter_context(serve.serving(earlier, *flags, code=code))
+            seconds = time.perf_counter() - begin
+            engines[BEFORE] = {"load_s": seconds, "weights_mb": megabytes_of_weights(BEFORE, earlier)}
         for name in [*args.engines, *([VLLM] if args.vllm else [])]:
             served, seconds = stack.enter_context(serving(name, model, max(args.clients), args.vllm))
             servers[name] = served
             engines[name] = {"load_s": seconds, "weights_mb": megabytes_of_weights(name, model)}
-        rows = compare(servers, asked, args.tokens, args.clients, args.rounds)
+        rows = compare(servers, asked, args.tokens, args.clients, args.rounds, args.minutes)
         for name, server in servers.items():
             engines[name]["process_mb"] = server.megabytes()
         if args.data:

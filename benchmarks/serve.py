@@ -2,16 +2,21 @@
 
     make bench ARGS="serve runs/demo/moe"            # 1, 4 and 16 clients
     make bench ARGS="serve runs/demo/moe --soak 5"   # 20 clients for 5 minutes
+    make bench ARGS="serve runs/demo/moe --soak 5 --engine llama.cpp --type q8_0"
     make bench ARGS="serve"                          # a tiny random model, to try the script
 
 Two processes serve the same model, one of them with --max-batch 1. They take turns on the same requests
 (every third with an image), so a busy machine slows both. Decoding is greedy, and every answer is compared
 with the answer to the same request without batching.
+
+A soak test leaves every fourth answer after its first words. In the end the server must hold what it held
+before: no row, no more threads and open files, and memory within 5 %; else the exit status is 1.
 """
 
 import argparse
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx
 import openai
 import psutil
 from PIL import Image
@@ -43,6 +49,12 @@ QUESTIONS = (
     "Why is the sky blue?",
 )
 SOAK_CLIENTS = 20
+LEAVE_EVERY = 4
+"""Of the answers in a soak test, one in so many is left before its end."""
+IDLE_SECONDS = 11
+"""The server's pool ends threads that were idle for 10 s when it is next asked for one."""
+MEMORY_KEPT = 1.05
+"""How much more memory than before a soak test a server may hold after it."""
 BATCHED, SEQUENTIAL = "batched", "one at a time"
 
 
@@ -60,32 +72,67 @@ class Served:
     """A server running in its own process."""
 
     def __init__(self, url: str, process: psutil.Process):
-        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
-        self.process = process
+        self.url, self.process = url, process
+        self.client = self._connect()
+
+    def _connect(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
+
+    def reconnect(self) -> None:
+        """Close all connections: a client keeps them open, and each is a file of the server's."""
+        self.client.close()
+        self.client = self._connect()
 
     def ask(self, messages: list[Any], tokens: int) -> Reply:
         begin, first, text, used = time.perf_counter(), 0.0, [], 0
-        stream: Any = self.client.chat.completions.create(
-            model="model", messages=messages, max_tokens=tokens, temperature=0, stream=True,
-            stream_options={"include_usage": True},
-        )  # fmt: skip
-        for chunk in stream:
+        for chunk in self._stream(messages, tokens):
             if chunk.choices and chunk.choices[0].delta.content:
                 first = first or time.perf_counter() - begin
                 text.append(chunk.choices[0].delta.content)
             used = chunk.usage.completion_tokens if chunk.usage else used
         return Reply("".join(text), used, first or time.perf_counter() - begin)
 
+    def leave(self, messages: list[Any], tokens: int) -> None:
+        """Ask, and disconnect after the first chunk."""
+        stream = self._stream(messages, tokens)
+        next(iter(stream))
+        stream.close()
+
+    def _stream(self, messages: list[Any], tokens: int) -> Any:
+        return self.client.chat.completions.create(
+            model="model", messages=messages, max_tokens=tokens, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+
     def megabytes(self) -> float:
         return self.process.memory_info().rss / 1e6
 
+    def held(self) -> dict[str, int]:
+        """What the server holds: megabytes of memory, open files, threads, and rows (answers that run or
+        wait)."""
+        page = httpx.get(f"{self.url}/metrics", timeout=60).text
+        rows = re.findall(r"^unimoe_answers_(?:running|waiting) (\S+)$", page, re.M)
+        return {
+            "memory_mb": round(self.megabytes()),
+            "open_files": self.process.num_fds(),
+            "threads": self.process.num_threads(),
+            "rows": int(sum(map(float, rows))),
+        }
+
 
 @contextmanager
-def serving(model: str, *flags: str) -> Iterator[Served]:
-    """Run ``unimoe serve`` until the block ends."""
-    command = [sys.executable, "-P", "-m", "unimoe", "serve", model, "--port", "0", "--name", "model", *flags]
+def serving(model: str, *flags: str, code: Path | None = None) -> Iterator[Served]:
+    """Run ``unimoe serve`` until the block ends, of another checkout where ``code`` names one."""
+    python, environment = [sys.executable, "-P", "-m"], dict(os.environ)
+    if code:
+        environment["PYTHONPATH"] = str(code.resolve())
+        # a library fits one version of its source; where it cannot be built, that version runs without
+        subprocess.run([*python, "unimoe.kernels.native"], env=environment, capture_output=True, check=False)
+    command = [*python, "unimoe", "serve", model, "--port", "0", "--name", "model", *flags]
     quiet = subprocess.DEVNULL  # where the server logs each request
-    with subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=quiet, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stderr
         lines = []
         for line in process.stderr:
@@ -144,39 +191,60 @@ def compare(servers: dict[str, Served], asked: list[list[Any]], tokens: int, cli
 
 
 def soak(server: Served, asked: list[list[Any]], tokens: int, minutes: float) -> dict:
-    """20 clients without a pause. The memory baseline is taken after each request was sent once."""
+    """20 clients without a pause. What the server holds is compared with what it held after each request was
+    sent once and as many were left."""
     expected = [server.ask(one, tokens).text for one in asked]
     load(server, asked, tokens, SOAK_CLIENTS)
-    before, end = server.megabytes(), time.monotonic() + 60 * minutes
-    result = {
-        "clients": SOAK_CLIENTS,
-        "minutes": minutes,
-        "answers": 0,
-        "busy": 0,
-        "errors": 0,
-        "different": 0,
-    }
+    with ThreadPoolExecutor(SOAK_CLIENTS) as pool:
+        list(pool.map(lambda one: server.leave(one, tokens), asked))
+    before, end = settled(server, asked[0]), time.monotonic() + 60 * minutes
+    counts = dict.fromkeys(("answers", "left", "busy", "errors", "different"), 0)
     lock = threading.Lock()
 
     def client(start: int):
-        for index in cycle([*range(start, len(asked)), *range(start)]):
+        for turn, index in enumerate(cycle([*range(start, len(asked)), *range(start)]), start):
             if time.monotonic() > end:
                 return
             try:
-                outcome = (
-                    "answers" if server.ask(asked[index], tokens).text == expected[index] else "different"
-                )
+                if turn % LEAVE_EVERY == 0:
+                    server.leave(asked[index], tokens)
+                    outcome = "left"
+                else:
+                    equal = server.ask(asked[index], tokens).text == expected[index]
+                    outcome = "answers" if equal else "different"
             except openai.RateLimitError:
                 outcome = "busy"
                 time.sleep(0.1)
             except openai.OpenAIError:
                 outcome = "errors"
             with lock:
-                result[outcome] += 1
+                counts[outcome] += 1
 
     with ThreadPoolExecutor(SOAK_CLIENTS) as pool:
         list(pool.map(client, range(SOAK_CLIENTS)))
-    return {**result, "memory_before_mb": round(before), "memory_after_mb": round(server.megabytes())}
+    after = settled(server, asked[0])
+    kept = after["rows"] == 0 and after["memory_mb"] <= MEMORY_KEPT * before["memory_mb"]
+    kept = kept and all(after[name] <= before[name] for name in ("open_files", "threads"))
+    return {
+        "clients": SOAK_CLIENTS,
+        "minutes": minutes,
+        **counts,
+        "before": before,
+        "after": after,
+        "kept": kept,
+    }
+
+
+def settled(server: Served, one: list[Any]) -> dict[str, int]:
+    """What the server holds once its clients have gone."""
+    server.reconnect()
+    time.sleep(IDLE_SECONDS)
+    server.ask(one, 1)
+    server.reconnect()
+    end = time.monotonic() + IDLE_SECONDS
+    while (held := server.held())["rows"] and time.monotonic() < end:
+        time.sleep(0.1)
+    return held
 
 
 def show(result: dict):
@@ -200,8 +268,11 @@ def main():
     parser.add_argument("--tokens", type=int, default=48, help="maximum new tokens per answer")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="run 20 clients for this long instead")
+    parser.add_argument("--engine", choices=["torch", "llama.cpp"], default="torch")
+    parser.add_argument("--type", help="of the weights in llama.cpp")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
+    flags = ["--engine", args.engine, *(["--type", args.type] if args.type else [])]
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
             for part in tiny_model(Path(folder) / "parts"):
@@ -209,17 +280,18 @@ def main():
         model = args.model or folder
         images = "image" in json.loads((Path(model) / "config.json").read_text())["modalities"]
         asked = questions(max(args.questions, SOAK_CLIENTS if args.soak else 1), images)
-        with serving(model, "--max-batch", str(args.max_batch)) as batched:
+        with serving(model, "--max-batch", str(args.max_batch), *flags) as batched:
             if args.soak:
                 result = soak(batched, asked, args.tokens, args.soak)
             else:
-                with serving(model, "--max-batch", "1") as sequential:
+                with serving(model, "--max-batch", "1", *flags) as sequential:
                     result = compare(
                         {SEQUENTIAL: sequential, BATCHED: batched}, asked, args.tokens, args.clients
                     )
     show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
+    sys.exit(not result.get("kept", True))
 
 
 if __name__ == "__main__":

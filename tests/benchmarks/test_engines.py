@@ -52,3 +52,32 @@ def test_weights_in_llama_cpp_are_its_file_and_the_encoders(bench, tmp_path, mon
     found = bench.megabytes_of_weights("q8_0", str(tmp_path / "model")) * 1e6
     assert found == pytest.approx(1000 + 4 * media, rel=0.01)
     assert bench.megabytes_of_weights("torch", str(tmp_path / "model")) * 1e6 > found
+
+
+class Echo:
+    """A server whose answer is the question."""
+
+    def __init__(self, reply):
+        self.reply = reply
+
+    def ask(self, messages, tokens):
+        return self.reply(messages[0]["content"], tokens, 0.1)
+
+
+def test_no_round_is_begun_after_the_minutes(bench):
+    servers = {name: Echo(bench.serve.Reply) for name in ("torch", "q8_0")}
+    asked = bench.long_questions(10)
+    assert len({one[0]["content"] for one in asked}) == 10
+    rows = bench.compare(servers, asked, 8, [1, 4], 3)
+    assert [(row["clients"], row["engine"]) for row in rows] == [
+        (count, name) for count in (1, 4) for name in servers
+    ]
+    assert all(row["equal"] == 10 and row["rounds"] == 3 for row in rows)
+    assert bench.compare(servers, asked, 8, [1, 4], 3, minutes=0) == []
+
+
+def test_the_server_before_is_a_checkout_or_a_commit(bench, tmp_path):
+    with bench.checkout(str(ROOT)) as code:
+        assert code == ROOT
+    with pytest.raises(SystemExit, match=f"--before {tmp_path}: neither a checkout nor a commit"):
+        bench.checkout(str(tmp_path)).__enter__()
