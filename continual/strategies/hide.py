@@ -6,12 +6,13 @@ Shapes: B rows of a batch, T tokens (of a row, or of a whole batch in a router),
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
+from unimoe.model.host import decoder_inputs, token_ids
 from unimoe.model.host_loss import is_stock
 from unimoe.moe import Context, Router, Routing
 from unimoe.moe.routers.base import RouterDescription
@@ -49,7 +50,8 @@ class HiDe(Strategy):
     blocks sum them (Guo et al., arXiv 2503.12941).
 
     Prototypes are running means, one per modality, of the model's own features: outputs of the frozen
-    encoders and text embeddings; similarity is the mean cosine over the question's modalities (the original
+    encoders and text embeddings (of a model of transformers, the decoder's inputs at the tokens of each
+    modality); similarity is the mean cosine over the question's modalities (the original
     uses CLIP's image and text towers; for images with text both agree). The original sums A and B
     separately, which adds cross terms between tasks; here the products are summed.
     """
@@ -100,11 +102,11 @@ class HiDe(Strategy):
     def describe(self, part: dict[str, Any]) -> list[dict[str, Tensor]]:
         """One vector per modality for each row, from the question alone (answers are not used)."""
         model, ids_BT = self.learner.model, part["input_ids"]
-        if is_stock(model):
-            raise UserError(f"hide describes tasks by cached features, which {type(model).__name__} has not")
         real_BT = part["attention_mask"].bool()
-        media = model.config.token_ids()
         asked_BT = real_BT & (part["labels"] == -100) if "labels" in part else real_BT
+        if is_stock(model):
+            return describe_stock(model, part, asked_BT)
+        media = model.config.token_ids()
         embeds_BTH = model.get_input_embeddings()(ids_BT)
         rows: list[dict[str, Tensor]] = []
         for row in range(len(ids_BT)):
@@ -142,6 +144,30 @@ class HiDe(Strategy):
             for kind, vector_D in row.items()
         ]
         return sum(cosines) / len(cosines)
+
+
+def describe_stock(model: nn.Module, part: dict[str, Any], asked_BT: Tensor) -> list[dict[str, Tensor]]:
+    """As :meth:`HiDe.describe`, of a model of transformers.
+
+    Args:
+        model: the base, with adapters or without.
+        part: a batch.
+        asked_BT: True at the tokens of the questions.
+    """
+    inputs = {name: value for name, value in part.items() if name != "labels"}
+    embeds_BTH, ids_BT = decoder_inputs(model, inputs).float(), part["input_ids"]
+    media = token_ids(model.config)
+    kind_BT = torch.zeros_like(ids_BT)
+    for place, token in enumerate(media.values(), 1):
+        kind_BT[ids_BT == token] = place
+    return [
+        {
+            kind: embeds_BTH[row][at_T].mean(0)
+            for place, kind in enumerate(("text", *media))
+            if (at_T := asked_BT[row] & (kind_BT[row] == place)).any()
+        }
+        for row in range(len(ids_BT))
+    ]
 
 
 def _items(places_B: Tensor, items: int) -> Tensor:

@@ -2,23 +2,48 @@
 
 import json
 
+import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from unimoe.commands.main import main
+from unimoe.continual.learner import AdapterConfig, Learner
+from unimoe.continual.strategies import strategies
+from unimoe.continual.stream import Stream, StreamConfig, TaskConfig
+from unimoe.model.host_processor import HostProcessor
+from unimoe.model.structure import upcycle_model
+from unimoe.moe import MoEConfig
+from unimoe.testing import run_together
 from unimoe.testing_hosts import FAMILIES, inputs, question
+
+KILLED = """
+import os, signal, sys
+from unimoe.commands.main import main
+from unimoe.continual.training import TaskModule
+
+learn = TaskModule.training_step
+
+def die(module, *batch):
+    if "02-twice" in str(module.routing_log) and module.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learn(module, *batch)
+
+TaskModule.training_step = die
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def state(folder):
     return torch.load(folder / "state.pt", weights_only=True)["adapters"]
 
 
-def test_dymoe_keeps_old_banks_and_peft_loads_the_new_one(config, command, tmp_path):
-    model, processor = FAMILIES["qwen2_5_vl"][0]()
-    model.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
+@pytest.fixture
+def hosted(config, tmp_path):
+    """Settings of a run on a dense Qwen2.5-VL: a task of text, then one with an image in each sample."""
+    for part in FAMILIES["qwen2_5_vl"][0]():
+        part.save_pretrained(tmp_path / "base")
     tasks = config["stream"]["tasks"][:2]
     Image.new("RGB", (28, 28), "red").save(tmp_path / "data" / "red.png")
     for task, path in (("train", tasks[1]["train"]), ("test", tasks[1]["test"])):
@@ -30,7 +55,11 @@ def test_dymoe_keeps_old_banks_and_peft_loads_the_new_one(config, command, tmp_p
         (tmp_path / "data" / path).write_text(json.dumps(records))
     config["stream"]["tasks"] = tasks
     config["model"] = {"init_from": str(tmp_path / "base")}
-    assert main(command(config, "run", "--strategy", "dymoe")) == 0
+    return config
+
+
+def test_dymoe_keeps_old_banks_and_peft_loads_the_new_one(hosted, command, tmp_path):
+    assert main(command(hosted, "run", "--strategy", "dymoe")) == 0
     first, second = (state(tmp_path / "run" / folder) for folder in ("01-upper", "02-twice"))
     old = [name for name in first if ".banks.0." in name]
     assert old and all(torch.equal(first[name], second[name]) for name in old)
@@ -39,8 +68,59 @@ def test_dymoe_keeps_old_banks_and_peft_loads_the_new_one(config, command, tmp_p
     loaded = PeftModel.from_pretrained(stock, str(tmp_path / "bank"))
     name = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.default"
     assert torch.equal(loaded.get_submodule(name).weight, second["layers.0.mlp.up_proj.banks.1.A"])
-    batch = inputs(processor, question("image"))
+    batch = inputs(FAMILIES["qwen2_5_vl"][0]()[1], question("image"))
     with torch.no_grad(), loaded.disable_adapter():
         plain = loaded(**batch).logits
     with torch.no_grad():
         assert (loaded(**batch).logits - plain).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("name", strategies())
+def test_every_strategy_learns_two_tasks(name, sparse, hosted):
+    model, processor = FAMILIES["qwen2_5_vl"][0]()
+    if sparse:
+        upcycle_model(model, MoEConfig.for_upcycling({"experts": {"copies": 2}}))
+    entries = [TaskConfig(**entry) for entry in hosted["stream"]["tasks"]]
+    tasks = Stream(StreamConfig(entries, root=hosted["stream"]["root"]))
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    strategy = strategies()[name]()
+    strategy.attach(Learner(model, HostProcessor(processor), AdapterConfig(experts=4, rank=2, alpha=16)))
+    for task in tasks:
+        strategy.model_adaptation(task.index)
+        strategy.learner.train_bank(-1)
+        strategy.before_training_exp(task)
+        strategy.learner.check_budget()
+        batch = strategy.learner.collate(task.samples[:3])
+        trained = strategy.learner.trainable()
+        optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+        for step in range(2):
+            strategy.before_training_iteration()
+            (strategy.loss(batch, step, 2) + strategy.penalty()).backward()
+            optimizer.step()
+        assert any(weight.grad is not None and weight.grad.any() for weight in trained.values())
+        strategy.after_training_exp(task)
+        strategy.learner.train_bank(None)
+    found = {key.replace(".base.", "."): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(found[key], value) for key, value in base.items())
+    if name == "hide":
+        first, second = strategy.memory["prototypes"].values()
+        assert set(first) == {"text"} and set(second) == {"text", "image"}
+        asked = strategy.learner.collator.prompts([tasks[1].questions[0].sample])
+        strategy.before_eval(asked)
+        assert strategy.mixed.weight_BK[0].argmax() == 1
+        strategy.after_eval()
+
+
+@pytest.mark.slow
+def test_kill_9_inside_the_second_task_changes_nothing(hosted, command, tmp_path):
+    assert main(command(hosted, "whole", "--strategy", "dymoe")) == 0
+    arguments = command(hosted, "killed", "--strategy", "dymoe")
+    with pytest.raises(RuntimeError, match="exit codes: -9$"):
+        run_together(1, KILLED, *arguments)
+    assert (tmp_path / "killed" / "02-twice" / "last.ckpt").is_file()
+    assert main(arguments) == 0
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed"))
+    assert one["matrix"] == other["matrix"]
+    one, other = (state(tmp_path / name / "02-twice") for name in ("whole", "killed"))
+    assert one.keys() == other.keys() and all(torch.equal(other[key], one[key]) for key in one)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
@@ -12,8 +13,16 @@ from unimoe.model.host_loss import moe_settings
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import moe_layers
+from unimoe.testing import assert_same_run, run_together
 from unimoe.testing_hosts import FAMILIES
 from unimoe.training.curve import read_curve
+from unimoe.training.resume import saved_step
+
+FIT = """
+import sys
+from unimoe.stages.cli import main
+main(["fit", "-c", sys.argv[1]])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +80,26 @@ def test_a_moe_stage_trains_and_leaves_a_stock_folder(host, fit, tmp_path):
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert "Trained by `unimoe fit`: stage moe, 3 steps." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_kill_9_changes_nothing(host, fit, tmp_path):
+    chosen = settings(
+        host,
+        tmp_path,
+        trainable=[{"match": "*.mlp.router.*", "lr": 1e-2}],
+        lora=[{"layers": "attention", "rank": 2, "dropout": 0.2}, {"layers": "experts", "rank": 2}],
+    ) | {"checkpoint_every": 1}
+    chosen["data"]["steps"] = 5
+    fit(chosen | {"output": str(tmp_path / "whole")})
+    killed = chosen | {"output": str(tmp_path / "killed")}
+    dies = {"class_path": "unimoe.testing.DieAt", "init_args": {"step": 3, "rank": 0}}
+    (tmp_path / "dies.yaml").write_text(yaml.safe_dump(killed | {"trainer": {"callbacks": [dies]}}))
+    with pytest.raises(RuntimeError, match="exit codes: -9$"):
+        run_together(1, FIT, str(tmp_path / "dies.yaml"))
+    assert saved_step(tmp_path / "killed" / "checkpoints" / "last.ckpt") == 3
+    fit(killed)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_the_dense_control_trains_too(host, fit, tmp_path):

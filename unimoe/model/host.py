@@ -3,12 +3,12 @@
 A host has a separable decoder (``get_decoder()``, with its FFNs at ``layers[i].mlp``), and its configuration
 names the token of each modality (``image_token_id``, ``video_token_id``, ``audio_token_id``).
 
-Shapes: B rows, T tokens of a row.
+Shapes: B rows, T tokens of a row, H hidden.
 """
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -68,6 +68,35 @@ def logits_to_keep(model: nn.Module, kept: int | Tensor = 1) -> dict[str, Any]:
     """The argument that limits logits to some positions, for models that have it."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": kept} if known else {}
+
+
+@torch.no_grad()
+def decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """[B, T, H] embeddings that the decoder receives for a batch without labels, media inserted. The decoder
+    itself does not run.
+
+    Raises:
+        UserError: the model gives its decoder something else.
+    """
+
+    def stop(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        raise _Received(kwargs.get("inputs_embeds"))
+
+    hook = find_decoder(model).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(**batch, use_cache=False)
+    except _Received as received:
+        if received.embeds_BTH is not None:
+            return received.embeds_BTH
+    finally:
+        hook.remove()
+    raise UserError(f"{type(model).__name__} gives its decoder no embeddings, in which media could be found")
+
+
+class _Received(Exception):
+    def __init__(self, embeds_BTH: Tensor | None):
+        super().__init__()
+        self.embeds_BTH = embeds_BTH
 
 
 def token_ids(config: Any) -> dict[str, int]:
