@@ -17,6 +17,7 @@ from unimoe.errors import UserError
 from unimoe.model.build import Built
 from unimoe.model.host import find_decoder
 from unimoe.model.host_loss import answer_loss, aux_loss, front, is_stock, moe_settings
+from unimoe.model.loading import build_on_meta
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import ExpertLoad, expert_load, load_balance, record, remember_context
@@ -154,17 +155,13 @@ class StageModule(ResumableModule):
         if self.global_rank == 0:
             try:
                 built = self._build()
-                if is_stock(built[0]):
-                    found = type(built[0]).__name__
-                    raise UserError(f"{found} cannot be sharded yet; choose trainer.strategy: ddp")
             except UserError as error:
                 problem = error
         received: Any = self.trainer.strategy.broadcast(problem or (built and (built[0].config, built[1])))
         if isinstance(received, UserError):
             raise received
         if built is None:
-            with torch.device("meta"):
-                built = UniMoeForConditionalGeneration(received[0]).float(), received[1]
+            built = build_on_meta(received[0]), received[1]
         return built
 
     def _build(self) -> Built:

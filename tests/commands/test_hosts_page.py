@@ -8,7 +8,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from unimoe.analysis.memory_plan import build_frame, read_settings
 from unimoe.commands import main as cli
+from unimoe.continual.cli import _parser, _settings
+from unimoe.moe.install import moe_layers
 from unimoe.stages.cli import main as stage
 from unimoe.testing_hosts import FAMILIES
 
@@ -54,6 +57,46 @@ def test_the_path_from_a_model_to_its_answers(tmp_path, monkeypatch, capsys):
     assert ran == ["data", "upcycle", "fit", "evaluate", "inspect", "chat"]
     assert "MoE layers        1 of 2" in capsys.readouterr().out
     assert json.loads(Path("runs/hosted-scores/scores.json").read_text())["all"]["count"] == 3
+
+
+PUBLISHED = {
+    "qwen2_5_vl_3b": 3_754_622_976,
+    "qwen3_vl_4b": 4_437_815_808,
+    "smolvlm2_2b": 2_246_784_880,
+    "internvl3_2b": 2_088_957_440,
+    "llava_1_5_7b": 7_063_427_072,
+}
+"""Weights of the published dense models."""
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_the_frames_are_those_of_the_published_models(overlay):
+    files = [str(ROOT / "configs/hosts/moe.yaml"), str(overlay)]
+    settings = read_settings(files)["model"]
+    host = build_frame(
+        settings | {"lora": [settings["lora"][0]]}, [str(overlay.parent / "frames" / overlay.name)]
+    )
+    copies = sum(
+        (layer.experts.num_experts - 1)
+        / layer.experts.num_experts
+        * sum(p.numel() for p in layer.experts.parameters())
+        + sum(p.numel() for p in layer.router.parameters())
+        for layer in moe_layers(host).values()
+    )
+    adapters = sum(p.numel() for name, p in host.named_parameters() if ".lora_" in name)
+    assert sum(p.numel() for p in host.parameters()) - adapters - copies == PUBLISHED[overlay.stem]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_the_continual_recipes_are_read(overlay):
+    parser = _parser("run")
+    for stream in ("coin", "ucit"):
+        files = [ROOT / f"configs/continual/{stream}.yaml", overlay.parent / "continual" / overlay.name]
+        config, _ = _settings(
+            parser, parser.parse_args([f"--config={file}" for file in files] + ["--output", "x"])
+        )
+        assert "/" in str(config.model.init_from) and config.model.max_length == 4096
+        assert len(config.stream.tasks) >= 6
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as nnf
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.host import find_decoder
+from unimoe.model.host_loss import is_stock
 from unimoe.moe import Experts, Routing, TopK
 from unimoe.moe.dispatcher import Dispatcher
 from unimoe.moe.install import moe_layers
@@ -74,20 +75,22 @@ class SavedBytes:
         return tensor
 
 
-def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, learned: int) -> Saved:
+def count_saved(model: PreTrainedModel, rows: int, tokens: int, learned: int) -> Saved:
     """What one forward pass of the LLM, its head and its loss saves; towers and connectors are not counted.
 
     Args:
-        model: on the meta device, with ``requires_grad`` set as in training.
+        model: ours or one of transformers', on the meta device, with ``requires_grad`` set as in training.
         rows, tokens: of the batch.
         learned: supervised tokens of the batch.
     """
-    weight = model.lm_head.weight
+    own_head: Any = model.get_output_embeddings()
+    head = own_head if is_stock(model) else model.head
+    weight = own_head.weight
     hidden = model.config.get_text_config().hidden_size
     embeds_BTH = torch.empty(rows, tokens, hidden, dtype=weight.dtype, device="meta", requires_grad=True)
     labels_S = torch.empty(learned, dtype=torch.long, device="meta")
     saved = Saved(block_input=embeds_BTH.nbytes, logits=4 * learned * weight.shape[0])
-    decoder: Any = model.model.language_model
+    decoder = find_decoder(model)
     with _stand_ins(model), SavedBytes(iter([*model.parameters(), *model.buffers()])) as counted:
         marks: list[int] = []
 
@@ -101,7 +104,7 @@ def count_saved(model: UniMoeForConditionalGeneration, rows: int, tokens: int, l
             hook.remove()
         saved.largest = counted.largest
         answers_SH = output_BTH.reshape(-1, hidden)[:learned].clone()
-        loss = nnf.cross_entropy(model.head(answers_SH).float(), labels_S)
+        loss = nnf.cross_entropy(head(answers_SH).float(), labels_S)
         saved.blocks = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
         saved.others = counted.bytes - sum(saved.blocks)
         del loss
@@ -149,13 +152,13 @@ def _attend(
 
 
 @contextmanager
-def _stand_ins(model: UniMoeForConditionalGeneration) -> Iterator[None]:
+def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
     """Experts and attention that save what the real ones save.
 
     A router whose number of experts depends on the values is replaced by one with the same mean, or with as
     many as it chooses at the most in training, where it says how many those are.
     """
-    decoder: Any = model.model.language_model
+    decoder = find_decoder(model)
     implementation = decoder.config._attn_implementation
     layers = list(moe_layers(model).values())
     own = [(layer.router, layer.dispatcher) for layer in layers]

@@ -26,22 +26,26 @@ Not included: activations of towers and connectors, buffers of gradient accumula
 1 GB) and fragmentation of the allocator, for which ``--reserve`` sets a share of the memory aside.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from unimoe.encoders import build_encoder
 from unimoe.errors import UserError, first_line
 from unimoe.model.build import connector_settings
 from unimoe.model.configuration import UniMoeConfig
+from unimoe.model.host import find_decoder
+from unimoe.model.host_loss import front, is_stock
 from unimoe.model.llm import add_placeholders
-from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.loading import STOCK_TYPES, build_on_meta
 from unimoe.moe import MoELayer
 from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import resolve_part
@@ -127,7 +131,8 @@ def plan(
     Args:
         config: YAML file(s) of the stage, as for unimoe fit.
         frame: configuration of the model that model.init_from will hold, if it does not exist yet: a
-            config.json or the same as YAML; of several files each overrides the one before it.
+            config.json or the same as YAML, ours or of a multimodal model of transformers; of several files
+            each overrides the one before it.
         gpus: devices.
         memory: of each, in GB.
         tokens: of each sample.
@@ -170,9 +175,7 @@ def plan(
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "expert_parallel")
 
 
-def make_plan(
-    model: UniMoeForConditionalGeneration, sizes: Sizes, strategy: Strategy, gpus: int, batch: Batch
-) -> Plan:
+def make_plan(model: PreTrainedModel, sizes: Sizes, strategy: Strategy, gpus: int, batch: Batch) -> Plan:
     """The bytes on each of ``gpus`` devices, by the formulas at the top of this file.
 
     ``sizes`` are those of the model.
@@ -202,9 +205,8 @@ def make_plan(
     return Plan(weights, trained, 2 * trained, gathered, activations, moved, traffic)
 
 
-def measure(model: UniMoeForConditionalGeneration) -> Sizes:
+def measure(model: PreTrainedModel) -> Sizes:
     """Counts the weights, tied ones once."""
-    inner = model.model
     seen: set[nn.Parameter] = set()
 
     def count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
@@ -216,26 +218,26 @@ def measure(model: UniMoeForConditionalGeneration) -> Sizes:
         return one[0] + other[0], one[1] + other[1]
 
     sizes = Sizes()
-    for block in cast(Iterable[nn.Module], inner.language_model.layers):
+    for block in find_decoder(model).layers:
         experts = [m.experts for m in block.modules() if isinstance(m, MoELayer)]
         own = count(p for one in experts for p in one.parameters())
         rest = count(block.parameters())
         sizes.experts, sizes.blocks = add(sizes.experts, own), add(sizes.blocks, rest)
         if own[0] + rest[0] > sizes.largest_block:
             sizes.largest_block, sizes.largest_experts = own[0] + rest[0], own[0]
-    for tower in inner.encoders.values():
+    encoders: Any = front(model) if is_stock(model) else model.model.encoders.values()
+    for tower in encoders:
         if not any(p.requires_grad for p in tower.parameters()):
             sizes.towers = add(sizes.towers, count(tower.parameters()))
     sizes.others = count(model.parameters())
     return sizes
 
 
-def build_frame(settings: dict[str, Any], frame: list[str] | None = None) -> UniMoeForConditionalGeneration:
+def build_frame(settings: dict[str, Any], frame: list[str] | None = None) -> PreTrainedModel:
     """The model of a stage on the meta device, with what trains chosen. Raises UserError where its
     configuration cannot be had."""
-    config = _configuration(settings, frame)
+    model = build_on_meta(_configuration(settings, frame))
     with torch.device("meta"):
-        model = UniMoeForConditionalGeneration(config)
         choose(
             model,
             [Trainable(**entry) for entry in settings.get("trainable") or []],
@@ -245,7 +247,7 @@ def build_frame(settings: dict[str, Any], frame: list[str] | None = None) -> Uni
     return model
 
 
-def _configuration(settings: dict[str, Any], frame: list[str] | None) -> UniMoeConfig:
+def _configuration(settings: dict[str, Any], frame: list[str] | None) -> Any:
     modalities = {}
     for kind, parts in (settings.get("modalities") or {}).items():
         spec = {name: value for name, value in parts["encoder"].items() if name != "weights"}
@@ -258,13 +260,13 @@ def _configuration(settings: dict[str, Any], frame: list[str] | None) -> UniMoeC
     start = settings.get("init_from")
     if frame:
         values = _merged(frame, "--frame")
-        config = UniMoeConfig(**{k: v for k, v in values.items() if k != "model_type"})
+        config = _from_values(values.pop("model_type", UniMoeConfig.model_type), values)
     elif start is not None:
         if not (Path(start) / "config.json").is_file():
             raise UserError(
                 f"model.init_from {start} holds no config.json yet; describe it with --frame FILE"
             )
-        config = UniMoeConfig.from_pretrained(start)
+        config = AutoConfig.from_pretrained(start)
     else:
         path = str(resolve_part(settings["llm"], "llm"))
         with torch.device("meta"):
@@ -274,6 +276,15 @@ def _configuration(settings: dict[str, Any], frame: list[str] | None) -> UniMoeC
     if modalities:
         config.modalities = {**(config.modalities or {}), **modalities}
     return config
+
+
+def _from_values(model_type: str, values: dict[str, Any]) -> Any:
+    if model_type not in {UniMoeConfig.model_type, *STOCK_TYPES}:
+        raise UserError(f"--frame: found a model of type {model_type!r}, expected a multimodal model")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"--frame: {first_line(error)}") from error
 
 
 def read_settings(files: list[str]) -> dict[str, Any]:
@@ -288,8 +299,10 @@ def _merged(files: list[str], flag: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for file in files:
         try:
-            found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            text = Path(file).read_text(encoding="utf-8")
+            # a YAML reader takes JSON's 1e-06 for text
+            found = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{flag} {file} cannot be read: {first_line(error)}") from error
         if not isinstance(found, dict):
             raise UserError(f"{flag} {file} holds no settings")

@@ -34,6 +34,7 @@ from .inputs import Prepared
 from .llm import prepare_tokenizer
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
+from .structure import StructureConfig, StructureQuantizer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -172,6 +173,22 @@ STOCK = ModelKind[Any, Any](
     tuple(sorted(STOCK_TYPES)),
 )
 load_stock = STOCK.load
+
+
+def build_on_meta(config: Any) -> Any:
+    """The model of a configuration, ours or one of transformers', in float32 on the meta device, with the
+    MoE layers that the configuration names."""
+    with torch.device("meta"):
+        if isinstance(config, UniMoeConfig):
+            return UniMoeForConditionalGeneration(config).float()
+        model: Any = AutoModelForMultimodalLM.from_config(config).float()
+        structure = getattr(config, "quantization_config", None)
+        if isinstance(structure, dict):
+            structure = StructureConfig.from_dict(structure)
+        if structure is not None:
+            StructureQuantizer(structure)._process_model_before_weight_loading(model)
+            model.config.quantization_config = structure
+    return model
 
 
 def find_dense_host(model: str) -> str:
