@@ -130,7 +130,7 @@ def main() -> None:
     def row(label: str, change: Callable[[], Any]) -> None:
         with change():
             found = measure(model, original, tests)
-        rows.append({"row": label, **{name: round(one.kl, 4) for name, one in found.items()}})
+        rows.append({"row": label, **{name: round(one.kl, 5) for name, one in found.items()}})
         print(json.dumps(rows[-1]), flush=True)
 
     layers = view(model)

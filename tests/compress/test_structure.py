@@ -11,6 +11,7 @@ from unimoe.compress.store import compress
 from unimoe.compress.structure import merge_rows
 from unimoe.compress.view import choose, view
 from unimoe.errors import UserError
+from unimoe.moe.packed import PackedExperts
 
 from .conftest import FAMILIES
 
@@ -118,6 +119,24 @@ def test_plans_compose_over_saved_models(families, ids, tmp_path):
     assert model.config.quantization_config.plan["keep"] == [[0, 1, 3], [1, 3]]
     with pytest.raises(UserError, match=r"expected ascending numbers of 0\.\.1"):
         compress(model, Plan(keep=[[0], [2]]))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "granite_moe", "unimoe"])
+@torch.no_grad()
+def test_packed_weights_follow_and_are_loaded_as_they_were_saved(name, families, ids, tmp_path):
+    """Pruned, merged and packed one after another, each time saved and loaded."""
+    model = families(name)
+    layers = view(model)
+    merged = [[0, 0, *range(1, len(kept) - 1)] for kept in unequal(model)]
+    for plan in (Plan(keep=unequal(model)), Plan(merge=merged), Plan(bits=8, linears=8, head=8, group=8)):
+        compress(model, plan)
+        found = logits(model, ids)
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(logits(model, ids), found, rtol=0, atol=2e-5)
+    packed = view(model)
+    assert all(isinstance(layer.experts, PackedExperts) for layer in packed) and len(packed) == len(layers)
+    assert [layer.num_experts for layer in packed] == [max(one) + 1 for one in merged]
 
 
 LOAD = """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 from unimoe.moe.layer import MoELayer
+from unimoe.moe.packed import pack_model
 from unimoe.moe.routing import Pairs, Routing
 from unimoe.moe.upcycle.rows import expert_rows, set_expert_rows
 
@@ -80,7 +81,10 @@ def structure(model: nn.Module, plan: Plan, weights: Weights | None = None) -> N
     if plan.skip is not None:
         install(view(model), rule_of(plan.skip))
     if plan.bits is not None or plan.linears is not None or plan.head is not None:
-        raise UserError("plan.bits, linears and head: weights cannot be packed yet, leave them out")
+        layers = view(model)
+        pack_model(model, layers, plan)
+        for layer in layers:
+            _move_hooks(layer.experts, layer.block.experts)  # type: ignore[arg-type]
 
 
 def keep_experts(layer: MoEView, kept: Sequence[int]) -> None:
@@ -167,6 +171,17 @@ def _map_routing(merged: list[int], router: nn.Module, args: Any, routing: Routi
     offsets = torch.searchsorted(expert_N, torch.arange(count + null + 1, device=expert_N.device))
     pairs = Pairs(routing.token_N[order_N], expert_N, routing.weight_N[order_N], offsets)
     return Routing.from_pairs(pairs, routing.logits_TE, routing.probs, routing.extra)
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """What rewrites or records the routing in front of experts stays when they are replaced."""
+    if old is new:
+        return
+    new._forward_pre_hooks.update(old._forward_pre_hooks)
+    new._forward_hooks.update(old._forward_hooks)
+    for name in ("merge_map", "leaves_records"):
+        if name in vars(old):
+            setattr(new, name, vars(old)[name])
 
 
 def _take(tensor: Tensor, index_X: Tensor) -> Tensor:
