@@ -5,7 +5,20 @@ from itertools import product
 import pytest
 import torch
 
-from unimoe.compress.skip_search import grid, layer_factors, mean_kl, skip_ratio, staircase
+from unimoe.compress.measure import reference
+from unimoe.compress.skip import Thresholds
+from unimoe.compress.skip_search import (
+    cost_of,
+    find_ratios,
+    find_thresholds,
+    grid,
+    layer_factors,
+    skip_ratio,
+    staircase,
+)
+from unimoe.compress.view import view
+from unimoe.errors import UserError
+from unimoe.testing import tiny_mixtral
 
 
 def monotone(sizes, seed):
@@ -65,10 +78,44 @@ def test_factors_are_shares_of_the_divergences():
     assert layer_factors([0.0, 0.0]) == [0.5, 0.5]
 
 
-def test_the_divergence_is_that_of_torch():
-    base_AV, changed_AV = torch.randn(5, 7), torch.randn(5, 7)
-    wanted = torch.nn.functional.kl_div(
-        changed_AV.log_softmax(-1), base_AV.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    assert mean_kl(base_AV, changed_AV) == pytest.approx(float(wanted), abs=1e-6)
-    assert mean_kl(base_AV, base_AV) == 0
+@pytest.fixture(scope="module")
+def search():
+    """A random Mixtral, its layers and two domains of tokens, some of them padding."""
+    model = tiny_mixtral(top_k=3)
+    noise = torch.Generator().manual_seed(3)
+    ids = [torch.randint(1, 60, (3, 12), generator=noise) for _ in range(2)]
+    batches = {
+        f"domain {index}": [{"input_ids": one, "labels": one, "attention_mask": torch.ones_like(one)}]
+        for index, one in enumerate(ids)
+    }
+    batches["domain 1"][0]["attention_mask"][0, :5] = 0
+    layers = view(model)
+    return model, layers, reference(model, batches), batches
+
+
+def test_thresholds_skip_what_was_asked_at_the_least_cost(search):
+    model, layers, original, batches = search
+    found = find_thresholds(model, layers, original, batches, 0.4, size=6)
+    tau = found.rule.tau["text"]
+    assert found.tried == 1 and set(found.rule.tau) == {"text"}
+    assert found.counted.ratio() == pytest.approx(0.4, abs=0.08), "later layers' weights move"
+    assert found.worst == max(one.kl for one in found.quality.values()) > 0
+    assert cost_of(Thresholds({"text": tau}), model, layers, original, batches).worst == found.worst
+    assert find_thresholds(model, layers, original, batches, 0.0, size=3).worst == 0
+
+
+def test_factors_of_the_layers_are_measured_where_they_are_asked_for(search):
+    model, layers, original, batches = search
+    found = find_thresholds(model, layers, original, batches, 0.4, power=1.0, size=6)
+    assert sum(found.rule.alpha["text"]) == pytest.approx(1) and found.rule.power == 1
+    assert all(0 < one < 1 for one in found.rule.alpha["text"])
+
+
+def test_ratios_are_quantiles_of_the_second_experts_share(search):
+    model, layers, original, batches = search
+    one = find_ratios(model, layers, original, batches, 0.1)
+    assert all(0 < mu <= 1 for mu in one.rule.mu) and 0.05 < one.counted.ratio() < 0.4
+    best = find_ratios(model, layers, original, batches, 0.1, blocks=1)
+    assert sorted(map(bool, best.rule.mu)) == [False, True]
+    with pytest.raises(UserError, match="cannot skip by their second experts"):
+        find_ratios(model, layers, original, batches, 0.4, blocks=1)

@@ -80,6 +80,12 @@ VERBS = {
     "compress stats": Verb(
         "unimoe.commands.compress:stats", "run calibration data through a model and measure its experts"
     ),
+    "compress skip": Verb(
+        "unimoe.commands.compress_skip:skip", "find which experts of single tokens may be left out"
+    ),
+    "compress tune": Verb(
+        "unimoe.commands.compress_skip:tune", "train the few weights that let fewer experts run"
+    ),
     "compress prune": Verb("unimoe.commands.compress:prune", "keep the experts that matter most"),
     "compress merge": Verb(
         "unimoe.commands.compress:merge", "replace alike experts by their mean, or by one"

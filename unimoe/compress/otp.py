@@ -3,7 +3,8 @@
 Shapes: T tokens, K slots of a token (also its patterns), L MoE layers, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 
+from .rows import rewritten
 from .skip import drop
 from .view import MoEView
 
@@ -117,6 +119,14 @@ class Masking:
         mask_TK = soft_mask(logits_TK, gumbel(logits_TK), self.temperature)
         self.kept.append(mask_TK.mean())
         return index_TK.gather(1, order_TK), weight_TK * mask_TK.to(weight_TK.dtype)
+
+    @contextmanager
+    def at(self, layers: Sequence[MoEView], done: float) -> Iterator[None]:
+        """Inside, the model keeps experts softly, after a share of the steps: the temperature falls from 1 to
+        0.1."""
+        self.temperature = 0.1**done
+        with rewritten(layers, self):
+            yield
 
     def penalty(self) -> Tensor:
         """Mean kept share since the last call (MC#'s ||m||_1, divided by its largest value)."""

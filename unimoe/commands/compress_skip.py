@@ -1,0 +1,201 @@
+"""``unimoe compress skip`` and ``tune``: experts of single tokens that need not run.
+
+unimoe compress skip runs/moe data/train.image.jsonl --ratio 0.35 --output runs/skipping
+unimoe compress tune runs/moe data/train.image.jsonl --what heads --penalty 1 --output runs/tuned
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from unimoe.artifacts import folder_hash
+from unimoe.compress import compressed_experts
+from unimoe.compress import tune as tuning
+from unimoe.compress.measure import Batches, measure, reference
+from unimoe.compress.otp import Heads, Masking
+from unimoe.compress.plan import Plan
+from unimoe.compress.rows import rewritten, unchanged
+from unimoe.compress.skip_search import Found, cost_of, find_ratios, find_thresholds
+from unimoe.compress.store import compress
+from unimoe.compress.view import MoEView, view
+from unimoe.errors import UserError
+from unimoe.model.configuration import MODALITIES
+from unimoe.model.loading import load_any
+from unimoe.model.utils import to_device
+
+from .compress import check_new, finish, read_batches, save
+
+log = logging.getLogger(__name__)
+
+
+def skip(
+    model: str,
+    data: Sequence[str],
+    *,
+    output: str,
+    ratio: float = 0.33,
+    how: Literal["modes", "one", "odp"] = "modes",
+    power: float = 0.0,
+    size: int = 10,
+    blocks: int = 0,
+    protect: float = 0.0,
+    held_out: Sequence[str] = (),
+    samples: int = 32,
+    batch_size: int = 8,
+    media_root: str | None = None,
+) -> None:
+    """Find out which experts of single tokens may be left out, and save the model with that rule.
+
+    Plain from_pretrained skips by it after `import unimoe`. Costs are divergences from the model at the
+    answers' tokens; the rule with the smallest one in the worst of the data files is taken.
+
+    Args:
+        model: folder of a finished stage, or of a multimodal model of transformers.
+        data: conversations to find the rule on, in any format that training reads; several files are domains.
+        output: new folder of the result.
+        ratio: least share of all expert calls to skip.
+        how: modes: a threshold for text and one for media; one: the same for all; odp: a second expert whose
+            weight is small beside the first's.
+        power: modes: exponent of the factors of the layers, 1 as published; costs two measurements a layer.
+        size: values of each threshold that are tried.
+        blocks: odp: only in so many layers, those that matter least; 0 for all.
+        protect: odp: share of a prompt's tokens that keep all experts; needs attn_implementation="eager".
+        held_out: other data, on which the cost of the rule is printed as well.
+        samples: most conversations of each file, evenly spaced.
+        batch_size: conversations per batch.
+        media_root: folder of relative media paths (default: that of each data file).
+    """
+    check_new(output)
+    if not 0 <= ratio <= 1:
+        raise UserError(f"--ratio is {ratio}, expected a share of the expert calls, 0..1")
+    if size < 2:
+        raise UserError(f"--size is {size}, expected at least 2")
+    _only("modes", how, {"--power": power})
+    _only("odp", how, {"--blocks": blocks, "--protect": protect})
+    loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
+    others = _read(loaded, processor, held_out, samples, batch_size, media_root)
+    with rewritten(layers, unchanged):
+        original, original_of_others = reference(loaded, batches), reference(loaded, others)
+    if how == "odp":
+        found = find_ratios(loaded, layers, original, batches, ratio, blocks, protect)
+    else:
+        found = find_thresholds(loaded, layers, original, batches, ratio, how == "modes", power, size)
+    print(found_text(found))
+    if others:
+        again = cost_of(found.rule, loaded, layers, original_of_others, others)
+        print("held out\n" + "\n".join(found_text(again).splitlines()[1:]))
+    plan = Plan(skip=found.rule.to_plan(), made_of=folder_hash(model))
+    settings = {"data": list(data), "ratio": ratio, "how": how, "power": power, "size": size}
+    more = {"blocks": blocks, "protect": protect, "samples": samples}
+    finish(model, loaded, processor, plan, output, "compress skip", {**settings, **more})
+
+
+def tune(
+    model: str,
+    data: Sequence[str],
+    *,
+    output: str,
+    what: Literal["heads", "vectors"] = "heads",
+    experts: int = 1,
+    steps: int = 100,
+    lr: float = 1e-3,
+    penalty: float = 0.1,
+    width: int = 64,
+    samples: int = 256,
+    batch_size: int = 8,
+    media_root: str | None = None,
+) -> None:
+    """Train the few weights that let a model run fewer experts, by distillation of the model itself.
+
+    Everything else stays as it is. Prints the divergence from the model before and after, on the same data.
+
+    Args:
+        model: folder of a finished stage, or of a multimodal model of transformers.
+        data: conversations to train on, in any format that training reads; several files count together.
+        output: new folder of the result.
+        what: heads: one a layer, which says how many experts a token keeps (OTP); vectors: three an expert,
+            which stand in for those that do not run (compressed experts).
+        experts: vectors: experts of a token that run.
+        steps: of the optimiser, one batch each.
+        lr: learning rate of AdamW, falling to 0.
+        penalty: heads: weight of the share of experts that are kept.
+        width: heads: hidden units.
+        samples: most conversations of each file, evenly spaced.
+        batch_size: conversations per batch.
+        media_root: folder of relative media paths (default: that of each data file).
+    """
+    check_new(output)
+    for name, value in (("--steps", steps), ("--width", width)):
+        if value < 1:
+            raise UserError(f"{name} is {value}, expected at least 1")
+    loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
+    with rewritten(layers, unchanged):
+        original = reference(loaded, batches)
+    flat = [batch for of_file in batches.values() for batch in of_file]
+    config = tuning.TuneConfig(steps, lr, penalty if what == "heads" else 0.0)
+    settings = {"data": list(data), "what": what, "steps": steps, "lr": lr, "samples": samples}
+    if what == "heads":
+        rule = Heads(width)
+        plan = Plan(skip=rule.to_plan(), made_of=folder_hash(model))
+        settings |= {"penalty": penalty, "width": width}
+        compress(loaded, plan)
+        masking = Masking()
+        heads: list[Any] = [weight for layer in layers for weight in layer.block.keep_head.parameters()]  # type: ignore[union-attr]
+        tuning.distil(
+            loaded,
+            flat,
+            heads,
+            config,
+            teacher=lambda: rewritten(layers, unchanged),
+            student=lambda step: masking.at(layers, step / steps),
+            penalty=masking.penalty,
+        )
+        print(found_text(cost_of(rule, loaded, layers, original, batches)))
+    else:
+        plan = Plan(main=experts, made_of=folder_hash(model))
+        settings["experts"] = experts
+        compress(loaded, plan)
+        before = measure(loaded, original, batches)
+        vectors: list[Any] = [layer.block.theta for layer in layers]
+        tuning.distil(loaded, flat, vectors, config, teacher=lambda: compressed_experts.detached(layers))
+        after = measure(loaded, original, batches)
+        for name, quality in after.items():
+            print(f"{name:<24} KL {before[name].kl:.4f} cut short, {quality.kl:.4f} tuned")
+    save(model, loaded, processor, plan, output, "compress tune", settings)
+
+
+def found_text(found: Found) -> str:
+    """The rule, its share of skipped calls by kind of token, and its cost by domain."""
+    lines = [f"rule {found.rule.to_plan()}"]
+    if found.tried:
+        lines[0] += f", the best of {found.tried} measured"
+    shares = ", ".join(
+        f"{MODALITIES[one]} {found.counted.ratio([one]):.3f}" for one in sorted(found.counted.pairs)
+    )
+    lines.append(f"{found.counted.ratio():.3f} of all expert calls skipped ({shares})")
+    for name, quality in found.quality.items():
+        same = f"same first choice {quality.agreement:.3f}  {quality.tokens} tokens"
+        lines.append(f"{name:<24} KL {quality.kl:.4f}  {same}")
+    return "\n".join(lines)
+
+
+def _open(
+    model: str, data: Sequence[str], samples: int, batch_size: int, media_root: str | None
+) -> tuple[Any, Any, list[MoEView], Batches]:
+    loaded, processor = load_any(model)
+    layers = view(loaded)
+    return loaded, processor, layers, _read(loaded, processor, data, samples, batch_size, media_root)
+
+
+def _read(
+    model: Any, processor: Any, data: Sequence[str], samples: int, batch_size: int, media_root: str | None
+) -> Batches:
+    batches = read_batches(processor, data, samples, batch_size, media_root)
+    return {name: [to_device(one, model.device) for one in rows] for name, rows in batches.items()}
+
+
+def _only(wanted: str, how: str, flags: dict[str, float]) -> None:
+    """Raises UserError for a flag that has no effect."""
+    for flag, value in flags.items():
+        if value and how != wanted:
+            raise UserError(f"{flag} {value}: --how {how} has no such setting; add --how {wanted}")
