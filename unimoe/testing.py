@@ -61,7 +61,7 @@ BEATS = {
 }  # fmt: skip
 """The same with Uni-MoE's audio encoder."""
 
-SPEED = {"train/tokens_per_second", "train/images_per_second"}
+SPEED = {f"train/{unit}_per_second" for unit in ("tokens", "images", "rows")}
 """Columns that differ from run to run; missing in the first step after a start."""
 
 

@@ -48,27 +48,28 @@ class BatchNorm(nn.Module):
 class Bank(nn.Module):
     """E experts: [B, D], or [B, E, D] where each reads its own input, -> [B, E, H].
 
-    A layer is linear and ReLU; with ``norm`` linear, batch normalisation and Swish (HoME, arXiv 2408.05430).
+    A layer is linear and ReLU; with ``norm`` linear, batch normalisation and Swish (HoME, arXiv 2408.05430),
+    whose bias is that of the normalisation.
     """
 
     def __init__(self, experts: int, inputs: int, width: int, depth: int = 1, norm: bool = False):
         super().__init__()
         sizes = [inputs] + [width] * depth
-        self.weights = nn.ParameterList(
-            torch.empty(experts, a, b) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
-        self.biases = nn.ParameterList(torch.empty(experts, width) for _ in range(depth))
-        self.norms = nn.ModuleList(BatchNorm((experts, width)) for _ in range(depth if norm else 0))
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            bound = 1 / math.sqrt(weight.shape[1])  # as torch.nn.Linear
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
+        pairs = list(zip(sizes, sizes[1:], strict=False))
+        self.weights = nn.ParameterList(torch.empty(experts, a, b) for a, b in pairs)
+        self.biases = nn.ParameterList(torch.empty(experts, width) for _ in pairs if not norm)
+        self.norms = nn.ModuleList(BatchNorm((experts, width)) for _ in pairs if norm)
+        for stacks in (self.weights, self.biases):
+            for stack, (fan_in, _) in zip(stacks, pairs, strict=False):
+                nn.init.uniform_(stack, -(fan_in**-0.5), fan_in**-0.5)  # as torch.nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            shape = "bd,edh->beh" if x.ndim == 2 else "bed,edh->beh"
-            x = torch.einsum(shape, x, weight) + bias
-            x = nn.functional.silu(self.norms[index](x)) if self.norms else x.relu()
+        for index, weight in enumerate(self.weights):
+            y_BEH = torch.einsum("bd,edh->beh" if x.ndim == 2 else "bed,edh->beh", x, weight)
+            if self.norms:
+                x = nn.functional.silu(self.norms[index](y_BEH))
+            else:
+                x = (y_BEH + self.biases[index]).relu()
         return x
 
 
