@@ -27,7 +27,7 @@ NOTE = "<!-- Written by docs/make_reference.py; do not edit. -->\n"
 GROUPS = {
     "Train": ("prepare", "fit", "validate", "test", "assemble", "convert", "consolidate", "plan", "demo"),
     "MoE designs": ("compare", "moe"),
-    "Use": ("chat", "web", "serve", "detect", "inspect", "export"),
+    "Use": ("chat", "web", "serve", "detect", "sample", "inspect", "export"),
     "Evaluate": ("evaluate",),
     "Data": ("data",),
     "Continual tuning": ("continual",),
@@ -112,6 +112,8 @@ def _command(verb: str) -> Iterator[str]:
 
 def configuration() -> str:
     """configuration.md."""
+    from unimoe.applications.diffusion.data import DiffusionData
+    from unimoe.applications.diffusion.module import DiffusionConfig
     from unimoe.applications.recommendation.data import RecommendationData
     from unimoe.applications.recommendation.module import RecommendationConfig
     from unimoe.compare.config import CompareConfig
@@ -143,6 +145,8 @@ def configuration() -> str:
         ("Data of a stage", "", StageDataConfig, "data"),
         ("Detector", "For `system: detection`.", DetectionConfig, "model"),
         ("Data of a detector", "", DetectionData, "data"),
+        ("Diffusion", "For `system: diffusion`.", DiffusionConfig, "model"),
+        ("Data of a diffusion model", "", DiffusionData, "data"),
         ("Recommendation", "For `system: recommendation`.", RecommendationConfig, "model"),
         ("Data of a recommendation", "", RecommendationData, "data"),
     ):

@@ -39,6 +39,7 @@ FLOORS = {
     "unimoe.detection": 7,
     "unimoe.continual": 7,
     "unimoe.applications": 7,
+    "unimoe.synthetic.sprites": 4,  # artists' emoji, which an application draws too
 }
 TOP = 8
 NEIGHBOURS = {"unimoe.stages", "unimoe.detection", "unimoe.continual"}  # they do not import one another

@@ -12,6 +12,7 @@ parameter                   on the command line
 ``steps: int = 10``         ``--steps N``
 ``control: bool = False``   ``--control`` (``--no-control`` where it is True)
 ``image: list[str] = []``   ``--image A [B ...]``, may be given again
+``class_: str``             ``--class``, a word that Python keeps to itself
 ``Literal["a", "b"]``       one of the values
 ``X | None``                as ``X``
 ``moe: Sequence[str]``      ``--moe KEY=VALUE [...]`` or ``--moe.KEY VALUE``
@@ -136,6 +137,7 @@ VERBS = {
     "detect": Verb(
         "unimoe.commands.detect:detect", "find objects in images by their names", {"prompt": "-p"}
     ),
+    "sample": Verb("unimoe.commands.sample:sample", "draw images with a trained diffusion model"),
     "export onnx": Verb(
         "unimoe.commands.export_onnx:onnx", "export a detector to ONNX and compare it with the model"
     ),
@@ -248,7 +250,7 @@ def build_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPa
             settings["action"] = "store_true"  # without a --no- form
         elif parameter.default not in (None, "", (), []):
             settings["help"] += f" (default: {parameter.default})".replace("%", "%%")
-        flags = ["--" + parameter.name.replace("_", "-")]
+        flags = ["--" + parameter.name.rstrip("_").replace("_", "-")]  # class_ is --class
         if parameter.name in short:
             flags.insert(0, short[parameter.name])
         parser.add_argument(*flags, dest=parameter.name, **settings)

@@ -61,6 +61,22 @@ APPLICATIONS = {
         parts=["movielens"],
         minutes=0.6,
     ),
+    "diffusion": Application(
+        purpose="Emoji of two artists: ProMoE beside Switch-DiT and a dense model of equal active size.",
+        variants={
+            "promoe": ["--model.dit.design", "promoe"],
+            "switch_dit": [
+                *("--model.dit.design", "switch_dit", "--model.dit.experts", "3"),
+                *("--model.dit.k", "2", "--model.dit.ffn", "3"),
+            ],
+            "dense": ["--model.dit.design", "dense"],
+        },
+        score="loss",
+        higher=False,
+        rival="switch_dit",
+        parts=["sprites", "artist", "image"],
+        minutes=20.0,
+    ),
 }
 
 

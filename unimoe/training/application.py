@@ -85,7 +85,8 @@ class ApplicationModule(ResumableModule):
 
     @abstractmethod
     def network_settings(self, data: Any) -> dict[str, Any]:
-        """Everything that ``build`` needs, of the module's settings and its datamodule; JSON."""
+        """Everything that ``build`` needs, of the module's settings and its datamodule: JSON, with what the
+        data dictate under ``data``."""
 
     @staticmethod
     @abstractmethod
@@ -93,17 +94,20 @@ class ApplicationModule(ResumableModule):
         """The network with random weights."""
 
     def configure_model(self) -> None:
-        """Build the network, once. Raises UserError if ``init_from`` does not fit."""
+        """Build the network, once.
+
+        Raises:
+            UserError: ``init_from`` does not fit, or there are no data, as with ``unimoe consolidate``.
+        """
         if hasattr(self, "model"):
             return
         folder, data = self.base.init_from, cast(Any, self.trainer).datamodule
+        if data is None:
+            raise UserError("an application's checkpoint is not consolidated; resume the run to its end")
         wanted = self.network_settings(data)
         self.network = wanted if folder is None else read_network(folder, self.application)
-        for key in wanted.keys() & {"data"}:  # what the data dictates
-            if self.network[key] != wanted[key]:
-                raise UserError(
-                    f"{folder} was trained on other data: {key} differs; train on this data first"
-                )
+        if self.network["data"] != wanted["data"]:
+            raise UserError(f"{folder} was trained on other data than data.train; train on these first")
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.model = self.build(self.network)

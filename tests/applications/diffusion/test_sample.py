@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from unimoe.applications.diffusion.dit import DiT, DiTConfig
+from unimoe.applications.diffusion.process import RectifiedFlow
+from unimoe.applications.diffusion.sample import draw, find_classes, sheet
+from unimoe.errors import UserError
+
+
+def test_a_class_and_a_seed_make_an_image():
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(side=8, width=16, depth=2, heads=2, classes=3, design="dense"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    label_B = torch.tensor([0, 1])
+    one = draw(model, RectifiedFlow(), label_B, steps=3)
+    assert one.shape == (2, 3, 8, 8) and one.equal(draw(model, RectifiedFlow(), label_B, steps=3))
+    assert not torch.allclose(one, draw(model, RectifiedFlow(), label_B, steps=3, seed=1))
+    assert not torch.allclose(one, draw(model, RectifiedFlow(), label_B.flip(0), steps=3))
+
+
+def test_a_sheet_has_a_row_for_each_class():
+    images = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 1.0, 5.0)])
+    page = sheet(images, columns=2, scale=1)
+    assert page.size == (24, 24)
+    assert page.getpixel((6, 6)) == (0, 0, 0) and page.getpixel((18, 6)) == (255, 255, 255)
+    with pytest.raises(UserError, match="draws latents of 4 channels"):
+        sheet(torch.zeros(1, 4, 8, 8), columns=1)
+
+
+def test_classes_have_names():
+    assert find_classes(["food"], ["face", "food"]) == [1]
+    with pytest.raises(UserError, match="--class foot: the model knows face, food"):
+        find_classes(["foot"], ["face", "food"])

@@ -1,0 +1,226 @@
+"""Trains a diffusion transformer, and measures its held-out loss and how its experts divide the classes.
+
+Shapes: B images of a batch, G of all ranks' batches.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from unimoe.errors import UserError
+from unimoe.moe import auxiliary_loss, record
+from unimoe.moe.install import moe_layers
+from unimoe.training.application import ApplicationConfig, ApplicationModule, run_application
+from unimoe.training.ranks import across_ranks, data_parallel_rank, data_parallel_size, rank_weighted
+from unimoe.training.weight_average import WeightAverage
+
+from .data import Batch, DiffusionData, LabelledImages
+from .dit import DiT, DiTConfig
+from .probe import LinearProbe, pretrained_features
+from .process import PROCESSES, ProcessName
+from .sample import draw, write_samples
+from .usage import class_expert_information, live_experts, overlap_by_distance, visits
+
+
+@dataclass
+class DiffusionConfig(ApplicationConfig):
+    """Settings of :class:`DiffusionModule`, the keys under ``model:``."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    """The transformer; side, channels and classes are the data's."""
+    process: ProcessName = "flow"
+    """``flow`` (rectified flow) or ``ddpm``."""
+    drop: float = 0.1
+    """Share of training images without their label, for guidance."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are evaluated and saved."""
+    samples: int = 0
+    """Of each class of sprites, drawn by ``unimoe test`` into a sheet; a linear probe on EfficientNet-Lite0
+    says how many it recognises."""
+    guidance: float = 3.0
+    """Of these samples; 1 is none."""
+
+
+class DiffusionModule(ApplicationModule):
+    """Mean squared error of the prediction, plus the auxiliary losses of the design.
+
+    The training step:
+
+    1. times, noise and dropped labels, by the step's number and the place in the batch of all ranks
+    2. the prediction at those times, and its error
+    3. the auxiliary losses over the recorded routing
+    """
+
+    application = "diffusion"
+    batch_unit = "images"
+    model: DiT
+
+    def __init__(self, **settings: Any):
+        """
+        Args:
+            settings: the fields of :class:`DiffusionConfig`.
+
+        Raises:
+            UserError: a share is out of range, or the design has no such losses.
+        """
+        config = DiffusionConfig(**settings)
+        super().__init__(config)
+        self.config = config
+        if not 0 <= config.drop < 1 or not 0 <= config.ema < 1:
+            raise UserError(f"model.drop and ema are {config.drop} and {config.ema}, expected 0 to below 1")
+        self.process = PROCESSES[config.process]()
+        self.average: WeightAverage
+
+    def network_settings(self, data: DiffusionData) -> dict[str, Any]:
+        channels, side = data.shape
+        condition = {"classes": 0 if data.text else len(data.classes), "text": data.text}
+        dit = replace(self.config.dit, channels=channels, side=side, **condition)
+        about = {"classes": data.classes, "shape": list(data.shape), "text": data.text}
+        return {"data": about, "dit": asdict(dit), "process": self.config.process}
+
+    @staticmethod
+    def build(network: dict[str, Any]) -> DiT:
+        return DiT(DiTConfig(**network["dit"]))
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not hasattr(self, "average"):
+            self.average = WeightAverage(self.model, self.config.ema)
+
+    def checkpoint_names(self) -> set[str]:
+        return super().checkpoint_names() | {f"average.{name}" for name in self.average.state_dict()}
+
+    def save(self, folder: Path) -> None:
+        """The averaged weights."""
+        with self.average.applied(self.model):
+            super().save(folder)
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # (1)
+        time_B, noise, drop_B = self.draw(batch, batch_idx)
+        label_B = torch.where(drop_B < self.config.drop, -1, batch.labels)
+        # (2)
+        x, target = self.process.corrupt(batch.images, noise, time_B)
+        with record() as records:
+            prediction = self.model(x, time_B, label_B, batch.texts)
+        self.count_load(records)
+        error = rank_weighted((prediction - target).square().mean(), len(x))
+        # (3)
+        auxiliary = torch.zeros_like(error)
+        if records:
+            losses = self.model.config.losses
+            auxiliary = auxiliary_loss(losses, records, moe_layers(self.model), across=across_ranks)
+        self.log_step({"loss": error + auxiliary, "error": error, "auxiliary": auxiliary}, len(x), batch_idx)
+        return error + auxiliary
+
+    def draw(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Times, noise and a number in 0..1 of each image; however many ranks share a batch, an image of it
+        has the same."""
+        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + batch_idx) % 2**63)
+            count = len(batch.images) * ranks
+            drawn = (
+                self.process.draw_times(count),
+                torch.randn(count, *batch.images.shape[1:]),
+                torch.rand(count),
+            )
+        return cast(Any, tuple(one[rank::ranks].to(batch.images) for one in drawn))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.average.update(self.model, self.trainer.global_step)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Each image at one time with one noise, which follow from its number."""
+        drawn = []
+        with torch.random.fork_rng(devices=[]):
+            for index in batch.index.tolist():
+                torch.manual_seed(index)
+                drawn.append((self.process.draw_times(1), torch.randn(batch.images.shape[1:])))
+        time_B = torch.cat([time for time, _ in drawn]).to(batch.images)
+        noise = torch.stack([one for _, one in drawn]).to(batch.images)
+        x, target = self.process.corrupt(batch.images, noise, time_B)
+        with self.average.applied(self.model), record() as records:
+            prediction = self.model(x, time_B, batch.labels, batch.texts)
+        error_B = (prediction - target).square().flatten(1).mean(dim=1)
+        self.keep(batch.index, error_B, time_B, batch.labels, visits(records, len(x)))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        error_N, time_N, label_N, visits_NLE = self.kept()
+        loss = float(error_N.mean())
+        quarters = (time_N * 4).long().clamp(max=3)
+        report: dict[str, Any] = {
+            "split": split,
+            "images": len(error_N),
+            "loss": loss,
+            "loss_by_time": {
+                f"{q / 4:.2f}..{(q + 1) / 4:.2f}": float(error_N[quarters == q].mean())
+                for q in range(4)
+                if (quarters == q).any()
+            },
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        scores = {f"{split}/loss": loss}
+        if visits_NLE.numel():
+            information = class_expert_information(visits_NLE, label_N)
+            alive = live_experts(visits_NLE)
+            overlap = overlap_by_distance(visits_NLE, time_N)
+            report |= {"class_expert_information": information, "live_experts": alive}
+            report["overlap_by_time_distance"] = overlap
+            scores |= {
+                f"{split}/class_expert_information": sum(information) / len(information),
+                f"{split}/live_experts": sum(alive) / len(alive),
+            }
+        if split == "test" and self.config.samples:
+            report |= self._recognised()
+            scores |= {f"{split}/probe_accuracy": report["probe_accuracy"]}
+        self.log_scores(scores, report)
+
+    def _recognised(self) -> dict[str, float]:
+        """Draw samples of each class and ask a probe for their classes; the same on every rank.
+
+        Raises:
+            UserError: the data are no images with classes.
+        """
+        data = cast(DiffusionData, cast(Any, self.trainer).datamodule)
+        known, held_out = data.sets["train"], data.sets["test"]
+        if not isinstance(known, LabelledImages) or not isinstance(held_out, LabelledImages) or data.text:
+            raise UserError("model.samples needs sprites with classes; set it to 0")
+        label_B = torch.arange(len(data.classes)).repeat_interleave(self.config.samples)
+        with self.average.applied(self.model):
+            images = draw(self.model, self.process, label_B, guidance=self.config.guidance, seed=self.seed)
+        probe = LinearProbe(pretrained_features(), *known.tensors())
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir) / "logs/test"
+            write_samples(folder / "samples.png", images, self.config.samples)
+        return {
+            "probe_accuracy": probe.accuracy(images, label_B),
+            "probe_accuracy_of_real_images": probe.accuracy(*held_out.tensors()),
+            "chance": 1 / len(data.classes),
+        }
+
+
+def main(args: list[str]) -> None:
+    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
+
+    Raises:
+        UserError: bad settings or data.
+        KeyboardInterrupt: the run was interrupted, and its state saved.
+    """
+    run_application(DiffusionModule, DiffusionData, args)

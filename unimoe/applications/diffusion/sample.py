@@ -1,0 +1,103 @@
+"""Images from a trained model.
+
+Shapes: B images, C channels, S side.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unimoe.errors import UserError
+from unimoe.training.application import load_weights, read_network
+
+from .dit import DiT, DiTConfig
+from .process import PROCESSES, Process, guided, sample
+
+
+def load_diffusion(folder: str | Path) -> tuple[DiT, Process, list[str]]:
+    """A finished run: model, process, and the names of its classes.
+
+    Raises:
+        UserError: ``folder`` holds no finished diffusion model.
+    """
+    network = read_network(folder, "diffusion")
+    model = DiT(DiTConfig(**network["dit"]))
+    load_weights(model, folder)
+    return model.eval(), PROCESSES[network["process"]](), network["data"]["classes"]
+
+
+def draw(
+    model: DiT,
+    process: Process,
+    label_B: Tensor,
+    texts: Tensor | None = None,
+    steps: int = 40,
+    guidance: float = 3.0,
+    seed: int = 0,
+) -> Tensor:
+    """[B, C, S, S] images of classes [B] (-1 for any), each from a noise of its own.
+
+    Args:
+        model: the transformer.
+        process: that it was trained for.
+        label_B: classes; zeros with texts.
+        texts: [B, X] embeddings of texts, for a model conditioned on these.
+        steps: evaluations of the model, twice as many with guidance.
+        guidance: scale; 1 is none.
+        seed: of the noise.
+    """
+    sizes = (model.config.channels, model.config.side, model.config.side)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        noise = torch.randn(len(label_B), *sizes)
+        none_B = torch.full_like(label_B, -1)
+        predict = guided(
+            lambda x, time_B: model(x, time_B, label_B, texts),
+            lambda x, time_B: model(x, time_B, none_B, texts),
+            guidance,
+        )
+        return sample(process, predict, noise, steps)
+
+
+def find_classes(names: list[str], known: list[str]) -> list[int]:
+    """Numbers of the named classes.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    for name in names:
+        if name not in known:
+            raise UserError(f"--class {name}: the model knows {', '.join(known)}")
+    return [known.index(name) for name in names]
+
+
+def sheet(images: Tensor, columns: int, scale: int = 2) -> Image.Image:
+    """Images [B, 3, S, S] in -1..1 in rows of ``columns``, each pixel ``scale`` times as large.
+
+    Raises:
+        UserError: they have other channels than red, green and blue.
+    """
+    if images.shape[1] != 3:
+        raise UserError(
+            f"the model draws latents of {images.shape[1]} channels, not images; write them to a .npy file"
+        )
+    side = images.shape[-1] * scale
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * (side + 4), rows * (side + 4)), "white")
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    for place, image in enumerate(pixels):
+        drawn = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+        page.paste(drawn, (place % columns * (side + 4) + 2, place // columns * (side + 4) + 2))
+    return page
+
+
+def write_samples(path: Path, images: Tensor, columns: int) -> None:
+    """A sheet, or the numbers themselves where ``path`` ends in .npy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, images.numpy())
+    else:
+        sheet(images, columns).save(path)
