@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from unimoe.compress.grids import BITS, code_range, dequantise, encode, fitted_scale, quantise_rtn, rounded
+from unimoe.compress.grids import code_range, dequantise, encode, fitted_scale, rounded
+from unimoe.kernels.packed import BITS, quantise_rtn
 
 
 @pytest.mark.parametrize("bits", BITS)

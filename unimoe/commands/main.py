@@ -87,6 +87,9 @@ VERBS = {
     "compress tune": Verb(
         "unimoe.commands.compress_skip:tune", "train the few weights that let fewer experts run"
     ),
+    "compress quantize": Verb(
+        "unimoe.commands.compress_quantize:quantize", "store weights in few bits, and run them packed"
+    ),
     "compress prune": Verb("unimoe.commands.compress:prune", "keep the experts that matter most"),
     "compress merge": Verb(
         "unimoe.commands.compress:merge", "replace alike experts by their mean, or by one"

@@ -5,6 +5,9 @@ Shapes: L layers, E experts, C numbers of bits.
 
 from torch import Tensor
 
+ERROR = (0.0, 0.0, 2.0)
+"""The squared error of the layer's output alone, which holds frequency and weight already; errors of experts
+that are not correlated add up."""
 CODE = (1.0, 1.5, 1.0)
 """Exponents of frequency, weight and error as the released program has them: it reads the third, 2, but
 raises the error to the first."""

@@ -1,7 +1,7 @@
 """Grids of 1, 2, 3, 4 or 8 bits with one scale per group of a row.
 
 A weight is stood for by ``code * scale``. Codes of b >= 2 bits are integers from -2^(b-1) to 2^(b-1) - 1; one
-bit is the sign, -1 or +1. The rounding to nearest itself is the reference of the packed kernels.
+bit is the sign, -1 or +1. Rounding to nearest itself, and how codes are stored: :mod:`unimoe.kernels.packed`.
 
 Shapes: O outputs, K inputs, G groups of a row.
 """
@@ -9,16 +9,7 @@ Shapes: O outputs, K inputs, G groups of a row.
 import torch
 from torch import Tensor
 
-from unimoe.errors import UserError
-
-BITS = (1, 2, 3, 4, 8)
-
-
-def check_group(width: int, group: int, what: str) -> None:
-    """Raises UserError where rows of ``width`` weights cannot be cut into groups of ``group``."""
-    if group < 1 or width % group:
-        fits = [size for size in (128, 64, 32, 16) if width % size == 0]
-        raise UserError(f"--group {group} does not divide the {width} inputs of {what}; these do: {fits}")
+from unimoe.kernels.packed import quantise_rtn
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -32,16 +23,6 @@ def encode(w: Tensor, scale: Tensor, bits: int) -> Tensor:
         return torch.where(w / scale < 0, -1.0, 1.0)
     codes = (w / torch.where(scale == 0, torch.inf, scale)).round_()
     return codes.clamp_(*code_range(bits))
-
-
-def quantise_rtn(w_OK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Codes [O, K] int8 and scales [O, G] float32 of plain rounding to nearest. The largest weight of a
-    group, in magnitude, becomes the longer end of the range; with one bit the scale is the mean magnitude."""
-    w = w_OK.float().unflatten(-1, (-1, group))
-    most = w.gather(-1, w.abs().argmax(-1, keepdim=True))
-    scale = w.abs().mean(-1, keepdim=True) if bits == 1 else most / code_range(bits)[0]
-    scale = scale.half().float()
-    return encode(w, scale, bits).to(torch.int8).flatten(-2), scale.squeeze(-1)
 
 
 def dequantise(codes_OK: Tensor, scale_OG: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.kernels.packed import quantise_rtn
 
 from .allocate import allocate
 from .calibrate import BitErrors, Forward, Hessians, collect, in_flight
-from .costs import CODE, pmq_cost
+from .costs import ERROR, pmq_cost
 from .gptq import gptq
-from .grids import dequantise, quantise_rtn
+from .grids import dequantise
 from .rules import Rules
 from .view import MoEView
 
@@ -44,7 +45,7 @@ def choose_bits(
     average: float,
     choices: Sequence[int] = (2, 3, 4),
     group: int = 64,
-    powers: tuple[float, float, float] = CODE,
+    powers: tuple[float, float, float] = ERROR,
     by_layer: bool = False,
 ) -> list[list[int]]:
     """Bits of each expert with the least total PMQ cost (MC-MoE, arXiv 2410.06270; on data of several

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimoe.errors import UserError
-
-from .grids import BITS
+from unimoe.kernels.packed import BITS
 
 _KINDS = {
     "main": r"main_(\d+)",

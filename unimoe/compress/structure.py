@@ -84,7 +84,7 @@ def structure(model: nn.Module, plan: Plan, weights: Weights | None = None) -> N
         layers = view(model)
         pack_model(model, layers, plan)
         for layer in layers:
-            _move_hooks(layer.experts, layer.block.experts)  # type: ignore[arg-type]
+            move_hooks(layer.experts, layer.block.experts)  # type: ignore[arg-type]
 
 
 def keep_experts(layer: MoEView, kept: Sequence[int]) -> None:
@@ -173,7 +173,7 @@ def _map_routing(merged: list[int], router: nn.Module, args: Any, routing: Routi
     return Routing.from_pairs(pairs, routing.logits_TE, routing.probs, routing.extra)
 
 
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """What rewrites or records the routing in front of experts stays when they are replaced."""
     if old is new:
         return

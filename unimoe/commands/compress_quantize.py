@@ -1,0 +1,230 @@
+"""``unimoe compress quantize``: a mixture of experts in few bits a weight.
+
+unimoe compress quantize runs/moe data/train.*.jsonl --bits 4 --linears 8 --head 8 --output runs/small
+unimoe compress quantize runs/moe data/train.*.jsonl --bits 3.0 --output runs/mixed
+unimoe compress quantize runs/moe data/train.*.jsonl --rules main_2.layer_0_4 --output runs/by_rule
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe.artifacts import folder_hash
+from unimoe.compress.calibrate import Forward
+from unimoe.compress.costs import CODE, ERROR, PAPER
+from unimoe.compress.plan import Plan
+from unimoe.compress.quantize import (
+    Calibration,
+    Codes,
+    bits_by_rule,
+    choose_bits,
+    quantise_experts,
+)
+from unimoe.compress.rules import Rules
+from unimoe.compress.smooth import smooth as smooth_channels
+from unimoe.compress.store import compress
+from unimoe.compress.structure import move_hooks, check_coverage
+from unimoe.compress.view import MoEView, view
+from unimoe.compress.watch import Collector
+from unimoe.data.read import data_files, read_samples
+from unimoe.errors import UserError
+from unimoe.kernels.packed import BITS
+from unimoe.model.host_loss import last_hidden
+from unimoe.model.loading import load_any
+from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.utils import to_device
+from unimoe.moe.packed import PackedExperts
+
+from .compress import check_new, expert_bytes, read_batches, save
+
+log = logging.getLogger(__name__)
+
+COSTS = {"error": ERROR, "code": CODE, "paper": PAPER}
+"""Exponents of frequency, weight and error in the cost of few bits, by name."""
+
+
+def quantize(
+    model: str,
+    data: Sequence[str],
+    *,
+    output: str,
+    bits: str = "4",
+    how: Literal["rtn", "gptq"] = "gptq",
+    linears: int = 16,
+    head: int = 16,
+    group: int = 64,
+    choices: Sequence[int] = (2, 3, 4),
+    cost: Literal["error", "code", "paper"] = "error",
+    by_layer: bool = False,
+    rules: str | None = None,
+    smooth: bool = False,
+    balanced: bool = False,
+    nested: bool = False,
+    samples: int = 64,
+    batch_size: int = 8,
+    media_root: str | None = None,
+    min_tokens: int = 16,
+    memory: float = 2.0,
+    seed: int = 0,
+) -> None:
+    """Store a model's weights in few bits; they stay packed while it runs.
+
+    Every weight of every expert is quantised, or nothing is saved. Plain from_pretrained loads the result
+    after `import unimoe`.
+
+    Args:
+        model: folder of a finished stage, or of a multimodal model of transformers.
+        data: conversations to calibrate on, of all modalities that the model must keep. Every file gives as
+            many samples.
+        output: new folder of the result.
+        bits: of an expert's weight: 1, 2, 3, 4 or 8 for all; a number with a point, such as 3.0, is a mean,
+            and each expert gets one of --choices, more if it matters more.
+        how: gptq rounds each weight so that it makes up for the errors of others; rtn rounds to nearest.
+        linears: bits of all other linear layers of the decoder; 16 leaves them as they are.
+        head: bits of the head and of an embedding tied to it; 16 leaves them as they are.
+        group: neighbouring weights that share a scale.
+        choices: numbers of bits that a mean is made of.
+        cost: what counts as mattering: the change of a layer's output (error); that times how often and how
+            strongly the expert is chosen, as MC-MoE's released program (code) or its paper has it.
+        by_layer: reach the mean in every layer, with all of the two largest choices in it, as MC-MoE does;
+            else over all layers together.
+        rules: bits by QuantMoE-Bench's rules instead, such as main_2.layer_0_4.exp_l1e3_8.
+        smooth: first move scales of channels from the experts' inputs into the norms before them (EAQuant).
+        balanced: draw samples until every expert saw as many tokens, twice its even share (EAQuant).
+        nested: store codes in planes of one bit, which can be read in fewer bits (D2MoE).
+        samples: most conversations of each file, evenly spaced.
+        batch_size: conversations per batch.
+        media_root: folder of relative media paths (default: that of each data file).
+        min_tokens: an expert that saw fewer is rounded to nearest, and named.
+        memory: GB for what is kept of the layers in flight; less of it takes more passes over the data.
+        seed: of the order of samples with --balanced.
+    """
+    check_new(output)
+    disable_progress_bar()  # transformers' own
+    parsed = None if rules is None else Rules(rules)
+    mean = None if bits in map(str, BITS) else read_mean(bits, choices)
+    sha256 = folder_hash(model)
+    loaded, processor = load_any(model)
+    layers = view(loaded)
+    total = check_coverage(loaded, layers)
+    plan = Plan(
+        bits=8,
+        linears=None if linears == 16 else linears,
+        head=None if head == 16 else head,
+        group=group,
+        nested={"least": 2} if nested else None,
+        made_of=sha256,
+    )
+    plan.check(layers)
+    files = [str(file) for pattern in data for file in data_files(pattern)]
+    warn_of_missing(loaded, files, media_root)
+    per_file = samples * (4 if balanced else 1)
+    read = read_batches(processor, files, per_file, batch_size, media_root)
+    batches = [batch for of_file in read.values() for batch in of_file]
+    if balanced:
+        random.Random(seed).shuffle(batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    calibration = Calibration(_forward(loaded), batches, memory * 1e9)
+    if smooth:
+        with Collector(layers, {"x_max"}) as stats:
+            for batch in batches:
+                calibration.forward(batch)
+        smooth_channels(layers, stats.values["x_max"], lambda: _logits(loaded, batches[0]))
+    before = expert_bytes(layers)
+    if parsed is not None:
+        chosen = bits_by_rule(layers, parsed)
+    elif mean is None:
+        chosen = [[int(bits)] * layer.num_experts for layer in layers]
+    else:
+        chosen = choose_bits(layers, calibration, mean, choices, group, COSTS[cost], by_layer)
+    first = layers[0]
+    cap = round(2 * first.top_k * (tokens / 4) / first.num_experts) if balanced else None
+
+    def put(layer: MoEView, codes: list[Codes], own: list[int]) -> None:
+        pack_layer(layer, codes, own, group, nested)
+
+    coverage = quantise_experts(layers, chosen, put, group, how, calibration, least=min_tokens, cap=cap)
+    coverage.total = total
+    coverage.check()
+    plan = replace(plan, bits=chosen)
+    compress(loaded, plan)
+    settings = {"data": files, "samples": samples, "bits": bits, "how": how, "linears": linears, "head": head}
+    settings |= {"group": group, "rules": rules, "smooth": smooth, "balanced": balanced, "cost": cost}
+    save(model, loaded, processor, plan, output, "compress quantize", settings)
+    after = expert_bytes(view(loaded))
+    used = coverage.bits / coverage.touched
+    sizes = used, 16 / group, after / 1e6, before / 1e6
+    log.info("experts: %.2f bits a weight and %.2f of scales, %.1f of %.1f MB", *sizes)
+
+
+def pack_layer(layer: MoEView, codes: list[Codes], bits: list[int], group: int, nested: bool = False) -> None:
+    """Replace a layer's experts by packed ones of these codes, and give the memory of the old ones back."""
+    joined = [
+        {
+            "gate_up": tuple(torch.cat([own["gate"][part], own["up"][part]]) for part in (0, 1)),
+            "down": own["down"],
+        }
+        for own in codes
+    ]
+    stacks: Any = [
+        tuple(torch.stack([own[name][part] for own in joined]) for part in (0, 1))
+        for name in ("gate_up", "down")
+    ]
+    packed = PackedExperts.from_experts(layer.experts, bits, group, tuple(stacks), nested)
+    layer.block.experts = packed
+    move_hooks(layer.experts, packed)
+    for weight in layer.experts.parameters():
+        weight.data = weight.new_empty(0)
+
+
+def warn_of_missing(model: Any, files: Sequence[str], media_root: str | None = None) -> None:
+    """Name the modalities of a model that no calibration file has: what few bits do to them is not known."""
+    if not isinstance(model, UniMoeForConditionalGeneration):
+        return
+    found = {
+        part for file in files for sample in read_samples(file, media_root=media_root)
+        for part in sample.modality.split("+")
+    }  # fmt: skip
+    if missing := sorted({"text", *model.model.encoders} - found):
+        log.warning(
+            "no calibration sample has %s: what the model knows of it may be lost", ", ".join(missing)
+        )
+
+
+def read_mean(text: str, choices: Sequence[int]) -> float:
+    """A mean number of bits.
+
+    Raises:
+        UserError: it is none, or cannot be reached.
+    """
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = 0.0
+    if "." not in text or not bits > 0:
+        raise UserError(f"--bits is {text}, expected one of {BITS}, or a mean with a point such as 3.5")
+    if unknown := set(choices) - set(BITS):
+        raise UserError(f"--choices has {sorted(unknown)[0]}, expected some of {BITS}")
+    if not min(choices) <= bits <= max(choices):
+        raise UserError(f"--bits {text} cannot be met with --choices {' '.join(map(str, sorted(choices)))}")
+    return bits
+
+
+def _forward(model: Any) -> Forward:
+    @torch.no_grad()
+    def forward(batch: dict[str, Any]) -> None:
+        last_hidden(model, to_device(batch, model.device))
+
+    return forward
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    hidden = last_hidden(model, to_device(batch, model.device))
+    return model.get_output_embeddings()(hidden).float()
