@@ -29,7 +29,7 @@ from unimoe.compress.quantize import (
 from unimoe.compress.rules import Rules
 from unimoe.compress.smooth import smooth as smooth_channels
 from unimoe.compress.store import compress
-from unimoe.compress.structure import move_hooks, check_coverage
+from unimoe.compress.structure import check_coverage, move_hooks
 from unimoe.compress.view import MoEView, view
 from unimoe.compress.watch import Collector
 from unimoe.data.read import data_files, read_samples

@@ -90,6 +90,9 @@ VERBS = {
     "compress quantize": Verb(
         "unimoe.commands.compress_quantize:quantize", "store weights in few bits, and run them packed"
     ),
+    "compress export": Verb(
+        "unimoe.commands.compress_export:export", "write a packed model for vLLM or llama.cpp"
+    ),
     "compress prune": Verb("unimoe.commands.compress:prune", "keep the experts that matter most"),
     "compress merge": Verb(
         "unimoe.commands.compress:merge", "replace alike experts by their mean, or by one"

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from unimoe.errors import UserError
-from unimoe.model.host_loss import is_stock
+from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.structure import structure_of
+from unimoe.moe.layer import MoELayer
 from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
 
 from .plan import Plan
@@ -38,10 +39,10 @@ def export_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> Non
         UserError: the format, or those who read it, cannot hold the model; the message says why.
     """
     plan = check_exportable(model)
+    stock = _stock(model)
     codes, scales, bits = _packed(model)
-    codes, scales = (revert_weight_conversion(_dense(model), one) for one in (codes, scales))
-    kept = revert_weight_conversion(_dense(model), _floats(model))
-    number = {name: _bits_of(name, one, bits) for name, one in codes.items()}
+    codes, scales, kept = (_original(stock, one) for one in (codes, scales, _floats(model)))
+    number = {name: _bits_of(name, bits) for name in codes}
     tensors = {name: one.contiguous() for name, one in kept.items()}
     for name, code in codes.items():
         base = name.removesuffix(".weight")
@@ -49,7 +50,7 @@ def export_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> Non
         tensors[f"{base}.weight_scale"] = scales[name].to(torch.float16).contiguous()
         tensors[f"{base}.weight_shape"] = torch.tensor(code.shape)
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads(_config_of(model).to_json_string(use_diff=False))
+    config = json.loads(stock.config.to_json_string(use_diff=False))
     config["quantization_config"] = _scheme(number, list(kept), plan.group)
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -63,10 +64,11 @@ def check_exportable(model: PreTrainedModel) -> Plan:
     entry = structure_of(model)
     if entry.plan is None or not any(isinstance(one, PackedExperts) for one in model.modules()):
         raise UserError("this model is not packed; run `unimoe compress quantize` before the export")
-    if not is_stock(model) or entry.moe is not None:
+    ours = any(isinstance(one, MoELayer) for one in model.modules())
+    if ours or (isinstance(model, UniMoeForConditionalGeneration) and len(model.model.encoders)):
         raise UserError(
-            "compressed-tensors is for models of transformers as they are: their readers do not know the MoE "
-            "layers of this one; export it to gguf"
+            "readers of compressed-tensors know models of transformers as they are, not our MoE layers and "
+            "encoders; export this one to gguf"
         )
     plan = Plan.from_dict(entry.plan)
     counts = {one.num_experts for one in model.modules() if isinstance(one, PackedExperts)}
@@ -125,15 +127,11 @@ def _packed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dic
     return codes, scales, bits
 
 
-def _dense(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock model on the meta device, from which transformers knows the names of the checkpoint."""
-    with torch.device("meta"):
-        return type(model)(_config_of(model))
-
-
-def _config_of(model: PreTrainedModel) -> Any:
-    """The configuration of a stock model with as many experts as are left."""
-    config: Any = copy.deepcopy(model.config)
+def _stock(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model on the meta device, with as many experts as are left: it has the configuration, and
+    transformers knows the names of its checkpoint."""
+    wrapped = isinstance(model, UniMoeForConditionalGeneration)  # a causal LM of `unimoe convert llm`
+    config: Any = copy.deepcopy(model.config.text_config if wrapped else model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     layer, text = view(model)[0], config.get_text_config()
@@ -141,7 +139,16 @@ def _config_of(model: PreTrainedModel) -> Any:
         if hasattr(text, name):
             setattr(text, name, layer.num_experts)
     text.num_experts_per_tok = layer.top_k
-    return config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config) if wrapped else type(model)(config)
+
+
+def _original(stock: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the model's names -> by those of the original checkpoint."""
+    own = {name.replace("model.language_model.", "model.", 1): one for name, one in tensors.items()}
+    return revert_weight_conversion(
+        stock, own if "model.norm.weight" in stock.state_dict() else dict(tensors)
+    )
 
 
 def _floats(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -156,17 +163,15 @@ def _floats(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _bits_of(name: str, code: Tensor, bits: Mapping[str, int]) -> int:
-    """Bits of a module of the checkpoint, whose names differ from the model's: the numbers in them do not."""
-    own = next((number for module, number in bits.items() if name == f"{module}.weight"), None)
-    if own is not None:
-        return own
+def _bits_of(name: str, bits: Mapping[str, int]) -> int:
+    """Bits of a matrix of the checkpoint. Matrices of experts have other names there, in the same layer."""
     layer = re.search(r"layers\.(\d+)\.", name)
-    return next(
-        number
-        for module, number in bits.items()
-        if layer and module.endswith("experts") and f"layers.{layer[1]}." in module
-    )
+    for module, number in bits.items():
+        own = name.endswith(module.rpartition("layers.")[2] + ".weight")
+        experts = module.endswith(".experts") and layer and f"layers.{layer[1]}." in module
+        if own or (experts and re.search(r"experts\.\d", name)):
+            return number
+    raise KeyError(name)
 
 
 def _scheme(number: Mapping[str, int], kept: list[str], group: int) -> dict[str, Any]:
