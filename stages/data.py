@@ -161,13 +161,11 @@ class StageData(LightningDataModule):
             trainer: Any = self.trainer
             module = trainer.lightning_module
             features = None
-            if isinstance(module.processor, HostProcessor):
-                for key in ("pack", "cache_features"):
-                    if getattr(self.config, key):
-                        raise UserError(
-                            f"data.{key}: {type(module.model).__name__} has inputs that cannot be "
-                            f"{'packed' if key == 'pack' else 'cached'}; leave it out"
-                        )
+            if isinstance(module.processor, HostProcessor) and self.config.cache_features:
+                found = type(module.model).__name__
+                raise UserError(
+                    f"data.cache_features: {found} has inputs that cannot be cached; leave it out"
+                )
             if self.config.cache_features:
                 folder = self.config.cache_features
                 if not isinstance(folder, str):

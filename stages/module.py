@@ -17,6 +17,7 @@ from unimoe.errors import UserError
 from unimoe.model.build import Built
 from unimoe.model.host import find_decoder
 from unimoe.model.host_loss import answer_loss, aux_loss, front, is_stock, moe_settings
+from unimoe.model.host_packing import check_packing
 from unimoe.model.loading import build_on_meta
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
@@ -167,6 +168,9 @@ class StageModule(ResumableModule):
     def _build(self) -> Built:
         """The model with its weights, and its processor."""
         model, processor = self.config.build(self.seed)
+        data = getattr(self._trainer, "datamodule", None)
+        if is_stock(model) and data is not None and data.config.pack:
+            check_packing(model)
         if self.config.save == "expert":
             if is_stock(model):
                 raise UserError(

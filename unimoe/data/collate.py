@@ -17,6 +17,7 @@ from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
 from unimoe.media.source import Part, describe
 from unimoe.model.configuration import IGNORED
+from unimoe.model.host_processor import is_of_tokens
 from unimoe.model.inputs import EncodedConversation, Prepared
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.rope_3d import Span, image_span
@@ -195,7 +196,16 @@ class Collator:
             if encoded["position_ids"] is not None:
                 joined["position_ids"] = (joined["position_ids"] or []) + encoded["position_ids"]
             for name, items in encoded["media"].items():
-                joined["media"].setdefault(name, []).extend(items)
+                if not is_of_tokens(name):
+                    joined["media"].setdefault(name, []).extend(items)
+        for name in {name for encoded, _ in rows for name in encoded["media"] if is_of_tokens(name)}:
+            kinds = [
+                encoded["media"][name][0][:, : len(labels)]
+                if name in encoded["media"]
+                else torch.zeros(1, len(labels), dtype=torch.long)
+                for encoded, labels in rows
+            ]
+            joined["media"][name] = [torch.cat(kinds, 1)]
         batch = self._pad([joined], "right")
         del batch["attention_mask"]
         if "position_ids" not in batch:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from unimoe.errors import UserError
@@ -153,6 +154,7 @@ class _Inputs(NamedTuple):
 
     input_ids: Tensor | None
     attention_mask: Tensor | None
+    position_ids: Tensor | None
     token_ids: dict[str, int]
 
 
@@ -176,7 +178,10 @@ def follow_tokens(model: PreTrainedModel) -> None:
 def _note_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    _inputs.set(_Inputs(ids, mask, token_ids(model.config)))
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 3:
+        positions = positions[0]  # of four, the one that begins again with each packed sample
+    _inputs.set(_Inputs(ids, mask, positions, token_ids(model.config)))
 
 
 def _forget_inputs(*_: Any) -> None:
@@ -200,11 +205,24 @@ def _close_context(*_: Any) -> None:
     _opened.stack.pop().__exit__(None, None, None)
 
 
-def _context(inputs: _Inputs | None, rows: int, length: int, device: torch.device) -> Context:
+def sample_of_tokens(
+    rows: int, length: int, device: torch.device, position_ids: Tensor | None = None
+) -> Tensor:
+    """[B*T] the sample of each token: one a row, or several packed ones where ``position_ids`` [B, T] do not
+    increase by one."""
     sample_T = torch.arange(rows, device=device).repeat_interleave(length)
+    if position_ids is None or length < 2:
+        return sample_T
+    begins_BT = F.pad(position_ids.diff(dim=1) != 1, (1, 0)).expand(rows, length)
+    return sample_T + begins_BT.flatten().cumsum(0)
+
+
+def _context(inputs: _Inputs | None, rows: int, length: int, device: torch.device) -> Context:
     if inputs is None:
-        return Context(sample_T=sample_T)
-    ids, mask = inputs.input_ids, inputs.attention_mask
+        return Context(sample_T=sample_of_tokens(rows, length, device))
+    ids, mask, positions = inputs.input_ids, inputs.attention_mask, inputs.position_ids
+    packed = mask is None and positions is not None and positions.shape[-1] == length
+    sample_T = sample_of_tokens(rows, length, device, positions if packed else None)
     modality_T = token_T = pad_T = None
     if ids is not None and ids.shape == (rows, length):
         token_T = ids.flatten()

@@ -16,6 +16,7 @@ from unimoe.moe.losses.auxiliary import Across, alone
 
 from .configuration import IGNORED
 from .host import find_decoder, logits_to_keep, towers
+from .host_packing import packed_positions
 from .loss import cross_entropy_sum
 from .modeling import UniMoeForConditionalGeneration
 from .structure import StructureConfig
@@ -50,6 +51,8 @@ def supervised_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Ten
     labels_BT = batch["labels"][:, 1:]
     at_P = (labels_BT != IGNORED).any(0).nonzero()[:, 0]
     kept = logits_to_keep(model, at_P)
+    if "position_ids" in inputs:
+        inputs["position_ids"] = packed_positions(model, inputs)
     logits_BPV = model(**inputs, **kept, use_cache=False).logits
     if not kept:
         logits_BPV = logits_BPV[:, at_P]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -35,6 +34,7 @@ from unimoe.moe.losses.auxiliary import Across, alone
 from .by_modality import ByModality
 from .causal_head import CausalHead
 from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
+from .host import sample_of_tokens
 from .inputs import EncodedMedia, MediaInputs, takes_media
 from .loss import cross_entropy_sum, supervised
 from .rope_3d import install_time_rotary, time_ids
@@ -273,14 +273,11 @@ class UniMoeModel(MediaModel):
         pad_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             pad_T = (attention_mask[:, -length:] == 0).flatten()
-        sample_T = torch.arange(rows, device=embeds_BTH.device).repeat_interleave(length)
-        if position_ids is not None and attention_mask is None and length > 1:
-            begins_BT = F.pad(position_ids.diff(dim=1) != 1, (1, 0)).expand(rows, length)
-            sample_T = sample_T + begins_BT.flatten().cumsum(0)
+        packed = position_ids if attention_mask is None else None
         return Context(
             pad_T=pad_T,
             modality_T=modality_BT.flatten(),
-            sample_T=sample_T,
+            sample_T=sample_of_tokens(rows, length, embeds_BTH.device, packed),
             token_T=None if input_ids is None else input_ids.flatten(),
         )
 
