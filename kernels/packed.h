@@ -253,7 +253,7 @@ namespace neon {
 #ifdef __ARM_FEATURE_DOTPROD
 #define PACKED_TARGET
 #else
-#define PACKED_TARGET __attribute__((target("+dotprod")))
+#define PACKED_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
 #define INLINE PACKED_TARGET [[gnu::always_inline]] inline
 typedef uint8x16_t Bytes;

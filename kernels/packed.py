@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unimoe.errors import UserError
 
-from . import native
+from . import native, packed_torch
 from .arguments import groups, needs_grad
 from .dispatch import choose, triton_form
 from .few_rows import MoEOutput
@@ -149,14 +149,14 @@ class Stack:
 
     def unpack(self, e: int) -> tuple[Tensor, Tensor]:
         """Codes [P, K] int8 and scales [P, G] float32 of matrix ``e``, as :meth:`fill` got them."""
-        u_PK, scale_PG, _, step = self._unpacked(e, 0)
+        u_PK, scale_PG, _, step = self.unpacked(e, 0)
         bits = self.bits[e]
         q = u_PK.to(torch.int16) * 2 - 1 if bits == 1 else u_PK.to(torch.int16) - 2 ** (bits - 1)
         return q.to(torch.int8), scale_PG / step
 
     def dequantise(self, e: int, level: int = 0) -> Tensor:
         """Matrix ``e``, [P, K] float32; of the first ``level`` bits where that is not 0."""
-        u_PK, scale_PG, zero, _ = self._unpacked(e, level)
+        u_PK, scale_PG, zero, _ = self.unpacked(e, level)
         return ((u_PK.float() - zero).unflatten(-1, (scale_PG.shape[-1], -1)) * scale_PG[..., None]).flatten(
             1
         )
@@ -183,7 +183,7 @@ class Stack:
         scale_XG = self.scales[e].view(torch.float16)[block_X, :, lane_X].float() * step
         return (u_XGk * scale_XG[..., None]).flatten(1)
 
-    def _unpacked(self, e: int, level: int) -> tuple[Tensor, Tensor, float, float]:
+    def unpacked(self, e: int, level: int) -> tuple[Tensor, Tensor, float, float]:
         """Unsigned codes [P, K], steps between their values [P, G], what is subtracted from the codes, and
         how many scales make a step."""
         bits, G, blocks = self.bits[e], self.width // self.group, self.scales.shape[1]
@@ -263,7 +263,7 @@ def quantise_rows(x_NK: Tensor, group: int) -> tuple[Tensor, Tensor]:
 def linear_reference(x_NK: Tensor, stack: Stack, e: int, level: int = 0) -> Tensor:
     """[N, P] in float32: rows of 8 bits times matrix ``e``."""
     q_NGk, x_scale_NG = quantise_rows(x_NK, stack.group)
-    u_PK, scale_PG, zero, _ = stack._unpacked(e, level)
+    u_PK, scale_PG, zero, _ = stack.unpacked(e, level)
     u_PGk = u_PK.float().unflatten(-1, (-1, stack.group)) - zero
     # sums of up to 512 products of 8 bits are exact in float32
     sums_NPG = torch.einsum("ngk,pgk->npg", q_NGk, u_PGk)
@@ -282,8 +282,8 @@ def linear(x: Tensor, stack: Stack, bias: Tensor | None = None, level: int = 0) 
         return y if x.dtype is torch.float32 else y.to(x.dtype)
     if runs_triton(x):
         return triton_form("packed_linear")(x, stack, bias, level)
-    weight = stack.dequantise(0, level).to(x.dtype)
-    return F.linear(x, weight, bias)
+    y = _product(x.reshape(-1, stack.width), stack, 0, level).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 
 def fused_experts(
@@ -320,11 +320,18 @@ def fused_experts(
         return triton_form("packed_experts")(*pairs, gate_up, down, act, level)
     y_TH = torch.zeros_like(x_TH)
     for e, start, end in groups(offsets_E1.tolist()):
-        token, dtype = token_N[start:end], x_TH.dtype
-        gate, up = F.linear(x_TH[token], gate_up.dequantise(e, level).to(dtype)).chunk(2, -1)
-        y = F.linear(GATES[act](gate) * up, down.dequantise(e, level).to(dtype))
-        y_TH = y_TH.index_add(0, token, y * weight_N[start:end, None].to(dtype))
+        token, weight_n1 = token_N[start:end], weight_N[start:end, None]
+        gate, up = _product(x_TH[token], gate_up, e, level).chunk(2, -1)
+        y = _product(GATES[act](gate) * up, down, e, level) * weight_n1.to(x_TH.dtype)
+        y_TH = y_TH.index_add(0, token, y)
     return y_TH
+
+
+def _product(x_NK: Tensor, stack: Stack, e: int, level: int) -> Tensor:
+    """Rows times matrix ``e`` without the operators: in torch's own packed product, or unpacked."""
+    if not needs_grad(x_NK) and packed_torch.fits(x_NK, stack.group):
+        return packed_torch.product(x_NK, stack.codes, (e, level), lambda: stack.unpacked(e, level)[:3])
+    return F.linear(x_NK, stack.dequantise(e, level).to(x_NK.dtype))
 
 
 def moe(
