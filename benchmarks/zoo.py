@@ -33,6 +33,9 @@ from unimoe.files import atomic_write, file_hash
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "zoo"
 PAGE = ROOT / "docs" / "results" / "zoo.md"
+TEXT = Path("runs/text")
+ON_DIGITS = ("cdsp", "uoe")
+"""Experiments that do not read ``TEXT``."""
 FEWEST_SEEDS = 5
 NOT_RUN = "registered, not run yet"
 STATISTICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -164,7 +167,13 @@ def judge(
 
 
 def run(experiment: Experiment, output: Path) -> dict[str, Any]:
-    """Train what is missing, and store and return the result."""
+    """Train what is missing, and store and return the result.
+
+    Raises:
+        UserError: there is no text to train on.
+    """
+    if experiment.name not in ON_DIGITS and not TEXT.is_dir():
+        raise UserError(f"{experiment.name} trains on {TEXT}; benchmarks/handbook.py says how to make it")
     measured = _script_cells(experiment) if experiment.script else _compare_cells(experiment, output)
     values = {
         side: {seed: cell["value"] for seed, cell in own.items() if cell["value"] is not None}

@@ -27,6 +27,7 @@ def registered(zoo, tmp_path, monkeypatch):
     """One experiment of a script, in a folder of its own."""
     monkeypatch.setattr(zoo, "FOLDER", tmp_path)
     monkeypatch.setattr(zoo, "PAGE", tmp_path / "zoo.md")
+    monkeypatch.setattr(zoo, "TEXT", tmp_path)
     (tmp_path / "coin.yaml").write_text(
         "{design: Coin, claim: heads win, statistic: throws, direction: lower, treatment: heads,"
         " control: tails, minutes: 0, script: coin, size: one coin}"
@@ -89,9 +90,13 @@ def test_a_changed_registration_counts_as_not_run(zoo, registered):
     assert zoo.NOT_RUN in (registered / "zoo.md").read_text()
 
 
-def test_mistakes_name_what_was_found(zoo, registered):
+def test_mistakes_name_what_was_found(zoo, registered, monkeypatch):
     with pytest.raises(UserError, match="no experiment 'con', expected coin"):
         zoo.main(["--only", "con"])
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo, "TEXT", registered / "text")
+        with pytest.raises(UserError, match=r"coin trains on .*text; benchmarks/handbook.py says how"):
+            zoo.main(["--only", "coin"])
     path = registered / "coin.yaml"
     good = path.read_text()
     for old, new, message in (
