@@ -213,6 +213,22 @@ def idefics3() -> Built:
     return model(config), hf.Idefics3Processor(images, tokens, image_seq_len=1)
 
 
+def smolvlm() -> Built:
+    """Its processor needs the package num2words."""
+    more = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    tokens = tokenizer(more=more)
+    config = hf.SmolVLMConfig(
+        vision_config={**CLIP, "image_size": 28, "patch_size": 14, "model_type": "smolvlm_vision"},
+        text_config={**text(tokens), "model_type": "llama"},
+        image_token_id=tokens.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    sides = {"size": {"longest_edge": 28}, "max_image_size": {"longest_edge": 28}}
+    images = hf.SmolVLMImageProcessor(do_image_splitting=False, **sides)
+    videos = hf.SmolVLMVideoProcessor(num_frames=4, fps=1, **sides)
+    return model(config), hf.SmolVLMProcessor(images, tokens, videos, image_seq_len=1)
+
+
 def internvl() -> Built:
     named = {"start_image": "<img>", "end_image": "</img>", "context_image": "<image>", "video": "<video>"}
     tokens = tokenizer(named=named)

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from transformers.models.smolvlm import processing_smolvlm
 
 from unimoe.data import Collator, Sample
 from unimoe.errors import UserError
 from unimoe.model.chat_template import BREAK
 from unimoe.model.configuration import IGNORED
+from unimoe.model.host_loss import answer_loss
 from unimoe.model.host_processor import HostProcessor
 from unimoe.model.inputs import cat_padded
-from unimoe.testing_hosts import FAMILIES, inputs, question
+from unimoe.model.loading import load_any, open_processor
+from unimoe.model.structure import upcycle_model
+from unimoe.moe import MoEConfig
+from unimoe.testing_hosts import FAMILIES, inputs, question, smolvlm
 
 CHAT = [name for name in FAMILIES if name != "paligemma"]  # a base model, without a chat template
 
@@ -102,3 +107,26 @@ def test_templates_that_drop_an_answer_are_refused():
 def test_items_of_several_rows_are_padded_to_the_largest():
     joined = cat_padded([torch.ones(1, 2), torch.ones(2, 3)])
     assert joined.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
+
+
+def test_smolvlm_needs_a_package(monkeypatch, tmp_path):
+    with monkeypatch.context() as there:
+        there.setattr(processing_smolvlm, "num2words", str)
+        model, processor = smolvlm()
+        ours = HostProcessor(processor)
+        for part in (model, ours):
+            part.save_pretrained(tmp_path)
+        for asked in [(), ("image",), ("image", "image"), ("video",)]:
+            found = ours.pad([ours.encode(question(*asked), add_generation_prompt=True)])
+            expected = inputs(processor, question(*asked))
+            assert torch.equal(found["input_ids"], expected["input_ids"])
+        batch = Collator(load_any(tmp_path, device="cpu")[1])([Sample(answered("image", answer="yes"), "a")])
+        assert ours.tokenizer.decode(batch["labels"][batch["labels"] != IGNORED]) == "yes<|im_end|>" * 2
+        with torch.no_grad():
+            loss = model(**batch).loss
+            upcycle_model(model, MoEConfig.for_upcycling({"experts": {"copies": 2}}))
+            torch.testing.assert_close(answer_loss(model, [batch])[0], loss, rtol=0, atol=1e-5)
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    for load in (load_any, open_processor):
+        with pytest.raises(UserError, match="Package `num2words` is required"):
+            load(str(tmp_path))

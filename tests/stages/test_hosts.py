@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from PIL import Image
@@ -82,6 +84,38 @@ def test_a_moe_stage_trains_and_leaves_a_stock_folder(host, fit, tmp_path):
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert "Trained by `unimoe fit`: stage moe, 3 steps." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "qwen2_5_omni", "internvl", "llava_onevision", "qwen3_vl"])
+def test_other_families_train_a_stage(name, fit, tmp_path):
+    """Sound, video, and images, one after another."""
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "0.png")
+    soundfile.write(tmp_path / "0.wav", np.random.default_rng(0).normal(size=8000) / 4, 16000)
+    paths = {"image": "0.png", "audio": "0.wav", "video": ["0.png"] * 4}
+    lines = []
+    for kind in FAMILIES[name][1]:
+        asked = [{"type": kind, "path": paths[kind]}, {"type": "text", "text": "what?"}]
+        lines.append(
+            {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]}
+        )
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    model, processor = FAMILIES[name][0]()
+    upcycle_model(model, MoEConfig.for_upcycling({"experts": {"copies": 2}}))
+    model.save_pretrained(tmp_path / "moe")
+    processor.save_pretrained(tmp_path / "moe")
+    fit(settings(tmp_path, tmp_path, lora=[{"layers": "experts", "rank": 2, "lr": 1e-2}]))
+    found = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
+    start = moe_layers(model)[0].experts.down_proj
+    assert not torch.equal(moe_layers(found)[0].experts.down_proj, start)
+
+
+def test_images_for_a_model_that_takes_none_are_named(fit, host, tmp_path):
+    for part in FAMILIES["qwen2_audio"][0]():
+        part.save_pretrained(tmp_path / "blind")
+    chosen = settings(host, tmp_path, lora=[{"layers": "attention"}])
+    chosen["model"]["init_from"] = str(tmp_path / "blind")
+    with pytest.raises(UserError, match="train.jsonl:.*this model takes no image; it takes text, "):
+        fit(chosen)
 
 
 @pytest.mark.slow

@@ -238,7 +238,7 @@ def open_processor(model: str) -> UniMoeProcessor:
         if (Path(model) / "processor_config.json").is_file():
             return UniMoeProcessor.from_pretrained(model, local_files_only=True)
         tokenizer: Any = AutoTokenizer.from_pretrained(str(resolve_part(model, "llm")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{model}: no model or tokenizer can be loaded: {first_line(error)}") from error
     prepare_tokenizer(tokenizer)
     processor = UniMoeProcessor(tokenizer)
