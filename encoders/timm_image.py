@@ -6,6 +6,7 @@ Shapes: B images, S = grid positions, D = width, C = channels of a feature map.
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import timm
@@ -49,10 +50,7 @@ class TimmImageEncoder(ImageEncoder):
     def __init__(self, config: TimmConfig):
         super().__init__(config)
         self.model, self.level = create(config)
-        with torch.device("meta"):  # costs no arithmetic and no memory
-            twin, level = create(config)
-            pixels = torch.empty(1, 3, config.image_size, config.image_size)
-            self.grid, self.hidden_size = describe(lambda: take(twin.eval(), pixels, level), config.name)
+        self.grid, self.hidden_size = feature_shape(config.name, config.image_size, config.features_layer)
         own = resolve_model_data_config(self.model)
         self.preprocessing = {
             "image_size": config.image_size,
@@ -81,6 +79,20 @@ class TimmImageEncoder(ImageEncoder):
 
     def features(self, pixels_B3HW: Tensor) -> Tensor:
         return take(self.model, pixels_B3HW, self.level)
+
+
+@cache
+def feature_shape(name: str, image_size: int, features_layer: int | None) -> tuple[tuple[int, int], int]:
+    """Grid and width of a model's features, from a twin on the meta device, which needs no arithmetic and no
+    memory, but as much time as the model itself to be built.
+
+    Raises:
+        UserError: timm does not know the name, or the model has no such level or takes no such image.
+    """
+    with torch.device("meta"):
+        twin, level = create(TimmConfig(name, image_size, features_layer))
+        pixels = torch.empty(1, 3, image_size, image_size)
+        return describe(lambda: take(twin.eval(), pixels, level), name)
 
 
 def create(config: TimmConfig, pretrained: bool = False) -> tuple[Any, int | None]:

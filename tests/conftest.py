@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import warnings
@@ -20,6 +21,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(900))
     files = {item.path for item in slow}
     items.sort(key=lambda item: item.path not in files)
+
+
+def pytest_collection_finish():
+    """What the imports have made stays: a full garbage collection need not look through it each time, for a
+    third of a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
