@@ -76,6 +76,13 @@ def checkout(before: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", str(code)], check=True)
 
 
+def build_operators(code: Path) -> None:
+    """Compile the C++ operators of a checkout: a library fits one version of its source. Where they cannot be
+    compiled, that version runs without them."""
+    command = [sys.executable, "-P", "-m", "unimoe.kernels.native"]
+    subprocess.run(command, env=serve.environment_of(code), capture_output=True, check=False)
+
+
 @contextmanager
 def serving(name: str, model: str, rows: int, python: str | None) -> Iterator[tuple[Any, float]]:
     """A server on an engine, and the seconds until it took requests."""
@@ -270,7 +277,9 @@ def main() -> None:
         servers, engines = {}, {}
         if args.before:
             earlier = args.before_model or model
-            code, begin = stack.enter_context(checkout(args.before)), time.perf_counter()
+            code = stack.enter_context(checkout(args.before))
+            build_operators(code)
+            begin = time.perf_counter()
             flags = ("--max-batch", str(max(args.clients)))
             servers[BEFORE] = stack.enter_context(serve.serving(earlier, *flags, code=code))
             seconds = time.perf_counter() - begin

@@ -120,15 +120,16 @@ class Served:
         }
 
 
+def environment_of(code: Path) -> dict[str, str]:
+    """Of processes that run another checkout."""
+    return {**os.environ, "PYTHONPATH": str(code.resolve())}
+
+
 @contextmanager
 def serving(model: str, *flags: str, code: Path | None = None) -> Iterator[Served]:
     """Run ``unimoe serve`` until the block ends, of another checkout where ``code`` names one."""
-    python, environment = [sys.executable, "-P", "-m"], dict(os.environ)
-    if code:
-        environment["PYTHONPATH"] = str(code.resolve())
-        # a library fits one version of its source; where it cannot be built, that version runs without
-        subprocess.run([*python, "unimoe.kernels.native"], env=environment, capture_output=True, check=False)
-    command = [*python, "unimoe", "serve", model, "--port", "0", "--name", "model", *flags]
+    command = [sys.executable, "-P", "-m", "unimoe", "serve", model, "--port", "0", "--name", "model", *flags]
+    environment = environment_of(code) if code else None
     quiet = subprocess.DEVNULL  # where the server logs each request
     with subprocess.Popen(
         command, stdout=quiet, stderr=subprocess.PIPE, text=True, env=environment
