@@ -70,7 +70,8 @@ def check_anneal(settings: dict[str, Anneal], model: UniMoeForConditionalGenerat
     """Check that every key names a loss, or a knob that the model has.
 
     Raises:
-        UserError: an unknown key, a model without experts, or a layer without the knob.
+        UserError: an unknown key, a model without experts, a layer without the knob, or a knob of some layers
+            that must be the same in all.
     """
     layers = moe_layers(model)
     for key, schedule in settings.items():
@@ -85,6 +86,9 @@ def check_anneal(settings: dict[str, Anneal], model: UniMoeForConditionalGenerat
             knobs = {knob for layer in layers.values() for part in _parts(layer) for knob in part.knobs}
             known = nearest(key, [*LOSSES, *sorted(knobs)])
             raise UserError(f"model.anneal: layer {lacking[0]} has no knob {key!r}{known}")
+        if wanted != set(layers) and any(key in layer.router.common_knobs for layer in layers.values()):
+            found = f"found layers {sorted(wanted)}"
+            raise UserError(f"model.anneal.{key}: {found}, expected all MoE layers: {sorted(layers)}")
 
 
 def losses_at(settings: dict[str, Anneal], losses: Mapping[str, Any], step: int) -> dict[str, Any]:

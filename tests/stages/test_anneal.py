@@ -61,6 +61,9 @@ def test_mistakes(tmp_path):
         check_anneal({"kk": LINE}, mixture)
     with pytest.raises(UserError, match="layer 9 has no knob 'k'"):
         check_anneal({"k": Anneal(table=[(0, 2)], layers=[9])}, mixture)
+    with pytest.raises(UserError, match=r"candidates: found layers \[1\], expected all MoE layers: \[0, 1\]"):
+        check_anneal({"candidates": Anneal(table=[(0, 2)], layers=[1])}, mixture)
+    check_anneal({"candidates": Anneal(table=[(0, 2)], layers=[0, 1])}, mixture)
     with pytest.raises(UserError, match="give start, end and steps, or a table"):
         Anneal(start=1.0)
 

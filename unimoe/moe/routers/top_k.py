@@ -73,6 +73,7 @@ class TopK(BiasedRouter):
     """
 
     knobs = (*BiasedRouter.knobs, "k", "bias_rate", "candidates")
+    common_knobs = ("candidates",)
     expert_rows = ("weight", "bias")
 
     def __init__(
