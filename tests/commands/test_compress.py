@@ -96,13 +96,16 @@ def test_a_pruned_folder_is_a_model(how, model, stats, tmp_path):
     assert record["stage"] == "compress prune" and record["parents"][0]["sha256"] == plan.made_of
 
 
-def test_a_global_budget_and_its_plan_again(model, stats, tmp_path):
+def test_a_global_budget_and_its_plan_again(model, stats, data, tmp_path, capsys):
     first, again = tmp_path / "first", tmp_path / "again"
     args = ["compress", "prune", model, "--budget", "0.625", "--globally", "--stats", stats]
     assert cli.main([*args, "--output", str(first)]) == 0
     loaded = AutoModelForMultimodalLM.from_pretrained(first)
-    counts = sorted(layer.num_experts for layer in view(loaded))
-    assert counts == [2, 3]
+    counts = [layer.num_experts for layer in view(loaded)]
+    assert sorted(counts) == [2, 3]
+    assert cli.main(["inspect", str(first), data[0]]) == 0
+    assert f"experts by layer  {counts[0]}, {counts[1]}" in capsys.readouterr().out
+    assert cli.main(["chat", str(first), "-p", "what is this?"]) == 0
     args = ["compress", "prune", model, "--plan", str(first / "plan.yaml"), "--output", str(again)]
     assert cli.main(args) == 0
     other = AutoModelForMultimodalLM.from_pretrained(again).state_dict()

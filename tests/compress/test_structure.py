@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from unimoe.compress.plan import Plan
 from unimoe.compress.store import compress
-from unimoe.compress.structure import merge_rows
+from unimoe.compress.structure import check_coverage, merge_rows
 from unimoe.compress.view import choose, view
 from unimoe.errors import UserError
 from unimoe.moe.packed import PackedExperts
@@ -89,6 +89,16 @@ def test_merging_equal_experts_changes_nothing(name, families, ids):
     before = logits(model, ids)
     compress(model, Plan(merge=[[0, 0, 1, 1]] * 2))
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=2e-6)
+
+
+def test_experts_that_the_view_misses_are_not_passed_by(families):
+    model = families("mixtral")
+    layers = view(model)
+    assert check_coverage(model, layers) == 2 * 4 * 3 * 32 * 48
+    model.other = torch.nn.Module()
+    model.other.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(UserError, match="2 weights of experts were not found, such as other.experts.0"):
+        check_coverage(model, layers)
 
 
 def test_merged_rows_are_the_union_svd_of_sub_moe():

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
+from unimoe.compress.view import merge_map
 from unimoe.errors import UserError
 from unimoe.files import atomic_file, file_hash
 from unimoe.model.modeling import UniMoeForConditionalGeneration
@@ -161,6 +162,8 @@ def _mixture(layer: MoELayer) -> Mixture:
         UserError: llama.cpp has no such layer.
     """
     router = layer.router
+    if merge_map(layer.experts) is not None:
+        raise _inexpressible("merged experts behind a router of more rows")
     if type(router) is not TopK:
         raise _inexpressible(f"a router of kind {type(router).__name__}; it has top-k routers only")
     if router.bias_on == "logits":
