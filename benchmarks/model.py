@@ -6,12 +6,15 @@
   autograd`` is the reference implementation; the other two are the CPU kernel's loops.
 - ``decoding``: the demo's model as it is served, without adapters, for one conversation and for eight: with
   torch's products, and with products of few rows in C++ (``make native``).
+- ``packed``: the same in float32 and with packed weights, for one conversation and for eight; only the steps
+  after the prompt.
 
 The implementations take turns in one process. A step is forward and backward without the optimizer, whose
 cost is the same for all; decoding is greedy, one conversation (of ``decoding`` also eight), with a KV cache.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -26,10 +29,13 @@ from unittest.mock import patch
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from unimoe.compress.plan import Plan
+from unimoe.compress.view import view
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
 from unimoe.model.build import build_model
 from unimoe.moe.few_rows import few_rows
+from unimoe.moe.packed import pack_model
 from unimoe.stages.trainable import LoRA, choose
 
 EXPERTS, TOP_K = 4, 2
@@ -92,7 +98,52 @@ def decoding() -> tuple[Any, dict[str, Form]]:
     return model.eval(), {"torch": nullcontext, "few rows in C++": partial(few_rows, model)}
 
 
-MODELS = {"mixtral": mixtral, "demo": demo, "decoding": decoding}
+class Switch:
+    """One of several models at a time, each with the conversations that it is in the middle of."""
+
+    def __init__(self) -> None:
+        self.title, self.model, self.states = "", None, {}
+
+    @contextmanager
+    def use(self, title: str, model: Any, form: Form = nullcontext) -> Iterator[None]:
+        self.title, self.model = title, model
+        with form():
+            yield
+
+    @torch.inference_mode()
+    def steps(self, ids_BT: torch.Tensor, new: int, rows: int = 1) -> int:
+        """Greedy steps, after a prompt of 24 tokens in the first round; returns the number of tokens."""
+        model, key = self.model, (self.title, rows)
+        assert model is not None
+        output = self.states.get(key) or model(input_ids=ids_BT[:rows, :24], use_cache=True)
+        for _ in range(new):
+            last = {"input_ids": output.logits[:, -1:].argmax(-1), "past_key_values": output.past_key_values}
+            output = model(**last, use_cache=True)
+        self.states[key] = output
+        return rows * new
+
+
+def packed() -> tuple[Any, dict[str, Form]]:
+    """The demo's MoE model in float32 and with packed weights, and a context manager that selects each."""
+    plain, _ = decoding()
+    found = Switch()
+    few = "float32, few rows in C++"
+    forms: dict[str, Form] = {
+        "float32, torch": partial(found.use, "torch", plain),
+        few: partial(found.use, few, plain, partial(few_rows, plain)),
+    }
+    for title, plan in (
+        ("experts 4 bits", Plan(bits=4)),
+        ("all 8 bits", Plan(bits=8, linears=8, head=8)),
+        ("experts 4 bits, rest 8", Plan(bits=4, linears=8, head=8)),
+    ):
+        model = copy.deepcopy(plain)
+        pack_model(model, view(model), plan)
+        forms[title] = partial(found.use, title, model, partial(few_rows, model))
+    return found, forms
+
+
+MODELS = {"mixtral": mixtral, "demo": demo, "decoding": decoding, "packed": packed}
 
 
 def step(model: Any, ids_BT: torch.Tensor) -> int:
@@ -153,6 +204,8 @@ def main() -> None:
         if name == "decoding":
             del works["training step"]
             works["decoding, 8 conversations"] = partial(decode, model, ids_BT, options.new, 8)
+        if name == "packed":
+            works = {f"{n} conversations": partial(model.steps, ids_BT, options.new, n) for n in (1, 8)}
         for phase, work in works.items():
             print(f"\n{name}, {phase}: tokens per second (median, quartiles), and relative to the first")
             first = None
