@@ -27,6 +27,7 @@ using Maybe = std::optional<Tensor>;
 
 constexpr int64_t kLanes = 16;             // rows of a block
 constexpr int64_t kColumns = 256;          // rows of x that one unpacking of a group serves
+constexpr int64_t kManyPairs = 64;         // from which on copies of their rows are read sooner than the rows
 constexpr int64_t kWorthAThread = 262144;  // weights: fewer are multiplied sooner than a second thread wakes
 
 const packed::Form*& form() {
@@ -112,23 +113,39 @@ class Quantised {
  public:
   Quantised(const Tensor& x, const Stack& stack, std::vector<int8_t>& memory) : memory_(memory) {
     const int64_t N = x.size(0), K = stack.width(), group = stack.group(), G = K / group, padded = (group + 31) / 32 * 32;
-    memory_.resize(G * N * (padded + 2 * sizeof(float)));
-    auto* rest = reinterpret_cast<float*>(memory_.data() + G * N * padded);
-    rows_ = {memory_.data(), rest, rest + G * N, N};
+    allocate(N, G, padded);
     const float* from = x.const_data_ptr<float>();
     at::parallel_for(0, N, std::max<int64_t>(1, 65536 / K), [&](int64_t first, int64_t last) {
       form()->quantise(from, first, last, K, group, padded, rows_);
     });
   }
+  // Other rows, one after the other: those of an expert, which many of its blocks read.
+  Quantised(const Quantised& from, const std::vector<int64_t>& row, const Stack& stack, std::vector<int8_t>& memory)
+      : memory_(memory) {
+    const int64_t N = row.size(), G = stack.width() / stack.group(), padded = (stack.group() + 31) / 32 * 32;
+    allocate(N, G, padded);
+    for (int64_t g = 0; g < G; ++g) {
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t at = g * from.rows_.rows + row[n], to = g * N + n;
+        std::memcpy(rows_.codes + to * padded, from.rows_.codes + at * padded, padded);
+        rows_.scale[to] = from.rows_.scale[at], rows_.sum[to] = from.rows_.sum[at];
+      }
+    }
+  }
   const packed::Activations& rows() const { return rows_; }
 
  private:
+  void allocate(int64_t N, int64_t G, int64_t padded) {
+    memory_.resize(G * N * (padded + 2 * sizeof(float)));
+    auto* rest = reinterpret_cast<float*>(memory_.data() + G * N * padded);
+    rows_ = {memory_.data(), rest, rest + G * N, N};
+  }
   std::vector<int8_t>& memory_;
   packed::Activations rows_;
 };
 
 std::vector<int8_t>& memory(int i) {
-  thread_local std::array<std::vector<int8_t>, 2> kept;
+  thread_local std::array<std::vector<int8_t>, 3> kept;
   return kept[i];
 }
 
@@ -189,6 +206,12 @@ Tensor run(const Tensor& x, const std::vector<unimoe::Pair>& pairs, const Expert
     if (n == 0 || pairs[n].expert != pairs[n - 1].expert || n - starts.back() == kColumns) starts.push_back(n);
     token[n] = pairs[n].token, pair[n] = n;
   }
+  std::optional<Quantised> sorted;
+  if (N > kManyPairs) {
+    sorted.emplace(tokens, token, experts.gate_up, memory(2));
+    token = pair;
+  }
+  const packed::Activations& from = sorted ? sorted->rows() : tokens.rows();
   const int64_t runs = starts.size(), blocks = experts.gate_up.blocks() / 2;
   starts.push_back(N);
   at::parallel_for(0, runs * blocks, experts.gate_up.grain(), [&](int64_t begin, int64_t end) {
@@ -196,8 +219,8 @@ Tensor run(const Tensor& x, const std::vector<unimoe::Pair>& pairs, const Expert
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t start = starts[unit / blocks], n = starts[unit / blocks + 1] - start, block = unit % blocks;
       const packed::Matrix& m = experts.gate_up[pairs[start].expert];
-      form()->products(m, 2 * block, tokens.rows(), &token[start], n, gate.data());
-      form()->products(m, 2 * block + 1, tokens.rows(), &token[start], n, up.data());
+      form()->products(m, 2 * block, from, &token[start], n, gate.data());
+      form()->products(m, 2 * block + 1, from, &token[start], n, up.data());
       const int64_t valid = std::min(kLanes, I - block * kLanes);
       form()->gated(experts.act, gate.data(), up.data(), n, valid, act + start * I + block * kLanes, I);
     }

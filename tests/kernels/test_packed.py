@@ -117,6 +117,15 @@ def test_more_rows_than_are_multiplied_at_a_time(form):
         assert torch.equal(packed.linear(x[-rows:], stack), together[-rows:])  # none depends on the others
 
 
+def test_many_pairs_of_experts(form):
+    gate_up = stack_of(*torch.randn(2, 64, 32) * 0.2, bits=[4, 8], group=32, halves=2)
+    down = stack_of(*torch.randn(2, 32, 32) * 0.2, bits=[4, 8], group=32)
+    x, token_N, weight_N = torch.randn(50, 32), torch.randint(0, 50, (400,)), torch.rand(400)
+    pairs = (x, token_N, torch.tensor([0, 330, 400]), weight_N, gate_up, down)
+    found = packed.fused_experts(*pairs, torch.tensor([4, 8], dtype=torch.uint8))
+    assert error(found, packed.experts_reference(*pairs)) < 2e-3
+
+
 def test_forms_agree_to_the_last_bit(built):
     if native.ops() is None:
         pytest.skip("UNIMOE_NATIVE is 0, or the library does not load")
