@@ -1,12 +1,16 @@
 """The commands of docs/hosts.md, one after another, on a tiny model and a few conversations."""
 
+import base64
 import json
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
+import uvicorn
 import yaml
 from PIL import Image
+from starlette.testclient import TestClient
 
 from unimoe.analysis.memory_plan import build_frame, read_settings
 from unimoe.commands import main as cli
@@ -48,13 +52,26 @@ def test_the_path_from_a_model_to_its_answers(tmp_path, monkeypatch, capsys):
         "fit": ["--data.steps", "2", "--data.batch_size", "2"],
         "chat": [],
         "evaluate": ["--max-new-tokens", "2"],
+        "serve": ["--port", "0"],
     }
+    said = []
+
+    def answer(server):
+        url = "data:image/png;base64," + base64.b64encode(Path("cat.png").read_bytes()).decode()
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+        asked = {"messages": [{"role": "user", "content": parts}], "max_tokens": 2}
+        with TestClient(server.config.app, base_url="http://127.0.0.1") as client:
+            reply = client.post("/v1/chat/completions", json=asked)
+            said.append((reply.status_code, reply.json()["choices"][0]["message"]["role"]))
+
+    monkeypatch.setattr(uvicorn.Server, "run", answer)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     ran = []
     for words in commands():
-        if words[0] != "serve":
-            assert cli.main([*words, *short.get(words[0], [])]) == 0, words
-            ran.append(words[0])
-    assert ran == ["data", "upcycle", "fit", "evaluate", "inspect", "chat"]
+        assert cli.main([*words, *short.get(words[0], [])]) == 0, words
+        ran.append(words[0])
+    assert ran == ["data", "upcycle", "fit", "evaluate", "inspect", "chat", "serve"]
+    assert said == [(200, "assistant")]
     assert "MoE layers        1 of 2" in capsys.readouterr().out
     assert json.loads(Path("runs/hosted-scores/scores.json").read_text())["all"]["count"] == 3
 

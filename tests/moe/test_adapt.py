@@ -23,3 +23,13 @@ def test_targets_and_layers_are_chosen(decoder):
     assert len(adapt(decoder(), ["*.mlp.*"])) == 6
     with pytest.raises(UserError, match="named 'w1'; there are down_proj"):
         adapt(decoder(), ["w1"])
+
+
+def test_fused_layers_stand_for_theirs(decoder):
+    model = decoder()
+    for block in model.layers:
+        hidden, inner = block.mlp.up_proj.in_features, block.mlp.up_proj.out_features
+        block.mlp.gate_up_proj = torch.nn.Linear(hidden, 2 * inner, bias=False)
+        del block.mlp.gate_proj, block.mlp.up_proj
+    names = [name.rpartition(".")[2] for name in adapt(model)]
+    assert names.count("gate_up_proj") == 2 and len(names) == 2 * (len(PROJECTIONS) - 1)

@@ -12,6 +12,15 @@ from .lora_linear import LoRALinear, block_of
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a LLaMA-like block, all of which DyMoE adapts."""
 
+FUSED = {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+}
+"""One layer in place of several, as GLM and Phi have."""
+
 
 def adapt(
     decoder: nn.Module,
@@ -23,7 +32,8 @@ def adapt(
 
     Args:
         decoder: any module with blocks under ``layers.<i>``, such as a transformers decoder.
-        targets: last component of the layers' names, or glob patterns on the full names.
+        targets: last component of the layers' names, or glob patterns on the full names; where there is no
+            layer of the name, the one into which it is fused.
         layers: indices of the blocks; None takes all.
         scale: alpha / r.
 
@@ -47,6 +57,7 @@ def adapt(
     chosen: set[str] = set()
     for target in targets:
         names = {name for name in linears if _matches(name, target)}
+        names = names or {name for name in linears if _matches(name, FUSED.get(target, target))}
         if not names:
             kinds = sorted({name.rpartition(".")[2] for name in linears})
             raise UserError(f"targets: no linear layer is named {target!r}; there are {', '.join(kinds)}")
