@@ -65,7 +65,8 @@ class FewRowsLinear(nn.Linear):
     """A Linear layer whose products of few rows are ours; all others, and everything else, are torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not few(input, self.weight):
+        # the operator trusts the widths, torch says what is wrong with them
+        if input.shape[-1] != self.in_features or not few(input, self.weight):
             return super().forward(input)
         return torch.ops.unimoe.few_rows_linear.default(input, [self.weight], self.bias)
 

@@ -5,7 +5,7 @@ import torch
 
 from unimoe.compress import rewire
 from unimoe.compress.decoding import Decoding, best, extend, generate_ids, renormalises, routed
-from unimoe.compress.skip import Thresholds
+from unimoe.compress.skip import Thresholds, parse_thresholds
 from unimoe.compress.skip_rules import install
 from unimoe.compress.view import route, view
 from unimoe.errors import UserError
@@ -193,11 +193,16 @@ def test_answers_extend_everything_with_one_entry_a_token():
         ({"experts": -1}, "--experts is -1"),
         ({"experts": 3}, "at most the router's 2"),
         ({"skip": {"text": -2.0}}, "expected 0 or more"),
+        ({"skip": {"image": 0.1}}, "--skip: this model takes no image, it takes text"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, found):
     with pytest.raises(UserError, match=found):
         Decoding(**settings).check(tiny_mixtral(), "--")
+
+
+def test_one_threshold_is_for_whatever_a_model_takes():
+    Decoding(skip=parse_thresholds("0.3")).check(tiny_mixtral())
 
 
 def test_a_dense_model_has_nothing_to_skip(tmp_path):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from unimoe.compress.skip import Thresholds, check_thresholds, drop, keep_sum, parse_thresholds
+from unimoe.compress.view import view
 from unimoe.errors import UserError
+from unimoe.testing import tiny_mixtral
 
 
 def test_a_dropped_pair_has_the_sentinel_and_the_others_keep_their_weights():
@@ -42,6 +44,15 @@ def test_a_factor_of_the_layer_scales_the_score():
     assert torch.allclose(limit_LM[:, 0], torch.tensor([0.2, 0.1 / 0.75**0.5, torch.inf]))
     assert not limit_LM[:, 1:].any()
     assert Thresholds(**{k: v for k, v in rule.to_plan().items() if k != "rule"}) == rule
+
+
+def test_what_is_left_may_keep_the_sum_of_all():
+    layer, x_TD = view(tiny_mixtral())[0], torch.zeros(2, 32)
+    index_TK, weight_TK = torch.tensor([[2, 0], [1, 3]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+    index, weight = Thresholds({"text": 0.35}).apply(layer, 2, x_TD, index_TK, weight_TK)
+    assert index.tolist() == [[2, 4], [1, 3]] and torch.equal(weight[0], torch.tensor([0.7, 0.0]))
+    index, weight = Thresholds({"text": 0.35}, keep_sum=True).apply(layer, 2, x_TD, index_TK, weight_TK)
+    assert index.tolist() == [[2, 4], [1, 3]] and torch.equal(weight[0], torch.tensor([1.0, 0.0]))
 
 
 def test_a_rule_for_other_layers_is_refused():

@@ -54,6 +54,13 @@ def test_rows_that_are_not_contiguous():
     assert error(layer(x.t()), x.t().double() @ layer.weight.double().t()) < TOLERANCE
 
 
+def test_another_width_is_an_error_and_not_read():
+    layer = torch.nn.Linear(32, 8)
+    layer.__class__ = few_rows.FewRowsLinear
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(torch.ones(1, 64))
+
+
 def test_everything_else_runs_in_torch(monkeypatch):
     layer = few_rows.FewRowsLinear(8, 4)
     monkeypatch.setattr(torch.ops.unimoe.few_rows_linear, "default", None)  # would raise

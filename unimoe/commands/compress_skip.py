@@ -36,6 +36,7 @@ def skip(
     ratio: float = 0.33,
     how: Literal["modes", "one", "odp"] = "modes",
     power: float = 0.0,
+    keep_sum: bool = False,
     size: int = 10,
     blocks: int = 0,
     protect: float = 0.0,
@@ -57,6 +58,7 @@ def skip(
         how: modes: a threshold for text and one for media; one: the same for all; odp: a second expert whose
             weight is small beside the first's.
         power: modes: exponent of the factors of the layers, 1 as published; costs two measurements a layer.
+        keep_sum: scale the weights that are left to the sum of all, as odp does; MoDES does not.
         size: values of each threshold that are tried.
         blocks: odp: only in so many layers, those that matter least; 0 for all.
         protect: odp: share of a prompt's tokens that keep all experts; needs attn_implementation="eager".
@@ -71,6 +73,8 @@ def skip(
     if size < 2:
         raise UserError(f"--size is {size}, expected at least 2")
     _only("modes", how, {"--power": power})
+    if keep_sum and how == "odp":
+        raise UserError("--keep-sum: --how odp always does; leave it out")
     _only("odp", how, {"--blocks": blocks, "--protect": protect})
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
     others = _read(loaded, processor, held_out, samples, batch_size, media_root)
@@ -79,14 +83,16 @@ def skip(
     if how == "odp":
         found = find_ratios(loaded, layers, original, batches, ratio, blocks, protect)
     else:
-        found = find_thresholds(loaded, layers, original, batches, ratio, how == "modes", power, size)
+        found = find_thresholds(
+            loaded, layers, original, batches, ratio, how == "modes", power, size, keep_sum
+        )
     print(found_text(found))
     if others:
         again = cost_of(found.rule, loaded, layers, original_of_others, others)
         print("held out\n" + "\n".join(found_text(again).splitlines()[1:]))
     plan = Plan(skip=found.rule.to_plan(), made_of=folder_hash(model))
     settings = {"data": list(data), "ratio": ratio, "how": how, "power": power, "size": size}
-    more = {"blocks": blocks, "protect": protect, "samples": samples}
+    more = {"keep_sum": keep_sum, "blocks": blocks, "protect": protect, "samples": samples}
     finish(model, loaded, processor, plan, output, "compress skip", {**settings, **more})
 
 

@@ -112,6 +112,9 @@ class ContrastProcessor(LogitsProcessor):
         self.kwargs = {name: value for name, value in inputs.items() if name != "input_ids"}
         self.kwargs |= {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
         self.kwargs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        if self.kwargs.get("position_ids") is None:  # as generate does
+            positions = model._prepare_position_ids_for_generation(inputs["input_ids"], self.kwargs)
+            self.kwargs["position_ids"] = positions
         self.first = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]

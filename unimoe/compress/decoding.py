@@ -16,7 +16,7 @@ Shapes: B rows, T tokens of a forward pass, K slots of a token, L MoE layers, M 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,8 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from unimoe.errors import UserError
+from unimoe.model.configuration import MODALITIES
+from unimoe.model.host import token_ids
 from unimoe.moe import record
 from unimoe.moe.records import current_context, unrecorded
 
@@ -87,6 +89,10 @@ class Decoding:
             raise UserError(f"{prefix}experts is {self.experts}, expected at most the router's {fewest}")
         if self.skip is not None:
             check_thresholds(self.skip)
+            takes = {"text", *media_of(model)}
+            if set(self.skip) != set(MODALITIES) and (unknown := set(self.skip) - takes):
+                names = ", ".join(name for name in MODALITIES if name in takes)
+                raise UserError(f"{prefix}skip: this model takes no {min(unknown)}, it takes {names}")
 
 
 @contextmanager
@@ -104,6 +110,12 @@ def routed(layers: Sequence[MoEView], rows: Sequence[Decoding]) -> Iterator[None
         yield
 
 
+def media_of(model: nn.Module) -> list[str]:
+    """The modalities besides text that a model takes."""
+    config: Any = model.config
+    return list(config.modalities or {}) if hasattr(config, "modalities") else list(token_ids(config))
+
+
 class _Rows:
     """Rewrites a routing by the settings of its tokens' rows; rows without thresholds follow the model's own
     rule."""
@@ -111,8 +123,9 @@ class _Rows:
     def __init__(self, rows: Sequence[Decoding], layers: Sequence[MoEView]):
         self.rows, self.layers, self.own = len(rows), len(layers), own_rule(layers)
         own = self.own if isinstance(self.own, Thresholds) else Thresholds({})
-        given = [Thresholds(row.skip or {}, own.alpha, own.power) for row in rows]
+        given = [replace(own, tau=row.skip or {}) for row in rows]
         self.limit_BLM = torch.stack([thresholds.limits(len(layers)) for thresholds in given])
+        self.keep_sum = own.keep_sum
         self.follow_B = torch.tensor([row.skip is None for row in rows])
         self.experts_B = torch.tensor([row.experts or 1 << 20 for row in rows])
 
@@ -125,7 +138,8 @@ class _Rows:
         if bool((most_T < weight_TK.shape[1]).any()):
             index_TK, weight_TK = best(layer, index_TK, weight_TK, most_T)
         limit_T = self.limit_BLM.to(device)[row_T, layer.index, modality_ids(ctx, tokens, device)]
-        found = drop(index_TK, weight_TK, weight_TK < limit_T[:, None], layer.num_experts)
+        index, weight = drop(index_TK, weight_TK, weight_TK < limit_T[:, None], layer.num_experts)
+        found = index, keep_sum(weight_TK, weight) if self.keep_sum else weight
         if self.own is None or not bool(self.follow_B.any()):
             return found
         own = self.own.apply(layer, self.layers, x_TD, index_TK, weight_TK)

@@ -86,6 +86,9 @@ class Thresholds:
     power: float = 1.0
     """Exponent of the factors. As published 1; on models in which one layer's factor outweighs all others',
     less keeps the others in play."""
+    keep_sum: bool = False
+    """Scale the weights that are left, so that a token's sum stays as it was; off as published. Where weights
+    are nearly equal, experts that agree lose nothing by it, and half of their output without it."""
 
     def limits(self, layers: int) -> Tensor:
         """[L, M] float32: the weight below which a pair is skipped, tau / alpha ** power."""
@@ -106,7 +109,10 @@ class Thresholds:
         """The routing of one of ``layers`` MoE layers without what is skipped."""
         limit_M = self.limits(layers)[layer.index].to(weight_TK.device)
         modality_T = modality_ids(current_context(), len(weight_TK), weight_TK.device)
-        return drop(index_TK, weight_TK, weight_TK < limit_M[modality_T][:, None], layer.num_experts)
+        index_TK, kept_TK = drop(
+            index_TK, weight_TK, weight_TK < limit_M[modality_T][:, None], layer.num_experts
+        )
+        return index_TK, keep_sum(weight_TK, kept_TK) if self.keep_sum else kept_TK
 
     def to_plan(self) -> dict[str, Any]:
         """As a plan keeps it."""
@@ -116,7 +122,7 @@ class Thresholds:
                 "alpha": {name: list(row) for name, row in self.alpha.items()},
                 "power": self.power,
             }
-        return plan
+        return plan | ({"keep_sum": True} if self.keep_sum else {})
 
     def check(self, layers: int) -> None:
         """

@@ -214,6 +214,7 @@ def find_thresholds(
     by_modality: bool = True,
     power: float = 0.0,
     size: int = 10,
+    keep_sum: bool = False,
 ) -> Found:
     """The thresholds that skip at least a share of the pairs at the least cost: the largest divergence of a
     domain (MoDES has one domain, and takes its mean).
@@ -230,6 +231,7 @@ def find_thresholds(
         by_modality: one threshold for text and one for all media, else one for all: the control.
         power: of the layers' factors, which cost two measurements a layer; 0 does without.
         size: values of each threshold that are tried.
+        keep_sum: scale the weights that are left to the sum of all.
 
     Raises:
         UserError: no thresholds skip so much.
@@ -253,7 +255,7 @@ def find_thresholds(
             MODALITIES[one]: grids[index][place[index]] for index, group in enumerate(groups) for one in group
         }
         alpha = {MODALITIES[one]: factors[one] for one in present} if power else {}
-        return Thresholds(tau, alpha, power)
+        return Thresholds(tau, alpha, power if alpha else 1.0, keep_sum)
 
     def skipped(place: Place) -> float:
         return skip_ratio(scores, {str(index): grids[index][at] for index, at in enumerate(place)})
