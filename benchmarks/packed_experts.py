@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -100,20 +101,26 @@ def implementations(shape: Any, T: int, bits: Sequence[int]) -> dict[str, Callab
         return pair, sum(one.codes.nbytes + one.scales.nbytes for one in pair)
 
     floats = cycle(layers(lambda: dense(torch.float32), least))
-
-    def ours(routing: Any) -> Tensor:
-        token, offsets, weight = routing
-        if few_rows.few(x):
-            return few_rows.experts(x, token, offsets, weight, *next(floats))
-        return fused_experts(x, offsets, *next(floats), weight, token)
-
-    runs["unimoe float32"] = ours
     halves, x_half = cycle(layers(lambda: dense(torch.bfloat16), least)), x.bfloat16()
-    runs["unimoe bfloat16"] = lambda r: fused_experts(x_half, r[1], *next(halves), r[2].bfloat16(), r[0])
+
+    def float32(routing: Any) -> Tensor:
+        (token, offsets, weight), (gate_up, down) = routing, next(floats)
+        if few_rows.few(x):
+            return few_rows.experts(x, token, offsets, weight, gate_up, down)
+        return fused_experts(x, offsets, gate_up, down, weight, token)
+
+    def bfloat16(routing: Any) -> Tensor:
+        (token, offsets, weight), (gate_up, down) = routing, next(halves)
+        return fused_experts(x_half, offsets, gate_up, down, weight.bfloat16(), token)
+
+    def integers(stacks: Iterator[Any], bits_E: Tensor, routing: Any) -> Tensor:
+        (token, offsets, weight), (gate_up, down) = routing, next(stacks)
+        return packed.fused_experts(x, token, offsets, weight, gate_up, down, bits_E)
+
+    runs |= {"unimoe float32": float32, "unimoe bfloat16": bfloat16}
     for b in bits:
-        stacks = cycle(layers(lambda b=b: quantised(b), least))
-        bits_E = torch.full((E,), b, dtype=torch.uint8)
-        runs[f"unimoe int{b}"] = lambda r, s=stacks, n=bits_E: packed.fused_experts(x, *r, *next(s), n)
+        stacks = cycle(layers(partial(quantised, b), least))
+        runs[f"unimoe int{b}"] = partial(integers, stacks, torch.full((E,), b, dtype=torch.uint8))
 
     def theirs() -> tuple[Any, int]:
         one = TorchInt4(E, H, I)
