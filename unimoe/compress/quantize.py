@@ -59,7 +59,9 @@ def choose_bits(
         group: weights that share a scale.
         powers: of frequency, weight and error in the cost.
         by_layer: one program a layer, with at least one expert of the most bits and one of the second most,
-            as published. Else one program over all layers.
+            as published. Else one program over all layers. Their errors are comparable because each is
+            measured against the residual stream of its layer: later layers add larger outputs to a larger
+            stream.
 
     Raises:
         UserError: ``average`` is less than the fewest bits allow.
