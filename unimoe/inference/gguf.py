@@ -20,7 +20,7 @@ Shapes: E experts, D hidden, I intermediate, V vocabulary.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,10 +34,14 @@ from unimoe.compress.view import merge_map
 from unimoe.errors import UserError
 from unimoe.files import atomic_file, file_hash
 from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.structure import structure_of
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.install import moe_layers
 from unimoe.moe.layer import MoELayer
+from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
 from unimoe.moe.routers.top_k import TopK
+
+from .gguf_packed import Coded, Named, matrix, odd_group, packed_experts
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +92,8 @@ def write_gguf(
 ) -> None:
     """Write the LLM of ``model`` to ``path``, which appears when it is complete.
 
+    Packed weights keep their codes and scales, whatever ``type`` says: up to 4 bits as Q4_0, 8 as Q8_0.
+
     Args:
         model: its encoders and connectors are not part of the file.
         tokenizer: of the model; for llama.cpp's own text input.
@@ -110,16 +116,20 @@ def write_gguf(
         _add_settings(writer, model.config.text_config, mixture, arch, type)
         _add_vocabulary(writer, tokenizer, model)
         tensors = list(_tensors(model, mixture, arch))
-        kinds = {name: _type_of(name, shape, type) for name, shape, _ in tensors}
-        for name, shape, _ in tensors:
-            size = gguf.quants.quant_shape_to_byte_shape(shape, kinds[name])
-            writer.add_tensor_info(name, size, np.dtype(np.uint8), int(np.prod(size)), kinds[name])
+        kinds = {one.name: _type_of(one, type) for one in tensors}
+        for one in tensors:
+            size = gguf.quants.quant_shape_to_byte_shape(one.shape, kinds[one.name])
+            writer.add_tensor_info(one.name, size, np.dtype(np.uint8), int(np.prod(size)), kinds[one.name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, _, tensor in tensors:  # one at a time: the memory of one quantised tensor
-            values = tensor().detach().cpu().float().contiguous().numpy()
-            writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
+        for one in tensors:  # one at a time: the memory of one quantised tensor
+            made = one.make()
+            if isinstance(made, Coded):
+                writer.write_tensor_data(made.blocks(one.bits or 8))
+                continue
+            values = made.detach().cpu().float().contiguous().numpy()
+            writer.write_tensor_data(gguf.quants.quantize(values, kinds[one.name]))
         writer.close()
 
 
@@ -139,7 +149,8 @@ def check_expressible(model: UniMoeForConditionalGeneration) -> Mixture | None:
         parts = {type(layer): LlamaDecoderLayer}
         if type(layer) is LlamaDecoderLayer:
             attention, ffn = layer.self_attn, layer.mlp
-            parts = {type(attention): LlamaAttention, type(attention.q_proj): nn.Linear}
+            linear = PackedLinear if isinstance(attention.q_proj, PackedLinear) else nn.Linear
+            parts = {type(attention): LlamaAttention, type(attention.q_proj): linear}
             parts[type(ffn)] = MoELayer if isinstance(ffn, MoELayer) else LlamaMLP
         for found, expected in parts.items():
             if found is not expected:
@@ -148,6 +159,12 @@ def check_expressible(model: UniMoeForConditionalGeneration) -> Mixture | None:
     biased = text.attention_bias or text.mlp_bias or model.lm_head.bias is not None
     if biased:
         raise _inexpressible("biases of linear layers")
+    if (group := odd_group(model)) is not None:
+        raise _inexpressible(f"packed weights in groups of {group}; its blocks have 32")
+    plan = structure_of(model).plan or {}
+    for entry, what in (("skip", "experts that single tokens skip"), ("main", "compressed experts")):
+        if plan.get(entry) is not None:
+            raise _inexpressible(what)
     found = [_mixture(layer) for layer in moe_layers(model).values()]
     for other in found[1:]:
         if _settings(other) != _settings(found[0]):
@@ -175,7 +192,7 @@ def _mixture(layer: MoELayer) -> Mixture:
         raise _inexpressible("groups chosen by logits (moe.router.gating: topk_softmax)")
     if isinstance(router.groups, int) and router.num_experts < 2 * router.groups:
         raise _inexpressible("groups of one expert (moe.router.groups)")
-    if type(layer.experts) is not SwiGLUExperts:
+    if type(layer.experts) not in (SwiGLUExperts, PackedExperts):
         raise _inexpressible(f"experts of kind {type(layer.experts).__name__}; it has SwiGLU experts only")
     if layer.num_null and layer.null_output != "zero":
         raise _inexpressible("null experts that pass the token on (moe.experts.null_output: identity)")
@@ -308,17 +325,14 @@ def _pre_tokenizer(rules: dict[str, Any]) -> str | None:
     return None if before else "gpt-2"
 
 
-Named = tuple[str, tuple[int, ...], Callable[[], Tensor]]
-"""A tensor of the file: its name, its shape, and a function that makes it."""
-
-
 def _tensors(model: Any, mixture: Mixture | None, arch: str) -> Iterator[Named]:
     decoder: Any = model.model.language_model
     text = model.config.text_config
-    yield _plain("token_embd.weight", decoder.embed_tokens.weight)
+    tied = isinstance(decoder.embed_tokens, PackedEmbedding)
+    yield matrix("token_embd.weight", model.lm_head if tied else decoder.embed_tokens)
     yield _plain("output_norm.weight", decoder.norm.weight)
     if arch == "step35" or not model.config.tie_word_embeddings:
-        yield _plain("output.weight", model.lm_head.weight)
+        yield matrix("output.weight", model.lm_head)
     if (factors := _frequency_factors(model)) is not None:
         yield _plain("rope_freqs.weight", factors)
     for index, layer in enumerate(decoder.layers):
@@ -326,18 +340,17 @@ def _tensors(model: Any, mixture: Mixture | None, arch: str) -> Iterator[Named]:
         heads = {"q": text.num_attention_heads, "k": text.num_key_value_heads}
         yield _plain(f"{block}.attn_norm.weight", layer.input_layernorm.weight)
         for name, count in heads.items():
-            weight = getattr(attention, f"{name}_proj").weight
             order = _interleaved(count, text.head_dim) if arch == "llama" else slice(None)
-            yield f"{block}.attn_{name}.weight", tuple(weight.shape), lambda w=weight, o=order: w[o]
-        yield _plain(f"{block}.attn_v.weight", attention.v_proj.weight)
-        yield _plain(f"{block}.attn_output.weight", attention.o_proj.weight)
+            yield matrix(f"{block}.attn_{name}.weight", getattr(attention, f"{name}_proj"), order)
+        yield matrix(f"{block}.attn_v.weight", attention.v_proj)
+        yield matrix(f"{block}.attn_output.weight", attention.o_proj)
         yield _plain(f"{block}.ffn_norm.weight", layer.post_attention_layernorm.weight)
         if isinstance(layer.mlp, MoELayer):
             assert mixture is not None
             yield from _mixture_tensors(block, layer.mlp, mixture, arch)
         else:
             for name in ("gate", "up", "down"):
-                yield _plain(f"{block}.ffn_{name}.weight", getattr(layer.mlp, f"{name}_proj").weight)
+                yield matrix(f"{block}.ffn_{name}.weight", getattr(layer.mlp, f"{name}_proj"))
 
 
 def _mixture_tensors(block: str, layer: MoELayer, mixture: Mixture, arch: str) -> Iterator[Named]:
@@ -352,11 +365,14 @@ def _mixture_tensors(block: str, layer: MoELayer, mixture: Mixture, arch: str) -
     yield _plain(f"{block}.ffn_gate_inp.weight", router.weight)
     if router.bias is not None:
         yield _plain(f"{block}.exp_probs_b.bias", router.bias)
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    inner, outer = (number, width, hidden), (number, hidden, width)
-    yield f"{block}.ffn_gate_exps.weight", inner, lambda: stacked(gate_up[:, :width])
-    yield f"{block}.ffn_up_exps.weight", inner, lambda: stacked(gate_up[:, width:])
-    yield f"{block}.ffn_down_exps.weight", outer, lambda: stacked(down)
+    if isinstance(experts, PackedExperts):
+        yield from packed_experts(block, experts, null)
+    else:
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        inner, outer = (number, width, hidden), (number, hidden, width)
+        yield Named(f"{block}.ffn_gate_exps.weight", inner, lambda: stacked(gate_up[:, :width]))
+        yield Named(f"{block}.ffn_up_exps.weight", inner, lambda: stacked(gate_up[:, width:]))
+        yield Named(f"{block}.ffn_down_exps.weight", outer, lambda: stacked(down))
     if arch == "llama":
         return
     shared: Any = layer.shared
@@ -374,13 +390,13 @@ def _mixture_tensors(block: str, layer: MoELayer, mixture: Mixture, arch: str) -
             return torch.zeros(hidden, total)
         return shared.down_proj.transpose(0, 1).reshape(hidden, total)
 
-    yield f"{block}.ffn_gate_shexp.weight", (total, hidden), lambda: side_by_side(False)
-    yield f"{block}.ffn_up_shexp.weight", (total, hidden), lambda: side_by_side(True)
-    yield f"{block}.ffn_down_shexp.weight", (hidden, total), below
+    yield Named(f"{block}.ffn_gate_shexp.weight", (total, hidden), lambda: side_by_side(False))
+    yield Named(f"{block}.ffn_up_shexp.weight", (total, hidden), lambda: side_by_side(True))
+    yield Named(f"{block}.ffn_down_shexp.weight", (hidden, total), below)
 
 
 def _plain(name: str, weight: Tensor) -> Named:
-    return name, tuple(weight.shape), lambda: weight
+    return Named(name, tuple(weight.shape), lambda: weight)
 
 
 def _interleaved(heads: int, width: int) -> Tensor:
@@ -388,11 +404,13 @@ def _interleaved(heads: int, width: int) -> Tensor:
     return torch.arange(heads * width).view(heads, 2, width // 2).transpose(1, 2).flatten()
 
 
-def _type_of(name: str, shape: tuple[int, ...], type: GGUFType) -> Any:
+def _type_of(tensor: Named, type: GGUFType) -> Any:
     import gguf
 
+    if tensor.bits is not None:
+        return gguf.GGMLQuantizationType.Q4_0 if tensor.bits <= 4 else gguf.GGMLQuantizationType.Q8_0
     wanted = gguf.GGMLQuantizationType[type.upper()]
-    row = shape[-1]
-    small = len(shape) < 2 or "ffn_gate_inp" in name
+    row = tensor.shape[-1]
+    small = len(tensor.shape) < 2 or "ffn_gate_inp" in tensor.name
     fits = row % gguf.GGML_QUANT_SIZES[wanted][0] == 0
     return gguf.GGMLQuantizationType.F32 if small or not fits else wanted
