@@ -81,6 +81,8 @@ class Gate(nn.Module):
     """
 
     seen_CE: Tensor
+    consumer_P: Tensor
+    expert_P: Tensor
 
     def __init__(self, seen: Sequence[Sequence[bool]], inputs: int, sigmoid: bool = False):
         """
@@ -92,15 +94,18 @@ class Gate(nn.Module):
         super().__init__()
         self.register_buffer("seen_CE", torch.tensor(seen), persistent=False)
         pairs = [(c, e) for c, row in enumerate(seen) for e, visible in enumerate(row) if visible]
-        self.consumer_P, self.expert_P = [c for c, _ in pairs], [e for _, e in pairs]
+        for name, side in (("consumer_P", 0), ("expert_P", 1)):
+            self.register_buffer(name, torch.tensor([pair[side] for pair in pairs]), persistent=False)
         self.sigmoid = sigmoid
-        self.weight = nn.Parameter(torch.empty(len(self.consumer_P), inputs))
+        self.weight = nn.Parameter(torch.empty(len(pairs), inputs))
         nn.init.uniform_(self.weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x_BCG: Tensor) -> Tensor:
-        logits_BP = torch.einsum("bpg,pg->bp", x_BCG[:, self.consumer_P], self.weight)
-        logits_BCE = logits_BP.new_full((len(x_BCG), *self.seen_CE.shape), -torch.inf)
-        logits_BCE[:, self.consumer_P, self.expert_P] = logits_BP
+        pairs = (self.consumer_P, self.expert_P)
+        weight_CEG = self.weight.new_zeros(*self.seen_CE.shape, self.weight.shape[1]).index_put(
+            pairs, self.weight
+        )
+        logits_BCE = torch.einsum("bcg,ceg->bce", x_BCG, weight_CEG).masked_fill(~self.seen_CE, -torch.inf)
         weight_BCE = logits_BCE.softmax(dim=-1)
         if self.sigmoid:
             alone_C1 = self.seen_CE.sum(dim=1, keepdim=True) == 1
