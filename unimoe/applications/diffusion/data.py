@@ -30,12 +30,12 @@ CLASSES: dict[str, list[tuple[int, int]]] = {
     "clock": [(0x1F550, 0x1F567)],
     "heart": [(0x1F493, 0x1F49F), (0x1F90D, 0x1F90E), (0x1F9E1, 0x1F9E1)],
     "moon": [(0x1F311, 0x1F31E)],
-    "sport": [(0x1F3A3, 0x1F3C0), (0x1F945, 0x1F94F)],
+    "leisure": [(0x1F3A3, 0x1F3C0), (0x1F945, 0x1F94F)],
     "clothes": [(0x1F451, 0x1F462), (0x1F9E2, 0x1F9E6), (0x1F97B, 0x1F97F)],
 }
 """Class of sprites -> ranges of code points, both ends included."""
-HELD_OUT = 10
-"""Every so-manieth code point, by its hash, is held out: half for validation, half for the test."""
+HELD_OUT = 5
+"""One of so many code points, by its hash, is held out: half of these for validation, half for the test."""
 
 
 class Batch(NamedTuple):

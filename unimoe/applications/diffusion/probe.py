@@ -17,6 +17,8 @@ from unimoe.prepare.efficientnet import TIMM_NAME
 Features = Callable[[Tensor], Tensor]
 """[N, 3, S, S] in -1..1 -> [N, D]."""
 SIDE = 96
+RIDGE = 500.0
+"""Best of 5, 20, 100, 500 and 2,000 on the validation sprites: 0.77 of them, and 0.68 of the test's."""
 
 
 def pretrained_features(batch: int = 64) -> Features:
@@ -45,7 +47,7 @@ class LinearProbe:
 
     def __init__(self, features: Features, images: Tensor, label_N: Tensor):
         self.features = features
-        self.weight_KD, self.bias_K = ridge_map(features(images), F.one_hot(label_N).float())
+        self.weight_KD, self.bias_K = ridge_map(features(images), F.one_hot(label_N).float(), RIDGE)
 
     def accuracy(self, images: Tensor, label_N: Tensor) -> float:
         """Share of images whose class it names."""
