@@ -52,3 +52,14 @@ def test_ranks_that_share_a_batch_count_as_one():
     shared = SimpleNamespace(world_size=8, global_rank=5, strategy=SimpleNamespace(ranks_per_batch=2))
     assert (ranks.data_parallel_size(plain), ranks.data_parallel_rank(plain)) == (8, 5)
     assert (ranks.data_parallel_size(shared), ranks.data_parallel_rank(shared)) == (4, 2)
+
+
+def test_sums_have_the_gradients_of_all_ranks(three_ranks):
+    values = torch.tensor([1.0, 5.0], requires_grad=True)
+    total = ranks.sum_over_ranks(values)
+    assert total.tolist() == [
+        6.0,
+        30.0,
+    ]  # the others hold twice and three times as much, also in the gradient
+    (total * torch.tensor([1.0, 2.0])).sum().backward()
+    assert values.grad.tolist() == [6.0, 12.0]
