@@ -1,5 +1,9 @@
+from importlib.resources import files
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
 from unimoe.applications.recommendation.data import RecommendationData
 from unimoe.errors import UserError
@@ -54,6 +58,46 @@ def test_facts_may_be_in_other_files(file, tmp_path):
     data = RecommendationData(file, tables, **SETTINGS | {"features": features})
     data.setup("fit")
     assert data.sizes["town"] == 4, "two towns, and users without one"
+
+
+LOG = (
+    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
+    "play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab"
+)
+
+
+def test_kuairand_is_read_as_published(tmp_path, monkeypatch):
+    """The shipped configuration on files with the published columns; one video is not in the table, and one
+    has no duration."""
+    random = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for number, part in enumerate(("4_08_to_4_21", "4_22_to_5_08")):
+        rows = []
+        for row in range(200):
+            user, video, *flags = random.integers(0, 2, 8) + [row % 9, row % 7, 0, 0, 0, 0, 0, 0]
+            flags = ",".join(map(str, [*flags[:5], 0, flags[5]]))
+            rows.append(f"{user},{video},20220408,{row % 2400},{number * 1000 + row},{flags},9,9,0,0,0,0,1")
+        (tmp_path / f"data/log_standard_{part}_1k.csv").write_text("\n".join([LOG, *rows]) + "\n")
+    users = [f"{user},high_active,[0,10),31-60" for user in range(11)]
+    users = [line.replace("[0,10)", '"[0,10)"') for line in users]
+    (tmp_path / "data/user_features_1k.csv").write_text(
+        "\n".join(["user_id,user_active_degree,follow_user_num_range,register_days_range", *users]) + "\n"
+    )
+    videos = [f'{video},{video % 3},{"" if video == 3 else 100 * video},"1,2"' for video in range(7)]
+    (tmp_path / "data/video_features_basic_1k.csv").write_text(
+        "\n".join(["video_id,author_id,video_duration,tag", *videos]) + "\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(str(files("unimoe.configs").joinpath("applications/kuairand.yaml")))
+    data = RecommendationData(**yaml.safe_load(shipped.read_text())["data"])
+    data.setup("fit")
+    assert sum(map(len, data.sets.values())) == 400 and len(data.sizes) == 10
+    assert data.sets["test"].rows.tolist() == list(range(340, 400)), "the last by time"
+    batch = data.sets["train"].__getitems__(list(range(320)))
+    duration = batch.features[list(data.sizes).index("video_duration")]
+    video = batch.features[list(data.sizes).index("video_id")]
+    assert 0 < (duration == 0).sum() < 320 and len(video[duration == 0].unique()) == 2
+    assert data.sizes["tag"] == 3 and batch.labels.shape == (320, 6)
 
 
 @pytest.mark.parametrize(

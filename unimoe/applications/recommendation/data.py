@@ -229,11 +229,14 @@ def _holds(condition: str, columns: dict[str, Column]) -> np.ndarray:
 def _feature(column: Column, kind: FeatureKind, training: np.ndarray) -> Feature:
     """Numbers of a column's values; values that no training row has get 0."""
     if kind == "number":
-        numbers_R = column.numbers()
-        edges = np.quantile(numbers_R[training], np.linspace(0, 1, BUCKETS + 1)[1:-1])
-        return Feature(
-            np.searchsorted(edges, numbers_R, side="right"), np.arange(1, BUCKETS + 1), BUCKETS + 1
-        )
+        numbers_R = column.numbers(missing=True)
+        known_R = np.isfinite(numbers_R)
+        if not known_R[training].any():
+            raise UserError(f"{column.where}: column {column.name} is empty in all training rows")
+        trained_R = numbers_R[training][known_R[training]]
+        edges = np.quantile(trained_R, np.linspace(0, 1, BUCKETS + 1)[1:-1])
+        bucket_R = np.where(known_R, np.searchsorted(edges, numbers_R, side="right") + 1, 0)
+        return Feature(bucket_R, np.arange(BUCKETS + 1), BUCKETS + 1)
     trained = np.zeros(len(column.values), dtype=bool)
     trained[column.codes[training]] = True
     known: dict[str, int] = {}

@@ -26,12 +26,12 @@ class Column:
     where: str
     """The file, for messages."""
 
-    def numbers(self) -> np.ndarray:
-        """[R] float64. Raises UserError where a value is no number."""
+    def numbers(self, missing: bool = False) -> np.ndarray:
+        """[R] float64; with ``missing`` an empty value is NaN. Raises UserError where one is no number."""
         parsed = np.empty(len(self.values))
         for place, value in enumerate(self.values):
             try:
-                parsed[place] = float(value)
+                parsed[place] = float(value) if value or not missing else np.nan
             except ValueError as error:
                 line = int(np.argmax(self.codes == place)) + 2
                 raise UserError(
