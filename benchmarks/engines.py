@@ -7,9 +7,9 @@
     make bench ARGS="engines runs/demo/moe --long --tokens 64 --questions 8 --clients 1 8 --minutes 8"
     make bench ARGS="engines"                          # a tiny random model, to try the script
 
-Each engine has a process of its own, and all run until the end. For each number of clients they take turns
-on the same requests (every third with an image; with --long, texts whose answers do not end by themselves),
-so a busy machine slows all of them; the best of --rounds counts, and after --minutes no round is begun.
+Each engine has a process of its own, and all run until the end. In each round they take turns on the same
+requests for each number of clients, so a busy machine slows all of them; the best of --rounds counts, and
+after --minutes no round is begun. Every third request has an image; with --long all ask for long texts.
 Decoding is greedy, and every answer is compared with that of the first engine at one client. With --before
 the server of an earlier commit, or of another checkout, comes first.
 """
@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -200,28 +201,27 @@ def compare(
     rounds: int,
     minutes: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """A row for each number of clients and engine, as far as one round of it was begun in time."""
+    """A row for each number of clients and engine. A round goes over all; after ``minutes`` none begins."""
     first, end = next(iter(servers)), time.monotonic() + 60 * minutes
     for server in servers.values():
         serve.load(server, asked[:2], min(tokens, 4), 1)  # warm-up
     expected = [reply.text for reply in serve.load(servers[first], asked, tokens, 1)[0]]
+    turns: dict[tuple[int, str], list[tuple[float, float, int]]] = {}
+    for _ in range(rounds):
+        if time.monotonic() > end:
+            break
+        for count, name in product(clients, servers):
+            replies, seconds = serve.load(servers[name], asked, tokens, count)
+            equal = sum(reply.text == text for reply, text in zip(replies, expected, strict=True))
+            speed = sum(reply.tokens for reply in replies) / seconds
+            turn = speed, median(reply.first_s for reply in replies), equal
+            turns.setdefault((count, name), []).append(turn)
     rows = []
-    for count in clients:
-        turns: dict[str, list[tuple[float, float, int]]] = {name: [] for name in servers}
-        for _ in range(rounds):
-            if time.monotonic() > end:
-                break
-            for name, server in servers.items():
-                replies, seconds = serve.load(server, asked, tokens, count)
-                equal = sum(reply.text == text for reply, text in zip(replies, expected, strict=True))
-                speed = sum(reply.tokens for reply in replies) / seconds
-                turns[name].append((speed, median(reply.first_s for reply in replies), equal))
-        for name, found in turns.items():
-            if found:
-                speed, first_s, equal = max(found)
-                row = {"clients": count, "engine": name, "tokens_per_s": speed, "first_token_s": first_s}
-                row |= {"equal": equal, "rounds": len(found), "times": speed / max(turns[first])[0]}
-                rows.append(row)
+    for (count, name), found in turns.items():
+        speed, first_s, equal = max(found)
+        row = {"clients": count, "engine": name, "tokens_per_s": speed, "first_token_s": first_s}
+        times = speed / max(turns[count, first])[0]
+        rows.append({**row, "equal": equal, "rounds": len(found), "times": times})
     return rows
 
 

@@ -106,9 +106,9 @@ def losses_at(settings: dict[str, Anneal], losses: Mapping[str, Any], step: int)
 def set_knobs(settings: dict[str, Anneal], model: nn.Module, step: int) -> None:
     """Give routers and experts the values of an optimizer step."""
     for key in settings.keys() - LOSSES.keys():
-        value = settings[key].at(step)
+        value, chosen = settings[key].at(step), settings[key].layers
         for index, part in _owners(model, key) if value is not None else ():
-            if settings[key].layers is None or index in settings[key].layers:
+            if chosen is None or index in chosen:
                 setattr(part, key, type(getattr(part, key))(value))
 
 

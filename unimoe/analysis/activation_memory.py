@@ -84,7 +84,7 @@ def count_saved(model: PreTrainedModel, rows: int, tokens: int, learned: int) ->
         learned: supervised tokens of the batch.
     """
     own_head: Any = model.get_output_embeddings()
-    head = own_head if is_stock(model) else model.head
+    head: Any = own_head if is_stock(model) else model.head
     weight = own_head.weight
     hidden = model.config.get_text_config().hidden_size
     embeds_BTH = torch.empty(rows, tokens, hidden, dtype=weight.dtype, device="meta", requires_grad=True)
