@@ -317,13 +317,12 @@ def pack_model(model: nn.Module, layers: Sequence[Any], plan: Any) -> None:
                 new.append((linear, _packed_linear(name, linear, plan.linears, plan.group)))
     if plan.head not in (None, 16):
         new += _packed_head(model, plan.head, plan.group)
+    _untie(model, _weight_names(model, *(old for old, _ in new)))
     places = {id(old): module for old, module in new}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in places:
                 setattr(parent, name, places[id(child)])
-    if plan.head not in (None, 16):
-        _untie(model)
 
 
 def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -353,22 +352,31 @@ def _packed_head(model: Any, bits: int, group: int) -> list[tuple[nn.Module, nn.
     if isinstance(head, PackedLinear):
         return []
     packed = _packed_linear("the head", head, bits, group)
-    tied = head.weight is embedding.weight or getattr(model, "all_tied_weights_keys", None)
+    pair = _weight_names(model, head, embedding)
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = head.weight is embedding.weight or any({*tie} == pair for tie in ties.items())
     if not tied:
         return [(head, packed)]
     if type(embedding) is not nn.Embedding:
-        raise UserError(
-            f"the head is tied to a {type(embedding).__name__}, expected an nn.Embedding to pack it"
-        )
+        raise UserError(f"the head is tied to a {type(embedding).__name__}, expected an nn.Embedding")
     return [(head, packed), (embedding, PackedEmbedding(packed, head.weight.dtype))]
 
 
-def _untie(model: nn.Module) -> None:
-    """Nothing is left that transformers could tie."""
-    for module in model.modules():
-        if isinstance(getattr(module, "all_tied_weights_keys", None), dict):
-            module.all_tied_weights_keys = {}  # type: ignore[assignment]
-            module._tied_weights_keys = {}  # type: ignore[assignment]
+def _weight_names(model: nn.Module, *modules: nn.Module) -> set[str]:
+    """Paths of the weights of modules in a model."""
+    wanted = {id(module) for module in modules}
+    return {f"{name}.weight" for name, module in model.named_modules() if id(module) in wanted}
+
+
+def _untie(model: nn.Module, packed: set[str]) -> None:
+    """Let transformers tie nothing to weights that were packed."""
+    for name, module in model.named_modules():
+        ties = getattr(module, "all_tied_weights_keys", None)
+        if isinstance(ties, dict) and ties:
+            inside = {full.removeprefix(f"{name}." if name else "") for full in packed}
+            left = {one: other for one, other in ties.items() if not inside & {one, other}}
+            module.all_tied_weights_keys = left  # type: ignore[assignment]
+            module._tied_weights_keys = dict(left)  # type: ignore[assignment]
 
 
 def packed_weights(module: nn.Module) -> int:
