@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 
 from unimoe.commands import main as cli
+from unimoe.compress.view import view
 from unimoe.errors import UserError
 from unimoe.inference.conversation import Conversation, Settings
 from unimoe.model.loading import load_any, load_model
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
+from unimoe.moe.hf import takes_sentinels
 from unimoe.serve.batch import RunningBatch, can_batch
 from unimoe.testing_hosts import FAMILIES, MIXTURES, inputs, question
 
@@ -63,6 +65,7 @@ def test_mixtures_of_transformers_talk_and_are_inspected(name, tmp_path, capsys)
         part.save_pretrained(tmp_path)
     Image.new("RGB", (28, 56), "red").save(tmp_path / "red.png")
     talk = Conversation(*load_any(tmp_path, device="cpu"), Settings(max_new_tokens=3))
+    assert all(takes_sentinels(layer.experts) for layer in view(talk.model)), "a skipped expert costs nothing"
     talk.attach("image", str(tmp_path / "red.png"), "!image")
     asked = [{"role": "user", "content": [{"type": "image", "image": Image.open(tmp_path / "red.png")},
                                           {"type": "text", "text": "what is it?"}]}]  # fmt: skip

@@ -26,7 +26,7 @@ from unimoe.model.host import find_decoder, logits_to_keep, towers
 from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.model.utils import count_parameters, to_device
+from unimoe.model.utils import count_parameters, to_device, weights
 from unimoe.moe import MoELayer, record
 
 
@@ -121,7 +121,7 @@ def describe_model(
             }
     else:
         parts |= {name.replace("_", " "): tower for name, tower in towers(model).items()}
-    sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    sizes = {name: weights(part) for name, part in parts.items()}
     moe: dict[str, Any] = {}
     if layers:
         own = [one.block for one in layers if isinstance(one.block, MoELayer)]
@@ -131,8 +131,8 @@ def describe_model(
         counts = list(visits.values()) or stated
         numbers = [one.num_experts for one in layers]
         for name in ("experts", "router"):
-            parts = [w.numel() for one in layers for w in getattr(one, name).parameters()]
-            sizes["routers" if name == "router" else name] = sum(parts)
+            found = sum(weights(getattr(one, name)) for one in layers)
+            sizes["routers" if name == "router" else name] = found
         moe = {
             "layers": [one.layer for one in layers],
             "of": model.config.get_text_config().num_hidden_layers,

@@ -25,6 +25,7 @@ from unimoe.compress.records import leave_records
 from unimoe.compress.view import find_layers
 from unimoe.errors import UserError, first_line
 from unimoe.media.source import Part
+from unimoe.moe.hf import foreign
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, UniMoeConfig
@@ -117,8 +118,10 @@ class ModelKind(Generic[M, P]):
             if names := sorted(map(str, info[problem])):
                 found = f"{len(names)} {problem.replace('_', ' ')}, such as {names[0]}"
                 raise UserError(f"{setting} {source}: config.json and weights differ: {found}")
-        stock = not isinstance(built, UniMoeForConditionalGeneration)
-        if stock and any(not layer.ours for layer in find_layers(built)):
+        mixture = [layer.experts for layer in find_layers(built) if not layer.ours]
+        if mixture and all(foreign(experts) is None for experts in mixture):
+            built.set_experts_implementation("unimoe")  # where a skipped expert costs nothing
+        if mixture and not isinstance(built, UniMoeForConditionalGeneration):
             leave_records(built)
             follow_tokens(built)
         return built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor

@@ -24,17 +24,16 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
             that chooses another number for each token is that of equally probable experts. Routers of banks
             always speak for themselves.
     """
-    total = _count(model)
+    total = weights(model)
     idle = 0.0
     for index, layer in moe_layers(model).items():
-        experts = _count(layer.experts)
+        experts = weights(layer.experts)
         visited = layer.experts_per_token if visits is None else visits[index]
         idle += experts - layer.experts.active_parameters(visited)
     for one in find_layers(model):
         if not one.ours:
             visited = one.top_k if visits is None else visits[one.layer]
-            experts = sum(parameter.numel() for parameter in one.experts.parameters())
-            idle += experts * (1 - visited / one.num_experts)
+            idle += weights(one.experts) * (1 - visited / one.num_experts)
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.num_experts:
             experts = sum(parameter.numel() for parameter in module.banks.parameters())
@@ -42,7 +41,8 @@ def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None
     return total, total - round(idle)
 
 
-def _count(module: nn.Module) -> int:
+def weights(module: nn.Module) -> int:
+    """Parameters of a module; packed weights count as what they stand for."""
     return sum(parameter.numel() for parameter in module.parameters()) + packed_weights(module)
 
 

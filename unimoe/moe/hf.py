@@ -28,7 +28,7 @@ def experts_forward(
     Experts that are not bias-free SwiGLU in the default layout run in transformers' grouped_mm, with a
     warning.
     """
-    reason = _not_ours(self)
+    reason = foreign(self)
     if reason is not None:
         if type(self) not in _said:
             _said.add(type(self))
@@ -48,13 +48,13 @@ def takes_sentinels(experts: nn.Module) -> bool:
     products index out of range, grouped products leave such rows uninitialised.
     """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    if implementation == "unimoe" and _not_ours(experts) is None:
+    if implementation == "unimoe" and foreign(experts) is None:
         return True
     return implementation in (None, "eager") and not getattr(experts, "has_bias", False)
 
 
-def _not_ours(experts: nn.Module) -> str | None:
-    """Why these experts cannot run in our kernel, or None."""
+def foreign(experts: nn.Module) -> str | None:
+    """Why experts of transformers cannot run in :func:`experts_forward`, or None."""
     flags = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "has_gate": True}
     for flag, wanted in {**flags, "is_concatenated": True}.items():
         if getattr(experts, flag, wanted) != wanted:  # older versions of transformers lack some flags
