@@ -69,7 +69,7 @@ def test_experts_linear_layers_and_the_head_are_packed_and_loaded(bed, caplog):
 
 
 def test_a_mean_of_bits_is_kept(bed):
-    assert run(bed, "--bits", "3.0", "--choices", "2", "4", "--how", "rtn") == 0
+    assert run(bed, "--bits", "3.0", "--choices", "2", "4", "--how", "rtn", "--cost", "kl") == 0
     bits = yaml.safe_load((bed / "small" / "plan.yaml").read_text())["bits"]
     assert sorted(sum(bits, [])) == [2] * 4 + [4] * 4
     experts = [layer.experts for layer in view(logits(bed / "small")[0])]

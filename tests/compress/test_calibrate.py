@@ -82,6 +82,5 @@ def test_the_error_is_that_of_the_layers_output(name):
     with torch.no_grad():
         for matrix in layer.expert(1).values():
             matrix.copy_(rounded(matrix.clone(), 3, 8))
-    residual = errors.energy[0] ** 0.5
-    torch.testing.assert_close(found[1, 1], (output() - before).norm() / residual, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[1, 1], (output() - before).norm(), rtol=1e-3, atol=1e-4)
     assert (found[:, :-1] >= found[:, 1:]).all() and errors.count[0].sum() == 2 * 22

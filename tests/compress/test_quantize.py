@@ -8,6 +8,7 @@ from unimoe.compress.quantize import (
     Coverage,
     bits_by_rule,
     choose_bits,
+    layer_kl,
     quantise_experts,
     write_back,
 )
@@ -25,7 +26,7 @@ def calibrated(name, count=6, memory=2e9):
     def forward(ids):
         return model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
 
-    return model, view(model), Calibration(forward, data, memory)
+    return model, view(model), Calibration(forward, data, forward, memory)
 
 
 def kl(before, after):
@@ -103,6 +104,19 @@ def test_chosen_bits_keep_the_budget_and_beat_the_same_bits_shuffled(by_layer):
         quantise_experts(layers, chosen, write_back, 8, "rtn")
         found.append(sum(kl(one, data.forward(ids)) for one, ids in zip(before, data.batches, strict=True)))
     assert found[0] < found[1]
+
+
+def test_a_layer_that_matters_more_gets_more_bits():
+    """Both layers err as much, but the answers are made of the first one alone."""
+    _, layers, data = calibrated("olmoe", 8)
+    state = [{name: stack.clone() for name, stack in layer.stacks().items()} for layer in layers]
+    measured = layer_kl(layers, data, 2, 8)
+    same = [{name: torch.equal(stack, old[name]) for name, stack in layer.stacks().items()}
+            for layer, old in zip(layers, state, strict=True)]  # fmt: skip
+    assert all(all(one.values()) for one in same) and all(kl > 0 for kl in measured)
+    data.answers = lambda ids: (10 * layers[0].stacks()["down_proj"][0]).log_softmax(-1)
+    bits = choose_bits(layers, data, 3.0, (2, 3, 4), 8, (0.0, 0.0, 2.0), sensitive=True)
+    assert bits == [[4] * 8, [2] * 8]
 
 
 def test_a_budget_that_cannot_be_met_is_one_line():

@@ -7,7 +7,7 @@ unimoe compress quantize runs/moe data/train.*.jsonl --rules main_2.layer_0_4 --
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from unimoe.compress.watch import Collector
 from unimoe.data.read import data_files, read_samples
 from unimoe.errors import UserError
 from unimoe.kernels.packed import BITS
-from unimoe.model.host_loss import last_hidden
+from unimoe.model.host_loss import answer_logits, last_hidden
 from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
@@ -45,7 +45,7 @@ from .compress import check_new, expert_bytes, read_batches, save
 
 log = logging.getLogger(__name__)
 
-COSTS = {"error": ERROR, "code": CODE, "paper": PAPER}
+COSTS = {"kl": ERROR, "error": ERROR, "code": CODE, "paper": PAPER}
 """Exponents of frequency, weight and error in the cost of few bits, by name."""
 
 
@@ -60,7 +60,7 @@ def quantize(
     head: int = 16,
     group: int = 64,
     choices: Sequence[int] = (2, 3, 4),
-    cost: Literal["error", "code", "paper"] = "error",
+    cost: Literal["error", "kl", "code", "paper"] = "error",
     by_layer: bool = False,
     rules: str | None = None,
     smooth: bool = False,
@@ -90,8 +90,10 @@ def quantize(
         head: bits of the head and of an embedding tied to it; 16 leaves them as they are.
         group: neighbouring weights that share a scale.
         choices: numbers of bits that a mean is made of.
-        cost: what counts as mattering: the change of a layer's output (error); that times how often and how
-            strongly the expert is chosen, as MC-MoE's released program (code) or its paper has it.
+        cost: what counts as mattering: the change of a layer's output (error); that, scaled to what few bits
+            of a whole layer do to the answers (kl), which takes a pass over some batches for each layer; or
+            that times how often and how strongly the expert is chosen, as MC-MoE's released program (code) or
+            its paper has it.
         by_layer: reach the mean in every layer, with all of the two largest choices in it, as MC-MoE does;
             else over all layers together.
         rules: bits by QuantMoE-Bench's rules instead, such as main_2.layer_0_4.exp_l1e3_8.
@@ -130,7 +132,7 @@ def quantize(
     if balanced:
         random.Random(seed).shuffle(batches)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    calibration = Calibration(_forward(loaded), batches, memory * 1e9)
+    calibration = Calibration(_forward(loaded), batches, _answers(loaded), memory * 1e9)
     if smooth:
         with Collector(layers, {"x_max"}) as stats:
             for batch in batches:
@@ -142,7 +144,8 @@ def quantize(
     elif mean is None:
         chosen = [[int(bits)] * layer.num_experts for layer in layers]
     else:
-        chosen = choose_bits(layers, calibration, mean, choices, group, COSTS[cost], by_layer)
+        rest = (choices, group, COSTS[cost], by_layer, cost == "kl")
+        chosen = choose_bits(layers, calibration, mean, *rest)
     first = layers[0]
     cap = round(2 * first.top_k * (tokens / 4) / first.num_experts) if balanced else None
 
@@ -222,6 +225,14 @@ def _forward(model: Any) -> Forward:
         last_hidden(model, to_device(batch, model.device))
 
     return forward
+
+
+def _answers(model: Any) -> Callable[[dict[str, Any]], Tensor]:
+    @torch.no_grad()
+    def answers(batch: dict[str, Any]) -> Tensor:
+        return answer_logits(model, to_device(batch, model.device))[0].log_softmax(-1)
+
+    return answers
 
 
 @torch.no_grad()

@@ -121,8 +121,6 @@ class BitErrors:
     def __init__(self, layers: Sequence[MoEView]):
         self.count = {layer.index: torch.zeros(layer.num_experts) for layer in layers}
         self.weight = {layer.index: torch.zeros(layer.num_experts) for layer in layers}
-        self.energy = {layer.index: 0.0 for layer in layers}
-        """Sum of squares of the residual stream in front of each layer."""
         self.kept: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         """Layer and expert -> inputs and weights."""
 
@@ -131,7 +129,6 @@ class BitErrors:
         keep_N = seen.real_T[seen.token_N]
         expert_N, weight_N = seen.expert_N[keep_N], seen.weight_N[keep_N].float()
         x_ND, index = seen.x_ND[keep_N], seen.layer.index
-        self.energy[index] += float(seen.residual_TD[seen.real_T].float().square().sum())
         self.count[index] += torch.bincount(expert_N, minlength=seen.layer.num_experts).cpu()
         self.weight[index] += torch.zeros(seen.layer.num_experts).index_add(0, expert_N.cpu(), weight_N.cpu())
         for expert in expert_N.unique().tolist():
@@ -143,9 +140,8 @@ class BitErrors:
     @torch.no_grad()
     def errors(self, layer: MoEView, choices: Sequence[int], group: int) -> Tensor:
         """[E, C] Frobenius norm of the change of the layer's output over all tokens, if one expert alone is
-        rounded to nearest with a number of bits, over the norm of the residual stream that it is added to.
-
-        It is extrapolated from the kept rows. Weights are as before afterwards."""
+        rounded to nearest with a number of bits; extrapolated from the kept rows. Weights are as before
+        afterwards."""
         found = torch.zeros(layer.num_experts, len(choices))
         for expert in range(layer.num_experts):
             kept = self.kept.get((layer.index, expert), [])
@@ -164,7 +160,7 @@ class BitErrors:
                 found[expert, choice] = change_ND.norm() * share.sqrt()
             for name, matrix in matrices.items():
                 matrix.copy_(before[name])
-        return found / max(self.energy[layer.index], 1e-12) ** 0.5
+        return found
 
     @staticmethod
     def size(layer: MoEView) -> int:

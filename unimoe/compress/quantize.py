@@ -19,7 +19,7 @@ from .allocate import allocate
 from .calibrate import BitErrors, Forward, Hessians, collect, in_flight
 from .costs import ERROR, pmq_cost
 from .gptq import gptq
-from .grids import dequantise
+from .grids import dequantise, rounded
 from .rules import Rules
 from .view import MoEView
 
@@ -35,6 +35,8 @@ class Calibration:
     forward: Forward
     """Runs one batch through the model."""
     batches: Sequence[Any]
+    answers: Callable[[Any], Tensor] | None = None
+    """Log-probabilities [K, V] at a batch's answers, for :func:`layer_kl`."""
     memory: float = 2e9
     """Bytes that are kept of the layers in flight; what is kept of one layer may be more."""
 
@@ -47,6 +49,7 @@ def choose_bits(
     group: int = 64,
     powers: tuple[float, float, float] = ERROR,
     by_layer: bool = False,
+    sensitive: bool = False,
 ) -> list[list[int]]:
     """Bits of each expert with the least total PMQ cost (MC-MoE, arXiv 2410.06270; on data of several
     modalities as MC#, arXiv 2510.10962).
@@ -59,9 +62,10 @@ def choose_bits(
         group: weights that share a scale.
         powers: of frequency, weight and error in the cost.
         by_layer: one program a layer, with at least one expert of the most bits and one of the second most,
-            as published. Else one program over all layers. Their errors are comparable because each is
-            measured against the residual stream of its layer: later layers add larger outputs to a larger
-            stream.
+            as published. Else one program over all layers.
+        sensitive: scale the costs of each layer so that all its experts at the fewest bits together cost the
+            KL that this was measured to have (:func:`layer_kl`). Errors of different layers are not
+            comparable otherwise.
 
     Raises:
         UserError: ``average`` is less than the fewest bits allow.
@@ -75,6 +79,9 @@ def choose_bits(
             found = errors.errors(layer, choices, group)
             parts = (errors.count[layer.index], errors.weight[layer.index], found)
             costs.append(pmq_cost(*(part[None] for part in parts), powers)[0].double().numpy())
+    if sensitive:
+        measured = layer_kl(layers, data, choices[0], group)
+        costs = [cost * kl / max(cost[:, 0].sum(), 1e-30) for cost, kl in zip(costs, measured, strict=True)]
     sizes = [sum(matrix.numel() for matrix in layer.expert(0).values()) for layer in layers]
     prices = [
         np.tile(np.array(choices) * size, (len(cost), 1)) for cost, size in zip(costs, sizes, strict=True)
@@ -93,6 +100,28 @@ def choose_bits(
             own, chosen = chosen[: len(costs[place])], chosen[len(costs[place]) :]
             bits.append([choices[one] for one in own])
     return bits
+
+
+@torch.no_grad()
+def layer_kl(layers: Sequence[MoEView], data: Calibration, bits: int, group: int) -> list[float]:
+    """KL(original || changed) at the answers of some calibration batches, for each layer whose experts alone
+    are rounded to nearest with few bits."""
+    assert data.answers is not None
+    some = data.batches[:: max(len(data.batches) // 8, 1)]
+    before = [(batch, found) for batch in some if len(found := data.answers(batch))]
+    if not before:
+        raise UserError("the calibration data has no answers for --cost kl to measure; choose --cost error")
+    found = []
+    for layer in layers:
+        kept = {name: stack.clone() for name, stack in layer.stacks().items()}
+        for expert in range(layer.num_experts):
+            for matrix in layer.expert(expert).values():
+                matrix.copy_(rounded(matrix, bits, group))
+        after = [(p, data.answers(batch)) for batch, p in before]
+        for name, stack in layer.stacks().items():
+            stack.copy_(kept[name])
+        found.append(sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in after) / len(after))
+    return found
 
 
 def bits_by_rule(layers: Sequence[MoEView], rules: Rules) -> list[list[int]]:
