@@ -154,8 +154,10 @@ class Learner:
         return self.model.device
 
     def collate(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Batches of rows of similar length, on the model's device."""
-        return [to_device(part, self.device) for part in self.collator.bucket_by_length(samples)]
+        """Batches of rows of similar length, on the model's device; one batch if the base is divided, whose
+        blocks must run equally often on every process."""
+        parts = [self.collator(samples)] if self.divided else self.collator.bucket_by_length(samples)
+        return [to_device(part, self.device) for part in parts]
 
     def recompute(self, on: bool) -> None:
         """Switch gradient checkpointing; routers see the same context in both runs of a block."""

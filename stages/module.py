@@ -25,7 +25,7 @@ from unimoe.moe import ExpertLoad, expert_load, load_balance, record, remember_c
 from unimoe.moe.install import moe_layers
 from unimoe.moe.join import join
 from unimoe.training.module import ResumableModule, Schedule
-from unimoe.training.ranks import across_ranks, data_parallel_size, mean_over_ranks
+from unimoe.training.ranks import across_ranks, data_parallel_size, max_over_ranks, mean_over_ranks
 from unimoe.training.sharding import broadcast_module, foreach, shard
 
 from .anneal import Anneal, check_anneal, losses_at, set_knobs
@@ -235,8 +235,10 @@ class StageModule(ResumableModule):
 
     def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
         set_knobs(self.anneal, self.model, self.trainer.global_step)
+        again = self._run_again(batch)
         with record() as parts:
             loss, supervised = self.batch_loss(batch)
+        padding = 0.0 * self.batch_loss(again)[0]
         records = join(parts)
         self.count_load(records)
         # relative to the mean over processes, so that the mean of their losses is that of all tokens
@@ -257,7 +259,16 @@ class StageModule(ResumableModule):
         if records:
             row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load, balance_L)}
         self.log_row(row, batch_idx)
-        return loss + aux + self._unused_parameters()
+        return loss + aux + padding + self._unused_parameters()
+
+    def _run_again(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The last sub-batch, as often as another rank has more of them; every rank must call it.
+
+        Sharded blocks gather their weights from all ranks, and so must run equally often on each.
+        """
+        if self.device_mesh is None:
+            return []
+        return batch[-1:] * (max_over_ranks(len(batch), self.device) - len(batch))
 
     def _unused_parameters(self) -> Tensor:
         """Zero-valued term that keeps encoders, connectors and frozen routers in the graph.
@@ -277,7 +288,9 @@ class StageModule(ResumableModule):
         self._evaluate(batch, "test/loss")
 
     def _evaluate(self, batch: list[dict[str, Any]], name: str) -> None:
+        again = self._run_again(batch)
         loss, count = self.batch_loss(batch)
+        self.batch_loss(again)
         total, tokens = mean_over_ranks(torch.stack([loss * count, loss.new_tensor(count)]))
         # batches are weighted by their number of tokens
         ranks = data_parallel_size(self.trainer)

@@ -1,5 +1,6 @@
 """Two processes (gloo) are as one with the same global batch, however they share weights and work."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,22 @@ def test_accumulated_batches_count_as_those_of_one_process(world, tmp_path):
     fit(1, runs["alone"])
     fit(2, runs["ddp"], runs["fsdp2"])
     for name in ("ddp", "fsdp2"):
+        assert_same_run(tmp_path / name, tmp_path / "alone")
+
+
+def test_ranks_with_more_sub_batches_than_others_train_as_one(world, tmp_path):
+    """A long sample is a sub-batch, or a packed row, of its own; sharded blocks must run equally often."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": [{**turns[0], "content": "q" * n}, turns[1]]} for n in (3, 300, 3, 3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    runs = {}
+    for name, ranks, strategy in (("alone", 1, "auto"), ("fsdp2", 2, "fsdp2"), ("packed", 2, "fsdp2")):
+        runs[name] = settings(world, tmp_path / name, ranks, strategy)
+        runs[name]["data"] |= {"train": str(tmp_path / "train.jsonl"), "val": None, "steps": 4}
+    runs["packed"]["data"]["pack"] = 64
+    fit(1, runs["alone"])
+    fit(2, runs["fsdp2"], runs["packed"])
+    for name in ("fsdp2", "packed"):
         assert_same_run(tmp_path / name, tmp_path / "alone")
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed import (
+    ReduceOp,
     all_gather_object,
     all_reduce,
     get_rank,
@@ -41,6 +42,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     all_reduce(total)
     return total / get_world_size()
+
+
+def max_over_ranks(count: int, device: torch.device) -> int:
+    """The largest of all ranks' counts; ``device`` is that of the communication."""
+    if not (is_available() and is_initialized()):
+        return count
+    largest = torch.tensor(count, device=device)
+    all_reduce(largest, ReduceOp.MAX)
+    return int(largest)
 
 
 def across_ranks(values: Tensor) -> Tensor:
