@@ -1,6 +1,7 @@
 """Answers of one batch whose rows skip, contrast and rewire, against each question alone and offline."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from unimoe.model.host import follow_tokens
 from unimoe.model.host_processor import HostProcessor
 from unimoe.serve.answer import Answer, SamplingParams
 from unimoe.serve.engine import Engine, EngineConfig
+from unimoe.serve.routed_batch import RoutedBatch
 from unimoe.testing import IMAGE, tiny_model
 from unimoe.testing_hosts import MIXTURES
 
@@ -95,6 +97,20 @@ def test_rows_of_one_batch_answer_as_offline(mixture, monkeypatch):
     plain = [alone(mixture, text, Decoding(skip={})) for text, _ in asked]
     different = [found != same for found, same in zip(expected, plain, strict=True)]
     assert different[0] is False and different[1] and any(different[2:])
+
+
+@torch.inference_mode()
+def test_rows_keep_nothing_that_the_batch_has(mixture):
+    batch, caches = RoutedBatch(mixture[0]), []
+    for text in ("one", "another"):
+        prompt = batch.prompt(inputs(mixture, text), Decoding(contrast=0.5))
+        while prompt.advance(64)[1] is None:
+            pass
+        caches += [weakref.ref(prompt.strong.cache), weakref.ref(prompt.weak.cache)]
+        batch.join(prompt)
+        del prompt
+    assert [cache() for cache in caches] == [None, None, batch.strong.cache, batch.weak.cache]
+    assert batch.step([5, 6]).shape[0] == 2
 
 
 def test_the_command_lines_answer_is_the_servers(mixture):

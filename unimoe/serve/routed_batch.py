@@ -55,6 +55,12 @@ class RoutedPrompt:
             return read, None
         return read, self.batch.contrasted(strong_V[None], weak_V[None], [self])[0]
 
+    def joined(self) -> None:
+        """Let go of what the batches hold now: a prompt would keep the caches of the moment it joined."""
+        del self.strong, self.weak
+        if not self.decoding.rewire:  # which reads its context again
+            self.inputs = {}
+
     def shifted(self) -> AbstractContextManager:
         """Inside, the routers are shifted, if this row asks for it."""
         return nullcontext() if self.shifts is None else self.shifts.applied()
@@ -93,6 +99,7 @@ class RoutedBatch:
         self.strong.join(prompt.strong)
         if prompt.weak is not None:
             self.weak.join(prompt.weak)
+        prompt.joined()
         self.rows.append(prompt)
 
     def step(self, tokens: list[int]) -> Tensor:
@@ -105,7 +112,7 @@ class RoutedBatch:
         with first.shifted():  # a row with shifts is the only one
             with routed(self.layers, [row.decoding for row in self.rows]):
                 strong_BV = self.strong.step(tokens)
-            both = [index for index, row in enumerate(self.rows) if row.weak is not None]
+            both = [index for index, row in enumerate(self.rows) if row.decoding.contrast]
             if not both:
                 return strong_BV
             with weak(self.layers, Contrast()), unrecorded():
@@ -117,7 +124,7 @@ class RoutedBatch:
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these rows, in this order."""
-        both = [index for index, row in enumerate(self.rows) if row.weak is not None]
+        both = [index for index, row in enumerate(self.rows) if row.decoding.contrast]
         self.weak.keep([both.index(row) for row in rows if row in both])
         self.strong.keep(rows)
         self.rows = [self.rows[row] for row in rows]
