@@ -218,7 +218,8 @@ def compare(
             turns.setdefault((count, name), []).append(turn)
     rows = []
     for (count, name), found in turns.items():
-        speed, first_s, equal = max(found)
+        speed, first_s, _ = max(found)
+        equal = min(turn[2] for turn in found)
         row = {"clients": count, "engine": name, "tokens_per_s": speed, "first_token_s": first_s}
         times = speed / max(turns[count, first])[0]
         rows.append({**row, "equal": equal, "rounds": len(found), "times": times})

@@ -180,7 +180,8 @@ def _note_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     positions = kwargs.get("position_ids")
     if isinstance(positions, Tensor) and positions.dim() == 3:
-        positions = positions[0]  # of four, the one that begins again with each packed sample
+        # of four, the one that begins again with each packed sample; three say nothing of samples
+        positions = positions[0] if len(positions) == 4 else None
     _inputs.set(_Inputs(ids, mask, positions, token_ids(model.config)))
 
 
