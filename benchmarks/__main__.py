@@ -6,6 +6,7 @@ data           speed-up from sequence packing and from cached encoder features
 detection      latency of the MoE decoder beside the dense one, and of whole detectors at 640 pixels
 engines        our server beside llama.cpp and vLLM, over HTTP
 experts        the expert kernels beside the implementations a user could pick instead (the default)
+few_bits       what experts of few bits cost, at the tokens of the demo's answers
 fewer_experts  what pruned and merged experts cost, at the tokens of the demo's answers
 handbook       prepare the Debian handbook in seven languages as text for `unimoe compare`
 model          tokens per second of training and decoding, by expert implementation
