@@ -39,7 +39,7 @@ def mixture(y_BND: Tensor, p_NB: Tensor) -> Tensor:
 
     In use a row takes the most probable number alone.
     """
-    return torch.einsum("bnd,nb->nd", y_BND, p_NB.to(y_BND.dtype))
+    return (y_BND * p_NB.t()[..., None].to(y_BND.dtype)).sum(0)
 
 
 def capped(p_NB: Tensor, capacity: Sequence[float], generator: torch.Generator | None = None) -> Tensor:
