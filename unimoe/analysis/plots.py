@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 INK = "#8b93a1"
 """Grey with contrast to white and to black."""
@@ -108,6 +108,8 @@ def quality_curve(points: Sequence[tuple[str, float, float]], limit: float) -> s
         panel.annotate(name, (megabytes, height), (5, 5), textcoords="offset points", fontsize=8, color=INK)
     panel.axhline(limit, color=INK, linewidth=1, linestyle="--")
     panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")  # powers of ten as mathematics would need other fonts
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.margins(x=0.15, y=0.15)
     panel.set_xlabel("MB of weights", fontsize=8, color=INK)
     panel.set_ylabel("worst KL, nats", fontsize=8, color=INK)

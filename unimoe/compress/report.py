@@ -70,13 +70,19 @@ def where_it_stops(figures: Sequence[Figures], limit: float) -> str:
 def as_table(figures: Sequence[Figures]) -> str:
     """KL by domain, bytes and milliseconds, one line a model."""
     domains = list(figures[0].quality)
-    wide = max(len(one.name) for one in figures)
-    head = ["model".ljust(wide), "    MB", " ms/token", *(f"{name:>12}" for name in domains), " agreement"]
+    wide, room = max(len(one.name) for one in figures), {name: max(12, len(name)) for name in domains}
+    head = [
+        "model".ljust(wide),
+        "    MB",
+        " ms/token",
+        *(f"{name:>{room[name]}}" for name in domains),
+        " agreement",
+    ]
     lines = ["  ".join(head)]
     for one in figures:
         tokens = sum(quality.tokens for quality in one.quality.values())
         same = sum(quality.agreement * quality.tokens for quality in one.quality.values()) / tokens
-        kl = (f"{one.quality[name].kl:>12.4f}" for name in domains)
+        kl = (f"{one.quality[name].kl:>{room[name]}.4f}" for name in domains)
         cells = [
             one.name.ljust(wide),
             f"{one.bytes / 1e6:>6.0f}",
