@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 
-from unimoe.applications.diffusion.sample import draw, find_classes, load_diffusion, write_samples
+from unimoe.applications.diffusion.process import DDPM
+from unimoe.applications.diffusion.sample import (
+    check_output,
+    draw,
+    find_classes,
+    load_diffusion,
+    write_samples,
+)
 from unimoe.applications.diffusion.text import embed_texts
 from unimoe.errors import UserError
 
@@ -37,11 +44,15 @@ def sample(
         output: an image file, or a .npy file for the numbers.
 
     Raises:
-        UserError: no such model or class, the condition is of the other kind, or a number below 1.
+        UserError: no such model or class, the condition is of the other kind, a number is out of range, or
+            ``output`` is no such file.
     """
     if min(count, steps) < 1:
         raise UserError(f"--count and --steps must be at least 1, found {count} and {steps}")
     network, process, known = load_diffusion(model)
+    if isinstance(process, DDPM) and steps > process.steps:
+        raise UserError(f"--steps is {steps}, expected at most {process.steps}: {model} is a ddpm of as many")
+    check_output(Path(output), network.config.channels)
     reads_text = bool(network.config.text)
     if reads_text != bool(text) or (reads_text and class_):
         asked, other = ("--text", "--class") if reads_text else ("--class", "--text")

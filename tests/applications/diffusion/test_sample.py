@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
 from unimoe.applications.diffusion.dit import DiT, DiTConfig
 from unimoe.applications.diffusion.process import RectifiedFlow
-from unimoe.applications.diffusion.sample import draw, find_classes, sheet
+from unimoe.applications.diffusion.sample import check_output, draw, find_classes, sheet, write_samples
 from unimoe.errors import UserError
 
 
@@ -24,8 +25,23 @@ def test_a_sheet_has_a_row_for_each_class():
     page = sheet(images, columns=2, scale=1)
     assert page.size == (24, 24)
     assert page.getpixel((6, 6)) == (0, 0, 0) and page.getpixel((18, 6)) == (255, 255, 255)
+
+
+def test_samples_are_written_whole(tmp_path):
+    images = torch.zeros(2, 3, 8, 8)
+    for name in ("sheet.png", "sheet.JPG", "numbers.npy"):
+        check_output(tmp_path / name, channels=3)
+        write_samples(tmp_path / "new" / name, images, columns=1)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "numbers.npy",
+        "sheet.JPG",
+        "sheet.png",
+    ]
+    assert np.load(tmp_path / "new/numbers.npy").shape == (2, 3, 8, 8)
     with pytest.raises(UserError, match="draws latents of 4 channels"):
-        sheet(torch.zeros(1, 4, 8, 8), columns=1)
+        check_output(tmp_path / "sheet.png", channels=4)
+    with pytest.raises(UserError, match=r"sheet: expected an image file such as samples.png"):
+        check_output(tmp_path / "sheet", channels=3)
 
 
 def test_classes_have_names():

@@ -78,7 +78,7 @@ class DDPM:
         clean = (x - (1 - now) ** 0.5 * prediction) / now**0.5
         noise = (1 - then) / (1 - now) * (1 - now / then)  # variance of the posterior
         mean = then**0.5 * clean + max(1 - then - noise, 0) ** 0.5 * prediction
-        return mean + noise**0.5 * torch.randn_like(x)
+        return mean + noise**0.5 * torch.randn(x.shape).to(x)  # the same on every device
 
 
 PROCESSES: dict[str, type[RectifiedFlow | DDPM]] = {"flow": RectifiedFlow, "ddpm": DDPM}
@@ -99,7 +99,7 @@ def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predic
 
 @torch.no_grad()
 def sample(process: Process, predict: Predict, noise: Tensor, steps: int) -> Tensor:
-    """Images from noise [B, ...] in ``steps`` equal steps of time."""
+    """Images from noise [B, ...] in ``steps`` equal steps of time (of DDPM, at most its own)."""
     x, times = noise, torch.linspace(1, 0, steps + 1).tolist()
     for time, earlier in zip(times, times[1:], strict=False):
         x = process.step(x, predict(x, torch.full((len(x),), time, device=x.device)), time, earlier)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.files import atomic_file
 from unimoe.training.application import load_weights, read_network
 
 from .dit import DiT, DiTConfig
@@ -43,23 +44,28 @@ def draw(
     Args:
         model: the transformer.
         process: that it was trained for.
-        label_B: classes; zeros with texts.
+        label_B: classes; zeros with texts. On any device, as ``texts``.
         texts: [B, X] embeddings of texts, for a model conditioned on these.
         steps: evaluations of the model, twice as many with guidance.
         guidance: scale; 1 is none.
-        seed: of the noise.
+        seed: of the noise, which is the same on every device.
+
+    Returns:
+        The images, on the CPU.
     """
+    device = next(model.parameters()).device
+    label_B, texts = label_B.to(device), None if texts is None else texts.to(device)
     sizes = (model.config.channels, model.config.side, model.config.side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        noise = torch.randn(len(label_B), *sizes)
+        noise = torch.randn(len(label_B), *sizes).to(device)
         none_B = torch.full_like(label_B, -1)
         predict = guided(
             lambda x, time_B: model(x, time_B, label_B, texts),
             lambda x, time_B: model(x, time_B, none_B, texts),
             guidance,
         )
-        return sample(process, predict, noise, steps)
+        return sample(process, predict, noise, steps).cpu()
 
 
 def find_classes(names: list[str], known: list[str]) -> list[int]:
@@ -75,15 +81,7 @@ def find_classes(names: list[str], known: list[str]) -> list[int]:
 
 
 def sheet(images: Tensor, columns: int, scale: int = 2) -> Image.Image:
-    """Images [B, 3, S, S] in -1..1 in rows of ``columns``, each pixel ``scale`` times as large.
-
-    Raises:
-        UserError: they have other channels than red, green and blue.
-    """
-    if images.shape[1] != 3:
-        raise UserError(
-            f"the model draws latents of {images.shape[1]} channels, not images; write them to a .npy file"
-        )
+    """Images [B, 3, S, S] in -1..1 in rows of ``columns``, each pixel ``scale`` times as large."""
     side = images.shape[-1] * scale
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (side + 4), rows * (side + 4)), "white")
@@ -94,10 +92,31 @@ def sheet(images: Tensor, columns: int, scale: int = 2) -> Image.Image:
     return page
 
 
-def write_samples(path: Path, images: Tensor, columns: int) -> None:
-    """A sheet, or the numbers themselves where ``path`` ends in .npy."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def check_output(path: Path, channels: int) -> None:
+    """Check, before anything is drawn, that samples of so many channels can be written to ``path``.
+
+    Raises:
+        UserError: its suffix is none of an image, or the samples are no images.
+    """
     if path.suffix == ".npy":
-        np.save(path, images.numpy())
-    else:
-        sheet(images, columns).save(path)
+        return
+    if _image_format(path) not in Image.SAVE:
+        raise UserError(f"--output {path}: expected an image file such as samples.png, or a .npy file")
+    if channels != 3:
+        raise UserError(
+            f"--output {path}: the model draws latents of {channels} channels, not images; write them to a "
+            ".npy file"
+        )
+
+
+def write_samples(path: Path, images: Tensor, columns: int) -> None:
+    """A sheet, or the numbers themselves where ``path`` ends in .npy; see :func:`check_output`."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, images.numpy())
+        else:
+            sheet(images, columns).save(file, format=_image_format(path))
+
+
+def _image_format(path: Path) -> str | None:
+    return Image.registered_extensions().get(path.suffix.lower())
