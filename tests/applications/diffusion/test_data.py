@@ -55,15 +55,21 @@ def test_latents_are_read_as_dit_writes_them(latents):
 
 
 def test_bad_latents_are_errors(latents):
-    np.save(latents / "features/59.npy", np.zeros((1, 4, 3, 3), dtype=np.float32))
-    with pytest.raises(UserError, match=r"59.npy is \[4, 3, 3\], expected \[4, 2, 2\] as 0.npy"):
+    np.save(latents / "features/58.npy", np.zeros((1, 4, 3, 3), dtype=np.float32))
+    with pytest.raises(UserError, match=r"58.npy is \[4, 3, 3\], expected \[4, 2, 2\] as 0.npy"):
         DiffusionData(str(latents)).setup("fit")
+    np.save(latents / "features/58.npy", np.zeros((1, 4, 2, 2), dtype=np.float32))
     (latents / "features/59.npy").write_bytes(b"no array")
     with pytest.raises(UserError, match=r"59.npy cannot be read"):
         DiffusionData(str(latents)).setup("fit")
     np.save(latents / "features/59.npy", np.zeros((4, 2), dtype=np.float32))
     with pytest.raises(UserError, match=r"is \[4, 2\], expected \[1, channels, side, side\]"):
         DiffusionData(str(latents)).setup("fit")
+    np.save(latents / "features/59.npy", np.zeros((1, 4, 2, 2), dtype=np.float32))
+    for label, found in ((4, "class 4, expected 3"), (-1, "class -1, expected 0")):
+        np.save(latents / "labels/8.npy", np.array([label]))
+        with pytest.raises(UserError, match=f"holds {found}"):
+            DiffusionData(str(latents)).setup("fit")
     (latents / "labels/7.npy").unlink()
     with pytest.raises(UserError, match=r"labels/7.npy is missing"):
         DiffusionData(str(latents)).setup("fit")

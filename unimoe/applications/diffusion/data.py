@@ -87,7 +87,7 @@ class LatentFolder:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        images = np.stack([_latent(self.features[index]) for index in indices])
+        images = np.stack([_latent(self.features[index]) for index in indices]).astype(np.float32)
         return Batch(torch.tensor(indices), torch.from_numpy(images), torch.from_numpy(self.labels[indices]))
 
 
@@ -196,7 +196,8 @@ def read_latents(folder: Path) -> tuple[dict[str, LatentFolder], int]:
     """The files of each split, and the number of classes.
 
     Raises:
-        UserError: a folder is missing, a feature has no label, or the labels are no small integers.
+        UserError: a folder is missing, a feature has no label or another shape, or the labels are not all
+            of 0 to the largest.
     """
     for name in ("features", "labels"):
         if not (folder / name).is_dir():
@@ -204,39 +205,40 @@ def read_latents(folder: Path) -> tuple[dict[str, LatentFolder], int]:
     features = sorted((folder / "features").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
     if len(features) < 3 * HELD_OUT:
         raise UserError(f"{folder}/features holds {len(features)} files, expected at least {3 * HELD_OUT}")
-    labels = []
+    labels, shape = [], _latent(features[0]).shape
     for path in features:
+        if (found := _latent(path, "r").shape) != shape:
+            raise UserError(f"{path} is {list(found)}, expected {list(shape)} as {features[0].name}")
         label = folder / "labels" / path.name
         if not label.is_file():
             raise UserError(f"{label} is missing, the label of {path}")
         labels.append(int(_load(label).reshape(-1)[0]))
-    if min(labels) < 0:
-        raise UserError(f"{folder}/labels holds {min(labels)}, expected classes from 0")
-    shape = _latent(features[0]).shape
     numbers = np.array(labels)
+    for expected, found in enumerate(np.unique(numbers).tolist()):
+        if found != expected:
+            raise UserError(
+                f"{folder}/labels holds class {found}, expected {expected}: all numbers from 0 on"
+            )
     sets = {}
     for split in ("train", "val", "test"):
         chosen = [place for place in range(len(features)) if split_of(place) == split]
         if not chosen:
             raise UserError(f"{folder}: the {split} split of {len(features)} latents is empty")
         sets[split] = LatentFolder([features[place] for place in chosen], numbers[chosen])
-    for path in (features[len(features) // 2], features[-1]):
-        if (found := _latent(path).shape) != shape:
-            raise UserError(f"{path} is {list(found)}, expected {list(shape)} as {features[0].name}")
     return sets, int(numbers.max()) + 1
 
 
-def _load(path: Path) -> np.ndarray:
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 
-def _latent(path: Path) -> np.ndarray:
-    """[C, S, S] float32. Raises UserError for another shape."""
-    found = _load(path)
+def _latent(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """[C, S, S], with ``mmap_mode`` not read yet. Raises UserError for another shape."""
+    found = _load(path, mmap_mode)
     latent = found[0] if found.ndim == 4 and len(found) == 1 else found
     if latent.ndim != 3 or latent.shape[1] != latent.shape[2]:
         raise UserError(f"{path} is {list(found.shape)}, expected [1, channels, side, side]")
-    return latent.astype(np.float32)
+    return latent
