@@ -53,6 +53,17 @@ def max_over_ranks(count: int, device: torch.device) -> int:
     return int(largest)
 
 
+def range_over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest ``low`` and the largest ``high`` of all ranks, element by element; every rank must call
+    it."""
+    if not (is_available() and is_initialized()):
+        return low, high
+    low, high = low.detach().clone(), high.detach().clone()
+    all_reduce(low, ReduceOp.MIN)
+    all_reduce(high, ReduceOp.MAX)
+    return low, high
+
+
 def across_ranks(values: Tensor) -> Tensor:
     """The mean of a tensor over all ranks, whose gradient is that of this rank's share: see
     :data:`unimoe.moe.losses.auxiliary.Across`."""

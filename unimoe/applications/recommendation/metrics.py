@@ -13,6 +13,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from unimoe.training.ranks import range_over_ranks
+
 from .layers import Bank
 
 
@@ -67,8 +69,10 @@ class UnitRange:
                 handle.remove()
 
     def dead_share(self, tolerance: float = 1e-3) -> dict[str, list[float]]:
-        """Bank -> share of each expert's units whose output is the same on all rows."""
+        """Bank -> share of each expert's units whose output is the same on all rows of all ranks; every rank
+        must call it."""
+        ranges = {name: range_over_ranks(self.low[name], self.high[name]) for name in self.low}
         return {
-            name: ((self.high[name] - self.low[name]) < tolerance).float().mean(dim=1).tolist()
-            for name in self.low
+            name: (high - low < tolerance).float().mean(dim=1).tolist()
+            for name, (low, high) in ranges.items()
         }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from unimoe.errors import UserError
 from unimoe.training.application import ApplicationConfig, ApplicationModule, run_application
 from unimoe.training.ranks import rank_weighted
 
@@ -38,8 +39,13 @@ class RecommendationModule(ApplicationModule):
         """
         Args:
             settings: the fields of :class:`RecommendationConfig`.
+
+        Raises:
+            UserError: the embeddings have no width.
         """
         config = RecommendationConfig(**settings)
+        if config.embedding < 1:
+            raise UserError(f"model.embedding is {config.embedding}, expected at least 1")
         super().__init__(config)
         self.config = config
         self.units: UnitRange | None = None
@@ -80,7 +86,7 @@ class RecommendationModule(ApplicationModule):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        """Log loss and AUC; the report also has the intervals and the dead units (of this rank's rows)."""
+        """Log loss and AUC; the report also has the intervals and the dead units."""
         assert self.units is not None
         logits_RT, labels_RT = self.kept()
         loss = float(nn.functional.binary_cross_entropy_with_logits(logits_RT, labels_RT))
