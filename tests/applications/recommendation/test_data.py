@@ -52,7 +52,7 @@ def test_values_that_no_training_row_has_are_unknown(file):
 
 
 def test_facts_may_be_in_other_files(file, tmp_path):
-    (tmp_path / "users.csv").write_text("user,town\n0,Paris\n1,Rome\n")
+    (tmp_path / "users.csv").write_text('user,"town"\n0,Paris\n1,Rome\n')
     features = {"user": "id", "town": "id"}
     tables = {"user": str(tmp_path / "users.csv")}
     data = RecommendationData(file, tables, **SETTINGS | {"features": features})

@@ -89,6 +89,12 @@ def test_too_few_parameters_are_an_error():
         make_network(80, [3, 3], NetworkConfig(kind="ple", parameters=100))
 
 
+@pytest.mark.parametrize("name", ["experts", "shared", "group", "task", "rank", "tower"])
+def test_a_network_without_experts_is_an_error(name):
+    with pytest.raises(UserError, match=f"model.network.{name} is 0, expected at least 1"):
+        NetworkConfig(**{name: 0})
+
+
 def test_lists_are_averaged_over_their_entries():
     settings = {
         "data": {"sizes": {"user": 4, "genres": 5}, "tasks": {"all": ["like"]}},

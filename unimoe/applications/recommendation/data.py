@@ -3,6 +3,7 @@
 Shapes: R rows, B of a batch, T tasks, L entries of a list.
 """
 
+import csv
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def _header(path: str, key: str) -> list[str]:
     """The columns of a CSV file. Raises UserError if it has none called ``key``."""
     read_columns([path], [key])
     with open(path, encoding="utf-8", newline="") as file:
-        return [name.strip().removeprefix("\ufeff") for name in file.readline().rstrip("\r\n").split(",")]
+        return [name.strip().removeprefix("\ufeff") for name in next(csv.reader(file))]
 
 
 def _parse(condition: str) -> tuple[str, str, float]:

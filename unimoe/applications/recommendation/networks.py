@@ -40,6 +40,11 @@ class NetworkConfig:
     tower: int = 16
     """Hidden units of each task's tower."""
 
+    def __post_init__(self) -> None:
+        for name in ("experts", "shared", "group", "task", "rank", "tower"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.network.{name} is {getattr(self, name)}, expected at least 1")
+
 
 class MMoE(nn.Module):
     """Two-layer experts that all tasks read through gates of their own (Ma et al., KDD 2018).
