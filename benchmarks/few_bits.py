@@ -18,10 +18,10 @@ from unimoe.commands.inspect_model import spread
 from unimoe.compress.costs import CODE, ERROR
 from unimoe.compress.measure import measure, reference
 from unimoe.compress.quantize import Calibration, choose_bits, quantise_experts, write_back
-from unimoe.compress.view import view
 from unimoe.data import Collator, read_samples
 from unimoe.model.host_loss import answer_logits, last_hidden
 from unimoe.model.loading import load_any
+from unimoe.moe.view import view
 
 TESTS = {"names": "test.unseen_artist", "written": "test.text_questions", "spoken": "test.spoken_questions"}
 MIX = {"train.image": 60, "train.questions": 60, "train.spoken": 60, "train.transcribe": 20, "train.text": 40}

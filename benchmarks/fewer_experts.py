@@ -23,13 +23,14 @@ from unimoe.compress.budget import global_top, top_m
 from unimoe.compress.cluster import windows
 from unimoe.compress.measure import measure, reference
 from unimoe.compress.merge import all_outputs, stun
+from unimoe.compress.route import choose
 from unimoe.compress.scores import HOW, random_scores, score
 from unimoe.compress.structure import merge_rows
-from unimoe.compress.view import MoEView, choose, view
 from unimoe.model.host_loss import last_hidden
 from unimoe.model.loading import load_any
 from unimoe.moe import SwiGLUExperts
 from unimoe.moe.upcycle.slice import cut_swiglu
+from unimoe.moe.view import MoEView, view
 
 SETS = {
     "names": "test.new_backgrounds",

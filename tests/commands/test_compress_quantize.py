@@ -8,9 +8,9 @@ import yaml
 from PIL import Image
 
 from unimoe.commands import main as cli
-from unimoe.compress.view import view
 from unimoe.model.loading import load_any
 from unimoe.moe.packed import PackedExperts, PackedLinear
+from unimoe.moe.view import view
 from unimoe.testing import IMAGE, tiny_model
 
 

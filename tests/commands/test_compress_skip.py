@@ -13,8 +13,8 @@ from unimoe.commands import main as cli
 from unimoe.compress.plan import Plan
 from unimoe.compress.rows import rewritten, unchanged
 from unimoe.compress.skip_rules import own_rule
-from unimoe.compress.view import view
 from unimoe.model.loading import load_model
+from unimoe.moe.view import view
 from unimoe.testing import tiny_model
 
 MOE = {"experts": {"copies": 4}, "router": {"k": 2}, "placement": "all"}

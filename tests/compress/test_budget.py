@@ -3,8 +3,8 @@ import torch
 
 from unimoe.compress.budget import global_top, top_m
 from unimoe.compress.plan import Plan
-from unimoe.compress.view import view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 
 
 def test_the_best_of_each_layer_in_their_order(families):

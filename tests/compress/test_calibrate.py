@@ -3,8 +3,8 @@ import torch
 
 from unimoe.compress.calibrate import BitErrors, Hessians, collect, in_flight
 from unimoe.compress.grids import rounded
-from unimoe.compress.view import view
 from unimoe.compress.watch import watch
+from unimoe.moe.view import view
 from unimoe.testing_stock import STOCK
 
 

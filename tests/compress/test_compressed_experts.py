@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from unimoe.compress.compressed_experts import attach, auxiliary_scale, detached
+from unimoe.compress.route import route
 from unimoe.compress.tune import TuneConfig, distil, divergence
-from unimoe.compress.view import route, view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 5, 6, 8, 9, 3]])

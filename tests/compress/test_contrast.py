@@ -5,9 +5,10 @@ import torch
 from transformers import LogitsProcessorList
 
 from unimoe.compress.contrast import Contrast, ContrastProcessor, contrast_logits, weak
+from unimoe.compress.route import route
 from unimoe.compress.tune import divergence
-from unimoe.compress.view import route, view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral, tiny_model
 
 

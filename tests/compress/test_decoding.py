@@ -5,11 +5,12 @@ import torch
 
 from unimoe.compress import rewire
 from unimoe.compress.decoding import Decoding, best, extend, generate_ids, renormalises, routed
+from unimoe.compress.route import route
 from unimoe.compress.skip import Thresholds, parse_thresholds
 from unimoe.compress.skip_rules import install
-from unimoe.compress.view import route, view
 from unimoe.errors import UserError
 from unimoe.moe import Context, routing_context
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral, tiny_model
 from unimoe.testing_stock import STOCK
 

@@ -6,9 +6,10 @@ import torch
 from transformers import BertConfig, TimmBackboneConfig
 
 from unimoe.compress.plan import Plan
+from unimoe.compress.route import choose
 from unimoe.compress.store import compress
-from unimoe.compress.view import choose, view
 from unimoe.detection import DynamicDinoConfig, DynamicDinoForObjectDetection
+from unimoe.moe.view import view
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from unimoe.compress.merge import all_outputs, stun, truncate
 from unimoe.compress.plan import Plan
 from unimoe.compress.store import compress
 from unimoe.compress.structure import merge_rows
-from unimoe.compress.view import view
 from unimoe.moe import Context, routing_context
+from unimoe.moe.view import view
 
 
 @pytest.mark.parametrize("name", ["mixtral", "unimoe"])

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from unimoe.compress.odp import Ratios, importance, important
+from unimoe.compress.route import route
 from unimoe.compress.skip_rules import install
-from unimoe.compress.view import route, view
 from unimoe.errors import UserError
 from unimoe.moe import Context, routing_context
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral
 
 IDS = torch.tensor([[5, 6, 7, 5, 6, 8, 9, 3]])

@@ -3,10 +3,11 @@
 import torch
 
 from unimoe.compress.otp import Heads, KeepHead, Masking, gumbel, hard_mask, soft_mask
+from unimoe.compress.route import route
 from unimoe.compress.rows import rewritten
 from unimoe.compress.skip_rules import install
 from unimoe.compress.tune import TuneConfig, distil
-from unimoe.compress.view import route, view
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral
 
 IDS = torch.tensor([[5, 6, 7, 5, 6, 8, 9, 3]])

@@ -1,8 +1,8 @@
 import pytest
 
 from unimoe.compress.plan import Plan
-from unimoe.compress.view import view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 
 
 def test_yaml_round_trip(tmp_path):

@@ -13,8 +13,8 @@ from unimoe.compress.quantize import (
     write_back,
 )
 from unimoe.compress.rules import Rules
-from unimoe.compress.view import view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 from unimoe.testing_stock import STOCK
 
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from unimoe.compress.rewire import Rewiring, context_loss, no_other_gradients, train
-from unimoe.compress.view import view
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral, tiny_model
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 5, 6], [8, 9, 10, 11, 12, 8, 9]])

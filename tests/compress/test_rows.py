@@ -3,8 +3,8 @@
 import torch
 
 from unimoe.compress.rows import is_rewritten, modality_ids, rewritten, row_of
-from unimoe.compress.view import view
 from unimoe.moe import Context
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral
 
 CPU = torch.device("cpu")

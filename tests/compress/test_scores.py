@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from unimoe.compress.scores import HOW, mixed, random_scores, score
-from unimoe.compress.view import view
 from unimoe.compress.watch import Collector, Stats, watch
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from unimoe.compress.skip import Thresholds, check_thresholds, drop, keep_sum, parse_thresholds
-from unimoe.compress.view import view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral
 
 

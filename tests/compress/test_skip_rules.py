@@ -6,12 +6,13 @@ import torch
 from unimoe.compress.odp import Ratios
 from unimoe.compress.otp import Heads
 from unimoe.compress.plan import Plan
+from unimoe.compress.route import route
 from unimoe.compress.rows import rewritten, unchanged
 from unimoe.compress.skip import Thresholds
 from unimoe.compress.skip_rules import install, own_rule, rule_of
 from unimoe.compress.store import compress
-from unimoe.compress.view import route, view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral
 from unimoe.testing_stock import STOCK
 

@@ -16,8 +16,8 @@ from unimoe.compress.skip_search import (
     skip_ratio,
     staircase,
 )
-from unimoe.compress.view import view
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral
 
 

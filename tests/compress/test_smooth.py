@@ -3,11 +3,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe.compress.smooth import channel_scales, clipped, router_clip, smooth
-from unimoe.compress.view import view
 from unimoe.compress.watch import Collector
 from unimoe.errors import UserError
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
+from unimoe.moe.view import view
 from unimoe.testing_stock import STOCK, TINY
 
 

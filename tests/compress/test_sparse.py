@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from unimoe.compress.sparse import owl_sparsity, second_stage, sparsify, wanda_mask
-from unimoe.compress.view import view
 from unimoe.compress.watch import Collector
 from unimoe.errors import UserError
+from unimoe.moe.view import view
 
 
 def test_both_stages_together_have_the_total_sparsity():

@@ -7,11 +7,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.compress.plan import Plan
+from unimoe.compress.route import choose
 from unimoe.compress.store import compress
 from unimoe.compress.structure import check_coverage, merge_rows
-from unimoe.compress.view import choose, view
 from unimoe.errors import UserError
 from unimoe.moe.packed import PackedExperts
+from unimoe.moe.view import view
 
 from .conftest import FAMILIES
 

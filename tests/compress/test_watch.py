@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from unimoe.compress.view import view
 from unimoe.compress.watch import STATISTICS, Collector, Stats, run_experts, watch
 from unimoe.errors import UserError
 from unimoe.moe import Context, routing_context
+from unimoe.moe.view import view
 
 from .conftest import FAMILIES
 

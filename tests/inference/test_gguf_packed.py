@@ -5,13 +5,13 @@ from torch.testing import assert_close
 
 from unimoe.compress.plan import Plan
 from unimoe.compress.store import compress
-from unimoe.compress.view import view
 from unimoe.errors import UserError
 from unimoe.inference.gguf import write_gguf
 from unimoe.inference.gguf_packed import Coded
 from unimoe.inference.llama_cpp import Llama
 from unimoe.kernels.packed import quantise_rtn
 from unimoe.model.structure import structure_of
+from unimoe.moe.view import view
 from unimoe.testing import IMAGE, tiny_model
 
 MOE = {"experts": {"copies": 4}, "router": {"kind": "top_k", "k": 2, "null_experts": 1}, "placement": "all"}

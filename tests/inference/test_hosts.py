@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 from unimoe.commands import main as cli
-from unimoe.compress.view import view
 from unimoe.errors import UserError
 from unimoe.inference.conversation import Conversation, Settings
 from unimoe.model.loading import load_any, load_model
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
 from unimoe.moe.hf import takes_sentinels
+from unimoe.moe.view import view
 from unimoe.serve.batch import RunningBatch, can_batch
 from unimoe.testing_hosts import FAMILIES, MIXTURES, inputs, question
 

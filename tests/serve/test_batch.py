@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, MistralConfig
 
 from unimoe.compress.plan import Plan
-from unimoe.compress.view import view
 from unimoe.moe.few_rows import few_rows
 from unimoe.moe.packed import pack_model
+from unimoe.moe.view import view
 from unimoe.serve.batch import Prompt, RunningBatch, can_batch
 
 LINES = ["hello", "a longer question, and more of it", "x"]

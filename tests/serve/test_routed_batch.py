@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from unimoe.compress import rewire
 from unimoe.compress.decoding import Decoding, generate_ids
-from unimoe.compress.view import view
 from unimoe.inference.generate import generate
 from unimoe.model.host import follow_tokens
 from unimoe.model.host_processor import HostProcessor
+from unimoe.moe.view import view
 from unimoe.serve.answer import Answer, SamplingParams
 from unimoe.serve.engine import Engine, EngineConfig
 from unimoe.serve.routed_batch import RoutedBatch

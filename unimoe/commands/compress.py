@@ -24,7 +24,6 @@ from unimoe.compress.scores import Scores, mixed, random_scores, score
 from unimoe.compress.sparse import second_stage, sparsify
 from unimoe.compress.store import compress
 from unimoe.compress.structure import check_coverage
-from unimoe.compress.view import MoEView, expert_counts, view
 from unimoe.compress.watch import Collector, Stats
 from unimoe.data import Collator, read_samples
 from unimoe.errors import UserError, check_seed
@@ -32,6 +31,7 @@ from unimoe.files import atomic_folder
 from unimoe.model.host_loss import last_hidden
 from unimoe.model.loading import load_any
 from unimoe.model.utils import to_device
+from unimoe.moe.view import MoEView, expert_counts, view
 
 from .inspect_model import spread
 

@@ -30,7 +30,6 @@ from unimoe.compress.rules import Rules
 from unimoe.compress.smooth import smooth as smooth_channels
 from unimoe.compress.store import compress
 from unimoe.compress.structure import check_coverage, move_hooks
-from unimoe.compress.view import MoEView, view
 from unimoe.compress.watch import Collector
 from unimoe.data.read import data_files, read_samples
 from unimoe.errors import UserError
@@ -40,6 +39,7 @@ from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
 from unimoe.moe.packed import PackedExperts
+from unimoe.moe.view import MoEView, view
 
 from .compress import check_new, expert_bytes, read_batches, save
 

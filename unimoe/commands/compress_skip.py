@@ -17,11 +17,11 @@ from unimoe.compress.plan import Plan
 from unimoe.compress.rows import rewritten, unchanged
 from unimoe.compress.skip_search import Found, cost_of, find_ratios, find_thresholds
 from unimoe.compress.store import compress
-from unimoe.compress.view import MoEView, view
 from unimoe.errors import UserError
 from unimoe.model.configuration import MODALITIES
 from unimoe.model.loading import load_any
 from unimoe.model.utils import to_device
+from unimoe.moe.view import MoEView, view
 
 from .compress import check_new, finish, read_batches, save
 

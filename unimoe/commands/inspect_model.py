@@ -17,7 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.analysis.expert_names import expert_names
 from unimoe.analysis.plots import pathways, plot_expert_load
 from unimoe.analysis.routing_stats import RoutingStats, format_load_table
-from unimoe.compress.view import expert_counts, find_layers
 from unimoe.continual.cli import load_run
 from unimoe.data import Sample, read_samples
 from unimoe.errors import UserError
@@ -28,6 +27,7 @@ from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import count_parameters, to_device, weights
 from unimoe.moe import MoELayer, record
+from unimoe.moe.view import expert_counts, find_layers
 
 
 def inspect(

@@ -10,13 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unimoe.compress.view import expert_counts
 from unimoe.data.collate import real_tokens
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
 from unimoe.moe.join import join
 from unimoe.moe.routers.base import Router
+from unimoe.moe.view import expert_counts
 from unimoe.stages.anneal import check_anneal, losses_at, set_knobs
 from unimoe.training.module import ResumableModule
 from unimoe.training.progress import PlainProgress

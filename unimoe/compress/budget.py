@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.moe.view import MoEView
 
 from .scores import Scores
-from .view import MoEView
 
 
 def top_m(layers: Sequence[MoEView], scores: Scores, keep: int) -> list[list[int]]:

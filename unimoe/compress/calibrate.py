@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unimoe.moe.view import MoEView
+
 from .grids import rounded
-from .view import MoEView
 from .watch import Seen, run_experts, watch
 
 Forward = Callable[[Any], object]

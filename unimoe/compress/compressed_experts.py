@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from unimoe.errors import UserError
 from unimoe.moe.layer import MoELayer
 from unimoe.moe.routing import Routing
-
-from .view import MoEView, slots
+from unimoe.moe.slots import slots
+from unimoe.moe.view import MoEView
 
 
 def attach(layers: Sequence[MoEView], main: int) -> None:

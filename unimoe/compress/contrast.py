@@ -18,10 +18,11 @@ from transformers import DynamicCache, LogitsProcessor
 
 from unimoe.errors import UserError
 from unimoe.moe.records import unrecorded
+from unimoe.moe.view import MoEView
 
+from .route import choose
 from .rows import rewritten
 from .skip import drop
-from .view import MoEView, choose
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ from unimoe.model.configuration import MODALITIES
 from unimoe.model.host import token_ids
 from unimoe.moe import record
 from unimoe.moe.records import current_context, unrecorded
+from unimoe.moe.view import MoEView, find_layers
 
 from . import rewire
 from .contrast import ContrastProcessor
 from .rows import modality_ids, rewritten, row_of
 from .skip import Thresholds, check_thresholds, drop, keep_sum
 from .skip_rules import own_rule
-from .view import MoEView, find_layers
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.structure import structure_of
 from unimoe.moe.layer import MoELayer
 from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
+from unimoe.moe.view import view
 
 from .plan import Plan
 from .structure import COUNTS
-from .view import view
 
 
 def export_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:

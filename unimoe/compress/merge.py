@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from unimoe.moe.view import MoEView
+
 from .cluster import Groups, bisect_clusters, representatives, router_distance
 from .structure import merge_rows
-from .view import MoEView
 from .watch import Seen, run_experts, watch
 
 

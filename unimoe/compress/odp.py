@@ -15,9 +15,9 @@ from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.moe.records import current_context
+from unimoe.moe.view import MoEView
 
 from .skip import drop, keep_sum
-from .view import MoEView
 
 logger = logging.getLogger(__name__)
 

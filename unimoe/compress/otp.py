@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.moe.view import MoEView
 
 from .rows import rewritten
 from .skip import drop
-from .view import MoEView
 
 
 class KeepHead(nn.Module):

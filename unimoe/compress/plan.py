@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from unimoe.errors import UserError, first_line
-
-from .view import MoEView, merge_map
+from unimoe.moe.view import MoEView, merge_map
 
 WIDTHS = (1, 2, 3, 4, 8, 16)
 """Bits of a weight; 16 leaves it as it is."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unimoe.errors import UserError
 from unimoe.kernels.packed import quantise_rtn
+from unimoe.moe.view import MoEView
 
 from .allocate import allocate
 from .calibrate import BitErrors, Forward, Hessians, collect, in_flight
@@ -21,7 +22,6 @@ from .costs import ERROR, pmq_cost
 from .gptq import gptq
 from .grids import dequantise, rounded
 from .rules import Rules
-from .view import MoEView
 
 log = logging.getLogger(__name__)
 Codes = dict[str, tuple[Tensor, Tensor]]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from unimoe.model.host import logits_to_keep, token_ids
 from unimoe.model.host_loss import is_stock
 from unimoe.moe.records import current_context
+from unimoe.moe.view import MoEView
 
+from .route import choose
 from .rows import row_of
-from .view import MoEView, choose
 
 BLOCK = 128
 """Answer tokens after which the shifts are trained again, on the longer context."""

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from unimoe.moe import Context
+from unimoe.moe.view import MoEView
 
-from .view import MoEView, Rewrite, route
+from .route import Rewrite, route
 
 _active: ContextVar[object] = ContextVar("unimoe_rewritten_routing", default=None)
 
 
 @contextmanager
 def rewritten(layers: Sequence[MoEView], fn: Rewrite) -> Iterator[None]:
-    """As :func:`unimoe.compress.view.route`, in place of every rewriting around it and of the rule that the
+    """As :func:`unimoe.compress.route.route`, in place of every rewriting around it and of the rule that the
     model itself skips by (:func:`unimoe.compress.skip_rules.install`)."""
 
     def innermost(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ ODP    pairs whose weight is small beside the first expert's; important tokens k
 OTP    what a small trained head says of the token                                         :mod:`.otp`
 =====  ==================================================================================  ===========
 
-A dropped pair has the id ``num_experts`` and the weight 0, as :func:`unimoe.compress.view.route` wants it.
+A dropped pair has the id ``num_experts`` and the weight 0, as :func:`unimoe.compress.route.route` wants it.
 
 Shapes: T tokens, K slots of a token, L MoE layers, M modalities, D hidden.
 """
@@ -26,9 +26,9 @@ from torch import Tensor
 from unimoe.errors import UserError
 from unimoe.model.configuration import MODALITIES
 from unimoe.moe.records import current_context
+from unimoe.moe.view import MoEView
 
 from .rows import modality_ids
-from .view import MoEView
 
 
 def drop(index_TK: Tensor, weight_TK: Tensor, dropped_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.moe.view import MoEView
 
 from .odp import Ratios
 from .otp import Heads
+from .route import rewrite
 from .rows import is_rewritten
 from .skip import Thresholds
-from .view import MoEView, rewrite
 
 
 class Rule(Protocol):

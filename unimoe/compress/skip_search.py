@@ -17,13 +17,13 @@ from unimoe.errors import UserError
 from unimoe.model.configuration import MODALITIES
 from unimoe.model.host_loss import last_hidden
 from unimoe.moe.records import current_context
+from unimoe.moe.view import MoEView
 
 from .measure import Batches, Quality, Reference, measure
 from .odp import Ratios
 from .rows import modality_ids, rewritten
 from .skip import Thresholds, drop
 from .skip_rules import Rule
-from .view import MoEView
 
 Place = tuple[int, ...]
 """An index into the grid of each threshold."""

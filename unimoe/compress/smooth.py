@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from unimoe.errors import UserError
-
-from .view import MoEView
+from unimoe.moe.view import MoEView
 
 
 def channel_scales(

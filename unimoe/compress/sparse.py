@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unimoe.errors import UserError
+from unimoe.moe.view import MoEView
 
-from .view import MoEView
 from .watch import Stats
 
 

@@ -3,10 +3,10 @@
 from transformers import PreTrainedModel
 
 from unimoe.model.structure import StructureConfig, remember_structure, structure_of
+from unimoe.moe.view import view
 
 from .plan import Plan
 from .structure import Weights, structure
-from .view import view
 
 
 def compress(model: PreTrainedModel, plan: Plan, weights: Weights | None = None) -> None:

@@ -18,11 +18,12 @@ from unimoe.moe.layer import MoELayer
 from unimoe.moe.packed import pack_model
 from unimoe.moe.routing import Pairs, Routing
 from unimoe.moe.upcycle.rows import expert_rows, set_expert_rows
+from unimoe.moe.view import MoEView, view
 
 from . import compressed_experts
 from .plan import Plan
+from .route import rewrite
 from .skip_rules import install, rule_of
-from .view import MoEView, rewrite, view
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 """Where modules of transformers keep the number of experts, each its own."""

@@ -24,8 +24,7 @@ from unimoe.moe import Context, current_context
 from unimoe.moe.experts.ffn import FFNExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.routing import Pairs, Routing, sort_by_expert
-
-from .view import MoEView
+from unimoe.moe.view import MoEView
 
 
 @dataclass(frozen=True)

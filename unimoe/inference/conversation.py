@@ -19,7 +19,6 @@ from transformers.generation.streamers import TextStreamer
 from unimoe.analysis.routing_stats import ANSWER, RoutingStats
 from unimoe.compress.decoding import Decoding
 from unimoe.compress.skip import parse_thresholds
-from unimoe.compress.view import find_layers
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
 from unimoe.data.sample import Message, Sample
@@ -30,6 +29,7 @@ from unimoe.media.source import Part
 from unimoe.model.configuration import MEDIA
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import record
+from unimoe.moe.view import find_layers
 
 from .engines import AnsweringModel, check_decoding
 from .generate import generate

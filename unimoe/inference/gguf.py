@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
-from unimoe.compress.view import merge_map
 from unimoe.errors import UserError
 from unimoe.files import atomic_file, file_hash
 from unimoe.model.modeling import UniMoeForConditionalGeneration
@@ -40,6 +39,7 @@ from unimoe.moe.install import moe_layers
 from unimoe.moe.layer import MoELayer
 from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
 from unimoe.moe.routers.top_k import TopK
+from unimoe.moe.view import merge_map
 
 from .gguf_packed import Coded, Named, matrix, odd_group, packed_experts
 

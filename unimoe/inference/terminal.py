@@ -18,10 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from unimoe.analysis.expert_names import names_of
 from unimoe.analysis.routing_stats import format_load_table
-from unimoe.compress.view import expert_counts, find_layers
 from unimoe.errors import UserError
 from unimoe.media.source import describe
 from unimoe.model.utils import count_parameters
+from unimoe.moe.view import expert_counts, find_layers
 from unimoe.prepare.cache import cache_folder
 
 from .conversation import Conversation, Settings, detect_modality

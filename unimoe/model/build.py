@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from unimoe.compress.records import leave_records
 from unimoe.encoders import (
     Encoder,
     ImageEncoder,
@@ -19,6 +18,7 @@ from unimoe.encoders.weights import own_weights
 from unimoe.errors import UserError
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import install_moe
+from unimoe.moe.stock_records import leave_records
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, PLACEHOLDERS, UniMoeConfig

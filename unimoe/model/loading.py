@@ -21,11 +21,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from unimoe.compress.records import leave_records
-from unimoe.compress.view import find_layers
 from unimoe.errors import UserError, first_line
 from unimoe.media.source import Part
 from unimoe.moe.hf import foreign
+from unimoe.moe.stock_records import leave_records
+from unimoe.moe.view import find_layers
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, UniMoeConfig

@@ -16,7 +16,6 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from unimoe.compress.records import leave_records
 from unimoe.encoders import Encoder, build_connector, build_encoder
 from unimoe.encoders.weights import own_weights
 from unimoe.moe import (
@@ -30,6 +29,7 @@ from unimoe.moe import (
 )
 from unimoe.moe.install import install_moe, moe_layers
 from unimoe.moe.losses.auxiliary import Across, alone
+from unimoe.moe.stock_records import leave_records
 
 from .by_modality import ByModality
 from .causal_head import CausalHead

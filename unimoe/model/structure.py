@@ -63,6 +63,7 @@ class StructureQuantizer(HfQuantizer):
         if self.quantization_config.moe is not None:
             install_host(model, MoEConfig.from_dict(self.quantization_config.moe))
         if self.quantization_config.plan is not None:
+            # Here alone the model knows the compress package, whose modules import the model's.
             from unimoe.compress.plan import Plan
             from unimoe.compress.structure import structure
 

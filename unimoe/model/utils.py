@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from unimoe.compress.view import find_layers
 from unimoe.moe.install import moe_layers
 from unimoe.moe.lora_linear import LoRALinear
 from unimoe.moe.packed import packed_weights
+from unimoe.moe.view import find_layers
 
 
 def count_parameters(model: nn.Module, visits: Mapping[int, float] | None = None) -> tuple[int, int]:

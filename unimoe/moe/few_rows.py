@@ -126,7 +126,7 @@ def _form(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether something watches or rewrites what a module does (:mod:`unimoe.compress.view`), which the
+    """Whether something watches or rewrites what a module does (:mod:`unimoe.compress.route`), which the
     operator would pass by."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 

@@ -289,7 +289,7 @@ def pack_model(model: nn.Module, layers: Sequence[Any], plan: Any) -> None:
 
     Args:
         model: what ``layers`` are of.
-        layers: its MoE layers (:class:`unimoe.compress.view.MoEView`).
+        layers: its MoE layers (:class:`unimoe.moe.view.MoEView`).
         plan: its entries ``bits``, ``linears``, ``head`` and ``group`` are read
             (:class:`unimoe.compress.plan.Plan`); 16 bits leave a module as it is.
 

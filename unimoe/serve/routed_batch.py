@@ -18,9 +18,9 @@ from transformers import DynamicCache
 from unimoe.compress import rewire
 from unimoe.compress.contrast import Contrast, contrast_logits, weak
 from unimoe.compress.decoding import Decoding, extend, routed
-from unimoe.compress.view import find_layers
 from unimoe.model.utils import to_device
 from unimoe.moe.records import unrecorded
+from unimoe.moe.view import find_layers
 
 from .batch import Prompt, RunningBatch, StockPrompt
 

@@ -4,15 +4,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unimoe.moe import Routing
-from unimoe.moe.records import append, recording
-
-from .view import MoEView, find_layers, of_slots
+from .records import append, recording
+from .routing import Routing
+from .slots import of_slots
+from .view import MoEView, find_layers
 
 
 def leave_records(model: nn.Module) -> None:
     """Let the MoE layers of transformers in a model leave records, as they were rewritten by
-    :func:`~unimoe.compress.view.route`; repeated calls have no effect.
+    :func:`~unimoe.compress.route.route`; repeated calls have no effect.
 
     ``probs_TE`` are the softmax of the logits, whatever scores the router chooses by.
     """

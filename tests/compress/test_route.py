@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from unimoe.compress.view import choose, route, view
+from unimoe.compress.route import choose, route
 from unimoe.detection import DynamicDinoConfig
 from unimoe.detection.model.decoder import feed_forward
-from unimoe.errors import UserError
 from unimoe.moe import record
 from unimoe.moe.few_rows import few_rows
+from unimoe.moe.view import view
 
 from .conftest import FAMILIES
 
@@ -18,22 +18,10 @@ def loss(model, ids):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_finds_every_layer_and_changes_nothing(name, families, ids):
+def test_a_hook_that_changes_nothing_changes_nothing(name, families, ids):
     model = families(name)
     before = loss(model, ids)
     layers = view(model)
-    assert [layer.index for layer in layers] == list(range(len(layers)))
-    assert {layer.layer for layer in layers} == ({1} if "deepseek" in name else {0, 1})
-    assert all(layer.groups == (2 if name == "deepseek_v3" else 1) for layer in layers)
-    shared = name in ("qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe")
-    for layer in layers:
-        assert (layer.shared is not None) == shared
-        assert layer.router_rows().shape == (layer.num_experts, 32)
-        one = layer.expert(layer.num_experts - 1)
-        assert one["gate"].shape == one["up"].shape == one["down"].T.shape
-        assert one["gate"].untyped_storage().data_ptr() in {
-            stack.untyped_storage().data_ptr() for stack in layer.stacks().values()
-        }
     with route(layers, lambda layer, x, index, weight: (index, weight)), choose(layers, lambda _, z: z):
         assert torch.equal(loss(model, ids), before)
     assert torch.equal(loss(model, ids), before)
@@ -96,20 +84,7 @@ def test_the_detector_is_a_mixture_like_others():
         {str(layer): nn.ModuleDict({"ffn": feed_forward(config, layer)}) for layer in (0, 1)}
     )
     layers = view(decoder)
-    assert [(layer.name, layer.layer, layer.num_experts) for layer in layers] == [
-        ("0.ffn", 0, 6),
-        ("1.ffn", 1, 6),
-    ]
-    assert {name: one.shape for name, one in layers[0].expert(5).items()} == {
-        "up": (12, 32),
-        "down": (32, 12),
-    }
     x = torch.randn(2, 5, 32)
     before = layers[0].block(x)
     with route(layers, lambda _, x, index, weight: (index, weight)), choose(layers, lambda _, z: z):
         assert torch.equal(layers[0].block(x), before)
-
-
-def test_models_without_mixtures_are_refused():
-    with pytest.raises(UserError, match="Linear has no MoE layers"):
-        view(nn.Linear(2, 2))
