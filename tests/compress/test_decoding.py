@@ -171,6 +171,15 @@ def test_rewiring_changes_the_answer_and_leaves_nothing_behind(models):
         assert torch.equal(model.generate(**PROMPT, **GREEDY), plain)
 
 
+def test_rewiring_and_fewer_experts_go_together():
+    """Whether the router renormalises is asked of the router as it is, not of the shifted one."""
+    model = tiny_mixtral()
+    with torch.inference_mode():
+        three = {"input_ids": torch.arange(1, 13).view(3, 4)}
+        found = generate_ids(model, three, Decoding(rewire=2, experts=1), {**GREEDY, "max_new_tokens": 2})
+    assert found.shape == (3, 6) and renormalises(view(model)[0])
+
+
 def test_answers_extend_everything_with_one_entry_a_token():
     inputs = {
         **PROMPT,
@@ -200,6 +209,13 @@ def test_answers_extend_everything_with_one_entry_a_token():
 def test_settings_without_a_meaning_are_refused(settings, found):
     with pytest.raises(UserError, match=found):
         Decoding(**settings).check(tiny_mixtral(), "--")
+
+
+def test_one_expert_has_no_worse_one_to_contrast_with():
+    model = tiny_mixtral(experts=1, top_k=1)
+    Decoding(experts=1).check(model)
+    with pytest.raises(UserError, match="--contrast: .* expected at least 2"):
+        Decoding(contrast=0.5).check(model, "--")
 
 
 def test_one_threshold_is_for_whatever_a_model_takes():

@@ -87,6 +87,8 @@ class Decoding:
         fewest = min(layer.top_k for layer in layers)
         if self.experts > fewest:
             raise UserError(f"{prefix}experts is {self.experts}, expected at most the router's {fewest}")
+        if self.contrast and min(layer.num_experts for layer in layers) < 2:
+            raise UserError(f"{prefix}contrast: a layer of this model has one expert, expected at least 2")
         if self.skip is not None:
             check_thresholds(self.skip)
             takes = {"text", *media_of(model)}
@@ -173,7 +175,8 @@ def renormalises(layer: MoEView) -> bool:
         noise = torch.Generator().manual_seed(0)
         x_TD = torch.randn(32, rows.shape[1], generator=noise).to(rows.device, rows.dtype)
         with torch.no_grad():
-            sum_T = router.forward(x_TD)[1].float().sum(dim=1)
+            # of its class: rewiring shifts the logits of this instance
+            sum_T = type(router).forward(router, x_TD)[1].float().sum(dim=1)
         _renormalises[router] = float(sum_T.max() - sum_T.min()) < 1e-2 * float(sum_T.mean())
     return _renormalises[router]
 
