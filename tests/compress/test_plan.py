@@ -1,6 +1,9 @@
 import pytest
 
+from unimoe.compress.compressed_experts import attach
+from unimoe.compress.otp import Heads
 from unimoe.compress.plan import Plan
+from unimoe.compress.skip_rules import install
 from unimoe.errors import UserError
 from unimoe.moe.view import view
 
@@ -65,6 +68,26 @@ def test_plans_compose():
     both = Plan(bits=4, group=32).after(Plan(merge=[[0, 0, 1]]).after(first))
     assert both == Plan(keep=[[0, 2, 3]], merge=[[0, 0, 1]], bits=4, group=32)
     for later, before in ((Plan(keep=[[0]]), Plan(merge=[[0, 0]])), (Plan(merge=[[0, 0]]), Plan(bits=4)),
-                          (Plan(bits=2), Plan(bits=4))):  # fmt: skip
+                          (Plan(bits=2), Plan(bits=4)), (Plan(keep=[[0]]), Plan(main=1)),
+                          (Plan(merge=[[0, 0]]), Plan(main=1)), (Plan(bits=4), Plan(main=1)),
+                          (Plan(main=1), Plan(bits=4))):  # fmt: skip
         with pytest.raises(UserError, match="before that"):
             later.after(before)
+
+
+def test_a_model_with_compressed_experts_is_not_changed_again(families):
+    layers = view(families("mixtral"))
+    attach(layers, 1)
+    for plan in (Plan(keep=[[0, 1]] * 2), Plan(merge=[[0, 0, 1, 1]] * 2), Plan(bits=4, group=32)):
+        with pytest.raises(UserError, match="compressed experts"):
+            plan.check(layers)
+    with pytest.raises(UserError, match="compressed experts"):
+        Plan(main=1, bits=4, group=32).check(view(families("mixtral")))
+
+
+def test_heads_need_as_many_experts_as_they_were_trained_for(families):
+    layers = view(families("mixtral"))
+    install(layers, Heads(8))
+    Plan(keep=[[0, 1], [1, 2, 3]]).check(layers)
+    with pytest.raises(UserError, match="would keep 1 experts, and its heads choose among 2"):
+        Plan(keep=[[0, 1], [2]]).check(layers)

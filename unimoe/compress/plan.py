@@ -100,6 +100,10 @@ class Plan:
             entry = getattr(self, name)
             if isinstance(entry, list) and len(entry) != len(layers):
                 raise UserError(f"plan.{name} has {len(entry)} layers, expected {len(layers)} (the model's)")
+        if self.main is not None and self.bits is not None:
+            raise UserError("compressed experts (plan.main) cannot be packed; leave out one of both")
+        if self._changes_experts() and any(hasattr(layer.block, "theta") for layer in layers):
+            raise UserError(_COMPRESSED)
         for position, layer in enumerate(layers):
             count = layer.num_experts
             if self.keep is not None:
@@ -118,6 +122,9 @@ class Plan:
         if self.bits is not None:
             for layer in layers:
                 self._check_group(layer)
+
+    def _changes_experts(self) -> bool:
+        return self.keep is not None or self.merge is not None or self.bits is not None
 
     def _check_group(self, layer: MoEView) -> None:
         for name, matrix in (layer.expert(0) if hasattr(layer.experts, "down_proj") else {}).items():
@@ -138,8 +145,13 @@ class Plan:
         """One plan that does what ``first`` and then this one do.
 
         Raises:
-            UserError: experts are to be kept or merged after they were merged or packed.
+            UserError: experts are to be kept or merged after they were merged or packed, or changed after
+                they were compressed.
         """
+        if first.main is not None and self._changes_experts():
+            raise UserError(_COMPRESSED)
+        if self.main is not None and first.bits is not None:
+            raise UserError("the experts of this model are packed already; compress them before that")
         if self.keep is not None and (first.merge is not None or first.bits is not None):
             raise UserError(
                 "experts of this model were merged or packed already; prune the model before that"
@@ -157,12 +169,21 @@ class Plan:
         return replace(first, **own, keep=keep if keep is not None else first.keep)
 
 
+_COMPRESSED = "this model has compressed experts (tune --what vectors); change the model before that"
+
+
 def _check_keep(layer: MoEView, kept: list[int]) -> None:
     count = layer.num_experts
     if merge_map(layer.experts) is not None:
         raise UserError(f"{layer.name}: its experts were merged; prune the model before that")
     if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= count:
         raise UserError(f"plan.keep: {layer.name} keeps {kept}, expected ascending numbers of 0..{count - 1}")
+    head = getattr(layer.block, "keep_head", None)
+    if head is not None and len(kept) < head.top_k:
+        raise UserError(
+            f"plan.keep: {layer.name} would keep {len(kept)} experts, and its heads choose among "
+            f"{head.top_k}; prune the model before tune --what heads"
+        )
     groups = layer.groups
     if groups > 1:
         sizes = [sum(one * groups // count == group for one in kept) for group in range(groups)]
