@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
@@ -23,13 +22,15 @@ from unimoe.moe.routing import Routing
 from unimoe.moe.slots import slots
 from unimoe.moe.view import MoEView
 
+from .watch import activation
+
 
 def attach(layers: Sequence[MoEView], main: int) -> None:
     """Give each layer its vectors, a parameter ``theta`` [E, V] of the block, and let ``main`` experts of a
     token run.
 
     Raises:
-        UserError: there are not more experts than that for a token, or they are not plain SwiGLU experts.
+        UserError: there are not more experts than that for a token, or they are not plain gated experts.
     """
     for layer in layers:
         if not 1 <= main < layer.top_k:
@@ -37,8 +38,9 @@ def attach(layers: Sequence[MoEView], main: int) -> None:
                 f"experts is {main}, expected 1 to {layer.top_k - 1}: a token visits {layer.top_k}"
             )
         combine = getattr(layer.block, "combine", "weight")
-        if set(layer.stacks()) != {"gate_up_proj", "down_proj"} or combine != "weight":
-            raise UserError(f"{layer.name}: compressed experts need SwiGLU experts without biases")
+        plain = set(layer.stacks()) == {"gate_up_proj", "down_proj"} and activation(layer) is not None
+        if not plain or combine != "weight":
+            raise UserError(f"{layer.name}: compressed experts need gated experts without biases")
     for layer in layers:
         down_DI = layer.expert(0)["down"]
         stack = layer.stacks()["down_proj"]
@@ -67,10 +69,10 @@ def _forward(layer: MoEView, main: int, x_TD: Tensor, *routed: Any) -> Tensor:
         index_TK, weight_TK = slots(routing)
     else:
         index_TK, weight_TK = routed[:2]
-    return mixture(layer, x_TD, index_TK, weight_TK, main)
+    return weighted_sum(layer, x_TD, index_TK, weight_TK, main)
 
 
-def mixture(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, main: int) -> Tensor:
+def weighted_sum(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, main: int) -> Tensor:
     """[T, D] sum over the main experts of g W_down ((act(W_gate (x e1)) * W_up (x e2)) e3).
 
     The weights g are those of the full choice: they are not divided by the sum of the main ones. A token
@@ -83,15 +85,16 @@ def mixture(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, m
     width = x_TD.shape[1]
     e1_TD, e2_TD, e3_TI = scale_TV.to(x_TD.dtype).tensor_split([width, 2 * width], dim=1)
     gate_TD, up_TD = x_TD * e1_TD, x_TD * e2_TD
-    act = getattr(layer.experts, "act_fn", F.silu)
+    act = activation(layer)
+    assert act is not None, "attach has asked"
     y_TD = torch.zeros_like(x_TD)
     for expert in index_TK[:, :main].unique().tolist():
         if expert >= layer.num_experts:
             continue
         token_X, slot_X = (index_TK[:, :main] == expert).nonzero(as_tuple=True)
         matrices = layer.expert(expert)
-        inner_XI = act(gate_TD[token_X] @ matrices["gate"].T) * (up_TD[token_X] @ matrices["up"].T)
-        y_XD = (inner_XI * e3_TI[token_X]) @ matrices["down"].T
+        both = gate_TD[token_X] @ matrices["gate"].T, up_TD[token_X] @ matrices["up"].T
+        y_XD = (act(torch.cat(both, dim=1)) * e3_TI[token_X]) @ matrices["down"].T
         y_TD = y_TD.index_add(0, token_X, y_XD * weight_TK[token_X, slot_X, None].to(y_XD.dtype))
     return y_TD
 

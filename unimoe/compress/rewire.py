@@ -21,7 +21,7 @@ from unimoe.moe.records import current_context
 from unimoe.moe.view import MoEView
 
 from .route import choose
-from .rows import row_of
+from .rows import real_tokens, row_of
 
 BLOCK = 128
 """Answer tokens after which the shifts are trained again, on the longer context."""
@@ -116,7 +116,7 @@ class _Surprise:
         with torch.no_grad():
             value_T = -logits_TE.log_softmax(-1).topk(layer.top_k, dim=1).values.mean(dim=1)
             row_T = row_of(ctx, len(value_T), rows, value_T.device)
-            real_T = torch.ones_like(value_T) if ctx.pad_T is None else (~ctx.pad_T).to(value_T.dtype)
+            real_T = real_tokens(ctx, len(value_T), value_T.device).to(value_T.dtype)
             total_B = value_T.new_zeros(rows).index_add(0, row_T, value_T * real_T)
             count_B = value_T.new_zeros(rows).index_add(0, row_T, real_T)
             self.found[layer.index] = total_B / count_B.clamp(min=1)

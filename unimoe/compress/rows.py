@@ -56,3 +56,10 @@ def modality_ids(ctx: Context, tokens: int, device: torch.device) -> Tensor:
     if ctx.modality_T is None or ctx.modality_T.numel() != tokens:
         return torch.zeros(tokens, dtype=torch.long, device=device)
     return ctx.modality_T.reshape(-1)
+
+
+def real_tokens(ctx: Context, tokens: int, device: torch.device) -> Tensor:
+    """[T] bool, false on padding."""
+    if ctx.pad_T is None:
+        return torch.ones(tokens, dtype=torch.bool, device=device)
+    return ~ctx.pad_T.reshape(-1).bool()

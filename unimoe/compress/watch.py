@@ -26,6 +26,8 @@ from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.routing import Pairs, Routing, sort_by_expert
 from unimoe.moe.view import MoEView
 
+from .rows import real_tokens
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -50,10 +52,7 @@ class Seen:
     @property
     def real_T(self) -> Tensor:
         """[T] bool, False where the token is padding."""
-        pad_T = self.ctx.pad_T
-        if pad_T is None:
-            return torch.ones(len(self.residual_TD), dtype=torch.bool, device=self.x_ND.device)
-        return ~pad_T.reshape(-1).bool()
+        return real_tokens(self.ctx, len(self.residual_TD), self.x_ND.device)
 
     def total(self) -> Tensor:
         """[T, D] output of the routed experts."""
@@ -129,7 +128,7 @@ def run_experts(layer: MoEView, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor,
 
     No hook of the experts runs.
     """
-    act = _activation(layer)
+    act = activation(layer)
     if act is None or not len(x_ND):
         return _run_module(layer, x_ND, expert_N), None
     stacks = layer.stacks()
@@ -152,7 +151,7 @@ def run_experts(layer: MoEView, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor,
     return torch.cat(ys), torch.cat(inners)
 
 
-def _activation(layer: MoEView) -> Callable[[Tensor], Tensor] | None:
+def activation(layer: MoEView) -> Callable[[Tensor], Tensor] | None:
     """From the output of the up (and gate) projection to the input of the down projection; None for experts
     that are no plain stacks."""
     experts: Any = layer.experts
