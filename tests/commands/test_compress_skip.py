@@ -89,12 +89,23 @@ def test_the_control_and_the_ratio_rule(how, compress, tmp_path, capsys):
         (["--samples", 0], "0 calibration tokens"),
         (["--how", "one", "--power", 1.0], "--power 1.0: --how one has no such setting; add --how modes"),
         (["--blocks", 2], "--blocks 2: --how modes has no such setting; add --how odp"),
-        (["--how", "odp", "--ratio", 0.9], "cannot skip by their second experts"),
+        (["--how", "odp", "--ratio", 0.9], "cannot skip behind their first experts"),
     ],
 )
 def test_what_cannot_be_skipped_writes_nothing(flags, says, compress, tmp_path, capsys):
     assert compress("skip", *flags) == 2
     error = capsys.readouterr().err
+    assert says in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "flag", "other"),
+    [("heads", "--experts", "vectors"), ("vectors", "--penalty", "heads"), ("vectors", "--width", "heads")],
+)
+def test_flags_of_what_is_not_trained_are_refused(what, flag, other, compress, tmp_path, capsys):
+    assert compress("tune", "--what", what, flag, 1) == 2
+    says = f"{flag} 1: --what {what} has no such setting; add --what {other}"
+    error = capsys.readouterr().err.replace("1.0:", "1:")
     assert says in error and not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """Heads that say how many experts a token keeps. Shapes: T tokens, K slots."""
 
+import pytest
 import torch
 
 from unimoe.compress.otp import Heads, KeepHead, Masking, gumbel, hard_mask, soft_mask
@@ -7,6 +8,7 @@ from unimoe.compress.route import route
 from unimoe.compress.rows import rewritten
 from unimoe.compress.skip_rules import install
 from unimoe.compress.tune import TuneConfig, distil
+from unimoe.moe import Context, routing_context
 from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral
 
@@ -71,3 +73,17 @@ def test_a_head_reads_the_token_and_its_weights():
     x_TD = torch.randn(1, 4).expand(2, 4)
     first, second = head(x_TD, torch.tensor([[0.9, 0.1], [0.5, 0.5]]))
     assert not torch.equal(first, second)
+
+
+def test_padding_does_not_count_as_kept():
+    layers = view(tiny_mixtral(top_k=3))
+    Heads(8).attach(layers)
+    pad_T = torch.tensor([True, False])
+    index_TK, weight_TK = torch.tensor([[0, 1, 2]] * 2), torch.tensor([[0.5, 0.3, 0.2]] * 2)
+    layer = layers[0]
+    logits_TK = torch.tensor([[0.0, 0.0, 999.0], [999.0, 0.0, 0.0]])  # the padding would keep all
+    layer.block.keep_head.forward = lambda x_TD, weight_TK: logits_TK
+    masking = Masking(0.01)
+    with routing_context(Context(pad_T=pad_T)):
+        masking(layer, torch.zeros(2, 32), index_TK, weight_TK)
+    assert float(masking.penalty()) == pytest.approx(1 / 3)

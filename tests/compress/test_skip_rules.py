@@ -18,7 +18,7 @@ from unimoe.testing_stock import STOCK
 
 RULES = [
     Thresholds({"text": 0.45, "image": 0.9}, {"text": [0.7, 0.3]}, 0.5, keep_sum=True),
-    Ratios([0.9, 0.0], protect=0.0),
+    Ratios([0.9, 0.0]),
     Heads(width=8),
 ]
 

@@ -5,7 +5,8 @@ unimoe compress tune runs/moe data/train.image.jsonl --what heads --penalty 1 --
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from unimoe.artifacts import folder_hash
@@ -39,7 +40,6 @@ def skip(
     keep_sum: bool = False,
     size: int = 10,
     blocks: int = 0,
-    protect: float = 0.0,
     held_out: Sequence[str] = (),
     samples: int = 32,
     batch_size: int = 8,
@@ -55,13 +55,12 @@ def skip(
         data: conversations to find the rule on, in any format that training reads; several files are domains.
         output: new folder of the result.
         ratio: least share of all expert calls to skip.
-        how: modes: a threshold for text and one for media; one: the same for all; odp: a second expert whose
-            weight is small beside the first's.
+        how: modes: a threshold for text and one for media; one: the same for all; odp: experts whose weight
+            is small beside that of the token's first.
         power: modes: exponent of the factors of the layers, 1 as published; costs two measurements a layer.
         keep_sum: scale the weights that are left to the sum of all, as odp does; MoDES does not.
         size: values of each threshold that are tried.
         blocks: odp: only in so many layers, those that matter least; 0 for all.
-        protect: odp: share of a prompt's tokens that keep all experts; needs attn_implementation="eager".
         held_out: other data, on which the cost of the rule is printed as well.
         samples: most conversations of each file, evenly spaced.
         batch_size: conversations per batch.
@@ -75,13 +74,13 @@ def skip(
     _only("modes", how, {"--power": power})
     if keep_sum and how == "odp":
         raise UserError("--keep-sum: --how odp always does; leave it out")
-    _only("odp", how, {"--blocks": blocks, "--protect": protect})
+    _only("odp", how, {"--blocks": blocks})
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
     others = _read(loaded, processor, held_out, samples, batch_size, media_root)
     with rewritten(layers, unchanged):
         original, original_of_others = reference(loaded, batches), reference(loaded, others)
     if how == "odp":
-        found = find_ratios(loaded, layers, original, batches, ratio, blocks, protect)
+        found = find_ratios(loaded, layers, original, batches, ratio, blocks)
     else:
         found = find_thresholds(
             loaded, layers, original, batches, ratio, how == "modes", power, size, keep_sum
@@ -92,7 +91,7 @@ def skip(
         print("held out\n" + "\n".join(found_text(again).splitlines()[1:]))
     plan = Plan(skip=found.rule.to_plan(), made_of=folder_hash(model))
     settings = {"data": list(data), "ratio": ratio, "how": how, "power": power, "size": size}
-    more = {"keep_sum": keep_sum, "blocks": blocks, "protect": protect, "samples": samples}
+    more = {"keep_sum": keep_sum, "blocks": blocks, "samples": samples}
     finish(model, loaded, processor, plan, output, "compress skip", {**settings, **more})
 
 
@@ -102,11 +101,11 @@ def tune(
     *,
     output: str,
     what: Literal["heads", "vectors"] = "heads",
-    experts: int = 1,
+    experts: int | None = None,
     steps: int = 100,
     lr: float = 1e-3,
-    penalty: float = 0.1,
-    width: int = 64,
+    penalty: float | None = None,
+    width: int | None = None,
     samples: int = 256,
     batch_size: int = 8,
     media_root: str | None = None,
@@ -121,29 +120,30 @@ def tune(
         output: new folder of the result.
         what: heads: one a layer, which says how many experts a token keeps (OTP); vectors: three an expert,
             which stand in for those that do not run (compressed experts).
-        experts: vectors: experts of a token that run.
+        experts: vectors: experts of a token that run (default: 1).
         steps: of the optimiser, one batch each.
         lr: learning rate of AdamW, falling to 0.
-        penalty: heads: weight of the share of experts that are kept.
-        width: heads: hidden units.
+        penalty: heads: weight of the share of experts that are kept (default: 0.1).
+        width: heads: hidden units (default: 64).
         samples: most conversations of each file, evenly spaced.
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
     """
     check_new(output)
+    _only("vectors", what, {"--experts": experts}, "--what")
+    _only("heads", what, {"--penalty": penalty, "--width": width}, "--what")
     for name, value in (("--steps", steps), ("--width", width)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
     with rewritten(layers, unchanged):
         original = reference(loaded, batches)
     flat = [batch for of_file in batches.values() for batch in of_file]
-    config = tuning.TuneConfig(steps, lr, penalty if what == "heads" else 0.0)
     settings = {"data": list(data), "what": what, "steps": steps, "lr": lr, "samples": samples}
     if what == "heads":
-        rule = Heads(width)
+        penalty, rule = 0.1 if penalty is None else penalty, Heads(width or 64)
         plan = Plan(skip=rule.to_plan(), made_of=folder_hash(model))
-        settings |= {"penalty": penalty, "width": width}
+        settings |= {"penalty": penalty, "width": rule.width}
         compress(loaded, plan)
         masking = Masking()
         heads: list[Any] = [weight for layer in layers for weight in layer.block.keep_head.parameters()]  # type: ignore[union-attr]
@@ -151,19 +151,21 @@ def tune(
             loaded,
             flat,
             heads,
-            config,
+            tuning.TuneConfig(steps, lr, penalty),
             teacher=lambda: rewritten(layers, unchanged),
             student=lambda step: masking.at(layers, step / steps),
             penalty=masking.penalty,
         )
         print(found_text(cost_of(rule, loaded, layers, original, batches)))
     else:
+        experts = 1 if experts is None else experts
         plan = Plan(main=experts, made_of=folder_hash(model))
         settings["experts"] = experts
         compress(loaded, plan)
         before = measure(loaded, original, batches)
         vectors: list[Any] = [layer.block.theta for layer in layers]
-        tuning.distil(loaded, flat, vectors, config, teacher=lambda: compressed_experts.detached(layers))
+        teacher = partial(compressed_experts.detached, layers)
+        tuning.distil(loaded, flat, vectors, tuning.TuneConfig(steps, lr), teacher=teacher)
         after = measure(loaded, original, batches)
         for name, quality in after.items():
             print(f"{name:<24} KL {before[name].kl:.4f} cut short, {quality.kl:.4f} tuned")
@@ -200,8 +202,8 @@ def _read(
     return {name: [to_device(one, model.device) for one in rows] for name, rows in batches.items()}
 
 
-def _only(wanted: str, how: str, flags: dict[str, float]) -> None:
+def _only(wanted: str, found: str, flags: Mapping[str, float | None], of: str = "--how") -> None:
     """Raises UserError for a flag that has no effect."""
     for flag, value in flags.items():
-        if value and how != wanted:
-            raise UserError(f"{flag} {value}: --how {how} has no such setting; add --how {wanted}")
+        if value and found != wanted:
+            raise UserError(f"{flag} {value}: {of} {found} has no such setting; add {of} {wanted}")

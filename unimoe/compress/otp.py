@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.errors import UserError
+from unimoe.moe.records import current_context
 from unimoe.moe.view import MoEView
 
-from .rows import rewritten
+from .rows import real_tokens, rewritten
 from .skip import drop
 
 
@@ -104,7 +105,7 @@ class Heads:
 
 class Masking:
     """A rewriting that trains the heads: ``kept`` collects the mean share of experts that each forward pass
-    of a layer keeps."""
+    of a layer keeps, padding left out."""
 
     def __init__(self, temperature: float = 1.0):
         self.temperature = temperature
@@ -117,7 +118,7 @@ class Masking:
         head: Any = layer.block.keep_head
         logits_TK = head(x_TD, weight_TK)
         mask_TK = soft_mask(logits_TK, gumbel(logits_TK), self.temperature)
-        self.kept.append(mask_TK.mean())
+        self.kept.append(mask_TK[real_tokens(current_context(), len(x_TD), x_TD.device)].mean())
         return index_TK.gather(1, order_TK), weight_TK * mask_TK.to(weight_TK.dtype)
 
     @contextmanager

@@ -21,7 +21,7 @@ from unimoe.moe.view import MoEView
 
 from .measure import Batches, Quality, Reference, measure
 from .odp import Ratios
-from .rows import modality_ids, rewritten
+from .rows import modality_ids, real_tokens, rewritten
 from .skip import Thresholds, drop
 from .skip_rules import Rule
 
@@ -102,13 +102,14 @@ def layer_factors(kl_L: Sequence[float]) -> list[float]:
 
 
 @dataclass
-class Seen:
+class Routings:
     """What routers gave the real tokens of some batches."""
 
     scores: dict[int, list[list[Tensor]]]
     """Modality -> MoE layer -> weights of pairs, one tensor a forward pass."""
     ratios: list[list[Tensor]]
-    """MoE layer -> weight of each token's second expert over that of its first, one tensor a pass."""
+    """MoE layer -> weights of each token's experts behind its first over that of the first, one tensor a
+    pass."""
 
     def of(self, modalities: Sequence[int], factors: Mapping[int, Sequence[float]], power: float) -> Tensor:
         """[N] scores of all pairs of some modalities: weights times their layers' factors to a power."""
@@ -121,21 +122,23 @@ class Seen:
 
 
 @torch.no_grad()
-def see(model: Any, layers: Sequence[MoEView], batches: Batches) -> Seen:
+def see(model: Any, layers: Sequence[MoEView], batches: Batches) -> Routings:
     """The routings of a model, without its own rule."""
-    seen = Seen({}, [[] for _ in layers])
+    seen = Routings({}, [[] for _ in layers])
 
     def look(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-        real_T = real_tokens(len(weight_TK), weight_TK.device)
+        real_T = real_tokens(current_context(), len(weight_TK), weight_TK.device)
         modality_T = modality_ids(current_context(), len(weight_TK), weight_TK.device)
         for modality in modality_T[real_T].unique().tolist():
             chosen_T = real_T & (modality_T == modality)
             pairs_TK = chosen_T[:, None] & (index_TK < layer.num_experts)
             rows = seen.scores.setdefault(modality, [[] for _ in layers])
             rows[layer.index].append(weight_TK[pairs_TK].float().cpu())
-        if weight_TK.shape[1] > 1:
-            best_T2 = weight_TK[real_T].float().topk(2, dim=1).values
-            seen.ratios[layer.index].append((best_T2[:, 1] / best_T2[:, 0].clamp(min=1e-20)).cpu())
+        sorted_TK, order_TK = weight_TK[real_T].float().sort(dim=1, descending=True, stable=True)
+        behind_TK = index_TK[real_T].gather(1, order_TK) < layer.num_experts
+        behind_TK[:, 0] = False
+        ratio_TK = sorted_TK / sorted_TK[:, :1].clamp(min=1e-20)
+        seen.ratios[layer.index].append(ratio_TK[behind_TK].cpu())
         return index_TK, weight_TK
 
     with rewritten(layers, look):
@@ -143,12 +146,6 @@ def see(model: Any, layers: Sequence[MoEView], batches: Batches) -> Seen:
             for batch in of_domain:
                 last_hidden(model, batch)
     return seen
-
-
-def real_tokens(tokens: int, device: torch.device) -> Tensor:
-    """[T] bool, false on padding."""
-    pad_T = current_context().pad_T
-    return torch.ones(tokens, dtype=torch.bool, device=device) if pad_T is None else ~pad_T.reshape(-1)
 
 
 class Counted:
@@ -165,7 +162,7 @@ class Counted:
         before_TK = index_TK < layer.num_experts
         index_TK, weight_TK = self.rule.apply(layer, self.layers, x_TD, index_TK, weight_TK)
         gone_TK = before_TK & (index_TK >= layer.num_experts)
-        real_T = real_tokens(len(weight_TK), weight_TK.device)
+        real_T = real_tokens(current_context(), len(weight_TK), weight_TK.device)
         modality_T = modality_ids(current_context(), len(weight_TK), weight_TK.device)
         for modality in modality_T[real_T].unique().tolist():
             chosen_T = real_T & (modality_T == modality)
@@ -281,37 +278,39 @@ def find_ratios(
     batches: Batches,
     ratio: float,
     blocks: int = 0,
-    protect: float = 0.0,
 ) -> Found:
-    """ODP's rule at a share of skipped pairs: mu of each layer is one quantile of p2 / p1 over its tokens.
-    The median, as published, skips a quarter of all pairs of a top-2 model.
+    """ODP's rule at a share of skipped pairs: mu of each layer is one quantile of the weights behind each
+    token's first, over that of the first. The median, as published, skips a quarter of all pairs of a top-2
+    model.
 
     Args:
         model, layers, original, batches, ratio: as of :func:`find_thresholds`.
         blocks: only in so many layers, those whose loss as a whole costs least (the released code takes 10);
             0 for all.
-        protect: share of a prompt's tokens that keep all experts.
 
     Raises:
         UserError: a token visits one expert, or so many layers cannot skip that much.
     """
     if min(layer.top_k for layer in layers) < 2:
         raise UserError("--how odp: a token visits one expert, expected a router of at least two")
+    seen = see(model, layers, batches)
     chosen = list(range(len(layers)))
     if blocks:
-        present = sorted(see(model, layers, batches).scores)
+        present = sorted(seen.scores)
         costs = [_without(model, layers, original, batches, layer, present) for layer in layers]
         chosen = sorted(chosen, key=costs.__getitem__)[:blocks]
-    share = ratio * sum(layer.top_k for layer in layers) / len(chosen)
+    behind = [torch.cat(one).sort().values for one in seen.ratios]
+    pairs = sum(len(weight_N) for rows in seen.scores.values() for row in rows for weight_N in row)
+    share = ratio * pairs / max(sum(len(behind[index]) for index in chosen), 1)
     if not 0 <= share <= 1:
-        raise UserError(f"--ratio is {ratio}, which {len(chosen)} layers cannot skip by their second experts")
-    seen = see(model, layers, batches)
+        raise UserError(
+            f"--ratio is {ratio}, which {len(chosen)} layers cannot skip behind their first experts"
+        )
     mu = [0.0] * len(layers)
     for index in chosen:
-        ordered_N = torch.cat(seen.ratios[index]).sort().values
-        place = round(share * len(ordered_N))
-        mu[index] = 2.0 if place >= len(ordered_N) else float(ordered_N[place])
-    return cost_of(Ratios(mu, protect), model, layers, original, batches)
+        place = round(share * len(behind[index]))
+        mu[index] = 2.0 if place >= len(behind[index]) else float(behind[index][place])
+    return cost_of(Ratios(mu), model, layers, original, batches)
 
 
 def _without(
