@@ -4,10 +4,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from unimoe.compress.contrast import Contrast, ContrastProcessor, contrast_logits, weak
+from unimoe.compress.contrast import ContrastProcessor, contrast_logits, weak
 from unimoe.compress.route import route
-from unimoe.compress.tune import divergence
-from unimoe.errors import UserError
 from unimoe.moe.view import view
 from unimoe.testing import tiny_mixtral, tiny_model
 
@@ -39,8 +37,6 @@ def test_the_weaker_answer_is_subtracted_from_likely_tokens():
     found_BV = contrast_logits(strong_BV, weak_BV, torch.tensor([[0.5], [0.0]]))
     assert torch.allclose(found_BV[0, :2], torch.tensor([1.5, 2.35])) and found_BV[0, 2] == -torch.inf
     assert torch.equal(found_BV[1], strong_BV[1])
-    best = contrast_logits(strong_BV, weak_BV, 5.0, alpha=1.0)
-    assert best.argmax(-1).tolist() == [0, 2], "alpha 1 is greedy"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "ours"])
@@ -50,7 +46,7 @@ def test_beta_0_is_greedy_bit_for_bit_and_nothing_stays(name, request):
     with torch.no_grad():
         before = model(**PROMPT).logits
         greedy = model.generate(**PROMPT, **GREEDY, output_scores=True, return_dict_in_generate=True)
-        none = ContrastProcessor(model, layers, PROMPT, 0.0, Contrast(alpha=0.0))
+        none = ContrastProcessor(model, layers, PROMPT, 0.0)
         found = model.generate(
             **PROMPT,
             **GREEDY,
@@ -59,18 +55,19 @@ def test_beta_0_is_greedy_bit_for_bit_and_nothing_stays(name, request):
             logits_processor=LogitsProcessorList([none]),
         )
         assert torch.equal(found.sequences, greedy.sequences)
-        assert all(map(torch.equal, found.scores, greedy.scores))
+        for mine_BV, plain_BV in zip(found.scores, greedy.scores, strict=True):
+            likely_BV = mine_BV > -torch.inf
+            assert torch.equal(mine_BV[likely_BV], plain_BV[likely_BV])
         strong = ContrastProcessor(model, layers, PROMPT, 5.0)
         other = model.generate(**PROMPT, **GREEDY, logits_processor=LogitsProcessorList([strong]))
         assert not torch.equal(other, greedy.sequences[:, : other.shape[1]])
         assert torch.equal(model(**PROMPT).logits, before)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "ours"])
-@pytest.mark.parametrize("rank", [1, 2, 3, 4])
-def test_each_token_visits_the_one_expert_of_that_rank(name, rank, request):
-    """With the weight 1; beyond the router's own two the better ones are hidden from it."""
-    model = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", ["mixtral", "ours", "top_1"])
+def test_each_token_visits_its_second_best_expert(name, request):
+    """With the weight 1; from a router that chooses one the best is hidden."""
+    model = tiny_mixtral(top_k=1) if name == "top_1" else request.getfixturevalue(name)
     layers = view(model)
     seen = {}
 
@@ -78,38 +75,22 @@ def test_each_token_visits_the_one_expert_of_that_rank(name, rank, request):
         seen[layer.index] = x_TD, index_TK, weight_TK
         return index_TK, weight_TK
 
-    with torch.no_grad(), weak(layers, Contrast(rank=rank)), route(layers, look):
+    with torch.no_grad(), weak(layers), route(layers, look):
         model(**PROMPT)
     for layer in layers:
         x_TD, index_TK, weight_TK = seen[layer.index]
         ranks_TE = (x_TD @ layer.router_rows().T).argsort(dim=1, descending=True)
         chosen_T = (index_TK + layer.num_experts * (weight_TK == 0)).amin(dim=1)
         real_T = PROMPT["attention_mask"].flatten().bool()
-        assert torch.equal(chosen_T[real_T], ranks_TE[:, rank - 1][real_T])
+        assert torch.equal(chosen_T[real_T], ranks_TE[:, 1][real_T])
         assert torch.equal(weight_TK.sum(dim=1), torch.ones(len(x_TD)))
-
-
-def test_a_raw_weight_is_what_the_router_gave(mixtral):
-    layers = view(mixtral)
-    seen = []
-
-    def look(layer, x_TD, index_TK, weight_TK):
-        seen.append(weight_TK)
-        return index_TK, weight_TK
-
-    with torch.no_grad():
-        with route(layers[:1], look):
-            mixtral(**PROMPT)
-        with weak(layers, Contrast(rank=2, weight="raw")), route(layers[:1], look):
-            mixtral(**PROMPT)
-    assert torch.equal(seen[1].sum(dim=1), seen[0].amin(dim=1))
 
 
 def test_caches_of_both_runs_give_what_no_cache_gives(ours):
     """Logits of every step, against both runs over the whole sequence."""
-    layers, how = view(ours), Contrast()
+    layers = view(ours)
     with torch.no_grad():
-        both = ContrastProcessor(ours, layers, PROMPT, 0.5, how)
+        both = ContrastProcessor(ours, layers, PROMPT, 0.5)
         found = ours.generate(
             **PROMPT,
             **GREEDY,
@@ -120,27 +101,9 @@ def test_caches_of_both_runs_give_what_no_cache_gives(ours):
         ids = found.sequences
         mask = torch.nn.functional.pad(PROMPT["attention_mask"], (0, ids.shape[1] - 5), value=1)
         strong = ours(input_ids=ids, attention_mask=mask).logits
-        with weak(layers, how):
+        with weak(layers):
             weaker = ours(input_ids=ids, attention_mask=mask).logits
     for step, scores_BV in enumerate(found.scores):
         allowed = scores_BV > -torch.inf
         wanted = 1.5 * strong[:, 4 + step] - 0.5 * weaker[:, 4 + step]
         assert torch.allclose(scores_BV[allowed], wanted[allowed], atol=1e-4)
-
-
-def test_a_worse_rank_is_further_from_the_model(mixtral):
-    layers = view(mixtral)
-    with torch.no_grad():
-        base = mixtral(**PROMPT).logits.flatten(0, 1).log_softmax(-1)
-        found = []
-        for rank in (1, 2, 4):
-            with weak(layers, Contrast(rank=rank)):
-                found.append(float(divergence(base, mixtral(**PROMPT).logits.flatten(0, 1))))
-    assert 0 < found[0] < found[1] and found[0] < found[2]
-
-
-def test_ranks_without_an_expert_are_refused(mixtral):
-    with pytest.raises(UserError, match="expected 1 to 4"), weak(view(mixtral), Contrast(rank=5)):
-        pass
-    with pytest.raises(UserError, match="use one"), weak(view(mixtral), Contrast(rank=3, weight="raw")):
-        pass

@@ -8,9 +8,8 @@ Shapes: B rows, T tokens, K slots of a token, E experts, V vocabulary.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +23,14 @@ from .route import choose
 from .rows import rewritten
 from .skip import drop
 
-
-@dataclass(frozen=True)
-class Contrast:
-    """How strong and weak logits are put together."""
-
-    alpha: float = 0.1
-    """Tokens less probable than alpha times the best one are ruled out; 1 leaves the best one, greedy."""
-    rank: int = 2
-    """Of the one expert that a token visits in the weak run, by the router's order, from 1. The released
-    command line counts from 0: its 2 is rank 3."""
-    weight: Literal["one", "raw"] = "one"
-    """Of that expert: 1, as in the paper (eq. 4); or what the router gave it, as in the released code where
-    the weights of a model are not renormalised (DeepSeekMoE)."""
+ALPHA = 0.1
+"""Tokens less probable than this times the best one are ruled out."""
+RANK = 2
+"""Of the one expert that a token visits in the weak run, by the router's order, from 1. The released command
+line counts from 0: its 2 is rank 3."""
 
 
-def contrast_logits(strong_BV: Tensor, weak_BV: Tensor, beta: Tensor | float, alpha: float = 0.1) -> Tensor:
+def contrast_logits(strong_BV: Tensor, weak_BV: Tensor, beta: Tensor | float) -> Tensor:
     """[B, V] (1 + beta) strong - beta weak among the tokens that the strong run finds likely, else -inf.
 
     Eq. 5 and 6 of the paper. With beta 0 the largest is that of ``strong_BV``, whose values stay as they are.
@@ -48,46 +39,40 @@ def contrast_logits(strong_BV: Tensor, weak_BV: Tensor, beta: Tensor | float, al
         strong_BV: logits of the model's own routing.
         weak_BV: logits of the weak routing.
         beta: one number, or one for each row [B, 1].
-        alpha: least probability, as a share of the largest.
     """
-    least = math.log(alpha) if alpha > 0 else -math.inf
-    likely_BV = strong_BV >= strong_BV.amax(dim=-1, keepdim=True) + least
+    likely_BV = strong_BV >= strong_BV.amax(dim=-1, keepdim=True) + math.log(ALPHA)
     return torch.where(likely_BV, (1 + beta) * strong_BV - beta * weak_BV, -torch.inf)
 
 
-@contextmanager
-def weak(layers: Sequence[MoEView], how: Contrast) -> Iterator[None]:
-    """Inside, each token visits the one routed expert of rank ``how.rank``; shared experts stay.
-
-    A rank beyond the router's own number is found by hiding the better experts from it.
-
-    Raises:
-        UserError: there are fewer experts than that, or ``raw`` weights of experts that are not chosen.
+def check_ranks(layers: Sequence[MoEView], prefix: str = "") -> None:
     """
-    fewest, most = min(layer.num_experts for layer in layers), min(layer.top_k for layer in layers)
-    if not 1 <= how.rank <= fewest:
-        raise UserError(f"contrast: the rank is {how.rank}, expected 1 to {fewest} (the number of experts)")
-    hidden = how.rank > most
-    if hidden and how.weight == "raw":
-        raise UserError(f"contrast: rank {how.rank} has no weight where the router chooses {most}; use one")
+    Raises:
+        UserError: a layer has fewer experts than ``RANK``.
+    """
+    if (fewest := min(layer.num_experts for layer in layers)) < RANK:
+        raise UserError(f"{prefix}contrast: a layer has {fewest} expert, expected at least {RANK}")
+
+
+@contextmanager
+def weak(layers: Sequence[MoEView]) -> Iterator[None]:
+    """Inside, each token visits the one routed expert of rank ``RANK``, with the weight 1 (eq. 4); shared
+    experts stay.
+
+    Where a router chooses fewer, the better experts are hidden from it.
+    """
+    hidden = min(layer.top_k for layer in layers) < RANK
 
     def only(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
         rank_TK = weight_TK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        dropped_TK = rank_TK != (0 if hidden else how.rank - 1)
-        if how.weight == "one":
-            weight_TK = torch.ones_like(weight_TK).masked_fill(index_TK >= layer.num_experts, 0)
-        return drop(index_TK, weight_TK, dropped_TK, layer.num_experts)
+        dropped_TK = rank_TK != (0 if hidden else RANK - 1)
+        one_TK = torch.ones_like(weight_TK).masked_fill(index_TK >= layer.num_experts, 0)
+        return drop(index_TK, one_TK, dropped_TK, layer.num_experts)
 
     def hide(layer: MoEView, logits_TE: Tensor) -> Tensor:
-        better_TR = logits_TE.topk(how.rank - 1, dim=1).indices
-        return logits_TE.scatter(1, better_TR, -torch.inf)
+        return logits_TE.scatter(1, logits_TE.topk(RANK - 1, dim=1).indices, -torch.inf)
 
-    with rewritten(layers, only):
-        if not hidden:
-            yield
-            return
-        with choose(layers, hide):
-            yield
+    with rewritten(layers, only), choose(layers, hide) if hidden else nullcontext():
+        yield
 
 
 class ContrastProcessor(LogitsProcessor):
@@ -98,18 +83,10 @@ class ContrastProcessor(LogitsProcessor):
         layers: its MoE layers.
         inputs: of the prompt, as ``generate`` got them, padded on the left.
         beta: strength.
-        how: the other settings.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        layers: Sequence[MoEView],
-        inputs: Mapping[str, Any],
-        beta: float,
-        how: Contrast | None = None,
-    ):
-        self.model, self.layers, self.beta, self.how = model, layers, beta, how or Contrast()
+    def __init__(self, model: Any, layers: Sequence[MoEView], inputs: Mapping[str, Any], beta: float):
+        self.model, self.layers, self.beta = model, layers, beta
         self.kwargs = {name: value for name, value in inputs.items() if name != "input_ids"}
         self.kwargs |= {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
         self.kwargs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -123,8 +100,8 @@ class ContrastProcessor(LogitsProcessor):
         inputs = self.model.prepare_inputs_for_generation(
             input_ids, is_first_iteration=self.first, **new, **self.kwargs
         )
-        with weak(self.layers, self.how), unrecorded():
+        with weak(self.layers), unrecorded():
             outputs = self.model(**inputs, return_dict=True)
         self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
         self.first = False
-        return contrast_logits(scores, outputs.logits[:, -1].float(), self.beta, self.how.alpha)
+        return contrast_logits(scores, outputs.logits[:, -1].float(), self.beta)

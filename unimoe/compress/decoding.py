@@ -33,7 +33,7 @@ from unimoe.moe.records import current_context, unrecorded
 from unimoe.moe.view import MoEView, find_layers
 
 from . import rewire
-from .contrast import ContrastProcessor
+from .contrast import ContrastProcessor, check_ranks
 from .rows import modality_ids, rewritten, row_of
 from .skip import Thresholds, check_thresholds, drop, keep_sum
 from .skip_rules import own_rule
@@ -87,8 +87,8 @@ class Decoding:
         fewest = min(layer.top_k for layer in layers)
         if self.experts > fewest:
             raise UserError(f"{prefix}experts is {self.experts}, expected at most the router's {fewest}")
-        if self.contrast and min(layer.num_experts for layer in layers) < 2:
-            raise UserError(f"{prefix}contrast: a layer of this model has one expert, expected at least 2")
+        if self.contrast:
+            check_ranks(layers, prefix)
         if self.skip is not None:
             check_thresholds(self.skip)
             takes = {"text", *media_of(model)}

@@ -8,8 +8,7 @@ Shapes: B rows, T tokens of a row, L MoE layers, E experts of a layer, V vocabul
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +26,11 @@ BLOCK = 128
 """Answer tokens after which the shifts are trained again, on the longer context."""
 
 
-@dataclass(frozen=True)
-class Rewiring:
-    """How the shifts are trained."""
-
-    rate: float = 0.05
-    """Learning rate of Adam; the paper names no optimiser."""
-    select: Literal["max", "min", "all", "soft"] = "max"
-    """Which layers: the ``share`` with the largest mean of -log p over the chosen experts, as the paper's
-    formula says (it calls them confident; a reviewer notes that they are the unsure ones), with the smallest,
-    all, or all with gradients in proportion to it."""
-    share: float = 0.5
-    """Of the layers, for ``max`` and ``min``."""
+RATE = 0.05
+"""Learning rate of Adam; the paper names no optimiser."""
+SHARE = 0.5
+"""Of the layers whose shifts train: those with the largest mean of -log p over the chosen experts, as the
+paper's formula says (it calls them confident; a reviewer notes that they are the unsure ones)."""
 
 
 class Shifts:
@@ -62,9 +54,7 @@ class Shifts:
         return logits_TE + self.delta_LBE[layer.index][row_T].to(logits_TE.dtype)
 
 
-def train(
-    layers: Sequence[MoEView], rows: int, loss: Callable[[], Tensor], steps: int, how: Rewiring | None = None
-) -> Shifts:
+def train(layers: Sequence[MoEView], rows: int, loss: Callable[[], Tensor], steps: int) -> Shifts:
     """Train shifts.
 
     Args:
@@ -72,9 +62,7 @@ def train(
         rows: of the batch; each has its own shifts, and does not act on the others'.
         loss: runs the model and returns its loss [B], one of each row.
         steps: of the optimiser; 0 leaves the shifts at zero.
-        how: further settings.
     """
-    how = how or Rewiring()
     # inference mode may be on around: its tensors cannot be part of a graph
     with torch.inference_mode(False), torch.enable_grad():
         shifts = Shifts(layers, rows)
@@ -82,17 +70,17 @@ def train(
             return shifts
         for delta_BE in shifts.delta_LBE:
             delta_BE.requires_grad_()
-        factor_LB: Tensor | None = None
-        optimiser = torch.optim.Adam(shifts.delta_LBE, lr=how.rate)
+        chosen_LB: Tensor | None = None
+        optimiser = torch.optim.Adam(shifts.delta_LBE, lr=RATE)
         for _ in range(steps):
             seen = _Surprise(shifts)
-            with shifts.applied() if factor_LB is not None else seen.watched():
+            with shifts.applied() if chosen_LB is not None else seen.watched():
                 total = loss().sum()
-            if factor_LB is None:
-                factor_LB = _factors(seen.mean_LB(), how)
+            if chosen_LB is None:
+                chosen_LB = _selected(seen.mean_LB())
             found = torch.autograd.grad(total, shifts.delta_LBE, allow_unused=True)
-            for delta_BE, gradient_BE, factor_B in zip(shifts.delta_LBE, found, factor_LB, strict=True):
-                delta_BE.grad = None if gradient_BE is None else gradient_BE * factor_B[:, None]
+            for delta_BE, gradient_BE, chosen_B in zip(shifts.delta_LBE, found, chosen_LB, strict=True):
+                delta_BE.grad = None if gradient_BE is None else gradient_BE * chosen_B[:, None]
             optimiser.step()
     shifts.delta_LBE = [delta_BE.detach() for delta_BE in shifts.delta_LBE]
     return shifts
@@ -126,14 +114,9 @@ class _Surprise:
         return torch.stack([self.found[layer.index] for layer in self.shifts.layers])
 
 
-def _factors(surprise_LB: Tensor, how: Rewiring) -> Tensor:
-    """[L, B] factor of each layer's gradients."""
-    if how.select == "all":
-        return torch.ones_like(surprise_LB)
-    if how.select == "soft":
-        return surprise_LB / surprise_LB.mean(dim=0, keepdim=True)
-    count = max(1, round(how.share * len(surprise_LB)))
-    index_XB = surprise_LB.topk(count, dim=0, largest=how.select == "max").indices
+def _selected(surprise_LB: Tensor) -> Tensor:
+    """[L, B] 1 for each layer that trains, else 0."""
+    index_XB = surprise_LB.topk(max(1, round(SHARE * len(surprise_LB))), dim=0).indices
     return torch.zeros_like(surprise_LB).scatter(0, index_XB, 1)
 
 

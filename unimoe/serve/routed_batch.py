@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from unimoe.compress import rewire
-from unimoe.compress.contrast import Contrast, contrast_logits, weak
+from unimoe.compress.contrast import contrast_logits, weak
 from unimoe.compress.decoding import Decoding, extend, routed
 from unimoe.model.utils import to_device
 from unimoe.moe.records import unrecorded
@@ -49,7 +49,7 @@ class RoutedPrompt:
                 read, strong_V = self.strong.advance(tokens)
             if self.weak is None:
                 return read, strong_V
-            with weak(self.batch.layers, Contrast()), unrecorded():
+            with weak(self.batch.layers), unrecorded():
                 _, weak_V = self.weak.advance(tokens)
         if strong_V is None or weak_V is None:
             return read, None
@@ -115,7 +115,7 @@ class RoutedBatch:
             both = [index for index, row in enumerate(self.rows) if row.decoding.contrast]
             if not both:
                 return strong_BV
-            with weak(self.layers, Contrast()), unrecorded():
+            with weak(self.layers), unrecorded():
                 weak_XV = self.weak.step([tokens[index] for index in both])
         strong_BV = strong_BV.float()
         rows = [self.rows[index] for index in both]
@@ -135,7 +135,7 @@ class RoutedBatch:
         strong_BV = strong_BV.float()
         strong_BV[:, self.suppressed] = -torch.inf
         beta_B1 = torch.tensor([[row.decoding.contrast] for row in rows], device=strong_BV.device)
-        return contrast_logits(strong_BV, weak_BV.float(), beta_B1, Contrast.alpha)
+        return contrast_logits(strong_BV, weak_BV.float(), beta_B1)
 
     def _rewire(self, row: RoutedPrompt) -> Tensor:
         again = row.continued()
