@@ -35,7 +35,7 @@ from unimoe.moe.view import MoEView, find_layers
 from . import rewire
 from .contrast import ContrastProcessor, check_ranks
 from .rows import modality_ids, rewritten, row_of
-from .skip import Thresholds, check_thresholds, drop, keep_sum
+from .skip import Thresholds, check_thresholds, drop, keep_sum, parse_thresholds
 from .skip_rules import own_rule
 
 
@@ -52,6 +52,15 @@ class Decoding:
     """SCMoE's beta; 0 decodes without a second pass."""
     rewire: int = 0
     """Steps of Rewiring's optimiser at the prompt, and again after every 128 tokens of the answer."""
+
+    @classmethod
+    def from_flags(cls, contrast: float, rewire: int, experts: int, skip: str) -> "Decoding":
+        """Of the flags of these names; an empty ``skip`` is the model's own rule.
+
+        Raises:
+            UserError: the thresholds cannot be read.
+        """
+        return cls(parse_thresholds(skip) if skip else None, experts, contrast, rewire)
 
     @property
     def plain(self) -> bool:

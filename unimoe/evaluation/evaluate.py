@@ -30,7 +30,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from unimoe.artifacts import STAGE_FILE
 from unimoe.compress.decoding import Decoding
-from unimoe.compress.skip import parse_thresholds
 from unimoe.data import Collator
 from unimoe.data.read import data_hashes
 from unimoe.errors import UserError
@@ -115,7 +114,7 @@ def evaluate(
         failed[name] = str(error)
         log.warning("%s", error)
 
-    decoding = Decoding(parse_thresholds(skip) if skip else None, experts, contrast, rewire)
+    decoding = Decoding.from_flags(contrast, rewire, experts, skip)
     questions = read_questions(data, media_root, leave_out)[: limit or None]
     if not questions:
         raise UserError(f"{data}: no question can be asked; the first: {next(iter(failed.values()))}")

@@ -18,7 +18,6 @@ from transformers.generation.streamers import TextStreamer
 
 from unimoe.analysis.routing_stats import ANSWER, RoutingStats
 from unimoe.compress.decoding import Decoding
-from unimoe.compress.skip import parse_thresholds
 from unimoe.data.read import read_records
 from unimoe.data.records import parse_record
 from unimoe.data.sample import Message, Sample
@@ -92,8 +91,7 @@ class Settings:
         Raises:
             UserError: the thresholds cannot be read.
         """
-        skip = parse_thresholds(self.skip) if self.skip else None
-        return Decoding(skip, self.experts, self.contrast, self.rewire)
+        return Decoding.from_flags(self.contrast, self.rewire, self.experts, self.skip)
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "text"}

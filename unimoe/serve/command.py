@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unimoe.compress.decoding import Decoding
-from unimoe.compress.skip import parse_thresholds
 from unimoe.errors import UserError
 from unimoe.inference.engines import Engine, GGUFType, check_decoding, load_engine
 
@@ -104,7 +103,7 @@ def serve(
             raise UserError(f"{flag} must be above 0, found {limit}")
     if drain_seconds < 0:
         raise UserError(f"--drain-seconds must be at least 0, found {drain_seconds}")
-    decoding = Decoding(parse_thresholds(skip) if skip else None, experts, contrast, rewire)
+    decoding = Decoding.from_flags(contrast, rewire, experts, skip)
     api_key = _key(api_key)
     limits_of_engine = EngineConfig(max_batch=max_batch, max_queue=max_queue)
     _check_port(host, port)
