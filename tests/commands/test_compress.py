@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from unimoe.commands import main as cli
+from unimoe.commands.compress import interleave, read_batches
 from unimoe.compress.plan import Plan
 from unimoe.model.loading import load_model
 from unimoe.moe.view import view
@@ -103,6 +104,7 @@ def test_a_global_budget_and_its_plan_again(model, stats, data, tmp_path, capsys
     loaded = AutoModelForMultimodalLM.from_pretrained(first)
     counts = [layer.num_experts for layer in view(loaded)]
     assert sorted(counts) == [2, 3]
+    assert Plan.from_yaml(first / "plan.yaml").to_dict() == loaded.config.quantization_config.plan
     assert cli.main(["inspect", str(first), data[0]]) == 0
     assert f"experts by layer  {counts[0]}, {counts[1]}" in capsys.readouterr().out
     assert cli.main(["chat", str(first), "-p", "what is this?"]) == 0
@@ -110,6 +112,7 @@ def test_a_global_budget_and_its_plan_again(model, stats, data, tmp_path, capsys
     assert cli.main(args) == 0
     other = AutoModelForMultimodalLM.from_pretrained(again).state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in loaded.state_dict().items())
+    assert json.loads((again / "stage.json").read_text())["settings"]["plan"] == str(first / "plan.yaml")
     back = [
         "compress",
         "prune",
@@ -130,13 +133,56 @@ def test_a_global_budget_and_its_plan_again(model, stats, data, tmp_path, capsys
         (["--budget", "1.5"], "expected a share of the experts"),
         (["--budget", "0.1"], "0 experts are to be kept"),
         (["--budget", "0.3", "--globally"], "2 experts are to be kept in all, expected 4..8"),
-        (["--plan", "nowhere.yaml"], "plan nowhere.yaml cannot be read"),
+        (["--plan", "nowhere.yaml"], "--stats has no effect beside --plan"),
     ],
 )
 def test_bad_input_writes_nothing(flags, message, model, stats, tmp_path, capsys):
     output = tmp_path / "p"
     assert cli.main(["compress", "prune", model, "--stats", stats, *flags, "--output", str(output)]) == 2
     assert message in capsys.readouterr().err and not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (None, [], "cannot be read"),
+        ("merge: [[0, 0, 1, 1], [0, 0, 1, 1]]", [], "has merge, expected keep:"),
+        ("keep: [[0], [1]]\nbits: 4", [], "has bits, expected keep:"),
+        ("keep: [[0], [1]]\nskip: {rule: heads, width: 4}", [], "has skip: rule: heads, expected keep:"),
+        ("group: 64", [], "has no keep, expected keep:"),
+        ("keep: [[0], [1]]", ["--keep", "2"], "--keep has no effect beside --plan"),
+        ("keep: [[0], [1]]", ["--how", "reap"], "--how has no effect beside --plan"),
+    ],
+)
+def test_plans_that_prune_cannot_carry_out(text, flags, message, model, tmp_path, capsys):
+    plan, output = tmp_path / "plan.yaml", tmp_path / "p"
+    if text is not None:
+        plan.write_text(text)
+    args = ["compress", "prune", model, "--plan", str(plan), *flags, "--output", str(output)]
+    assert cli.main(args) == 2
+    assert message in capsys.readouterr().err and not output.exists()
+
+
+def test_files_of_one_name_stay_apart_and_take_turns(model, data, tmp_path):
+    (tmp_path / "a").mkdir()
+    other = tmp_path / "a" / "image.jsonl"
+    other.write_text(json.dumps({"messages": [{"role": "user", "content": "what"},
+                                              {"role": "assistant", "content": "this"}]}))  # fmt: skip
+    _, processor = load_model(model)
+    found = read_batches(processor, [*data, str(other)], 4, 2)
+    assert {name: len(of) for name, of in found.items()} == {data[0]: 2, "speech": 2, str(other): 1}
+    first, second = found[data[0]]
+    turns = interleave(found)
+    assert len(turns) == 5 and turns[0] is first and turns[2] is found[str(other)][0] and turns[3] is second
+
+
+def test_experts_that_are_not_stacked_have_statistics(data, tmp_path):
+    moe = {**MOE, "experts": {"copies": 4, "kind": "latent", "size": 8}}
+    built, processor = tiny_model(tmp_path, moe)
+    built.save_pretrained(tmp_path / "moe")
+    processor.save_pretrained(tmp_path / "moe")
+    args = ["compress", "stats", str(tmp_path / "moe"), data[0], "--output", str(tmp_path / "s")]
+    assert cli.main(args) == 0
 
 
 def test_statistics_of_another_model_and_no_samples(model, stats, data, tmp_path, capsys):

@@ -55,6 +55,10 @@ def test_bisection_equals_the_exhaustive_search(seed):
         assert abs(reached - total) == min(abs(count - total) for count in counts)
 
 
+def test_layers_of_one_expert_are_their_own_clusters():
+    assert bisect_clusters([torch.zeros(1, 1)] * 2, 2)[1] == [[0], [0]]
+
+
 def test_the_representative_is_nearest_to_the_mean():
     experts = [torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([5.0]), torch.tensor([9.0])]
     assert representatives(experts, [0, 0, 0, 1]) == [1, 3]

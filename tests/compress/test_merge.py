@@ -64,6 +64,25 @@ def test_all_experts_answer_for_the_same_tokens(families, ids):
     torch.testing.assert_close(found[0][5, :9], expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_every_pass_gives_its_share_of_tokens(families, ids):
+    """Of two passes the first alone would fill the room, and tokens come from both ends of a pass."""
+    model = families("olmoe")
+    layers = view(model)
+    with all_outputs(layers, 18) as whole:
+        model(input_ids=ids)
+    with all_outputs(layers, 18) as other:
+        model(input_ids=ids.flip(1))
+    with all_outputs(layers, 12, passes=2) as found:
+        model(input_ids=ids)
+        model(input_ids=ids.flip(1))
+    for one, first, second in zip(found, whole, other, strict=True):
+        spaced = [0, 3, 6, 9, 12, 15]
+        torch.testing.assert_close(
+            one, torch.cat([first[:, spaced], second[:, spaced]], 1), rtol=0, atol=1e-6
+        )
+
+
 def test_factors_of_full_rank_are_the_mean_and_others_its_projection():
     stack = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
     weight, groups = torch.tensor([1.0, 2.0, 3.0, 4.0]), [0, 0, 1, 1]

@@ -6,7 +6,8 @@ unimoe compress report runs/moe runs/pruned --data data/val.image.jsonl --output
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,14 +31,15 @@ from unimoe.errors import UserError, check_seed
 from unimoe.files import atomic_folder
 from unimoe.model.host_loss import last_hidden
 from unimoe.model.loading import load_any
-from unimoe.model.utils import to_device
+from unimoe.model.structure import structure_of
+from unimoe.model.utils import to_device, weights
 from unimoe.moe.view import MoEView, expert_counts, view
 
 from .inspect_model import spread
 
 log = logging.getLogger(__name__)
 
-CALIBRATION = {"count", "gate", "norm", "gnorm", "easy", "turn", "cosel", "x_sq", "inner_sq"}
+CALIBRATION = {"count", "gate", "norm", "gnorm", "easy", "turn", "cosel"}
 """Statistics that `unimoe compress stats` collects."""
 How = Literal["easy_ep", "reap", "gnorm", "gate", "frequency", "random"]
 
@@ -71,7 +73,7 @@ def stats(
     layers = view(loaded)
     check_coverage(loaded, layers)
     batches = read_batches(processor, data, samples, batch_size, media_root)
-    found = calibrate(loaded, layers, [batch for of_file in batches.values() for batch in of_file])
+    found = calibrate(loaded, layers, interleave(batches))
     found.meta = {"model": folder_hash(model), "data": list(data), "samples": samples}
     with atomic_folder(output) as folder:
         found.save(folder)
@@ -100,7 +102,7 @@ def prune(
         model: folder of a finished stage, or of a multimodal model of transformers.
         output: new folder of the result.
         stats: folders of `unimoe compress stats`; several are domains of equal weight.
-        plan: plan.yaml to carry out instead.
+        plan: plan.yaml of `prune` to carry out instead; the other flags have no meaning then.
         how: what counts as mattering; random is the floor to compare with.
         keep: experts of each layer.
         budget: share of the experts instead, 0..1.
@@ -109,7 +111,11 @@ def prune(
     """
     check_new(output)
     check_seed(seed, "--seed")
-    if plan is None and (keep > 0) == (budget > 0):
+    if plan is not None:
+        _refuse_beside_plan(keep=keep, budget=budget, globally=globally, stats=stats, seed=seed)
+        if how != "easy_ep":
+            raise UserError("--how has no effect beside --plan; leave one of both out")
+    elif (keep > 0) == (budget > 0):
         raise UserError("give either --keep, the experts of each layer, or --budget, their share")
     if not 0 <= budget <= 1:
         raise UserError(f"--budget is {budget}, expected a share of the experts, 0..1")
@@ -119,7 +125,7 @@ def prune(
     layers = view(loaded)
     check_coverage(loaded, layers)
     if plan is not None:
-        chosen = Plan.from_yaml(plan)
+        chosen = read_plan(plan)
         chosen.check_model(sha256)
     else:
         counts = [layer.num_experts for layer in layers]
@@ -130,8 +136,12 @@ def prune(
             kept = top_m(layers, scores, keep or round(budget * min(counts)))
         chosen = Plan(keep=kept, made_of=sha256)
     before = expert_bytes(layers)
-    settings = {"stats": list(stats), "how": how, "keep": keep, "budget": budget, "globally": globally}
-    finish(model, loaded, processor, chosen, output, "compress prune", {**settings, "seed": seed})
+    settings: dict[str, Any] = {"plan": plan}
+    if plan is None:
+        settings = {"stats": list(stats), "how": how, "keep": keep, "budget": budget, "globally": globally}
+        settings["seed"] = seed
+    compress(loaded, chosen)
+    save(model, loaded, processor, output, "compress prune", settings)
     after = view(loaded)
     left = ", ".join(str(layer.num_experts) for layer in after)
     log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(after) / 1e6, before / 1e6)
@@ -168,7 +178,7 @@ def merge(
         keep: experts of a layer, on average.
         how: sub_moe or stun.
         samples: most conversations of each file, evenly spaced.
-        tokens: for sub_moe, tokens that every expert answers to.
+        tokens: for sub_moe, tokens that every expert answers to, spread over all data.
         window: for sub_moe, neighbouring layers that share their clusters: 1 or 2.
         coselection: for stun, weight of how often two experts are selected together.
         kappa: for stun, layers of at most so many clusters get means.
@@ -189,10 +199,10 @@ def merge(
     if not 1 <= keep <= least:
         raise UserError(f"--keep is {keep}, expected 1..{least} experts of a layer")
     for layer in layers:
-        layer.stacks()  # before the long part: raises for experts that are no plain stacks
+        layer.stacks()  # before the long part: raises for experts that are not stacked
     files = read_batches(processor, data, samples, batch_size, media_root)
-    batches = [batch for of_file in files.values() for batch in of_file]
-    found = calibrate(loaded, layers, batches)
+    batches = interleave(files)
+    found = calibrate(loaded, layers, batches, CALIBRATION | ({"x_sq", "inner_sq"} if sparsity else set()))
     sha256, before = folder_hash(model), expert_bytes(layers)
     whole = sum(layer.num_experts for layer in layers)
     settings = {"how": how, "keep": keep, "data": list(data), "samples": samples, "seed": seed}
@@ -207,14 +217,15 @@ def merge(
             share = second_stage(sparsity, 1 - left / whole)
             starved = sparsify(layers, found, share, owl)
             log.info("%.0f %% of what is left zeroed; %d experts by magnitude", 100 * share, len(starved))
-        finish(model, loaded, processor, chosen, output, "compress merge", settings)
+        compress(loaded, chosen)
     else:
         settings |= {"tokens": tokens, "window": window}
-        with all_outputs(layers, tokens) as outputs, torch.inference_mode():
+        with all_outputs(layers, tokens, len(batches)) as outputs, torch.inference_mode():
             for batch in batches:
                 last_hidden(loaded, to_device(batch, loaded.device))
         chosen = Plan(merge=windows(outputs, keep, window, seed), made_of=sha256)
-        finish(model, loaded, processor, chosen, output, "compress merge", settings, found.values["count"])
+        compress(loaded, chosen, found.values["count"])
+    save(model, loaded, processor, output, "compress merge", settings)
     after = view(loaded)
     left = ", ".join(str(layer.num_experts) for layer in after)
     log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(after) / 1e6, before / 1e6)
@@ -288,7 +299,8 @@ def check_new(output: str) -> None:
 def read_batches(
     processor: Any, data: Sequence[str], samples: int, batch_size: int, media_root: str | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Collated batches of each data file by its name, with labels at the answers.
+    """Collated batches of each data file by its name (its path, where several files have one name), with
+    labels at the answers.
 
     Raises:
         UserError: a number is below 1, or a file cannot be read or holds nothing.
@@ -297,10 +309,41 @@ def read_batches(
         if value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1 (0 calibration tokens tell nothing)")
     collate, found = Collator(processor), {}
+    stems = [Path(file).stem for file in dict.fromkeys(data)]
     for file in data:
         rows = spread(read_samples(file, media_root=media_root), samples)
-        found[Path(file).stem] = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        name = Path(file).stem if stems.count(Path(file).stem) == 1 else str(file)
+        found[name] = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     return found
+
+
+def interleave(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The batches of all files in turn, so that whoever takes the first ones sees every file."""
+    turns = zip_longest(*files.values())
+    return [batch for turn in turns for batch in turn if batch is not None]
+
+
+def read_plan(path: str) -> Plan:
+    """A plan that prunes.
+
+    Raises:
+        UserError: it says something that data or training made, which a plan does not hold.
+    """
+    found = Plan.from_yaml(path)
+    other = sorted(found.to_dict().keys() - {"keep", "skip", "group", "made_of"})
+    if (found.skip or {}).get("rule") == "heads":
+        other.append("skip: rule: heads")
+    if other or found.keep is None:
+        raise UserError(
+            f"--plan {path} has {', '.join(other) or 'no keep'}, expected keep: and perhaps skip: (merged, "
+            "packed or trained weights are not in a plan: run that verb again)"
+        )
+    return found
+
+
+def _refuse_beside_plan(**flags: Any) -> None:
+    if given := [name for name, value in flags.items() if value]:
+        raise UserError(f"--{given[0]} has no effect beside --plan; leave one of both out")
 
 
 @torch.inference_mode()
@@ -375,28 +418,19 @@ def expert_bytes(layers: Sequence[MoEView]) -> int:
     )
 
 
-def finish(
+def save(
     source: str,
     model: Any,
     processor: Any,
-    plan: Plan,
     output: str,
     verb: str,
     settings: dict[str, Any],
-    weights: Sequence[Tensor] | None = None,
 ) -> None:
-    """Carry a plan out and save the result with plan.yaml and stage.json; nothing is written before it is
-    done."""
-    compress(model, plan, weights)
-    save(source, model, processor, plan, output, verb, settings)
-
-
-def save(
-    source: str, model: Any, processor: Any, plan: Plan, output: str, verb: str, settings: dict[str, Any]
-) -> None:
-    """Save a compressed model with plan.yaml and stage.json."""
+    """Save a compressed model with stage.json, and with plan.yaml: all that was done to it since it was no
+    compressed one."""
     parents = [{"folder": source, "sha256": folder_hash(source)}]
-    total = sum(weight.numel() for weight in model.parameters())
+    total = weights(model)
+    plan = Plan.from_dict(structure_of(model).plan or {})
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

@@ -24,7 +24,7 @@ from unimoe.model.loading import load_any
 from unimoe.model.utils import to_device
 from unimoe.moe.view import MoEView, view
 
-from .compress import check_new, finish, read_batches, save
+from .compress import check_new, read_batches, save
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def skip(
     plan = Plan(skip=found.rule.to_plan(), made_of=folder_hash(model))
     settings = {"data": list(data), "ratio": ratio, "how": how, "power": power, "size": size}
     more = {"keep_sum": keep_sum, "blocks": blocks, "samples": samples}
-    finish(model, loaded, processor, plan, output, "compress skip", {**settings, **more})
+    compress(loaded, plan)
+    save(model, loaded, processor, output, "compress skip", {**settings, **more})
 
 
 def tune(
@@ -169,7 +170,7 @@ def tune(
         after = measure(loaded, original, batches)
         for name, quality in after.items():
             print(f"{name:<24} KL {before[name].kl:.4f} cut short, {quality.kl:.4f} tuned")
-    save(model, loaded, processor, plan, output, "compress tune", settings)
+    save(model, loaded, processor, output, "compress tune", settings)
 
 
 def found_text(found: Found) -> str:

@@ -59,6 +59,8 @@ def bisect_clusters(distances: Sequence[Tensor], total: int) -> tuple[float, lis
     """
     values = [one[torch.triu_indices(len(one), len(one), 1).unbind()] for one in distances]
     steps = torch.cat(values).unique()
+    if not len(steps):  # one expert in every layer
+        return 0.0, [[0] for _ in distances]
     thresholds = [float(steps[0]), *(steps[:-1] / 2 + steps[1:] / 2).tolist(), float(steps[-1]) + 1.0]
 
     def at(place: int) -> list[Groups]:

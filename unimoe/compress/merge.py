@@ -55,22 +55,31 @@ def stun(
 
 
 @contextmanager
-def all_outputs(layers: Sequence[MoEView], most: int) -> Iterator[list[Tensor]]:
+def all_outputs(layers: Sequence[MoEView], most: int, passes: int = 1) -> Iterator[list[Tensor]]:
     """Inside, forward passes fill for each layer [E, m, D]: the outputs of all experts for the same m tokens,
-    at most ``most``, without padding (Sub-MoE's calibration)."""
+    without padding (Sub-MoE's calibration).
+
+    Args:
+        layers: of one model.
+        most: m at most.
+        passes: forward passes to come; each gives its share of m at most, evenly spaced over its tokens.
+    """
+    share = -(-most // passes)
     found = [torch.zeros(layer.num_experts, 0, 0) for layer in layers]
     place = {layer.index: position for position, layer in enumerate(layers)}
 
     def add(seen: Seen) -> None:
         at = place[seen.layer.index]
-        room = most - found[at].shape[1]
+        room = min(share, most - found[at].shape[1])
         tokens, first_T = seen.token_N.unique(return_inverse=True)
         pair_T = torch.zeros_like(tokens).scatter(
             0, first_T, torch.arange(len(first_T), device=tokens.device)
         )
-        x_mD = seen.x_ND[pair_T][seen.real_T[tokens]][: max(room, 0)]
-        if not len(x_mD):
+        pair_T = pair_T[seen.real_T[tokens]]
+        if not len(pair_T) or room < 1:
             return
+        spaced_m = torch.arange(min(room, len(pair_T)), device=pair_T.device) * len(pair_T)
+        x_mD = seen.x_ND[pair_T[spaced_m // min(room, len(pair_T))]]
         experts = seen.layer.num_experts
         expert_N = torch.arange(experts, device=x_mD.device).repeat_interleave(len(x_mD))
         y_ND = run_experts(seen.layer, x_mD.repeat(experts, 1), expert_N)[0]
