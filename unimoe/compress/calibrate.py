@@ -109,7 +109,7 @@ class Hessians:
 
 
 ROWS = 256
-"""Rows of an expert that its error is measured on, the first that it sees."""
+"""Rows of an expert that its error is measured on, at random of all that it sees."""
 
 
 class BitErrors:
@@ -121,9 +121,14 @@ class BitErrors:
 
     def __init__(self, layers: Sequence[MoEView]):
         self.count = {layer.index: torch.zeros(layer.num_experts) for layer in layers}
+        """Tokens of each expert."""
         self.weight = {layer.index: torch.zeros(layer.num_experts) for layer in layers}
-        self.kept: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        """Layer and expert -> inputs and weights."""
+        """Sums of the weights that experts are mixed with. Where a router renormalises them, the published
+        sum is of the probabilities before that."""
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        """Layer and expert -> inputs, weights, and the random numbers of which the least stay, so that every
+        token of every file is as likely to be among them."""
+        self._generator = torch.Generator().manual_seed(0)
 
     def take(self, seen: Seen) -> None:
         """Add one forward pass of a layer."""
@@ -133,10 +138,15 @@ class BitErrors:
         self.count[index] += torch.bincount(expert_N, minlength=seen.layer.num_experts).cpu()
         self.weight[index] += torch.zeros(seen.layer.num_experts).index_add(0, expert_N.cpu(), weight_N.cpu())
         for expert in expert_N.unique().tolist():
-            kept = self.kept.setdefault((index, expert), [])
-            left = ROWS - sum(len(x) for x, _ in kept)
-            own = (expert_N == expert).nonzero().flatten()[: max(left, 0)]
-            kept.append((x_ND[own].clone(), weight_N[own]))
+            own = (expert_N == expert).nonzero().flatten()
+            drawn = torch.rand(len(own), generator=self._generator).to(own.device)
+            parts = x_ND[own], weight_N[own], drawn
+            if (index, expert) in self.kept:
+                before = self.kept[index, expert]
+                parts = tuple(torch.cat(pair) for pair in zip(before, parts, strict=True))
+            stay = parts[2].topk(min(ROWS, len(parts[2])), largest=False).indices.sort().values
+            x, weight, drawn = (part[stay] for part in parts)
+            self.kept[index, expert] = x, weight, drawn
 
     @torch.no_grad()
     def errors(self, layer: MoEView, choices: Sequence[int], group: int) -> Tensor:
@@ -145,22 +155,23 @@ class BitErrors:
         afterwards."""
         found = torch.zeros(layer.num_experts, len(choices))
         for expert in range(layer.num_experts):
-            kept = self.kept.get((layer.index, expert), [])
-            if not sum(len(x) for x, _ in kept):
+            if (layer.index, expert) not in self.kept:
                 continue
-            x_ND, weight_N = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            x_ND, weight_N, _ = self.kept[layer.index, expert]
             expert_N = torch.full((len(x_ND),), expert, device=x_ND.device)
             whole_ND = run_experts(layer, x_ND, expert_N)[0].float()
             matrices = layer.expert(expert)
             before = {name: matrix.clone() for name, matrix in matrices.items()}
-            for choice, bits in enumerate(choices):
+            share = self.count[layer.index][expert] / len(x_ND)
+            try:
+                for choice, bits in enumerate(choices):
+                    for name, matrix in matrices.items():
+                        matrix.copy_(rounded(before[name], bits, group))
+                    change_ND = run_experts(layer, x_ND, expert_N)[0].float() - whole_ND
+                    found[expert, choice] = (change_ND * weight_N[:, None]).norm() * share.sqrt()
+            finally:
                 for name, matrix in matrices.items():
-                    matrix.copy_(rounded(before[name], bits, group))
-                change_ND = (run_experts(layer, x_ND, expert_N)[0].float() - whole_ND) * weight_N[:, None]
-                share = self.count[layer.index][expert] / len(x_ND)
-                found[expert, choice] = change_ND.norm() * share.sqrt()
-            for name, matrix in matrices.items():
-                matrix.copy_(before[name])
+                    matrix.copy_(before[name])
         return found
 
     @staticmethod

@@ -22,7 +22,8 @@ def pmq_cost(
 
     Args:
         count_LE: calibration tokens of each expert; phi is its share of the layer's.
-        weight_LE: sum of its routing weights over them; w is its share of the layer's.
+        weight_LE: sum of its routing weights over them; w is its share of the layer's. The paper sums the
+            router's probabilities; where a router renormalises those that it chooses, weights are larger.
         error_LEC: Frobenius norm of the change of the layer's output if this expert alone has these bits.
         powers: a, b and c.
     """
