@@ -29,12 +29,12 @@ from unittest.mock import patch
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from unimoe.compress.pack import pack_model
 from unimoe.compress.plan import Plan
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
 from unimoe.model.build import build_model
 from unimoe.moe.few_rows import few_rows
-from unimoe.moe.packed import pack_model
 from unimoe.moe.view import view
 from unimoe.stages.trainable import LoRA, choose
 

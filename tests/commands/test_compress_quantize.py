@@ -8,10 +8,13 @@ import yaml
 from PIL import Image
 
 from unimoe.commands import main as cli
+from unimoe.commands.compress_quantize import most_rows
 from unimoe.model.loading import load_any
+from unimoe.moe import FFNExperts
 from unimoe.moe.packed import PackedExperts, PackedLinear
 from unimoe.moe.view import view
 from unimoe.testing import IMAGE, tiny_model
+from unimoe.testing_stock import STOCK
 
 
 @pytest.fixture
@@ -42,7 +45,9 @@ def bed(tmp_path):
 
 def run(bed, *more):
     model, data = str(bed / "model"), str(bed / "train.jsonl")
-    options = ["--group", "32", "--output", str(bed / "small"), "--min-tokens", "1", *more]
+    if "rtn" not in more:
+        more = "--min-tokens", "1", *more
+    options = ["--group", "32", "--output", str(bed / "small"), *more]
     return cli.main(["compress", "quantize", model, data, *options])
 
 
@@ -100,6 +105,13 @@ def test_a_modality_without_calibration_is_named(bed, caplog):
         (["--samples", "0"], "0 calibration tokens"),
         (["--rules", "attn_4"], "no main_B"),
         (["--linears", "5"], "plan.linears is 5, expected one of"),
+        (["--rules", "main_2.attn_4"], "attn holds for no weight of an expert"),
+        (["--rules", "main_2.layer_7_4"], "layer_7 holds for no weight of an expert"),
+        (["--rules", "main_2", "--bits", "4"], "--bits does nothing beside --rules"),
+        (["--rules", "main_2", "--cost", "kl"], "--cost does nothing beside --rules"),
+        (["--bits", "4", "--by-layer"], "--by-layer does nothing beside --bits 4, which is no mean,"),
+        (["--how", "rtn", "--balanced"], "--balanced does nothing beside --how rtn"),
+        (["--how", "rtn", "--memory", "1"], "--memory does nothing beside --how rtn"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_nothing_is_written(bed, options, message, capsys):
@@ -107,3 +119,49 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(bed, options, me
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (bed / "small").exists()
+
+
+def refused_before_reading(bed, capsys, monkeypatch, *options):
+    """The one line that is printed; no data was read."""
+    monkeypatch.setattr(
+        "unimoe.commands.compress_quantize.read_batches", lambda *_: pytest.fail("data was read")
+    )
+    assert run(bed, *options) == 2
+    assert not (bed / "small").exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("gpt_oss", "GptOssExperts cannot be packed (has_bias is True)"),
+    ("mixtral", "the group 32 does not divide the width 48"),
+])  # fmt: skip
+def test_models_that_cannot_be_packed_are_refused_before_data_is_read(
+    bed, name, message, capsys, monkeypatch
+):
+    model = STOCK[name](hidden_size=32, intermediate_size=32)
+    model.model.layers[1].self_attn.o_proj = torch.nn.Linear(48, 32)
+    monkeypatch.setattr("unimoe.commands.compress_quantize.load_any", lambda *_: (model, None))
+    found = refused_before_reading(bed, capsys, monkeypatch, "--linears", "8")
+    assert message in found and found.count("\n") == 1
+
+
+def test_two_layer_ffns_are_refused_before_data_is_read(bed, capsys, monkeypatch):
+    model = load_any(bed / "model", device="cpu")[0]
+    view(model)[1].block.experts = FFNExperts(4, 32, 64)
+    monkeypatch.setattr("unimoe.commands.compress_quantize.load_any", lambda *_: (model, None))
+    assert "FFNExperts cannot be packed" in refused_before_reading(bed, capsys, monkeypatch)
+
+
+def test_a_packed_model_is_refused_before_data_is_read(bed, capsys, monkeypatch):
+    assert run(bed, "--bits", "8", "--how", "rtn") == 0
+    (bed / "small").rename(bed / "packed")
+    (bed / "model").rename(bed / "old")
+    (bed / "packed").rename(bed / "model")
+    assert "packed already" in refused_before_reading(bed, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(4, 2 * 2 * 4 * 10 / 8), (64, 2 * 2 * 6 * 10 / 8)])
+def test_twice_the_even_share_is_of_the_rows_that_there_are(samples, expected):
+    batches = [{"attention_mask": torch.ones(3, 10)}] * 2
+    layer = view(STOCK["qwen3_moe"](num_experts_per_tok=2))[0]
+    assert most_rows(layer, [batches], samples) == expected

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unimoe.compress.rules import BlockPredictor, Rules, average_bits, block_score, outlier_score
+from unimoe.compress.rules import Rules, block_score, outlier_score
 from unimoe.errors import UserError
 
 EXPERT = "model.layers.{}.mlp.experts.{}.{}"
@@ -48,7 +48,8 @@ def test_average_bits_of_the_released_configurations(layers, expected):
         for layer in range(32)
         for expert in range(8)
     ]
-    assert average_bits(sizes) == pytest.approx(expected, abs=0.011)
+    total = sum(bits * size for bits, size in sizes)
+    assert total / sum(size for _, size in sizes) == pytest.approx(expected, abs=0.011)
 
 
 def test_the_outlier_score_finds_a_planted_column_and_knows_no_scale():
@@ -62,13 +63,3 @@ def test_the_block_score_is_the_mean_cosine():
     x = torch.randn(10, 8)
     assert block_score(x, 3 * x) == pytest.approx(1)
     assert block_score(x, -x) == pytest.approx(-1)
-
-
-def test_the_predictor_learns_the_cosine():
-    x = 4 * torch.nn.functional.normalize(torch.randn(1500, 8))
-    y = x + (x @ torch.randn(8, 8)).relu() @ torch.randn(8, 8) / 8
-    true = torch.nn.functional.cosine_similarity(x, y)
-    predictor = BlockPredictor(8, 128)
-    error = predictor.fit(x, y, epochs=60, lr=2e-3)
-    assert error < 0.3 * true.var()
-    assert torch.corrcoef(torch.stack([predictor(x).detach(), true]))[0, 1] > 0.9

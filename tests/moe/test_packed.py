@@ -1,10 +1,9 @@
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 
 from unimoe.errors import UserError
@@ -13,7 +12,7 @@ from unimoe.kernels.packed import quantise_rtn
 from unimoe.model.utils import count_parameters
 from unimoe.moe import FFNExperts, MoELayer, SwiGLUExperts, TopK, record
 from unimoe.moe.few_rows import FewRowsMoELayer, few_rows
-from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear, pack_model
+from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
 
 
 def experts(act="silu"):
@@ -131,43 +130,6 @@ def test_packed_weights_are_counted_as_weights():
     layer.experts = PackedExperts.from_experts(layer.experts, [4, 2, 8, 3], 16)
     model[0] = PackedLinear.from_linear(model[0], 8, 16)
     assert count_parameters(model) == whole
-
-
-def llama(tied=True):
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_linears_and_head_of_a_model(tied):
-    model = llama(tied)
-    ids = torch.randint(0, 48, (1, 6))
-    with torch.no_grad():
-        exact = model(ids).logits
-        pack_model(model, [], SimpleNamespace(bits=None, linears=8, head=8, group=32))
-        found = model(ids).logits
-    assert error(found, exact) < 5e-2
-    kinds = [type(module) for module in model.modules()]
-    assert nn.Linear not in kinds and kinds.count(PackedLinear) == 2 * 7 + 1
-    assert (PackedEmbedding in kinds) == tied
-    with torch.device("meta"):
-        empty = llama(tied)
-    pack_model(empty, [], SimpleNamespace(bits=None, linears=8, head=8, group=32))
-    assert empty.state_dict().keys() == model.state_dict().keys()
-
-
-def test_a_model_that_cannot_be_packed_stays_as_it_is():
-    model = llama()
-    with pytest.raises(UserError, match="the group 48 does not divide the width 32"):
-        pack_model(model, [], SimpleNamespace(bits=None, linears=8, head=None, group=48))
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, MistralConfig
 
+from unimoe.compress.pack import pack_model
 from unimoe.compress.plan import Plan
 from unimoe.moe.few_rows import few_rows
-from unimoe.moe.packed import pack_model
 from unimoe.moe.view import view
 from unimoe.serve.batch import Prompt, RunningBatch, can_batch
 

@@ -7,7 +7,7 @@ unimoe compress quantize runs/moe data/train.*.jsonl --rules main_2.layer_0_4 --
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.artifacts import folder_hash
 from unimoe.compress.calibrate import Forward
 from unimoe.compress.costs import CODE, ERROR, PAPER
+from unimoe.compress.pack import check_packable
 from unimoe.compress.plan import Plan
 from unimoe.compress.quantize import (
     Calibration,
@@ -37,6 +38,7 @@ from unimoe.kernels.packed import BITS
 from unimoe.model.host_loss import answer_logits, last_hidden
 from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
+from unimoe.model.structure import structure_of
 from unimoe.model.utils import to_device
 from unimoe.moe.packed import PackedExperts
 from unimoe.moe.view import MoEView, view
@@ -54,7 +56,7 @@ def quantize(
     data: Sequence[str],
     *,
     output: str,
-    bits: str = "4",
+    bits: str | None = None,
     how: Literal["rtn", "gptq"] = "gptq",
     linears: int = 16,
     head: int = 16,
@@ -65,7 +67,6 @@ def quantize(
     rules: str | None = None,
     smooth: bool = False,
     balanced: bool = False,
-    nested: bool = False,
     samples: int = 64,
     batch_size: int = 8,
     media_root: str | None = None,
@@ -83,11 +84,12 @@ def quantize(
         data: conversations to calibrate on, of all modalities that the model must keep. Every file gives as
             many samples.
         output: new folder of the result.
-        bits: of an expert's weight: 1, 2, 3, 4 or 8 for all; a number with a point, such as 3.0, is a mean,
-            and each expert gets one of --choices, more if it matters more.
+        bits: of an expert's weight: 1, 2, 3, 4 or 8 for all (default: 4); a number with a point, such as 3.0,
+            is a mean, and each expert gets one of --choices, more if it matters more.
         how: gptq rounds each weight so that it makes up for the errors of others; rtn rounds to nearest.
-        linears: bits of all other linear layers of the decoder; 16 leaves them as they are.
-        head: bits of the head and of an embedding tied to it; 16 leaves them as they are.
+        linears: bits of all other linear layers of the decoder and of shared experts, rounded to nearest; 16
+            leaves them as they are.
+        head: bits of the head and of an embedding tied to it, rounded to nearest; 16 leaves them as they are.
         group: neighbouring weights that share a scale.
         choices: numbers of bits that a mean is made of.
         cost: what counts as mattering: the change of a layer's output (error); that, scaled to what few bits
@@ -96,10 +98,9 @@ def quantize(
             its paper has it.
         by_layer: reach the mean in every layer, with all of the two largest choices in it, as MC-MoE does;
             else over all layers together.
-        rules: bits by QuantMoE-Bench's rules instead, such as main_2.layer_0_4.exp_l1e3_8.
+        rules: bits of experts by QuantMoE-Bench's rules instead, such as main_2.layer_0_4.exp_l1e3_8.
         smooth: first move scales of channels from the experts' inputs into the norms before them (EAQuant).
         balanced: draw samples until every expert saw as many tokens, twice its even share (EAQuant).
-        nested: store codes in planes of one bit, which can be read in fewer bits (D2MoE).
         samples: most conversations of each file, evenly spaced.
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
@@ -110,28 +111,42 @@ def quantize(
     check_new(output)
     disable_progress_bar()  # transformers' own
     parsed = None if rules is None else Rules(rules)
-    mean = None if bits in map(str, BITS) else read_mean(bits, choices)
+    mean = None if bits is None or bits in map(str, BITS) else read_mean(bits, choices)
+    for_a_mean = {"--choices": [*choices] != [2, 3, 4], "--cost": cost != "error", "--by-layer": by_layer}
+    if rules is not None:
+        _refuse({"--bits": bits is not None}, "--rules")
+    if mean is None:
+        _refuse(for_a_mean, "--rules" if rules is not None else f"--bits {bits or 4}, which is no mean,")
+    if how == "rtn":
+        _refuse({"--balanced": balanced, "--min-tokens": min_tokens != 16}, "--how rtn")
+        _refuse({"--memory": memory != 2.0 and mean is None}, "--how rtn")
     sha256 = folder_hash(model)
     loaded, processor = load_any(model)
     layers = view(loaded)
-    total = check_coverage(loaded, layers)
     plan = Plan(
         bits=8,
         linears=None if linears == 16 else linears,
         head=None if head == 16 else head,
         group=group,
-        nested={"least": 2} if nested else None,
         made_of=sha256,
     )
+    if (done := structure_of(loaded).plan) is not None:
+        plan.after(Plan.from_dict(done))
     plan.check(layers)
+    check_packable(loaded, layers, plan)
+    total = check_coverage(loaded, layers)
+    if parsed is not None:
+        chosen = bits_by_rule(layers, parsed)
+    else:
+        chosen = [[int(bits or 4) if mean is None else 0] * layer.num_experts for layer in layers]
     files = [str(file) for pattern in data for file in data_files(pattern)]
     warn_of_missing(loaded, files, media_root)
     per_file = samples * (4 if balanced else 1)
     read = read_batches(processor, files, per_file, batch_size, media_root)
     batches = [batch for of_file in read.values() for batch in of_file]
+    cap = max(most_rows(layers[0], read.values(), samples), min_tokens) if balanced else None
     if balanced:
         random.Random(seed).shuffle(batches)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     calibration = Calibration(_forward(loaded), batches, _answers(loaded), memory * 1e9)
     if smooth:
         with Collector(layers, {"x_max"}) as stats:
@@ -139,18 +154,12 @@ def quantize(
                 calibration.forward(batch)
         smooth_channels(layers, stats.values["x_max"], lambda: _logits(loaded, batches[0]))
     before = expert_bytes(layers)
-    if parsed is not None:
-        chosen = bits_by_rule(layers, parsed)
-    elif mean is None:
-        chosen = [[int(bits)] * layer.num_experts for layer in layers]
-    else:
+    if mean is not None:
         rest = (choices, group, COSTS[cost], by_layer, cost == "kl")
         chosen = choose_bits(layers, calibration, mean, *rest)
-    first = layers[0]
-    cap = round(2 * first.top_k * (tokens / 4) / first.num_experts) if balanced else None
 
     def put(layer: MoEView, codes: list[Codes], own: list[int]) -> None:
-        pack_layer(layer, codes, own, group, nested)
+        pack_layer(layer, codes, own, group)
 
     coverage = quantise_experts(layers, chosen, put, group, how, calibration, least=min_tokens, cap=cap)
     coverage.total = total
@@ -166,7 +175,7 @@ def quantize(
     log.info("experts: %.2f bits a weight and %.2f of scales, %.1f of %.1f MB", *sizes)
 
 
-def pack_layer(layer: MoEView, codes: list[Codes], bits: list[int], group: int, nested: bool = False) -> None:
+def pack_layer(layer: MoEView, codes: list[Codes], bits: list[int], group: int) -> None:
     """Replace a layer's experts by packed ones of these codes, and give the memory of the old ones back."""
     joined = [
         {
@@ -179,11 +188,29 @@ def pack_layer(layer: MoEView, codes: list[Codes], bits: list[int], group: int, 
         tuple(torch.stack([own[name][part] for own in joined]) for part in (0, 1))
         for name in ("gate_up", "down")
     ]
-    packed = PackedExperts.from_experts(layer.experts, bits, group, tuple(stacks), nested)
+    packed = PackedExperts.from_experts(layer.experts, bits, group, tuple(stacks))
     layer.block.experts = packed
     move_hooks(layer.experts, packed)
     for weight in layer.experts.parameters():
         weight.data = weight.new_empty(0)
+
+
+def most_rows(layer: MoEView, files: Iterable[Sequence[dict[str, Any]]], samples: int) -> int:
+    """Twice the tokens that an expert of a layer would see of ``samples`` conversations of each file, or of
+    all that a file has, if all experts saw as many."""
+    tokens = 0.0
+    for batches in files:
+        rows = sum(len(batch["attention_mask"]) for batch in batches)
+        share = min(1.0, samples / max(rows, 1))
+        tokens += share * sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return round(2 * layer.top_k * tokens / layer.num_experts)
+
+
+def _refuse(given: dict[str, bool], beside: str) -> None:
+    """Raises UserError for the first flag that was given although it does nothing."""
+    for flag, found in given.items():
+        if found:
+            raise UserError(f"{flag} does nothing beside {beside}; leave it out")
 
 
 def warn_of_missing(model: Any, files: Sequence[str], media_root: str | None = None) -> None:

@@ -34,8 +34,6 @@ class Plan:
     """Bits of the head, and of the embedding where it is tied to it."""
     group: int = 64
     """Neighbouring weights of a row that share a scale."""
-    nested: dict[str, Any] | None = None
-    """Settings of nested planes (D2MoE)."""
     skip: dict[str, Any] | None = None
     """A rule by which experts of single tokens are skipped (:mod:`unimoe.compress.skip_rules`)."""
     main: int | None = None

@@ -114,12 +114,14 @@ def layer_kl(layers: Sequence[MoEView], data: Calibration, bits: int, group: int
     found = []
     for layer in layers:
         kept = {name: stack.clone() for name, stack in layer.stacks().items()}
-        for expert in range(layer.num_experts):
-            for matrix in layer.expert(expert).values():
-                matrix.copy_(rounded(matrix, bits, group))
-        after = [(p, data.answers(batch)) for batch, p in before]
-        for name, stack in layer.stacks().items():
-            stack.copy_(kept[name])
+        try:
+            for expert in range(layer.num_experts):
+                for matrix in layer.expert(expert).values():
+                    matrix.copy_(rounded(matrix, bits, group))
+            after = [(p, data.answers(batch)) for batch, p in before]
+        finally:
+            for name, stack in layer.stacks().items():
+                stack.copy_(kept[name])
         found.append(sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in after) / len(after))
     return found
 
@@ -128,14 +130,17 @@ def bits_by_rule(layers: Sequence[MoEView], rules: Rules) -> list[list[int]]:
     """Bits of each expert by QuantMoE-Bench's rules.
 
     Raises:
-        UserError: the matrices of one expert would get different bits.
+        UserError: the matrices of one expert would get different bits, or a rule holds for no expert's weight
+            (those for attention and shared experts: here ``linears`` of a plan).
     """
-    bits = []
+    bits, names = [], []
     for layer in layers:
         own = []
         for expert in range(layer.num_experts):
             base = f"layers.{layer.layer}.mlp.experts.{expert}"
-            found = {rules.bits(f"{base}.{name}_proj") for name in layer.expert(expert)}
+            own_names = [f"{base}.{name}_proj" for name in layer.expert(expert)]
+            names += own_names
+            found = {rules.bits(name) for name in own_names}
             if len(found) > 1:
                 raise UserError(
                     f"--rules give the matrices of expert {expert} of {layer.name} {sorted(found)} bits; "
@@ -143,6 +148,11 @@ def bits_by_rule(layers: Sequence[MoEView], rules: Rules) -> list[list[int]]:
                 )
             own += found
         bits.append(own)
+    if unused := rules.unused(names):
+        raise UserError(
+            f"--rules: {unused[0]} holds for no weight of an expert, which alone follow rules; for attention "
+            "and shared experts give --linears"
+        )
     return bits
 
 
@@ -183,7 +193,10 @@ def quantise_experts(
     least: int = 16,
     cap: int | None = None,
 ) -> Coverage:
-    """Quantise all experts, layer by layer; with GPTQ the later ones see what the earlier ones have become.
+    """Quantise all experts, layer by layer.
+
+    GPTQ collects the inputs of as many layers at a time as fit into ``data.memory``. What a layer sees holds
+    what the layers of earlier groups have become, not those of its own group.
 
     Args:
         layers: all of a model.

@@ -19,10 +19,9 @@ Shapes: O outputs, K inputs, T tokens, D hidden.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from unimoe.errors import UserError
@@ -65,31 +64,37 @@ class Rules:
 
     def bits(self, name: str) -> int:
         """Bits of the weight ``name``, such as ``model.layers.3.mlp.experts.5.gate_proj``."""
-        layer, expert = _number(r"layers\.(\d+)\.", name), _number(r"(?<!shared_)experts\.(\d+)", name)
-        bits = 0
-        for kind, arguments, value in self.found:
-            holds = {
-                "main": lambda _: True,
-                "attn": lambda _: "attn" in name or "attention" in name,
-                "shared": lambda _: "shared" in name,
-                "exp": lambda a: [str(layer), str(expert)] == a,
-                "layer": lambda a: [str(layer)] == a and expert is not None,
-                "keyword": lambda a: a[0] in name,
-            }[kind]
-            bits = value if holds(arguments) else bits
-        return bits
+        return [value for kind, arguments, value in self.found if _holds(kind, arguments, name)][-1]
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """The rules that hold for none of some weights."""
+        return [
+            "_".join([kind, *arguments])
+            for kind, arguments, _ in self.found
+            if not any(_holds(kind, arguments, name) for name in names)
+        ]
+
+
+def _holds(kind: str, arguments: list[str], name: str) -> bool:
+    layer, expert = _number(r"layers\.(\d+)\.", name), _number(r"(?<!shared_)experts\.(\d+)", name)
+    match kind:
+        case "attn":
+            return "attn" in name or "attention" in name
+        case "shared":
+            return "shared" in name
+        case "exp":
+            return [str(layer), str(expert)] == arguments
+        case "layer":
+            return [str(layer)] == arguments and expert is not None
+        case "keyword":
+            return arguments[0] in name
+        case _:
+            return True
 
 
 def _number(form: str, name: str) -> int | None:
     found = re.search(form, name)
     return int(found[1]) if found else None
-
-
-def average_bits(bits_and_sizes: Iterable[tuple[int, int]]) -> float:
-    """Mean bits of a weight, from the bits and the number of weights of each matrix. Scales are not
-    counted."""
-    pairs = list(bits_and_sizes)
-    return sum(bits * size for bits, size in pairs) / sum(size for _, size in pairs)
 
 
 def outlier_score(w_OK: Tensor) -> float:
@@ -107,45 +112,3 @@ def block_score(x_TD: Tensor, y_TD: Tensor) -> float:
     you choose.
     """
     return F.cosine_similarity(x_TD.float(), y_TD.float(), dim=-1).mean().item()
-
-
-class BlockPredictor(nn.Module):
-    """The published predictor of a token's cosine, for where the block's output is not at hand.
-
-    Linear(D, 1024) - ReLU - Linear(1024, 1) - Tanh, both without bias. Where outputs were watched,
-    :func:`block_score` is the same quantity without training.
-    """
-
-    def __init__(self, hidden_size: int, width: int = 1024):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(hidden_size, width, bias=False), nn.ReLU(), nn.Linear(width, 1, bias=False), nn.Tanh()
-        )
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T] predicted cosines."""
-        return self.layers(x_TD).squeeze(-1)
-
-    def fit(
-        self, x_TD: Tensor, y_TD: Tensor, epochs: int = 100, patience: int = 5, lr: float = 1e-4
-    ) -> float:
-        """Train on tokens before and after a block; a tenth of them decides when to stop.
-
-        AdamW with weight decay 1e-2 and batches of 256. Returned is the least squared error on the held-out
-        tokens.
-        """
-        cosine_T = F.cosine_similarity(x_TD.float(), y_TD.float(), dim=-1)
-        held = max(len(x_TD) // 10, 1)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=1e-2)
-        least, waited = float("inf"), 0
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x_TD) - held, device=x_TD.device).split(256):
-                optimizer.zero_grad()
-                F.mse_loss(self(x_TD[held + rows]), cosine_T[held + rows]).backward()
-                optimizer.step()
-            with torch.no_grad():
-                error = F.mse_loss(self(x_TD[:held]), cosine_T[:held]).item()
-            least, waited = (error, 0) if error < least else (least, waited + 1)
-            if waited >= patience:
-                break
-        return least

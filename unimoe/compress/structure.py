@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 from unimoe.moe.layer import MoELayer
-from unimoe.moe.packed import pack_model
 from unimoe.moe.routing import Pairs, Routing
 from unimoe.moe.upcycle.rows import expert_rows, set_expert_rows
 from unimoe.moe.view import MoEView, view
 
 from . import compressed_experts
+from .pack import pack_model
 from .plan import Plan
 from .route import rewrite
 from .skip_rules import install, rule_of

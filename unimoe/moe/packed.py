@@ -7,7 +7,7 @@ Shapes: T tokens, K experts of a token, N (token, expert) pairs sorted by expert
 I intermediate, O outputs, G groups of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class PackedExperts(Experts):
         Raises:
             UserError: other experts, bits or a group that cannot be packed.
         """
-        gate_up, down, act = _weights_of(experts)
+        gate_up, down, act = weights_of(experts)
         E, H, inner = down.shape
         with torch.device(gate_up.device):
             self = cls(E, H, inner, bits, group, act, nested)
@@ -283,109 +283,17 @@ class PackedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, tied to a packed head"
 
 
-def pack_model(model: nn.Module, layers: Sequence[Any], plan: Any) -> None:
-    """Replace what a plan packs by packed modules, in place; without weights where the model is on the meta
-    device, else rounded to nearest.
-
-    Args:
-        model: what ``layers`` are of.
-        layers: its MoE layers (:class:`unimoe.moe.view.MoEView`).
-        plan: its entries ``bits``, ``linears``, ``head`` and ``group`` are read
-            (:class:`unimoe.compress.plan.Plan`); 16 bits leave a module as it is.
-
-    Raises:
-        UserError: something cannot be packed as the plan says; the model is as it was.
-    """
-    new: list[tuple[nn.Module, nn.Module]] = []
-    for position, layer in enumerate(layers if plan.bits is not None else ()):
-        bits = plan.bits if isinstance(plan.bits, int) else plan.bits[position]
-        bits = [bits] * layer.num_experts if isinstance(bits, int) else bits
-        if set(bits) == {16} or isinstance(layer.experts, PackedExperts):
-            continue
-        if 16 in bits:
-            raise UserError(
-                f"{layer.name}: experts of 16 bits beside packed ones, expected 16 for all of a layer or none"
-            )
-        nested = bool(getattr(plan, "nested", None))
-        new.append(
-            (layer.experts, PackedExperts.from_experts(layer.experts, bits, plan.group, nested=nested))
-        )
-    if plan.linears not in (None, 16):
-        routers = {id(part) for layer in layers for part in layer.router.modules()}
-        for name, linear in decoder_linears(model):
-            if id(linear) not in routers:
-                new.append((linear, _packed_linear(name, linear, plan.linears, plan.group)))
-    if plan.head not in (None, 16):
-        new += _packed_head(model, plan.head, plan.group)
-    _untie(model, _weight_names(model, *(old for old, _ in new)))
-    places = {id(old): module for old, module in new}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in places:
-                setattr(parent, name, places[id(child)])
-
-
-def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers in the blocks of a model's decoder, with their names; gates of less than 16 outputs
-    are left out."""
-    decoder: Any = model
-    while hasattr(decoder, "get_decoder") and (inner := decoder.get_decoder()) not in (None, decoder):
-        decoder = inner
-    blocks = getattr(decoder, "layers", decoder)
-    for name, module in blocks.named_modules():
-        if type(module) is nn.Linear and module.out_features >= kernel.LANES:
-            yield name, module
-
-
-def _packed_linear(name: str, linear: nn.Linear, bits: int, group: int) -> PackedLinear:
-    try:
-        return PackedLinear.from_linear(linear, bits, group)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def _packed_head(model: Any, bits: int, group: int) -> list[tuple[nn.Module, nn.Module]]:
-    """The head and, where it is tied to it, the embedding, each with what replaces it."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None:
-        raise UserError(f"{type(model).__name__} has no head to pack; leave head out of the plan")
-    if isinstance(head, PackedLinear):
-        return []
-    packed = _packed_linear("the head", head, bits, group)
-    pair = _weight_names(model, head, embedding)
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    tied = head.weight is embedding.weight or any({*tie} == pair for tie in ties.items())
-    if not tied:
-        return [(head, packed)]
-    if type(embedding) is not nn.Embedding:
-        raise UserError(f"the head is tied to a {type(embedding).__name__}, expected an nn.Embedding")
-    return [(head, packed), (embedding, PackedEmbedding(packed, head.weight.dtype))]
-
-
-def _weight_names(model: nn.Module, *modules: nn.Module) -> set[str]:
-    """Paths of the weights of modules in a model."""
-    wanted = {id(module) for module in modules}
-    return {f"{name}.weight" for name, module in model.named_modules() if id(module) in wanted}
-
-
-def _untie(model: nn.Module, packed: set[str]) -> None:
-    """Let transformers tie nothing to weights that were packed."""
-    for name, module in model.named_modules():
-        ties = getattr(module, "all_tied_weights_keys", None)
-        if isinstance(ties, dict) and ties:
-            inside = {full.removeprefix(f"{name}." if name else "") for full in packed}
-            left = {one: other for one, other in ties.items() if not inside & {one, other}}
-            module.all_tied_weights_keys = left  # type: ignore[assignment]
-            module._tied_weights_keys = dict(left)  # type: ignore[assignment]
-
-
 def packed_weights(module: nn.Module) -> int:
     """Number of weights that are packed in a module, which ``parameters()`` does not name."""
     return sum(one.num_weights for one in module.modules() if isinstance(one, PackedExperts | PackedLinear))
 
 
-def _weights_of(experts: nn.Module) -> tuple[Tensor, Tensor, str]:
-    """gate_up [E, 2I, H], down [E, H, I] and the activation of experts that can be packed."""
+def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor, str]:
+    """gate_up [E, 2I, H], down [E, H, I] and the activation of experts that can be packed.
+
+    Raises:
+        UserError: others, such as two-layer FFNs or those with biases.
+    """
     kind = type(experts).__name__
     if isinstance(experts, Experts):
         if type(experts) is not SwiGLUExperts:
