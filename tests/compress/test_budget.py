@@ -36,3 +36,14 @@ def test_a_global_budget_leaves_layers_different_numbers(families):
     for total in (3, 9):
         with pytest.raises(UserError, match=f"{total} experts are to be kept in all, expected 4..8"):
             global_top(layers, scores, total)
+
+
+def test_a_global_budget_fits_group_limited_routers(families):
+    model = families("deepseek_v3")  # a bias for the choice: a group is scored by its best two experts
+    layers = view(model)
+    scores = [torch.arange(8.0)]
+    kept = global_top(layers, scores, 4)
+    assert kept == [[2, 3, 6, 7]]
+    Plan(keep=kept).check(layers)
+    with pytest.raises(UserError, match="expected 4..8"):
+        global_top(layers, scores, 2)

@@ -20,6 +20,13 @@ def test_yaml_round_trip(tmp_path):
         ("kept: [[1]]", "a plan has no entry 'kept'"),
         ("- 1", "holds list, expected entries"),
         ("keep: [", "cannot be read"),
+        ("keep: 2", "plan.keep is 2, expected a list of whole numbers for each MoE layer"),
+        ("merge: [[0, '1']]", "plan.merge is .*, expected a list"),
+        ("group: '64'", "plan.group is '64', expected a whole number"),
+        ("bits: [4, 4]", "plan.bits is .*, expected a whole number, or a list"),
+        ("head: true", "plan.head is True"),
+        ("skip: thresholds", "plan.skip is 'thresholds', expected names with values"),
+        ("made_of:", "plan.made_of is None, expected the sha256"),
     ],
 )
 def test_files_that_hold_no_plan(text, message, tmp_path):
@@ -91,3 +98,12 @@ def test_heads_need_as_many_experts_as_they_were_trained_for(families):
     Plan(keep=[[0, 1], [1, 2, 3]]).check(layers)
     with pytest.raises(UserError, match="would keep 1 experts, and its heads choose among 2"):
         Plan(keep=[[0, 1], [2]]).check(layers)
+
+
+def test_a_composed_plan_is_for_the_first_model_and_packs_once():
+    first = Plan(keep=[[0, 2]], made_of="a")
+    assert Plan(keep=[[1]], made_of="b").after(first) == Plan(keep=[[2]], made_of="a")
+    for packed in (Plan(bits=4, group=32), Plan(bits=4, linears=8), Plan(head=8)):
+        for later in (Plan(linears=8, group=16), Plan(head=4), Plan(bits=2)):
+            with pytest.raises(UserError, match="packed already"):
+                later.after(packed)

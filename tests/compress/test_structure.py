@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from unimoe.compress.plan import Plan
@@ -13,6 +14,7 @@ from unimoe.compress.structure import check_coverage, merge_rows
 from unimoe.errors import UserError
 from unimoe.moe.packed import PackedExperts
 from unimoe.moe.view import view
+from unimoe.testing_stock import TINY
 
 from .conftest import FAMILIES
 
@@ -90,6 +92,35 @@ def test_merging_equal_experts_changes_nothing(name, families, ids):
     before = logits(model, ids)
     compress(model, Plan(merge=[[0, 0, 1, 1]] * 2))
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_what_a_router_holds_elsewhere_follows(ids, tmp_path):
+    """ERNIE 4.5 holds a bias for the choice in a module of its own, with the experts behind."""
+    settings = {
+        **TINY,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+    }
+    config = Ernie4_5_MoeConfig(**settings, moe_layer_start_index=0, moe_num_shared_experts=0)
+    model = Ernie4_5_MoeForCausalLM(config).eval()
+    for layer in view(model):
+        layer.router.moe_statics.e_score_correction_bias.copy_(torch.tensor([[0.0, 9.0, 0.0, 9.0]]))
+    compress(model, Plan(keep=[[1, 2, 3], [0, 2, 3]]))
+    biases = [layer.router.moe_statics.e_score_correction_bias for layer in view(model)]
+    assert [one.tolist() for one in biases] == [[[9.0, 0.0, 9.0]], [[0.0, 0.0, 9.0]]]
+    found = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path), ids), found, rtol=0, atol=1e-6)
+
+
+def test_state_of_experts_in_another_place_is_refused(families):
+    model = families("mixtral")
+    view(model)[1].block.register_buffer("history", torch.zeros(3, 4))
+    with pytest.raises(UserError, match=r"history of MixtralSparseMoeBlock has shape \[3, 4\]"):
+        compress(model, Plan(keep=[[0, 1], [0, 1]]))
 
 
 def test_experts_that_the_view_misses_are_not_passed_by(families):

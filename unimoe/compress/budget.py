@@ -11,6 +11,7 @@ from torch import Tensor
 from unimoe.errors import UserError
 from unimoe.moe.view import MoEView
 
+from .plan import least_by_group
 from .scores import Scores
 
 
@@ -45,7 +46,10 @@ def global_top(layers: Sequence[MoEView], scores: Scores, total: int) -> list[li
         _units(layer, score / score.sum().clamp(min=1e-20))
         for layer, score in zip(layers, scores, strict=True)
     ]
-    least = [-(-layer.top_k // len(of[0][1])) for layer, of in zip(layers, units, strict=True)]
+    least = [
+        least_by_group(layer) if layer.groups > 1 else -(-layer.top_k // len(of[0][1]))
+        for layer, of in zip(layers, units, strict=True)
+    ]
     needed = sum(count * len(of[0][1]) for count, of in zip(least, units, strict=True))
     there = sum(layer.num_experts for layer in layers)
     if not needed <= total <= there:

@@ -4,7 +4,7 @@ into its configuration.
 ``keep`` is applied first, then ``merge`` to the experts that were kept, then ``bits`` to what is left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,17 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """
         Raises:
-            UserError: a name is not known.
+            UserError: a name is not known, or a value is of another kind.
         """
         known = {field.name for field in fields(cls)}
         if unknown := values.keys() - known:
             raise UserError(
                 f"a plan has no entry {sorted(unknown)[0]!r}, expected some of {', '.join(known)}"
             )
+        for name, value in values.items():
+            fits, expected = _KINDS[name]
+            if not (fits(value) or (value is None and name not in ("group", "made_of"))):
+                raise UserError(f"plan.{name} is {value!r}, expected {expected}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class Plan:
         if self.made_of and self.made_of != sha256:
             raise UserError(
                 f"the plan was made of another model (sha256 {self.made_of[:12]}..., this one has "
-                f"{sha256[:12]}...); make it anew"
+                f"{sha256[:12]}...); create it again"
             )
 
     def check(self, layers: Sequence[MoEView]) -> None:
@@ -156,15 +160,61 @@ class Plan:
             )
         if self.merge is not None and (first.merge is not None or first.bits is not None):
             raise UserError("experts of this model were merged or packed already; merge them before that")
-        if self.bits is not None and first.bits is not None:
-            raise UserError("the experts of this model are packed already; give the model before that")
+        if self._packs() and first._packs():
+            raise UserError("weights of this model are packed already; give the model before that")
         keep = self.keep
         if keep is not None and first.keep is not None:
             keep = [[old[one] for one in new] for old, new in zip(first.keep, keep, strict=True)]
         own = {name: value for name, value in self.to_dict().items() if name != "keep"}
-        if self.bits is None and self.linears is None and self.head is None:
+        if not self._packs():
             own.pop("group", None)
+        own["made_of"] = first.made_of  # the one plan is for the model before both
         return replace(first, **own, keep=keep if keep is not None else first.keep)
+
+    def _packs(self) -> bool:
+        return not (self.bits is self.linears is self.head is None)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_numbers_by_layer(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(layer, list) and all(map(_is_number, layer)) for layer in value
+    )
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_NUMBER = _is_number, "a whole number"
+_BY_LAYER = _is_numbers_by_layer, "a list of whole numbers for each MoE layer, such as [[0, 1], [0, 2]]"
+_MAPPING = _is_mapping, "names with values"
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "keep": _BY_LAYER,
+    "merge": _BY_LAYER,
+    "bits": (
+        lambda value: _is_number(value) or _is_numbers_by_layer(value),
+        "a whole number, or a list of them for each MoE layer",
+    ),
+    "linears": _NUMBER,
+    "head": _NUMBER,
+    "group": _NUMBER,
+    "nested": _MAPPING,
+    "skip": _MAPPING,
+    "main": _NUMBER,
+    "made_of": (lambda value: isinstance(value, str), "the sha256 of a model"),
+}
+"""Of each entry whether a value fits it, and what it expects in words."""
+
+
+def least_by_group(layer: MoEView) -> int:
+    """The fewest experts of each group that a group-limited router can choose among: it scores a group by its
+    best expert, with a bias for the choice by its best two."""
+    allowed = getattr(layer.router, "topk_group", None) or getattr(layer.router, "top_groups", 1)
+    return max(2 if hasattr(layer.router, "e_score_correction_bias") else 1, -(-layer.top_k // allowed))
 
 
 _COMPRESSED = "this model has compressed experts (tune --what vectors); change the model before that"
@@ -185,13 +235,11 @@ def _check_keep(layer: MoEView, kept: list[int]) -> None:
     groups = layer.groups
     if groups > 1:
         sizes = [sum(one * groups // count == group for one in kept) for group in range(groups)]
-        allowed = getattr(layer.router, "topk_group", None) or getattr(layer.router, "top_groups", 1)
-        least = max(2 if hasattr(layer.router, "e_score_correction_bias") else 1, -(-layer.top_k // allowed))
+        least = least_by_group(layer)
         if len(set(sizes)) > 1 or sizes[0] < least:
             raise UserError(
                 f"plan.keep: {layer.name} has a router of {groups} groups and would keep {sizes} experts of "
-                f"them, expected as many of each, at least {least} (a token visits {layer.top_k} experts of "
-                f"{allowed} groups)"
+                f"them, expected as many of each, at least {least} (a token visits {layer.top_k} experts)"
             )
     slices = getattr(layer.block, "slices", 1) if getattr(layer.router, "groups", None) == "slices" else 1
     copies = {one // slices for one in kept}

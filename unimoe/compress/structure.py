@@ -1,6 +1,6 @@
 """A plan carried out on a model, with weights or on the meta device.
 
-On the meta device it makes place for weights that are read afterwards (:mod:`unimoe.model.structure`); on a
+On the meta device it allocates weights that are read afterwards (:mod:`unimoe.model.structure`); on a
 model with weights, experts are sliced, and those that are merged become weighted means.
 
 Shapes: E experts before, X after, D hidden.
@@ -101,11 +101,18 @@ def keep_experts(layer: MoEView, kept: Sequence[int]) -> None:
         if hasattr(router, "k"):
             router.k = min(router.k, router.num_experts)
         return
-    for module in (layer.router, layer.experts):
+    for module in (*layer.router.modules(), layer.experts, layer.block):
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.shape[:1] == (layer.num_experts,):
                 _put(module, name, _take(tensor, index_X))
-    for module in (layer.router, layer.experts, layer.block):
+            elif tensor.shape == (1, layer.num_experts):
+                _put(module, name, _take(tensor[0], index_X)[None])
+            elif module is not layer.experts and layer.num_experts in tensor.shape:
+                raise UserError(
+                    f"{layer.name}: {name} of {type(module).__name__} has shape {list(tensor.shape)}; its "
+                    f"{layer.num_experts} may be one for each expert, which cannot be pruned"
+                )
+    for module in (*layer.router.modules(), layer.experts, layer.block):
         _set_counts(module, layer.num_experts, len(kept))
         if getattr(module, "top_k", 0) > len(kept):
             module.top_k = len(kept)  # type: ignore[assignment]

@@ -44,7 +44,7 @@ class Seen:
     y_ND: Tensor
     """[N, D] output of each pair before the weight."""
     inner_NI: Tensor | None
-    """[N, I] input of the down projection; None for experts that are no plain stacks of weights."""
+    """[N, I] input of the down projection; None for experts that are not stacked weight tensors."""
     residual_TD: Tensor
     """[T, D] the residual stream that the layer's output is added to: the input of the norm in front."""
     ctx: Context
@@ -124,7 +124,7 @@ class _Watcher:
 
 def run_experts(layer: MoEView, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor, Tensor | None]:
     """Outputs [N, D] of pairs sorted by expert, without weights, and the inputs [N, I] of their down
-    projections (None for experts that are no plain stacks).
+    projections (None for experts that are not stacked weight tensors).
 
     No hook of the experts runs.
     """
@@ -132,7 +132,7 @@ def run_experts(layer: MoEView, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor,
     if act is None or not len(x_ND):
         return _run_module(layer, x_ND, expert_N), None
     stacks = layer.stacks()
-    turned = bool(getattr(layer.experts, "is_transposed", False))
+    transposed = bool(getattr(layer.experts, "is_transposed", False))
     first = "up_proj" if "up_proj" in stacks else "gate_up_proj"
     biases = {"up_proj": "up_bias", "gate_up_proj": "gate_up_proj_bias"}
     up_bias = stacks.get(biases[first])
@@ -143,7 +143,7 @@ def run_experts(layer: MoEView, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor,
     ):
         start = sum(map(len, ys))
         weight, down = stacks[first][expert], stacks["down_proj"][expert]
-        weight, down = (weight.T, down.T) if turned else (weight, down)
+        weight, down = (weight.T, down.T) if transposed else (weight, down)
         bias = None if up_bias is None else up_bias[expert]
         inner = act(F.linear(x_ND[start : start + count], weight, bias))
         inners.append(inner)
@@ -153,7 +153,7 @@ def run_experts(layer: MoEView, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor,
 
 def activation(layer: MoEView) -> Callable[[Tensor], Tensor] | None:
     """From the output of the up (and gate) projection to the input of the down projection; None for experts
-    that are no plain stacks."""
+    that are not stacked weight tensors."""
     experts: Any = layer.experts
     if type(experts) is SwiGLUExperts:
         act = GATES[experts.act]
@@ -362,7 +362,7 @@ class _Measured:
 
     def inner_sq(self) -> Tensor:
         if self.inner_NI is None:
-            raise UserError(f"{self.seen.layer.name}: its experts are no plain stacks of weights")
+            raise UserError(f"{self.seen.layer.name}: its experts are not stacked weight tensors")
         return self.by_expert(self.inner_NI.square())
 
     def x_max(self) -> Tensor:
