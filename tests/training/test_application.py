@@ -22,12 +22,18 @@ from unimoe.training.application import (
 class Module(ApplicationModule):
     application = "example"
 
+    bias = True
+
     def network_settings(self, data):
-        return {"data": {"size": data.size}}
+        return {"data": {"size": data.size}, "linear": {"bias": self.bias}}
 
     @staticmethod
     def build(network):
-        return nn.Linear(network["data"]["size"], 1)
+        return nn.Linear(network["data"]["size"], 1, **network["linear"])
+
+
+def trainer(size: int, fn: str = "fit") -> SimpleNamespace:
+    return SimpleNamespace(datamodule=SimpleNamespace(size=size), state=SimpleNamespace(fn=fn))
 
 
 class Data(ApplicationData):
@@ -60,10 +66,16 @@ def test_every_rank_gets_as_many_samples(monkeypatch):
         shares.append(list(data.test_dataloader().sampler))
     assert shares == [[0, 2, 4], [1, 3, 0]]
     assert data.val_dataloader() == []
+    del data.sets["test"]
+    with pytest.raises(UserError, match="no test split; set data.test_share above 0"):
+        data.test_dataloader()
 
 
 def test_a_result_says_what_it_is(tmp_path):
-    with pytest.raises(UserError, match=r"holds no finished run of an application: config.json is missing"):
+    with pytest.raises(UserError, match=r"holds no finished run of an application: no config.json"):
+        read_network(tmp_path, "example")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is not JSON"):
         read_network(tmp_path, "example")
     (tmp_path / "config.json").write_text(json.dumps({"application": "example", "data": {}}))
     assert read_network(tmp_path, "example") == {"data": {}}
@@ -72,11 +84,15 @@ def test_a_result_says_what_it_is(tmp_path):
     save_file({"weight": torch.zeros(1, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="the weights do not fit"):
         load_weights(nn.Linear(2, 1), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read"):
+        load_weights(nn.Linear(2, 1), tmp_path)
 
 
 def test_a_model_is_built_once_for_its_data(tmp_path):
     module = Module(ApplicationConfig(seed=3))
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(size=4))
+    module._trainer = trainer(4)
     module.configure_model()
     built = module.model
     module.configure_model()
@@ -84,13 +100,21 @@ def test_a_model_is_built_once_for_its_data(tmp_path):
     module.save(tmp_path)
 
     again = Module(ApplicationConfig(init_from=str(tmp_path), seed=5))
-    again._trainer = SimpleNamespace(datamodule=SimpleNamespace(size=4))
+    again._trainer = trainer(4)
     again.configure_model()
     assert again.model.weight.equal(built.weight)
     other = Module(ApplicationConfig(init_from=str(tmp_path)))
-    other._trainer = SimpleNamespace(datamodule=SimpleNamespace(size=5))
+    other._trainer = trainer(5)
     with pytest.raises(UserError, match="was trained on other data"):
         other.configure_model()
+    other._trainer = trainer(4)
+    other.bias = False
+    with pytest.raises(UserError, match=r"has model.linear.bias True, but the settings say False"):
+        other.configure_model()
+    other._trainer = trainer(4, "test")
+    other.configure_model()
+    assert other.network["linear"] == {"bias": True}, "a test takes the network as it is"
+    other = Module(ApplicationConfig())
     other._trainer = SimpleNamespace(datamodule=None)
     with pytest.raises(UserError, match="is not consolidated"):
         other.configure_model()

@@ -14,11 +14,13 @@ from typing import Any, ClassVar, Protocol, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from unimoe.artifacts import write_result
+from unimoe.artifacts import flatten, write_result
 from unimoe.data import ModalityBatchSampler
 from unimoe.data.read import data_hashes
 from unimoe.errors import UserError
@@ -97,7 +99,8 @@ class ApplicationModule(ResumableModule):
         """Build the network, once.
 
         Raises:
-            UserError: ``init_from`` does not fit, or there are no data, as with ``unimoe consolidate``.
+            UserError: ``init_from`` does not fit the data or, in training, the settings; or there are no
+                data, as with ``unimoe consolidate``.
         """
         if hasattr(self, "model"):
             return
@@ -108,6 +111,8 @@ class ApplicationModule(ResumableModule):
         self.network = wanted if folder is None else read_network(folder, self.application)
         if self.network["data"] != wanted["data"]:
             raise UserError(f"{folder} was trained on other data than data.train; train on these first")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            _check_same(str(folder), flatten(self.network), flatten(wanted))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.model = self.build(self.network)
@@ -210,11 +215,23 @@ class ApplicationData(LightningDataModule):
     def _eval_dataloader(self, split: str) -> DataLoader:
         """This rank's share: as many samples as any other's, so that all take the same steps."""
         assert self.trainer is not None
+        if split not in self.sets:
+            raise UserError(f"the data have no {split} split; set data.{split}_share above 0")
         count = len(self.sets[split])
         ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
         share: Sequence[int] = [place % count for place in range(rank, count + -count % ranks, ranks)]
         data = _dataset(self.sets[split])
         return DataLoader(data, self.batch_size, sampler=share, collate_fn=_as_it_is)
+
+
+def _check_same(folder: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises UserError with the first setting in which a network to start from is not the wanted one."""
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise UserError(
+                f"model.init_from: {folder} has model.{key} {found.get(key)}, but the settings say "
+                f"{wanted.get(key)}; set --model.{key} {found.get(key)}, or leave init_from out"
+            )
 
 
 def _dataset(data: BatchSet) -> Dataset:
@@ -229,25 +246,27 @@ def read_network(folder: str | Path, application: str) -> dict[str, Any]:
     """The content of a result's ``config.json``.
 
     Raises:
-        UserError: it is not a result of ``application``.
+        UserError: it is missing, not JSON, or not a result of ``application``.
     """
     path = Path(folder) / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no finished run of an application: {path.name} is missing"
-        ) from error
-    if found.pop("application", None) != application:
+    except OSError as error:
+        raise UserError(f"{folder} holds no finished run of an application: no {path.name}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    if not isinstance(found, dict) or found.pop("application", None) != application:
         raise UserError(f"{folder} is no result of the application {application!r}")
     return found
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load a result's weights. Raises UserError where they do not fit the network."""
+    """Load a result's weights. Raises UserError where they cannot be read or do not fit the network."""
     try:
         model.load_state_dict(load_file(Path(folder) / WEIGHTS))
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{Path(folder) / WEIGHTS} cannot be read ({error})") from error
+    except RuntimeError as error:
         raise UserError(f"{folder}: the weights do not fit ({str(error).splitlines()[0]})") from error
 
 
