@@ -52,8 +52,8 @@ def sample(
     network, process, known = load_diffusion(model)
     if isinstance(process, DDPM) and steps > process.steps:
         raise UserError(f"--steps is {steps}, expected at most {process.steps}: {model} is a ddpm of as many")
-    check_output(Path(output), network.config.channels)
-    reads_text = bool(network.config.text)
+    check_output(Path(output), network.channels)
+    reads_text = bool(network.text)
     if reads_text != bool(text) or (reads_text and class_):
         asked, other = ("--text", "--class") if reads_text else ("--class", "--text")
         raise UserError(f"{model} draws what {asked} says; leave {other} out")

@@ -65,10 +65,7 @@ APPLICATIONS = {
         purpose="Emoji of two artists: ProMoE beside Switch-DiT and a dense model of equal active size.",
         variants={
             "promoe": ["--model.dit.design", "promoe"],
-            "switch_dit": [
-                *("--model.dit.design", "switch_dit", "--model.dit.experts", "3"),
-                *("--model.dit.k", "2", "--model.dit.ffn", "3"),
-            ],
+            "switch_dit": ["--model.dit.design", "switch_dit"],
             "dense": ["--model.dit.design", "dense"],
         },
         score="loss",

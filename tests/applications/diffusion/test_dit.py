@@ -8,12 +8,14 @@ from unimoe.errors import UserError
 from unimoe.moe import auxiliary_loss, record
 from unimoe.moe.install import moe_layers
 
-SMALL = {"side": 8, "width": 16, "depth": 4, "heads": 2, "classes": 3}
+DATA = {"channels": 3, "side": 8, "classes": 3, "text": 0}
+SMALL = {"width": 16, "depth": 4, "heads": 2}
 
 
 def make(design: str = "dense", **settings) -> DiT:
     torch.manual_seed(0)
-    return DiT(DiTConfig(**{**SMALL, "design": design, **settings}))
+    data = {name: settings.pop(name, value) for name, value in DATA.items()}
+    return DiT(DiTConfig(**{**SMALL, "design": design, **settings}), **data)
 
 
 def inputs(count: int = 4):
@@ -51,7 +53,7 @@ def test_patches_come_back_where_they_were():
 
 
 def test_switch_dit_starts_as_the_dense_model_bit_for_bit():
-    dense, switch = moved(make()), make("switch_dit", experts=3, k=2)
+    dense, switch = moved(make()), make("switch_dit", ffn=4.0)
     missing, unexpected = switch.load_state_dict(dense.state_dict(), strict=False)
     assert not unexpected and all(".mask." in name for name in missing)
     batch = inputs()
@@ -72,14 +74,12 @@ def test_promoe_is_in_every_other_block_and_sends_what_has_no_label_to_the_last_
     assert moe_layers(model)[1].router.prototypes.grad.any()
 
 
-@pytest.mark.parametrize(
-    ("design", "settings"), [("promoe", {}), ("switch_dit", {"experts": 3, "k": 2, "ffn": 3.0})]
-)
-def test_active_parameters_are_those_of_the_dense_model(design, settings):
+@pytest.mark.parametrize("design", ["promoe", "switch_dit"])
+def test_active_parameters_are_those_of_the_dense_model(design):
     """Of the experts that a token visits, routers and biases apart."""
     sizes = {"width": 64, "depth": 4}
     dense = sum(p.numel() for p in make(**sizes).parameters())
-    model = make(design, **sizes, **settings)
+    model = make(design, **sizes)
     idle = 0
     for layer in moe_layers(model).values():
         experts = sum(p.numel() for p in layer.experts.parameters())
@@ -105,7 +105,22 @@ def test_time_changes_the_prediction():
     assert_close(model(x, time_B, label_B)[:1], model(x[:1], time_B[:1], label_B[:1]))
 
 
-@pytest.mark.parametrize("wrong", [{"patch": 3}, {"heads": 3}, {"classes": 0}, {"text": 4}])
+def test_a_design_has_sizes_of_its_own():
+    switch, promoe = make("switch_dit").config, make("promoe", experts=5).config
+    assert (switch.experts, switch.k, switch.ffn) == (3, 2, 3.0)
+    assert (promoe.experts, promoe.k, promoe.ffn) == (5, 1, 4.0)
+    assert make(side=12, patch=6).side == 12
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"patch": 3}, {"heads": 3}, {"depth": 0}, {"design": "promoe", "experts": 2, "k": 3}]
+)
 def test_mistakes_are_errors(wrong):
     with pytest.raises(UserError, match="model.dit"):
         make(**wrong)
+
+
+@pytest.mark.parametrize("condition", [{"classes": 0}, {"text": 4}])
+def test_there_is_one_condition(condition):
+    with pytest.raises(ValueError, match="a class or a text"):
+        make(**condition)

@@ -10,7 +10,7 @@ from unimoe.errors import UserError
 
 def test_a_class_and_a_seed_make_an_image():
     torch.manual_seed(0)
-    model = DiT(DiTConfig(side=8, width=16, depth=2, heads=2, classes=3, design="dense"))
+    model = DiT(DiTConfig(width=16, depth=2, heads=2, design="dense"), channels=3, side=8, classes=3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     label_B = torch.tensor([0, 1])

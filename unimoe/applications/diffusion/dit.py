@@ -5,8 +5,8 @@ F size of the time's embedding, X size of a text embedding.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,19 @@ from unimoe.moe import (
 )
 
 Design = Literal["dense", "promoe", "switch_dit"]
+OWN_SIZES: dict[Design, tuple[float, int, int]] = {
+    "dense": (4.0, 0, 0),
+    "promoe": (4.0, 12, 1),
+    "switch_dit": (3.0, 3, 2),
+}
+"""Design -> ffn, experts and k, where the settings leave them open."""
 FREQUENCIES = 256
 
 
 @dataclass
 class DiTConfig:
-    """Sizes of a diffusion transformer."""
+    """Sizes of a diffusion transformer that the data do not dictate."""
 
-    side: int = 32
-    """Height and width of an image, in pixels or latents."""
-    channels: int = 3
-    """Of an image."""
     patch: int = 4
     """Height and width of a patch, which is one token."""
     width: int = 128
@@ -44,28 +46,38 @@ class DiTConfig:
     """Blocks."""
     heads: int = 4
     """Of attention."""
-    ffn: float = 4.0
-    """Inner width of an FFN over the width of a token; of all experts that a token visits together."""
-    classes: int = 10
-    """Labels; 0 where the condition is a text."""
-    text: int = 0
-    """Size of the text embeddings that are the condition; 0 where it is a class."""
+    ffn: float | None = None
+    """Inner width of an FFN over the width of a token; of all experts that a token visits together. By
+    default 4, and 3 for ``switch_dit``: then all designs have as many active parameters."""
     design: Design = "promoe"
     """``dense``; ``promoe`` (every other block's FFN, from the second); ``switch_dit`` (a mask of every
     block)."""
-    experts: int = 12
-    """Routed ones of an MoE layer. Switch-DiT has 3."""
-    k: int = 1
-    """Of these, how many a token (ProMoE) or a sample (Switch-DiT, 2) visits."""
+    experts: int | None = None
+    """Routed ones of an MoE layer; by default the design's own, 12 of ProMoE and 3 of Switch-DiT."""
+    k: int | None = None
+    """Of these, how many a token (ProMoE) or a sample (Switch-DiT) visits; by default 1 and 2."""
 
     def __post_init__(self) -> None:
-        if self.side % self.patch or self.width % self.heads or self.width % 4:
+        if min(self.patch, self.width, self.depth, self.heads) < 1:
+            raise UserError("model.dit: patch, width, depth and heads must be at least 1")
+        if self.width % self.heads or self.width % 4:
             raise UserError(
-                f"model.dit: side {self.side}, patch {self.patch}, width {self.width}, heads {self.heads}: "
-                "the patch must divide the side, and heads and 4 the width"
+                f"model.dit: width {self.width}, heads {self.heads}: heads and 4 must divide the width"
             )
-        if bool(self.classes) == bool(self.text):
-            raise UserError("model.dit: the condition is either one of classes or a text, not both")
+
+    def resolved(self) -> "DiTConfig":
+        """With the design's own values where there are none.
+
+        Raises:
+            UserError: more experts are to be visited than there are, or none.
+        """
+        ffn, experts, k = (
+            own if given is None else given
+            for given, own in zip((self.ffn, self.experts, self.k), OWN_SIZES[self.design], strict=True)
+        )
+        if self.design != "dense" and not 1 <= k <= experts:
+            raise UserError(f"model.dit.k is {k}, expected 1 to {experts}, the number of experts")
+        return replace(self, ffn=ffn, experts=experts, k=k)
 
     @property
     def losses(self) -> dict[str, float]:
@@ -76,7 +88,7 @@ class DiTConfig:
 
 
 class FFN(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear. GELU is exact, as in the FFN experts; DiT's own has the tanh approximation."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -113,6 +125,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig, index: int):
         super().__init__()
+        assert config.ffn is not None and config.experts is not None and config.k is not None
         width, inner = config.width, round(config.ffn * config.width)
         self.heads = config.heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -158,15 +171,34 @@ class DiT(nn.Module):
     4. tokens become patches
     """
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig, channels: int, side: int, classes: int = 0, text: int = 0):
+        """
+        Args:
+            config: the sizes of the network.
+            channels: of an image.
+            side: height and width of an image, in pixels or latents.
+            classes: labels; 0 where the condition is a text.
+            text: size of the text embeddings that are the condition; 0 where it is a class.
+
+        Raises:
+            UserError: the patch does not divide the side, or k is out of range.
+            ValueError: the condition is neither or both.
+        """
         super().__init__()
-        self.config = config
-        width, values = config.width, config.channels * config.patch**2
+        if side % config.patch:
+            raise UserError(
+                f"model.dit.patch is {config.patch}, expected a divisor of the images' side, {side}"
+            )
+        if bool(classes) == bool(text):
+            raise ValueError(f"the condition is a class or a text, found {classes} classes and text {text}")
+        self.config = config = config.resolved()
+        self.channels, self.side, self.text = channels, side, text
+        width, values = config.width, channels * config.patch**2
         self.embed = nn.Linear(values, width)
-        self.register_buffer("places_ND", grid_places(config.side // config.patch, width), persistent=False)
+        self.register_buffer("places_ND", grid_places(side // config.patch, width), persistent=False)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.none = nn.Parameter(torch.empty(width))
-        self.label = nn.Embedding(config.classes, width) if config.classes else nn.Linear(config.text, width)
+        self.label = nn.Embedding(classes, width) if classes else nn.Linear(text, width)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation, self.head = nn.Linear(width, 2 * width), nn.Linear(width, values)
@@ -187,7 +219,7 @@ class DiT(nn.Module):
             label_B: int64 classes, -1 for none; with ``text_BX`` anything from 0 on for a text.
             text_BX: embeddings of texts, where the model is conditioned on these.
         """
-        side = self.config.side // self.config.patch
+        side = self.side // self.config.patch
         # (1)
         x_BNP = x_BCSS.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5)
         x_BND = self.embed(x_BNP.flatten(3).flatten(1, 2)) + self.places_ND
@@ -204,8 +236,15 @@ class DiT(nn.Module):
         # (4)
         shift, scale = self.modulation(F.silu(cond_BD))[:, None].chunk(2, dim=-1)
         y_BNP = self.head(self.norm(x_BND) * (1 + scale) + shift)
-        y = y_BNP.unflatten(2, (self.config.channels, self.config.patch, -1)).unflatten(1, (side, side))
+        y = y_BNP.unflatten(2, (self.channels, self.config.patch, -1)).unflatten(1, (side, side))
         return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    @staticmethod
+    def of(network: dict[str, Any]) -> "DiT":
+        """From the content of ``config.json``."""
+        (channels, side), text = network["data"]["shape"], network["data"]["text"]
+        classes = 0 if text else len(network["data"]["classes"])
+        return DiT(DiTConfig(**network["dit"]), channels, side, classes, text)
 
 
 def frequencies(time_B: Tensor) -> Tensor:

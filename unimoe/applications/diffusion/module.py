@@ -3,7 +3,7 @@
 Shapes: B images of a batch, G of all ranks' batches.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from unimoe.training.weight_average import WeightAverage
 from .data import Batch, DiffusionData, LabelledImages
 from .dit import DiT, DiTConfig
 from .probe import LinearProbe, pretrained_features
-from .process import PROCESSES, ProcessName
+from .process import PROCESSES, Process, ProcessName
 from .sample import draw, write_samples
 from .usage import class_expert_information, live_experts, overlap_by_distance, visits
 
@@ -30,7 +30,7 @@ class DiffusionConfig(ApplicationConfig):
     """Settings of :class:`DiffusionModule`, the keys under ``model:``."""
 
     dit: DiTConfig = field(default_factory=DiTConfig)
-    """The transformer; side, channels and classes are the data's."""
+    """The transformer."""
     process: ProcessName = "flow"
     """``flow`` (rectified flow) or ``ddpm``."""
     drop: float = 0.1
@@ -71,22 +71,21 @@ class DiffusionModule(ApplicationModule):
         self.config = config
         if not 0 <= config.drop < 1 or not 0 <= config.ema < 1:
             raise UserError(f"model.drop and ema are {config.drop} and {config.ema}, expected 0 to below 1")
-        self.process = PROCESSES[config.process]()
+        self.process: Process
+        """That the network is or was trained for."""
         self.average: WeightAverage
 
     def network_settings(self, data: DiffusionData) -> dict[str, Any]:
-        channels, side = data.shape
-        condition = {"classes": 0 if data.text else len(data.classes), "text": data.text}
-        dit = replace(self.config.dit, channels=channels, side=side, **condition)
         about = {"classes": data.classes, "shape": list(data.shape), "text": data.text}
-        return {"data": about, "dit": asdict(dit), "process": self.config.process}
+        return {"data": about, "dit": asdict(self.config.dit.resolved()), "process": self.config.process}
 
     @staticmethod
     def build(network: dict[str, Any]) -> DiT:
-        return DiT(DiTConfig(**network["dit"]))
+        return DiT.of(network)
 
     def configure_model(self) -> None:
         super().configure_model()
+        self.process = PROCESSES[self.network["process"]]()
         if not hasattr(self, "average"):
             self.average = WeightAverage(self.model, self.config.ema)
 
@@ -108,7 +107,6 @@ class DiffusionModule(ApplicationModule):
         x, target = self.process.corrupt(batch.images, noise, time_B)
         with record() as records:
             prediction = self.model(x, time_B, label_B, batch.texts)
-        self.count_load(records)
         error = rank_weighted((prediction - target).square().mean(), len(x))
         # (3)
         auxiliary = torch.zeros_like(error)
@@ -134,7 +132,7 @@ class DiffusionModule(ApplicationModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.average.update(self.model, self.trainer.global_step)
+        self.average.update(self.model, self.trainer.global_step + 1)  # this step is counted afterwards
 
     # ---------------------------------------------------------------- evaluation
 

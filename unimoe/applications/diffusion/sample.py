@@ -14,7 +14,7 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_file
 from unimoe.training.application import load_weights, read_network
 
-from .dit import DiT, DiTConfig
+from .dit import DiT
 from .process import PROCESSES, Process, guided, sample
 
 
@@ -25,7 +25,7 @@ def load_diffusion(folder: str | Path) -> tuple[DiT, Process, list[str]]:
         UserError: ``folder`` holds no finished diffusion model.
     """
     network = read_network(folder, "diffusion")
-    model = DiT(DiTConfig(**network["dit"]))
+    model = DiT.of(network)
     load_weights(model, folder)
     return model.eval(), PROCESSES[network["process"]](), network["data"]["classes"]
 
@@ -55,10 +55,9 @@ def draw(
     """
     device = next(model.parameters()).device
     label_B, texts = label_B.to(device), None if texts is None else texts.to(device)
-    sizes = (model.config.channels, model.config.side, model.config.side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        noise = torch.randn(len(label_B), *sizes).to(device)
+        noise = torch.randn(len(label_B), model.channels, model.side, model.side).to(device)
         none_B = torch.full_like(label_B, -1)
         predict = guided(
             lambda x, time_B: model(x, time_B, label_B, texts),

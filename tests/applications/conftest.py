@@ -1,0 +1,69 @@
+"""What the tests of the applications share: small runs of both, their command lines and their scores."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+
+@pytest.fixture
+def latents(tmp_path) -> dict:
+    """Settings of a diffusion transformer on random latents of two classes."""
+    random = np.random.default_rng(0)
+    for name in ("features", "labels"):
+        (tmp_path / name).mkdir()
+    for place in range(60):
+        image = random.normal(size=(1, 3, 4, 4)).astype(np.float32) * 0.1 + place % 2
+        np.save(tmp_path / f"features/{place}.npy", image)
+        np.save(tmp_path / f"labels/{place}.npy", np.array([place % 2]))
+    dit = {"design": "promoe", "experts": 3, "patch": 2, "width": 16, "depth": 2, "heads": 2}
+    return {
+        "system": "diffusion",
+        "output": str(tmp_path / "run"),
+        "model": {"dit": dit, "lr": 0.001, "ema": 0.9},
+        "data": {"train": str(tmp_path), "steps": 4, "batch_size": 16},
+        "trainer": {"accelerator": "cpu"},
+    }
+
+
+@pytest.fixture
+def feedback(tmp_path) -> dict:
+    """Settings of HoME on users who like what has their number's parity."""
+    random = np.random.default_rng(0)
+    pairs = random.integers(9, size=(200, 2)).tolist()
+    rows = [f"{user},{item},{(user + item) % 2}" for user, item in pairs]
+    (tmp_path / "feedback.csv").write_text("\n".join(["user,item,like", *rows]) + "\n")
+    return {
+        "system": "recommendation",
+        "output": str(tmp_path / "run"),
+        "model": {"network": {"kind": "home", "parameters": 4000}, "embedding": 8, "lr": 0.01},
+        "data": {
+            "train": str(tmp_path / "feedback.csv"),
+            "features": {"user": "id", "item": "id"},
+            "tasks": {"good": {"like": "like"}, "bad": {"dislike": "like < 1"}},
+            "steps": 4,
+            "batch_size": 64,
+        },
+        "trainer": {"accelerator": "cpu"},
+    }
+
+
+@pytest.fixture
+def command() -> Callable[..., list[str]]:
+    """(settings, verb) -> arguments of ``unimoe``."""
+
+    def write(settings: dict, verb: str = "fit") -> list[str]:
+        path = Path(settings["output"]).with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(settings))
+        return [verb, "-c", str(path)]
+
+    return write
+
+
+@pytest.fixture
+def scores() -> Callable[[dict], dict]:
+    """(settings) -> the scores of the test."""
+    return lambda settings: json.loads((Path(settings["output"]) / "logs/test/scores.json").read_text())
