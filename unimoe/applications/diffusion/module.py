@@ -117,18 +117,22 @@ class DiffusionModule(ApplicationModule):
         return error + auxiliary
 
     def draw(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Times, noise and a number in 0..1 of each image; however many ranks share a batch, an image of it
-        has the same."""
+        """Times, noise and a number in 0..1 of each image, by its place in the batch of all ranks: they are
+        the same however many ranks share a batch, and however short it is."""
         ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
+        step = (self.seed * 1_000_003 + batch_idx) * 1_000_003
+        return self._draw_each(batch, [step + rank + ranks * one for one in range(len(batch.images))])
+
+    def _draw_each(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Times, noise and a number in 0..1 of each image, by a seed of its own."""
+        drawn = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + batch_idx) % 2**63)
-            count = len(batch.images) * ranks
-            drawn = (
-                self.process.draw_times(count),
-                torch.randn(count, *batch.images.shape[1:]),
-                torch.rand(count),
-            )
-        return cast(Any, tuple(one[rank::ranks].to(batch.images) for one in drawn))
+            for seed in seeds:
+                torch.manual_seed(seed % 2**63)
+                noise_time = self.process.draw_times(1), torch.randn(1, *batch.images.shape[1:])
+                drawn.append((*noise_time, torch.rand(1)))
+        time_B, noise, drop_B = (torch.cat(one).to(batch.images) for one in zip(*drawn, strict=True))
+        return time_B, noise, drop_B
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -138,13 +142,7 @@ class DiffusionModule(ApplicationModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Each image at one time with one noise, which follow from its number."""
-        drawn = []
-        with torch.random.fork_rng(devices=[]):
-            for index in batch.index.tolist():
-                torch.manual_seed(index)
-                drawn.append((self.process.draw_times(1), torch.randn(batch.images.shape[1:])))
-        time_B = torch.cat([time for time, _ in drawn]).to(batch.images)
-        noise = torch.stack([one for _, one in drawn]).to(batch.images)
+        time_B, noise, _ = self._draw_each(batch, batch.index.tolist())
         x, target = self.process.corrupt(batch.images, noise, time_B)
         with self.average.applied(self.model), record() as records:
             prediction = self.model(x, time_B, batch.labels, batch.texts)
