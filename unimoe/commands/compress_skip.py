@@ -71,10 +71,10 @@ def skip(
         raise UserError(f"--ratio is {ratio}, expected a share of the expert calls, 0..1")
     if size < 2:
         raise UserError(f"--size is {size}, expected at least 2")
-    _only("modes", how, {"--power": power})
+    _only("modes", how, {"--power": power or None})
     if keep_sum and how == "odp":
         raise UserError("--keep-sum: --how odp always does; leave it out")
-    _only("odp", how, {"--blocks": blocks})
+    _only("odp", how, {"--blocks": blocks or None})
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
     others = _read(loaded, processor, held_out, samples, batch_size, media_root)
     with rewritten(layers, unchanged):
@@ -206,5 +206,5 @@ def _read(
 def _only(wanted: str, found: str, flags: Mapping[str, float | None], of: str = "--how") -> None:
     """Raises UserError for a flag that has no effect."""
     for flag, value in flags.items():
-        if value and found != wanted:
+        if value is not None and found != wanted:
             raise UserError(f"{flag} {value}: {of} {found} has no such setting; add {of} {wanted}")

@@ -24,8 +24,6 @@ from .rows import real_tokens, row_of
 
 BLOCK = 128
 """Answer tokens after which the shifts are trained again, on the longer context."""
-
-
 RATE = 0.05
 """Learning rate of Adam; the paper names no optimiser."""
 SHARE = 0.5
