@@ -167,7 +167,7 @@ def main() -> None:
             with restored(layers):
                 stay = stun(layers, keep * len(layers), cosel, 1.0, 1.0)
                 row(f"{keep}: STUN, co-selection", lambda stay=stay: kept(layers, stay))
-            with all_outputs(layers, 256) as outputs, torch.inference_mode():
+            with all_outputs(layers, 256, len(batches)) as outputs, torch.inference_mode():
                 for batch in batches:
                     last_hidden(model, batch)
             for window in (1, 2):

@@ -2,9 +2,11 @@ import hashlib
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from unimoe.files import fingerprint, lock_folder
+from unimoe.errors import UserError
+from unimoe.files import fingerprint, lock_folder, new_folder
 
 
 def test_a_fingerprint_is_the_sha256_of_all_content_in_order():
@@ -35,3 +37,12 @@ except UserError as error:
         )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "held\n" and not list(tmp_path.iterdir())
+
+
+def test_a_new_folder_holds_nothing(tmp_path):
+    for free in (tmp_path / "none", tmp_path):
+        assert new_folder(free) == free
+    (tmp_path / "file").write_text("kept")
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="OUTPUT .* is there already"):
+            new_folder(taken, "OUTPUT")

@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def new_folder(path: str | Path, flag: str = "--output") -> Path:
+    """The folder of a result, which is not written yet.
+
+    Raises:
+        UserError: it holds something.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {path} is there already; choose a folder that is new or empty")
+    return folder
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that takes its place when the block ends without an error.

@@ -28,7 +28,7 @@ from unimoe.compress.structure import check_coverage
 from unimoe.compress.watch import Collector, Stats
 from unimoe.data import Collator, read_samples
 from unimoe.errors import UserError, check_seed
-from unimoe.files import atomic_folder
+from unimoe.files import atomic_folder, new_folder
 from unimoe.model.host_loss import last_hidden
 from unimoe.model.loading import load_any
 from unimoe.model.structure import structure_of
@@ -68,7 +68,7 @@ def stats(
         media_root: folder of relative media paths (default: that of each data file).
         min_tokens: an expert that saw fewer is named.
     """
-    check_new(output)
+    new_folder(output)
     loaded, processor = load_any(model)
     layers = view(loaded)
     check_coverage(loaded, layers)
@@ -109,7 +109,7 @@ def prune(
         globally: divide the budget over all layers, so that they keep different numbers.
         seed: of random.
     """
-    check_new(output)
+    new_folder(output)
     check_seed(seed, "--seed")
     if plan is not None:
         _refuse_beside_plan(keep=keep, budget=budget, globally=globally, stats=stats, seed=seed)
@@ -188,7 +188,7 @@ def merge(
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
     """
-    check_new(output)
+    new_folder(output)
     check_seed(seed, "--seed")
     if window not in (1, 2):
         raise UserError(f"--window is {window}, expected 1 or 2")
@@ -258,7 +258,7 @@ def report(
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
     """
-    check_new(output)
+    new_folder(output)
     if steps < 1:
         raise UserError(f"--steps is {steps}, expected at least 1")
     figures: list[Figures] = []
@@ -287,13 +287,6 @@ def report(
     print(as_table(figures))
     print(where_it_stops(figures, limit))
     print(f"written to {output}: report.html, report.json")
-
-
-def check_new(output: str) -> None:
-    """Raises UserError where ``output`` holds something."""
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {output} is there already; choose a folder that is new or empty")
 
 
 def read_batches(

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from unimoe.compress.export import check_exportable, export_compressed_tensors
-from unimoe.files import atomic_folder
+from unimoe.files import atomic_folder, new_folder
 from unimoe.model.loading import load_any
 
-from .compress import check_new
 from .export_gguf import gguf
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ def export(model: str, output: str, *, format: Literal["compressed-tensors", "gg
     if format == "gguf":
         gguf(model, output)
         return
-    check_new(output)
+    new_folder(output)
     loaded, processor = load_any(model, device="cpu")
     check_exportable(loaded)
     with atomic_folder(output) as folder:

@@ -34,6 +34,7 @@ from unimoe.compress.structure import check_coverage, move_hooks
 from unimoe.compress.watch import Collector
 from unimoe.data.read import data_files, read_samples
 from unimoe.errors import UserError
+from unimoe.files import new_folder
 from unimoe.kernels.packed import BITS
 from unimoe.model.host_loss import answer_logits, last_hidden
 from unimoe.model.loading import load_any
@@ -43,7 +44,7 @@ from unimoe.model.utils import to_device
 from unimoe.moe.packed import PackedExperts
 from unimoe.moe.view import MoEView, view
 
-from .compress import check_new, expert_bytes, read_batches, save
+from .compress import expert_bytes, read_batches, save
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def quantize(
         memory: GB for what is kept of the layers in flight; less of it takes more passes over the data.
         seed: of the order of samples with --balanced.
     """
-    check_new(output)
+    new_folder(output)
     disable_progress_bar()  # transformers' own
     parsed = None if rules is None else Rules(rules)
     mean = None if bits is None or bits in map(str, BITS) else read_mean(bits, choices)

@@ -19,12 +19,13 @@ from unimoe.compress.rows import rewritten, unchanged
 from unimoe.compress.skip_search import Found, cost_of, find_ratios, find_thresholds
 from unimoe.compress.store import compress
 from unimoe.errors import UserError
+from unimoe.files import new_folder
 from unimoe.model.configuration import MODALITIES
 from unimoe.model.loading import load_any
 from unimoe.model.utils import to_device
 from unimoe.moe.view import MoEView, view
 
-from .compress import check_new, read_batches, save
+from .compress import read_batches, save
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def skip(
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
     """
-    check_new(output)
+    new_folder(output)
     if not 0 <= ratio <= 1:
         raise UserError(f"--ratio is {ratio}, expected a share of the expert calls, 0..1")
     if size < 2:
@@ -130,7 +131,7 @@ def tune(
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
     """
-    check_new(output)
+    new_folder(output)
     _only("vectors", what, {"--experts": experts}, "--what")
     _only("heads", what, {"--penalty": penalty, "--width": width}, "--what")
     for name, value in (("--steps", steps), ("--width", width)):

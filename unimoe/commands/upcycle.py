@@ -14,6 +14,7 @@ import torch
 
 from unimoe.artifacts import StageRecord, check_savable, folder_hash, write_model
 from unimoe.errors import UserError, check_seed
+from unimoe.files import new_folder
 from unimoe.model.card import model_card
 from unimoe.model.loading import find_dense_host, load_stock
 from unimoe.model.structure import upcycle_model
@@ -42,9 +43,7 @@ def upcycle(
     Raises:
         UserError: the model is no dense host, a setting is wrong, or the output is there already.
     """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"OUTPUT {output} is there already; choose a folder that is new or empty")
+    folder = new_folder(output, "OUTPUT")
     check_seed(seed, "--seed")
     settings = parse_settings(moe, copies=not experts)
     if experts:

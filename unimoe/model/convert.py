@@ -18,6 +18,7 @@ from unimoe.artifacts import StageRecord, folder_hash, write_model
 from unimoe.encoders import build_encoder
 from unimoe.encoders.weights import fill, select_prefix
 from unimoe.errors import UserError, first_line
+from unimoe.files import new_folder
 
 from .build import Built, assemble_model, build_model
 from .llm import add_placeholders
@@ -40,7 +41,7 @@ def llava(source: str, output: str, chat_template: str = "vicuna") -> None:
         output: folder of the result: start other stages from it, or chat with it.
         chat_template: vicuna, chatml, or a Jinja template.
     """
-    folder = check_free(output)
+    folder = new_folder(output, "OUTPUT")
     model, processor = read_llava(source, chat_template)
     parents = [{"folder": source, "sha256": folder_hash(source)}] if Path(source).is_dir() else []
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -59,7 +60,7 @@ def llm(source: str, output: str, chat_template: str | None = None) -> None:
         output: folder of the result.
         chat_template: vicuna, chatml, or a Jinja template; without it the tokenizer's own.
     """
-    folder = check_free(output)
+    folder = new_folder(output, "OUTPUT")
     model, processor = build_model(source, {}, None, chat_template)
     parents = [{"folder": source, "sha256": folder_hash(source)}] if Path(source).is_dir() else []
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -67,14 +68,6 @@ def llm(source: str, output: str, chat_template: str | None = None) -> None:
     record = StageRecord("convert llm", settings, parents, parameters={"total": total})
     write_model(folder, model, processor, record)
     log.info("%s: %s parameters out of %s", folder, f"{total:,}", source)
-
-
-def check_free(output: str) -> Path:
-    """The folder of a result. Raises UserError where it holds something."""
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"OUTPUT {output} is there already; choose a folder that is new or empty")
-    return folder
 
 
 def read_llava(source: str, chat_template: str = "vicuna") -> Built:
