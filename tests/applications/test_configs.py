@@ -30,4 +30,9 @@ def test_run(name, capsys):
 def test_variant(name, variant, capsys):
     flags = APPLICATIONS[name].variants[variant]
     found = printed(capsys, "-c", str(FOLDER / f"{name}.yaml"), *flags)
-    assert found["system"] == name and APPLICATIONS[name].rival in APPLICATIONS[name].variants
+    assert found["system"] == name and set(APPLICATIONS[name].rivals) <= APPLICATIONS[name].variants.keys()
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        setting = found
+        for key in flag.removeprefix("--").split("."):
+            setting = setting[key]
+        assert setting == yaml.safe_load(value)

@@ -26,7 +26,28 @@ def test_the_report_pairs_by_seed(tmp_path, capsys):
     assert json.loads((tmp_path / "report.json").read_text())["variants"]["home"] == json.loads(
         json.dumps(found)
     )
-    assert "+0.0133 ± 0.0143" in capsys.readouterr().out
+    assert found["to mmoe_norm"]["mean"] == pytest.approx(0.03), "HoME without its norm's part"
+    assert "+0.0133 ± 0.0143   better in 3 of 3  cannot tell" in capsys.readouterr().out
+
+
+def test_a_lower_loss_is_better(tmp_path, capsys):
+    run = ApplicationsDemo(tmp_path, "diffusion", seeds=2)
+    losses = {"promoe": (0.3, 0.4), "switch_dit": (0.4, 0.4), "dense": (0.2, 0.3)}
+    for variant, values in losses.items():
+        for seed, value in enumerate(values):
+            path = run.cell(variant, seed) / "logs/test/scores.json"
+            path.parent.mkdir(parents=True)
+            experts = {} if variant == "dense" else {"live_experts": [3, 4 + seed]}
+            path.write_text(json.dumps({"loss": value, "probe_accuracy": 0.5, **experts}))
+    found = report(run)["variants"]
+    assert found["promoe"]["to switch_dit"]["mean"] == pytest.approx(-0.05)
+    assert (
+        found["promoe"]["to switch_dit"]["better_in"] == 1 and found["promoe"]["to dense"]["better_in"] == 0
+    )
+    assert found["promoe"]["beside"]["live_experts"] == {0: [3, 4], 1: [3, 5]}
+    assert found["dense"]["beside"]["live_experts"] == {}
+    printed = capsys.readouterr().out
+    assert "loss by variant (lower is better)" in printed and "live_experts 3.7500 ± 0.3536" in printed
 
 
 def test_seeds_come_one_after_another(tmp_path):
@@ -45,7 +66,7 @@ def test_a_run_in_miniature(tmp_path, monkeypatch, capsys):
         *("--model.network.parameters", "3000", "--trainer.accelerator", "cpu"),
     ]
     variants = {name: [*APPLICATIONS["recommendation"].variants[name], *small] for name in ("home", "mmoe")}
-    changed = replace(APPLICATIONS["recommendation"], variants=variants, parts=[])
+    changed = replace(APPLICATIONS["recommendation"], variants=variants, rivals=["mmoe"], parts=[])
     monkeypatch.setitem(APPLICATIONS, "recommendation", changed)
     args = ["demo", "applications", "recommendation", "--output", str(tmp_path / "runs"), "--seeds", "1"]
     assert cli.main(args) == 0

@@ -37,8 +37,10 @@ class Application:
     """The registered statistic, a key of scores.json."""
     higher: bool
     """Whether more of it is better."""
-    rival: str
-    """The variant that the registered statistic is compared with."""
+    rivals: list[str]
+    """The variants that the others are compared with, beside the dense control; the first is registered."""
+    beside: list[str] = field(default_factory=list)
+    """Other keys of scores.json to report: a number, or one for each layer."""
     parts: list[str] = field(default_factory=list)
     """Of ``unimoe prepare``."""
     minutes: float = 1.0
@@ -57,7 +59,7 @@ APPLICATIONS = {
         },
         score="mean_auc",
         higher=True,
-        rival="mmoe",
+        rivals=["mmoe", "mmoe_norm"],
         parts=["movielens"],
         minutes=0.6,
     ),
@@ -70,7 +72,8 @@ APPLICATIONS = {
         },
         score="loss",
         higher=False,
-        rival="switch_dit",
+        rivals=["switch_dit"],
+        beside=["probe_accuracy", "class_expert_information", "live_experts"],
         parts=["sprites", "artist", "image"],
         minutes=20.0,
     ),
@@ -157,37 +160,65 @@ def _done(variant: str, seed: int, run: ApplicationsDemo) -> bool:
 
 
 def report(run: ApplicationsDemo) -> dict[str, Any]:
-    """Write report.json and print the table: means over seeds, and differences paired by seed."""
-    application = run.application
-    key, sign = application.score, -1 if application.higher else 1  # the comparison is of losses
+    """Write report.json and print the tables: means over seeds, and differences paired by seed."""
+    application, key = run.application, run.application.score
+    scores = {variant: run.scores(variant) for variant in application.variants}
     values = {
-        variant: {seed: one[key] for seed, one in run.scores(variant).items()}
-        for variant in application.variants
+        variant: {seed: one[key] for seed, one in by_seed.items()} for variant, by_seed in scores.items()
     }
-    dense = list(application.variants)[-1]
-    found: dict[str, Any] = {"application": run.name, "statistic": key, "rival": application.rival}
-    found["variants"] = {}
-    console.say(f"\n  {'':<16}{key:>20}{'to ' + application.rival:>22}{'to ' + dense:>24}")
+    others = list(dict.fromkeys([*application.rivals, list(application.variants)[-1]]))
+    found: dict[str, Any] = {"application": run.name, "statistic": key, "higher": application.higher}
+    found |= {"rival": application.rivals[0], "variants": {}}
+    console.say(f"\n  {key} by variant ({'higher' if application.higher else 'lower'} is better)")
     for variant, by_seed in values.items():
-        mean, spread = fmean(by_seed.values()), stdev(by_seed.values()) if len(by_seed) > 1 else 0.0
-        row: dict[str, Any] = {"seeds": by_seed, "mean": mean, "sd": spread}
-        line = f"  {variant:<16}{f'{mean:.4f} ± {spread:.4f}':>20}"
-        for other in (application.rival, dense):
-            if variant == other:
-                line += " " * 24
-                continue
-            losses = [{seed: sign * one for seed, one in values[v].items()} for v in (variant, other)]
-            difference = paired_difference(losses[0], losses[1])
-            assert difference is not None
-            gain, half = sign * difference.mean, difference.half_width
-            row[f"to {other}"] = {
-                "mean": gain,
-                "half_width": half,
-                "better_in": sum(losses[0][seed] < losses[1][seed] for seed in losses[0]),
-                "verdict": difference.verdict,
-            }
-            line += f"{gain:>+12.4f} {'' if half is None else f'± {half:.4f}':<10} "
-        console.say(f"{line} {row.get(f'to {application.rival}', {}).get('verdict') or ''}")
+        mean, spread = _mean_and_spread(by_seed)
+        beside = {
+            name: {seed: one[name] for seed, one in scores[variant].items() if name in one}
+            for name in application.beside
+        }
+        row: dict[str, Any] = {"seeds": by_seed, "mean": mean, "sd": spread, "beside": beside}
+        console.say(f"  {variant:<16}{mean:.4f} ± {spread:.4f}")
+        for name, one in beside.items():
+            if one:
+                mean, spread = _mean_and_spread({seed: _layer_mean(value) for seed, value in one.items()})
+                console.say(f"    {name} {mean:.4f} ± {spread:.4f}")
+        for other in others:
+            if other != variant:
+                row[f"to {other}"] = _difference(by_seed, values[other], application.higher)
         found["variants"][variant] = row
+    console.say("\n  differences, paired by seed")
+    for variant, row in found["variants"].items():
+        for other in others:
+            if other != variant:
+                console.say(f"  {_line(f'{variant} - {other}', row[f'to {other}'])}")
     atomic_write(run.folder / "report.json", json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _difference(own: dict[int, float], other: dict[int, float], higher: bool) -> dict[str, Any]:
+    """Of a statistic, own minus other; ``higher``: whether more of it is better."""
+    sign = -1 if higher else 1  # the comparison is of losses
+    losses, baseline = ({seed: sign * one for seed, one in by_seed.items()} for by_seed in (own, other))
+    difference = paired_difference(losses, baseline)
+    assert difference is not None
+    return {
+        "mean": sign * difference.mean,
+        "half_width": difference.half_width,
+        "seeds": difference.seeds,
+        "better_in": sum(losses[seed] < baseline[seed] for seed in losses.keys() & baseline.keys()),
+        "verdict": difference.verdict,
+    }
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    half = "" if row["half_width"] is None else f" ± {row['half_width']:.4f}"
+    better = f"better in {row['better_in']} of {row['seeds']}"
+    return f"{name:<28}{row['mean']:+.4f}{half:<12}{better}  {row['verdict'] or ''}".rstrip()
+
+
+def _mean_and_spread(by_seed: dict[int, float]) -> tuple[float, float]:
+    return fmean(by_seed.values()), stdev(by_seed.values()) if len(by_seed) > 1 else 0.0
+
+
+def _layer_mean(value: float | list[float]) -> float:
+    return fmean(value) if isinstance(value, list) else value
