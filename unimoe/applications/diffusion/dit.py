@@ -197,12 +197,12 @@ class DiT(nn.Module):
         self.embed = nn.Linear(values, width)
         self.register_buffer("places_ND", grid_places(side // config.patch, width), persistent=False)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.none = nn.Parameter(torch.empty(width))
+        self.null_embedding = nn.Parameter(torch.empty(width))
         self.label = nn.Embedding(classes, width) if classes else nn.Linear(text, width)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation, self.head = nn.Linear(width, 2 * width), nn.Linear(width, values)
-        for parameter in (self.none, self.label.weight):
+        for parameter in (self.null_embedding, self.label.weight):
             nn.init.normal_(parameter, std=0.02)
         for layer in (self.modulation, self.head):
             nn.init.zeros_(layer.weight)
@@ -226,7 +226,7 @@ class DiT(nn.Module):
         # (2)
         time_BD = self.time(frequencies(time_B))
         given_BD = self.label(label_B.clamp(min=0) if text_BX is None else text_BX)
-        cond_BD = time_BD + torch.where(label_B[:, None] < 0, self.none, given_BD)
+        cond_BD = time_BD + torch.where(label_B[:, None] < 0, self.null_embedding, given_BD)
         # (3)
         sample_T = torch.arange(len(x_BND), device=x_BND.device).repeat_interleave(x_BND.shape[1])
         ctx = Context(sample_T=sample_T, cond_BC=time_BD, label_B=label_B, time_B=time_B)
