@@ -6,7 +6,9 @@ Shapes: O outputs, K inputs, G groups of a row, B the inputs of one group.
 import torch
 from torch import Tensor
 
-from .grids import encode, fitted_scale
+from unimoe.kernels.packed import codes_of
+
+from .grids import fitted_scale
 
 
 def gptq(
@@ -35,7 +37,7 @@ def gptq(
         scale_O = fitted_scale(part_BO.t(), bits).squeeze(1)
         error_BO = torch.empty_like(part_BO)
         for i in range(group):
-            codes_KO[start + i] = encode(part_BO[i], scale_O, bits)
+            codes_KO[start + i] = codes_of(part_BO[i, :, None], scale_O[:, None], bits)[:, 0]
             error_BO[i] = (part_BO[i] - codes_KO[start + i] * scale_O) / factor_BB[i, i]
             part_BO[i + 1 :].addr_(factor_BB[i, i + 1 :], error_BO[i], alpha=-1)
         w_KO[stop:].addmm_(factor_KK[start:stop, stop:].t(), error_BO, alpha=-1)

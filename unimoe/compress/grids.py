@@ -1,7 +1,7 @@
 """Grids of 1, 2, 3, 4 or 8 bits with one scale per group of a row.
 
 A weight is stood for by ``code * scale``. Codes of b >= 2 bits are integers from -2^(b-1) to 2^(b-1) - 1; one
-bit is the sign, -1 or +1. Rounding to nearest itself, and how codes are stored: :mod:`unimoe.kernels.packed`.
+bit is the sign, -1 or +1. Codes themselves, and how they are stored: :mod:`unimoe.kernels.packed`.
 
 Shapes: O outputs, K inputs, G groups of a row.
 """
@@ -9,20 +9,7 @@ Shapes: O outputs, K inputs, G groups of a row.
 import torch
 from torch import Tensor
 
-from unimoe.kernels.packed import quantise_rtn
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """The least and the greatest code."""
-    return (-1, 1) if bits == 1 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-
-
-def encode(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The nearest codes, as floats; ``scale`` broadcasts against ``w``, and where it is 0 so is the code."""
-    if bits == 1:
-        return torch.where(w / scale < 0, -1.0, 1.0)
-    codes = (w / torch.where(scale == 0, torch.inf, scale)).round_()
-    return codes.clamp_(*code_range(bits))
+from unimoe.kernels.packed import codes_of, quantise_rtn
 
 
 def dequantise(codes_OK: Tensor, scale_OG: Tensor) -> Tensor:
@@ -46,14 +33,14 @@ def fitted_scale(w: Tensor, bits: int, steps: int = 12) -> Tensor:
     """
     if bits == 1:
         return w.abs().mean(-1, keepdim=True).half().float()
-    longer, shorter = (abs(end) for end in code_range(bits))
+    longer, shorter = 1 << (bits - 1), (1 << (bits - 1)) - 1
     shares = [1 / longer, *(torch.linspace(1, 0.45, steps) / shorter).tolist()]
     most = w.gather(-1, w.abs().argmax(-1, keepdim=True))
     best, least = torch.zeros_like(most), torch.full_like(most, torch.inf)
     for share in shares:
         for sign in (-1, 1):
             scale = (most * (sign * share)).half().float()
-            error = (encode(w, scale, bits) * scale - w).square_().sum(-1, keepdim=True)
+            error = (codes_of(w, scale, bits) * scale - w).square_().sum(-1, keepdim=True)
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
     return best
