@@ -88,6 +88,16 @@ def test_codes_from_elsewhere():
     assert all(torch.equal(one, own[name]) for name, one in given.state_dict().items())
 
 
+def test_nested_codes_are_read_in_fewer_bits():
+    layer, x = MoELayer(TopK(32, 4, 2), experts()), torch.randn(20, 32)
+    with torch.no_grad():
+        exact, errors = layer(x), []
+        layer.experts = PackedExperts.from_experts(layer.experts, 4, 16, nested=True)
+        for layer.experts.level in (2, 3, 4, 0):
+            errors.append(float((layer(x) - exact).norm() / exact.norm()))
+    assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2] and errors[2] == errors[3] < 0.2
+
+
 def test_state_dict_on_the_meta_device():
     module = nn.Sequential(
         PackedExperts.from_experts(experts(), [8, 4, 3, 2], 16, nested=True),
