@@ -84,3 +84,36 @@ def test_the_error_is_that_of_the_layers_output(name):
             matrix.copy_(rounded(matrix.clone(), 3, 8))
     torch.testing.assert_close(found[1, 1], (output() - before).norm(), rtol=1e-3, atol=1e-4)
     assert (found[:, :-1] >= found[:, 1:]).all() and errors.count[0].sum() == 2 * 22
+
+
+def test_rows_of_all_batches_are_as_likely_to_be_kept(monkeypatch):
+    monkeypatch.setattr("unimoe.compress.calibrate.ROWS", 30)
+    model, data = STOCK["mixtral"]().eval(), batches(20)
+    layer = view(model)[0]
+    errors, seen, early = BitErrors([layer]), [], 0
+    collect([layer], forward_of(model), data, lambda one: (seen.append(one), errors.take(one)))
+    first_XD = torch.cat([one.x_ND for one in seen[:10]])
+    for expert in range(4):
+        x_ND, weight_N, _ = errors.kept[0, expert]
+        assert len(x_ND) == len(weight_N) == min(30, int(errors.count[0][expert]))
+        early += sum(bool((first_XD == x).all(1).any()) for x in x_ND)
+    assert 0.3 < early / 120 < 0.7
+
+
+def test_weights_are_as_before_when_measuring_fails(monkeypatch):
+    model = STOCK["mixtral"]().eval()
+    layer = view(model)[0]
+    errors = BitErrors([layer])
+    collect([layer], forward_of(model), batches(1), errors.take)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError):
+        errors.errors(layer, FailAfter([2]), 8)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class FailAfter(list):
+    """Fails behind its last element."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise ZeroDivisionError

@@ -84,7 +84,7 @@ class Hessians:
 
     def take(self, seen: Seen) -> None:
         """Add one forward pass of a layer."""
-        assert seen.inner_NI is not None, "experts that are no plain stacks are refused before"
+        assert seen.inner_NI is not None, "experts that are not stacked weight tensors are refused before"
         keep_N = seen.real_T[seen.token_N]
         rows = self.rows[seen.layer.index]
         for expert in seen.expert_N[keep_N].unique().tolist():
