@@ -1,4 +1,4 @@
-"""Weights of 1, 2, 3, 4 or 8 bits with a scale for each group of inputs, multiplied as they lie.
+"""Weights of 1, 2, 3, 4 or 8 bits with a scale for each group of inputs, multiplied without unpacking them.
 
 W ~ q * scale with signed integers q in [-2^(bits-1), 2^(bits-1) - 1]; for one bit q is -1 or 1. Activations
 are rounded to 8 bits with a scale for each row and group; their products are summed in integers within a

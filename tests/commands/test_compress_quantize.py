@@ -11,7 +11,8 @@ from unimoe.commands import main as cli
 from unimoe.commands.compress_quantize import most_rows
 from unimoe.model.loading import load_any
 from unimoe.moe import FFNExperts
-from unimoe.moe.packed import PackedExperts, PackedLinear
+from unimoe.moe.experts.packed import PackedExperts
+from unimoe.moe.packed_linear import PackedLinear
 from unimoe.moe.view import view
 from unimoe.testing import IMAGE, tiny_model
 from unimoe.testing_stock import STOCK

@@ -11,7 +11,8 @@ from unimoe.compress.store import compress
 from unimoe.errors import UserError
 from unimoe.model.llm import byte_tokenizer
 from unimoe.model.loading import load_any
-from unimoe.moe.packed import PackedExperts, PackedLinear
+from unimoe.moe.experts.packed import PackedExperts
+from unimoe.moe.packed_linear import PackedLinear
 from unimoe.testing_stock import STOCK
 
 CLASSIC = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "glm4_moe"]

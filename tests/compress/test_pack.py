@@ -6,7 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unimoe.compress.pack import pack_model
 from unimoe.compress.plan import Plan
 from unimoe.errors import UserError
-from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
+from unimoe.moe.experts.packed import PackedExperts
+from unimoe.moe.packed_linear import PackedEmbedding, PackedLinear
 from unimoe.moe.view import view
 from unimoe.testing import tiny_model
 

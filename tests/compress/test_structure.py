@@ -12,7 +12,7 @@ from unimoe.compress.route import choose
 from unimoe.compress.store import compress
 from unimoe.compress.structure import check_coverage, merge_rows
 from unimoe.errors import UserError
-from unimoe.moe.packed import PackedExperts
+from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.view import view
 from unimoe.testing_stock import TINY
 

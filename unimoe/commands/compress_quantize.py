@@ -41,7 +41,7 @@ from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.structure import structure_of
 from unimoe.model.utils import to_device
-from unimoe.moe.packed import PackedExperts
+from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.view import MoEView, view
 
 from .compress import expert_bytes, read_batches, save

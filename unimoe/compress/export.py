@@ -24,8 +24,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from unimoe.errors import UserError
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.structure import structure_of
+from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.layer import MoELayer
-from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
+from unimoe.moe.packed_linear import PackedEmbedding, PackedLinear
 from unimoe.moe.view import view
 
 from .plan import Plan

@@ -1,5 +1,5 @@
 """What a plan packs, put into a model: experts, linear layers and the head of few bits
-(:mod:`unimoe.moe.packed`).
+(:mod:`unimoe.moe.experts.packed`).
 
 Shapes: E experts, H hidden, I intermediate.
 """
@@ -13,7 +13,8 @@ from unimoe.errors import UserError
 from unimoe.kernels.packed import LANES
 from unimoe.kernels.packed import check as check_widths
 from unimoe.moe.experts.base import Experts
-from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear, weights_of
+from unimoe.moe.experts.packed import PackedExperts, weights_of
+from unimoe.moe.packed_linear import PackedEmbedding, PackedLinear
 from unimoe.moe.view import MoEView
 
 from .plan import Plan

@@ -34,10 +34,11 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_file, file_hash
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.structure import structure_of
+from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.install import moe_layers
 from unimoe.moe.layer import MoELayer
-from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
+from unimoe.moe.packed_linear import PackedEmbedding, PackedLinear
 from unimoe.moe.routers.top_k import TopK
 from unimoe.moe.view import merge_map
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimoe.kernels.packed import Stack
-from unimoe.moe.packed import PackedExperts, PackedLinear
+from unimoe.moe.experts.packed import PackedExperts
+from unimoe.moe.packed_linear import PackedLinear
 
 BLOCK = 32
 """Weights of a block."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from unimoe.moe.install import moe_layers
 from unimoe.moe.lora_linear import LoRALinear
-from unimoe.moe.packed import packed_weights
+from unimoe.moe.packed_linear import packed_weights
 from unimoe.moe.view import find_layers
 
 

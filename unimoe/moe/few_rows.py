@@ -14,13 +14,13 @@ from unimoe.kernels import few_rows as kernel
 from unimoe.kernels import packed
 from unimoe.kernels.lora import Adapters
 from unimoe.moe.experts.base import local
+from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.experts.swiglu import SwiGLUExperts
 from unimoe.moe.routers.top_k import TopK
 
 from . import records
 from .dispatcher import Dispatcher
 from .layer import MoELayer
-from .packed import PackedExperts
 from .routing import Routing
 
 

@@ -55,11 +55,18 @@ def takes_sentinels(experts: nn.Module) -> bool:
 
 def foreign(experts: nn.Module) -> str | None:
     """Why experts of transformers cannot run in :func:`experts_forward`, or None."""
+    act = type(getattr(experts, "act_fn", None)).__name__
+    if (reason := unusual_layout(experts)) is None and act not in ("SiLU", "SiLUActivation"):
+        reason = f"its activation is {act}, not SiLU"
+    return reason
+
+
+def unusual_layout(experts: nn.Module) -> str | None:
+    """What keeps experts of transformers from being gated FFNs without biases in the default layout, or
+    None."""
     flags = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "has_gate": True}
     for flag, wanted in {**flags, "is_concatenated": True}.items():
         if getattr(experts, flag, wanted) != wanted:  # older versions of transformers lack some flags
             return f"{flag} is {not wanted}"
-    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
-        return "it has a gate of its own"
-    act = type(experts.act_fn).__name__
-    return None if act in ("SiLU", "SiLUActivation") else f"its activation is {act}, not SiLU"
+    own_gate = getattr(type(experts), "_apply_gate", None) is not _default_apply_gate
+    return "it has a gate of its own" if own_gate else None

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Probs = Tensor | Callable[[], Tensor]
+
 
 class Pairs(NamedTuple):
     """The N (token, expert) pairs of a routing, sorted by expert; tokens ascend inside an expert."""
@@ -39,7 +41,7 @@ class Routing:
     num_experts: int
     logits_TE: Tensor
     """[T, E] router logits, float32 or float64 before the choice; differentiable."""
-    probs: Tensor | Callable[[], Tensor]
+    probs: Probs
     """``probs_TE``, or what computes it on first use."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that a router hands to its own loss. A name ends in its shape letters: the first is T (one
@@ -47,12 +49,7 @@ class Routing:
 
     @classmethod
     def from_topk(
-        cls,
-        index_TK: Tensor,
-        weight_TK: Tensor,
-        logits_TE: Tensor,
-        probs_TE: Tensor | Callable[[], Tensor],
-        num_experts: int,
+        cls, index_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, probs_TE: Probs, num_experts: int
     ) -> "Routing":
         """K slots per token, each a different expert; ``probs_TE`` may be a function (see ``probs``)."""
         return _SlotRouting(
@@ -78,11 +75,7 @@ class Routing:
 
     @classmethod
     def from_pairs(
-        cls,
-        pairs: Pairs,
-        logits_TE: Tensor,
-        probs_TE: Tensor | Callable[[], Tensor],
-        extra: dict[str, Tensor] | None = None,
+        cls, pairs: Pairs, logits_TE: Tensor, probs_TE: Probs, extra: dict[str, Tensor] | None = None
     ) -> "Routing":
         """Pairs that are sorted already."""
         return _PairRouting(

@@ -1,7 +1,7 @@
-"""Modules whose weights are packed: experts, linear layers and embeddings of 1, 2, 3, 4 or 8 bits a weight.
+"""Experts whose weights are packed: 1, 2, 3, 4 or 8 bits a weight.
 
-They compute with the packed weights as they lie (:mod:`unimoe.kernels.packed`), save them as buffers, and can
-be built on the meta device. Nothing in them trains, but gradients pass through to what is below.
+They compute without unpacking to memory (:mod:`unimoe.kernels.packed`), save codes and scales as buffers, and
+can be built on the meta device. Nothing in them trains, but gradients pass through to what is below.
 
 Shapes: T tokens, K experts of a token, N (token, expert) pairs sorted by expert, E experts, D = H hidden,
 I intermediate, O outputs, G groups of a row.
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from unimoe.errors import UserError
 from unimoe.kernels import packed as kernel
 from unimoe.kernels.swiglu import check_gate
-from unimoe.moe.experts.base import Experts
-from unimoe.moe.experts.swiglu import SwiGLUExperts
+from unimoe.moe.hf import unusual_layout
+from unimoe.moe.routing import Routing, sort_by_expert
 
-from .routing import Routing, sort_by_expert
+from .base import Experts
+from .swiglu import SwiGLUExperts
 
 Codes = tuple[Tensor, Tensor]
 """Codes int8 [..., O, K] and scales [..., O, G] of one stack of weights."""
@@ -173,121 +174,6 @@ class PackedExperts(Experts):
         return f"{sizes}, intermediate={self.intermediate_size}, bits={bits}, group={self.group}"
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with packed weights.
-
-    Args:
-        in_features: K.
-        out_features: O.
-        bits: of a weight.
-        group: neighbouring weights of a row that share a scale; divides K.
-        bias: whether there is a bias, which stays as it is.
-
-    Raises:
-        UserError: the group does not divide K, or there are no such bits.
-    """
-
-    codes: Tensor
-    scales: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bits: int, group: int = 64, bias: bool = True):
-        super().__init__()
-        self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
-        stack = kernel.Stack.empty([bits], out_features, in_features, group)
-        self.register_buffer("codes", stack.codes)
-        self.register_buffer("scales", stack.scales)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
-
-    @classmethod
-    @torch.no_grad()
-    def from_linear(
-        cls, linear: nn.Module, bits: int, group: int = 64, codes: Codes | None = None
-    ) -> "PackedLinear":
-        """Pack an ``nn.Linear``.
-
-        Args:
-            linear: what has ``weight`` [O, K] and perhaps ``bias`` [O].
-            bits: of a weight.
-            group: neighbouring weights of a row that share a scale.
-            codes: where the weight was quantised elsewhere; None rounds to nearest.
-
-        Raises:
-            UserError: bits or a group that cannot be packed.
-        """
-        weight: Any = linear.weight
-        bias: Any = getattr(linear, "bias", None)
-        with torch.device(weight.device):
-            self = cls(weight.shape[1], weight.shape[0], bits, group, bias is not None)
-        self.bias = bias
-        if not weight.is_meta:
-            self.stack().fill(0, *(codes or kernel.quantise_rtn(weight, bits, group)))
-        return self
-
-    def stack(self) -> kernel.Stack:
-        """Of one matrix: what is in this module's buffers."""
-        buffers: dict[str, Any] = self._buffers
-        sizes = ((self.bits,), self.out_features, self.in_features, self.group)
-        return kernel.Stack(buffers["codes"], buffers["scales"], *sizes)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or input.dtype is not torch.float32 or not kernel.runs_native(input):
-            return kernel.linear(input, self.stack(), self.bias)
-        # the same without what Python takes for it, which is as much as the product of a small layer
-        buffers = self._buffers
-        sizes = (self.out_features, self.bits, False, 0, self._parameters["bias"])
-        return torch.ops.unimoe.packed_linear.default(input, buffers["codes"], buffers["scales"], *sizes)
-
-    @property
-    def weight(self) -> Tensor:
-        """[O, K] in float32, unpacked anew each time."""
-        return self.stack().dequantise(0)
-
-    @property
-    def num_weights(self) -> int:
-        """Weights that are packed here."""
-        return self.in_features * self.out_features
-
-    def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bits={self.bits}, group={self.group}, bias={self.bias is not None}"
-
-
-class PackedEmbedding(nn.Module):
-    """An embedding that reads its rows out of a packed head, to which it is tied.
-
-    The head holds the weights, so they are saved once.
-
-    Args:
-        head: [V, D] weights.
-        dtype: of the embeddings.
-    """
-
-    def __init__(self, head: PackedLinear, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self._head = (head,)  # in a tuple, so that it is no submodule
-        self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
-        # says the model's dtype, which a cast of the model changes
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[...] ids -> [..., D]"""
-        rows = self._head[0].stack().take(0, input.reshape(-1))
-        return rows.unflatten(0, input.shape).to(self.like.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """[V, D] in float32, unpacked anew each time."""
-        return self._head[0].weight
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, tied to a packed head"
-
-
-def packed_weights(module: nn.Module) -> int:
-    """Number of weights that are packed in a module, which ``parameters()`` does not name."""
-    return sum(one.num_weights for one in module.modules() if isinstance(one, PackedExperts | PackedLinear))
-
-
 def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor, str]:
     """gate_up [E, 2I, H], down [E, H, I] and the activation of experts that can be packed.
 
@@ -302,21 +188,10 @@ def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor, str]:
     gate_up: Any = getattr(experts, "gate_up_proj", None)
     down: Any = getattr(experts, "down_proj", None)
     act = ACTS.get(type(getattr(experts, "act_fn", None)).__name__)
-    odd = [
-        flag
-        for flag, wanted in (
-            ("has_bias", False),
-            ("is_transposed", False),
-            ("has_post_expert_norm", False),
-            ("has_gate", True),
-            ("is_concatenated", True),
-        )
-        if getattr(experts, flag, wanted) is not wanted
-    ]
-    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or odd or act is None:
-        reason = f" ({odd[0]} is {getattr(experts, odd[0])})" if odd else ""
+    reason = unusual_layout(experts)
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or reason or act is None:
         raise UserError(
-            f"{kind} cannot be packed{reason}, expected gated FFNs without biases, gate_up_proj [E, 2I, H] "
-            "and down_proj [E, H, I]"
+            f"{kind} cannot be packed{f' ({reason})' if reason else ''}, expected gated FFNs without biases, "
+            "gate_up_proj [E, 2I, H] and down_proj [E, H, I]"
         )
     return gate_up, down, act

@@ -9,10 +9,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from unimoe.errors import UserError
 from unimoe.kernels import few_rows as kernel
 from unimoe.kernels.packed import quantise_rtn
-from unimoe.model.utils import count_parameters
 from unimoe.moe import FFNExperts, MoELayer, SwiGLUExperts, TopK, record
+from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.few_rows import FewRowsMoELayer, few_rows
-from unimoe.moe.packed import PackedEmbedding, PackedExperts, PackedLinear
+from unimoe.moe.packed_linear import PackedLinear
 
 
 def experts(act="silu"):
@@ -114,32 +114,6 @@ def test_state_dict_on_the_meta_device():
         assert torch.equal(empty[1](x), module[1](x))
         cast = copy.deepcopy(module).bfloat16()[1].float()  # codes and scales are not cast
         assert torch.equal(cast.weight, module[1].weight)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_an_embedding_reads_the_rows_of_a_packed_head(bits):
-    head = PackedLinear.from_linear(nn.Linear(24, 50, bias=False), bits, 8)
-    embedding, ids = PackedEmbedding(head), torch.randint(0, 50, (2, 7))
-    assert torch.equal(embedding(ids), head.weight[ids]) and not list(embedding.state_dict())
-    assert embedding.bfloat16()(ids).dtype == torch.bfloat16
-
-
-def test_linear_layers_in_other_dtypes():
-    linear = nn.Linear(32, 20)
-    packed = PackedLinear.from_linear(linear, 8, 32)
-    x = torch.randn(3, 32)
-    with torch.no_grad():
-        assert error(packed(x), linear(x)) < 2e-2
-        assert packed.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-
-
-def test_packed_weights_are_counted_as_weights():
-    layer = MoELayer(TopK(32, 4, 2), experts())
-    model = nn.Sequential(nn.Linear(32, 32), layer)
-    whole = count_parameters(model)
-    layer.experts = PackedExperts.from_experts(layer.experts, [4, 2, 8, 3], 16)
-    model[0] = PackedLinear.from_linear(model[0], 8, 16)
-    assert count_parameters(model) == whole
 
 
 def test_what_cannot_be_packed_is_refused():
