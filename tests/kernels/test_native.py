@@ -74,7 +74,7 @@ def test_builds_a_library_that_loads_once(monkeypatch, tmp_path, caplog):
     """A small one: the operators themselves are compiled by the fixture ``built``, for the tests of them."""
     source = tmp_path / "native.cpp"
     source.write_text('extern "C" int answer() { return 42; }\n')
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source,))
     path = native.build()
     assert path == native.library() and ctypes.CDLL(str(path)).answer() == 42
     assert sorted(path.parent.iterdir()) == [path]
