@@ -2,11 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from unimoe.commands import main as cli
@@ -16,37 +13,15 @@ from unimoe.model.loading import load_model
 from unimoe.moe.view import view
 from unimoe.testing import tiny_model
 
-MOE = {"experts": {"copies": 4}, "router": {"k": 2}, "placement": "all"}
+
+@pytest.fixture(scope="module")
+def model(mixture):
+    return str(mixture / "moe")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    built, processor = tiny_model(folder, MOE)
-    for layer in view(built):
-        for weight in layer.experts.parameters():
-            torch.nn.init.normal_(weight, std=0.2)
-    built.save_pretrained(folder / "moe")
-    processor.save_pretrained(folder / "moe")
-    return str(folder / "moe")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    Image.new("RGB", (50, 40), "red").save(folder / "a.png")
-    soundfile.write(folder / "q.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
-    for name, part in (
-        ("image", {"type": "image", "path": "a.png"}),
-        ("speech", {"type": "speech", "path": "q.wav"}),
-    ):
-        rows = [
-            {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "what " * number}]},
-                          {"role": "assistant", "content": "this is it"}]}
-            for number in range(1, 5)
-        ]  # fmt: skip
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [str(folder / "image.jsonl"), str(folder / "speech.jsonl")]
+def data(mixture):
+    return [str(mixture / "image.jsonl"), str(mixture / "speech.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +152,8 @@ def test_files_of_one_name_stay_apart_and_take_turns(model, data, tmp_path):
 
 
 def test_experts_that_are_not_stacked_have_statistics(data, tmp_path):
-    moe = {**MOE, "experts": {"copies": 4, "kind": "latent", "size": 8}}
+    experts = {"copies": 4, "kind": "latent", "size": 8}
+    moe = {"experts": experts, "router": {"k": 2}, "placement": "all"}
     built, processor = tiny_model(tmp_path, moe)
     built.save_pretrained(tmp_path / "moe")
     processor.save_pretrained(tmp_path / "moe")

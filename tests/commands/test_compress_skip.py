@@ -1,13 +1,9 @@
 """``unimoe compress skip`` and ``tune`` on a tiny model of images and speech."""
 
-import json
 import re
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from PIL import Image
 
 from unimoe.commands import main as cli
 from unimoe.compress.plan import Plan
@@ -15,47 +11,22 @@ from unimoe.compress.rows import rewritten, unchanged
 from unimoe.compress.skip_rules import own_rule
 from unimoe.model.loading import load_model
 from unimoe.moe.view import view
-from unimoe.testing import tiny_model
 
-MOE = {"experts": {"copies": 4}, "router": {"k": 2}, "placement": "all"}
 IDS = torch.tensor([[5, 6, 7, 5, 6, 8, 9, 3]])
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a model whose experts differ, and data with images and speech."""
-    folder = tmp_path_factory.mktemp("place")
-    built, processor = tiny_model(folder, MOE)
-    for layer in view(built):
-        for weight in layer.experts.parameters():
-            torch.nn.init.normal_(weight, std=0.2)
-    built.save_pretrained(folder / "moe")
-    processor.save_pretrained(folder / "moe")
-    Image.new("RGB", (50, 40), "red").save(folder / "a.png")
-    soundfile.write(folder / "q.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
-    for name, part in (("image", {"path": "a.png"}), ("speech", {"path": "q.wav"})):
-        rows = [
-            {"messages": [{"role": "user", "content": [{"type": name, **part},
-                                                       {"type": "text", "text": "what " * number}]},
-                          {"role": "assistant", "content": "this is it"}]}
-            for number in range(1, 5)
-        ]  # fmt: skip
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 @pytest.fixture
-def compress(place, tmp_path):
+def compress(mixture, tmp_path):
     def run(verb, *flags):
-        data = [str(place / "image.jsonl"), str(place / "speech.jsonl")]
+        data = [str(mixture / "image.jsonl"), str(mixture / "speech.jsonl")]
         output = ["--output", str(tmp_path / "out")]
-        return cli.main(["compress", verb, str(place / "moe"), *data, *output, *map(str, flags)])
+        return cli.main(["compress", verb, str(mixture / "moe"), *data, *output, *map(str, flags)])
 
     return run
 
 
-def test_text_and_media_have_thresholds_and_the_folder_skips_by_them(compress, place, tmp_path, capsys):
-    held_out = str(place / "image.jsonl")
+def test_text_and_media_have_thresholds_and_the_folder_skips_by_them(compress, mixture, tmp_path, capsys):
+    held_out = str(mixture / "image.jsonl")
     assert compress("skip", "--ratio", 0.3, "--size", 5, "--held-out", held_out) == 0
     out = capsys.readouterr().out
     loaded, _ = load_model(tmp_path / "out", device="cpu")
@@ -65,7 +36,7 @@ def test_text_and_media_have_thresholds_and_the_folder_skips_by_them(compress, p
     shares = dict(re.findall(r"(text|image|speech) (\d\.\d+)", out.splitlines()[1]))
     assert set(shares) == {"text", "image", "speech"} and "held out" in out
     assert float(re.search(r"([\d.]+) of all expert calls", out)[1]) >= 0.25
-    original, _ = load_model(place / "moe", device="cpu")
+    original, _ = load_model(mixture / "moe", device="cpu")
     with torch.no_grad():
         with rewritten(view(loaded), unchanged):
             assert torch.equal(loaded(input_ids=IDS).logits, original(input_ids=IDS).logits)
@@ -122,7 +93,7 @@ def test_heads_are_trained_saved_and_loaded(compress, tmp_path, capsys):
     assert all(bool(head.down.weight.any()) for head in heads) and own_rule(view(loaded)).width == 8
 
 
-def test_vectors_are_trained_saved_and_loaded(compress, place, tmp_path, capsys):
+def test_vectors_are_trained_saved_and_loaded(compress, mixture, tmp_path, capsys):
     assert compress("tune", "--what", "vectors", "--steps", 8, "--lr", 0.05) == 0
     found = re.findall(r"KL ([\d.]+) cut short, ([\d.]+) tuned", capsys.readouterr().out)
     before, after = map(sum, zip(*((float(one), float(two)) for one, two in found), strict=True))

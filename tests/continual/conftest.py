@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from unimoe.testing import save_tiny_llm
+from unimoe.testing import run_together, save_tiny_llm
 
 WORDS = ["dog", "cat", "owl", "fox", "bee", "cow"]
 TASKS = {"upper": str.upper, "twice": lambda word: word + word, "last": lambda word: word[-1]}
@@ -86,3 +86,31 @@ def command(tmp_path):
 def write():
     """``write_stream``, for tests that want other tasks."""
     return write_stream
+
+
+KILLED = """
+import os, signal, sys
+from unimoe.commands.main import main
+from unimoe.continual.training import TaskModule
+
+learn = TaskModule.training_step
+
+def die(module, *batch):
+    if sys.argv[1] in str(module.routing_log) and module.global_step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learn(module, *batch)
+
+TaskModule.training_step = die
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def killed():
+    """Runs a command line in a process that is killed at a step of a task."""
+
+    def run(task: str, step: int, arguments: list[str]):
+        with pytest.raises(RuntimeError, match="exit codes: -9$"):
+            run_together(1, KILLED, task, str(step), *arguments)
+
+    return run
