@@ -141,10 +141,8 @@ def prune(
         settings = {"stats": list(stats), "how": how, "keep": keep, "budget": budget, "globally": globally}
         settings["seed"] = seed
     compress(loaded, chosen)
-    save(model, loaded, processor, output, "compress prune", settings)
-    after = view(loaded)
-    left = ", ".join(str(layer.num_experts) for layer in after)
-    log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(after) / 1e6, before / 1e6)
+    save(model, sha256, loaded, processor, output, "compress prune", settings)
+    _log_experts(view(loaded), before)
 
 
 def merge(
@@ -225,10 +223,8 @@ def merge(
                 last_hidden(loaded, to_device(batch, loaded.device))
         chosen = Plan(merge=windows(outputs, keep, window, seed), made_of=sha256)
         compress(loaded, chosen, found.values["count"])
-    save(model, loaded, processor, output, "compress merge", settings)
-    after = view(loaded)
-    left = ", ".join(str(layer.num_experts) for layer in after)
-    log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(after) / 1e6, before / 1e6)
+    save(model, sha256, loaded, processor, output, "compress merge", settings)
+    _log_experts(view(loaded), before)
 
 
 def report(
@@ -267,8 +263,9 @@ def report(
     for folder in (model, *changed):
         loaded, processor = load_any(folder, "MODEL" if folder == model else "CHANGED")
         if not figures:
-            batches = read_batches(processor, data, samples, batch_size, media_root)
-            batches = {name: [to_device(one, loaded.device) for one in of] for name, of in batches.items()}
+            batches = batches_on(
+                loaded.device, read_batches(processor, data, samples, batch_size, media_root)
+            )
             original = reference(loaded, batches)
         figures.append(
             Figures(
@@ -308,6 +305,13 @@ def read_batches(
         name = Path(file).stem if stems.count(Path(file).stem) == 1 else str(file)
         found[name] = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     return found
+
+
+def batches_on(
+    device: torch.device, files: Mapping[str, Sequence[dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The batches of all files on a device, for what runs through them more than once."""
+    return {name: [to_device(batch, device) for batch in batches] for name, batches in files.items()}
 
 
 def interleave(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -411,8 +415,15 @@ def expert_bytes(layers: Sequence[MoEView]) -> int:
     )
 
 
+def _log_experts(layers: Sequence[MoEView], before: int) -> None:
+    """Experts that are left, and their bytes out of those ``before``."""
+    left = ", ".join(str(layer.num_experts) for layer in layers)
+    log.info("experts by layer: %s; %.1f of %.1f MB", left, expert_bytes(layers) / 1e6, before / 1e6)
+
+
 def save(
     source: str,
+    sha256: str,
     model: Any,
     processor: Any,
     output: str,
@@ -420,8 +431,8 @@ def save(
     settings: dict[str, Any],
 ) -> None:
     """Save a compressed model with stage.json, and with plan.yaml: all that was done to it since it was no
-    compressed one."""
-    parents = [{"folder": source, "sha256": folder_hash(source)}]
+    compressed one. ``sha256`` is :func:`folder_hash` of the folder ``source`` that it was made of."""
+    parents = [{"folder": source, "sha256": sha256}]
     total = weights(model)
     plan = Plan.from_dict(structure_of(model).plan or {})
 

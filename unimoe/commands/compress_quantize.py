@@ -169,7 +169,7 @@ def quantize(
     compress(loaded, plan)
     settings = {"data": files, "samples": samples, "bits": bits, "how": how, "linears": linears, "head": head}
     settings |= {"group": group, "rules": rules, "smooth": smooth, "balanced": balanced, "cost": cost}
-    save(model, loaded, processor, output, "compress quantize", settings)
+    save(model, sha256, loaded, processor, output, "compress quantize", settings)
     after = expert_bytes(view(loaded))
     used = coverage.bits / coverage.touched
     sizes = used, 16 / group, after / 1e6, before / 1e6

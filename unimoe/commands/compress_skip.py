@@ -22,10 +22,9 @@ from unimoe.errors import UserError
 from unimoe.files import new_folder
 from unimoe.model.configuration import MODALITIES
 from unimoe.model.loading import load_any
-from unimoe.model.utils import to_device
 from unimoe.moe.view import MoEView, view
 
-from .compress import read_batches, save
+from .compress import batches_on, read_batches, save
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +89,12 @@ def skip(
     if others:
         again = cost_of(found.rule, loaded, layers, original_of_others, others)
         print("held out\n" + "\n".join(found_text(again).splitlines()[1:]))
-    plan = Plan(skip=found.rule.to_plan(), made_of=folder_hash(model))
+    sha256 = folder_hash(model)
+    plan = Plan(skip=found.rule.to_plan(), made_of=sha256)
     settings = {"data": list(data), "ratio": ratio, "how": how, "power": power, "size": size}
     more = {"keep_sum": keep_sum, "blocks": blocks, "samples": samples}
     compress(loaded, plan)
-    save(model, loaded, processor, output, "compress skip", {**settings, **more})
+    save(model, sha256, loaded, processor, output, "compress skip", {**settings, **more})
 
 
 def tune(
@@ -140,11 +140,12 @@ def tune(
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
     with rewritten(layers, unchanged):
         original = reference(loaded, batches)
+    sha256 = folder_hash(model)
     flat = [batch for of_file in batches.values() for batch in of_file]
     settings = {"data": list(data), "what": what, "steps": steps, "lr": lr, "samples": samples}
     if what == "heads":
         penalty, rule = 0.1 if penalty is None else penalty, Heads(width or 64)
-        plan = Plan(skip=rule.to_plan(), made_of=folder_hash(model))
+        plan = Plan(skip=rule.to_plan(), made_of=sha256)
         settings |= {"penalty": penalty, "width": rule.width}
         compress(loaded, plan)
         masking = Masking()
@@ -161,7 +162,7 @@ def tune(
         print(found_text(cost_of(rule, loaded, layers, original, batches)))
     else:
         experts = 1 if experts is None else experts
-        plan = Plan(main=experts, made_of=folder_hash(model))
+        plan = Plan(main=experts, made_of=sha256)
         settings["experts"] = experts
         compress(loaded, plan)
         before = measure(loaded, original, batches)
@@ -171,7 +172,7 @@ def tune(
         after = measure(loaded, original, batches)
         for name, quality in after.items():
             print(f"{name:<24} KL {before[name].kl:.4f} cut short, {quality.kl:.4f} tuned")
-    save(model, loaded, processor, output, "compress tune", settings)
+    save(model, sha256, loaded, processor, output, "compress tune", settings)
 
 
 def found_text(found: Found) -> str:
@@ -200,8 +201,7 @@ def _open(
 def _read(
     model: Any, processor: Any, data: Sequence[str], samples: int, batch_size: int, media_root: str | None
 ) -> Batches:
-    batches = read_batches(processor, data, samples, batch_size, media_root)
-    return {name: [to_device(one, model.device) for one in rows] for name, rows in batches.items()}
+    return batches_on(model.device, read_batches(processor, data, samples, batch_size, media_root))
 
 
 def _only(wanted: str, found: str, flags: Mapping[str, float | None], of: str = "--how") -> None:
