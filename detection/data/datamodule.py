@@ -13,7 +13,7 @@ from unimoe.data import ModalityBatchSampler
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.errors import UserError
 from unimoe.training.loader import ResumableLoader
-from unimoe.training.ranks import data_parallel_rank, data_parallel_size
+from unimoe.training.ranks import data_parallel_rank, data_parallel_size, even_share
 
 from .annotations import DetectionSet
 from .cached import CachedEvalDataset, CachedTrainDataset
@@ -177,11 +177,8 @@ class DetectionData(LightningDataModule):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: str) -> DataLoader:
-        """This rank's share of the images: as many as any other's, so that all take the same steps."""
         assert self.trainer is not None
-        count = len(self.sets[split].samples)
-        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
-        share = [place % count for place in range(rank, count + -count % ranks, ranks)]
+        share = even_share(len(self.sets[split].samples), self.trainer)
         return eval_dataloader(
             self.sets[split], self.module.model, self.features, self.batch_size, self.num_workers, share
         )

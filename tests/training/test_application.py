@@ -55,14 +55,12 @@ def test_results_of_all_ranks_come_in_order_and_once(monkeypatch):
     assert not module._kept, "the next evaluation starts anew"
 
 
-def test_every_rank_gets_as_many_samples(monkeypatch):
+def test_every_rank_gets_as_many_samples():
     data = Data(steps=1, batch_size=2, seed=0)
     data.sets["test"] = range(5)
-    data.trainer = SimpleNamespace()
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(subject, "data_parallel_size", lambda trainer: 2)
-        monkeypatch.setattr(subject, "data_parallel_rank", lambda trainer, rank=rank: rank)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=None)
         shares.append(list(data.test_dataloader().sampler))
     assert shares == [[0, 2, 4], [1, 3, 0]]
     assert data.val_dataloader() == []

@@ -29,7 +29,7 @@ from unimoe.files import atomic_write
 from .lightning_cli import RunCLI, run_cli
 from .loader import ResumableLoader
 from .module import ResumableModule, Schedule
-from .ranks import data_parallel_rank, data_parallel_size, mean_over_ranks, union_over_ranks
+from .ranks import data_parallel_rank, data_parallel_size, even_share, mean_over_ranks, union_over_ranks
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -149,6 +149,19 @@ class ApplicationModule(ResumableModule):
 
     # ---------------------------------------------------------------- evaluation
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self.report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.report("test")
+
+    @abstractmethod
+    def report(self, split: str) -> None:
+        """Evaluate what was kept of a split, and log it (:meth:`log_scores`)."""
+
     def keep(self, *columns: Tensor) -> None:
         """Keep an evaluation batch: the numbers of its samples, and columns of results."""
         self._kept.append(tuple(column.detach().cpu() for column in columns))
@@ -213,13 +226,10 @@ class ApplicationData(LightningDataModule):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: str) -> DataLoader:
-        """This rank's share: as many samples as any other's, so that all take the same steps."""
         assert self.trainer is not None
         if split not in self.sets:
             raise UserError(f"the data have no {split} split; set data.{split}_share above 0")
-        count = len(self.sets[split])
-        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
-        share: Sequence[int] = [place % count for place in range(rank, count + -count % ranks, ranks)]
+        share: Sequence[int] = even_share(len(self.sets[split]), self.trainer)
         data = _dataset(self.sets[split])
         return DataLoader(data, self.batch_size, sampler=share, collate_fn=_as_it_is)
 

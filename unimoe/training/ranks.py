@@ -31,6 +31,13 @@ def data_parallel_rank(trainer: Trainer) -> int:
     return trainer.global_rank // _ranks_per_batch(trainer)
 
 
+def even_share(count: int, trainer: Trainer) -> list[int]:
+    """Places 0..count-1 that this rank evaluates: as many as any other rank, so that all take the same steps;
+    a few places come twice."""
+    ranks = data_parallel_size(trainer)
+    return [place % count for place in range(data_parallel_rank(trainer), count + -count % ranks, ranks)]
+
+
 def _ranks_per_batch(trainer: Trainer) -> int:
     return getattr(trainer.strategy, "ranks_per_batch", 1)
 

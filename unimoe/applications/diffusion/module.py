@@ -149,15 +149,7 @@ class DiffusionModule(ApplicationModule):
         error_B = (prediction - target).square().flatten(1).mean(dim=1)
         self.keep(batch.index, error_B, time_B, batch.labels, visits(records, len(x)))
 
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _report(self, split: str) -> None:
+    def report(self, split: str) -> None:
         error_N, time_N, label_N, visits_NLE = self.kept()
         loss = float(error_N.mean())
         quarters = (time_N * 4).long().clamp(max=3)

@@ -77,15 +77,7 @@ class RecommendationModule(ApplicationModule):
             logits_BT = self.model(batch.features)
         self.keep(batch.index, logits_BT, batch.labels)
 
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _report(self, split: str) -> None:
+    def report(self, split: str) -> None:
         """Log loss and AUC; the report also has the intervals and the dead units."""
         assert self.units is not None
         logits_RT, labels_RT = self.kept()
