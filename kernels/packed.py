@@ -11,6 +11,7 @@ of a row, B blocks of 16 rows, H hidden, I intermediate.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -311,10 +312,10 @@ def fused_experts(
         level: bits of each code that count, 0 for all.
     """
     if runs_native(x_TH, weight_N):
-        parts = ([gate_up.codes, gate_up.scales], [down.codes, down.scales], bits_E, down.width, down.nested)
         pairs = (token_N, offsets_E1.tolist(), weight_N.float())
         run = torch.ops.unimoe.packed_experts.default
-        return run(x_TH.float(), *pairs, *parts, level, list(GATES).index(act)).to(x_TH.dtype)
+        weights = _operands(gate_up, down, bits_E)
+        return run(x_TH.float(), *pairs, *weights, level, list(GATES).index(act)).to(x_TH.dtype)
     if runs_triton(x_TH, weight_N):
         pairs = (x_TH, token_N, offsets_E1, weight_N)
         return triton_form("packed_experts")(*pairs, gate_up, down, act, level)
@@ -348,9 +349,14 @@ def moe(
     scale: float = 1.0,
 ) -> MoEOutput:
     """A whole MoE layer in one operator: :func:`unimoe.kernels.few_rows.moe` with packed experts."""
-    parts = ([gate_up.codes, gate_up.scales], [down.codes, down.scales], bits_E, down.width, down.nested)
     run = torch.ops.unimoe.packed_moe.default
-    return MoEOutput(*run(x_TH, router_EH, k, late, renormalize, scale, *parts, list(GATES).index(act)))
+    weights = _operands(gate_up, down, bits_E)
+    return MoEOutput(*run(x_TH, router_EH, k, late, renormalize, scale, *weights, list(GATES).index(act)))
+
+
+def _operands(gate_up: Stack, down: Stack, bits_E: Tensor) -> tuple[Any, ...]:
+    """The experts' weights as the operators take them."""
+    return [gate_up.codes, gate_up.scales], [down.codes, down.scales], bits_E, down.width, down.nested
 
 
 def experts_reference(
