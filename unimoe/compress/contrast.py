@@ -21,7 +21,7 @@ from unimoe.moe.view import MoEView
 
 from .route import choose
 from .rows import rewritten
-from .skip import drop
+from .skip import drop, ranks
 
 ALPHA = 0.1
 """Tokens less probable than this times the best one are ruled out."""
@@ -63,8 +63,7 @@ def weak(layers: Sequence[MoEView]) -> Iterator[None]:
     hidden = min(layer.top_k for layer in layers) < RANK
 
     def only(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-        rank_TK = weight_TK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        dropped_TK = rank_TK != (0 if hidden else RANK - 1)
+        dropped_TK = ranks(weight_TK) != (0 if hidden else RANK - 1)
         one_TK = torch.ones_like(weight_TK).masked_fill(index_TK >= layer.num_experts, 0)
         return drop(index_TK, one_TK, dropped_TK, layer.num_experts)
 

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from unimoe.errors import UserError
 from unimoe.model.configuration import MODALITIES
+from unimoe.model.generation import end_tokens
 from unimoe.model.host import token_ids
 from unimoe.moe import record
 from unimoe.moe.records import current_context, unrecorded
@@ -35,7 +36,7 @@ from unimoe.moe.view import MoEView, find_layers
 from . import rewire
 from .contrast import ContrastProcessor, check_ranks
 from .rows import modality_ids, rewritten, row_of
-from .skip import Thresholds, check_thresholds, drop, keep_sum, parse_thresholds
+from .skip import Thresholds, check_thresholds, drop, keep_sum, parse_thresholds, ranks
 from .skip_rules import own_rule
 
 
@@ -115,7 +116,7 @@ def routed(layers: Sequence[MoEView], rows: Sequence[Decoding]) -> Iterator[None
         rows: settings of each row of the batch.
     """
     if all(row.skip is None and not row.experts for row in rows):
-        yield  # nothing is hooked, and the model's own rule goes on
+        yield  # nothing is hooked, and the model's own rule applies
         return
     with rewritten(layers, _Rows(rows, layers)):
         yield
@@ -163,9 +164,7 @@ def best(layer: MoEView, index_TK: Tensor, weight_TK: Tensor, most_T: Tensor) ->
 
     It is what the router gives with a smaller K, except for routers that limit the groups of experts.
     """
-    rank_TK = weight_TK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    dropped_TK = rank_TK >= most_T[:, None]
-    index_TK, kept_TK = drop(index_TK, weight_TK, dropped_TK, layer.num_experts)
+    index_TK, kept_TK = drop(index_TK, weight_TK, ranks(weight_TK) >= most_T[:, None], layer.num_experts)
     return index_TK, keep_sum(weight_TK, kept_TK) if renormalises(layer) else kept_TK
 
 
@@ -278,9 +277,7 @@ def extend(inputs: dict[str, Any], new_BT: Tensor, real_BT: Tensor) -> None:
 
 
 def _ends(model: Any) -> Tensor:
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return torch.tensor(ends, dtype=torch.long, device=model.device)
+    return torch.tensor(end_tokens(model.generation_config), dtype=torch.long, device=model.device)
 
 
 def _padding(model: Any, ends: Tensor) -> int:

@@ -18,6 +18,7 @@ Shapes: T tokens, K slots of a token, L MoE layers, M modalities, D hidden.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ from .rows import modality_ids
 def drop(index_TK: Tensor, weight_TK: Tensor, dropped_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The routing without the pairs where ``dropped_TK`` [T, K] is true; the other weights stay."""
     return index_TK.masked_fill(dropped_TK, num_experts), weight_TK.masked_fill(dropped_TK, 0)
+
+
+def ranks(weight_TK: Tensor) -> Tensor:
+    """[T, K] place of each pair among its token's, the largest weight first, from 0."""
+    return weight_TK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def parse_thresholds(text: str) -> dict[str, float]:
@@ -91,14 +97,22 @@ class Thresholds:
     are nearly equal, experts that agree lose nothing by it, and half of their output without it."""
 
     def limits(self, layers: int) -> Tensor:
-        """[L, M] float32: the weight below which a pair is skipped, tau / alpha ** power."""
+        """[L, M] float32: the weight below which a pair is skipped, tau / alpha ** power. Kept, since every
+        layer of every forward pass asks for it."""
+        if layers in self._limits:
+            return self._limits[layers]
         limit_LM = torch.zeros(layers, len(MODALITIES))
         for name, tau in self.tau.items():
             column = torch.full((layers,), float(tau))
             if tau and name in self.alpha:
                 column = column / torch.tensor(list(self.alpha[name])).pow(self.power)
             limit_LM[:, MODALITIES.index(name)] = column
+        self._limits[layers] = limit_LM
         return limit_LM
+
+    @cached_property
+    def _limits(self) -> dict[int, Tensor]:
+        return {}
 
     def attach(self, layers: Sequence[MoEView]) -> None:
         """It needs nothing besides a routing."""

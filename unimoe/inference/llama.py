@@ -24,6 +24,7 @@ from unimoe.compress.decoding import Decoding
 from unimoe.errors import UserError
 from unimoe.files import lock_folder
 from unimoe.model.configuration import UniMoeConfig
+from unimoe.model.generation import end_tokens
 from unimoe.model.inputs import MediaInputs
 from unimoe.model.loading import ModelKind, find_model, load_model
 from unimoe.model.modeling import MediaModel, UniMoePreTrainedModel
@@ -126,8 +127,8 @@ class LlamaModel(UniMoePreTrainedModel, GenerationMixin):
         process: Any = self._get_logits_processor(  # type: ignore[operator]
             config, input_ids_seq_length=length, device=str(self.device)
         )
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        padding = config.pad_token_id if config.pad_token_id is not None else ends[0] or 0
+        ends = end_tokens(config)
+        padding = config.pad_token_id if config.pad_token_id is not None else [*ends, 0][0]
         if streamer is not None:
             streamer.put(input_ids.cpu())
         ids_BT, answers = input_ids.to(self.device), 0

@@ -53,6 +53,12 @@ def clean_generation_config(given: GenerationConfig | None, **ids: Any) -> Gener
     return GenerationConfig(**kept)
 
 
+def end_tokens(config: GenerationConfig | None) -> list[int]:
+    """Ids that end an answer; none where the settings name none."""
+    ends = None if config is None else config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
 def decoding_settings(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
     """Arguments of ``generate``: greedy at temperature 0, else sampling as the model's own settings say, at
     their own temperature for None."""

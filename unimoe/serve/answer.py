@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from unimoe.compress.decoding import Decoding
 from unimoe.inference.engines import AnsweringModel
+from unimoe.model.generation import end_tokens
 
 from .text import TextStream
 
@@ -95,8 +96,7 @@ class Answer:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed % 2**63)
-        ends = model.generation_config.eos_token_id if model.generation_config else None
-        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        self._ends = set(end_tokens(model.generation_config))
         self._choices: list[Choice] = []
 
     def take(self, logits_V: Tensor) -> None:
