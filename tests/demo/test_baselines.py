@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from unimoe.applications.diffusion.text import embed_texts
 from unimoe.data import FeatureCache, Sample
-from unimoe.demo.baselines import embed_names, fit_probe, measure_baselines, pooled
+from unimoe.demo.baselines import fit_probe, measure_baselines, pooled
 from unimoe.demo.evaluate import Question
 from unimoe.errors import UserError
 
@@ -54,10 +55,10 @@ def test_the_probe_starts_at_chance_and_learns():
 
 
 def test_name_embeddings_do_not_depend_on_the_batch(tiny_parts):
-    together = embed_names(NAMES, tiny_parts / "text")
+    together = embed_texts(NAMES, tiny_parts / "text")
     assert together.shape == (4, 16)
     for name, row_H in zip(NAMES, together, strict=True):
-        torch.testing.assert_close(embed_names([name], tiny_parts / "text")[0], row_H, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(embed_texts([name], tiny_parts / "text")[0], row_H, atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_read_is_named():

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
-from transformers import AutoModel, AutoTokenizer
 
+from unimoe.applications.diffusion.text import embed_texts
 from unimoe.data import FeatureCache
 from unimoe.encoders.ridge import ridge_map
 from unimoe.errors import UserError
@@ -49,7 +49,7 @@ def measure_baselines(
         raise UserError("the baselines need training questions of the kind 'name'")
     names = sorted({normalise(question.answer) for question in named})
     x_nD, labels_n = pooled(named, features), torch.tensor([names.index(normalise(q.answer)) for q in named])
-    names_CH = embed_names(names, text_encoder)
+    names_CH = embed_texts(names, text_encoder, batch=len(names))
     mean_D, std_D = x_nD.mean(0), x_nD.std(0).clamp_min(1e-6)
     z_nD = (x_nD - mean_D) / std_D
     weight_HD, bias_H = ridge_map(x_nD, names_CH[labels_n])
@@ -105,17 +105,6 @@ def fit_probe(z_nD: Tensor, labels_n: Tensor, classes: int, seed: int, epochs: i
             optimizer.step()
             schedule.step()
     return probe
-
-
-@torch.inference_mode()
-def embed_names(names: Sequence[str], text_encoder: str | Path) -> Tensor:
-    """[C, H] unit vectors: the mean of each name's token states, as in sentence-transformers."""
-    tokenizer = AutoTokenizer.from_pretrained(text_encoder)
-    encoder = AutoModel.from_pretrained(text_encoder).eval()
-    batch = tokenizer(list(names), padding=True, return_tensors="pt")
-    mask = batch["attention_mask"][..., None]
-    states = encoder(**batch).last_hidden_state
-    return nnf.normalize((states * mask).sum(1) / mask.sum(1)).clone()
 
 
 def _cosine(a_nD: Tensor, b_mD: Tensor) -> Tensor:
