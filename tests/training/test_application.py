@@ -16,6 +16,7 @@ from unimoe.training.application import (
     ApplicationModule,
     load_weights,
     read_network,
+    split_of,
 )
 
 
@@ -121,3 +122,9 @@ def test_a_model_is_built_once_for_its_data(tmp_path):
 def test_numbers_are_at_least_1():
     with pytest.raises(UserError, match="must be at least 1, found 0 and 2"):
         Data(steps=0, batch_size=2, seed=0)
+
+
+def test_a_tenth_each_is_held_out_for_validation_and_test():
+    splits = [split_of(number) for number in range(1000)]
+    assert splits == [split_of(number) for number in range(1000)]
+    assert 70 < splits.count("val") < 130 and 70 < splits.count("test") < 130

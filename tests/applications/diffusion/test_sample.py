@@ -4,7 +4,7 @@ import torch
 
 from unimoe.applications.diffusion.dit import DiT, DiTConfig
 from unimoe.applications.diffusion.process import RectifiedFlow
-from unimoe.applications.diffusion.sample import check_output, draw, find_classes, sheet, write_samples
+from unimoe.applications.diffusion.sample import check_output, draw, find_classes, write_samples
 from unimoe.errors import UserError
 
 
@@ -18,13 +18,6 @@ def test_a_class_and_a_seed_make_an_image():
     assert one.shape == (2, 3, 8, 8) and one.equal(draw(model, RectifiedFlow(), label_B, steps=3))
     assert not torch.allclose(one, draw(model, RectifiedFlow(), label_B, steps=3, seed=1))
     assert not torch.allclose(one, draw(model, RectifiedFlow(), label_B.flip(0), steps=3))
-
-
-def test_a_sheet_has_a_row_for_each_class():
-    images = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 1.0, 5.0)])
-    page = sheet(images, columns=2, scale=1)
-    assert page.size == (24, 24)
-    assert page.getpixel((6, 6)) == (0, 0, 0) and page.getpixel((18, 6)) == (255, 255, 255)
 
 
 def test_samples_are_written_whole(tmp_path):

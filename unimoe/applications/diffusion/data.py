@@ -4,7 +4,6 @@ Shapes: B images, C channels, S side.
 """
 
 import unicodedata
-import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor
 from unimoe.errors import UserError
 from unimoe.prepare import default_part
 from unimoe.synthetic.sprites import Artist, open_artist
-from unimoe.training.application import ApplicationData
+from unimoe.training.application import HELD_OUT, ApplicationData, split_of
 
 from .text import embed_texts
 
@@ -34,8 +33,6 @@ CLASSES: dict[str, list[tuple[int, int]]] = {
     "clothes": [(0x1F451, 0x1F462), (0x1F9E2, 0x1F9E6), (0x1F97B, 0x1F97F)],
 }
 """Class of sprites -> ranges of code points, both ends included."""
-HELD_OUT = 5
-"""One of so many code points, by its hash, is held out: half of these for validation, half for the test."""
 
 
 class Batch(NamedTuple):
@@ -157,12 +154,6 @@ class DiffusionData(ApplicationData):
             self.classes = [str(label) for label in range(classes)]
             first = self.sets["train"].__getitems__([0]).images
             self.shape = (first.shape[1], first.shape[2])
-
-
-def split_of(number: int) -> str:
-    """Split of a code point or a file, always the same."""
-    place = zlib.crc32(str(number).encode()) % (2 * HELD_OUT)
-    return {0: "val", 1: "test"}.get(place, "train")
 
 
 def draw_sprites(artists: list[Artist], side: int) -> dict[str, LabelledImages]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimoe.applications.transformer import FFN, attend, grid_places
 from unimoe.errors import UserError
 from unimoe.moe import (
     ConditionRouter,
@@ -87,21 +88,6 @@ class DiTConfig:
         return MoEConfig.from_dict({"preset": self.design}).coefficients
 
 
-class FFN(nn.Module):
-    """Linear, GELU, linear. GELU is exact, as in the FFN experts; DiT's own has the tanh approximation."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.up_proj, self.act_fn, self.down_proj = (
-            nn.Linear(width, inner),
-            nn.GELU(),
-            nn.Linear(inner, width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
-
-
 def promoe_layer(width: int, inner: int, experts: int, k: int, index: int) -> MoELayer:
     """ProMoE's FFN: ``experts`` routed ones, an unconditional and a shared one. A token visits k (or the
     unconditional one) and the shared one, whose inner widths are ``inner`` together."""
@@ -156,10 +142,7 @@ class Block(nn.Module):
         return x_BND + gate2 * self.ffn(self.norm2(x_BND) * (1 + scale2) + shift2)
 
     def _attention(self, x_BND: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # [B, heads, N, d]
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attend(self.qkv(x_BND), self.heads))
 
 
 class DiT(nn.Module):
@@ -254,12 +237,3 @@ def frequencies(time_B: Tensor) -> Tensor:
     )
     angles = 1000 * time_B[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def grid_places(side: int, width: int) -> Tensor:
-    """[side^2, D] fixed positions: sines and cosines of the row in one half, of the column in the other."""
-    rates = 10_000 ** -(torch.arange(width // 4) / (width // 4))
-    angles = torch.arange(side)[:, None] * rates
-    one = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
-    rows, columns = one[:, None].expand(-1, side, -1), one[None].expand(side, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimoe.applications.pictures import sheet
 from unimoe.errors import UserError
 from unimoe.files import atomic_file
 from unimoe.training.application import load_weights, read_network
@@ -77,18 +78,6 @@ def find_classes(names: list[str], known: list[str]) -> list[int]:
         if name not in known:
             raise UserError(f"--class {name}: the model knows {', '.join(known)}")
     return [known.index(name) for name in names]
-
-
-def sheet(images: Tensor, columns: int, scale: int = 2) -> Image.Image:
-    """Images [B, 3, S, S] in -1..1 in rows of ``columns``, each pixel ``scale`` times as large."""
-    side = images.shape[-1] * scale
-    rows = -(-len(images) // columns)
-    page = Image.new("RGB", (columns * (side + 4), rows * (side + 4)), "white")
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    for place, image in enumerate(pixels):
-        drawn = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-        page.paste(drawn, (place % columns * (side + 4) + 2, place // columns * (side + 4) + 2))
-    return page
 
 
 def check_output(path: Path, channels: int) -> None:
