@@ -1,6 +1,9 @@
 // Products of few rows with weight matrices: what is read is the weights, once, so each of their rows is multiplied
 // with all rows of x while it is in a core's cache. A general product packs its operands first, which takes longer.
 //
+// A core reads several places of the memory at once faster than one: the six rows of w that are multiplied together lie
+// a sixth of all rows apart, so each is the next of its own stream.
+//
 // A dot product is summed in 16 lanes, whatever the instructions and however many rows there are: a row's result does
 // not depend on its neighbours.
 
@@ -30,10 +33,11 @@ struct Sixteen {
   typedef float V __attribute__((vector_size(64)));
 };
 
-// R rows of w with C rows of x, in R * C * 16 lanes that fit in the registers.
+// R rows of w, `gap` rows apart, with C rows of x, in R * C * 16 lanes that fit in the registers.
 template <class S, int R, int C>
 [[gnu::always_inline]] inline void tile(const float* w, int64_t width, const float* const* x, float* const* out,
-                                        int64_t row) {
+                                        int64_t row, int64_t gap) {
+  w += row * width;
   using V = typename S::V;
   constexpr int step = sizeof(V) / sizeof(float), parts = kLanes / step;
   V sums[R][C][parts] = {};
@@ -47,7 +51,7 @@ template <class S, int R, int C>
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         V weights;
-        std::memcpy(&weights, w + r * width + k + p * step, sizeof(V));
+        std::memcpy(&weights, w + r * gap * width + k + p * step, sizeof(V));
 #pragma GCC unroll 16
         for (int c = 0; c < C; ++c) sums[r][c][p] += weights * columns[c];
       }
@@ -59,33 +63,35 @@ template <class S, int R, int C>
       std::memcpy(lanes, sums[r][c], sizeof(lanes));
       lanes[0] = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
       float sum = (lanes[0][0] + lanes[0][2]) + (lanes[0][1] + lanes[0][3]);
-      for (int64_t i = k; i < width; ++i) sum += w[r * width + i] * x[c][i];
-      out[c][row + r] = sum;
+      for (int64_t i = k; i < width; ++i) sum += w[r * gap * width + i] * x[c][i];
+      out[c][row + r * gap] = sum;
     }
   }
 }
 
-template <class S, int R, int C>
-[[gnu::always_inline]] inline void strip(const float* w, int64_t rows, int64_t width, const float* const* x,
-                                         float* const* out, int64_t first) {
-  int64_t row = 0;
-  for (; row + R <= rows; row += R) tile<S, R, C>(w + row * width, width, x, out, first + row);
-  for (; row < rows; ++row) tile<S, 1, C>(w + row * width, width, x, out, first + row);
+// Six rows of w, from `row` on and `gap` rows apart, with all rows of x.
+template <class S>
+[[gnu::always_inline]] inline void strip(const float* w, int64_t width, const float* const* x, int64_t columns,
+                                         float* const* out, int64_t row, int64_t gap) {
+  for (int64_t c = 0; c < columns; c += 3) {
+    switch (columns - c) {
+      case 1: tile<S, 6, 1>(w, width, x + c, out + c, row, gap); break;
+      case 2:
+        for (int r = 0; r < 6; r += 3) tile<S, 3, 2>(w, width, x + c, out + c, row + r * gap, gap);
+        break;
+      default:
+        for (int r = 0; r < 6; r += 2) tile<S, 2, 3>(w, width, x + c, out + c, row + r * gap, gap);
+    }
+  }
 }
 
 template <class S>
 [[gnu::always_inline]] inline void products(const float* w, int64_t rows, int64_t width, const float* const* x,
                                             int64_t columns, float* const* out) {
-  for (int64_t first = 0; first < rows; first += 6) {
-    const int64_t some = std::min<int64_t>(6, rows - first);
-    const float* block = w + first * width;
-    for (int64_t c = 0; c < columns; c += 3) {
-      switch (columns - c) {
-        case 1: strip<S, 6, 1>(block, some, width, x + c, out + c, first); break;
-        case 2: strip<S, 3, 2>(block, some, width, x + c, out + c, first); break;
-        default: strip<S, 2, 3>(block, some, width, x + c, out + c, first);
-      }
-    }
+  const int64_t gap = rows / 6;
+  for (int64_t row = 0; row < gap; ++row) strip<S>(w, width, x, columns, out, row, gap);
+  for (int64_t row = 6 * gap; row < rows; ++row) {
+    for (int64_t c = 0; c < columns; ++c) tile<S, 1, 1>(w, width, x + c, out + c, row, 1);
   }
 }
 

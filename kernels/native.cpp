@@ -259,7 +259,7 @@ void ffn_backward(const Tensor& x, const Maybe& token, Bounds bounds, const std:
 
 // ---------------------------------------------------------------- few rows
 
-constexpr int64_t kBlock = 12;            // rows of a weight matrix that a thread takes at a time
+constexpr int64_t kBlock = 48;            // rows of a weight matrix that a thread takes at a time
 constexpr int64_t kColumns = 16;          // rows of x that are multiplied with them
 constexpr int64_t kWorthAThread = 131072; // weights: fewer are read sooner than a second thread wakes
 
