@@ -94,6 +94,7 @@ EXACT = {
     "router dense_to_sparse": {"router": {"kind": "dense_to_sparse"}, "experts": WHOLE},
     "router task": {"router": {"kind": "task"}, "experts": WHOLE},
     "router modality": {"router": {"kind": "modality"}, "experts": WHOLE},
+    "router uncertain": {"router": {"kind": "uncertain"}, "experts": WHOLE},
     "experts swiglu": {"experts": WHOLE},
     "experts spawn": {"experts": {**WHOLE, "kind": "spawn", "mask": 0.0}},
     "experts pool": {

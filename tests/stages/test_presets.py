@@ -19,6 +19,7 @@ SAME_PARTS = {"copies_top2", "deepseek_moe", "deepseek_moe_16b", "glm4", "mixtra
 OWN_CHOICES = {
     "cdsp": "each process draws when to hide the task",
     "evomoe": "each process draws its own noise",
+    "mofme": "each process draws its own dropout",
     "switch": "the capacity is that of a process's own tokens",
     "z_code_m3": "the capacity is that of a process's own tokens",
 }

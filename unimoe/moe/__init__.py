@@ -2,6 +2,7 @@
 
 from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.ffn import FFNExperts
+from unimoe.moe.experts.film import FiLMExperts, film_experts
 from unimoe.moe.experts.latent import LatentExperts
 from unimoe.moe.experts.linear import LinearExperts, linear_experts
 from unimoe.moe.experts.lora import LoRAExperts
@@ -33,6 +34,7 @@ from unimoe.moe.routers.sparse_mixer import sparse_mixer
 from unimoe.moe.routers.task import TaskRouter
 from unimoe.moe.routers.top_k import TopK
 from unimoe.moe.routers.top_p import TopP
+from unimoe.moe.routers.uncertain import UncertainRouter
 from unimoe.moe.upcycle.copy import copy_experts, from_dense
 from unimoe.moe.upcycle.importance import deal_units, importance_experts, measure_importance
 from unimoe.moe.upcycle.join_experts import join_experts
@@ -62,6 +64,7 @@ __all__ = [
     "Experts",
     "ExpertsChoose",
     "FFNExperts",
+    "FiLMExperts",
     "FixedExpertRouter",
     "HashRouter",
     "LatentExperts",
@@ -85,6 +88,7 @@ __all__ = [
     "TernaryExperts",
     "TopK",
     "TopP",
+    "UncertainRouter",
     "auxiliary_loss",
     "build_router",
     "combine_dense",
@@ -101,6 +105,7 @@ __all__ = [
     "entropy",
     "expert_load",
     "expert_load_by_modality",
+    "film_experts",
     "from_dense",
     "importance_experts",
     "install_moe",

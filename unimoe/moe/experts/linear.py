@@ -46,5 +46,9 @@ def linear_experts(mlps: Sequence[nn.Module], slices: int) -> LinearExperts:
         mlps: dense FFNs, of which only the number and the width count.
         slices: experts of each.
     """
-    width = next(module for module in mlps[0].modules() if isinstance(module, nn.Linear)).in_features
-    return LinearExperts(len(mlps) * slices, width)
+    return LinearExperts(len(mlps) * slices, width_of(mlps[0]))
+
+
+def width_of(mlp: nn.Module) -> int:
+    """D of an FFN of any form."""
+    return next(module for module in mlp.modules() if isinstance(module, nn.Linear)).in_features
