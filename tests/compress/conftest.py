@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from unimoe.moe.view import view
 from unimoe.testing import IMAGE, tiny_model
 from unimoe.testing_stock import STOCK
 
@@ -37,3 +38,15 @@ def families(tmp_path_factory) -> Any:
 def ids() -> torch.Tensor:
     """[2, 9] ids that are in every vocabulary and are no placeholder."""
     return torch.randint(1, 59, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def unequal(model):
+    """Another number of experts in each layer; as many in each group."""
+    layers = view(model)
+    if layers[0].groups > 1:
+        return [[0, 2, 3, 4, 5, 7]]
+    return [[1, *range(2, layer.num_experts - layer.index)] for layer in layers]

@@ -4,13 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unimoe.commands.main import main
 from unimoe.compress.export import export_compressed_tensors, packed_words
 from unimoe.compress.plan import Plan
 from unimoe.compress.store import compress
 from unimoe.errors import UserError
-from unimoe.model.llm import byte_tokenizer
-from unimoe.model.loading import load_any
 from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.packed_linear import PackedLinear
 from unimoe.testing_stock import STOCK
@@ -119,26 +116,6 @@ def test_a_pruned_model_says_how_many_experts_are_left(tmp_path):
     export_compressed_tensors(packed("mixtral", keep=[[0, 2], [1, 3]]), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_local_experts"] == 2 and config["num_experts_per_tok"] == 2
-
-
-def test_a_causal_lm_that_was_converted_gets_its_own_names_back(tmp_path):
-    tokenizer = byte_tokenizer()
-    for part in (STOCK["mixtral"](vocab_size=len(tokenizer)), tokenizer):
-        part.save_pretrained(tmp_path / "lm")
-    assert main(["convert", "llm", str(tmp_path / "lm"), str(tmp_path / "ours")]) == 0
-    model, processor = load_any(tmp_path / "ours", device="cpu")
-    compress(model, Plan(bits=4, linears=8, group=8))
-    model.save_pretrained(tmp_path / "small")
-    processor.save_pretrained(tmp_path / "small")
-    to = ["--format", "compressed-tensors"]
-    assert main(["compress", "export", str(tmp_path / "small"), str(tmp_path / "out"), *to]) == 0
-    wanted = load_file(tmp_path / "lm" / "model.safetensors")
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert {key.removesuffix("_packed") for key in found if not key.endswith(("_scale", "_shape"))} == set(
-        wanted
-    )
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == "mixtral" and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_our_own_layers_are_refused(families, tmp_path):

@@ -1,6 +1,8 @@
 import pytest
+import torch
 
 from unimoe.kernels import native
+from unimoe.kernels.packed import Stack, quantise_rtn
 
 
 @pytest.fixture(params=["python", "native"])
@@ -14,3 +16,16 @@ def loop(request, monkeypatch):
         if native.ops() is None:
             pytest.skip("UNIMOE_NATIVE is 0, or the library does not load")
     return request.param
+
+
+def stack_of(*weights, bits, group, nested=False, halves=1):
+    """A stack, filled with random bytes before it is filled."""
+    stack = Stack.empty(bits, *weights[0].shape, group, nested, halves)
+    stack.codes.random_(generator=torch.Generator().manual_seed(0))
+    for e, weight in enumerate(weights):
+        stack.fill(e, *quantise_rtn(weight, bits[e], group))
+    return stack
+
+
+def error(found, expected):
+    return (found - expected).abs().max() / expected.abs().max()

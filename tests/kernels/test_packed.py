@@ -6,6 +6,8 @@ from unimoe.kernels import native, packed
 from unimoe.kernels.packed import Stack, quantise_rtn
 from unimoe.kernels.swiglu import swiglu_experts_reference
 
+from .conftest import error, stack_of
+
 TOLERANCE = 1e-5
 """Of the largest value. Integer sums are exact; the sum over groups is in float32."""
 LEVELS = [(bits, nested, 0) for bits in packed.BITS for nested in (False, True)]
@@ -25,19 +27,6 @@ def form(request, built):
     with torch.inference_mode():
         yield request.param
     torch.ops.unimoe.packed_use(forms[0])
-
-
-def stack_of(*weights, bits, group, nested=False, halves=1):
-    """A stack, filled with random bytes before it is filled."""
-    stack = Stack.empty(bits, *weights[0].shape, group, nested, halves)
-    stack.codes.random_(generator=torch.Generator().manual_seed(0))
-    for e, weight in enumerate(weights):
-        stack.fill(e, *quantise_rtn(weight, bits[e], group))
-    return stack
-
-
-def error(found, expected):
-    return (found - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize("bits, nested", [(bits, nested) for bits in packed.BITS for nested in (False, True)])
@@ -157,38 +146,6 @@ def test_error_of_activations_of_8_bits():
     stack, x = stack_of(torch.randn(64, 256), bits=[4], group=64), torch.randn(8, 256)
     exact = x @ stack.dequantise(0).t()
     assert 1e-3 < error(packed.linear_reference(x, stack, 0), exact) < 2e-2
-
-
-@pytest.mark.parametrize(
-    "bits, nested, level", [(1, False, 0), (3, False, 0), (4, True, 2), (4, False, 0), (8, False, 0)]
-)
-def test_without_the_operators_torch_multiplies_in_bfloat16(bits, nested, level, monkeypatch):
-    monkeypatch.setattr(native, "ops", lambda: None)
-    stack, bias = stack_of(torch.randn(33, 128), bits=[bits], group=64, nested=nested), torch.randn(33)
-    x = torch.randn(1, 5, 128)
-    exact = x @ stack.dequantise(0, level).t() + bias
-    found, again = packed.linear(x, stack, bias, level), packed.linear(x, stack, bias, level)
-    assert torch.equal(found, again) and 1e-4 < error(found, exact) < 1e-2
-    many = packed.linear(x.repeat(1, 4, 1), stack, bias, level)  # unpacked
-    assert error(many[:, :5], exact) < TOLERANCE
-
-
-@pytest.mark.parametrize("group", [32, 8])
-def test_experts_without_the_operators(group, monkeypatch):
-    monkeypatch.setattr(native, "ops", lambda: None)
-    H, I, bits = 64, 32, [4, 8]  # noqa: E741
-    gate_up = stack_of(*torch.randn(2, 2 * I, H) * 0.2, bits=bits, group=group, halves=2)
-    down = stack_of(*torch.randn(2, H, I) * 0.2, bits=bits, group=group)
-    pairs = (
-        torch.randn(3, H),
-        torch.tensor([0, 2, 1, 2]),
-        torch.tensor([0, 2, 4]),
-        torch.rand(4),
-        gate_up,
-        down,
-    )
-    found = packed.fused_experts(*pairs, torch.tensor(bits, dtype=torch.uint8))
-    assert error(found, packed.experts_reference(*pairs)) < 3e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,21 +5,13 @@ import os
 import pytest
 import torch
 
+from .conftest import error, stack_of
+
+pytest.importorskip("triton")
+
 from unimoe.kernels import packed, triton_packed
-from unimoe.kernels.packed import Stack, quantise_rtn
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py")
-
-
-def stack_of(*weights, bits, group, nested=False, halves=1):
-    stack = Stack.empty(bits, *weights[0].shape, group, nested, halves)
-    for e, weight in enumerate(weights):
-        stack.fill(e, *quantise_rtn(weight, bits[e], group))
-    return stack
-
-
-def error(found, expected):
-    return (found - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize(
