@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unimoe.applications.tables import Column, join, read_columns
 from unimoe.errors import UserError
 from unimoe.prepare import default_part
 from unimoe.training.application import ApplicationData
-
-from .tables import Column, join, read_columns
 
 FeatureKind = Literal["id", "list", "number"]
 BUCKETS = 16

@@ -1,6 +1,6 @@
 import pytest
 
-from unimoe.applications.recommendation.tables import join, read_columns
+from unimoe.applications.tables import join, read_columns
 from unimoe.errors import UserError
 
 
