@@ -116,6 +116,8 @@ def configuration() -> str:
     from unimoe.applications.diffusion.module import DiffusionConfig
     from unimoe.applications.recommendation.data import RecommendationData
     from unimoe.applications.recommendation.module import RecommendationConfig
+    from unimoe.applications.saliency.data import SaliencyData
+    from unimoe.applications.saliency.module import SaliencyConfig
     from unimoe.compare.config import CompareConfig
     from unimoe.continual.run import RunConfig
     from unimoe.continual.strategies import strategies
@@ -149,6 +151,8 @@ def configuration() -> str:
         ("Data of a diffusion model", "", DiffusionData, "data"),
         ("Recommendation", "For `system: recommendation`.", RecommendationConfig, "model"),
         ("Data of a recommendation", "", RecommendationData, "data"),
+        ("Saliency", "For `system: saliency`.", SaliencyConfig, "model"),
+        ("Data of a saliency model", "", SaliencyData, "data"),
     ):
         lines += ["", f"### {title}", "", *([about] if about else []), *_table(rows_of(made_of, prefix))]
     lines += ["", "### Fields of `model.detector`", *_table(_own_rows(DynamicDinoConfig))]

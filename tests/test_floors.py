@@ -39,7 +39,9 @@ FLOORS = {
     "unimoe.detection": 7,
     "unimoe.continual": 7,
     "unimoe.applications": 7,
-    "unimoe.synthetic.sprites": 4,  # artists' emoji, which an application draws too
+    "unimoe.synthetic.sprites": 4,  # what applications draw and compose too
+    "unimoe.synthetic.concepts": 4,
+    "unimoe.synthetic.detection_scenes": 4,
 }
 TOP = 8
 NEIGHBOURS = {"unimoe.stages", "unimoe.detection", "unimoe.continual"}  # they do not import one another

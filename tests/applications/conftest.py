@@ -1,4 +1,4 @@
-"""What the tests of the applications share: small runs of both, their command lines and their scores."""
+"""What the tests of the applications share: a small run of each, their command lines and their scores."""
 
 import json
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 
 @pytest.fixture
@@ -47,6 +48,32 @@ def feedback(tmp_path) -> dict:
             "steps": 4,
             "batch_size": 64,
         },
+        "trainer": {"accelerator": "cpu"},
+    }
+
+
+@pytest.fixture
+def squares(tmp_path) -> dict:
+    """Settings of PSOD on images of one or two squares, each of which may be the salient one."""
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for place in range(60):
+        folder = tmp_path / f"masks/{place}"
+        folder.mkdir(parents=True)
+        image = np.zeros((16, 16, 3), dtype=np.uint8)
+        for number in range(1 + place % 2):
+            row, column = random.integers(1, 5, size=2) + 6 * number
+            mask = np.zeros((16, 16), dtype=np.uint8)
+            mask[row : row + 5, column : column + 5] = 255
+            image[mask > 0] = random.integers(100, 255, size=3)
+            Image.fromarray(mask).save(folder / f"{number}.png")
+        Image.fromarray(image).save(tmp_path / f"images/{place}.png")
+    network = {"design": "psod", "width": 16, "depth": 2, "heads": 2}
+    return {
+        "system": "saliency",
+        "output": str(tmp_path / "run"),
+        "model": {"network": network, "lr": 0.001},
+        "data": {"train": str(tmp_path), "side": 16, "steps": 4, "batch_size": 16},
         "trainer": {"accelerator": "cpu"},
     }
 

@@ -77,6 +77,20 @@ APPLICATIONS = {
         parts=["sprites", "artist", "image"],
         minutes=20.0,
     ),
+    "saliency": Application(
+        purpose="Sets of salient objects: PSOD's task experts beside a router and a dense model.",
+        variants={
+            "psod": ["--model.network.design", "psod"],
+            "switch": ["--model.network.design", "switch"],
+            "dense": ["--model.network.design", "dense"],
+        },
+        score="f1",
+        higher=True,
+        rivals=["dense", "switch"],
+        beside=["quality_correlation", "precision", "recall", "mae", "f_beta", "preference_of_best"],
+        parts=["sprites", "photos"],
+        minutes=4.0,
+    ),
 }
 
 

@@ -27,6 +27,7 @@ from unimoe.moe.routers.dense_to_sparse import DenseToSparse
 from unimoe.moe.routers.experts_choose import ExpertsChoose
 from unimoe.moe.routers.fixed import FixedExpertRouter
 from unimoe.moe.routers.hash import HashRouter
+from unimoe.moe.routers.label import LabelRouter
 from unimoe.moe.routers.modality import ModalityRouter
 from unimoe.moe.routers.prototype import PrototypeRouter
 from unimoe.moe.routers.recurrent import RecurrentRouter
@@ -67,6 +68,7 @@ __all__ = [
     "FiLMExperts",
     "FixedExpertRouter",
     "HashRouter",
+    "LabelRouter",
     "LatentExperts",
     "LayerRecord",
     "LinearExperts",

@@ -1,0 +1,1 @@
+"""Sets of plausible salient objects with scores of preference: PSOD beside a dense model."""

@@ -1,0 +1,32 @@
+"""The expert of each sample's label.
+
+Shapes: T tokens, E experts, K = 1 expert per token.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from unimoe.moe.records import Context
+from unimoe.moe.routing import Routing
+
+from .base import Router, RouterDescription
+
+
+class LabelRouter(Router):
+    """Sends each token to the expert whose number is its sample's label (Context.label_B), with weight 1: an
+    expert for each task, as in PSOD (arXiv 2409.02368)."""
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
+        if ctx.label_B is None or ctx.sample_T is None:
+            raise ValueError("LabelRouter needs label_B and sample_T in the routing context")
+        label_T = ctx.label_B[ctx.sample_T]
+        probs_TE = F.one_hot(label_T, self.num_experts).float()
+        weight_T1 = x_TD.new_ones(len(x_TD), 1)
+        return Routing.from_topk(label_T[:, None], weight_T1, probs_TE.log(), probs_TE, self.num_experts)
+
+    def describe(self) -> RouterDescription:
+        return RouterDescription(self.num_experts, 1, fixed=True)
