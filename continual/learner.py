@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from unimoe.data import Collator, FeatureCache, Sample
+from unimoe.data import Collator, FeatureCache, HostFeatures, Sample
 from unimoe.encoders import Encoder
 from unimoe.errors import UserError
 from unimoe.model.host import find_decoder
@@ -78,8 +78,10 @@ class Learner:
         self.recomputes = False
         self.divided = False
         """Whether the base is sharded over processes, which must then run it together."""
-        self.features: FeatureCache | None = None
-        if features is not None and not is_stock(model) and len(model.model.encoders):
+        self.features: FeatureCache | HostFeatures | None = None
+        if features is not None and is_stock(model):
+            self.features = HostFeatures(features, model, processor)  # type: ignore[arg-type]
+        elif features is not None and len(model.model.encoders):
             towers: dict[str, Encoder] = dict(model.model.encoders.items())  # type: ignore[arg-type]
             self.features = FeatureCache(features, processor, towers)
         self.collator = Collator(processor, max_length, self.features)

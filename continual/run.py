@@ -33,10 +33,10 @@ from unimoe.continual.strategies import Strategy
 from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
 from unimoe.model.build import build_model
+from unimoe.model.host_loss import is_stock
 from unimoe.model.loading import load_any
 from unimoe.prepare.cache import resolve_part
 from unimoe.training.progress import clock
-from unimoe.training.ranks import shard_across_ranks
 from unimoe.training.resume import remove
 from unimoe.training.sharding import mixed_precision_policy
 
@@ -70,7 +70,8 @@ class ModelConfig:
     max_length: int | None = None
     """Maximum sample length in tokens."""
     features: str | None = None
-    """Folder of the frozen encoders' cached outputs (default: ``features`` beside the run's folder)."""
+    """Folder of the frozen encoders' cached outputs (default: ``features`` beside the run's folder; with
+    a model of transformers, nothing is cached by default)."""
 
 
 @dataclass
@@ -153,12 +154,13 @@ class Run:
         self.fabric.barrier()  # no process writes before all have read what is there
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            learner = self._learner()
+            learner = build_learner(self.config.model, self.config.adapters, self.output.parent / "features")
             self._note(weights_fingerprint(learner.model.state_dict()))
             if self.config.training.processes > 1 and self.config.training.strategy == "fsdp2":
                 mesh = init_device_mesh(self.fabric.device.type, (self.fabric.world_size,))
                 learner.divide(mesh, mixed_precision_policy(self.config.training.precision))
             nn.Module.to(learner.model, self.fabric.device)
+            self._fill(learner)
             self.strategy.attach(learner)
         trained = [(self._folder(index) / "state.pt").is_file() for index in range(len(self.tasks))]
         done = [*trained, False].index(False)
@@ -292,14 +294,12 @@ class Run:
         log.info("%s: done in %s; %s", self.output, clock(spent), _line(result["metrics"]))
         return result
 
-    def _learner(self) -> Learner:
-        features = self.config.model.features or self.output.parent / "features"
-        learner = build_learner(self.config.model, self.config.adapters, features)
+    def _fill(self, learner: Learner) -> None:
+        """Encode the media of all tasks, if the learner has a cache."""
         if learner.features is not None:
-            learner.features.fill(shard_across_ranks(list(self.stream.samples())))
+            learner.features.fill(self.stream.samples(), self.fabric.global_rank, self.fabric.world_size)
             self.fabric.barrier()
             learner.features.refresh()
-        return learner
 
     def _all_at_once(self) -> Experience:
         """The samples of all tasks as one experience, each repeated as often as in its own task's steps."""
@@ -389,8 +389,13 @@ def base_model(model: ModelConfig) -> tuple[str, bool]:
     return str(path.resolve()) if path.is_dir() else str(name), model.init_from is not None
 
 
-def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | Path | None) -> Learner:
+def build_learner(model: ModelConfig, adapters: AdapterConfig, features: Path | None) -> Learner:
     """The base, with its projections wrapped for adapters.
+
+    Args:
+        model: which base.
+        adapters: their size and place.
+        features: default folder of cached outputs of encoders; None caches nothing.
 
     Raises:
         UserError: unless exactly one of ``init_from`` and ``llm`` is given, or for a model that cannot be
@@ -403,7 +408,9 @@ def build_learner(model: ModelConfig, adapters: AdapterConfig, features: str | P
     else:
         assert model.llm is not None
         built = build_model(model.llm, model.modalities, None, model.chat_template)
-    return Learner(*built, adapters, features, model.max_length)
+    default = None if is_stock(built[0]) else features
+    folder = None if features is None else model.features or default
+    return Learner(*built, adapters, folder, model.max_length)
 
 
 def check_base(run: str | Path, noted: str, base: str) -> None:

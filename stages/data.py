@@ -17,7 +17,6 @@ from unimoe.data.collate import Overflow
 from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.stream import SampleStream
 from unimoe.errors import UserError
-from unimoe.model.host_processor import HostProcessor
 from unimoe.training.loader import ResumableLoader, StepSampler
 from unimoe.training.ranks import data_parallel_rank, data_parallel_size
 
@@ -161,11 +160,6 @@ class StageData(LightningDataModule):
             trainer: Any = self.trainer
             module = trainer.lightning_module
             features = None
-            if isinstance(module.processor, HostProcessor) and self.config.cache_features:
-                found = type(module.model).__name__
-                raise UserError(
-                    f"data.cache_features: {found} has inputs that cannot be cached; leave it out"
-                )
             if self.config.cache_features:
                 folder = self.config.cache_features
                 if not isinstance(folder, str):

@@ -6,32 +6,36 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as nnf
 
-from unimoe.data import Collator, FeatureCache, Sample
+from unimoe.data import Collator, FeatureCache, HostFeatures, Sample
 from unimoe.encoders import Encoder
 from unimoe.model.configuration import MEDIA_INPUTS
+from unimoe.model.host_loss import is_stock
 from unimoe.model.inputs import EncodedMedia
 from unimoe.model.modeling import UniMoeForConditionalGeneration
-from unimoe.model.processing import UniMoeProcessor
 
 
 def fill_cache(
-    model: UniMoeForConditionalGeneration,
-    processor: UniMoeProcessor,
-    folder: str | Path,
-    samples: list[Sample],
-    trainer: Any,
-) -> FeatureCache:
-    """Cache the frozen encoders' features of all media of ``samples`` in ``folder``.
+    model: Any, processor: Any, folder: str | Path, samples: list[Sample], trainer: Any
+) -> FeatureCache | HostFeatures:
+    """Cache the outputs of the frozen encoders for all media of ``samples`` in ``folder``.
 
     Every process of the ``trainer`` encodes its share.
+
+    Raises:
+        UserError: a sample that cannot be encoded, or a model of transformers whose features cannot be
+            cached.
     """
-    towers = {
-        kind: cast(Encoder, tower)
-        for kind, tower in model.model.encoders.items()
-        if not any(p.requires_grad for p in tower.parameters())
-    }
-    cache = FeatureCache(Path(folder).resolve(), processor, towers)
-    cache.fill(samples[trainer.global_rank :: trainer.world_size])
+    folder = Path(folder).resolve()
+    if is_stock(model):
+        cache: FeatureCache | HostFeatures = HostFeatures(folder, model, processor)
+    else:
+        frozen = {
+            kind: cast(Encoder, tower)
+            for kind, tower in model.model.encoders.items()
+            if not any(p.requires_grad for p in tower.parameters())
+        }
+        cache = FeatureCache(folder, processor, frozen)
+    cache.fill(samples, trainer.global_rank, trainer.world_size)
     trainer.strategy.barrier("features")
     cache.refresh()
     return cache

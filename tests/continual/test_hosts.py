@@ -1,6 +1,7 @@
 """Continual learning on a stock multimodal model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,6 +58,19 @@ def test_dymoe_keeps_old_banks_and_peft_loads_the_new_one(hosted, command, tmp_p
         plain = loaded(**batch).logits
     with torch.no_grad():
         assert (loaded(**batch).logits - plain).abs().max() > 1e-4
+
+
+def test_a_run_with_cached_features_is_the_same(hosted, command, tmp_path):
+    found = {}
+    for features in (None, str(tmp_path / "features")):
+        hosted["model"]["features"] = features
+        assert main(command(hosted, "run", "--strategy", "lora")) == 0
+        found[features] = state(tmp_path / "run" / "02-twice")
+        shutil.rmtree(tmp_path / "run")
+    plain, cached = found.values()
+    assert len(list((tmp_path / "features").iterdir())) == 1
+    for name, one in plain.items():
+        torch.testing.assert_close(cached[name], one, rtol=0, atol=1e-5)
 
 
 def base_of(model):

@@ -7,6 +7,7 @@ from unimoe.media.video import load_video
 
 from .collate import Collator
 from .feature_cache import FeatureCache
+from .host_features import HostFeatures
 from .read import read_samples
 from .records import parse_record
 from .sample import Message, Sample
@@ -16,6 +17,7 @@ from .write import write_samples
 __all__ = [
     "Collator",
     "FeatureCache",
+    "HostFeatures",
     "Message",
     "ModalityBatchSampler",
     "Part",

@@ -23,6 +23,7 @@ from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.rope_3d import Span, image_span
 
 from .feature_cache import FeatureCache
+from .host_features import HostFeatures
 from .sample import Message, Sample
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class Collator:
     modalities present ``pixel_values`` [M, 3, H, W], ``video_pixels`` [M, frames, 3, H, W] and
     ``video_frames`` [M], ``speech_features`` [M, mel bins, frames] and ``speech_frames`` [M], and the same of
     ``audio``. Media of the modalities in ``features`` come as ``encoded_media`` instead, modality ->
-    (features [M, S, D], lengths [M] or None), read from the cache without being decoded.
+    (features [M, S, D], lengths [M] or None), read from the cache without being decoded. Models of
+    transformers get what :meth:`HostFeatures.take` makes of them.
 
     ``labels`` equal ``input_ids`` on assistant text and its end-of-turn token, and are -100 everywhere else.
     """
@@ -51,7 +53,7 @@ class Collator:
         self,
         processor: UniMoeProcessor,
         max_length: int | None = None,
-        features: FeatureCache | None = None,
+        features: FeatureCache | HostFeatures | None = None,
         overflow: Overflow = "error",
     ) -> None:
         """
@@ -72,7 +74,7 @@ class Collator:
         self._dropped: set[str] = set()
         self._media_ids = processor.media_ids
         self._cached: dict[str, _CachedFeatures] = {}
-        if features is not None:
+        if isinstance(features, FeatureCache):
             if processor.rope_rate and "video" in features.modalities:
                 needed = "which this model's positions (rope_sections) need"
                 raise UserError(
@@ -161,13 +163,18 @@ class Collator:
                 yield chosen, self._pad([rows[index] for index in chosen], "left")
 
     def _prompts(self, samples: Sequence[Sample]) -> list[EncodedConversation]:
-        return [self.processor.encode(self._messages(sample), True, sample.source) for sample in samples]
+        return [self._encode_one(sample, True) for sample in samples]
+
+    def _encode_one(self, sample: Sample, prompt: bool) -> EncodedConversation:
+        """A sample's inputs, with cached features in place of media if there is a cache."""
+        row = self.processor.encode(self._messages(sample), prompt, sample.source)
+        return self.features.replace(row, sample.source) if isinstance(self.features, HostFeatures) else row
 
     def _encode(self, samples: Sequence[Sample]) -> list[Row]:
         """Inputs and labels of each sample."""
         rows: list[Row] = []
         for sample in samples:
-            one = self.processor.encode(self._messages(sample), where=sample.source)
+            one = self._encode_one(sample, False)
             mask = one["assistant_mask"]
             if not self._fit(one, mask, sample):
                 continue
@@ -217,6 +224,8 @@ class Collator:
     def _pad(self, rows: Sequence[EncodedConversation], side: str) -> dict[str, Any]:
         batch = dict(self.processor.pad(rows, side))
         present = [modality for modality, stored in self._cached.items() if stored.outputs[0] in batch]
+        if isinstance(self.features, HostFeatures):
+            self.features.take(batch)
         if present:
             batch["encoded_media"] = {modality: self._cached[modality].take(batch) for modality in present}
         return batch
@@ -242,8 +251,8 @@ class Collator:
         return True
 
     def _messages(self, sample: Sample) -> list[Message]:
-        """The messages, with cached features in place of media if there is a cache."""
-        if self.features is None:
+        """The messages, with cached features in place of media if there is a cache of them."""
+        if not isinstance(self.features, FeatureCache):
             return sample.messages
         cache = self.features
 

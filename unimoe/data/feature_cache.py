@@ -15,7 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,24 @@ class FeatureCache(FeatureStore):
                 self._keys[stamp] = key
         return key
 
-    def fill(self, samples: Iterable[Sample], batch_size: int = 16, shard_size: int = 256) -> int:
+    def fill(
+        self,
+        samples: Iterable[Sample],
+        rank: int = 0,
+        ranks: int = 1,
+        batch_size: int = 16,
+        shard_size: int = 256,
+    ) -> int:
         """Encode all distinct media of ``samples`` that are not stored yet.
 
         A shard is written after each ``shard_size`` media; an interrupted call resumes after the last one.
+
+        Args:
+            samples: of all processes.
+            rank: of this process, which encodes every ``ranks``-th sample.
+            ranks: number of processes.
+            batch_size: media of a batch.
+            shard_size: media of a shard.
 
         Returns:
             How many were encoded.
@@ -163,7 +177,7 @@ class FeatureCache(FeatureStore):
         """
         waiting: dict[str, tuple[Part, str]] = {}
         seen: set[tuple[str, str]] = set()
-        for sample in samples:
+        for sample in islice(samples, rank, None, ranks):
             for part in sample.media():
                 place = (part["type"], str(part.get("path")))
                 if part["type"] not in self.modalities or place in seen:

@@ -72,32 +72,39 @@ def logits_to_keep(model: nn.Module, kept: int | Tensor = 1) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """[B, T, H] embeddings that the decoder receives for a batch without labels, media inserted. The decoder
-    itself does not run.
-
-    Raises:
-        UserError: the model gives its decoder something else.
-    """
+def decoder_call(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, by name, that the decoder receives for a batch without labels. It does not run."""
 
     def stop(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _Received(kwargs.get("inputs_embeds"))
+        raise _Received(kwargs)
 
     hook = find_decoder(model).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**batch, use_cache=False)
     except _Received as received:
-        if received.embeds_BTH is not None:
-            return received.embeds_BTH
+        return received.arguments
     finally:
         hook.remove()
-    raise UserError(f"{type(model).__name__} gives its decoder no embeddings, in which media could be found")
+    return {}
 
 
 class _Received(Exception):
-    def __init__(self, embeds_BTH: Tensor | None):
+    def __init__(self, arguments: dict[str, Any]):
         super().__init__()
-        self.embeds_BTH = embeds_BTH
+        self.arguments = arguments
+
+
+def decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """[B, T, H] embeddings that the decoder receives for a batch without labels, media inserted.
+
+    Raises:
+        UserError: the model gives its decoder something else.
+    """
+    embeds_BTH = decoder_call(model, batch).get("inputs_embeds")
+    if embeds_BTH is None:
+        name = type(model).__name__
+        raise UserError(f"{name} gives its decoder no embeddings, in which media could be found")
+    return embeds_BTH
 
 
 def token_ids(config: Any) -> dict[str, int]:

@@ -1,0 +1,145 @@
+"""Cached features of models of transformers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from unimoe.data import Collator, HostFeatures, Sample
+from unimoe.errors import UserError
+from unimoe.model.host_loss import answer_loss
+from unimoe.model.host_processor import HostProcessor
+from unimoe.model.utils import to_device
+from unimoe.testing_hosts import FAMILIES, question
+
+SEPARABLE = [name for name in FAMILIES if name != "qwen2_audio"]
+
+
+def hosted(name):
+    model, processor = FAMILIES[name][0]()
+    return model.requires_grad_(False), HostProcessor(processor)
+
+
+def samples(name):
+    """Text, one item of each modality, two of the first, and another one."""
+    kinds = FAMILIES[name][1]
+    said = {"role": "assistant", "content": [{"type": "text", "text": "a fox"}]}
+    asked = [*((kind,) for kind in kinds), (kinds[0], kinds[0])]
+    if name != "paligemma":  # its processor insists on an image
+        asked.append(())
+    other = question(kinds[0], kinds[0])
+    other[0]["content"].pop(0)
+    return [Sample([*turn, said], "a") for turn in [*(question(*one) for one in asked), other]]
+
+
+def losses(model, collator, rows):
+    return torch.stack([answer_loss(model, [batch])[0] for batch in (collator(rows), collator(rows[:1]))])
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_losses_are_those_without_a_cache(name, tmp_path):
+    model, processor = hosted(name)
+    rows = samples(name)
+    plain = losses(model, Collator(processor), rows)
+    cache = HostFeatures(tmp_path, model, processor)
+    assert cache.fill(rows) == len(FAMILIES[name][1]) - ("audio" in FAMILIES[name][1]) + 2
+    collator = pickle.loads(pickle.dumps(Collator(processor, features=cache)))
+    batch = collator(rows)
+    assert not {"pixel_values", "pixel_values_videos"} & batch.keys()
+    torch.testing.assert_close(losses(model, collator, rows), plain, rtol=0, atol=1e-6)
+    assert torch.equal(losses(model, Collator(processor), rows), plain)  # pixels still work
+
+
+def test_packed_rows_and_answers_are_those_without_a_cache(tmp_path):
+    model, processor = hosted("qwen2_5_vl")
+    rows = samples("qwen2_5_vl")
+    cache = HostFeatures(tmp_path, model, processor)
+    cache.fill(rows)
+    plain, cached = (Collator(processor, features=one) for one in (None, cache))
+    found = [answer_loss(model, one.packed(rows, 4096))[0] for one in (plain, cached)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+    prompts = [to_device(one.prompts(rows[:2]), model.device) for one in (plain, cached)]
+    said = [model.generate(**batch, max_new_tokens=4, do_sample=False) for batch in prompts]
+    assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "internvl"])
+def test_a_connector_may_train(name, tmp_path):
+    found = []
+    for cached in (False, True):
+        model, processor = hosted(name)
+        connector = model.model.connector if name == "idefics3" else model.model.multi_modal_projector
+        connector.requires_grad_(True)
+        cache = HostFeatures(tmp_path, model, processor) if cached else None
+        if cache is not None:
+            cache.fill(samples(name))
+        batch = Collator(processor, features=cache)(samples(name))
+        step = torch.optim.SGD(connector.parameters(), lr=1e-2)
+        for _ in range(2):
+            step.zero_grad()
+            loss = answer_loss(model, [batch])[0]
+            loss.backward()
+            step.step()
+        found.append((loss.detach(), *(p.grad for p in connector.parameters())))
+    assert found[0][1].abs().max() > 0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kept_cache_is_used_again_until_tower_or_processor_change(tmp_path):
+    model, processor = hosted("llava")
+    rows = samples("llava")
+    assert HostFeatures(tmp_path, model, processor).fill(rows) == 3
+    again, _ = hosted("llava")
+    again.get_decoder().layers[0].mlp.up_proj.weight.add_(1)
+    assert HostFeatures(tmp_path, again, processor).fill(rows) == 0
+
+    changed, _ = hosted("llava")
+    changed.model.vision_tower.encoder.layers[0].mlp.fc1.weight.add_(1)
+    cache = HostFeatures(tmp_path, changed, processor)
+    with pytest.raises(UserError, match="a: its image is not in the feature cache"):
+        Collator(processor, features=cache)(rows)
+    assert cache.fill(rows) == 3
+
+    other = copy.deepcopy(processor)
+    other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    cache = HostFeatures(tmp_path, model, other)
+    with pytest.raises(UserError, match="is not in the feature cache"):
+        Collator(other, features=cache)(rows)
+    assert cache.fill(rows) == 3
+
+
+def test_processes_share_the_work(tmp_path):
+    model, processor = hosted("internvl")
+    rows = samples("internvl")
+    first, second = (HostFeatures(tmp_path, model, processor) for _ in range(2))
+    assert (first.fill(rows, 0, 2), second.fill(rows, 1, 2)) == (2, 2)
+    first.refresh()
+    assert first.fill(rows) == 0
+
+
+def test_what_cannot_be_cached_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="Qwen2AudioFor.* takes no outputs of towers .*leave it out"):
+        HostFeatures(tmp_path, *hosted("qwen2_audio"))
+    model, processor = hosted("qwen2_5_vl")
+    model.model.visual.merger.requires_grad_(True)
+    with pytest.raises(UserError, match="model.visual.merger.* trains, whose outputs change"):
+        HostFeatures(tmp_path, model, processor)
+    model, processor = hosted("llava")
+    cache, decoder = HostFeatures(tmp_path, model, processor), model.model.language_model
+    own = model.model.get_image_features
+
+    def also_elsewhere(*given, **named):
+        decoder.tilt = 1.0
+        return own(*given, **named)
+
+    plain = type(decoder).__call__
+    monkeypatch.setattr(model.model, "get_image_features", also_elsewhere)
+    monkeypatch.setattr(
+        type(decoder),
+        "__call__",
+        lambda self, **named: plain(self, **named, shift=torch.tensor(self.__dict__.pop("tilt", 0.0))),
+    )
+    with pytest.raises(UserError, match="with cached features its decoder receives other shift"):
+        cache.fill(samples("llava"))

@@ -1,0 +1,321 @@
+"""Outputs of the frozen towers of a model of transformers, computed once and kept on disk.
+
+    fill:   sample -> the model's processor -> pixel_values -> get_image_features -> a shard {"key.n": tensor}
+    train:  sample -> the model's processor -> pixel_values -> key -> mm_encoder_outputs in their place
+
+transformers' models take outputs of their towers as ``mm_encoder_outputs``. That nothing else of an image or
+a video reaches the decoder is not assumed: some samples go through the model both ways. Where a connector
+trains, the tower's features are kept as they enter it.
+
+Shapes: N media tokens, D their width; M images, S positions of each, H hidden.
+"""
+
+import inspect
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from unimoe.errors import UserError, first_line
+from unimoe.files import fingerprint
+from unimoe.model.host import decoder_call, find_decoder, towers
+from unimoe.model.host_processor import HostProcessor
+from unimoe.model.inputs import EncodedConversation, EncoderInputs
+
+from .feature_cache import FeatureStore
+from .sample import Sample
+
+logger = logging.getLogger(__name__)
+
+MODALITIES = ("image", "video")
+"""Those of which ``mm_encoder_outputs`` holds outputs; sound is encoded each time."""
+
+OF_NO_TOWER = (
+    *("text_config", "quantization_config", "architectures", "dtype", "transformers_version"),
+    "_name_or_path",
+)
+"""Entries of a model's configuration on which features do not depend."""
+
+
+@dataclass
+class TowerOutput(ModelOutput):
+    """What a model reads of its tower's output."""
+
+    pooler_output: Any = None
+    deepstack_features: Any = None
+
+
+class HostFeatures(FeatureStore):
+    """Features of all images and videos that a model's frozen towers have seen.
+
+    A key is the hash of what the processor made of a sample's images (or videos), of the weights and the
+    configuration of all that lies in front of the decoder, and of the storage dtype. So no entry is ever
+    stale, and one folder serves all data sets and models. Media are still decoded: the processor places
+    tokens by their sizes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: PreTrainedModel,
+        processor: HostProcessor,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """From now on, ``model`` takes the batches that :meth:`take` makes, as well as those with pixels.
+
+        Raises:
+            UserError: the model takes no outputs of towers, or more than one connector of it trains.
+        """
+        super().__init__(folder, dtype)
+        self.model, self.processor = model, processor
+        self.refused = f"data.cache_features: {type(model).__name__}"
+        if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+            raise UserError(f"{self.refused} takes no outputs of towers (mm_encoder_outputs); leave it out")
+        self.arguments = {
+            modality: list(inspect.signature(method).parameters)
+            for modality in MODALITIES
+            if (method := self._method(modality)) is not None
+        }
+        """Of ``get_image_features`` and ``get_video_features``; the first are the pixels."""
+        self.connector = self._connector()
+        self._lists: dict[str, bool] = {}
+        """Whether the features of a modality are a list of tensors, as the model takes them."""
+        self._context = self._fingerprint(dtype)
+        model.register_forward_pre_hook(self._give, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "model": None, "connector": None}  # loader workers only read
+
+    # ---------------------------------------------------------------- which model
+
+    def _method(self, modality: str) -> Any:
+        return getattr(self.model.base_model, f"get_{modality}_features", None)
+
+    def _front(self) -> dict[str, Tensor]:
+        """All weights and buffers outside the decoder and the head, by name."""
+        head = self.model.get_output_embeddings()
+        parts = [find_decoder(self.model), *([] if head is None else [head])]
+        inside = {id(tensor) for part in parts for tensor in chain(part.parameters(), part.buffers())}
+        named = chain(self.model.named_parameters(), self.model.named_buffers())
+        return {name: tensor for name, tensor in named if id(tensor) not in inside}
+
+    def _connector(self) -> nn.Module | None:
+        """What trains in front of the decoder; everything else is put in evaluation mode."""
+        front = self._front()
+        divided = [name for name, tensor in front.items() if isinstance(tensor, DTensor)]
+        if divided:
+            raise UserError(f"{self.refused}: fsdp2 divides {divided[0]} over processes; use strategy ddp")
+        trained = [name for name, tensor in front.items() if tensor.requires_grad]
+        parts = towers(self.model)
+        own = {name: part for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
+        weights = sum(p.requires_grad for part in own.values() for p in part.parameters())
+        if len(own) > 1 or weights < len(trained) or (own and len(parts) == 1):
+            raise UserError(
+                f"{self.refused}: {trained[0]} trains, whose outputs change with every step; leave it out"
+            )
+        for name, part in parts.items():
+            if name not in own:
+                part.eval()
+        return next(iter(own.values()), None)
+
+    def _fingerprint(self, dtype: torch.dtype) -> str:
+        config = {key: value for key, value in self.model.config.to_dict().items() if key not in OF_NO_TOWER}
+        kept = set(map(id, self.connector.parameters())) if self.connector is not None else set()
+        kind = [type(self.model).__name__, config, str(dtype), self.connector is None]
+        named = (
+            (f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor)
+            for name, tensor in sorted(self._front().items())
+            if id(tensor) not in kept
+        )
+        return fingerprint(json.dumps(kind, sort_keys=True, default=str), *chain.from_iterable(named))
+
+    # ---------------------------------------------------------------- writing
+
+    def fill(self, samples: Iterable[Sample], rank: int = 0, ranks: int = 1, shard_size: int = 256) -> int:
+        """Encode the images and videos of ``samples`` that are not stored yet, and see that the model answers
+        the same with them.
+
+        A shard is written after each ``shard_size`` samples; an interrupted call resumes after the last one.
+
+        Args:
+            samples: of all processes.
+            rank: of this process, which encodes every ``ranks``-th sample.
+            ranks: number of processes.
+            shard_size: samples of a shard.
+
+        Returns:
+            How many were encoded.
+
+        Raises:
+            UserError: a sample cannot be encoded, or the model answers differently with cached features.
+        """
+        with_media = [sample for sample in samples if any(True for _ in sample.media())]
+        self._check(with_media)
+        entries: dict[str, list[Tensor]] = {}
+        seen: set[tuple[Any, ...]] = set()
+        encoded, started = 0, time.monotonic()
+        for sample in islice(with_media, rank, None, ranks):
+            paths = tuple((part["type"], str(part.get("path"))) for part in sample.media())
+            if paths in seen:
+                continue
+            if all("path" in part for part in sample.media()):
+                seen.add(paths)
+            media = self._encode(sample)["media"]
+            for modality in self._present(media):
+                key = self.key(modality, media)
+                if key not in self and key not in entries:
+                    entries[key] = self._run(modality, media)
+            if len(entries) >= shard_size:
+                encoded += self._write(entries, encoded, started)
+        return encoded + self._write(entries, encoded, started)
+
+    def _write(self, entries: dict[str, list[Tensor]], before: int, started: float) -> int:
+        count = len(entries)
+        if entries:
+            self.add(entries)
+            entries.clear()
+            logger.info("encoded media of %d samples in %.0f s", before + count, time.monotonic() - started)
+        return count
+
+    def _encode(self, sample: Sample) -> EncodedConversation:
+        return self.processor.encode(sample.messages, True, sample.source)
+
+    @torch.no_grad()
+    def _run(self, modality: str, media: EncoderInputs) -> list[Tensor]:
+        """Features of a sample: one tensor, and one of each deepstack layer."""
+        device = self.model.device
+        given = {name: media[name][0].to(device) for name in self.arguments[modality] if name in media}
+        seen: list[Tensor] = []
+        hook = None
+        if self.connector is not None:
+            hook = self.connector.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+        try:
+            output = self._method(modality)(**given, return_dict=True)
+        finally:
+            if hook is not None:
+                hook.remove()
+        pooled, deep = output.pooler_output, getattr(output, "deepstack_features", None) or []
+        self._lists[modality] = not isinstance(pooled, Tensor)
+        if self.connector is not None:
+            return seen
+        return [_whole(one) for one in (pooled, *deep)]
+
+    @torch.no_grad()
+    def _check(self, samples: Sequence[Sample]) -> None:
+        """Two samples of each modality must reach the decoder as without the cache."""
+        rows, kept = [], []
+        shown: Counter[str] = Counter()
+        for sample in samples:
+            kinds = {part["type"] for part in sample.media()}
+            if all(shown[kind] >= 2 for kind in kinds):
+                continue
+            shown.update(kinds)
+            row = self._encode(sample)
+            rows.append(row)
+            features = {one: self._run(one, row["media"]) for one in self._present(row["media"])}
+            kept.append(self._replace(row, features))
+        if not rows:
+            return
+        device = self.model.device
+        plain = self.processor.pad(rows).to(device)
+        batch = dict(self.processor.pad(kept).to(device))
+        self.take(batch)
+        embed: Any = self.model.get_input_embeddings()
+        width = self.model.config.get_text_config().hidden_size
+        embed.forward = lambda ids: torch.zeros(*ids.shape, width, device=device)  # fsdp2 may divide them
+        try:
+            calls = [decoder_call(self.model, dict(one)) for one in (plain, batch)]
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise UserError(f"{self.refused} does not take cached features: {first_line(error)}") from error
+        finally:
+            del embed.forward
+        for name in calls[0].keys() | calls[1].keys():
+            found = [[x for x in tree_leaves(call.get(name)) if isinstance(x, Tensor)] for call in calls]
+            if not _same(*found):
+                raise UserError(
+                    f"{self.refused}: with cached features its decoder receives other {name}; leave it out"
+                )
+
+    # ---------------------------------------------------------------- reading
+
+    def _present(self, media: Mapping[str, Any]) -> list[str]:
+        return [modality for modality, names in self.arguments.items() if names[0] in media]
+
+    def key(self, modality: str, media: EncoderInputs) -> str:
+        """The key of a sample's images or videos, as the processor gives them."""
+        named = {name: media[name][0] for name in self.arguments[modality] if name in media}
+        content = ((f"{name} {one.dtype} {tuple(one.shape)}", one) for name, one in named.items())
+        return fingerprint(self._context, modality, *chain.from_iterable(content))
+
+    def replace(self, row: EncodedConversation, where: str) -> EncodedConversation:
+        """The conversation with features in place of pixels.
+
+        Raises:
+            UserError: they are not in the cache.
+        """
+        features: dict[str, list[Tensor]] = {}
+        for modality in self._present(row["media"]):
+            found = self.get(self.key(modality, row["media"]))
+            if found is None:
+                raise UserError(f"{where}: its {modality} is not in the feature cache {self.folder}")
+            features[modality] = found
+        return self._replace(row, features)
+
+    def _replace(self, row: EncodedConversation, features: dict[str, list[Tensor]]) -> EncodedConversation:
+        media = dict(row["media"])
+        for modality, tensors in features.items():
+            del media[self.arguments[modality][0]]
+            media |= {f"cached {modality} {index}": [tensor] for index, tensor in enumerate(tensors)}
+        return {**row, "media": media}
+
+    def take(self, batch: dict[str, Any]) -> None:
+        """Collect the features of a padded batch under ``mm_encoder_outputs``, in place."""
+        given = {}
+        for modality in self.arguments:
+            names = [name for name in batch if name.startswith(f"cached {modality} ")]
+            if names:
+                given[modality] = tuple(batch.pop(name) for name in names)
+        if given:
+            batch["mm_encoder_outputs"] = given
+
+    def _give(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Before the model runs: the tensors of :meth:`take` as it takes them."""
+        given = dict(kwargs.get("mm_encoder_outputs") or {})
+        for modality, tensors in given.items():
+            if isinstance(tensors, tuple):
+                given[modality] = self._output(modality, tensors)
+        return args, {**kwargs, **({"mm_encoder_outputs": given} if given else {})}
+
+    def _output(self, modality: str, tensors: tuple[Tensor, ...]) -> TowerOutput:
+        pooled, *deep = tensors
+        if self.connector is not None:
+            pooled = self.connector(pooled)
+        return TowerOutput(
+            pooler_output=[pooled.flatten(0, -2)] if self._lists[modality] else pooled,
+            deepstack_features=[[layer] for layer in deep] or None,
+        )
+
+
+def _whole(features: Any) -> Tensor:
+    return features if isinstance(features, Tensor) else torch.cat(list(features))
+
+
+def _same(plain: list[Tensor], cached: list[Tensor]) -> bool:
+    """Whether tensors are equal but for rounding in another batch."""
+    return len(plain) == len(cached) and all(
+        one.shape == other.shape
+        and (one.float() - other.float()).abs().max() <= 1e-3 * one.float().abs().max()
+        for one, other in zip(plain, cached, strict=True)
+    )
