@@ -48,32 +48,63 @@ def _log(built: bool) -> None:
 def few(x: Tensor, *weights: Tensor) -> bool:
     """Whether ``x`` [..., H] has few rows, and the operators can multiply it with these weights: all are
     float32 and on the CPU, and no gradient, autocast or compiled graph is asked for."""
-    return (
-        0 < x.numel() <= MOST_ROWS * x.shape[-1]
-        and not torch.is_grad_enabled()
-        and x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and all(
-            one.dtype is torch.float32 and one.device == x.device and one.is_contiguous() for one in weights
-        )
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if not (x.dtype is torch.float32 and x.is_cpu and 0 < x.numel() <= MOST_ROWS * x.shape[-1]):
+        return False
+    for one in weights:  # noqa: SIM110  (a generator costs more, hundreds of times for a token)
+        if not (one.dtype is torch.float32 and one.is_cpu and one.is_contiguous()):
+            return False
+    return True
 
 
 class FewRowsLinear(nn.Linear):
     """A Linear layer whose products of few rows are ours; all others, and everything else, are torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
         # the operator trusts the widths, torch says what is wrong with them
-        if input.shape[-1] != self.in_features or not few(input, self.weight):
+        if input.shape[-1] != self.in_features or not few(input, weight):
             return super().forward(input)
-        return torch.ops.unimoe.few_rows_linear.default(input, [self.weight], self.bias)
+        return torch.ops.unimoe.few_rows_linear.default(input, [weight], self.bias)
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Rows [..., H] over the root of their mean square, times ``weight_H``."""
     return torch.ops.unimoe.few_rows_rms_norm.default(x, weight_H, eps)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """LLaMA's attention of one new token of each of B conversations, between its four linear layers.
+
+    Args:
+        q: [B, 1, heads * d].
+        k: [B, 1, G * d]; G heads of keys and values.
+        v: [B, 1, G * d].
+        cos: [B or 1, 1, d], of the tokens' rotary positions.
+        sin: as ``cos``.
+        keys: [B, G, room, d]; the new ones are written behind the first ``length``.
+        values: as ``keys``.
+        length: positions that the cache holds.
+        mask: [B, 1, 1, length + 1] bool, False where a position is padding; None where none is.
+        scale: factor of the products of queries and keys.
+
+    Returns:
+        [B, 1, heads * d].
+    """
+    run = torch.ops.unimoe.few_rows_attention.default
+    return run(q, k, v, cos, sin, keys, values, length, mask, scale)
 
 
 def experts(

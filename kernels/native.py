@@ -23,7 +23,7 @@ import torch
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "packed.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "packed.cpp", "attention.cpp"))
 _logger = logging.getLogger(__name__)
 
 
@@ -85,7 +85,7 @@ def build() -> Path:
         if done.returncode:
             log = target.with_suffix(".log")
             atomic_write(log, done.stderr)
-            names = " and ".join(path.name for path in SOURCES)
+            names = ", ".join(path.name for path in SOURCES)
             raise UserError(f"{compiler} cannot build {names} (exit code {done.returncode}), see {log}")
         output.replace(target)
     finally:

@@ -85,6 +85,47 @@ def test_rms_norm_equals_float64(width):
     assert error(few_rows.rms_norm(x, weight, 1e-5), expected) < TOLERANCE
 
 
+def rotated(x, cos, sin):
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+@pytest.mark.parametrize("rows, shared", [(1, 1), (3, 2), (2, 4)])
+@pytest.mark.parametrize("length, width", [(1, 6), (33, 16)])
+def test_attention_of_one_token_equals_float64(rows, shared, length, width):
+    heads = 2
+    q, k, v = (torch.randn(rows, 1, count * width) for count in (heads * shared, heads, heads))
+    angle = torch.randn(rows, 1, width)
+    keys, values = torch.randn(2, rows, heads, length + 2, width)
+    mask = torch.ones(rows, 1, 1, length + 1, dtype=torch.bool)
+    for row in range(rows - 1):
+        mask[row, ..., : (row + 1) * length // rows] = False
+    behind = keys[:, :, -1].clone()
+    given = (keys.clone(), values.clone())
+    found = few_rows.attention(q, k, v, angle.cos(), angle.sin(), keys, values, length, mask, 0.3)
+
+    turn = (angle.double().cos()[:, :, None], angle.double().sin()[:, :, None])
+    q = rotated(q.double().view(rows, 1, -1, width), *turn).transpose(1, 2)
+    new = (
+        rotated(k.double().view(rows, 1, -1, width), *turn).transpose(1, 2),
+        v.double().view(rows, 1, -1, width).transpose(1, 2),
+    )
+    together = [torch.cat([old[:, :, :length].double(), one], 2) for old, one in zip(given, new, strict=True)]
+    expected = F.scaled_dot_product_attention(q, *together, attn_mask=mask, scale=0.3, enable_gqa=True)
+    assert error(found, expected.transpose(1, 2).flatten(2)) < 5 * TOLERANCE
+    assert error(keys[:, :, : length + 1], together[0]) < TOLERANCE
+    assert error(values[:, :, : length + 1], together[1]) < TOLERANCE
+    assert torch.equal(keys[:, :, -1], behind)
+
+
+def test_attention_checks_what_it_reads():
+    keys, x, angle = torch.zeros(1, 2, 4, 6), torch.zeros(1, 1, 12), torch.zeros(1, 1, 6)
+    with pytest.raises(RuntimeError, match="do not fit the cache"):
+        few_rows.attention(x, x, x, angle, angle, keys, keys.clone(), 4, None, 1.0)
+    with pytest.raises(RuntimeError, match="float32"):
+        few_rows.attention(x, x.double(), x, angle, angle, keys, keys.clone(), 3, None, 1.0)
+
+
 def mixture(tokens, experts, inner=37, hidden=41):
     return (
         torch.randn(tokens, hidden),

@@ -5,7 +5,6 @@ Shapes: T tokens, D hidden, N (token, expert) pairs sorted by expert.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from unimoe.moe.routers.top_k import TopK
 from . import records
 from .dispatcher import Dispatcher
 from .layer import MoELayer
+from .llama_forms import llama_form
 from .routing import Routing
 
 
@@ -28,7 +28,7 @@ from .routing import Routing
 def few_rows(model: nn.Module) -> Iterator[None]:
     """Inside, products of at most 16 rows run in operators that read each weight once, if no gradient is
     needed, on a CPU, in float32: those of linear layers, the head, SwiGLU experts and whole MoE layers, also
-    with packed experts (packed.py); and so do RMS norms.
+    with packed experts (packed.py); and so do RMS norms and the attention of one token of each row.
 
     Where the operators are not built, nothing changes. Results differ from torch's by rounding, and a row's
     do not depend on the other rows. Modules keep their parameters and have another class while the block
@@ -89,35 +89,12 @@ class FewRowsMoELayer(MoELayer):
         return routing, y_TD
 
 
-@cache
-def _rms_norm(kind: type[Any]) -> type[nn.Module]:
-    """A class of RMS norms whose norms of few rows are ours."""
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not kernel.few(hidden_states, self.weight):
-            return kind.forward(self, hidden_states)
-        return kernel.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-    return type(f"FewRows{kind.__name__}", (kind,), {"forward": forward})
-
-
-@cache
-def _is_rms_norm(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class compute what LLaMA's norm does: transformers copies its code from model to
-    model."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm  # with much of transformers
-
-    code, names = getattr(kind.forward, "__code__", None), ("co_code", "co_consts", "co_names")
-    llama = LlamaRMSNorm.forward.__code__
-    return code is not None and all(getattr(code, name) == getattr(llama, name) for name in names)
-
-
 def _form(module: nn.Module) -> type[nn.Module] | None:
     """The class of a module inside :func:`few_rows`, or None where it stays as it is."""
     if type(module) is nn.Linear:
         return kernel.FewRowsLinear
-    if hasattr(module, "variance_epsilon") and _is_rms_norm(type(module)):
-        return _rms_norm(type(module))
+    if hasattr(module, "variance_epsilon") or hasattr(module, "q_proj"):
+        return llama_form(type(module))
     if type(module) is SwiGLUExperts and module.act == "silu":
         return FewRowsExperts
     if type(module) is MoELayer and _is_plain(module):
