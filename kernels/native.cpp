@@ -1,8 +1,8 @@
-// Two kinds of operators. First, grouped SwiGLU experts (with or without low-rank adapters) and two-layer FFN experts:
+// Three kinds of operators. First, grouped SwiGLU experts (with or without low-rank adapters) and two-layer FFN experts:
 // the cpu forms of swiglu.py and ffn.py, one expert per thread. Products and elementwise steps are ATen's own, so the numbers are those of the
 // loop in Python; what is saved is the interpreter's time, the threads' waiting for each other inside every small
 // product, and trips of the activations to memory. Second, the few rows of a decoding step (few_rows.py): linear layers
-// and whole MoE layers without a backward, in products of our own (few_rows.h).
+// and whole MoE layers without a backward, in products of our own (few_rows.h). Third, low-rank experts (low_rank.py).
 //
 // Shapes: T tokens, N (token, expert) pairs sorted by expert, n pairs of one expert, E experts, H hidden,
 // I intermediate, R rank. bounds: expert e owns pairs bounds[e]..bounds[e+1].
@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "few_rows.h"
+#include "low_rank.h"
 #include "native.h"
 
 namespace {
@@ -415,6 +416,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> few_rows_moe(const Tensor& x_in, cons
   return {few_rows_swiglu(x, pairs, Stack(gate_up), Stack(down)), logits, index, weight};
 }
 
+// ---------------------------------------------------------------- low-rank experts
+
+constexpr int64_t kTokens = 64;   // whose rows stay in a core's cache while all experts pass by
+
+// u[n] = first_e x[token n], y[token n] += weight[n] * second_e^T u[n], for the pairs n of each expert e; y may be
+// missing. first [E * rank, D], second [E * rank, P]; a token's experts are added in order. Returns u [N, rank].
+Tensor low_rank_experts(const Tensor& x_in, const Tensor& token_in, Bounds bounds, const Tensor& weight_in,
+                        const Tensor& first, const Tensor& second, int64_t rank, const Maybe& y) {
+  const Tensor x = x_in.contiguous(), token = token_in.contiguous(), weight = weight_in.contiguous();
+  TORCH_CHECK(first.is_contiguous() && second.is_contiguous() && (!y || y->is_contiguous()),
+              "low_rank_experts: expected contiguous experts and outputs");
+  const int64_t T = x.size(0), D = first.size(1), P = second.size(1), E = bounds.size() - 1;
+  Tensor u = at::empty({token.size(0), rank}, x.options()), factors = at::empty_like(u);
+  const int64_t* t = token.const_data_ptr<int64_t>();
+  const float *in = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
+  const float *A = first.const_data_ptr<float>(), *B = second.const_data_ptr<float>();
+  float *out_u = u.mutable_data_ptr<float>(), *factor = factors.mutable_data_ptr<float>();
+  float* out = y ? y->mutable_data_ptr<float>() : nullptr;
+  static const low_rank::Form form = low_rank::choose(at::get_cpu_capability());
+  at::parallel_for(0, (T + kTokens - 1) / kTokens, 1, [&](int64_t begin, int64_t end) {
+    std::array<const float*, kTokens> from, by;
+    std::array<float*, kTokens> to_u, to_y;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      for (int64_t e = 0; e < E; ++e) {
+        const int64_t* own = t + bounds[e + 1];
+        const int64_t* start = std::lower_bound(t + bounds[e], own, tile * kTokens);
+        const int64_t count = std::lower_bound(start, own, (tile + 1) * kTokens) - start;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t n = start - t + i;
+          from[i] = in + t[n] * D, to_u[i] = out_u + n * rank, by[i] = factor + n * rank, to_y[i] = out + t[n] * P;
+        }
+        form.dots(A + e * rank * D, rank, D, from.data(), count, to_u.data());
+        for (int64_t n = start - t; n < start - t + count; ++n) {
+          for (int64_t r = 0; r < rank; ++r) factor[n * rank + r] = w[n] * out_u[n * rank + r];
+        }
+        if (out) form.sums(B + e * rank * P, rank, P, by.data(), count, to_y.data());
+      }
+    }
+  });
+  return u;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(unimoe, m) {
@@ -435,6 +478,10 @@ TORCH_LIBRARY(unimoe, m) {
       "ffn_backward(Tensor x, Tensor? token, int[] bounds, Tensor[] stacks, bool relu, Tensor? weight, Tensor h, "
       "Tensor dy, Tensor(a!)? dx, Tensor?[] d_stacks, Tensor(b!)? d_weight, ScalarType fast) -> ()",
       &ffn_backward);
+  m.def(
+      "low_rank_experts(Tensor x, Tensor token, int[] bounds, Tensor weight, Tensor first, Tensor second, int rank, "
+      "Tensor(a!)? y) -> Tensor",
+      &low_rank_experts);
   m.def("few_rows_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &few_rows_rms_norm);
   m.def("few_rows_linear(Tensor x, Tensor[] weight, Tensor? bias) -> Tensor", &few_rows_linear);
   m.def(

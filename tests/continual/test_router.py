@@ -44,6 +44,19 @@ def test_the_scores_of_old_rows_do_not_depend_on_new_ones():
     assert torch.equal(router.scores(x)[:, :4], before)
 
 
+def test_gradients_are_those_of_one_product():
+    """For the tokens and the rows that train; frozen rows get none."""
+    router, x = cosine(3, scale=0.5), torch.randn(20, 8, requires_grad=True)
+    router.rows[0].requires_grad_(False)
+    leaves, dy = [x, *router.rows[1:]], torch.randn(20, 12)
+    found = torch.autograd.grad(router.scores(x), leaves, dy)
+    rows = F.normalize(torch.cat(list(router.rows)), dim=-1)
+    expected = torch.autograd.grad(0.5 * F.normalize(x, dim=-1) @ rows.T, leaves, dy)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    router.scores(x).sum().backward()
+    assert router.rows[0].grad is None
+
+
 def test_a_token_of_zeros_is_near_nothing():
     assert cosine().scores(torch.zeros(1, 8)).abs().max() == 0
 
