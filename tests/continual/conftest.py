@@ -1,10 +1,13 @@
 """A tiny stream and a tiny model: three text tasks whose answers differ in style, milliseconds a step."""
 
 import json
+import shutil
+from functools import cache
 
 import pytest
 import yaml
 
+from unimoe.commands.main import main
 from unimoe.testing import run_together, save_tiny_llm
 
 WORDS = ["dog", "cat", "owl", "fox", "bee", "cow"]
@@ -36,6 +39,7 @@ def write_stream(folder, tasks=TASKS, steps=3):
                 "test": f"{name}.test.json",
                 "scorer": "verbatim",
                 "steps": steps,
+                "max_new_tokens": 6,  # as long as the longest right answer
             }
         )
     return {"root": str(folder), "tasks": entries}
@@ -46,11 +50,10 @@ def llm(tmp_path_factory):
     return save_tiny_llm(tmp_path_factory.mktemp("base") / "llm", layers=2, hidden_size=16)
 
 
-@pytest.fixture
-def config(tmp_path, llm):
-    """A run's settings as a dict; tests change what they are about."""
+def settings(folder, llm):
+    """A run's settings on files that are written in ``folder``."""
     return {
-        "stream": write_stream(tmp_path / "data"),
+        "stream": write_stream(folder / "data"),
         "model": {"llm": str(llm), "chat_template": "chatml"},
         "adapters": {"experts": 4, "rank": 2, "alpha": 16},
         "training": {
@@ -68,6 +71,38 @@ def config(tmp_path, llm):
         },
         "probes": 2,
     }
+
+
+@pytest.fixture
+def config(tmp_path, llm):
+    """A run's settings as a dict; tests change what they are about."""
+    return settings(tmp_path, llm)
+
+
+@pytest.fixture(scope="session")
+def _runs(tmp_path_factory, llm):
+    @cache
+    def train(strategy, tasks):
+        folder = tmp_path_factory.mktemp("finished")
+        config = settings(folder, llm)
+        config["stream"]["tasks"] = config["stream"]["tasks"][:tasks]
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        flags = ["-c", str(folder / "run.yaml"), "--strategy", strategy, "--output", str(folder / "run")]
+        assert main(["continual", "run", *flags]) == 0
+        return folder / "run"
+
+    return train
+
+
+@pytest.fixture
+def finished(tmp_path, _runs):
+    """Puts the folder of a finished run with the settings of ``config``, or its first tasks, in ``tmp_path``.
+    Each is trained once."""
+
+    def copy(strategy, output="run", tasks=3):
+        return shutil.copytree(_runs(strategy, tasks), tmp_path / output)
+
+    return copy
 
 
 @pytest.fixture

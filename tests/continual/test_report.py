@@ -13,9 +13,11 @@ def refused(arguments, capsys):
     return capsys.readouterr().err
 
 
-def test_compare_and_report(config, command, tmp_path, capsys):
+def test_compare_and_report(config, command, finished, tmp_path, capsys):
     arguments = command(config, "all", "--strategies", "lora", "dymoe", "joint", "--seeds", "0", "1")
     arguments[1] = "compare"
+    for name in ("lora", "dymoe", "joint"):
+        finished(name, f"all/{name}-0")
     assert main(arguments) == 0
     found = json.loads((tmp_path / "all" / "report.json").read_text())
     assert set(found["strategies"]) == {"lora", "dymoe", "joint"}

@@ -4,15 +4,13 @@ from itertools import pairwise
 
 import torch
 
-from unimoe.commands.main import main
-
 
 def remembered(folder):
     return torch.load(folder / "state.pt", weights_only=True)
 
 
-def test_same_routers_give_old_tokens_what_they_gave(config, command, tmp_path):
-    assert main(command(config, "run", "--strategy", "same_router")) == 0
+def test_same_routers_give_old_tokens_what_they_gave(finished, tmp_path):
+    finished("same_router")
     states = [remembered(tmp_path / "run" / task) for task in ("01-upper", "02-twice", "03-last")]
     for before, after in pairwise(states):
         moved = 0.0
