@@ -56,8 +56,9 @@ native: $(READY)
 demo: $(READY)
 	@$(PY) -P -m unimoe demo $(ARGS)
 
+# The tests start many processes, so bytecode is kept, whatever PYTHONDONTWRITEBYTECODE says.
 test: $(READY)
-	@$(PY) -P -m pytest -n 2 --dist worksteal $(ARGS)
+	@env -u PYTHONDONTWRITEBYTECODE $(PY) -P -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .

@@ -1,4 +1,6 @@
+import functools
 import gc
+import importlib.metadata
 import logging
 import os
 import warnings
@@ -8,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
+# Lightning asks for each Trainer, and reads the metadata of every installed distribution.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 def pytest_collection_modifyitems(items):
