@@ -97,6 +97,7 @@ def test_a_question_about_a_picture(page, address, picture):
     first = tab.get_attribute("#experts img", "src")
     assert "4 image" in tab.inner_text("#experts") and first.startswith("data:image/svg+xml")
     assert tab.query_selector("#turns .user img")  # the picture is among the turns
+    tab.get_by_label("max new tokens").first.fill("20")
     tab.fill(BOX, "And now, without a picture?")
     tab.keyboard.press("Enter")
     tab.wait_for_function("old => document.querySelector('#experts img').src != old", arg=first)

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,6 +6,7 @@ from unimoe.detection import DynamicDinoOutput, Prompt, PromptBatch, Target
 from unimoe.detection.model.criterion import DetectionCriterion
 from unimoe.detection.model.denoising import DenoisingConfig, make_denoising
 from unimoe.detection.model.output import DynamicDinoOutput as Output
+from unimoe.testing import run_together
 
 LAYOUTS = [
     {"enhancer": "edge"},
@@ -147,7 +145,9 @@ def test_it_is_loaded_by_another_process(tiny_detector, prompts, pixels, tmp_pat
     inputs = {"pixel_values": pixels, **prompts.inputs()}
     torch.save({"inputs": inputs, "logits": expected.logits, "boxes": expected.boxes}, tmp_path / "case.pt")
     code = """
-import sys, torch, unimoe.detection
+import sys, torch
+assert "unimoe.detection" not in sys.modules
+import unimoe.detection
 from transformers import AutoModelForZeroShotObjectDetection
 case = torch.load(sys.argv[1] + "/case.pt")
 model = AutoModelForZeroShotObjectDetection.from_pretrained(sys.argv[1])
@@ -156,10 +156,8 @@ with torch.no_grad():
 print((output.logits - case["logits"]).abs().nan_to_num().max().item())
 print((output.boxes - case["boxes"]).abs().max().item())
 """
-    command = [sys.executable, "-P", "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(float(line) < 1e-5 for line in done.stdout.split()[-2:]), done.stdout
+    (said,) = run_together(1, code, str(tmp_path))
+    assert all(float(line) < 1e-5 for line in said.split()[-2:]), said
 
 
 def test_missing_inputs_are_named(tiny_detector, prompts, pixels):
