@@ -38,6 +38,7 @@ SETS = {
     "spoken": "test.spoken_questions",
     "prose": "val.text",
 }
+MERGE = ("stun", "sub_moe")
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--how", nargs="+", default=list(HOW))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--globally", action="store_true")
-    parser.add_argument("--merge", action="store_true", help="STUN and Sub-MoE, too")
+    parser.add_argument("--merge", nargs="*", choices=MERGE, help="also merge; without names by all")
     parser.add_argument("--cut", type=int, default=1)
     parser.add_argument("--noise", type=float, default=0.002)
     parser.add_argument("--output", default="")
@@ -159,25 +160,31 @@ def main() -> None:
                 total = keep * len(layers)
                 label = f"keep {total} of {sum(counts)} in all, {how}"
                 row(label, lambda of=of, total=total: kept(layers, global_top(layers, of, total)))
-        if args.merge:
-            cosel = stats.values["cosel"]
-            with restored(layers):
-                stay = stun(layers, keep * len(layers))
-                row(f"{keep}: STUN, router alone", lambda stay=stay: kept(layers, stay))
-            with restored(layers):
-                stay = stun(layers, keep * len(layers), cosel, 1.0, 1.0)
-                row(f"{keep}: STUN, co-selection", lambda stay=stay: kept(layers, stay))
-            with all_outputs(layers, 256, len(batches)) as outputs, torch.inference_mode():
-                for batch in batches:
-                    last_hidden(model, batch)
-            for window in (1, 2):
-                groups = windows(outputs, keep, window)
-                for name, weights in (("frequency", stats.values["count"]), ("plain mean", None)):
-                    weights = weights or [torch.ones(count) for count in counts]
-                    with restored(layers):
-                        replace_by_means(layers, groups, weights)
-                        label = f"{keep}: Sub-MoE, windows of {window}, {name}"
-                        row(label, lambda: kept(layers, [range(count) for count in counts]))
+        merge = MERGE if args.merge == [] else args.merge or ()
+        if "stun" in merge:
+            together = stats.values["cosel"]
+            ways = {
+                "router alone": (None, 0.0, 2),
+                "co-selection": (together, 1.0, 2),
+                "no means": (None, 0.0, 0),
+            }
+            for name, (cosel, l2, kappa) in ways.items():
+                with restored(layers):
+                    stay = stun(layers, keep * len(layers), cosel, 1.0, l2, kappa)
+                    row(f"{keep}: STUN, {name}", lambda stay=stay: kept(layers, stay))
+        if "sub_moe" not in merge:
+            continue
+        with all_outputs(layers, 256, len(batches)) as outputs, torch.inference_mode():
+            for batch in batches:
+                last_hidden(model, batch)
+        for window in (1, 2):
+            groups = windows(outputs, keep, window)
+            for name, weights in (("frequency", stats.values["count"]), ("plain mean", None)):
+                weights = weights or [torch.ones(count) for count in counts]
+                with restored(layers):
+                    replace_by_means(layers, groups, weights)
+                    label = f"{keep}: Sub-MoE, windows of {window}, {name}"
+                    row(label, lambda: kept(layers, [range(count) for count in counts]))
     if args.output:
         Path(args.output).write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -42,6 +42,13 @@ def test_experts_that_are_selected_together_are_nearer():
     )
 
 
+def test_one_threshold_serves_layers_whose_routers_differ_in_size():
+    layers = [rows(2), rows(3)]
+    found = bisect_clusters([router_distance(one) for one in layers], 6)[1]
+    small = [router_distance(0.25 * layers[0]), router_distance(layers[1])]
+    assert bisect_clusters(small, 6)[1] == found
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_bisection_equals_the_exhaustive_search(seed):
     """Over every threshold between two distances of three layers."""

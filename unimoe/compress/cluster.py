@@ -16,11 +16,14 @@ Groups = list[int]
 def router_distance(
     router_ED: Tensor, cosel_EE: Tensor | None = None, l1: float = 1.0, l2: float = 0.0
 ) -> Tensor:
-    """[E, E] l1 |W_i - W_j| - l2 a_ij: rows of the router, and how often both are selected over the layer's
-    mean (STUN, arXiv 2409.06211, eq. 8). No data is needed with l2 = 0."""
-    distance_EE = l1 * torch.cdist(
-        router_ED.float(), router_ED.float(), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+    """[E, E] l1 |W_i - W_j| / |W| - l2 a_ij: rows of the router, and how often both are selected over the
+    layer's mean (STUN, arXiv 2409.06211, eq. 8). No data is needed with l2 = 0.
+
+    The released code divides by the norm |W| of the whole router, the paper does not say so. Without it one
+    threshold for all layers (:func:`bisect_clusters`) empties those whose routers are small.
+    """
+    rows_ED = router_ED.float() / router_ED.float().norm().clamp(min=1e-20)
+    distance_EE = l1 * torch.cdist(rows_ED, rows_ED, compute_mode="donot_use_mm_for_euclid_dist")
     if cosel_EE is not None and l2:
         away_EE = cosel_EE.clone().fill_diagonal_(0)
         distance_EE = distance_EE - l2 * away_EE / away_EE.mean().clamp(min=1e-9)
