@@ -83,19 +83,23 @@ def test_flags_of_what_is_not_trained_are_refused(what, flag, value, other, comp
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_heads_are_trained_saved_and_loaded(compress, tmp_path, capsys):
+def test_heads_are_trained_saved_and_loaded(compress, mixture, tmp_path, capsys):
     flags = ["--what", "heads", "--steps", 12, "--lr", 0.05, "--penalty", 20, "--width", 8]
-    assert compress("tune", *flags) == 0
-    out = capsys.readouterr().out
-    assert float(re.search(r"([\d.]+) of all expert calls", out)[1]) > 0
+    assert compress("tune", *flags, "--held-out", mixture / "image.jsonl") == 0
+    data, held_out = capsys.readouterr().out.split("held out")
+    assert all(float(re.search(r"([\d.]+) of all expert calls", one)[1]) > 0 for one in (data, held_out))
+    assert "image " in held_out and "speech  " not in held_out
     loaded, _ = load_model(tmp_path / "out", device="cpu")
     heads = [layer.block.keep_head for layer in view(loaded)]
     assert all(bool(head.down.weight.any()) for head in heads) and own_rule(view(loaded)).width == 8
 
 
 def test_vectors_are_trained_saved_and_loaded(compress, mixture, tmp_path, capsys):
-    assert compress("tune", "--what", "vectors", "--steps", 8, "--lr", 0.05) == 0
-    found = re.findall(r"KL ([\d.]+) cut short, ([\d.]+) tuned", capsys.readouterr().out)
+    flags = ["--what", "vectors", "--steps", 8, "--lr", 0.05, "--held-out", mixture / "image.jsonl"]
+    assert compress("tune", *flags) == 0
+    shown = r"KL ([\d.]+) cut short, ([\d.]+) tuned"
+    found, held_out = (re.findall(shown, one) for one in capsys.readouterr().out.split("held out"))
+    assert held_out == found[:1]  # the same file
     before, after = map(sum, zip(*((float(one), float(two)) for one, two in found), strict=True))
     assert len(found) == 2 and after < before
     loaded, _ = load_model(tmp_path / "out", device="cpu")

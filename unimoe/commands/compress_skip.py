@@ -12,7 +12,7 @@ from typing import Any, Literal
 from unimoe.artifacts import folder_hash
 from unimoe.compress import compressed_experts
 from unimoe.compress import tune as tuning
-from unimoe.compress.measure import Batches, measure, reference
+from unimoe.compress.measure import Batches, Quality, measure, reference
 from unimoe.compress.otp import Heads, Masking
 from unimoe.compress.plan import Plan
 from unimoe.compress.rows import rewritten, unchanged
@@ -108,13 +108,14 @@ def tune(
     lr: float = 1e-3,
     penalty: float | None = None,
     width: int | None = None,
+    held_out: Sequence[str] = (),
     samples: int = 256,
     batch_size: int = 8,
     media_root: str | None = None,
 ) -> None:
     """Train the few weights that let a model run fewer experts, by distillation of the model itself.
 
-    Everything else stays as it is. Prints the divergence from the model before and after, on the same data.
+    Everything else stays as it is. Prints the divergence from the model, on the same data and on other data.
 
     Args:
         model: folder of a finished stage, or of a multimodal model of transformers.
@@ -127,6 +128,7 @@ def tune(
         lr: learning rate of AdamW, falling to 0.
         penalty: heads: weight of the share of experts that are kept (default: 0.1).
         width: heads: hidden units (default: 64).
+        held_out: other data, on which the divergence is printed as well.
         samples: most conversations of each file, evenly spaced.
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
@@ -138,8 +140,9 @@ def tune(
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
+    others = _read(loaded, processor, held_out, samples, batch_size, media_root)
     with rewritten(layers, unchanged):
-        original = reference(loaded, batches)
+        original, original_of_others = reference(loaded, batches), reference(loaded, others)
     sha256 = folder_hash(model)
     flat = [batch for of_file in batches.values() for batch in of_file]
     settings = {"data": list(data), "what": what, "steps": steps, "lr": lr, "samples": samples}
@@ -160,19 +163,31 @@ def tune(
             penalty=masking.penalty,
         )
         print(found_text(cost_of(rule, loaded, layers, original, batches)))
+        if others:
+            again = cost_of(rule, loaded, layers, original_of_others, others)
+            print("held out\n" + "\n".join(found_text(again).splitlines()[1:]))
     else:
         experts = 1 if experts is None else experts
         plan = Plan(main=experts, made_of=sha256)
         settings["experts"] = experts
         compress(loaded, plan)
         before = measure(loaded, original, batches)
+        before_on_others = measure(loaded, original_of_others, others)
         vectors: list[Any] = [layer.block.theta for layer in layers]
         teacher = partial(compressed_experts.detached, layers)
         tuning.distil(loaded, flat, vectors, tuning.TuneConfig(steps, lr), teacher=teacher)
-        after = measure(loaded, original, batches)
-        for name, quality in after.items():
-            print(f"{name:<24} KL {before[name].kl:.4f} cut short, {quality.kl:.4f} tuned")
+        print(tuned_text(before, measure(loaded, original, batches)))
+        if others:
+            print("held out\n" + tuned_text(before_on_others, measure(loaded, original_of_others, others)))
     save(model, sha256, loaded, processor, output, "compress tune", settings)
+
+
+def tuned_text(before: Mapping[str, Quality], after: Mapping[str, Quality]) -> str:
+    """The divergence by domain, with vectors as they start and trained."""
+    return "\n".join(
+        f"{name:<24} KL {before[name].kl:.4f} cut short, {quality.kl:.4f} tuned"
+        for name, quality in after.items()
+    )
 
 
 def found_text(found: Found) -> str:
