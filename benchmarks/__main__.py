@@ -14,6 +14,7 @@ packed_experts experts whose weights are packed (the same as `experts --op packe
 same_losses    compare every loss with an earlier commit's
 scale          throughput and memory by distributed strategy, on one and two processes
 serve          continuous batching beside one request at a time, and a soak test
+small_mixture  what the parts of `unimoe compress` do to a small mixture that is trained for it, three seeds
 uni_moe_study  ablations: specialised experts, placement, top-k, load balance, modalities
 video_order    temporal order: frames kept in time beside Uni-MoE's mean over frames
 zoo            registered experiments on the claims of published MoE designs
