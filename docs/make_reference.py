@@ -116,6 +116,8 @@ def configuration() -> str:
     from unimoe.applications.diffusion.module import DiffusionConfig
     from unimoe.applications.recommendation.data import RecommendationData
     from unimoe.applications.recommendation.module import RecommendationConfig
+    from unimoe.applications.restoration.data import RestorationData
+    from unimoe.applications.restoration.module import RestorationConfig
     from unimoe.applications.saliency.data import SaliencyData
     from unimoe.applications.saliency.module import SaliencyConfig
     from unimoe.compare.config import CompareConfig
@@ -151,6 +153,8 @@ def configuration() -> str:
         ("Data of a diffusion model", "", DiffusionData, "data"),
         ("Recommendation", "For `system: recommendation`.", RecommendationConfig, "model"),
         ("Data of a recommendation", "", RecommendationData, "data"),
+        ("Restoration", "For `system: restoration`.", RestorationConfig, "model"),
+        ("Data of a restoration", "", RestorationData, "data"),
         ("Saliency", "For `system: saliency`.", SaliencyConfig, "model"),
         ("Data of a saliency model", "", SaliencyData, "data"),
     ):

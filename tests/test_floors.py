@@ -42,6 +42,7 @@ FLOORS = {
     "unimoe.synthetic.sprites": 4,  # what applications draw and compose too
     "unimoe.synthetic.concepts": 4,
     "unimoe.synthetic.detection_scenes": 4,
+    "unimoe.synthetic.weather": 4,
 }
 TOP = 8
 NEIGHBOURS = {"unimoe.stages", "unimoe.detection", "unimoe.continual"}  # they do not import one another

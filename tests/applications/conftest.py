@@ -79,6 +79,36 @@ def squares(tmp_path) -> dict:
 
 
 @pytest.fixture
+def weather(tmp_path) -> dict:
+    """Settings of MoFME on pairs of files: grey images, and noise or a veil over them."""
+    random = np.random.default_rng(0)
+    for place in range(24):
+        kind = ("rain", "haze")[place % 2]
+        clear = np.full((20, 33, 3), random.integers(40, 200))
+        bad = clear + random.integers(0, 60, clear.shape) if kind == "rain" else clear // 2 + 100
+        for name, image in (("gt", clear), ("input", bad)):
+            path = tmp_path / "pairs" / name / kind / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
+    restorer = {"design": "mofme", "channels": 4, "width": 16, "depth": 2, "heads": 2}
+    return {
+        "system": "restoration",
+        "output": str(tmp_path / "run"),
+        "model": {"restorer": restorer, "lr": 0.003, "samples": 1},
+        "data": {
+            "train": str(tmp_path / "pairs"),
+            "side": 16,
+            "patches": 64,
+            "val_share": 0.2,
+            "test_share": 0.2,
+            "steps": 4,
+            "batch_size": 16,
+        },
+        "trainer": {"accelerator": "cpu"},
+    }
+
+
+@pytest.fixture
 def command() -> Callable[..., list[str]]:
     """(settings, verb) -> arguments of ``unimoe``."""
 

@@ -14,6 +14,7 @@ SYSTEMS = {
     "detection": "unimoe.detection.cli",
     "diffusion": "unimoe.applications.diffusion.module",
     "recommendation": "unimoe.applications.recommendation.module",
+    "restoration": "unimoe.applications.restoration.module",
     "saliency": "unimoe.applications.saliency.module",
 }
 

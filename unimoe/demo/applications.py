@@ -77,6 +77,25 @@ APPLICATIONS = {
         parts=["sprites", "artist", "image"],
         minutes=20.0,
     ),
+    "restoration": Application(
+        purpose="Photos in rain, haze and snow: MoFME beside FFN experts and a dense model of equal active "
+        "size.",
+        variants={
+            "mofme": ["--model.restorer.design", "mofme"],
+            "mofme_top_k": ["--model.restorer.design", "mofme_top_k"],
+            "ffn_moe": ["--model.restorer.design", "ffn_moe"],
+            "dense": ["--model.restorer.design", "dense"],
+        },
+        score="psnr",
+        higher=True,
+        rivals=["ffn_moe", "mofme_top_k"],
+        beside=[
+            *("psnr_rain", "psnr_haze", "psnr_snow", "input_psnr", "ssim", "input_ssim"),
+            *("weather_expert_information", "live_experts"),
+        ],
+        parts=["photos"],
+        minutes=1.8,
+    ),
     "saliency": Application(
         purpose="Sets of salient objects: PSOD's task experts beside a router and a dense model.",
         variants={

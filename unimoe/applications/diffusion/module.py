@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from unimoe.applications.visits import label_expert_information, live_experts, visits
 from unimoe.errors import UserError
 from unimoe.moe import auxiliary_loss, record
 from unimoe.moe.install import moe_layers
@@ -22,7 +23,7 @@ from .dit import DiT, DiTConfig
 from .probe import LinearProbe, pretrained_features
 from .process import PROCESSES, Process, ProcessName
 from .sample import draw, write_samples
-from .usage import class_expert_information, live_experts, overlap_by_distance, visits
+from .usage import overlap_by_distance
 
 
 @dataclass
@@ -166,7 +167,7 @@ class DiffusionModule(ApplicationModule):
         }
         scores = {f"{split}/loss": loss}
         if visits_NLE.numel():
-            information = class_expert_information(visits_NLE, label_N)
+            information = label_expert_information(visits_NLE, label_N)
             alive = live_experts(visits_NLE)
             overlap = overlap_by_distance(visits_NLE, time_N)
             report |= {"class_expert_information": information, "live_experts": alive}
