@@ -61,7 +61,9 @@ CALIBRATION = {"count", "gate", "norm", "gnorm", "easy", "turn", "cosel", "x_sq"
 class Bed:
     """One trained mixture with its data."""
 
-    def __init__(self, seed: int, steps: int):
+    def __init__(self, seed: int, steps: int, penalty: float):
+        self.penalty = penalty
+        """Of the calls that OTP's heads keep."""
         self.random = np.random.default_rng(seed)
         self.chance = self.random.dirichlet(np.full(WORDS, 0.016), (SOURCES, WORDS)).cumsum(-1)
         torch.manual_seed(seed)
@@ -234,7 +236,7 @@ class Rows:
 
     def print(self) -> None:
         for label, of in self.found.items():
-            both = [f"{fmean(one):.3f} ({min(one):.3f} to {max(one):.3f})" for one in zip(*of, strict=True)]
+            both = [f"{fmean(one):.4f} ({min(one):.4f} to {max(one):.4f})" for one in zip(*of, strict=True)]
             print(f"| {label} | {' | '.join(both)} |", flush=True)
 
 
@@ -395,7 +397,7 @@ def skip(bed: Bed, rows: Rows) -> None:
         model,
         batches,
         heads,
-        TuneConfig(steps, 1e-2, 0.03),
+        TuneConfig(steps, 1e-2, bed.penalty),
         teacher=lambda: rewritten(layers, unchanged),
         student=lambda step: masking.at(layers, step / steps),
         penalty=masking.penalty,
@@ -459,12 +461,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--penalty", type=float, default=0.3, help="of the calls that OTP keeps")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = Rows()
     for seed in range(args.seeds):
         begin = time.process_time()
-        bed = Bed(seed, args.steps)
+        bed = Bed(seed, args.steps, args.penalty)
         trained = time.process_time()
         for part in args.parts:
             PARTS[part](bed, rows)
