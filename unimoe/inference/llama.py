@@ -24,7 +24,7 @@ from unimoe.compress.decoding import Decoding
 from unimoe.errors import UserError
 from unimoe.files import lock_folder
 from unimoe.model.configuration import UniMoeConfig
-from unimoe.model.generation import end_tokens
+from unimoe.model.generation import end_tokens, logits_processors
 from unimoe.model.inputs import MediaInputs
 from unimoe.model.loading import ModelKind, find_model, load_model
 from unimoe.model.modeling import MediaModel, UniMoePreTrainedModel
@@ -123,10 +123,7 @@ class LlamaModel(UniMoePreTrainedModel, GenerationMixin):
         config: Any = copy.deepcopy(self.generation_config)
         for name, value in kwargs.items():
             setattr(config, name, value)
-        length = input_ids.shape[1]
-        process: Any = self._get_logits_processor(  # type: ignore[operator]
-            config, input_ids_seq_length=length, device=str(self.device)
-        )
+        process: Any = logits_processors(self, config, input_ids.shape[1])
         ends = end_tokens(config)
         padding = config.pad_token_id if config.pad_token_id is not None else [*ends, 0][0]
         if streamer is not None:

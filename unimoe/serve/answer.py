@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from unimoe.compress.decoding import Decoding
 from unimoe.inference.engines import AnsweringModel
-from unimoe.model.generation import end_tokens
+from unimoe.model.generation import end_tokens, logits_processors
 
 from .text import TextStream
 
@@ -88,9 +88,7 @@ class Answer:
         self.longest: int = sampling.generation.max_new_tokens or 1
         self._text = TextStream(tokenizer, sampling.stops)
         self._sampling = sampling
-        self._process: Any = model._get_logits_processor(  # type: ignore[operator]
-            sampling.generation, input_ids_seq_length=self.prompt_tokens, device=str(model.device)
-        )
+        self._process = logits_processors(model, sampling.generation, self.prompt_tokens)
         self._generator = torch.Generator(model.device)
         if sampling.seed is None:
             self._generator.seed()
@@ -133,7 +131,7 @@ class Answer:
     def _choose(self, logits_V: Tensor) -> int:
         prompt_1T = self.inputs["input_ids"].to(logits_V.device)
         ids_1T = torch.cat([prompt_1T, prompt_1T.new_tensor([self.tokens])], 1)  # integers, also of no token
-        scores_V = self._process(ids_1T, logits_V[None])[0]
+        scores_V = self._process(ids_1T, logits_V[None])[0]  # type: ignore[arg-type]
         if not self._sampling.generation.do_sample:
             return int(scores_V.argmax())
         return int(torch.multinomial(scores_V.softmax(-1), 1, generator=self._generator))
