@@ -100,6 +100,23 @@ def test_a_process_that_takes_too_much_memory_or_time_is_replaced():
     assert process.poll() is not None
 
 
+def test_a_closed_pool_starts_no_process_for_what_waited():
+    pool = DecodePool(1, seconds=120)
+    worker, errors = pool._idle.get(), []  # as if another request had it
+
+    def wait():
+        with pytest.raises(UserError, match="shutting down") as caught:
+            pool.decode(request(), b"")
+        errors.append(caught.value)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    pool.close()
+    pool._idle.put(worker)
+    waiting.join()
+    assert errors and worker._process is None
+
+
 def test_small_files_that_are_large_or_slow(serving, watched):
     progressive = encoded(Image.new("RGB", (5000, 5000), "red"), "JPEG", progressive=True)
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]

@@ -117,7 +117,7 @@ def client(tmp_path):
     server = subprocess.Popen([*command, "--model", save_model(tmp_path, TOP_P)])
     try:
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            for _ in range(270):
+            for _ in range(600):
                 assert server.poll() is None, "the server ended"
                 try:
                     client.models.list()

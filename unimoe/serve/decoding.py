@@ -38,6 +38,7 @@ class DecodePool:
             memory_bytes: address space of a process beyond what it has when it starts.
         """
         self.seconds, self.memory_bytes = seconds, memory_bytes
+        self._closed = False
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._workers = [_Worker(memory_bytes) for _ in range(processes)]
         for worker in self._workers:
@@ -47,10 +48,12 @@ class DecodePool:
         """A message part with the decoded media under its modality.
 
         Raises:
-            UserError: the file cannot be decoded, or not within the limits.
+            UserError: the file cannot be decoded, or not within the limits, or the pool is closed.
         """
         worker = self._idle.get()
         try:
+            if self._closed:
+                raise UserError(f"{request.where}: the server is shutting down")
             items = worker.decode(request, content, self.seconds)
         finally:
             self._idle.put(worker)
@@ -61,7 +64,8 @@ class DecodePool:
         return {"type": modality, modality: images if modality == "video" else images[0]}
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; what still waits for one fails, and starts none."""
+        self._closed = True
         for worker in self._workers:
             worker.stop()
 
