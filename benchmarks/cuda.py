@@ -29,7 +29,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from triton.errors import TritonError
 
-from unimoe.kernels import triton_swiglu
+from unimoe.kernels import triton_ffn, triton_lora, triton_swiglu
+from unimoe.kernels.ffn import ffn_experts_reference
+from unimoe.kernels.lora import Adapters, lora_experts_reference
 from unimoe.kernels.swiglu import swiglu_experts_reference
 from unimoe.kernels.triton_grouped import Tile
 from unimoe.moe.routing import sort_by_expert
@@ -178,54 +180,90 @@ def peak_rates() -> Rows:
     yield {"what": "copy", "TB/s": 2 * source.nbytes / measured["copy"][0] / 1e9}
 
 
+MOST_ERROR = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 10}  # float32 is built from tf32
+"""Error of each dtype against float64, over that of a plain loop."""
+
+
+def lora_reference(x: Tensor, offsets_E1: Tensor, *stacks: Any) -> Tensor:
+    gate_up, down, *adapters, weight_N = stacks
+    return lora_experts_reference(x, offsets_E1, gate_up, down, Adapters(*adapters), 0.5, weight_N)
+
+
+def lora(x: Tensor, offsets_E1: Tensor, *stacks: Any, token_N: Tensor) -> Tensor:
+    gate_up, down, *adapters, weight_N = stacks
+    own = (gate_up, down, Adapters(*adapters), 0.5, weight_N)
+    return triton_lora.fused_lora_experts(x, offsets_E1, *own, token_N)
+
+
+def ffn_reference(x: Tensor, offsets_E1: Tensor, *stacks: Any) -> Tensor:
+    return ffn_experts_reference(x, offsets_E1, *stacks[:-1], "gelu", stacks[-1])
+
+
+def ffn(x: Tensor, offsets_E1: Tensor, *stacks: Any, token_N: Tensor) -> Tensor:
+    return triton_ffn.fused_ffn_experts(x, offsets_E1, *stacks[:-1], "gelu", stacks[-1], token_N)
+
+
+FORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., list]]] = {
+    "swiglu": (
+        triton_swiglu.fused_experts,
+        swiglu_experts_reference,
+        lambda E, H, I: [(E, 2 * I, H), (E, H, I)],  # noqa: E741
+    ),
+    "ffn": (ffn, ffn_reference, lambda E, H, I: [(E, I, H), (E, I, 1), (E, H, I), (E, H, 1)]),  # noqa: E741
+    "lora": (
+        lora,
+        lora_reference,
+        lambda E, H, I: [(E, 2 * I, H), (E, H, I), (E, 8, H), (E, 2 * I, 8), (E, 8, I), (E, H, 8)],  # noqa: E741
+    ),
+}
+"""Triton form, its reference on rows, and the shapes of its parameters; a bias has a last dimension of 1."""
+
+
+def against_float64(
+    form: str, size: tuple[int, int, int, int, int], dtype: torch.dtype, device: str
+) -> dict[str, Any]:
+    """The row of one form on T tokens of width H in E experts of width I, K of a token.
+
+    Raises:
+        AssertionError: errors over ``MOST_ERROR``, or two runs that differ.
+    """
+    (T, H, I, E, K), (triton_form, reference, shapes) = size, FORMS[form]  # noqa: E741
+    weight_TK, index_TK = torch.rand(T, E, device=device).topk(K)
+    slot, token, _, offsets = sort_by_expert(index_TK, E)
+    draw = partial(torch.randn, device=device, dtype=dtype)
+    stacks = [(draw(shape) / shape[-1] ** 0.5).squeeze(-1) for shape in shapes(E, H, I)]
+    leaves = [draw(T, H), *stacks, weight_TK.reshape(-1)[slot].to(dtype)]
+    grad = draw(T, H)
+
+    def fused(x: Tensor, *rest: Tensor) -> Tensor:
+        return triton_form(x, offsets, *rest, token_N=token)
+
+    def loop(x: Tensor, *rest: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_add(0, token, reference(x[token], offsets, *rest))
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        own = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+        y = function(*own)
+        return [y, *torch.autograd.grad(y, own, grad.to(dtype))]
+
+    exact, plain = gradients(loop, torch.float64), gradients(loop, dtype)
+    found, again = (gradients(fused, dtype) for _ in range(2))
+    errors = [
+        ((a - right).norm() / ((b - right).norm() + 1e-7 * right.norm())).item()
+        for a, b, right in zip(found, plain, exact, strict=True)
+    ]
+    row = {"form": form, "T H I E K": size, "dtype": str(dtype), "y, dx, parameters, weights": errors}
+    assert max(errors) < MOST_ERROR[dtype], f"less accurate than the plain loop: {row}"
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True)), "two runs differ"
+    return row
+
+
 def correctness() -> Rows:
     """Errors against float64 relative to those of a plain loop in the same dtype; then over 2^31 elements."""
-
-    def fused(x: Tensor, token: Tensor, *args: Tensor) -> Tensor:
-        return triton_swiglu.fused_experts(x, *args, token_N=token)
-
-    def loop(x: Tensor, token: Tensor, *args: Any) -> Tensor:
-        return torch.zeros_like(x).index_add(0, token, swiglu_experts_reference(x[token], *args))
-
-    def gradients(
-        function: Callable, leaves: list[Tensor], routing: tuple, dtype: torch.dtype
-    ) -> list[Tensor]:
-        x, *others, grad = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
-        y = function(x, *routing, *others)
-        return [y, *torch.autograd.grad(y, (x, *others), grad)]
-
     sizes = [(300, 97, 47, 7, 3), (5, 64, 32, 3, 1), (1, 576, 256, 64, 8), (64, 576, 1536, 8, 2)]
     sizes += [(1000, 576, 256, 64, 8), (4096, 576, 1536, 8, 2), (1024, 2048, 768, 128, 8)]
-    kinds = {
-        torch.bfloat16: 2,
-        torch.float16: 2,
-        torch.float32: 10,
-    }  # float32 is built from tf32
-    for (T, H, I, E, K), (dtype, most) in itertools.product(sizes, kinds.items()):  # noqa: E741
-        draw = partial(torch.randn, device="cuda", dtype=dtype)
-        weight_TK, index_TK = torch.rand(T, E, device="cuda").topk(K)
-        slot, token, _, offsets = sort_by_expert(index_TK, E)
-        leaves = [
-            draw(T, H),
-            draw(E, 2 * I, H) / H**0.5,
-            draw(E, H, I) / I**0.5,
-            weight_TK.reshape(-1)[slot],
-            draw(T, H),
-        ]
-        on = partial(gradients, leaves=[leaf.to(dtype) for leaf in leaves], routing=(token, offsets))
-        exact, plain = on(loop, dtype=torch.float64), on(loop, dtype=dtype)
-        found, again = (on(fused, dtype=dtype) for _ in range(2))
-        errors = [
-            ((a - right).norm() / ((b - right).norm() + 1e-7 * right.norm())).item()
-            for a, b, right in zip(found, plain, exact, strict=True)
-        ]
-        yield {
-            "T H I E K": (T, H, I, E, K),
-            "dtype": str(dtype),
-            "y dx dW1 dW2 dw relative to the loop": errors,
-        }
-        assert max(errors) < most, "less accurate than the plain loop"
-        assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True)), "two runs differ"
+    for form, size, dtype in itertools.product(FORMS, sizes, MOST_ERROR):
+        yield against_float64(form, size, dtype, "cuda")
     x, index, weight = batch("S3", 2**17 + 2000)
     layer, parameters = layers("S3")["unimoe"]
     few = (x[-500:].detach().requires_grad_(), index[-500:], weight[-500:].detach().requires_grad_())

@@ -20,6 +20,8 @@ from unimoe.errors import UserError
 FORMS = ("reference", "cpu", "triton")
 TRITON = {
     "fused_experts": "triton_swiglu",
+    "fused_ffn_experts": "triton_ffn",
+    "fused_lora_experts": "triton_lora",
     "packed_linear": "triton_packed",
     "packed_experts": "triton_packed",
 }

@@ -6,9 +6,9 @@ up_proj [E, I, H], up_bias [E, I], down_proj [E, H, I], down_bias [E, H]; offset
 owns rows offsets[e]..offsets[e+1]. These are the FFNs of detection transformers (ReLU) and of BERT-like ones
 (GELU).
 
-Two forms with equal results, as in swiglu.py: ``reference`` in plain autograd, and ``cpu``, one
-autograd.Function that saves the input and the pre-activations, does no work for what is frozen, and has its
-loop over experts in C++ where that is built (native.py).
+Three forms with equal results, as in swiglu.py: ``reference`` in plain autograd, ``triton`` (triton_ffn.py),
+and ``cpu``, one autograd.Function that saves the input and the pre-activations, does no work for what is
+frozen, and has its loop over experts in C++ where that is built (native.py).
 """
 
 from collections.abc import Callable
@@ -38,6 +38,7 @@ from .arguments import (
     without_autocast,
     zero_unvisited,
 )
+from .dispatch import triton_form
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -75,6 +76,9 @@ def fused_ffn_experts(
         if form == "reference":
             run = partial(ffn_experts_reference, act=act, weight_N=weight_N)
             return gather_and_sum(run, x, token_N, offsets_E1, *stacks)
+        if form == "triton":
+            run = triton_form("fused_ffn_experts")
+            return run(x, offsets_E1, *stacks, act, weight_N, token_N)
         return _grouped(x, token_N, offsets_E1, stacks, act, weight_N)
 
 

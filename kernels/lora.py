@@ -3,9 +3,9 @@
 Shapes: T tokens, N (token, expert) pairs sorted by expert, n rows of one expert, E experts, R rank, H hidden,
 I intermediate. Adapters: A_gate_up [E, R, H], B_gate_up [E, 2I, R], A_down [E, R, I], B_down [E, H, R].
 
-The cpu form is that of swiglu.py, one autograd.Function. It saves the input and the pre-activations,
-recomputes the rest, and does no work for what is frozen: with frozen bases, backward is the input gradient
-and the narrow adapter products.
+The triton form is in triton_lora.py. The cpu form is that of swiglu.py, one autograd.Function. It saves the
+input and the pre-activations, recomputes the rest, and does no work for what is frozen: with frozen bases,
+backward is the input gradient and the narrow adapter products.
 """
 
 from functools import partial
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import gather_and_sum, one_by_one, prepare, without_autocast
+from .dispatch import triton_form
 from .swiglu import GATES, Weights, check_gate, grouped_swiglu
 
 
@@ -43,12 +44,14 @@ def fused_lora_experts(
     stacks = (gate_up_proj, down_proj, *adapters)
     form, x, stacks, weight_N = prepare("fused_lora_experts", x, stacks, weight_N)
     with without_autocast(x):
+        gate_up, down, *lora = stacks
+        own = Adapters(*lora)
         if form == "reference":
-            gate_up, down, *lora = stacks
-            run = partial(
-                lora_experts_reference, adapters=Adapters(*lora), scale=scale, weight_N=weight_N, act=act
-            )
+            run = partial(lora_experts_reference, adapters=own, scale=scale, weight_N=weight_N, act=act)
             return gather_and_sum(run, x, token_N, offsets_E1, gate_up, down)
+        if form == "triton":
+            run = triton_form("fused_lora_experts")
+            return run(x, offsets_E1, gate_up, down, own, scale, weight_N, token_N, act)
         return grouped_swiglu(x, token_N, offsets_E1, Weights(*stacks), weight_N, scale, act)
 
 

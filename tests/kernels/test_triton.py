@@ -13,7 +13,10 @@ pytest.importorskip("triton")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # half a minute, but the interpreter is slow company on a busy machine
 def test_the_kernels_in_the_interpreter():
-    tests = [str(Path(__file__).with_name(f"test_triton_{name}.py")) for name in ("packed", "swiglu")]
+    tests = [
+        str(Path(__file__).with_name(f"test_triton_{name}.py"))
+        for name in ("packed", "swiglu", "ffn", "lora")
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -41,7 +41,9 @@ def compiled(
         )
         types[name] = "constexpr" if name in constants else types[name]
     aligned = [
-        i for i, name in enumerate(names) if types[name][0] == "*" or name in ("H", "I", "K", "C", "L")
+        i
+        for i, name in enumerate(names)
+        if types[name][0] == "*" or (name in ("H", "I", "K", "C", "L") and name not in constants)
     ]
     source = ASTSource(
         fn=kernel,
@@ -85,6 +87,18 @@ def test_the_products_fit_the_chip(tiles, dtype):
         # 64 rows are what Hopper's own matrix instruction takes; loads are 16 bytes wide and do not wait
         assert ("wgmma.mma_async" in binary.asm["ptx"]) == (options["ROWS"] >= 64)
         assert "cp.async.cg.shared.global" in binary.asm["ptx"]
+
+
+def test_biases_are_products_with_one_column():
+    """As triton_linear.bias has them: nothing to load in wide pieces, but nothing spilt either."""
+    for tiles, dtype in (SHIPPED[0], SHIPPED[-1]):
+        for tile, kernel, options in (
+            (tiles.rows, triton_grouped._rows_kernel, {"TRANSPOSE": True, "K": 1}),
+            (tiles.weights, triton_grouped._weights_kernel, {"C": 1}),
+        ):
+            absent = ("token",) if "K" in options else ("left_token", "right_token")
+            binary, usage = compiled(kernel, dtype, tile.options(dtype) | options, absent)
+            assert usage["STACK"] == usage["LOCAL"] == 0 and binary.metadata.shared <= MOST_SHARED
 
 
 @pytest.mark.parametrize("tile", triton_packed.TILES.values())
