@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from unimoe.applications.diffusion.process import DDPM
 from unimoe.applications.diffusion.sample import (
     check_output,
     draw,
@@ -15,6 +14,7 @@ from unimoe.applications.diffusion.sample import (
     write_samples,
 )
 from unimoe.applications.diffusion.text import embed_texts
+from unimoe.applications.process import DDPM
 from unimoe.errors import UserError
 
 log = logging.getLogger(__name__)

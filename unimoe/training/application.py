@@ -142,6 +142,13 @@ class ApplicationModule(ResumableModule):
         """Samples of a batch, for the speed in the progress."""
         return len(batch.index)
 
+    def sample_seeds(self, count: int, batch_idx: int) -> list[int]:
+        """Seeds of a training batch of ``count`` samples, by their places in the batch of all ranks: they are
+        the same however many ranks share a batch, and however short it is."""
+        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
+        step = (self.seed * 1_000_003 + batch_idx) * 1_000_003
+        return [step + rank + ranks * place for place in range(count)]
+
     def log_step(self, losses: dict[str, Tensor], samples: int, batch_idx: int) -> None:
         """Show ``losses["loss"]`` and write a row with all losses, as means over ranks."""
         shown = mean_over_ranks(torch.stack([loss.detach().float() for loss in losses.values()]))

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from unimoe.applications.diffusion import module as subject
-from unimoe.applications.diffusion.data import DiffusionData, LabelledImages
+from unimoe.applications.diffusion.data import DiffusionData
 from unimoe.applications.diffusion.dit import DiTConfig
 from unimoe.applications.diffusion.module import DiffusionModule
+from unimoe.applications.emoji import LabelledImages
 from unimoe.commands import main as cli
 from unimoe.errors import UserError
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from unimoe.applications.diffusion.dit import DiT, DiTConfig
-from unimoe.applications.diffusion.process import RectifiedFlow
 from unimoe.applications.diffusion.sample import check_output, draw, find_classes, write_samples
+from unimoe.applications.process import RectifiedFlow
 from unimoe.errors import UserError
 
 

@@ -4,7 +4,6 @@ Shapes: B images, C channels, S side, N patches of an image, P values of a patch
 F size of the time's embedding, X size of a text embedding.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimoe.applications.transformer import FFN, attend, grid_places
+from unimoe.applications.transformer import (
+    FFN,
+    FREQUENCIES,
+    attend,
+    frequencies,
+    from_patches,
+    grid_places,
+    to_patches,
+)
 from unimoe.errors import UserError
 from unimoe.moe import (
     ConditionRouter,
@@ -32,7 +39,6 @@ OWN_SIZES: dict[Design, tuple[float, int, int]] = {
     "switch_dit": (3.0, 3, 2),
 }
 """Design -> ffn, experts and k, where the settings leave them open."""
-FREQUENCIES = 256
 
 
 @dataclass
@@ -202,10 +208,8 @@ class DiT(nn.Module):
             label_B: int64 classes, -1 for none; with ``text_BX`` anything from 0 on for a text.
             text_BX: embeddings of texts, where the model is conditioned on these.
         """
-        side = self.side // self.config.patch
         # (1)
-        x_BNP = x_BCSS.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5)
-        x_BND = self.embed(x_BNP.flatten(3).flatten(1, 2)) + self.places_ND
+        x_BND = self.embed(to_patches(x_BCSS, self.config.patch)) + self.places_ND
         # (2)
         time_BD = self.time(frequencies(time_B))
         given_BD = self.label(label_B.clamp(min=0) if text_BX is None else text_BX)
@@ -219,8 +223,7 @@ class DiT(nn.Module):
         # (4)
         shift, scale = self.modulation(F.silu(cond_BD))[:, None].chunk(2, dim=-1)
         y_BNP = self.head(self.norm(x_BND) * (1 + scale) + shift)
-        y = y_BNP.unflatten(2, (self.channels, self.config.patch, -1)).unflatten(1, (side, side))
-        return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return from_patches(y_BNP, self.config.patch)
 
     @staticmethod
     def of(network: dict[str, Any]) -> "DiT":
@@ -228,12 +231,3 @@ class DiT(nn.Module):
         (channels, side), text = network["data"]["shape"], network["data"]["text"]
         classes = 0 if text else len(network["data"]["classes"])
         return DiT(DiTConfig(**network["dit"]), channels, side, classes, text)
-
-
-def frequencies(time_B: Tensor) -> Tensor:
-    """[B, F] cosines and sines of 1000 t, as DiT embeds its timesteps."""
-    rates = torch.exp(
-        -math.log(10_000) * torch.arange(FREQUENCIES // 2, device=time_B.device) / (FREQUENCIES // 2)
-    )
-    angles = 1000 * time_B[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -10,18 +10,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from unimoe.applications.emoji import Batch, LabelledImages
+from unimoe.applications.process import PROCESSES, Process, ProcessName, draw_each
 from unimoe.applications.visits import label_expert_information, live_experts, visits
 from unimoe.errors import UserError
 from unimoe.moe import auxiliary_loss, record
 from unimoe.moe.install import moe_layers
 from unimoe.training.application import ApplicationConfig, ApplicationModule, run_application
-from unimoe.training.ranks import across_ranks, data_parallel_rank, data_parallel_size, rank_weighted
+from unimoe.training.ranks import across_ranks, rank_weighted
 from unimoe.training.weight_average import WeightAverage
 
-from .data import Batch, DiffusionData, LabelledImages
+from .data import DiffusionData
 from .dit import DiT, DiTConfig
 from .probe import LinearProbe, pretrained_features
-from .process import PROCESSES, Process, ProcessName
 from .sample import draw, write_samples
 from .usage import overlap_by_distance
 
@@ -102,7 +103,8 @@ class DiffusionModule(ApplicationModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # (1)
-        time_B, noise, drop_B = self.draw(batch, batch_idx)
+        seeds = self.sample_seeds(len(batch.images), batch_idx)
+        time_B, noise, drop_B = draw_each(self.process, batch.images, seeds)
         label_B = torch.where(drop_B < self.config.drop, -1, batch.labels)
         # (2)
         x, target = self.process.corrupt(batch.images, noise, time_B)
@@ -117,24 +119,6 @@ class DiffusionModule(ApplicationModule):
         self.log_step({"loss": error + auxiliary, "error": error, "auxiliary": auxiliary}, len(x), batch_idx)
         return error + auxiliary
 
-    def draw(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Times, noise and a number in 0..1 of each image, by its place in the batch of all ranks: they are
-        the same however many ranks share a batch, and however short it is."""
-        ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
-        step = (self.seed * 1_000_003 + batch_idx) * 1_000_003
-        return self._draw_each(batch, [step + rank + ranks * one for one in range(len(batch.images))])
-
-    def _draw_each(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Times, noise and a number in 0..1 of each image, by a seed of its own."""
-        drawn = []
-        with torch.random.fork_rng(devices=[]):
-            for seed in seeds:
-                torch.manual_seed(seed % 2**63)
-                noise_time = self.process.draw_times(1), torch.randn(1, *batch.images.shape[1:])
-                drawn.append((*noise_time, torch.rand(1)))
-        time_B, noise, drop_B = (torch.cat(one).to(batch.images) for one in zip(*drawn, strict=True))
-        return time_B, noise, drop_B
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.average.update(self.model, self.trainer.global_step + 1)  # this step is counted afterwards
@@ -143,7 +127,7 @@ class DiffusionModule(ApplicationModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Each image at one time with one noise, which follow from its number."""
-        time_B, noise, _ = self._draw_each(batch, batch.index.tolist())
+        time_B, noise, _ = draw_each(self.process, batch.images, batch.index.tolist())
         x, target = self.process.corrupt(batch.images, noise, time_B)
         with self.average.applied(self.model), record() as records:
             prediction = self.model(x, time_B, batch.labels, batch.texts)

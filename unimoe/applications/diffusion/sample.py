@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from unimoe.applications.pictures import sheet
+from unimoe.applications.process import PROCESSES, Process, guided, sample
 from unimoe.errors import UserError
 from unimoe.files import atomic_file
 from unimoe.training.application import load_weights, read_network
 
 from .dit import DiT
-from .process import PROCESSES, Process, guided, sample
 
 
 def load_diffusion(folder: str | Path) -> tuple[DiT, Process, list[str]]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from unimoe.applications.diffusion.process import DDPM, RectifiedFlow, guided, sample
+from unimoe.applications.process import DDPM, RectifiedFlow, guided, sample
 
 
 @pytest.mark.parametrize("process", [RectifiedFlow(), DDPM()], ids=["flow", "ddpm"])

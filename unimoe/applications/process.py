@@ -5,7 +5,7 @@ Time is 0 for an image and 1 for noise.
 Shapes: B images, and x of any shape [B, ...].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -82,6 +82,18 @@ class DDPM:
 
 
 PROCESSES: dict[str, type[RectifiedFlow | DDPM]] = {"flow": RectifiedFlow, "ddpm": DDPM}
+
+
+def draw_each(process: Process, images: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Times [B], noise [B, ...] and numbers in 0..1 [B], for each image by a seed of its own."""
+    drawn = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in seeds:
+            torch.manual_seed(seed % 2**63)
+            noise_time = process.draw_times(1), torch.randn(1, *images.shape[1:])
+            drawn.append((*noise_time, torch.rand(1)))
+    time_B, noise, uniform_B = (torch.cat(one).to(images) for one in zip(*drawn, strict=True))
+    return time_B, noise, uniform_B
 
 
 def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
