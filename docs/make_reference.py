@@ -120,6 +120,8 @@ def configuration() -> str:
     from unimoe.applications.restoration.module import RestorationConfig
     from unimoe.applications.saliency.data import SaliencyData
     from unimoe.applications.saliency.module import SaliencyConfig
+    from unimoe.applications.unified.data import UnifiedData
+    from unimoe.applications.unified.module import UnifiedConfig
     from unimoe.compare.config import CompareConfig
     from unimoe.continual.run import RunConfig
     from unimoe.continual.strategies import strategies
@@ -157,6 +159,8 @@ def configuration() -> str:
         ("Data of a restoration", "", RestorationData, "data"),
         ("Saliency", "For `system: saliency`.", SaliencyConfig, "model"),
         ("Data of a saliency model", "", SaliencyData, "data"),
+        ("Unified model", "For `system: unified`.", UnifiedConfig, "model"),
+        ("Data of a unified model", "", UnifiedData, "data"),
     ):
         lines += ["", f"### {title}", "", *([about] if about else []), *_table(rows_of(made_of, prefix))]
     lines += ["", "### Fields of `model.detector`", *_table(_own_rows(DynamicDinoConfig))]

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from unimoe.commands import main as cli
+
 
 @pytest.fixture
 def latents(tmp_path) -> dict:
@@ -106,6 +108,36 @@ def weather(tmp_path) -> dict:
         },
         "trainer": {"accelerator": "cpu"},
     }
+
+
+@pytest.fixture
+def drawings(tmp_path) -> dict:
+    """Settings of a unified model on red and blue squares."""
+    random = np.random.default_rng(0)
+    for place in range(60):
+        image = np.full((8, 8, 3), 255, dtype=np.uint8)
+        row, column = random.integers(4, size=2)
+        image[row : row + 4, column : column + 4] = (200, 0, 0) if place % 2 else (0, 0, 200)
+        path = tmp_path / "drawings" / ("blue", "red")[place % 2] / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    sizes = {"patch": 2, "width": 16, "depth": 3, "heads": 2, "inner": 32, "experts": 4, "k": 2}
+    return {
+        "system": "unified",
+        "output": str(tmp_path / "base"),
+        "model": {"unified": sizes, "lr": 0.001, "samples": 1},
+        "data": {"train": str(tmp_path / "drawings"), "side": 8, "steps": 4, "batch_size": 16},
+        "trainer": {"accelerator": "cpu"},
+    }
+
+
+@pytest.fixture
+def adapted(drawings, command) -> dict:
+    """Settings of its adaptation, after a run of it."""
+    assert cli.main(command(drawings)) == 0
+    model = {**drawings["model"], "adapt_from": drawings["output"]}
+    model["unified"] = {**model["unified"], "design": "moe"}
+    return {**drawings, "output": drawings["output"] + "_moe", "model": model}
 
 
 @pytest.fixture

@@ -56,6 +56,17 @@ def test_seeds_come_one_after_another(tmp_path):
     assert names[-1] == "report"
 
 
+def test_a_base_comes_first_and_the_others_start_from_it(tmp_path, monkeypatch):
+    run, called = ApplicationsDemo(tmp_path, "unified", seeds=1), []
+    monkeypatch.setattr(subject, "lightning", lambda args: called.append(args))
+    steps = plan(run)[1:-1]
+    assert [step.name for step in steps] == ["base-0", "moe-0", "frozen-0", "pruned-0", "dense-0"]
+    for step in steps:
+        step.act(run)
+    starts = [args[args.index("--model.adapt_from") + 1] for args in called if "--model.adapt_from" in args]
+    assert starts == [str(tmp_path / "base-0")] * 8 and len(called) == 10, "fit and test of each"
+
+
 def test_a_run_in_miniature(tmp_path, monkeypatch, capsys):
     rows = [f"{n % 7},{n % 5},{n % 3 == 0:d}" for n in range(80)]
     (tmp_path / "a.csv").write_text("\n".join(["user,item,click", *rows]) + "\n")

@@ -16,6 +16,7 @@ SYSTEMS = {
     "recommendation": "unimoe.applications.recommendation.module",
     "restoration": "unimoe.applications.restoration.module",
     "saliency": "unimoe.applications.saliency.module",
+    "unified": "unimoe.applications.unified.module",
 }
 
 

@@ -45,8 +45,12 @@ class Application:
     """Of ``unimoe prepare``."""
     minutes: float = 1.0
     """Of a cell, on one idle core."""
+    base: str | None = None
+    """The variant that is trained first and that the others start from (``--model.adapt_from``)."""
 
 
+ADAPTATION = ["--data.steps", "300", "--model.lr", "5.0e-4"]
+"""Of a trained model that answers and draws."""
 APPLICATIONS = {
     "recommendation": Application(
         purpose="Six tasks on MovieLens: HoME beside PLE, MMoE and a shared bottom, of equal parameters.",
@@ -110,6 +114,23 @@ APPLICATIONS = {
         parts=["sprites", "photos"],
         minutes=4.0,
     ),
+    "unified": Application(
+        purpose="Answers and drawings by one model: its drawing FFNs as experts, pruned, or dense.",
+        variants={
+            "moe": ["--model.unified.design", "moe", *ADAPTATION],
+            "frozen": ["--model.unified.design", "moe", "--model.frozen", "1.0", *ADAPTATION],
+            "pruned": ["--model.unified.design", "pruned", *ADAPTATION],
+            "base": [],
+            "dense": ["--model.unified.design", "dense", *ADAPTATION],
+        },
+        score="loss",
+        higher=False,
+        rivals=["pruned", "frozen"],
+        beside=["accuracy", "accuracy_yes_no", "recognised"],
+        parts=["sprites", "artist"],
+        minutes=3.0,
+        base="base",
+    ),
 }
 
 
@@ -164,7 +185,7 @@ def plan(run: ApplicationsDemo) -> list[Step]:
     """Every step: seed after seed, so that an interrupted run can be compared too."""
     steps = [Step("prepare", "download and convert the data, once", 0.5, _prepare, _prepared)]
     for seed in range(run.seeds):
-        for variant in run.application.variants:
+        for variant in sorted(run.application.variants, key=lambda one: one != run.application.base):
             act, done = partial(_fit, variant, seed), partial(_done, variant, seed)
             steps.append(
                 Step(f"{variant}-{seed}", f"{variant}, seed {seed}", run.application.minutes, act, done)
@@ -183,6 +204,8 @@ def _prepared(run: ApplicationsDemo) -> bool:
 def _fit(variant: str, seed: int, run: ApplicationsDemo) -> None:
     common = ["-c", str(shipped(f"applications/{run.name}")), "--output", str(run.cell(variant, seed))]
     common += ["--seed_everything", str(seed), *run.application.variants[variant]]
+    if run.application.base not in (None, variant):
+        common += ["--model.adapt_from", str(run.cell(str(run.application.base), seed))]
     for verb in ("fit", "test"):
         lightning([verb, *common])
 

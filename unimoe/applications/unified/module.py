@@ -1,0 +1,264 @@
+"""Trains answering and drawing together, or adapts the drawing of a trained model.
+
+Shapes: B images of a batch, N of a split, K classes.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.applications.emoji import Batch
+from unimoe.applications.pictures import sheet
+from unimoe.applications.process import RectifiedFlow, draw_each, guided, sample
+from unimoe.errors import UserError
+from unimoe.files import atomic_file
+from unimoe.moe import auxiliary_loss, record
+from unimoe.moe.install import moe_layers
+from unimoe.training.application import (
+    ApplicationConfig,
+    ApplicationModule,
+    load_weights,
+    read_network,
+    run_application,
+)
+from unimoe.training.ranks import across_ranks, rank_weighted
+
+from .adapt import adapt
+from .data import UnifiedData
+from .network import UnifiedNet, UnifiedNetConfig, answer_loss, prompts, questions
+
+CALIBRATION = 256
+"""Training images that measure the importance of units."""
+
+
+@dataclass
+class UnifiedConfig(ApplicationConfig):
+    """Settings of :class:`UnifiedModule`, the keys under ``model:``."""
+
+    unified: UnifiedNetConfig = field(default_factory=UnifiedNetConfig)
+    """The transformer."""
+    adapt_from: str | None = None
+    """Folder of a finished run of a dense model whose drawing branch is adapted to ``unified.design`` and
+    trained on; answers stay as they are."""
+    frozen: float = 0.5
+    """Share of the steps of an adapted ``moe`` in which its routers alone train."""
+    drop: float = 0.1
+    """Share of training images that are drawn without their class, for guidance."""
+    samples: int = 8
+    """Of each class, drawn by ``unimoe test`` into a sheet; the model itself names what they show."""
+    guidance: float = 3.0
+    """Of these samples; 1 is none."""
+
+
+class UnifiedModule(ApplicationModule):
+    """Cross-entropy of answers plus the mean squared error of the flow's velocity.
+
+    The training step:
+
+    1. time, noise, dropped class and question of each image, by the step's number and its place
+    2. the velocity at those times, and its error
+    3. the answers; an adapted model skips this, since they cannot change
+    4. the auxiliary losses over the recorded routing
+    """
+
+    application = "unified"
+    batch_unit = "images"
+    model: UnifiedNet
+    process = RectifiedFlow()
+
+    def __init__(self, **settings: Any):
+        """
+        Args:
+            settings: the fields of :class:`UnifiedConfig`.
+
+        Raises:
+            UserError: a share is out of range, or nothing is given that a sparse design is made of.
+        """
+        config = UnifiedConfig(**settings)
+        super().__init__(config)
+        self.config = config
+        if not 0 <= config.drop < 1 or not 0 <= config.frozen <= 1:
+            raise UserError(f"model.drop and frozen are {config.drop} and {config.frozen}, expected 0 to 1")
+        if config.unified.design != "dense" and config.adapt_from is None:
+            raise UserError(
+                f"model.unified.design is {config.unified.design}, which is made of a dense model; set "
+                "model.adapt_from"
+            )
+
+    def network_settings(self, data: UnifiedData) -> dict[str, Any]:
+        about = {"classes": data.classes, "shape": [3, data.side]}
+        return {"data": about, "unified": asdict(self.config.unified)}
+
+    @staticmethod
+    def build(network: dict[str, Any]) -> nn.Module:
+        return UnifiedNet.of(network)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the drawing branch alone trains."""
+        return self.config.adapt_from is not None
+
+    def configure_model(self) -> None:
+        """Build the network, and adapt the dense one to it where this is the start.
+
+        Raises:
+            UserError: the dense model does not fit.
+        """
+        if hasattr(self, "model"):
+            return
+        super().configure_model()
+        if not self.adapted:
+            return
+        drawing = self.model.drawing()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = name in drawing
+        if self.base.init_from is None:
+            self._adapt(str(self.config.adapt_from))
+
+    def _adapt(self, folder: str) -> None:
+        found = read_network(folder, self.application)
+        expected = {
+            **self.network,
+            "unified": {**self.network["unified"], "design": "dense"}
+            | {name: found.get("unified", {}).get(name) for name in ("experts", "k")},
+        }
+        if found != expected:
+            raise UserError(
+                f"model.adapt_from: {folder} is no dense model of these data and sizes; train it with the "
+                "same data, model.unified.patch, width, depth, heads and inner"
+            )
+        dense = UnifiedNet.of(found)
+        load_weights(dense, folder)
+        data = cast(Any, self.trainer).datamodule.sets["train"]
+        batch = data.__getitems__(list(range(min(CALIBRATION, len(data)))))
+        time_B, noise, _ = draw_each(self.process, batch.images, batch.index.tolist())
+        x, _ = self.process.corrupt(batch.images, noise, time_B)
+        adapt(dense.eval(), self.model, lambda: dense.velocity(x, time_B, prompts(batch.labels)))
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        count = len(batch.images)
+        # (1)
+        seeds = self.sample_seeds(count, batch_idx)
+        time_B, noise, drop_B = draw_each(self.process, batch.images, seeds)
+        label_B = torch.where(drop_B < self.config.drop, -1, batch.labels)
+        # (2)
+        x, target = self.process.corrupt(batch.images, noise, time_B)
+        with record() as records:
+            error = (self.model.velocity(x, time_B, prompts(label_B)) - target).square().mean()
+        losses = {"error": rank_weighted(error, count)}
+        # (3)
+        if not self.adapted:
+            text_BW, answer_B = self._ask(batch.labels, drop_B)
+            wrong = answer_loss(self.model.answer(batch.images, text_BW), answer_B).mean()
+            losses["answer"] = rank_weighted(wrong, count)
+        # (4)
+        if records:
+            coefficients = self.model.config.losses
+            losses["auxiliary"] = auxiliary_loss(
+                coefficients, records, moe_layers(self.model), across=across_ranks
+            )
+        loss = torch.stack(list(losses.values())).sum()
+        self.log_step({"loss": loss, **losses}, count, batch_idx)
+        return loss
+
+    def _ask(self, label_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        """A question about each image and its answer, by a number in 0..1: half of them are open; of the
+        others half are about the image's class, and half about another."""
+        classes = self.model.classes
+        step_B = (4 * uniform_B).long()  # 0, 1: open; 2: its class; 3: another
+        away_B = 1 + (1e4 * uniform_B).long() % (classes - 1)
+        other_B = torch.where(step_B == 3, (label_B + away_B) % classes, label_B)
+        return questions(label_B, other_B, step_B < 2)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """In the stage of frozen experts the optimizer sees no gradient but those of the routers."""
+        super().on_before_optimizer_step(optimizer)
+        frozen = self.config.frozen * self.trainer.max_steps
+        if self.model.config.design == "moe" and self.trainer.global_step < frozen:
+            for name, parameter in self.model.named_parameters():
+                if ".router." not in name:
+                    parameter.grad = None
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Each image at one time with one noise, and with one question of each kind, which follow from its
+        number."""
+        time_B, noise, uniform_B = draw_each(self.process, batch.images, batch.index.tolist())
+        x, target = self.process.corrupt(batch.images, noise, time_B)
+        velocity = self.model.velocity(x, time_B, prompts(batch.labels))
+        error_B = (velocity - target).square().flatten(1).mean(dim=1)
+        right = []
+        for kind in (uniform_B / 2, (1 + uniform_B) / 2):
+            text_BW, answer_B = self._ask(batch.labels, kind.clamp(max=1 - 1e-6))
+            right.append(self.model.answer(batch.images, text_BW).argmax(dim=1) == answer_B)
+        self.keep(batch.index, error_B, *right)
+
+    def report(self, split: str) -> None:
+        error_N, open_N, closed_N = self.kept()
+        found = {
+            "loss": float(error_N.mean()),
+            "accuracy": float(open_N.float().mean()),
+            "accuracy_yes_no": float(closed_N.float().mean()),
+        }
+        if split == "test" and self.config.samples:
+            found["recognised"] = self._recognised()
+        parameters = {
+            "total": sum(p.numel() for p in self.model.parameters()),
+            "drawing": sum(p.numel() for p in self.model.drawing().values()),
+        }
+        self.log_scores(
+            {f"{split}/{name}": value for name, value in found.items()},
+            {"split": split, "images": len(error_N), **found, "parameters": parameters},
+        )
+
+    def _recognised(self) -> float:
+        """Draw samples of each class, and return how many the model names rightly; the same on every rank."""
+        classes = self.model.classes
+        label_B = torch.arange(classes, device=self.device).repeat_interleave(self.config.samples)
+        images = draw(self.model, label_B, self.config.guidance, seed=self.seed)
+        text_BW, answer_B = questions(label_B, label_B, torch.ones_like(label_B, dtype=torch.bool))
+        named_B = self.model.answer(images.clamp(-1, 1), text_BW).argmax(dim=1)
+        if self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir) / "logs/test/samples.png"
+            with atomic_file(path) as temporary, temporary.open("wb") as file:
+                sheet(images.cpu(), self.config.samples).save(file, format="PNG")
+        return float((named_B == answer_B).float().mean())
+
+
+@torch.no_grad()
+def draw(model: UnifiedNet, label_B: Tensor, guidance: float, steps: int = 40, seed: int = 0) -> Tensor:
+    """[B, C, S, S] images of classes [B], each from a noise of its own.
+
+    Args:
+        model: the network.
+        label_B: classes, -1 for any.
+        guidance: scale; 1 is none.
+        steps: evaluations of the model, twice as many with guidance.
+        seed: of the noise, which is the same on every device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        noise = torch.randn(len(label_B), model.channels, model.side, model.side).to(label_B.device)
+    text_BW, none_BW = prompts(label_B), prompts(torch.full_like(label_B, -1))
+    predict = guided(
+        lambda x, time_B: model.velocity(x, time_B, text_BW),
+        lambda x, time_B: model.velocity(x, time_B, none_BW),
+        guidance,
+    )
+    return sample(RectifiedFlow(), predict, noise, steps)
+
+
+def main(args: list[str]) -> None:
+    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
+
+    Raises:
+        UserError: bad settings or data.
+        KeyboardInterrupt: the run was interrupted, and its state saved.
+    """
+    run_application(UnifiedModule, UnifiedData, args)
