@@ -196,9 +196,12 @@ def run_elastic(ranks: int, restarts: int, code: str, *arguments: str) -> list[s
 
 
 def _server() -> ForkServerContext:
-    """Starts processes by forking one that has imported the suite."""
+    """Starts processes by forking one that has imported the suite, and what a run imports late."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unimoe.testing", "unimoe.stages.cli"])
+    ours = [f"unimoe.{name}" for name in ("testing", "commands.fit", "stages.cli", "continual.cli")]
+    context.set_forkserver_preload(
+        [*ours, "unimoe.encoders.timm_image", "whisper.model", "torch.utils.tensorboard"]
+    )
     return context
 
 

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from unimoe.commands.consolidate import consolidate
 from unimoe.model.loading import load_model
+from unimoe.stages.cli import main
 from unimoe.testing import IMAGE, SPEECH, assert_same_run, run_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -66,11 +67,18 @@ def fit(ranks: int, *runs: dict) -> str:
     return run_together(ranks, FIT, *map(str, paths))[0]
 
 
+def fit_here(run: dict):
+    """Run a stage in this process."""
+    path = Path(run["output"] + ".yaml")
+    path.write_text(yaml.safe_dump(run))
+    main(["fit", "-c", str(path)])
+
+
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory) -> Path:
     """The folder of a run by one process."""
     output = tmp_path_factory.mktemp("alone") / "run"
-    fit(1, settings(world, output, 1, "auto"))
+    fit_here(settings(world, output, 1, "auto"))
     return output
 
 
@@ -102,7 +110,7 @@ def test_accumulated_batches_count_as_those_of_one_process(world, tmp_path):
     for run in runs.values():
         run["data"]["steps"] = STEPS // 2
         run["trainer"]["accumulate_grad_batches"] = 2
-    fit(1, runs["alone"])
+    fit_here(runs["alone"])
     fit(2, runs["ddp"], runs["fsdp2"])
     for name in ("ddp", "fsdp2"):
         assert_same_run(tmp_path / name, tmp_path / "alone")
@@ -118,7 +126,7 @@ def test_ranks_with_more_sub_batches_than_others_train_as_one(world, tmp_path):
         runs[name] = settings(world, tmp_path / name, ranks, strategy)
         runs[name]["data"] |= {"train": str(tmp_path / "train.jsonl"), "val": None, "steps": 4}
     runs["packed"]["data"]["pack"] = 64
-    fit(1, runs["alone"])
+    fit_here(runs["alone"])
     fit(2, runs["fsdp2"], runs["packed"])
     for name in ("fsdp2", "packed"):
         assert_same_run(tmp_path / name, tmp_path / "alone")
@@ -136,7 +144,7 @@ def test_a_selection_bias_follows_the_load_of_all_ranks_and_micro_batches(world,
     for run in runs.values():
         run["data"]["steps"] = 6
         run["trainer"]["accumulate_grad_batches"] = 2
-    fit(1, runs["alone"])
+    fit_here(runs["alone"])
     fit(2, runs["ddp"], runs["fsdp2"])
     biases = {}
     for name in runs:
@@ -156,7 +164,7 @@ def test_gradient_conflicts_are_those_of_all_ranks_and_micro_batches(world, tmp_
     for run in runs.values():
         run["data"]["steps"] = 4
         run["trainer"]["accumulate_grad_batches"] = 2
-    fit(1, runs["alone"])
+    fit_here(runs["alone"])
     fit(2, runs["ddp"])
     alone, ddp = (load_file(tmp_path / name / "model.safetensors") for name in runs)
     kept = [name for name in alone if ".layers.1." in name and name.endswith(("conflict_EE", "topology"))]

@@ -11,7 +11,7 @@ from unimoe.synthetic.concepts import HELD_OUT
 from unimoe.synthetic.multimodal import BuildConfig, build_data
 from unimoe.synthetic.questions import normalise
 
-SMALL = BuildConfig(views=1, counts=4, pairs=4, test_views=1, test_questions=2)
+SMALL = BuildConfig(views=1, counts=4, pairs=4, test_views=1, test_questions=2, speeds=(1.0,))
 
 
 def build(folder: Path, parts: Path) -> Path:
