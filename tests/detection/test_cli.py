@@ -33,7 +33,7 @@ def metrics(settings: dict) -> dict:
 
 @pytest.mark.slow
 def test_eight_pictures_are_learned_by_heart(settings, capsys, caplog):
-    settings |= {"data": {**settings["data"], "steps": 160}, "checkpoint_every": 160}
+    settings |= {"data": {**settings["data"], "steps": 80}, "checkpoint_every": 80}
     assert cli.main(command(settings)) == 0
     assert metrics(settings)["val/AP"] > 0.9
     assert cli.main(command(settings, "validate")) == 0
