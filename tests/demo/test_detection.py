@@ -1,6 +1,7 @@
 """The detection demo: its sums by hand, and the shipped configurations end to end in miniature."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def miniature(tiny_parts, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "files", lambda package: tmp_path / "configs")
     monkeypatch.setattr(steps, "fault", lambda part, cache: None)
     monkeypatch.setattr(subject, "build_scenes", build)
+    sizes = {"queries": 10, "cells": (8, 4, 2), "rounds": 2}
+    monkeypatch.setattr(subject, "decoder_latency", partial(subject.decoder_latency, **sizes))
     return tmp_path
 
 

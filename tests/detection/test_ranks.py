@@ -45,7 +45,7 @@ def test_two_processes_train_as_one(settings, folder, world, tmp_path):
         "denoising": {"queries": 0},
         "lr": 3e-4,
     }
-    settings["data"] |= {"steps": 6, "copies": 2}
+    settings["data"] |= {"steps": 4, "copies": 2}
 
     def write(name: str, ranks: int, strategy) -> Path:
         run = json.loads(json.dumps(settings))
