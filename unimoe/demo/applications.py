@@ -98,7 +98,7 @@ APPLICATIONS = {
             *("weather_expert_information", "live_experts"),
         ],
         parts=["photos"],
-        minutes=1.8,
+        minutes=3.5,
     ),
     "saliency": Application(
         purpose="Sets of salient objects: PSOD's task experts beside a router and a dense model.",

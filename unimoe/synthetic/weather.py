@@ -30,7 +30,7 @@ def haze(clear_SSC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Photos have no depth: it is a smooth random surface that is farther at the top.
     """
     side = len(clear_SSC)
-    surface_SS = zoom(rng.random((4, 4)), side / 4, order=1, grid_mode=True, mode="nearest")
+    surface_SS = np.asarray(zoom(rng.random((4, 4)), side / 4, order=1, grid_mode=True, mode="nearest"))
     depth_SS = 0.5 * surface_SS + np.linspace(0.6, 0.2, side)[:, None]
     t_SS1 = np.exp(-rng.uniform(0.8, 2) * depth_SS)[:, :, None]
     return clear_SSC * t_SS1 + rng.uniform(0.75, 1) * (1 - t_SS1)

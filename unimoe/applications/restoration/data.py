@@ -235,10 +235,10 @@ def split_pairs(pairs: list[Pair], shares: dict[str, float], folder: str) -> dic
 
 def _batch(indices: list[int], patches: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
     degraded, clear, weathers = zip(*patches, strict=True)
-    images = [
+    bad, good = (
         torch.from_numpy(np.stack(one).transpose(0, 3, 1, 2).astype(np.float32)) for one in (degraded, clear)
-    ]
-    return Batch(torch.tensor(indices), *images, torch.tensor(weathers))
+    )
+    return Batch(torch.tensor(indices), bad, good, torch.tensor(weathers))
 
 
 def _open(path: Path) -> Image.Image:
