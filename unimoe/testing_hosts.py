@@ -163,21 +163,30 @@ def qwen3_vl_moe() -> Built:
 
 
 def glm4v() -> Built:
-    """FFNs with one matrix for gate and up."""
+    """FFNs with one matrix for gate and up; frames of a video are image tokens between two of its own."""
+    around = {
+        f"{kind}_{place}": f"<|{place}_of_{kind}|>".replace("start", "begin")
+        for kind in ("image", "video")
+        for place in ("start", "end")
+    }
     tokens = tokenizer(
-        "<|image_pad|>", "<|video_pad|>", named={"image": "<|image_pad|>", "video": "<|video_pad|>"}
+        "<|image_pad|>",
+        "<|video_pad|>",
+        more=tuple(around.values()),
+        named={"image": "<|image_pad|>", "video": "<|video_pad|>"},
     )
-    ids = qwen_ids(tokens)
+    tokens.chat_template = TEMPLATE.format(
+        image="<|begin_of_image|><|image_pad|><|end_of_image|>",
+        video="<|begin_of_video|><|video_pad|><|end_of_video|>",
+        audio="",
+    )
     vision = qwen_vision(image_size=56) | {"depth": 1}
     config = hf.Glm4vConfig(
         text_config=text(tokens, rope_parameters={**ROPE, "partial_rotary_factor": 1.0}),
         vision_config=vision,
-        image_token_id=ids["image_token_id"],
-        video_token_id=ids["video_token_id"],
-        image_start_token_id=ids["vision_start_token_id"],
-        image_end_token_id=ids["vision_end_token_id"],
-        video_start_token_id=ids["vision_start_token_id"],
-        video_end_token_id=ids["vision_end_token_id"],
+        image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokens.convert_tokens_to_ids("<|video_pad|>"),
+        **{f"{name}_token_id": tokens.convert_tokens_to_ids(token) for name, token in around.items()},
     )
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56 * 2}
     images = hf.Glm4vImageProcessor(size=size, patch_size=14)
@@ -325,7 +334,7 @@ FAMILIES: dict[str, tuple[Callable[[], Built], tuple[str, ...]]] = {
     "llava_onevision": (llava_onevision, ("image", "video")),
     "qwen2_5_vl": (qwen2_5_vl, ("image", "video")),
     "qwen3_vl": (qwen3_vl, ("image", "video")),
-    "glm4v": (glm4v, ("image",)),
+    "glm4v": (glm4v, ("image", "video")),
     "idefics3": (idefics3, ("image",)),
     "internvl": (internvl, ("image", "video")),
     "gemma3": (gemma3, ("image",)),
@@ -370,7 +379,8 @@ def question(*modalities: str) -> list[dict[str, Any]]:
 
 
 def inputs(processor: Any, *conversations: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the stock processor makes of conversations, padded on the left."""
+    """What the stock processor makes of conversations, all frames of their videos included, padded on the
+    left."""
     processor.tokenizer.padding_side = "left"
     texts, media = [], {"image": [], "video": [], "audio": []}
     for turns in conversations:
@@ -390,4 +400,6 @@ def inputs(processor: Any, *conversations: list[dict[str, Any]]) -> dict[str, An
     }
     if "audio" in given:
         given["sampling_rate"] = 16000
+    if "videos" in given:
+        given["do_sample_frames"] = False
     return dict(processor(text=texts, padding=True, return_tensors="pt", **given))

@@ -17,7 +17,8 @@ from unimoe.data import Sample
 from unimoe.model.host_processor import HostProcessor
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
-from unimoe.testing_hosts import FAMILIES, inputs, question
+from unimoe.moe.adapt import PROJECTIONS
+from unimoe.testing_hosts import FAMILIES, MIXTURES, inputs, question
 
 
 def state(folder):
@@ -98,16 +99,22 @@ def learn(strategy, tasks):
         strategy.learner.train_bank(None)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("paligemma", "qwen2_5_vl")])
+FAMILIES_BESIDES = [name for name in FAMILIES if name not in ("paligemma", "qwen2_5_vl")]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES_BESIDES, *MIXTURES])
 def test_dymoe_learns_two_tasks_with_every_family(name):
-    model, processor = FAMILIES[name][0]()
+    model, processor = MIXTURES[name]() if name in MIXTURES else FAMILIES[name][0]()
     said = {"role": "assistant", "content": [{"type": "text", "text": "a fox"}]}
+    media = ("image",) if name in ("glm4v", *MIXTURES) else FAMILIES[name][1]  # it takes one modality
+    targets = ["q_proj", "v_proj"] if name in MIXTURES else list(PROJECTIONS)
     tasks = [
         Experience(index, TaskConfig(str(index), "", ""), [Sample([*question(*kinds), said], "a")] * 2, [])
-        for index, kinds in enumerate(((), FAMILIES[name][1]))
+        for index, kinds in enumerate(((), media))
     ]
     strategy = strategies()["dymoe"](k=4, temperature=0.1)
-    strategy.attach(Learner(model, HostProcessor(processor), AdapterConfig(experts=4, rank=2, alpha=16)))
+    adapters = AdapterConfig(experts=4, rank=2, alpha=16, targets=targets)
+    strategy.attach(Learner(model, HostProcessor(processor), adapters))
     base = base_of(model)
     learn(strategy, tasks[:1])
     first = {key: one.clone() for key, one in strategy.learner.adapters().items()}

@@ -6,6 +6,7 @@ from transformers.models.smolvlm import processing_smolvlm
 
 from unimoe.data import Collator, HostFeatures, Sample
 from unimoe.errors import UserError
+from unimoe.model import host_processor
 from unimoe.model.chat_template import BREAK
 from unimoe.model.configuration import IGNORED
 from unimoe.model.host_loss import answer_loss
@@ -14,7 +15,7 @@ from unimoe.model.inputs import cat_padded
 from unimoe.model.loading import load_any, open_processor
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
-from unimoe.testing_hosts import FAMILIES, inputs, question, smolvlm
+from unimoe.testing_hosts import FAMILIES, image, inputs, question, smolvlm
 
 CHAT = [name for name in FAMILIES if name != "paligemma"]  # a base model, without a chat template
 
@@ -60,6 +61,29 @@ def test_labels_decode_to_the_answers_and_batches_to_the_stock_ones(name):
     with torch.no_grad():
         logits = [model(**one).logits[:, -1] for one in (prompts, expected)]
     torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("name", [name for name in CHAT if "video" in FAMILIES[name][1]])
+def test_all_frames_of_a_video_are_seen_at_their_times(name, monkeypatch):
+    frames = [image(number) for number in range(12)]
+    for number, frame in enumerate(frames):
+        frame.info["seconds"] = 2.5 * number
+    monkeypatch.setattr(host_processor, "load_video", lambda *_: frames)
+    _, ours = hosted(name)
+    row = ours.encode(question("video"), add_generation_prompt=True)
+    media = {key: one for key, (one,) in row["media"].items()}
+    if "video_grid_thw" in media:
+        assert media["video_grid_thw"][0, 0] == 6  # two frames each
+    else:
+        assert 12 in next(one for key, one in media.items() if key.startswith("pixel_values")).shape
+    if name == "qwen2_5_vl":
+        assert media["second_per_grid_ts"].tolist() == [5.0]
+    if name == "glm4v":
+        said = ours.tokenizer.decode(row["input_ids"])
+        assert said.count("<|begin_of_image|>") == 6 and "<|end_of_image|>25<|" in said
+    if name == "qwen3_vl":  # the middle of two frames
+        said = ours.tokenizer.decode(row["input_ids"])
+        assert [f"<{second} seconds>" in said for second in (1.2, 6.2, 26.2)] == [True] * 3
 
 
 def test_typed_placeholders_stay_text():

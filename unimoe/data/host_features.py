@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -212,22 +211,22 @@ class HostFeatures(FeatureStore):
             return seen
         return [_whole(one) for one in (pooled, *deep)]
 
-    @torch.no_grad()
     def _check(self, samples: Sequence[Sample]) -> None:
-        """Two samples of each modality must reach the decoder as without the cache."""
-        rows, kept = [], []
-        shown: Counter[str] = Counter()
+        """Two samples of the same modalities must reach the decoder as without the cache."""
+        groups: dict[frozenset[str], list[Sample]] = {}
         for sample in samples:
-            kinds = {part["type"] for part in sample.media()}
-            if all(shown[kind] >= 2 for kind in kinds):
-                continue
-            shown.update(kinds)
-            row = self._encode(sample)
-            rows.append(row)
+            same = groups.setdefault(frozenset(part["type"] for part in sample.media()), [])
+            if len(same) < 2:
+                same.append(sample)
+        for same in groups.values():
+            self._compare([self._encode(sample) for sample in same])
+
+    @torch.no_grad()
+    def _compare(self, rows: Sequence[EncodedConversation]) -> None:
+        kept = []
+        for row in rows:
             features = {one: self._run(one, row["media"]) for one in self._present(row["media"])}
             kept.append(self._replace(row, features))
-        if not rows:
-            return
         device = self.model.device
         plain = self.processor.pad(rows).to(device)
         batch = dict(self.processor.pad(kept).to(device))

@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, BatchEncoding, BatchFeature
+from transformers.video_utils import VideoMetadata
 
 from unimoe.errors import UserError, first_line
 from unimoe.media.audio import load_audio
@@ -251,6 +252,8 @@ class HostProcessor:
         given: dict[str, Any] = {ARGUMENTS[modality]: items for modality, items in media.items()}
         if "images" in given:
             given["images"] = [given["images"]]
+        if "videos" in given:
+            given |= {"do_sample_frames": False, "video_metadata": [*map(_times, given["videos"])]}
         if "audio" in given:
             given["sampling_rate"] = self.rate
         try:
@@ -268,6 +271,16 @@ class HostProcessor:
             )
         own = {"input_ids", "attention_mask", "labels"}
         return tokens, {name: [torch.as_tensor(one)] for name, one in batch.items() if name not in own}
+
+
+def _times(frames: Sequence[Any]) -> VideoMetadata:
+    """When each frame of a video is shown, in milliseconds; a list of images counts as 24 frames a second, as
+    in transformers."""
+    seconds = [frame.info.get("seconds") for frame in frames]
+    if len(frames) < 2 or None in seconds:
+        return VideoMetadata(len(frames), fps=24, frames_indices=list(range(len(frames))))
+    shown = [round(1000 * second) for second in seconds]
+    return VideoMetadata(round(shown[-1] * len(shown) / (len(shown) - 1)), fps=1000, frames_indices=shown)
 
 
 class _Reader:
