@@ -16,7 +16,7 @@ from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import moe_layers
 from unimoe.testing import assert_same_run, run_together
-from unimoe.testing_hosts import FAMILIES
+from unimoe.testing_hosts import FAMILIES, MIXTURES
 from unimoe.training.curve import read_curve
 from unimoe.training.resume import saved_step
 
@@ -86,35 +86,78 @@ def test_a_moe_stage_trains_and_leaves_a_stock_folder(host, fit, tmp_path):
     assert "Trained by `unimoe fit`: stage moe, 3 steps." in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["qwen2_audio", "qwen2_5_omni", "internvl", "llava_onevision", "qwen3_vl"])
-def test_other_families_train_a_stage(name, fit, tmp_path):
-    """Sound, video, and images, one after another."""
-    Image.new("RGB", (28, 28), "red").save(tmp_path / "0.png")
-    soundfile.write(tmp_path / "0.wav", np.random.default_rng(0).normal(size=8000) / 4, 16000)
+def write_samples(folder, kinds):
+    """One sample with a sound, a video or an image for each of ``kinds``."""
+    Image.new("RGB", (28, 28), "red").save(folder / "0.png")
+    soundfile.write(folder / "0.wav", np.random.default_rng(0).normal(size=8000) / 4, 16000)
     paths = {"image": "0.png", "audio": "0.wav", "video": ["0.png"] * 4}
     lines = []
-    for kind in FAMILIES[name][1]:
+    for kind in kinds:
         asked = [{"type": kind, "path": paths[kind]}, {"type": "text", "text": "what?"}]
         lines.append(
             {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]}
         )
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def killed(chosen, folder, step):
+    """Run a stage in a process that is killed at a step."""
+    dies = {"class_path": "unimoe.testing.DieAt", "init_args": {"step": step, "rank": 0}}
+    (folder / "dies.yaml").write_text(yaml.safe_dump(chosen | {"trainer": {"callbacks": [dies]}}))
+    with pytest.raises(RuntimeError, match="exit codes: -9$"):
+        run_together(1, FIT, str(folder / "dies.yaml"))
+
+
+SEVEN = ["qwen2_audio", "qwen2_5_omni", "internvl", "llava_onevision", "qwen3_vl", "llava", "gemma3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEVEN)
+def test_other_families_train_a_stage_and_kill_9_changes_nothing(name, fit, tmp_path):
+    """Sound, video, and images, one after another."""
+    write_samples(tmp_path, FAMILIES[name][1])
     model, processor = FAMILIES[name][0]()
     upcycle_model(model, MoEConfig.for_upcycling({"experts": {"copies": 2}}))
     model.save_pretrained(tmp_path / "moe")
     processor.save_pretrained(tmp_path / "moe")
-    fit(settings(tmp_path, tmp_path, lora=[{"layers": "experts", "rank": 2, "lr": 1e-2}]))
+    chosen = settings(tmp_path, tmp_path, lora=[{"layers": "experts", "rank": 2, "lr": 1e-2}])
+    chosen |= {"checkpoint_every": 1}
+    killed(chosen | {"output": str(tmp_path / "killed")}, tmp_path, 3)
+    assert 1 <= saved_step(tmp_path / "killed" / "checkpoints" / "last.ckpt") < 3
+    fit(chosen)
+    fit(chosen | {"output": str(tmp_path / "killed")})
+    assert_same_run(tmp_path / "killed", tmp_path / "out")
     found = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
     start = moe_layers(model)[0].experts.down_proj
     assert not torch.equal(moe_layers(found)[0].experts.down_proj, start)
 
 
-def test_images_for_a_model_that_takes_none_are_named(fit, host, tmp_path):
+def test_a_mixture_of_transformers_trains_a_stage(fit, tmp_path):
+    """Adapters on its attention, and all weights of its own experts and routers."""
+    write_samples(tmp_path, ["image", "video"])
+    model, processor = MIXTURES["qwen3_vl_moe"]()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "moe")
+    trainable = [{"match": ["*.mlp.experts.*", "*.mlp.gate.*"], "lr": 1e-2}]
+    fit(settings(tmp_path, tmp_path, trainable=trainable, lora=[{"layers": "attention", "rank": 2}]))
+    found = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
+    moved = {
+        name.split(".layers.")[-1]
+        for (name, one), other in zip(found.named_parameters(), model.parameters(), strict=True)
+        if not torch.equal(one, other)
+    }
+    assert {"0.mlp.experts.down_proj", "1.mlp.gate.weight", "1.self_attn.q_proj.weight"} <= moved
+
+
+def test_images_for_a_model_that_takes_none_are_named(fit, host, world, tmp_path):
     for part in FAMILIES["qwen2_audio"][0]():
         part.save_pretrained(tmp_path / "blind")
     chosen = settings(host, tmp_path, lora=[{"layers": "attention"}])
     chosen["model"]["init_from"] = str(tmp_path / "blind")
     with pytest.raises(UserError, match="train.jsonl:.*this model takes no image; it takes text, "):
+        fit(chosen)
+    chosen["model"]["init_from"] = str(world / "llm")
+    with pytest.raises(UserError, match="llm holds a model of type 'llama', expected 'unimoe' or "):
         fit(chosen)
 
 
@@ -128,13 +171,10 @@ def test_kill_9_changes_nothing(host, fit, tmp_path):
     ) | {"checkpoint_every": 1}
     chosen["data"]["steps"] = 5
     fit(chosen | {"output": str(tmp_path / "whole")})
-    killed = chosen | {"output": str(tmp_path / "killed")}
-    dies = {"class_path": "unimoe.testing.DieAt", "init_args": {"step": 3, "rank": 0}}
-    (tmp_path / "dies.yaml").write_text(yaml.safe_dump(killed | {"trainer": {"callbacks": [dies]}}))
-    with pytest.raises(RuntimeError, match="exit codes: -9$"):
-        run_together(1, FIT, str(tmp_path / "dies.yaml"))
+    again = chosen | {"output": str(tmp_path / "killed")}
+    killed(again, tmp_path, 3)
     assert 1 <= saved_step(tmp_path / "killed" / "checkpoints" / "last.ckpt") < 5
-    fit(killed)
+    fit(again)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
