@@ -117,6 +117,9 @@ def vllm_server(python: str, model: str, rows: int) -> Iterator[Any]:
         *("--chat-template", str(Path(model) / "chat_template.jinja")),
     ]
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    openmp = Path(python).absolute().parents[1] / "lib" / "libiomp5.so"  # of the CPU build, see docs/serve.md
+    if openmp.is_file():
+        environment.setdefault("LD_PRELOAD", str(openmp))
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as process:
         try:
