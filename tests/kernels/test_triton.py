@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 def test_the_kernels_in_the_interpreter():
     tests = [
         str(Path(__file__).with_name(f"test_triton_{name}.py"))
-        for name in ("packed", "swiglu", "ffn", "lora")
+        for name in ("routing", "grouped", "swiglu", "ffn", "lora", "packed")
     ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on a CPU; test_triton.py runs this file.
+"""Experts in Triton's interpreter, on a CPU; test_triton.py runs this file.
 
 The interpreter takes 20 to 40 ms for a program, so everything is tiny: one tile holds the columns, except in
 tests of how they are cut. It knows no bfloat16 product.
@@ -15,9 +15,9 @@ from unimoe.kernels.swiglu import fused_experts, swiglu_experts_reference
 
 pytest.importorskip("triton")
 
-from unimoe.kernels import triton_routing, triton_swiglu
-from unimoe.kernels.triton_grouped import Tile, rows_times_weights
-from unimoe.kernels.triton_routing import by_token, combine, tile_bound, tile_map
+from unimoe.kernels import triton_swiglu
+from unimoe.kernels.triton_grouped import Tile
+from unimoe.kernels.triton_routing import tile_bound
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py")
 
@@ -250,41 +250,3 @@ def test_the_dispatcher_gets_here(monkeypatch):
     assert torch.equal(y, ours(*args))
     monkeypatch.setenv("UNIMOE_KERNELS", "cpu")
     torch.testing.assert_close(y, fused_experts(*in_order(*args)), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("tail", [0, 3])
-@pytest.mark.parametrize("counts", [*GROUPINGS.values(), [1] * 70, [0] * 9 + [33]])
-def test_tiles_cover_each_row_once(counts, tail):
-    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
-    seen = []
-    for expert, first, end in tile_map(offsets, sum(counts) + tail, 4).t().tolist():
-        assert first <= end <= first + 4
-        seen += [(row, expert) for row in range(first, end)]
-    owners = [e for e, count in enumerate(counts) for _ in range(count)] + [-1] * tail
-    assert seen == list(enumerate(owners))
-
-
-@pytest.mark.parametrize("small", [2048, 0], ids=["ranked", "sorted"])
-@pytest.mark.parametrize("tokens, pairs", [(5, 40), (40, 5), (3, 0), (0, 0)])
-def test_pairs_of_each_token(tokens, pairs, small, monkeypatch):
-    monkeypatch.setattr(triton_routing, "SMALL", small)
-    token = torch.randint(0, max(tokens, 1), (pairs,))
-    order, start = by_token(token, tokens)
-    for t in range(tokens):
-        assert order[start[t] : start[t + 1]].tolist() == (token == t).nonzero().flatten().tolist()
-
-
-def test_combine_sums_many_pairs_per_token():
-    token, y = torch.tensor([3] * 40 + [0] + [3]), torch.randn(42, H)
-    expected = torch.zeros(5, H).index_add(0, token, y)
-    torch.testing.assert_close(combine(y, *by_token(token, 5)), expected)
-
-
-def test_offsets_past_two_to_the_31():
-    """Rows so far out that row * columns overflows 32 bits; of the memory only a few pages are touched."""
-    far, wide = 2**21 + 5, 1024
-    a = torch.empty(far + 1, wide, dtype=torch.float16)
-    weights, a[far] = torch.randn(1, wide, 16).half(), torch.randn(wide).half()
-    token, tiles = torch.tensor([far]), torch.tensor([[0], [0], [1]], dtype=torch.int32)
-    y = rows_times_weights(a, token, weights, tiles, Tile(16, 16, 1024, 1, 1))
-    torch.testing.assert_close(y[0].float(), a[far].float() @ weights[0].float(), rtol=1e-2, atol=1e-2)
