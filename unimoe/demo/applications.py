@@ -128,7 +128,7 @@ APPLICATIONS = {
         rivals=["pruned", "frozen"],
         beside=["accuracy", "accuracy_yes_no", "recognised"],
         parts=["sprites", "artist"],
-        minutes=3.0,
+        minutes=4.0,
         base="base",
     ),
 }
