@@ -191,16 +191,19 @@ def lora_reference(x: Tensor, offsets_E1: Tensor, *stacks: Any) -> Tensor:
 
 def lora(x: Tensor, offsets_E1: Tensor, *stacks: Any, token_N: Tensor) -> Tensor:
     gate_up, down, *adapters, weight_N = stacks
-    own = (gate_up, down, Adapters(*adapters), 0.5, weight_N)
-    return triton_lora.fused_lora_experts(x, offsets_E1, *own, token_N)
+    own = Adapters(*adapters)
+    return triton_lora.fused_lora_experts(x, offsets_E1, gate_up, down, own, 0.5, weight_N, token_N)
 
 
 def ffn_reference(x: Tensor, offsets_E1: Tensor, *stacks: Any) -> Tensor:
-    return ffn_experts_reference(x, offsets_E1, *stacks[:-1], "gelu", stacks[-1])
+    up, up_bias, down, down_bias, weight_N = stacks
+    return ffn_experts_reference(x, offsets_E1, up, up_bias, down, down_bias, "gelu", weight_N)
 
 
 def ffn(x: Tensor, offsets_E1: Tensor, *stacks: Any, token_N: Tensor) -> Tensor:
-    return triton_ffn.fused_ffn_experts(x, offsets_E1, *stacks[:-1], "gelu", stacks[-1], token_N)
+    up, up_bias, down, down_bias, weight_N = stacks
+    own = (up, up_bias, down, down_bias)
+    return triton_ffn.fused_ffn_experts(x, offsets_E1, *own, "gelu", weight_N, token_N)
 
 
 FORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., list]]] = {
