@@ -375,7 +375,7 @@ def nested(bed: Bed, rows: Rows, data: Calibration) -> None:
     batches = [bed.texts(range(SOURCES), 4) for _ in range(20)]
     train_routers(model, used, batches, 60, alpha=0.03)
     found = bed.kl(model)
-    share_B = sum(experts.taken_B for experts in used)
+    share_B = torch.stack([experts.taken_B for experts in used]).sum(0)
     share_B = share_B / share_B.sum()
     mean = float(share_B @ torch.tensor(levels, dtype=torch.float))
     rows.put("D2MoE, mean bits that the router chooses", (mean, mean))
@@ -392,7 +392,8 @@ def skip(bed: Bed, rows: Rows) -> None:
     model, layers = bed.copy()
     compress(model, Plan(skip=Heads().to_plan()))
     masking, steps = Masking(), 80
-    heads = [one for layer in layers for one in layer.block.keep_head.parameters()]
+    blocks: list[Any] = [layer.block for layer in layers]
+    heads = [one for block in blocks for one in block.keep_head.parameters()]
     distil(
         model,
         batches,
