@@ -145,7 +145,8 @@ def quantize(
     per_file = samples * (4 if balanced else 1)
     read = read_batches(processor, files, per_file, batch_size, media_root)
     batches = [batch for of_file in read.values() for batch in of_file]
-    cap = max(most_rows(layers[0], read.values(), samples), min_tokens) if balanced else None
+    busiest = max(layers, key=lambda layer: layer.top_k / layer.num_experts)  # plans leave unequal counts
+    cap = max(most_rows(busiest, read.values(), samples), min_tokens) if balanced else None
     if balanced:
         random.Random(seed).shuffle(batches)
     calibration = Calibration(_forward(loaded), batches, _answers(loaded), memory * 1e9)
