@@ -2,6 +2,7 @@
 
 import base64
 import io
+import subprocess
 import threading
 import time
 
@@ -115,6 +116,23 @@ def test_a_closed_pool_starts_no_process_for_what_waited():
     pool._idle.put(worker)
     waiting.join()
     assert errors and worker._process is None
+
+
+def test_a_process_that_starts_while_its_pool_is_closed_ends(monkeypatch):
+    pool, started, start = DecodePool(1, seconds=120), [], subprocess.Popen
+    closing = threading.Thread(target=pool.close)
+
+    def late(*given, **named):
+        closing.start()
+        closing.join(0.2)  # without a lock it ends here, and finds no process
+        started.append(start(*given, **named))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    with pytest.raises(UserError, match="shutting down"):
+        pool.decode(request(), b"")
+    closing.join()
+    assert started[0].poll() is not None and pool._workers[0]._process is None
 
 
 def test_small_files_that_are_large_or_slow(serving, watched):

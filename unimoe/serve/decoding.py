@@ -38,7 +38,6 @@ class DecodePool:
             memory_bytes: address space of a process beyond what it has when it starts.
         """
         self.seconds, self.memory_bytes = seconds, memory_bytes
-        self._closed = False
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._workers = [_Worker(memory_bytes) for _ in range(processes)]
         for worker in self._workers:
@@ -52,8 +51,6 @@ class DecodePool:
         """
         worker = self._idle.get()
         try:
-            if self._closed:
-                raise UserError(f"{request.where}: the server is shutting down")
             items = worker.decode(request, content, self.seconds)
         finally:
             self._idle.put(worker)
@@ -65,9 +62,8 @@ class DecodePool:
 
     def close(self) -> None:
         """End the processes; what still waits for one fails, and starts none."""
-        self._closed = True
         for worker in self._workers:
-            worker.stop()
+            worker.close()
 
 
 def _image(array: np.ndarray, seconds: float | None) -> Image.Image:
@@ -78,16 +74,19 @@ def _image(array: np.ndarray, seconds: float | None) -> Image.Image:
 
 
 class _Worker:
-    """One process at a time; used by one thread at a time."""
+    """One process at a time; used by one thread at a time, and closed by any."""
 
     def __init__(self, memory_bytes: int) -> None:
         self.memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._lock = threading.RLock()
+        """Of these two; not held while a process works, so that closing need not wait for it."""
 
     def decode(self, request: DecodeRequest, content: bytes, seconds: float) -> Decoded:
         header = json.dumps({**request.to_json(), "size": len(content)}).encode()
         what = f"{request.where}: the {request.modality}"
-        process = self._started()
+        process = self._started(request.where)
         assert process.stdin is not None and process.stdout is not None
         with _killed_after(process, seconds) as late:
             try:
@@ -100,6 +99,7 @@ class _Worker:
                 ValueError,
             ) as error:  # a closed pipe or an incomplete answer: the process is gone
                 self.stop()
+                self._check_open(request.where)
                 if late.is_set():
                     raise UserError(f"{what} takes more than {seconds:g} s to decode") from error
                 raise UserError(f"{what} cannot be decoded within the server's limits") from error
@@ -107,37 +107,54 @@ class _Worker:
             raise UserError(answer["error"])
         return items
 
-    def _started(self) -> "subprocess.Popen[bytes]":
+    def _started(self, where: str) -> "subprocess.Popen[bytes]":
         """The process, ready for a request."""
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self.stop()
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "unimoe.serve.decode_worker", str(self.memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # clients would write into the log
-            env={**os.environ, "PYTHONPATH": paths, **dict.fromkeys(_THREADS, "1")},
-            start_new_session=True,  # Ctrl-C lets running answers finish
-        )
-        assert self._process.stdout is not None
-        with _killed_after(self._process, _START_SECONDS):
-            if self._process.stdout.readline() != READY:
-                self.stop()
-                raise RuntimeError("the decoding process does not start")
-        return self._process
+        with self._lock:
+            self._check_open(where)
+            if self._process is not None and self._process.poll() is None:
+                return self._process
+            self.stop()
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "unimoe.serve.decode_worker", str(self.memory_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # clients would write into the log
+                env={**os.environ, "PYTHONPATH": paths, **dict.fromkeys(_THREADS, "1")},
+                start_new_session=True,  # Ctrl-C lets running answers finish
+            )
+        assert process.stdout is not None
+        said = b""
+        with _killed_after(process, _START_SECONDS), contextlib.suppress(ValueError):  # closed meanwhile
+            said = process.stdout.readline()
+        if said != READY:
+            self.stop()
+            self._check_open(where)
+            raise RuntimeError("the decoding process does not start")
+        return process
+
+    def _check_open(self, where: str) -> None:
+        if self._closed:
+            raise UserError(f"{where}: the server is shutting down")
 
     def stop(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self._process.wait()
-        self._process = None
+        """End the process; the next request starts another."""
+        with self._lock:
+            if self._process is None:
+                return
+            self._process.kill()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+            self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        """End the process; no other starts."""
+        with self._lock:
+            self._closed = True
+            self.stop()
 
 
 @contextlib.contextmanager
