@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from unimoe.data import Collator, HostFeatures, Sample
+from unimoe.data import Collator, HostFeatures, Sample, host_features
 from unimoe.errors import UserError
 from unimoe.model.host_loss import answer_loss
 from unimoe.model.host_processor import HostProcessor
@@ -119,6 +119,83 @@ def test_processes_share_the_work(tmp_path):
     assert (first.fill(rows, 0, 2), second.fill(rows, 1, 2)) == (2, 2)
     first.refresh()
     assert first.fill(rows) == 0
+
+
+def test_a_copy_of_the_model_takes_features_through_its_own_connector(tmp_path):
+    model, processor = hosted("llava")
+    model.model.multi_modal_projector.requires_grad_(True)
+    cache = HostFeatures(tmp_path, model, processor)
+    cache.fill(samples("llava"))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.model.multi_modal_projector.linear_2.weight.mul_(-3)
+    for one in (model, copied):
+        found, plain = (losses("llava", one, Collator(processor, features=each)) for each in (cache, None))
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+    cache.close()
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_a_model_in_half_precision_takes_features_of_its_dtype(name, tmp_path):
+    model, processor = hosted(name)
+    model.bfloat16()
+    if name == "llava":
+        model.model.multi_modal_projector.requires_grad_(True)
+    cache = HostFeatures(tmp_path, model, processor)
+    cache.fill(samples(name))
+    found, plain = (losses(name, model, Collator(processor, features=each)) for each in (cache, None))
+    torch.testing.assert_close(found, plain, rtol=2e-2, atol=0)
+
+
+def test_rounding_is_told_from_other_values():
+    ones, infinite = torch.ones(4), torch.tensor([1.0, -torch.inf])
+    step = torch.finfo(torch.bfloat16).eps
+    same = [
+        (torch.empty(0), torch.empty(0)),
+        (infinite, infinite),
+        (ones, ones + 1e-6),
+        (ones.bfloat16(), ones.bfloat16() + 2 * step),
+        (torch.tensor([True]), torch.tensor([True])),
+    ]
+    other = [
+        (ones, ones[:3]),
+        (infinite, torch.ones(2)),
+        (ones, ones + 2 * step),
+        (ones.bfloat16(), ones.bfloat16() * 2),
+        (torch.tensor([1, 2]), torch.tensor([2, 1])),
+    ]
+    assert all(host_features._same([one], [two]) for one, two in same)
+    assert not any(host_features._same([one], [two]) for one, two in other)
+    assert not host_features._same([ones], [])
+
+
+def test_nothing_to_compare_is_refused_and_a_bad_sample_is_not_blamed_on_the_cache(tmp_path, monkeypatch):
+    model, processor = hosted("llava")
+    cache = HostFeatures(tmp_path, model, processor, flag="model.features")
+    decoder = type(model.model.language_model)
+    plain = decoder.__call__
+    with monkeypatch.context() as there:
+        there.setattr(
+            decoder, "__call__", lambda self, **named: plain(self, named.pop("inputs_embeds"), **named)
+        )
+        with pytest.raises(UserError, match="^model.features: Llava.* no inputs_embeds by name"):
+            cache.fill(samples("llava"))
+
+    def broken_by(name):
+        def call(model, batch):
+            if name in batch:
+                raise RuntimeError(f"no {name}")
+            return {}
+
+        return call
+
+    monkeypatch.setattr(host_features, "decoder_call", broken_by("pixel_values"))
+    with pytest.raises(RuntimeError, match="^no pixel_values"):
+        cache.fill(samples("llava"))
+    monkeypatch.setattr(host_features, "decoder_call", broken_by("mm_encoder_outputs"))
+    with pytest.raises(UserError, match="does not take cached features: .*no mm_encoder_outputs"):
+        cache.fill(samples("llava"))
 
 
 def test_what_cannot_be_cached_is_refused(tmp_path, monkeypatch):

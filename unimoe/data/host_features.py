@@ -59,7 +59,8 @@ class TowerOutput(ModelOutput):
 class HostFeatures(FeatureStore):
     """Features of all images and videos that a model's frozen towers have seen.
 
-    A key is the hash of what the processor made of a sample's images (or videos), of the weights and the
+    An entry holds all images of a sample, or all its videos: an image that comes back beside other ones is
+    encoded and stored again. Its key is the hash of what the processor made of them, of the weights and the
     configuration of all that lies in front of the decoder, and of the storage dtype. So no entry is ever
     stale, and one folder serves all data sets and models. Media are still decoded: the processor places
     tokens by their sizes.
@@ -71,15 +72,24 @@ class HostFeatures(FeatureStore):
         model: PreTrainedModel,
         processor: HostProcessor,
         dtype: torch.dtype = torch.float32,
+        flag: str = "data.cache_features",
     ) -> None:
-        """From now on, ``model`` takes the batches that :meth:`take` makes, as well as those with pixels.
+        """Until :meth:`close`, ``model`` takes the batches that :meth:`take` makes, as well as those with
+        pixels, and so do copies of it.
+
+        Args:
+            folder: of the shards.
+            model: of transformers.
+            processor: of the model.
+            dtype: what features are stored in.
+            flag: the setting that errors tell to leave out.
 
         Raises:
             UserError: the model takes no outputs of towers, or more than one connector of it trains.
         """
         super().__init__(folder, dtype)
-        self.model, self.processor = model, processor
-        self.refused = f"data.cache_features: {type(model).__name__}"
+        self.model, self.processor, self.flag = model, processor, flag
+        self.refused = f"{flag}: {type(model).__name__}"
         if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
             raise UserError(f"{self.refused} takes no outputs of towers (mm_encoder_outputs); leave it out")
         self.arguments = {
@@ -89,13 +99,19 @@ class HostFeatures(FeatureStore):
         }
         """Of ``get_image_features`` and ``get_video_features``; the first are the pixels."""
         self.connector = self._connector()
+        """Name of the part that trains, whose inputs are kept; None where nothing trains."""
         self._lists: dict[str, bool] = {}
         """Whether the features of a modality are a list of tensors, as the model takes them."""
         self._context = self._fingerprint(dtype)
-        model.register_forward_pre_hook(self._give, with_kwargs=True)
+        self._hook: Any = model.register_forward_pre_hook(self._give, with_kwargs=True)
+
+    def close(self) -> None:
+        """The model takes no more batches of :meth:`take`."""
+        self._hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "model": None, "connector": None}  # loader workers only read
+        """Without the model: loader workers only read, and a copy of the model copies its hooks."""
+        return {**super().__getstate__(), "model": None, "_hook": None}
 
     # ---------------------------------------------------------------- which model
 
@@ -110,8 +126,8 @@ class HostFeatures(FeatureStore):
         named = chain(self.model.named_parameters(), self.model.named_buffers())
         return {name: tensor for name, tensor in named if id(tensor) not in inside}
 
-    def _connector(self) -> nn.Module | None:
-        """What trains in front of the decoder; everything else is put in evaluation mode."""
+    def _connector(self) -> str | None:
+        """Name of what trains in front of the decoder; everything else is put in evaluation mode."""
         front = self._front()
         divided = [name for name, tensor in front.items() if isinstance(tensor, DTensor)]
         if divided:
@@ -127,12 +143,17 @@ class HostFeatures(FeatureStore):
         for name, part in parts.items():
             if name not in own:
                 part.eval()
-        return next(iter(own.values()), None)
+        trains = next(iter(own.values()), None)
+        return next((name for name, part in self.model.named_modules() if part is trains), None)
+
+    def _part_that_trains(self, model: nn.Module) -> nn.Module | None:
+        return None if self.connector is None else model.get_submodule(self.connector)
 
     def _fingerprint(self, dtype: torch.dtype) -> str:
         config = {key: value for key, value in self.model.config.to_dict().items() if key not in OF_NO_TOWER}
-        kept = set(map(id, self.connector.parameters())) if self.connector is not None else set()
-        kind = [type(self.model).__name__, config, str(dtype), self.connector is None]
+        connector = self._part_that_trains(self.model)
+        kept = set() if connector is None else set(map(id, connector.parameters()))
+        kind = [type(self.model).__name__, config, str(dtype), connector is None]
         named = (
             (f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor)
             for name, tensor in sorted(self._front().items())
@@ -146,16 +167,16 @@ class HostFeatures(FeatureStore):
         """Encode the images and videos of ``samples`` that are not stored yet, and see that the model answers
         the same with them.
 
-        A shard is written after each ``shard_size`` samples; an interrupted call resumes after the last one.
+        A shard is written after each ``shard_size`` entries; an interrupted call resumes after the last one.
 
         Args:
             samples: of all processes.
             rank: of this process, which encodes every ``ranks``-th sample.
             ranks: number of processes.
-            shard_size: samples of a shard.
+            shard_size: entries of a shard, or one more.
 
         Returns:
-            How many were encoded.
+            How many entries were made.
 
         Raises:
             UserError: a sample cannot be encoded, or the model answers differently with cached features.
@@ -185,7 +206,8 @@ class HostFeatures(FeatureStore):
         if entries:
             self.add(entries)
             entries.clear()
-            logger.info("encoded media of %d samples in %.0f s", before + count, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            logger.info("encoded %d entries of images or videos in %.0f s", before + count, seconds)
         return count
 
     def _encode(self, sample: Sample) -> EncodedConversation:
@@ -193,13 +215,13 @@ class HostFeatures(FeatureStore):
 
     @torch.no_grad()
     def _run(self, modality: str, media: EncoderInputs) -> list[Tensor]:
-        """Features of a sample: one tensor, and one of each deepstack layer."""
+        """Features of a sample, on the CPU: one tensor, and one of each deepstack layer."""
         device = self.model.device
         given = {name: media[name][0].to(device) for name in self.arguments[modality] if name in media}
         seen: list[Tensor] = []
-        hook = None
-        if self.connector is not None:
-            hook = self.connector.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+        connector, hook = self._part_that_trains(self.model), None
+        if connector is not None:
+            hook = connector.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
         try:
             output = self._method(modality)(**given, return_dict=True)
         finally:
@@ -207,9 +229,8 @@ class HostFeatures(FeatureStore):
                 hook.remove()
         pooled, deep = output.pooler_output, getattr(output, "deepstack_features", None) or []
         self._lists[modality] = not isinstance(pooled, Tensor)
-        if self.connector is not None:
-            return seen
-        return [_whole(one) for one in (pooled, *deep)]
+        kept = seen if connector is not None else [_whole(one) for one in (pooled, *deep)]
+        return [one.cpu() for one in kept]
 
     def _check(self, samples: Sequence[Sample]) -> None:
         """Two samples of the same modalities must reach the decoder as without the cache."""
@@ -228,20 +249,29 @@ class HostFeatures(FeatureStore):
             features = {one: self._run(one, row["media"]) for one in self._present(row["media"])}
             kept.append(self._replace(row, features))
         device = self.model.device
-        plain = self.processor.pad(rows).to(device)
+        pixels = dict(self.processor.pad(rows).to(device))
         batch = dict(self.processor.pad(kept).to(device))
         self.take(batch)
         embed: Any = self.model.get_input_embeddings()
         width = self.model.config.get_text_config().hidden_size
-        embed.forward = lambda ids: torch.zeros(*ids.shape, width, device=device)  # fsdp2 may divide them
+        zeros = torch.zeros(width, dtype=self.model.dtype, device=device)
+        embed.forward = lambda ids: zeros.repeat(*ids.shape, 1)  # fsdp2 may divide the embeddings
         try:
-            calls = [decoder_call(self.model, dict(one)) for one in (plain, batch)]
-        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            raise UserError(f"{self.refused} does not take cached features: {first_line(error)}") from error
+            plain = decoder_call(self.model, pixels)
+            try:
+                cached = decoder_call(self.model, batch)
+            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+                reason = first_line(error)
+                raise UserError(f"{self.refused} does not take cached features: {reason}") from error
         finally:
             del embed.forward
-        for name in calls[0].keys() | calls[1].keys():
-            found = [[x for x in tree_leaves(call.get(name)) if isinstance(x, Tensor)] for call in calls]
+        if any(call.get("inputs_embeds") is None for call in (plain, cached)):
+            found = "gives its decoder no inputs_embeds by name, which could be compared"
+            raise UserError(f"{self.refused} {found}; leave it out")
+        for name in plain.keys() | cached.keys():
+            found = [
+                [x for x in tree_leaves(call.get(name)) if isinstance(x, Tensor)] for call in (plain, cached)
+            ]
             if not _same(*found):
                 raise UserError(
                     f"{self.refused}: with cached features its decoder receives other {name}; leave it out"
@@ -268,7 +298,8 @@ class HostFeatures(FeatureStore):
         for modality in self._present(row["media"]):
             found = self.get(self.key(modality, row["media"]))
             if found is None:
-                raise UserError(f"{where}: its {modality} is not in the feature cache {self.folder}")
+                missing = f"its {modality} is not in the feature cache {self.folder}"
+                raise UserError(f"{where}: {missing}; fill it first, or leave {self.flag} out")
             features[modality] = found
         return self._replace(row, features)
 
@@ -294,13 +325,14 @@ class HostFeatures(FeatureStore):
         given = dict(kwargs.get("mm_encoder_outputs") or {})
         for modality, tensors in given.items():
             if isinstance(tensors, tuple):
-                given[modality] = self._output(modality, tensors)
+                given[modality] = self._output(model, modality, tensors)
         return args, {**kwargs, **({"mm_encoder_outputs": given} if given else {})}
 
-    def _output(self, modality: str, tensors: tuple[Tensor, ...]) -> TowerOutput:
-        pooled, *deep = tensors
-        if self.connector is not None:
-            pooled = self.connector(pooled)
+    def _output(self, model: Any, modality: str, tensors: tuple[Tensor, ...]) -> TowerOutput:
+        pooled, *deep = (tensor.to(model.dtype) for tensor in tensors)
+        connector = self._part_that_trains(model)
+        if connector is not None:
+            pooled = connector(pooled.to(next(connector.parameters()).dtype))
         return TowerOutput(
             pooler_output=[pooled.flatten(0, -2)] if self._lists[modality] else pooled,
             deepstack_features=[[layer] for layer in deep] or None,
@@ -313,8 +345,16 @@ def _whole(features: Any) -> Tensor:
 
 def _same(plain: list[Tensor], cached: list[Tensor]) -> bool:
     """Whether tensors are equal but for rounding in another batch."""
-    return len(plain) == len(cached) and all(
-        one.shape == other.shape
-        and (one.float() - other.float()).abs().max() <= 1e-3 * one.float().abs().max()
-        for one, other in zip(plain, cached, strict=True)
-    )
+    return len(plain) == len(cached) and all(map(_close, plain, cached))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    other = other.to(one.dtype)
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    finite = one[one.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    tolerance = torch.finfo(one.dtype).eps ** 0.5 * largest
+    return torch.allclose(other, one, rtol=0, atol=tolerance, equal_nan=True)
