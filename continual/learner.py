@@ -14,11 +14,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from unimoe.data import Collator, FeatureCache, HostFeatures, Sample
-from unimoe.encoders import Encoder
+from unimoe.data import Collator, FeatureCache, HostFeatures, Sample, open_feature_cache
 from unimoe.errors import UserError
 from unimoe.model.host import find_decoder
-from unimoe.model.host_loss import is_stock
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
@@ -79,11 +77,8 @@ class Learner:
         self.divided = False
         """Whether the base is sharded over processes, which must then run it together."""
         self.features: FeatureCache | HostFeatures | None = None
-        if features is not None and is_stock(model):
-            self.features = HostFeatures(features, model, processor)  # type: ignore[arg-type]
-        elif features is not None and len(model.model.encoders):
-            towers: dict[str, Encoder] = dict(model.model.encoders.items())  # type: ignore[arg-type]
-            self.features = FeatureCache(features, processor, towers)
+        if features is not None:
+            self.features = open_feature_cache(model, processor, features, "model.features")
         self.collator = Collator(processor, max_length, self.features)
 
     def divide(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:

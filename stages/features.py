@@ -1,15 +1,13 @@
 """Features of frozen encoders: computed once for a cache, or for some samples."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn import functional as nnf
 
-from unimoe.data import Collator, FeatureCache, HostFeatures, Sample
-from unimoe.encoders import Encoder
+from unimoe.data import Collator, FeatureCache, HostFeatures, Sample, open_feature_cache
 from unimoe.model.configuration import MEDIA_INPUTS
-from unimoe.model.host_loss import is_stock
 from unimoe.model.inputs import EncodedMedia
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 
@@ -25,16 +23,7 @@ def fill_cache(
         UserError: a sample that cannot be encoded, or a model of transformers whose features cannot be
             cached.
     """
-    folder = Path(folder).resolve()
-    if is_stock(model):
-        cache: FeatureCache | HostFeatures = HostFeatures(folder, model, processor)
-    else:
-        frozen = {
-            kind: cast(Encoder, tower)
-            for kind, tower in model.model.encoders.items()
-            if not any(p.requires_grad for p in tower.parameters())
-        }
-        cache = FeatureCache(folder, processor, frozen)
+    cache = open_feature_cache(model, processor, Path(folder).resolve(), "data.cache_features")
     cache.fill(samples, trainer.global_rank, trainer.world_size)
     trainer.strategy.barrier("features")
     cache.refresh()

@@ -7,7 +7,7 @@ from unimoe.media.video import load_video
 
 from .collate import Collator
 from .feature_cache import FeatureCache
-from .host_features import HostFeatures
+from .host_features import HostFeatures, open_feature_cache
 from .read import read_samples
 from .records import parse_record
 from .sample import Message, Sample
@@ -25,6 +25,7 @@ __all__ = [
     "load_audio",
     "load_image",
     "load_video",
+    "open_feature_cache",
     "parse_record",
     "read_samples",
     "write_samples",

@@ -2,37 +2,31 @@
 
     list[Sample] -> processor.encode (decodes media, one sample) -> labels, length -> processor.pad -> batch
 
+With a feature cache, that encodes and pads.
+
 Shapes: B rows, T tokens, M encoder items (images, speech windows), S encoder positions, D encoder width.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from unimoe.encoders import num_tokens
 from unimoe.errors import UserError
-from unimoe.media.source import Part, describe
 from unimoe.model.configuration import IGNORED
 from unimoe.model.host_processor import is_of_tokens
-from unimoe.model.inputs import EncodedConversation, Prepared
+from unimoe.model.inputs import EncodedConversation
 from unimoe.model.processing import UniMoeProcessor
-from unimoe.model.rope_3d import Span, image_span
 
 from .feature_cache import FeatureCache
 from .host_features import HostFeatures
-from .sample import Message, Sample
+from .sample import Sample
 
 log = logging.getLogger(__name__)
 
 Overflow = Literal["error", "truncate", "drop"]
 """What to do with a sample of too many tokens."""
-
-AUDIO_POSITIONS = 50
-"""Encoder positions per second of audio, of Whisper and of BEATs."""
 
 Row = tuple[EncodedConversation, list[int]]
 """A sample's inputs, and its labels [T]."""
@@ -44,7 +38,7 @@ class Collator:
     ``video_frames`` [M], ``speech_features`` [M, mel bins, frames] and ``speech_frames`` [M], and the same of
     ``audio``. Media of the modalities in ``features`` come as ``encoded_media`` instead, modality ->
     (features [M, S, D], lengths [M] or None), read from the cache without being decoded. Models of
-    transformers get what :meth:`HostFeatures.take` makes of them.
+    transformers get what :meth:`HostFeatures.pad` makes of them.
 
     ``labels`` equal ``input_ids`` on assistant text and its end-of-turn token, and are -100 everywhere else.
     """
@@ -63,28 +57,13 @@ class Collator:
             features: cache of frozen encoders' features, filled.
             overflow: what to do with a longer sample: raise ("error"), skip it with a warning ("drop"), or
                 truncate it on the right ("truncate"), which must keep all media and some assistant text.
-
-        Raises:
-            UserError: features of videos are cached, but the model's positions need their times.
         """
-        self.processor = copy.copy(processor)
+        self.processor = processor
         self.max_length = max_length
         self.features = features
         self.overflow: Overflow = overflow
         self._dropped: set[str] = set()
         self._media_ids = processor.media_ids
-        self._cached: dict[str, _CachedFeatures] = {}
-        if isinstance(features, FeatureCache):
-            if processor.rope_rate and "video" in features.modalities:
-                needed = "which this model's positions (rope_sections) need"
-                raise UserError(
-                    f"cached features of videos have no times, {needed}; leave cache_features out"
-                )
-            for modality in sorted(features.modalities):
-                has_lengths = len(processor.preprocessors[modality].outputs) > 1
-                connector = processor.modalities[modality]["connector"]
-                self._cached[modality] = _CachedFeatures(modality, connector, has_lengths)
-            self.processor.preprocessors = {**processor.preprocessors, **self._cached}
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Encode and pad.
@@ -167,8 +146,9 @@ class Collator:
 
     def _encode_one(self, sample: Sample, prompt: bool) -> EncodedConversation:
         """A sample's inputs, with cached features in place of media if there is a cache."""
-        row = self.processor.encode(self._messages(sample), prompt, sample.source)
-        return self.features.replace(row, sample.source) if isinstance(self.features, HostFeatures) else row
+        if self.features is not None:
+            return self.features.encode(sample, prompt)
+        return self.processor.encode(sample.messages, prompt, sample.source)
 
     def _encode(self, samples: Sequence[Sample]) -> list[Row]:
         """Inputs and labels of each sample."""
@@ -222,13 +202,9 @@ class Collator:
         return batch
 
     def _pad(self, rows: Sequence[EncodedConversation], side: str) -> dict[str, Any]:
-        batch = dict(self.processor.pad(rows, side))
-        present = [modality for modality, stored in self._cached.items() if stored.outputs[0] in batch]
-        if isinstance(self.features, HostFeatures):
-            self.features.take(batch)
-        if present:
-            batch["encoded_media"] = {modality: self._cached[modality].take(batch) for modality in present}
-        return batch
+        if self.features is not None:
+            return self.features.pad(rows, side)
+        return dict(self.processor.pad(rows, side))
 
     def _fit(self, row: EncodedConversation, mask: list[int], sample: Sample) -> bool:
         """Apply ``overflow`` to the sample, in place; False drops it."""
@@ -250,54 +226,8 @@ class Collator:
             del tokens[self.max_length :]
         return True
 
-    def _messages(self, sample: Sample) -> list[Message]:
-        """The messages, with cached features in place of media if there is a cache of them."""
-        if not isinstance(self.features, FeatureCache):
-            return sample.messages
-        cache = self.features
-
-        def stored(part: Part) -> Part:
-            modality = part["type"]
-            if modality not in self._cached:
-                return part
-            windows = cache.get(cache.key(part, sample.source))
-            if windows is None:
-                missing = f"{describe(part)} is not in the feature cache {cache.folder}"
-                raise UserError(f"{sample.source}: {missing}; fill it first")
-            return {"type": modality, modality: windows}
-
-        return [{**turn, "content": [stored(part) for part in turn["content"]]} for turn in sample.messages]
-
 
 def real_tokens(batch: dict[str, Any]) -> int:
     """Number of tokens in a batch that are not padding."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
-
-
-class _CachedFeatures:
-    """Stands in for a preprocessor: a part holds the cached features [S, D] of each encoder item."""
-
-    def __init__(self, modality: str, connector: dict[str, Any], has_lengths: bool) -> None:
-        self.modality = modality
-        self.outputs = (f"{modality}_encoded", f"{modality}_lengths")
-        self.connector = connector
-        self.has_lengths = has_lengths
-
-    def load(self, part: Part, where: str) -> Part:
-        return part
-
-    def __call__(self, part: Part, where: str) -> Prepared:
-        windows: list[Tensor] = part[self.modality]
-        values = windows, [torch.tensor(len(window)) for window in windows]
-        tokens = sum(num_tokens(self.connector, len(window)) for window in windows)
-        if self.modality == "image":
-            span = image_span(tokens)
-        else:
-            span = Span("audio", tokens, seconds=(sum(map(len, windows)) / AUDIO_POSITIONS,))
-        return Prepared(dict(zip(self.outputs, values, strict=True)), tokens, span)
-
-    def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Remove this modality's features from ``batch`` and return them as the encoder would have."""
-        features_MSD, lengths_M = (batch.pop(name) for name in self.outputs)
-        return features_MSD, lengths_M if self.has_lengths else None

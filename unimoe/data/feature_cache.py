@@ -9,12 +9,13 @@ one with the features of a data set's media.
 Shapes: M encoder items (images, speech windows), S encoder positions, D encoder width.
 """
 
+import copy
 import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from unimoe.encoders import Encoder
+from unimoe.encoders import Encoder, num_tokens
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, fingerprint
-from unimoe.media.source import Part, media_bytes
-from unimoe.model.inputs import EncodedConversation
+from unimoe.media.source import Part, describe, media_bytes
+from unimoe.model.inputs import EncodedConversation, Prepared
 from unimoe.model.processing import UniMoeProcessor
+from unimoe.model.rope_3d import Span, image_span
 
 from .sample import Sample
 
 logger = logging.getLogger(__name__)
+
+AUDIO_POSITIONS = 50
+"""Encoder positions per second of audio, of Whisper and of BEATs."""
 
 
 class FeatureStore:
@@ -115,8 +120,15 @@ class FeatureCache(FeatureStore):
         encoders: Mapping[str, Encoder],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``encoders`` are those to cache, by modality; they are put in evaluation mode."""
+        """``encoders`` are those to cache, by modality; they are put in evaluation mode.
+
+        Raises:
+            UserError: features of videos would be cached, but the model's positions need their times.
+        """
         super().__init__(folder, dtype)
+        if processor.rope_rate and "video" in encoders:
+            needed = "which this model's positions (rope_sections) need"
+            raise UserError(f"cached features of videos have no times, {needed}; leave cache_features out")
         self.processor, self.encoders = processor, encoders
         self._context = {
             modality: encoder_fingerprint(
@@ -126,6 +138,13 @@ class FeatureCache(FeatureStore):
         }
         self._keys: dict[tuple[Any, ...], str] = {}
         """Modality, path, size and time of change of a file -> its key."""
+        self._stored: dict[str, _CachedFeatures] = {}
+        for modality in sorted(encoders):
+            has_lengths = len(processor.preprocessors[modality].outputs) > 1
+            connector = processor.modalities[modality]["connector"]
+            self._stored[modality] = _CachedFeatures(modality, connector, has_lengths)
+        self._reader = copy.copy(processor)
+        self._reader.preprocessors = {**processor.preprocessors, **self._stored}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "encoders": {}}  # loader workers only read
@@ -221,6 +240,40 @@ class FeatureCache(FeatureStore):
             entries[key].append(features_MSD[item, :length])
         return entries
 
+    def encode(self, sample: Sample, prompt: bool) -> EncodedConversation:
+        """A sample's inputs, with features in place of media.
+
+        Args:
+            sample: whose media are stored.
+            prompt: end with the opening of an assistant turn.
+
+        Raises:
+            UserError: features are not in the cache, or the sample cannot be encoded.
+        """
+
+        def stored(part: Part) -> Part:
+            modality = part["type"]
+            if modality not in self.modalities:
+                return part
+            windows = self.get(self.key(part, sample.source))
+            if windows is None:
+                missing = f"{describe(part)} is not in the feature cache {self.folder}"
+                raise UserError(f"{sample.source}: {missing}; fill it first")
+            return {"type": modality, modality: windows}
+
+        messages = [
+            {**turn, "content": [stored(part) for part in turn["content"]]} for turn in sample.messages
+        ]
+        return self._reader.encode(messages, prompt, sample.source)
+
+    def pad(self, rows: Sequence[EncodedConversation], side: str = "right") -> dict[str, Any]:
+        """Conversations from :meth:`encode` as one batch, with features under ``encoded_media``."""
+        batch = dict(self._reader.pad(rows, side))
+        present = [modality for modality, stored in self._stored.items() if stored.outputs[0] in batch]
+        if present:
+            batch["encoded_media"] = {modality: self._stored[modality].take(batch) for modality in present}
+        return batch
+
 
 def _stamp(part: Part) -> tuple[Any, ...] | None:
     """Changes with the file behind a part; None for anything but a single file."""
@@ -239,3 +292,31 @@ def encoder_fingerprint(encoder: Encoder, preprocessing: Mapping[str, Any], dtyp
     weights = sorted(encoder.state_dict().items())
     named = ((f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor) for name, tensor in weights)
     return fingerprint(description, *chain.from_iterable(named))
+
+
+class _CachedFeatures:
+    """Stands in for a preprocessor: a part holds the cached features [S, D] of each encoder item."""
+
+    def __init__(self, modality: str, connector: dict[str, Any], has_lengths: bool) -> None:
+        self.modality = modality
+        self.outputs = (f"{modality}_encoded", f"{modality}_lengths")
+        self.connector = connector
+        self.has_lengths = has_lengths
+
+    def load(self, part: Part, where: str) -> Part:
+        return part
+
+    def __call__(self, part: Part, where: str) -> Prepared:
+        windows: list[Tensor] = part[self.modality]
+        values = windows, [torch.tensor(len(window)) for window in windows]
+        tokens = sum(num_tokens(self.connector, len(window)) for window in windows)
+        if self.modality == "image":
+            span = image_span(tokens)
+        else:
+            span = Span("audio", tokens, seconds=(sum(map(len, windows)) / AUDIO_POSITIONS,))
+        return Prepared(dict(zip(self.outputs, values, strict=True)), tokens, span)
+
+    def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Remove this modality's features from ``batch`` and return them as the encoder would have."""
+        features_MSD, lengths_M = (batch.pop(name) for name in self.outputs)
+        return features_MSD, lengths_M if self.has_lengths else None

@@ -30,10 +30,12 @@ from transformers.modeling_outputs import ModelOutput
 from unimoe.errors import UserError, first_line
 from unimoe.files import fingerprint
 from unimoe.model.host import decoder_call, find_decoder, towers
+from unimoe.model.host_loss import is_stock
 from unimoe.model.host_processor import HostProcessor
 from unimoe.model.inputs import EncodedConversation, EncoderInputs
+from unimoe.model.utils import to_device
 
-from .feature_cache import FeatureStore
+from .feature_cache import FeatureCache, FeatureStore
 from .sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class HostFeatures(FeatureStore):
         dtype: torch.dtype = torch.float32,
         flag: str = "data.cache_features",
     ) -> None:
-        """Until :meth:`close`, ``model`` takes the batches that :meth:`take` makes, as well as those with
+        """Until :meth:`close`, ``model`` takes the batches that :meth:`pad` makes, as well as those with
         pixels, and so do copies of it.
 
         Args:
@@ -106,7 +108,7 @@ class HostFeatures(FeatureStore):
         self._hook: Any = model.register_forward_pre_hook(self._give, with_kwargs=True)
 
     def close(self) -> None:
-        """The model takes no more batches of :meth:`take`."""
+        """The model takes no more batches of :meth:`pad`."""
         self._hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,7 +194,7 @@ class HostFeatures(FeatureStore):
                 continue
             if all("path" in part for part in sample.media()):
                 seen.add(paths)
-            media = self._encode(sample)["media"]
+            media = self._prompt(sample)["media"]
             for modality in self._present(media):
                 key = self.key(modality, media)
                 if key not in self and key not in entries:
@@ -210,7 +212,7 @@ class HostFeatures(FeatureStore):
             logger.info("encoded %d entries of images or videos in %.0f s", before + count, seconds)
         return count
 
-    def _encode(self, sample: Sample) -> EncodedConversation:
+    def _prompt(self, sample: Sample) -> EncodedConversation:
         return self.processor.encode(sample.messages, True, sample.source)
 
     @torch.no_grad()
@@ -240,7 +242,7 @@ class HostFeatures(FeatureStore):
             if len(same) < 2:
                 same.append(sample)
         for same in groups.values():
-            self._compare([self._encode(sample) for sample in same])
+            self._compare([self._prompt(sample) for sample in same])
 
     @torch.no_grad()
     def _compare(self, rows: Sequence[EncodedConversation]) -> None:
@@ -249,9 +251,8 @@ class HostFeatures(FeatureStore):
             features = {one: self._run(one, row["media"]) for one in self._present(row["media"])}
             kept.append(self._replace(row, features))
         device = self.model.device
-        pixels = dict(self.processor.pad(rows).to(device))
-        batch = dict(self.processor.pad(kept).to(device))
-        self.take(batch)
+        pixels = to_device(dict(self.processor.pad(rows)), device)
+        batch = to_device(self.pad(kept), device)
         embed: Any = self.model.get_input_embeddings()
         width = self.model.config.get_text_config().hidden_size
         zeros = torch.zeros(width, dtype=self.model.dtype, device=device)
@@ -288,18 +289,23 @@ class HostFeatures(FeatureStore):
         content = ((f"{name} {one.dtype} {tuple(one.shape)}", one) for name, one in named.items())
         return fingerprint(self._context, modality, *chain.from_iterable(content))
 
-    def replace(self, row: EncodedConversation, where: str) -> EncodedConversation:
-        """The conversation with features in place of pixels.
+    def encode(self, sample: Sample, prompt: bool) -> EncodedConversation:
+        """A sample's inputs, with features in place of pixels.
+
+        Args:
+            sample: whose images and videos are stored.
+            prompt: end with the opening of an assistant turn.
 
         Raises:
-            UserError: they are not in the cache.
+            UserError: features are not in the cache, or the sample cannot be encoded.
         """
+        row = self.processor.encode(sample.messages, prompt, sample.source)
         features: dict[str, list[Tensor]] = {}
         for modality in self._present(row["media"]):
             found = self.get(self.key(modality, row["media"]))
             if found is None:
                 missing = f"its {modality} is not in the feature cache {self.folder}"
-                raise UserError(f"{where}: {missing}; fill it first, or leave {self.flag} out")
+                raise UserError(f"{sample.source}: {missing}; fill it first, or leave {self.flag} out")
             features[modality] = found
         return self._replace(row, features)
 
@@ -310,8 +316,9 @@ class HostFeatures(FeatureStore):
             media |= {f"cached {modality} {index}": [tensor] for index, tensor in enumerate(tensors)}
         return {**row, "media": media}
 
-    def take(self, batch: dict[str, Any]) -> None:
-        """Collect the features of a padded batch under ``mm_encoder_outputs``, in place."""
+    def pad(self, rows: Sequence[EncodedConversation], side: str = "right") -> dict[str, Any]:
+        """Conversations from :meth:`encode` as one batch, with features under ``mm_encoder_outputs``."""
+        batch = dict(self.processor.pad(rows, side))
         given = {}
         for modality in self.arguments:
             names = [name for name in batch if name.startswith(f"cached {modality} ")]
@@ -319,9 +326,10 @@ class HostFeatures(FeatureStore):
                 given[modality] = tuple(batch.pop(name) for name in names)
         if given:
             batch["mm_encoder_outputs"] = given
+        return batch
 
     def _give(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Before the model runs: the tensors of :meth:`take` as it takes them."""
+        """Before the model runs: the tensors of :meth:`pad` as it takes them."""
         given = dict(kwargs.get("mm_encoder_outputs") or {})
         for modality, tensors in given.items():
             if isinstance(tensors, tuple):
@@ -337,6 +345,31 @@ class HostFeatures(FeatureStore):
             pooler_output=[pooled.flatten(0, -2)] if self._lists[modality] else pooled,
             deepstack_features=[[layer] for layer in deep] or None,
         )
+
+
+def open_feature_cache(
+    model: Any, processor: Any, folder: str | Path, flag: str
+) -> FeatureCache | HostFeatures:
+    """The cache that suits a model: of its towers if it is one of transformers' own, else of its frozen
+    encoders.
+
+    Args:
+        model: of transformers, or of this package.
+        processor: of the model.
+        folder: of the features.
+        flag: the setting that errors name.
+
+    Raises:
+        UserError: the features of the model cannot be cached.
+    """
+    if is_stock(model):
+        return HostFeatures(folder, model, processor, flag=flag)
+    frozen = {
+        modality: encoder
+        for modality, encoder in model.model.encoders.items()
+        if not any(p.requires_grad for p in encoder.parameters())
+    }
+    return FeatureCache(folder, processor, frozen)
 
 
 def _whole(features: Any) -> Tensor:
