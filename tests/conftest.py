@@ -1,8 +1,8 @@
 import functools
 import gc
-import importlib.metadata
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-# Lightning asks for each Trainer, and reads the metadata of every installed distribution.
-importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 def pytest_collection_modifyitems(items):
@@ -41,6 +38,15 @@ def _deterministic():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     logging.getLogger("unimoe").setLevel(logging.INFO)
+
+
+@pytest.fixture(autouse=True)
+def _callbacks_are_looked_up_once():
+    """Lightning asks for those of plugins for each Trainer, and reads the metadata of every installed
+    distribution."""
+    registry = sys.modules.get("lightning.fabric.utilities.registry")
+    if registry is not None and not hasattr(registry.entry_points, "cache_clear"):
+        registry.entry_points = functools.cache(registry.entry_points)
 
 
 @pytest.fixture(scope="session")

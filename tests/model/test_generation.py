@@ -31,7 +31,7 @@ def test_a_temperature_of_zero_is_greedy():
 def test_suppressed_tokens_are_those_of_transformers(tmp_path):
     model, _ = tiny_model(tmp_path)
     settings = GenerationConfig(
-        suppress_tokens=[3, 5], do_sample=True, temperature=0.5, top_k=4, eos_token_id=1
+        suppress_tokens=[3, 5, -1, 1_000_000], do_sample=True, temperature=0.5, top_k=4, eos_token_id=1
     )
     scores, ids = (
         torch.randn(2, model.config.get_text_config().vocab_size),

@@ -133,7 +133,7 @@ def test_items_of_several_rows_are_padded_to_the_largest():
     assert joined.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
 
 
-def test_smolvlm_with_the_package_that_it_needs(monkeypatch, tmp_path):
+def test_smolvlm_with_the_package_that_it_needs(tmp_path):
     pytest.importorskip("num2words", reason="SmolVLM is NOT tested: pip install 'unimoe[smolvlm]'")
     model, processor = smolvlm()
     ours = HostProcessor(processor)
@@ -155,6 +155,12 @@ def test_smolvlm_with_the_package_that_it_needs(monkeypatch, tmp_path):
         assert cache.fill([*rows, Sample(answered("video"), "b")]) == 2
         batch = Collator(ours, features=cache)(rows)
         torch.testing.assert_close(answer_loss(model, [batch])[0], loss, rtol=0, atol=1e-5)
+
+
+def test_the_package_that_smolvlm_needs_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    for part in smolvlm():
+        part.save_pretrained(tmp_path)
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
     for load in (load_any, open_processor):
         with pytest.raises(UserError, match="Package `num2words` is required"):

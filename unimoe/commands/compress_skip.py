@@ -87,8 +87,7 @@ def skip(
         )
     print(found_text(found))
     if others:
-        again = cost_of(found.rule, loaded, layers, original_of_others, others)
-        print("held out\n" + "\n".join(found_text(again).splitlines()[1:]))
+        print(held_out_text(cost_of(found.rule, loaded, layers, original_of_others, others)))
     sha256 = folder_hash(model)
     plan = Plan(skip=found.rule.to_plan(), made_of=sha256)
     settings = {"data": list(data), "ratio": ratio, "how": how, "power": power, "size": size}
@@ -115,7 +114,8 @@ def tune(
 ) -> None:
     """Train the few weights that let a model run fewer experts, by distillation of the model itself.
 
-    Everything else stays as it is. Prints the divergence from the model, on the same data and on other data.
+    Everything else stays as it is. Prints the divergence from the model on the same data, and with
+    --held-out on other data.
 
     Args:
         model: folder of a finished stage, or of a multimodal model of transformers.
@@ -164,8 +164,7 @@ def tune(
         )
         print(found_text(cost_of(rule, loaded, layers, original, batches)))
         if others:
-            again = cost_of(rule, loaded, layers, original_of_others, others)
-            print("held out\n" + "\n".join(found_text(again).splitlines()[1:]))
+            print(held_out_text(cost_of(rule, loaded, layers, original_of_others, others)))
     else:
         experts = 1 if experts is None else experts
         plan = Plan(main=experts, made_of=sha256)
@@ -203,6 +202,11 @@ def found_text(found: Found) -> str:
         same = f"same first choice {quality.agreement:.3f}  {quality.tokens} tokens"
         lines.append(f"{name:<24} KL {quality.kl:.4f}  {same}")
     return "\n".join(lines)
+
+
+def held_out_text(found: Found) -> str:
+    """As :func:`found_text`, without the rule."""
+    return "held out\n" + found_text(found).partition("\n")[2]
 
 
 def _open(

@@ -75,14 +75,19 @@ class SuppressTokens(LogitsProcessor):
     takes half a millisecond for each token of an answer.
 
     Args:
-        tokens: ids [N] that no answer may have.
+        tokens: ids [N] that no answer may have; those outside the vocabulary mean nothing.
     """
 
     def __init__(self, tokens: Tensor):
         self.tokens = tokens
+        self._of: tuple[int, torch.device] | None = None
+        """The vocabulary's size and the device that ``tokens`` were made ready for."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return scores.index_fill(-1, self.tokens, -torch.inf)
+        if self._of != (found := (scores.shape[-1], scores.device)):
+            tokens = self.tokens.to(scores.device)
+            self._inside, self._of = tokens[(tokens >= 0) & (tokens < found[0])], found
+        return scores.index_fill(-1, self._inside, -torch.inf)
 
 
 def logits_processors(model: Any, config: GenerationConfig, prompt_tokens: int) -> LogitsProcessorList:
