@@ -43,7 +43,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from unimoe.kernels import native
 from unimoe.kernels.allocator import keep_memory
 from unimoe.kernels.lora import Adapters, fused_lora_experts
-from unimoe.moe import Context, MoELayer, Router, SwiGLUExperts, TopK
+from unimoe.moe import Context, MoELayer, Router, RouterDescription, SwiGLUExperts, TopK
 from unimoe.moe.few_rows import few_rows
 from unimoe.moe.lora_linear import LoRALinear
 from unimoe.moe.routing import Routing, sort_by_expert
@@ -226,6 +226,9 @@ def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.d
 
         def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
             return Routing.from_mask(gate_TE != 0, gate_TE, gate_TE, gate_TE)
+
+        def describe(self) -> RouterDescription:
+            return RouterDescription(shape.E, shape.K, fixed=True)
 
     layers = []
     for weight_PD, bank in zip(base, banks, strict=True):
