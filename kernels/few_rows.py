@@ -1,8 +1,8 @@
 """Products of few rows, as in decoding: one token of each conversation at a time, without a backward pass.
 
-Their time goes into reading the weights. The operators in native.cpp read each weight once and do nothing
-else; torch's float32 products prepare their operands first, which does not pay with few rows. The operators
-run only where they are built, and only inside :func:`unimoe.moe.few_rows.few_rows`.
+Their time goes into reading the weights. The operators in native.cpp and attention.cpp read each weight once
+and do nothing else; torch's float32 products prepare their operands first, which does not pay with few rows.
+The operators run only where they are built, and only inside :func:`unimoe.moe.few_rows.few_rows`.
 
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, K of a token, H hidden, I intermediate,
 P outputs.

@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import native
+from .dispatch import choose
 
 
 def runs_on(*tensors: Tensor) -> bool:
-    """Whether the operator is built and can run on these: all are float32 and on the CPU, and no graph is
-    being compiled."""
+    """Whether the operator is built and can run on these: all are float32 and on the CPU, no graph is being
+    compiled, and UNIMOE_KERNELS does not ask for the reference."""
     return (
         all(one.dtype is torch.float32 and one.device.type == "cpu" for one in tensors)
         and not torch.compiler.is_compiling()
         and native.ops() is not None
+        and choose("low_rank_experts", tensors[0]) != "reference"
     )
 
 
@@ -74,6 +77,7 @@ class _LowRank(torch.autograd.Function):
         return y_TP
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_TP: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_N, token_N, expert_N, A_RD, B_RP, u_Nr = ctx.saved_tensors
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
@@ -92,7 +96,9 @@ class _LowRank(torch.autograd.Function):
                 zeros[at] = weight_N[own, None] * value_Nr[own]  # noqa: B023
                 return zeros.flatten(1)
 
-            needs_A, needs_B = ctx.needs_input_grad[7 + 2 * i : 9 + 2 * i]
+            # a bank that no token visits has no gradient, so that no optimizer moves it
+            visited = own.start < own.stop
+            needs_A, needs_B = (need and visited for need in ctx.needs_input_grad[7 + 2 * i : 9 + 2 * i])
             grads += [wide(v_Nr).T @ x_TD if needs_A else None, dy_TP.T @ wide(u_Nr) if needs_B else None]
         dweight_N = (u_Nr * v_Nr).sum(-1) if ctx.needs_input_grad[2] else None
         return dy_TP, dx_TD, dweight_N, None, None, None, None, *grads

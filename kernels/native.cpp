@@ -425,9 +425,12 @@ constexpr int64_t kTokens = 64;   // whose rows stay in a core's cache while all
 Tensor low_rank_experts(const Tensor& x_in, const Tensor& token_in, Bounds bounds, const Tensor& weight_in,
                         const Tensor& first, const Tensor& second, int64_t rank, const Maybe& y) {
   const Tensor x = x_in.contiguous(), token = token_in.contiguous(), weight = weight_in.contiguous();
+  const int64_t T = x.size(0), D = first.size(1), P = second.size(1), E = bounds.size() - 1;
   TORCH_CHECK(first.is_contiguous() && second.is_contiguous() && (!y || y->is_contiguous()),
               "low_rank_experts: expected contiguous experts and outputs");
-  const int64_t T = x.size(0), D = first.size(1), P = second.size(1), E = bounds.size() - 1;
+  TORCH_CHECK(first.size(0) == E * rank && second.size(0) == E * rank && x.size(1) == D && (!y || y->size(1) == P) &&
+                  weight.numel() == token.numel() && bounds.back() <= token.numel(),
+              "low_rank_experts: these shapes do not fit each other");
   Tensor u = at::empty({token.size(0), rank}, x.options()), factors = at::empty_like(u);
   const int64_t* t = token.const_data_ptr<int64_t>();
   const float *in = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
@@ -443,6 +446,7 @@ Tensor low_rank_experts(const Tensor& x_in, const Tensor& token_in, Bounds bound
         const int64_t* own = t + bounds[e + 1];
         const int64_t* start = std::lower_bound(t + bounds[e], own, tile * kTokens);
         const int64_t count = std::lower_bound(start, own, (tile + 1) * kTokens) - start;
+        TORCH_CHECK(count <= kTokens, "low_rank_experts: expected each token once for an expert, in order");
         for (int64_t i = 0; i < count; ++i) {
           const int64_t n = start - t + i;
           from[i] = in + t[n] * D, to_u[i] = out_u + n * rank, by[i] = factor + n * rank, to_y[i] = out + t[n] * P;

@@ -6,7 +6,7 @@ The products are Triton's and the activation is torch's. Shapes are those of ffn
 from torch import Tensor
 
 from .ffn import ACTS
-from .triton_linear import Pairs, bias, linear
+from .triton_linear import GroupedRows, bias, linear
 
 
 def fused_ffn_experts(
@@ -21,7 +21,7 @@ def fused_ffn_experts(
     token_N: Tensor | None = None,
 ) -> Tensor:
     """:func:`~unimoe.kernels.ffn.fused_ffn_experts`, whose arguments and result it has."""
-    pairs = Pairs.of(x, offsets_E1, token_N)
+    pairs = GroupedRows.of(x, offsets_E1, token_N)
     h_NI = linear(x, up_proj, pairs, gather=True) + bias(up_bias, pairs)
     y_NH = linear(ACTS[act](h_NI), down_proj, pairs) + bias(down_bias, pairs)
     return pairs.sum(y_NH if weight_N is None else y_NH * pairs.owned(weight_N))

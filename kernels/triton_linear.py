@@ -2,7 +2,8 @@
 they make FFN experts (triton_ffn.py) and experts with adapters (triton_lora.py).
 
 Shapes: T tokens, N (token, expert) pairs sorted by expert, E experts, K inputs, C outputs, M tiles. Rows
-behind ``offsets_E1[-1]`` belong to no expert and give zeros.
+behind ``offsets_E1[-1]`` belong to no expert and give zeros. These are no custom ops, unlike those of
+triton_swiglu.py: torch.compile has to trace them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .triton_swiglu import Tiles, tiles_for
 
 
 @dataclass(eq=False)
-class Pairs:
+class GroupedRows:
     """A routing as the products need it."""
 
     offsets_E1: Tensor
@@ -33,14 +34,16 @@ class Pairs:
     tiles_3M: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, offsets_E1: Tensor, token_N: Tensor | None) -> "Pairs":
+    def of(cls, x: Tensor, offsets_E1: Tensor, token_N: Tensor | None) -> "GroupedRows":
         """The pairs of tokens or rows ``x``."""
         rows = len(x if token_N is None else token_N)
         tiles = tiles_for(rows, len(offsets_E1) - 1, x.dtype)
-        return cls(offsets_E1, token_N, rows, len(x), tiles, tile_map(offsets_E1, rows, tiles.rows.rows))
+        with torch.cuda.device_of(x):
+            tiles_3M = tile_map(offsets_E1, rows, tiles.rows.rows)
+        return cls(offsets_E1, token_N, rows, len(x), tiles, tiles_3M)
 
     @cached_property
-    def by_token(self) -> tuple[Tensor, Tensor]:
+    def order(self) -> tuple[Tensor, Tensor]:
         """``order_N`` and ``start_T1`` of triton_routing.by_token."""
         assert self.token_N is not None
         return by_token(self.token_N, self.tokens)
@@ -55,7 +58,7 @@ class Pairs:
         return y_NC if self.token_N is None else _Sum.apply(y_NC, self)
 
 
-def linear(x: Tensor, weight_ECK: Tensor, pairs: Pairs, gather: bool = False) -> Tensor:
+def linear(x: Tensor, weight_ECK: Tensor, pairs: GroupedRows, gather: bool = False) -> Tensor:
     """[N, C]: each row times the transpose of its expert's matrix.
 
     Args:
@@ -67,14 +70,16 @@ def linear(x: Tensor, weight_ECK: Tensor, pairs: Pairs, gather: bool = False) ->
     return _Linear.apply(x, weight_ECK, pairs, pairs.token_N if gather else None)
 
 
-def bias(bias_EC: Tensor, pairs: Pairs) -> Tensor:
+def bias(bias_EC: Tensor, pairs: GroupedRows) -> Tensor:
     """[N, C]: the bias of each row's expert, as a product with ones: its gradient then needs no atomics."""
     return linear(bias_EC.new_ones(pairs.rows, 1), bias_EC[:, :, None], pairs)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_ECK: Tensor, pairs: Pairs, token_N: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_ECK: Tensor, pairs: GroupedRows, token_N: Tensor | None
+    ) -> Tensor:
         x, weight_ECK = x.contiguous(), weight_ECK.contiguous()
         ctx.save_for_backward(x, weight_ECK)
         ctx.pairs, ctx.token_N = pairs, token_N
@@ -91,7 +96,7 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = rows_times_weights(dy_NC, None, weight_ECK, pairs.tiles_3M, pairs.tiles.rows)
                 if ctx.token_N is not None:
-                    dx = combine(dx, *pairs.by_token)
+                    dx = combine(dx, *pairs.order)
             if ctx.needs_input_grad[1]:
                 tile = pairs.tiles.weights
                 d_weight = weight_gradient(dy_NC, x, pairs.offsets_E1, tile, right_token_N=ctx.token_N)
@@ -100,10 +105,10 @@ class _Linear(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_NC: Tensor, pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, y_NC: Tensor, pairs: GroupedRows) -> Tensor:
         ctx.token_N = pairs.token_N
         with torch.cuda.device_of(y_NC):
-            return combine(y_NC.contiguous(), *pairs.by_token)
+            return combine(y_NC.contiguous(), *pairs.order)
 
     @staticmethod
     @once_differentiable

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .lora import Adapters
 from .swiglu import GATES
-from .triton_linear import Pairs, linear
+from .triton_linear import GroupedRows, linear
 
 
 def fused_lora_experts(
@@ -22,7 +22,7 @@ def fused_lora_experts(
     act: str = "silu",
 ) -> Tensor:
     """:func:`~unimoe.kernels.lora.fused_lora_experts`, whose arguments and result it has."""
-    pairs, (A1, B1, A2, B2) = Pairs.of(x, offsets_E1, token_N), adapters
+    pairs, (A1, B1, A2, B2) = GroupedRows.of(x, offsets_E1, token_N), adapters
     h_NF = linear(x, gate_up_proj, pairs, gather=True)
     h_NF = h_NF + scale * linear(linear(x, A1, pairs, gather=True), B1, pairs)
     gate_NI, up_NI = h_NF.chunk(2, dim=-1)

@@ -70,7 +70,7 @@ def _attention(kind: type[Any]) -> Any:
             or not kernel.few(hidden_states)
             or self.training
             or self.config._attn_implementation != "sdpa"
-            or (attention_mask is not None and attention_mask.dtype != torch.bool)
+            or not _fits(attention_mask, layer)
         ):
             given = (hidden_states, position_embeddings, attention_mask, past_key_values)
             return kind.forward(self, *given, **kwargs)
@@ -96,10 +96,19 @@ def _layer(past: Any, index: int) -> DynamicLayer | None:
     return layer if keys is not None and keys.dtype is torch.float32 and keys.is_cpu else None
 
 
+def _fits(mask: Tensor | None, layer: DynamicLayer) -> bool:
+    """Whether the operator takes this mask and this cache."""
+    rows, _, length, _ = layer.keys.shape  # type: ignore[union-attr]
+    if layer.keys.shape != layer.values.shape:  # type: ignore[union-attr]
+        return False
+    return mask is None or (mask.dtype is torch.bool and mask.numel() == rows * (length + 1))
+
+
 def _with_room(layer: Any) -> list[Tensor]:
     """Keys and values [B, heads, room > L, width] that begin with those of the layer.
 
-    The layer's tensors are the beginning of the ones returned here, unless a row joined or left since.
+    The layer's tensors are the beginning of the ones returned here, unless a row joined or left since. A
+    shallow copy of the layer would be written into; ``copy.deepcopy`` is not.
     """
     buffers = getattr(layer, "buffers", None)
     states = (layer.keys, layer.values)
@@ -113,6 +122,7 @@ def _with_room(layer: Any) -> list[Tensor]:
             for buffer, state in zip(buffers, states, strict=True)
         )
     ):
+        layer.buffers = buffers = None  # what they held need not stay beside the new ones
         room = length + max(ROOM, length // 2)
         buffers = [state.new_empty(rows, heads, room, width) for state in states]
         for buffer, state in zip(buffers, states, strict=True):

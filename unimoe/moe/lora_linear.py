@@ -19,6 +19,9 @@ from unimoe.moe.routing import Routing
 
 from . import records
 
+FEWEST_TOKENS = 64
+"""The operator for pairs joins the banks anew in each pass, which does not pay for fewer."""
+
 
 class LoRABank(nn.Module):
     """Experts of rank r stored as one wide adapter: A [R, D], B [P, R]; expert e owns slice e of the rank.
@@ -121,7 +124,7 @@ class LoRALinear(nn.Module):
         """Whether the operator for pairs can run and pays: each row of a wide product takes half as long."""
         if 2 * self.experts_per_token >= self.num_experts or len({bank.rank for bank in self.lora_banks}) > 1:
             return False
-        return runs_on(x_TD, y_TP, *self.parameters())
+        return len(x_TD) >= FEWEST_TOKENS and runs_on(x_TD, y_TP, *self.parameters())
 
     def _visit(self, y_TP: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
         """y plus the outputs of the experts that each token visits."""

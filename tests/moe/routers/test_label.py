@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from unimoe.errors import UserError
 from unimoe.moe import Context, FixedExpertRouter, LabelRouter, RouterDescription
 
 SAMPLE_T = torch.tensor([0, 0, 1, 1, 2])
@@ -23,5 +24,7 @@ def test_one_label_is_one_fixed_expert():
 
 def test_labels_must_be_known():
     assert LabelRouter(3).describe() == RouterDescription(3, 1, fixed=True)
-    with pytest.raises(ValueError, match="needs label_B and sample_T"):
+    with pytest.raises(UserError, match="label needs a model that gives each sample a label"):
         LabelRouter(3)(torch.randn(5, 8), Context())
+    with pytest.raises(UserError, match=r"labels from 0 to 3, expected 0\.\.2"):
+        LabelRouter(3)(torch.randn(5, 8), Context(sample_T=SAMPLE_T, label_B=torch.tensor([0, 3, 1])))

@@ -63,5 +63,6 @@ def test_a_token_of_zeros_has_no_spread():
 
 @pytest.mark.parametrize("wrong", [{"passes": 1}, {"drop": 1.0}, {"ridge": 0.0}])
 def test_mistakes_are_errors(wrong):
-    with pytest.raises(UserError, match="moe.router: passes"):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(UserError, match=f"moe.router.{name} is {value}, expected"):
         router(**wrong)

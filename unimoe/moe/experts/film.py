@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from unimoe.moe.parts import EXPERTS
 
-from .base import Experts, local
-from .linear import width_of
+from .base import Experts
+from .linear import each_expert, width_of
 
 
 class FiLMExperts(Experts):
@@ -31,16 +31,11 @@ class FiLMExperts(Experts):
         self.shift_bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
     def forward_rows(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> Tensor:
+        def modulate(x: Tensor, scale: Tensor, scale_bias: Tensor, shift: Tensor, bias: Tensor) -> Tensor:
+            return F.linear(x, scale, scale_bias) * x + F.linear(x, shift, bias)
+
         stacks = (self.scale, self.scale_bias, self.shift, self.shift_bias)
-        each = zip(*(local(stack).to(x_ND.dtype) for stack in stacks), strict=True)
-        sizes = (offsets_E1[1:] - offsets_E1[:-1]).tolist()
-        rows = [
-            F.linear(x, scale, scale_bias) * x + F.linear(x, shift, shift_bias)
-            for x, (scale, scale_bias, shift, shift_bias) in zip(
-                x_ND[: sum(sizes)].split(sizes), each, strict=True
-            )
-        ]
-        return torch.cat(rows) * weight_N[:, None]
+        return each_expert(modulate, x_ND, offsets_E1, weight_N, *stacks)
 
 
 @EXPERTS.register(

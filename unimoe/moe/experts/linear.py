@@ -3,7 +3,7 @@
 Shapes: N (token, expert) pairs sorted by expert, E experts, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,7 @@ class LinearExperts(Experts):
         self.bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
     def forward_rows(self, x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> Tensor:
-        stacks = zip(local(self.weight), local(self.bias), strict=True)
-        sizes = (offsets_E1[1:] - offsets_E1[:-1]).tolist()
-        rows = [
-            F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
-            for x, (weight, bias) in zip(x_ND[: sum(sizes)].split(sizes), stacks, strict=True)
-        ]
-        return torch.cat(rows) * weight_N[:, None]
+        return each_expert(F.linear, x_ND, offsets_E1, weight_N, self.weight, self.bias)
 
 
 @EXPERTS.register(
@@ -47,6 +41,16 @@ def linear_experts(mlps: Sequence[nn.Module], slices: int) -> LinearExperts:
         slices: experts of each.
     """
     return LinearExperts(len(mlps) * slices, width_of(mlps[0]))
+
+
+def each_expert(
+    run: Callable[..., Tensor], x_ND: Tensor, offsets_E1: Tensor, weight_N: Tensor, *stacks: Tensor
+) -> Tensor:
+    """[N, D]: ``run(x, *parameters)`` of each expert on its rows, times their weights."""
+    each = zip(*(local(stack).to(x_ND.dtype) for stack in stacks), strict=True)
+    sizes = offsets_E1.diff().tolist()
+    rows = [run(x, *own) for x, own in zip(x_ND.split(sizes), each, strict=True)]
+    return torch.cat(rows) * weight_N[:, None]
 
 
 def width_of(mlp: nn.Module) -> int:

@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, K = 1 expert per token.
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimoe.errors import UserError
 from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
@@ -14,7 +15,11 @@ from .base import Router, RouterDescription
 
 class LabelRouter(Router):
     """Sends each token to the expert whose number is its sample's label (Context.label_B), with weight 1: an
-    expert for each task, as in PSOD (arXiv 2409.02368)."""
+    expert for each task, as in PSOD (arXiv 2409.02368).
+
+    Raises:
+        UserError: in use, the model gives no labels, or one that is no expert's number.
+    """
 
     def __init__(self, num_experts: int):
         super().__init__()
@@ -22,7 +27,12 @@ class LabelRouter(Router):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         if ctx.label_B is None or ctx.sample_T is None:
-            raise ValueError("LabelRouter needs label_B and sample_T in the routing context")
+            raise UserError("moe.router: label needs a model that gives each sample a label")
+        if len(ctx.label_B) and not 0 <= int(ctx.label_B.min()) <= int(ctx.label_B.max()) < self.num_experts:
+            raise UserError(
+                f"labels from {int(ctx.label_B.min())} to {int(ctx.label_B.max())}, expected "
+                f"0..{self.num_experts - 1} (an expert for each)"
+            )
         label_T = ctx.label_B[ctx.sample_T]
         probs_TE = F.one_hot(label_T, self.num_experts).float()
         weight_T1 = x_TD.new_ones(len(x_TD), 1)

@@ -24,19 +24,20 @@ from .top_k import TopK
     exact="whole copies",
 )
 class UncertainRouter(TopK):
-    """``top_k`` whose probabilities r are weighted in training by what passes with dropout say about them.
+    """``top_k`` whose probabilities r are weighted in training by their certainty, by Monte Carlo dropout.
 
     1. M passes with dropout in front of the router give mean m and covariance C of a token's probabilities
     2. r' = C^-1 (r - m), of length 1: large where r is far from its mean for its spread; no gradient
     3. the K largest r (1 + r') are chosen and divided by their sum; without dropout r' is 0
 
-    Evaluation uses r. A mask is that of a pass, for all tokens, so ranks with one seed have the same.
+    Evaluation uses r. Each pass drops the same values for all tokens, so ranks with the same seed draw the
+    same masks.
 
     Args:
         hidden_size: D.
         num_experts: experts with weights.
         k: experts that each token visits, 1..E.
-        passes: M.
+        passes: number of dropout passes, M.
         drop: share of the token's values that a pass drops.
         ridge: is added to the diagonal of C, which is singular: probabilities sum to 1.
         init_std: standard deviation of the initial weights.
@@ -57,11 +58,12 @@ class UncertainRouter(TopK):
         ridge: float = 1e-3,
         init_std: float = 0.02,
     ):
-        if passes < 2 or not 0 <= drop < 1 or ridge <= 0:
-            raise UserError(
-                f"moe.router: passes {passes}, drop {drop}, ridge {ridge}; expected 2 or more, 0 to below 1, "
-                "above 0"
-            )
+        if passes < 2:
+            raise UserError(f"moe.router.passes is {passes}, expected 2 or more")
+        if not 0 <= drop < 1:
+            raise UserError(f"moe.router.drop is {drop}, expected from 0 to below 1")
+        if ridge <= 0:
+            raise UserError(f"moe.router.ridge is {ridge}, expected above 0")
         super().__init__(hidden_size, num_experts, k, init_std=init_std)
         self.passes, self.drop, self.ridge = passes, drop, ridge
 
