@@ -71,7 +71,7 @@ class ModelConfig:
     """Maximum sample length in tokens."""
     features: str | None = None
     """Folder of the frozen encoders' cached outputs (default: ``features`` beside the run's folder; with
-    a model of transformers, nothing is cached by default)."""
+    a model of transformers, or with ``rope_sections`` and videos, nothing is cached by default)."""
 
 
 @dataclass
@@ -408,7 +408,9 @@ def build_learner(model: ModelConfig, adapters: AdapterConfig, features: Path | 
     else:
         assert model.llm is not None
         built = build_model(model.llm, model.modalities, None, model.chat_template)
-    default = None if is_stock(built[0]) else features
+    # positions of such videos need times, which a cache does not hold
+    timed = built[1].rope_rate is not None and "video" in built[1].modalities
+    default = None if timed or is_stock(built[0]) else features
     folder = None if features is None else model.features or default
     return Learner(*built, adapters, folder, model.max_length)
 

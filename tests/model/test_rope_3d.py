@@ -10,6 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
+from unimoe.continual.learner import AdapterConfig
+from unimoe.continual.run import ModelConfig, build_learner
 from unimoe.data import Collator, FeatureCache, Sample
 from unimoe.errors import UserError
 from unimoe.inference.generate import generate
@@ -273,6 +275,9 @@ def test_a_step_against_the_loss_lowers_it_and_a_saved_model_keeps_its_clock(clo
         torch.testing.assert_close(loaded(**batch).logits, logits)
         del batch["position_ids"]
         assert (model(**batch).logits - logits).abs().max() > 1e-3  # the clock makes a difference
+    # by default a continual run encodes such videos anew: cached features have no times
+    learner = build_learner(ModelConfig(init_from=str(tmp_path)), AdapterConfig(), tmp_path / "features")
+    assert learner.features is None
 
 
 def test_a_stage_starts_a_model_with_a_clock(llm):
