@@ -22,8 +22,8 @@ class DetectionCLI(RunCLI):
     preprocessor = "tokenizer"
     harmless_keys = ("data.num_workers", "data.cache_features", "model.evaluation")
 
-    def find_start(self, init_from: str) -> None:
-        DETECTOR.find(init_from, "init_from")
+    def find_start(self, folder: str, key: str) -> None:
+        DETECTOR.find(folder, key)
 
     def use_result(self, model_settings: dict[str, Any]) -> None:
         model_settings["init_from"] = str(self.output)
@@ -34,7 +34,7 @@ class DetectionCLI(RunCLI):
         model = module.model.eval()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        record = self.record(name, module.config.init_from, {"trained": trained, "total": total})
+        record = self.record(name, {"trained": trained, "total": total})
         write_model(self.output, model, module.tokenizer, record)
         return record.metrics.get("train/loss", float("nan"))
 

@@ -48,8 +48,8 @@ class StageCLI(RunCLI):
             others.append(f"--model.moe={json.dumps(moe)}")
         super().parse_arguments(parser, others)
 
-    def find_start(self, init_from: str) -> None:
-        find_any(init_from, "init_from", hub=False)
+    def find_start(self, folder: str, key: str) -> None:
+        find_any(folder, key, hub=False)
 
     def use_result(self, model_settings: dict[str, Any]) -> None:
         """Evaluate the stage's result, not the model it started from."""
@@ -67,7 +67,7 @@ class StageCLI(RunCLI):
         model.eval()
         total = sum(p.numel() for p in model.parameters())
         parameters = {"trained": trained, **sizes, "total": total}
-        record = self.record(name, module.config.init_from, parameters)
+        record = self.record(name, parameters)
         if module.config.save == "expert":
             kept = (".mlp.", ".connectors.")
             lost = {n.rsplit(".lora_", 1)[0] for n in module.trained_names() if not any(k in n for k in kept)}

@@ -13,6 +13,7 @@ from unimoe.artifacts import (
     flatten,
     folder_hash,
     read_record,
+    start_hash,
     write_result,
 )
 from unimoe.errors import UserError
@@ -72,6 +73,8 @@ def test_hash_is_of_weights_and_configuration(tmp_path):
     assert folder_hash(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"x")
     assert folder_hash(tmp_path) != before
+    assert start_hash(str(tmp_path)) == folder_hash(tmp_path)
+    assert start_hash("owner/model") == "owner/model" and start_hash(None) is None
 
 
 def test_clock():

@@ -141,6 +141,17 @@ def folder_hash(folder: str | Path) -> str:
     return fingerprint(*hashed)
 
 
+def start_hash(start: str | None) -> str | None:
+    """Of what a run starts from: a folder's hash; ``None`` and an id on the hub as they are."""
+    return folder_hash(start) if start is not None and Path(start).is_dir() else start
+
+
+def describe_parent(folder: str | Path, sha256: str) -> dict[str, str]:
+    """An entry of ``StageRecord.parents`` for a folder of this hash."""
+    record = read_record(folder)
+    return {"folder": str(folder), "stage": record.stage if record else "", "sha256": sha256}
+
+
 def flatten(settings: Any, prefix: str = "", lists: bool = False) -> dict[str, Any]:
     """Nested settings as one level of dotted keys; lists stay whole, but with ``lists`` those of dicts."""
     if lists and isinstance(settings, list) and any(isinstance(item, dict) for item in settings):

@@ -301,14 +301,15 @@ class ApplicationCLI(RunCLI):
     """:class:`~unimoe.training.lightning_cli.RunCLI` for an application."""
 
     data_splits = ()
+    starts = ("init_from", "adapt_from")
 
     def _settings(self, ranks: int) -> dict[str, Any]:
         self.data_hashes |= data_hashes(self.datamodule.files())
         return super()._settings(ranks)
 
-    def find_start(self, init_from: str) -> None:
-        if not (Path(init_from) / CONFIG).is_file():
-            raise UserError(f"init_from: {init_from} holds no finished run of an application")
+    def find_start(self, folder: str, key: str) -> None:
+        if not (Path(folder) / CONFIG).is_file():
+            raise UserError(f"model.{key}: {folder} holds no finished run of an application")
 
     def use_result(self, model_settings: dict[str, Any]) -> None:
         model_settings["init_from"] = str(self.output)
@@ -316,7 +317,7 @@ class ApplicationCLI(RunCLI):
     def write(self, module: ApplicationModule, name: str) -> float:
         total = sum(p.numel() for p in module.model.parameters())
         trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
-        record = self.record(name, module.base.init_from, {"trained": trained, "total": total})
+        record = self.record(name, {"trained": trained, "total": total})
         write_result(self.output, module.save, record)
         return record.metrics.get("val/loss", record.metrics.get("train/loss", float("nan")))
 

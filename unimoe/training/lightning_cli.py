@@ -34,9 +34,10 @@ from unimoe.artifacts import (
     check_savable,
     clear,
     current_names,
+    describe_parent,
     flatten,
-    folder_hash,
     read_record,
+    start_hash,
 )
 from unimoe.data.read import data_hashes
 from unimoe.errors import UnfinishedRun, UserError, check_seed
@@ -102,6 +103,8 @@ class RunCLI(LightningCLI):
     """Settings that do not change the result."""
     data_splits: ClassVar[tuple[str, ...]] = ("train", "val")
     """Settings of the data that name files which determine the result."""
+    starts: ClassVar[tuple[str, ...]] = ("init_from",)
+    """Settings of the model that name a folder to start from."""
     preprocessor: ClassVar[str] = ""
     """The module's attribute that is saved with its model, for :class:`SaveCheck`; empty where the system
     checks more than that itself."""
@@ -177,8 +180,8 @@ class RunCLI(LightningCLI):
             The loss to log: of the validation, or of the last training step that was logged.
         """
 
-    def find_start(self, init_from: str) -> None:
-        """Raises UserError if ``init_from`` is not a model to start from."""
+    def find_start(self, folder: str, key: str) -> None:
+        """Raises UserError if ``folder``, given as the setting ``key``, is not a model to start from."""
 
     # ---------------------------------------------------------------- before anything is built
 
@@ -195,9 +198,9 @@ class RunCLI(LightningCLI):
                 )
             self.use_result(self.config[str(self.subcommand)]["model"])
             return
-        init_from = self._get(self.config, "model.init_from")
-        if init_from is not None:
-            self.find_start(init_from)
+        for key in self.starts:
+            if (start := self._get(self.config, f"model.{key}")) is not None:
+                self.find_start(start, key)
         self.target = self._get(self.config, "consolidate")
         if self.target is None and self.trial:
             self.folder = Path(self.held.enter_context(TemporaryDirectory()))
@@ -237,7 +240,7 @@ class RunCLI(LightningCLI):
         }
         for key in ("system", "output", "overwrite", "checkpoint_every", "consolidate", "config"):
             nested.pop(key, None)
-        data = nested["data"]
+        data, model = nested["data"], nested["model"]
         data["batch_size"] *= ranks
         if isinstance(data["train"], dict):  # so many samples of each file, or shares of the whole
             data["train"] = {k: v * ranks if isinstance(v, int) else v for k, v in data["train"].items()}
@@ -247,9 +250,7 @@ class RunCLI(LightningCLI):
             quick = split == "train" and bool(nested["data"].get("stream"))
             self.data_hashes |= data_hashes([files] if isinstance(files, str) else files, quick)
         flat["content of data"] = self.data_hashes
-        init_from = nested["model"].get("init_from")
-        local = init_from is not None and Path(init_from).is_dir()  # else None, or an id on the hub
-        flat["content of init_from"] = folder_hash(str(init_from)) if local else init_from
+        flat |= {f"content of {key}": start_hash(model[key]) for key in self.starts if key in model}
         return flat
 
     def _compare(self) -> None:
@@ -380,14 +381,13 @@ class RunCLI(LightningCLI):
         self.write(model, name)
         log.info("%s: the model after step %d is in %s", name, found[1], folder)
 
-    def record(self, name: str, init_from: str | None, parameters: dict[str, int]) -> StageRecord:
+    def record(self, name: str, parameters: dict[str, int]) -> StageRecord:
         """The content of ``stage.json`` for the finished run of stage ``name``."""
-        parents = []
-        if init_from is not None:
-            parent = read_record(init_from)
-            stage = parent.stage if parent else ""
-            sha256 = self.settings["content of init_from"]
-            parents.append({"folder": init_from, "stage": stage, "sha256": sha256})
+        parents = [
+            describe_parent(folder, self.settings[f"content of {key}"])
+            for key in self.starts
+            if (folder := self.settings.get(f"model.{key}")) is not None
+        ]
         rows = [row for row in read_curve(self.curve.path) if row["step"] <= self.trainer.global_step]
         return StageRecord(
             stage=name,
