@@ -43,6 +43,7 @@ FLOORS = {
     "unimoe.synthetic.concepts": 4,
     "unimoe.synthetic.detection_scenes": 4,
     "unimoe.synthetic.weather": 4,
+    "unimoe.synthetic.salient_scenes": 4,
 }
 TOP = 8
 NEIGHBOURS = {"unimoe.stages", "unimoe.detection", "unimoe.continual"}  # they do not import one another

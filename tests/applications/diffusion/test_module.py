@@ -12,7 +12,7 @@ from unimoe.applications.diffusion import module as subject
 from unimoe.applications.diffusion.data import DiffusionData
 from unimoe.applications.diffusion.dit import DiTConfig
 from unimoe.applications.diffusion.module import DiffusionModule
-from unimoe.applications.emoji import LabelledImages
+from unimoe.applications.labelled_images import LabelledImages
 from unimoe.commands import main as cli
 from unimoe.errors import UserError
 

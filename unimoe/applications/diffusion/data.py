@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from unimoe.applications.emoji import CLASSES, Batch, draw_sprites
+from unimoe.applications.labelled_images import CLASSES, Batch, draw_sprites
 from unimoe.errors import UserError
 from unimoe.prepare import default_part
 from unimoe.synthetic.sprites import open_artist

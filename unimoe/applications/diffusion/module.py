@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from unimoe.applications.emoji import Batch, LabelledImages
+from unimoe.applications.labelled_images import Batch, LabelledImages
 from unimoe.applications.process import PROCESSES, Process, ProcessName, draw_each
 from unimoe.applications.visits import label_expert_information, live_experts, visits
 from unimoe.errors import UserError

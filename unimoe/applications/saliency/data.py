@@ -15,9 +15,8 @@ from torch import Tensor
 
 from unimoe.applications.tables import read_columns
 from unimoe.errors import UserError
+from unimoe.synthetic.salient_scenes import Example, draw_scenes, with_candidates
 from unimoe.training.application import ApplicationData, split_of
-
-from .scenes import Example, draw_scenes, with_candidates
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """Splits that a verb needs."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unimoe.applications.emoji import CLASSES, LabelledImages, draw_sprites
+from unimoe.applications.labelled_images import CLASSES, LabelledImages, draw_sprites
 from unimoe.errors import UserError
 from unimoe.prepare import default_part
 from unimoe.synthetic.sprites import open_artist

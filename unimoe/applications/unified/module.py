@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unimoe.applications.emoji import Batch
+from unimoe.applications.labelled_images import Batch
 from unimoe.applications.pictures import sheet
 from unimoe.applications.process import RectifiedFlow, draw_each, guided, sample
 from unimoe.errors import UserError

@@ -1,6 +1,6 @@
 from PIL import Image
 
-from unimoe.applications.emoji import CLASSES, draw_sprites
+from unimoe.applications.labelled_images import CLASSES, draw_sprites
 
 
 class Painter:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from unimoe.prepare import default_part
-from unimoe.synthetic.concepts import HELD_OUT, TRAINED
-from unimoe.synthetic.detection_scenes import SceneConfig, compose
-from unimoe.synthetic.sprites import load_photos, open_artist, split_photos
+from unimoe.prepare.cache import default_part
+
+from .concepts import HELD_OUT, TRAINED
+from .detection_scenes import SceneConfig, compose
+from .sprites import load_photos, open_artist, split_photos
 
 CANDIDATES = 4
 """Masks of each image whose preference is to be predicted."""

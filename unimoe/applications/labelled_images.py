@@ -1,4 +1,4 @@
-"""Labelled images: emoji of several artists in ten classes.
+"""Images with classes; and emoji of several artists in ten of them.
 
 Shapes: B images, C channels, S side.
 """

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimoe.applications.saliency import scenes as subject
-from unimoe.applications.saliency.scenes import (
+from unimoe.synthetic import salient_scenes as subject
+from unimoe.synthetic.salient_scenes import (
     CANDIDATES,
     draw_scenes,
     plausible,
