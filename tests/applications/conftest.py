@@ -102,7 +102,7 @@ def weather(tmp_path) -> dict:
             "side": 16,
             "patches": 64,
             "val_share": 0.2,
-            "test_share": 0.2,
+            "test_share": 0.15,
             "steps": 4,
             "batch_size": 16,
         },

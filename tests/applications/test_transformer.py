@@ -1,7 +1,19 @@
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch.testing import assert_close
 
-from unimoe.applications.transformer import FFN, attend, from_patches, grid_places, to_patches
+from unimoe.applications.transformer import (
+    FFN,
+    Block,
+    attend,
+    check_sizes,
+    from_patches,
+    grid_places,
+    to_patches,
+)
+from unimoe.errors import UserError
 
 
 def test_attention_is_a_softmax_over_all_tokens():
@@ -22,6 +34,25 @@ def test_every_place_of_a_grid_is_another():
 def test_an_ffn_is_two_layers():
     ffn, x = FFN(4, 6), torch.randn(2, 4)
     assert_close(ffn(x), ffn.down_proj(torch.nn.functional.gelu(ffn.up_proj(x))))
+
+
+def test_a_block_adds_attention_and_an_ffn():
+    block, x = Block(8, 2, lambda: FFN(8, 6), qkv_bias=False), torch.randn(2, 5, 8)
+    after = x + block.out(attend(block.qkv(block.norm1(x)), 2))
+    assert_close(block(x), after + block.ffn(block.norm2(after)))
+    assert block.qkv.bias is None and Block(8, 2, torch.nn.Identity).qkv.bias is not None
+
+
+def test_sizes_are_checked():
+    check_sizes("model.a", SimpleNamespace(width=8, heads=2, depth=1), "width", "heads", "depth", multiple=4)
+    for wrong, message in (
+        ({"depth": 0}, "model.a.depth is 0, expected at least 1"),
+        ({"heads": 3}, "model.a.width is 8, expected a multiple of model.a.heads, 3"),
+        ({"width": 6}, "model.a.width is 6, expected a multiple of 4"),
+    ):
+        config = SimpleNamespace(**{"width": 8, "heads": 2, "depth": 1, **wrong})
+        with pytest.raises(UserError, match=message):
+            check_sizes("model.a", config, "width", "heads", "depth", multiple=4)
 
 
 def test_a_mask_hides_tokens():

@@ -128,3 +128,6 @@ def test_a_tenth_each_is_held_out_for_validation_and_test():
     splits = [split_of(number) for number in range(1000)]
     assert splits == [split_of(number) for number in range(1000)]
     assert 70 < splits.count("val") < 130 and 70 < splits.count("test") < 130
+    more = [split_of(number, val=0.25, test=0.0) for number in range(1000)]
+    assert 200 < more.count("val") < 300 and "test" not in more
+    assert all(new == "val" for old, new in zip(splits, more, strict=True) if old == "val")

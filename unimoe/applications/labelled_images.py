@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimoe.applications.pictures import scaled_pixels
 from unimoe.synthetic.sprites import Artist
 from unimoe.training.application import split_of
 
@@ -92,5 +93,4 @@ def _on_white(sprite: Image.Image, side: int) -> np.ndarray:
     canvas = Image.new("RGBA", (max(sprite.size),) * 2, "white")
     corner = tuple((max(sprite.size) - length) // 2 for length in sprite.size)
     canvas.alpha_composite(sprite, corner)  # type: ignore[arg-type]
-    small = canvas.convert("RGB").resize((side, side), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    return scaled_pixels(canvas.convert("RGB").resize((side, side), Image.Resampling.BOX))

@@ -90,10 +90,10 @@ def draw_each(process: Process, images: Tensor, seeds: Sequence[int]) -> tuple[T
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
             torch.manual_seed(seed % 2**63)
-            noise_time = process.draw_times(1), torch.randn(1, *images.shape[1:])
-            drawn.append((*noise_time, torch.rand(1)))
-    time_B, noise, uniform_B = (torch.cat(one).to(images) for one in zip(*drawn, strict=True))
-    return time_B, noise, uniform_B
+            time, noise = process.draw_times(1), torch.randn(1, *images.shape[1:])
+            drawn.append((time, noise, torch.rand(1)))
+    time_B, noise_B, uniform_B = (torch.cat(one).to(images) for one in zip(*drawn, strict=True))
+    return time_B, noise_B, uniform_B
 
 
 def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
@@ -116,6 +116,34 @@ def sample(process: Process, predict: Predict, noise: Tensor, steps: int) -> Ten
     for time, earlier in zip(times, times[1:], strict=False):
         x = process.step(x, predict(x, torch.full((len(x),), time, device=x.device)), time, earlier)
     return x
+
+
+def draw_guided(
+    process: Process,
+    conditional: Predict,
+    unconditional: Predict,
+    shape: tuple[int, ...],
+    device: torch.device,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> Tensor:
+    """Images of a shape [B, ...] from a noise that follows from ``seed`` and is the same on every device.
+
+    Args:
+        process: that the model was trained for.
+        conditional: predicts with the condition, on ``device``.
+        unconditional: predicts without it.
+        shape: of the images.
+        device: that they are drawn on.
+        steps: evaluations of the model, twice as many with guidance.
+        guidance: scale; 1 is none.
+        seed: of the noise.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        noise = torch.randn(shape).to(device)
+        return sample(process, guided(conditional, unconditional, guidance), noise, steps)
 
 
 def _like(value_B: Tensor, x: Tensor) -> Tensor:

@@ -4,12 +4,36 @@ Shapes: B images, C channels, S side, N tokens, P values of a patch, D width, F 
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimoe.errors import UserError
+
 FREQUENCIES = 256
+
+
+def check_sizes(where: str, config: Any, *names: str, multiple: int = 1) -> None:
+    """Check the settings of a transformer.
+
+    Args:
+        where: prefix of the settings' flags, such as ``model.dit``.
+        config: holds the settings; ``width`` and ``heads`` among them.
+        names: of numbers that are to be at least 1.
+        multiple: of which the width is to be one.
+
+    Raises:
+        UserError: a number is below 1, or the width is no multiple of the heads and of ``multiple``.
+    """
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}, expected at least 1")
+    for divisor, name in ((config.heads, f"{where}.heads, "), (multiple, "")):
+        if config.width % divisor:
+            raise UserError(f"{where}.width is {config.width}, expected a multiple of {name}{divisor}")
 
 
 class FFN(nn.Module):
@@ -25,6 +49,29 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Attention and FFN, each behind a norm and beside a residual connection."""
+
+    def __init__(self, width: int, heads: int, make_ffn: Callable[[], nn.Module], qkv_bias: bool = True):
+        """
+        Args:
+            width: of a token.
+            heads: of attention.
+            make_ffn: returns the FFN, [B, N, D] -> [B, N, D]; is called last, so that its random weights
+                follow those of attention.
+            qkv_bias: whether queries, keys and values have biases.
+        """
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=qkv_bias), nn.Linear(width, width)
+        self.ffn = make_ffn()
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self.out(attend(self.qkv(self.norm1(x_BND)), self.heads))
+        return x_BND + self.ffn(self.norm2(x_BND))
 
 
 def attend(qkv_BNE: Tensor, heads: int, mask_NN: Tensor | None = None) -> Tensor:

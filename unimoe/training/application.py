@@ -26,16 +26,22 @@ from unimoe.data import ModalityBatchSampler
 from unimoe.data.read import data_hashes
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.moe import LayerRecord, auxiliary_loss
+from unimoe.moe.install import moe_layers
 
 from .lightning_cli import RunCLI, run_cli
 from .loader import ResumableLoader
 from .module import ResumableModule, Schedule
-from .ranks import data_parallel_rank, data_parallel_size, even_share, mean_over_ranks, union_over_ranks
+from .ranks import (
+    across_ranks,
+    data_parallel_rank,
+    data_parallel_size,
+    even_share,
+    mean_over_ranks,
+    union_over_ranks,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-HELD_OUT = 5
-"""One of so many samples, by the hash of its number, is held out: half of these for validation, half for the
-test."""
 
 
 @dataclass
@@ -142,12 +148,24 @@ class ApplicationModule(ResumableModule):
         """Samples of a batch, for the speed in the progress."""
         return len(batch.index)
 
+    def step_seed(self, batch_idx: int) -> int:
+        """The seed of a training step, the same on all ranks."""
+        return self.seed * 1_000_003 + batch_idx
+
     def sample_seeds(self, count: int, batch_idx: int) -> list[int]:
         """Seeds of a training batch of ``count`` samples, by their places in the batch of all ranks: they are
         the same however many ranks share a batch, and however short it is."""
         ranks, rank = data_parallel_size(self.trainer), data_parallel_rank(self.trainer)
-        step = (self.seed * 1_000_003 + batch_idx) * 1_000_003
-        return [step + rank + ranks * place for place in range(count)]
+        first = self.step_seed(batch_idx) * 1_000_003
+        return [first + rank + ranks * place for place in range(count)]
+
+    def auxiliary(self, records: Sequence[LayerRecord]) -> Tensor:
+        """The auxiliary losses of the model's configuration over one record of each MoE layer, 0-d; zero
+        where the model has no such losses or layers."""
+        losses = cast(Any, self.model).config.losses
+        if not losses or not records:
+            return torch.zeros((), device=self.device)
+        return auxiliary_loss(losses, records, moe_layers(self.model), across=across_ranks)
 
     def log_step(self, losses: dict[str, Tensor], samples: int, batch_idx: int) -> None:
         """Show ``losses["loss"]`` and write a row with all losses, as means over ranks."""
@@ -186,9 +204,13 @@ class ApplicationModule(ResumableModule):
         order = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])  # ranks repeat a few samples
         return [column[order] for column in columns]
 
-    def log_scores(self, scores: dict[str, float], report: dict[str, Any]) -> None:
-        """Log ``scores``; after ``validate`` and ``test`` also write ``report`` to logs/VERB/scores.json."""
-        self.log_dict(scores, rank_zero_only=False)
+    def log_scores(self, split: str, scores: dict[str, float], **beside: Any) -> None:
+        """Log ``scores`` of a split. After ``validate`` and ``test`` also write them to
+        logs/VERB/scores.json, with the number of parameters and ``beside``, whose values replace equal keys.
+        """
+        self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False)
+        total = sum(p.numel() for p in self.model.parameters())
+        report = {"split": split, **scores, "parameters": total, **beside}
         verb = self.trainer.state.fn
         if self.trainer.is_global_zero and verb in ("validate", "test"):
             folder = Path(self.trainer.default_root_dir) / "logs" / str(verb.value)
@@ -245,10 +267,14 @@ class ApplicationData(LightningDataModule):
         return DataLoader(data, self.batch_size, sampler=share, collate_fn=_as_it_is)
 
 
-def split_of(number: int) -> str:
-    """Split of a sample by its number (a code point, a file), always the same."""
-    place = zlib.crc32(str(number).encode()) % (2 * HELD_OUT)
-    return {0: "val", 1: "test"}.get(place, "train")
+def split_of(name: str | int, val: float = 0.1, test: float = 0.1) -> str:
+    """Split of a sample by what names it (a code point, a file's path in its folder): it stays where it is
+    when other samples come or go. ``val`` and ``test`` are the expected shares."""
+    found = zlib.crc32(str(name).encode())
+    place = 1000 * (found % 10) + found // 10 % 1000  # 0..9999
+    if place < 10_000 * val:
+        return "val"
+    return "test" if place < 10_000 * (val + test) else "train"
 
 
 def _check_same(folder: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -312,6 +338,10 @@ class ApplicationCLI(RunCLI):
             raise UserError(f"model.{key}: {folder} holds no finished run of an application")
 
     def use_result(self, model_settings: dict[str, Any]) -> None:
+        """Evaluate the result, not what it was made of."""
+        for key in self.starts:
+            if key in model_settings:
+                model_settings[key] = None
         model_settings["init_from"] = str(self.output)
 
     def write(self, module: ApplicationModule, name: str) -> float:

@@ -44,6 +44,8 @@ def test_a_run_is_scored_and_draws(latents, command, scores, design, tmp_path, c
 def test_mistakes_are_errors(latents, command, capsys):
     assert cli.main([*command(latents), "--model.ema", "1.5"]) == 2
     assert "expected 0 to below 1" in capsys.readouterr().err
+    assert cli.main([*command(latents), "--model.samples", "-1"]) == 2
+    assert "model.samples is -1, expected at least 0" in capsys.readouterr().err
     assert cli.main([*command(latents), "--model.dit.patch", "3"]) == 2
     assert "model.dit.patch is 3, expected a divisor of the images' side, 4" in capsys.readouterr().err
     assert cli.main([*command(latents), "--data.train", "nowhere"]) == 2

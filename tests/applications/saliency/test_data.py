@@ -68,6 +68,9 @@ def test_bad_folders_are_errors(folder):
 
     draw(folder / "masks/03.png", (0, 0, 5, 5), size=(10, 10))
     assert "03.png has 10 x 10 pixels, expected 20 x 10 as 03.png" in message()
+    (folder / "masks/03").mkdir()
+    assert "03.png has masks in" in message()
+    (folder / "masks/03").rmdir()
     draw(folder / "masks/03.png")
     assert "03.png is black, expected an object in white" in message()
     (folder / "masks/03.png").write_bytes(b"no image")
@@ -75,11 +78,28 @@ def test_bad_folders_are_errors(folder):
     (folder / "masks/03.png").unlink()
     assert "03.png has no mask, expected" in message()
     for path in (folder / "images").iterdir():
-        if path.stem > "02":
+        if path.stem > "01":
             path.unlink()
-    assert "the val split of 3 images is empty" in message()
+    assert "the val split of 2 images is empty" in message()
     with pytest.raises(UserError, match="has no folder images/"):
         SaliencyData(str(folder / "masks")).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["images/00.png", "masks/01.png"])
+def test_a_truncated_file_is_named(folder, name):
+    noise = np.random.default_rng(0).integers(0, 255, (10, 20, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / name)
+    (folder / name).write_bytes((folder / name).read_bytes()[:400])
+    with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
+        data = SaliencyData(str(folder), side=8)
+        data.setup("fit")
+        data.sets["train"].__getitems__([0, 1])
+
+
+def test_settings_of_scenes_are_refused_for_a_folder(folder):
+    for name in ("images", "test_images"):
+        with pytest.raises(UserError, match=f"data.{name} is 9, which only scenes have"):
+            SaliencyData(str(folder), side=8, **{name: 9})
 
 
 @pytest.mark.parametrize("wrong", [{"side": 60}, {"side": 32}, {"images": 0}, {"steps": 0}])

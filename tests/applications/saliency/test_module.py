@@ -26,4 +26,6 @@ def test_mistakes_are_errors(squares, command, capsys):
     assert cli.main([*command(squares), "--data.train", "nowhere"]) == 2
     assert "nowhere has no folder images/, expected images/ and masks/" in capsys.readouterr().err
     assert cli.main([*command(squares), "--model.network.heads", "3"]) == 2
-    assert "heads and 4 must divide the width" in capsys.readouterr().err
+    assert (
+        "model.network.width is 16, expected a multiple of model.network.heads, 3" in capsys.readouterr().err
+    )

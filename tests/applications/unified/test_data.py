@@ -4,6 +4,7 @@ from PIL import Image
 
 from unimoe.applications.unified.data import UnifiedData, read_classes
 from unimoe.errors import UserError
+from unimoe.training.application import split_of
 
 
 @pytest.fixture
@@ -24,6 +25,14 @@ def test_folders_are_classes(folder):
     assert np.array_equal(batch.images[:, 0, 0, 0], 2 * batch.labels - 1)
 
 
+def test_a_new_image_moves_no_other(folder):
+    (_, before) = read_classes(folder, 4)
+    Image.new("RGB", (4, 4)).save(folder / "cat/000.png")
+    (_, after) = read_classes(folder, 4)
+    for split, one in before.items():
+        assert len(after[split]) - len(one) == (split == split_of("cat/000"))
+
+
 def test_bad_folders_are_errors(folder):
     def message() -> str:
         with pytest.raises(UserError) as found:
@@ -35,6 +44,10 @@ def test_bad_folders_are_errors(folder):
     (folder / "emu").rmdir()
     (folder / "cat/00.png").write_bytes(b"no image")
     assert "00.png cannot be read as an image" in message()
+    noise = np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "cat/00.png")
+    (folder / "cat/00.png").write_bytes((folder / "cat/00.png").read_bytes()[:400])
+    assert "00.png cannot be read as an image" in message(), "truncated"
     for path in folder.rglob("*.png"):
         if path.stem > "02":
             path.unlink()

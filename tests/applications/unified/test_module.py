@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from unimoe.applications.unified.data import UnifiedData
 from unimoe.applications.unified.module import UnifiedModule
-from unimoe.applications.unified.network import IS, NO, WHAT, WORDS, YES
+from unimoe.applications.unified.network import IS, NO, WHAT, WORDS, YES, UnifiedNetConfig
+from unimoe.artifacts import read_record
 from unimoe.commands import main as cli
 
 
@@ -51,18 +53,64 @@ def test_an_adapted_model_trains_its_drawing_branch_and_first_the_routers(adapte
     assert scores(adapted)["loss"] != scores(drawings)["loss"]
 
 
+@pytest.mark.parametrize("design", ["moe", "pruned"])
+def test_the_dense_model_runs_on_the_cpu_whatever_the_default_device(adapted, drawings, design):
+    """Lightning builds models under the device and the dtype of the run; meta has no values to run on."""
+    settings = {
+        **adapted["model"],
+        "unified": UnifiedNetConfig(**adapted["model"]["unified"] | {"design": design}),
+    }
+    module, data = UnifiedModule(**settings), UnifiedData(**drawings["data"])
+    data.setup("fit")
+    module._trainer = SimpleNamespace(datamodule=data, state=SimpleNamespace(fn="fit"))
+    module.configure_model()
+    wanted = {name: value.clone() for name, value in module.model.state_dict().items()}
+    for parameter in module.model.parameters():
+        parameter.data.zero_()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            module._adapt(drawings["output"])
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in module.model.state_dict().items():
+        assert ".router." in name or value.equal(wanted[name]), name
+
+
+def test_a_run_knows_what_it_was_adapted_from_and_is_continued_by_init_from(
+    adapted, drawings, command, capsys
+):
+    assert cli.main(command(adapted)) == 0
+    record, base = read_record(adapted["output"]), Path(drawings["output"]) / "model.safetensors"
+    assert [parent["folder"] for parent in record.parents] == [drawings["output"]]
+    base.write_bytes(base.read_bytes() + b" ")
+    assert cli.main(command(adapted)) == 2
+    assert "content of adapt_from" in capsys.readouterr().err
+    model = {**adapted["model"], "init_from": adapted["output"]}
+    on = {**adapted, "output": adapted["output"] + "2", "model": model}
+    assert cli.main(command(on)) == 2
+    assert "leaves unread; set one of them" in capsys.readouterr().err
+    del model["adapt_from"]
+    assert cli.main(command(on)) == 0
+    assert weights(on)["see.weight"].equal(weights(adapted)["see.weight"]), "answers stay"
+
+
 def test_mistakes_are_errors(drawings, command, capsys):
     def message(*flags: str) -> str:
         assert cli.main([*command(drawings), *flags]) == 2
         return capsys.readouterr().err
 
     assert "which is made of a dense model; set model.adapt_from" in message("--model.unified.design", "moe")
-    assert "expected 0 to 1" in message("--model.frozen", "2")
+    assert "model.frozen is 2.0, expected 0 to 1" in message("--model.frozen", "2")
+    assert "model.unified.design dense has no routers" in message("--model.frozen", "0.5")
+    assert "model.samples is -1, expected at least 0" in message("--model.samples", "-1")
     assert "holds no finished run" in message("--model.adapt_from", "nowhere")
     drawings["data"]["steps"] = 1
     assert cli.main(command(drawings)) == 0
     drawings["model"]["adapt_from"], drawings["output"] = drawings["output"], drawings["output"] + "2"
-    assert "is no dense model of these data and sizes" in message("--model.unified.inner", "64")
+    found = message("--model.unified.inner", "64")
+    assert "is no dense model of these data and sizes (unified.inner: there 32, now 64)" in found
 
 
 @pytest.mark.parametrize(

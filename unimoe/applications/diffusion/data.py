@@ -14,7 +14,7 @@ from unimoe.applications.labelled_images import CLASSES, Batch, draw_sprites
 from unimoe.errors import UserError
 from unimoe.prepare import default_part
 from unimoe.synthetic.sprites import open_artist
-from unimoe.training.application import HELD_OUT, ApplicationData, split_of
+from unimoe.training.application import ApplicationData, split_of
 
 from .text import embed_texts
 
@@ -112,8 +112,8 @@ def read_latents(folder: Path) -> tuple[dict[str, LatentFolder], int]:
         if not (folder / name).is_dir():
             raise UserError(f"{folder} has no folder {name}/, expected features/N.npy and labels/N.npy")
     features = sorted((folder / "features").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
-    if len(features) < 3 * HELD_OUT:
-        raise UserError(f"{folder}/features holds {len(features)} files, expected at least {3 * HELD_OUT}")
+    if not features:
+        raise UserError(f"{folder}/features holds no files N.npy")
     labels, shape = [], _latent(features[0]).shape
     for path in features:
         if (found := _latent(path, "r").shape) != shape:
@@ -130,7 +130,7 @@ def read_latents(folder: Path) -> tuple[dict[str, LatentFolder], int]:
             )
     sets = {}
     for split in ("train", "val", "test"):
-        chosen = [place for place in range(len(features)) if split_of(place) == split]
+        chosen = [place for place, path in enumerate(features) if split_of(path.stem) == split]
         if not chosen:
             raise UserError(f"{folder}: the {split} split of {len(features)} latents is empty")
         sets[split] = LatentFolder([features[place] for place in chosen], numbers[chosen])

@@ -15,6 +15,7 @@ from unimoe.applications.transformer import (
     FFN,
     FREQUENCIES,
     attend,
+    check_sizes,
     frequencies,
     from_patches,
     grid_places,
@@ -55,7 +56,8 @@ class DiTConfig:
     """Of attention."""
     ffn: float | None = None
     """Inner width of an FFN over the width of a token; of all experts that a token visits together. By
-    default 4, and 3 for ``switch_dit``: then all designs have as many active parameters."""
+    default 4, and 3 for ``switch_dit``: then all designs have the same number of
+    active parameters."""
     design: Design = "promoe"
     """``dense``; ``promoe`` (every other block's FFN, from the second); ``switch_dit`` (a mask of every
     block)."""
@@ -65,12 +67,7 @@ class DiTConfig:
     """Of these, how many a token (ProMoE) or a sample (Switch-DiT) visits; by default 1 and 2."""
 
     def __post_init__(self) -> None:
-        if min(self.patch, self.width, self.depth, self.heads) < 1:
-            raise UserError("model.dit: patch, width, depth and heads must be at least 1")
-        if self.width % self.heads or self.width % 4:
-            raise UserError(
-                f"model.dit: width {self.width}, heads {self.heads}: heads and 4 must divide the width"
-            )
+        check_sizes("model.dit", self, "patch", "width", "depth", "heads", multiple=4)
 
     def resolved(self) -> "DiTConfig":
         """With the design's own values where there are none.

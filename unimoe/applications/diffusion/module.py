@@ -14,10 +14,9 @@ from unimoe.applications.labelled_images import Batch, LabelledImages
 from unimoe.applications.process import PROCESSES, Process, ProcessName, draw_each
 from unimoe.applications.visits import label_expert_information, live_experts, visits
 from unimoe.errors import UserError
-from unimoe.moe import auxiliary_loss, record
-from unimoe.moe.install import moe_layers
+from unimoe.moe import record
 from unimoe.training.application import ApplicationConfig, ApplicationModule, run_application
-from unimoe.training.ranks import across_ranks, rank_weighted
+from unimoe.training.ranks import rank_weighted
 from unimoe.training.weight_average import WeightAverage
 
 from .data import DiffusionData
@@ -66,13 +65,15 @@ class DiffusionModule(ApplicationModule):
             settings: the fields of :class:`DiffusionConfig`.
 
         Raises:
-            UserError: a share is out of range, or the design has no such losses.
+            UserError: a share or the number of samples is out of range.
         """
         config = DiffusionConfig(**settings)
         super().__init__(config)
         self.config = config
         if not 0 <= config.drop < 1 or not 0 <= config.ema < 1:
             raise UserError(f"model.drop and ema are {config.drop} and {config.ema}, expected 0 to below 1")
+        if config.samples < 0:
+            raise UserError(f"model.samples is {config.samples}, expected at least 0")
         self.process: Process
         """That the network is or was trained for."""
         self.average: WeightAverage
@@ -112,10 +113,7 @@ class DiffusionModule(ApplicationModule):
             prediction = self.model(x, time_B, label_B, batch.texts)
         error = rank_weighted((prediction - target).square().mean(), len(x))
         # (3)
-        auxiliary = torch.zeros_like(error)
-        if records:
-            losses = self.model.config.losses
-            auxiliary = auxiliary_loss(losses, records, moe_layers(self.model), across=across_ranks)
+        auxiliary = self.auxiliary(records)
         self.log_step({"loss": error + auxiliary, "error": error, "auxiliary": auxiliary}, len(x), batch_idx)
         return error + auxiliary
 
@@ -136,34 +134,29 @@ class DiffusionModule(ApplicationModule):
 
     def report(self, split: str) -> None:
         error_N, time_N, label_N, visits_NLE = self.kept()
-        loss = float(error_N.mean())
         quarters = (time_N * 4).long().clamp(max=3)
-        report: dict[str, Any] = {
-            "split": split,
+        beside: dict[str, Any] = {
             "images": len(error_N),
-            "loss": loss,
             "loss_by_time": {
                 f"{q / 4:.2f}..{(q + 1) / 4:.2f}": float(error_N[quarters == q].mean())
                 for q in range(4)
                 if (quarters == q).any()
             },
-            "parameters": sum(p.numel() for p in self.model.parameters()),
         }
-        scores = {f"{split}/loss": loss}
+        scores = {"loss": float(error_N.mean())}
         if visits_NLE.numel():
             information = label_expert_information(visits_NLE, label_N)
             alive = live_experts(visits_NLE)
-            overlap = overlap_by_distance(visits_NLE, time_N)
-            report |= {"class_expert_information": information, "live_experts": alive}
-            report["overlap_by_time_distance"] = overlap
             scores |= {
-                f"{split}/class_expert_information": sum(information) / len(information),
-                f"{split}/live_experts": sum(alive) / len(alive),
+                "class_expert_information": sum(information) / len(information),
+                "live_experts": sum(alive) / len(alive),
             }
+            beside |= {"class_expert_information": information, "live_experts": alive}  # of each layer
+            beside["overlap_by_time_distance"] = overlap_by_distance(visits_NLE, time_N)
         if split == "test" and self.config.samples:
-            report |= self._recognised()
-            scores |= {f"{split}/probe_accuracy": report["probe_accuracy"]}
-        self.log_scores(scores, report)
+            beside |= self._recognised()
+            scores["probe_accuracy"] = beside["probe_accuracy"]
+        self.log_scores(split, scores, **beside)
 
     def _recognised(self) -> dict[str, float]:
         """Draw samples of each class and ask a probe for their classes; the same on every rank.

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimoe.applications.pictures import sheet
-from unimoe.applications.process import PROCESSES, Process, guided, sample
+from unimoe.applications.pictures import image_format, write_sheet
+from unimoe.applications.process import PROCESSES, Process, draw_guided
 from unimoe.errors import UserError
 from unimoe.files import atomic_file
 from unimoe.training.application import load_weights, read_network
@@ -56,16 +56,17 @@ def draw(
     """
     device = next(model.parameters()).device
     label_B, texts = label_B.to(device), None if texts is None else texts.to(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        noise = torch.randn(len(label_B), model.channels, model.side, model.side).to(device)
-        none_B = torch.full_like(label_B, -1)
-        predict = guided(
-            lambda x, time_B: model(x, time_B, label_B, texts),
-            lambda x, time_B: model(x, time_B, none_B, texts),
-            guidance,
-        )
-        return sample(process, predict, noise, steps).cpu()
+    none_B = torch.full_like(label_B, -1)
+    return draw_guided(
+        process,
+        lambda x, time_B: model(x, time_B, label_B, texts),
+        lambda x, time_B: model(x, time_B, none_B, texts),
+        (len(label_B), model.channels, model.side, model.side),
+        device,
+        steps,
+        guidance,
+        seed,
+    ).cpu()
 
 
 def find_classes(names: list[str], known: list[str]) -> list[int]:
@@ -88,7 +89,7 @@ def check_output(path: Path, channels: int) -> None:
     """
     if path.suffix == ".npy":
         return
-    if _image_format(path) not in Image.SAVE:
+    if image_format(path) not in Image.SAVE:
         raise UserError(f"--output {path}: expected an image file such as samples.png, or a .npy file")
     if channels != 3:
         raise UserError(
@@ -99,12 +100,7 @@ def check_output(path: Path, channels: int) -> None:
 
 def write_samples(path: Path, images: Tensor, columns: int) -> None:
     """A sheet, or the numbers themselves where ``path`` ends in .npy; see :func:`check_output`."""
+    if path.suffix != ".npy":
+        return write_sheet(path, images, columns)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        if path.suffix == ".npy":
-            np.save(file, images.numpy())
-        else:
-            sheet(images, columns).save(file, format=_image_format(path))
-
-
-def _image_format(path: Path) -> str | None:
-    return Image.registered_extensions().get(path.suffix.lower())
+        np.save(file, images.numpy())

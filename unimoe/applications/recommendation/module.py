@@ -87,25 +87,22 @@ class RecommendationModule(ApplicationModule):
         found = {name: auc(scores[:, t], labels[:, t]) for t, name in enumerate(tasks)}
         mean = float(np.mean([one.value for one in found.values()]))
         dead = self.units.dead_share()
-        report = {
-            "split": split,
-            "rows": len(labels),
-            "loss": loss,
-            "auc": {
+        worst = max(share for name, shares in dead.items() if "hidden" not in name for share in shares)
+        rows = {f"auc_{name}": one.value for name, one in found.items()}
+        self.log_scores(
+            split,
+            {"loss": loss, "auc": mean, **rows, "dead_share": worst},
+            rows=len(labels),
+            auc={
                 name: asdict(one) | {"positive": float(labels[:, t].mean())}
                 for t, (name, one) in enumerate(found.items())
             },
-            "mean_auc": mean,
-            "dead_share": dead,
-            "parameters": {
+            mean_auc=mean,
+            dead_share=dead,
+            parameters={
                 "network": sum(p.numel() for p in self.model.network.parameters()),
                 "embeddings": sum(p.numel() for p in self.model.tables.parameters()),
             },
-        }
-        worst = max(share for name, shares in dead.items() if "hidden" not in name for share in shares)
-        rows = {f"{split}/auc_{name}": one.value for name, one in found.items()}
-        self.log_scores(
-            {f"{split}/loss": loss, f"{split}/auc": mean, **rows, f"{split}/dead_share": worst}, report
         )
 
 

@@ -12,17 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimoe.applications.pictures import IMAGE_TYPES, image_size, read_image
 from unimoe.errors import UserError
 from unimoe.prepare import default_part
 from unimoe.synthetic.sprites import background, load_photos, split_photos
 from unimoe.synthetic.weather import WEATHERS
-from unimoe.training.application import ApplicationData
+from unimoe.training.application import ApplicationData, split_of
 
 VAL_PHOTOS = ("chelsea.png", "coins.png")
 """Photos, of those that are not of the test, that are for validation."""
 EVALUATED = 120
 """Patches of each weather in the validation and the test of photos."""
-IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+HELD_OUT_SHARE = 0.1
+"""Of a folder's scenes: for validation, and as much for the test, where the settings leave it open."""
 
 
 class Batch(NamedTuple):
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
     """[B, 3, S, S] float in 0..1."""
     clear: Tensor
     """[B, 3, S, S] float in 0..1, the same scenes."""
-    weather_B: Tensor
+    weathers: Tensor
     """[B] int64 their weathers, which no model sees."""
 
 
@@ -62,6 +64,8 @@ class Pair(NamedTuple):
 
     degraded: Path
     clear: Path
+    scene: str
+    """Path below the folder of the weather, without its suffix."""
     weather: int
     size: tuple[int, int]
     """Width and height."""
@@ -105,8 +109,8 @@ class RestorationData(ApplicationData):
         test: str | None = None,
         side: int = 64,
         patches: int = 6000,
-        val_share: float = 0.1,
-        test_share: float = 0.1,
+        val_share: float | None = None,
+        test_share: float | None = None,
         steps: int = 600,
         batch_size: int = 8,
         seed: int = 0,
@@ -119,22 +123,30 @@ class RestorationData(ApplicationData):
             test: such a folder for the test (default: a share of ``train``).
             side: height and width of a patch. Evaluation cuts an image in as many as it has.
             patches: different ones in training.
-            val_share: share of a folder's images for validation.
-            test_share: share of a folder's images for the test; not used with ``test``.
+            val_share: expected share of a folder's scenes for validation, by default a tenth. A scene is in
+                one split in all weathers: ``rain/1.png`` with ``haze/1.png``.
+            test_share: the same for the test; not used with ``test``.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: patches of a batch on each device.
             seed: of the order of the patches.
 
         Raises:
-            UserError: a number is out of range.
+            UserError: a number is out of range, or a share is given for photos.
         """
         super().__init__(steps, batch_size, seed)
         if side < 16 or patches < 1:
             raise UserError(f"data.side and data.patches are {side} and {patches}, expected 16 and 1 or more")
+        for flag, given in (("val_share", val_share), ("test_share", test_share)):
+            if train == "photos" and given is not None:
+                raise UserError(f"data.{flag} is {given}, but data.train is photos, whose splits are fixed")
+        val_share, test_share = (HELD_OUT_SHARE if one is None else one for one in (val_share, test_share))
         if min(val_share, test_share) < 0 or val_share + test_share >= 1:
-            raise UserError(f"data.val_share and test_share are {val_share} and {test_share}, sum below 1")
+            raise UserError(
+                f"data.val_share and data.test_share are {val_share} and {test_share}, expected at least 0 "
+                "and a sum below 1"
+            )
         self.train, self.test, self.side, self.patches = train, test, side, patches
-        self.shares = {"test": 0.0 if test else test_share, "val": val_share}
+        self.shares = {"val": val_share, "test": 0.0 if test else test_share}
         self.weathers: list[str] = []
         """Their names, after ``setup``."""
 
@@ -194,7 +206,7 @@ def find_pairs(folder: Path, side: int, weathers: list[str]) -> list[Pair]:
         clear = folder / "gt" / relative
         if not clear.is_file():
             raise UserError(f"{clear} is missing, the clear image of {degraded}")
-        size, other = _open(degraded).size, _open(clear).size
+        size, other = image_size(degraded), image_size(clear)
         if size != other:
             raise UserError(
                 f"{degraded} has {size[0]} x {size[1]} pixels, but {clear} {other[0]} x {other[1]}; expected "
@@ -204,33 +216,32 @@ def find_pairs(folder: Path, side: int, weathers: list[str]) -> list[Pair]:
             raise UserError(
                 f"{degraded} has {size[0]} x {size[1]} pixels, expected at least data.side, {side}"
             )
-        weather = relative.parts[0] if len(relative.parts) > 1 else folder.name
+        weather, scene = folder.name, relative
+        if len(relative.parts) > 1:
+            weather, scene = relative.parts[0], relative.relative_to(relative.parts[0])
         if weather not in weathers:
             weathers.append(weather)
-        pairs.append(Pair(degraded, clear, weathers.index(weather), size))
+        name = scene.with_suffix("").as_posix()
+        pairs.append(Pair(degraded, clear, name, weathers.index(weather), size))
     if not pairs:
         raise UserError(f"{folder}/input holds no images")
     return pairs
 
 
 def split_pairs(pairs: list[Pair], shares: dict[str, float], folder: str) -> dict[str, list[Pair]]:
-    """Pairs of each split, the same for every seed.
+    """Pairs of each split, by their scenes.
 
     Raises:
-        UserError: a split of a share above 0 has none.
+        UserError: the training split, or another of a share above 0, has none.
     """
-    order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-    splits = {}
-    for split, share in shares.items():
-        count = round(len(pairs) * share)
-        if share and not count:
-            raise UserError(
-                f"{folder}: the {split} split of {len(pairs)} images is empty; see data.{split}_share"
-            )
-        splits[split], order = [pairs[place] for place in order[:count]], order[count:]
-    if not order:
-        raise UserError(f"{folder}: the train split of {len(pairs)} images is empty; see data.val_share")
-    return {"train": [pairs[place] for place in order], **splits}
+    splits: dict[str, list[Pair]] = {"train": [], "val": [], "test": []}
+    for pair in pairs:
+        splits[split_of(pair.scene, **shares)].append(pair)
+    for split, chosen in splits.items():
+        if not chosen and shares.get(split, 1):
+            flag = f"data.{split}_share" if split in shares else "data.val_share"
+            raise UserError(f"{folder}: the {split} split of {len(pairs)} images is empty; see {flag}")
+    return splits
 
 
 def _batch(indices: list[int], patches: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
@@ -241,19 +252,9 @@ def _batch(indices: list[int], patches: list[tuple[np.ndarray, np.ndarray, int]]
     return Batch(torch.tensor(indices), bad, good, torch.tensor(weathers))
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from error
-
-
 def _read(path: Path, box: tuple[int, int, int, int]) -> np.ndarray:
     """[S, S, 3] in 0..1, a part of an image. Raises UserError where the file is broken."""
-    try:
-        return _pixels(_open(path).convert("RGB").crop(box))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from error
+    return _pixels(read_image(path, "RGB").crop(box))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

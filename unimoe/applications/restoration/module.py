@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from unimoe.applications.pictures import sheet
+from unimoe.applications.pictures import write_sheet
 from unimoe.applications.visits import label_expert_information, live_experts, visits
 from unimoe.errors import UserError
-from unimoe.files import atomic_file
-from unimoe.moe import auxiliary_loss, record
-from unimoe.moe.install import moe_layers
+from unimoe.moe import record
 from unimoe.training.application import ApplicationConfig, ApplicationModule, run_application
-from unimoe.training.ranks import across_ranks, rank_weighted
+from unimoe.training.ranks import rank_weighted
 
 from .data import Batch, RestorationData
 from .restorer import Restorer, RestorerConfig
@@ -60,6 +58,9 @@ class RestorationModule(ApplicationModule):
         self.config = config
 
     def network_settings(self, data: RestorationData) -> dict[str, Any]:
+        patch = self.config.restorer.patch
+        if data.side % patch:
+            raise UserError(f"model.restorer.patch is {patch}, expected a divisor of data.side, {data.side}")
         return {"data": {}, "restorer": asdict(self.config.restorer)}
 
     @staticmethod
@@ -69,13 +70,10 @@ class RestorationModule(ApplicationModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with record() as records, torch.random.fork_rng(devices=[]):
             # by the step alone: the routers of all ranks drop the same values
-            torch.manual_seed((self.seed * 1_000_003 + batch_idx) % 2**63)
+            torch.manual_seed(self.step_seed(batch_idx) % 2**63)
             restored = self.model(batch.degraded)
         error = rank_weighted(F.l1_loss(restored, batch.clear), len(restored))
-        auxiliary = torch.zeros_like(error)
-        if records:
-            losses = self.model.config.losses
-            auxiliary = auxiliary_loss(losses, records, moe_layers(self.model), across=across_ranks)
+        auxiliary = self.auxiliary(records)
         losses = {"loss": error + auxiliary, "error": error, "auxiliary": auxiliary}
         self.log_step(losses, len(restored), batch_idx)
         return error + auxiliary
@@ -87,7 +85,7 @@ class RestorationModule(ApplicationModule):
             restored = self.model(batch.degraded)
         error_B = (restored - batch.clear).abs().flatten(1).mean(dim=1)
         quality = [*quality_of(restored, batch.clear), *quality_of(batch.degraded, batch.clear)]
-        self.keep(batch.index, error_B, *quality, batch.weather_B, visits(records, len(restored)))
+        self.keep(batch.index, error_B, *quality, batch.weathers, visits(records, len(restored)))
 
     def report(self, split: str) -> None:
         error_N, *quality, weather_N, visits_NLE = self.kept()
@@ -97,14 +95,13 @@ class RestorationModule(ApplicationModule):
         groups |= {f"_{name}": weather_N == number for number, name in enumerate(data.weathers)}
         for name, quality_N in zip(("psnr", "ssim", "input_psnr", "input_ssim"), quality, strict=True):
             found |= {f"{name}{end}": float(quality_N[of].mean()) for end, of in groups.items() if of.any()}
-        report: dict[str, Any] = {"split": split, "patches": len(error_N), **found}
-        report["parameters"] = sum(p.numel() for p in self.model.parameters())
+        beside: dict[str, Any] = {"patches": len(error_N)}
         if visits_NLE.numel():
-            report["weather_expert_information"] = label_expert_information(visits_NLE, weather_N)
-            report["live_experts"] = live_experts(visits_NLE)
+            beside["weather_expert_information"] = label_expert_information(visits_NLE, weather_N)
+            beside["live_experts"] = live_experts(visits_NLE)
         if split == "test" and self.config.samples:
             self._draw(data, weather_N)
-        self.log_scores({f"{split}/{name}": value for name, value in found.items()}, report)
+        self.log_scores(split, found, **beside)
 
     @torch.no_grad()
     def _draw(self, data: RestorationData, weather_N: Tensor) -> None:
@@ -117,8 +114,7 @@ class RestorationModule(ApplicationModule):
         restored = self.model(batch.degraded.to(self.device)).cpu()
         images = torch.stack([batch.degraded, restored, batch.clear], dim=1).flatten(0, 1)
         path = Path(self.trainer.default_root_dir) / "logs/test/samples.png"
-        with atomic_file(path) as temporary, temporary.open("wb") as file:
-            sheet(2 * images - 1, 3 * columns).save(file, format="PNG")
+        write_sheet(path, 2 * images - 1, 3 * columns)
 
 
 def quality_of(images: Tensor, clear: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,14 @@ Shapes: B images, S side, C channels at full resolution, N tokens of an image, D
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimoe.applications.transformer import FFN, attend
+from unimoe.applications.transformer import FFN, Block, check_sizes
 from unimoe.errors import UserError
 from unimoe.moe import (
     Context,
@@ -45,19 +46,14 @@ class RestorerConfig:
     heads: int = 4
     """Of attention."""
     ffn: int = 4
-    """Active parameters of an FFN, in those of two matrices of the width; the same in all designs."""
+    """Active parameters of an FFN, in units of 2 * width^2; the same in all designs."""
     experts: int = 4
     """Of a mixture."""
     k: int = 2
     """Of these, how many a token visits."""
 
     def __post_init__(self) -> None:
-        if min(self.patch, self.channels, self.width, self.depth, self.heads, self.ffn) < 1:
-            raise UserError("model.restorer: all sizes must be at least 1")
-        if self.width % self.heads:
-            raise UserError(
-                f"model.restorer: width {self.width}, heads {self.heads}: heads must divide the width"
-            )
+        check_sizes("model.restorer", self, "patch", "channels", "width", "depth", "heads", "ffn")
         if not 1 <= self.k <= self.experts:
             raise UserError(f"model.restorer.k is {self.k}, expected 1 to {self.experts}, the experts")
         if self.design.startswith("mofme") and self.ffn < self.k + 2:
@@ -118,21 +114,6 @@ def make_ffn(config: RestorerConfig, index: int) -> nn.Module:
     return MoFME(config, index)
 
 
-class Block(nn.Module):
-    """Attention and FFN, each behind a norm and beside a residual connection."""
-
-    def __init__(self, config: RestorerConfig, index: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.heads = config.heads
-        self.qkv, self.out = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
-        self.ffn = make_ffn(config, index)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.out(attend(self.qkv(self.norm1(x_BND)), self.heads))
-        return x_BND + self.ffn(self.norm2(x_BND))
-
-
 class Restorer(nn.Module):
     """From images in bad weather to clear ones.
 
@@ -149,7 +130,10 @@ class Restorer(nn.Module):
         channels, patch = config.channels, config.patch
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.embed = nn.Conv2d(channels, config.width, patch, stride=patch)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, partial(make_ffn, config, index))
+            for index in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.unembed = nn.Linear(config.width, channels * patch**2)
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
@@ -159,16 +143,7 @@ class Restorer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x_B3SS: Tensor) -> Tensor:
-        """[B, 3, S, S] in 0..1 -> the same, not clipped.
-
-        Raises:
-            UserError: the patch does not divide the sides.
-        """
-        if any(side % self.config.patch for side in x_B3SS.shape[2:]):
-            raise UserError(
-                f"model.restorer.patch is {self.config.patch}, expected a divisor of data.side, "
-                f"{x_B3SS.shape[3]}"
-            )
+        """[B, 3, S, S] in 0..1 -> the same, not clipped. The patch divides S."""
         # (1)
         full_BCSS = self.stem(2 * x_B3SS - 1)
         grid = self.embed(F.gelu(full_BCSS))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimoe.applications.pictures import IMAGE_TYPES, image_size, read_image
 from unimoe.applications.tables import read_columns
 from unimoe.errors import UserError
 from unimoe.synthetic.salient_scenes import Example, draw_scenes, with_candidates
@@ -20,6 +21,8 @@ from unimoe.training.application import ApplicationData, split_of
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """Splits that a verb needs."""
+SCENES = {"images": 1500, "test_images": 200}
+"""How many are generated where the settings leave it open."""
 
 
 class Batch(NamedTuple):
@@ -72,8 +75,8 @@ class SaliencyData(ApplicationData):
         self,
         train: str = "scenes",
         side: int = 64,
-        images: int = 1500,
-        test_images: int = 200,
+        images: int | None = None,
+        test_images: int | None = None,
         steps: int = 600,
         batch_size: int = 16,
         seed: int = 0,
@@ -81,28 +84,32 @@ class SaliencyData(ApplicationData):
         """
         Args:
             train: ``scenes``, generated from the prepared emoji and photos; or a folder with
-                ``images/NAME.jpg`` (or .png), ``masks/NAME.png`` or several in ``masks/NAME/``, and perhaps
-                ``preferences.csv`` with the columns ``mask`` (such as ``NAME/1.png``) and ``score`` (0..1).
+                ``images/NAME.jpg`` (or .png, .webp, .bmp), ``masks/NAME.png`` or several in ``masks/NAME/``,
+                and perhaps ``preferences.csv`` with the columns ``mask`` (such as ``NAME/1.png``) and
+                ``score`` (0..1).
             side: height and width of the images, a multiple of 8; those of a folder are resized.
-            images: scenes for training.
-            test_images: scenes for the test, and for validation.
+            images: scenes for training, by default 1500.
+            test_images: scenes for the test, and for validation; by default 200.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: images of a batch on each device.
             seed: of the order of the images.
 
         Raises:
-            UserError: a number is out of range.
+            UserError: a number is out of range, or one of scenes is given for a folder.
         """
         super().__init__(steps, batch_size, seed)
         smallest = 64 if train == "scenes" else 8
         if side % 8 or side < smallest:
             raise UserError(f"data.side is {side}, expected a multiple of 8, at least {smallest}")
-        if min(images, test_images) < 1:
-            raise UserError(
-                f"data.images and data.test_images must be at least 1, found {images} and {test_images}"
-            )
+        counts = dict(SCENES)
+        for name, given in (("images", images), ("test_images", test_images)):
+            if given is not None and train != "scenes":
+                raise UserError(f"data.{name} is {given}, which only scenes have, but data.train is {train}")
+            if given is not None and given < 1:
+                raise UserError(f"data.{name} is {given}, expected at least 1")
+            counts[name] = counts[name] if given is None else given
         self.train, self.side = train, side
-        self.images = {"train": images, "val": test_images, "test": test_images}
+        self.images = {"train": counts["images"], "val": counts["test_images"], "test": counts["test_images"]}
 
     def files(self) -> list[str]:
         """None: a folder's images are too many to be read for a hash, and parts have versions."""
@@ -139,7 +146,7 @@ class SaliencyFolder:
         self.masks = {
             image: self._masks_of(image)
             for image in sorted((folder / "images").iterdir())
-            if image.suffix.lower() in (".jpg", ".jpeg", ".png")
+            if image.suffix.lower() in IMAGE_TYPES
         }
         self.preferences: dict[str, float] = {}
         table = folder / "preferences.csv"
@@ -158,7 +165,7 @@ class SaliencyFolder:
     def examples(self, split: str) -> Examples:
         """The images of a split. Raises UserError if there are none."""
         images = list(self.masks)
-        chosen = [image for place, image in enumerate(images) if split_of(place) == split]
+        chosen = [image for image in images if split_of(image.stem) == split]
         if not chosen:
             raise UserError(f"{self.folder}: the {split} split of {len(images)} images is empty")
         return Examples(len(chosen), lambda index: self.read(chosen[index]))
@@ -177,28 +184,23 @@ class SaliencyFolder:
 
     def _masks_of(self, image: Path) -> list[Path]:
         one, several = self.folder / "masks" / f"{image.stem}.png", self.folder / "masks" / image.stem
+        if one.is_file() and several.is_dir():
+            raise UserError(f"{image} has masks in {one} and in {several}/, expected one of these")
         masks = [one] if one.is_file() else sorted(several.glob("*.png"))
         if not masks:
             raise UserError(f"{image} has no mask, expected {one} or files in {several}/")
-        size = _open(image).size
+        width, height = image_size(image)
         for mask in masks:
-            opened = _open(mask)
-            if opened.size != size:
+            grey = read_image(mask, "L")
+            if grey.size != (width, height):
                 raise UserError(
-                    f"{mask} has {opened.width} x {opened.height} pixels, expected {size[0]} x {size[1]} as "
+                    f"{mask} has {grey.width} x {grey.height} pixels, expected {width} x {height} as "
                     f"{image.name}"
                 )
-            if opened.convert("L").getextrema()[1] < 128:  # type: ignore[operator]
+            if grey.getextrema()[1] < 128:  # type: ignore[operator]
                 raise UserError(f"{mask} is black, expected an object in white")
         return masks
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from error
-
-
 def _resized(path: Path, mode: str, side: int) -> Image.Image:
-    return _open(path).convert(mode).resize((side, side), Image.Resampling.BOX)
+    return read_image(path, mode).resize((side, side), Image.Resampling.BOX)

@@ -11,13 +11,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from unimoe.applications.pictures import sheet
-from unimoe.files import atomic_file
-from unimoe.moe import auxiliary_loss, record
-from unimoe.moe.install import moe_layers
+from unimoe.applications.pictures import write_sheet
+from unimoe.moe import record
 from unimoe.moe.join import join
 from unimoe.training.application import ApplicationConfig, ApplicationModule, run_application
-from unimoe.training.ranks import across_ranks, rank_weighted
+from unimoe.training.ranks import rank_weighted
 
 from .data import Batch, SaliencyData
 from .network import NetworkConfig, SaliencyNet
@@ -78,9 +76,7 @@ class SaliencyModule(ApplicationModule):
             quality = (score_B - batch.scores[rows, chosen_B]).abs().mean()
         # (3)
         masks, quality = rank_weighted(masks, count), rank_weighted(quality, count)
-        auxiliary = torch.zeros_like(masks)
-        if losses := self.model.config.losses:
-            auxiliary = auxiliary_loss(losses, join(records), moe_layers(self.model), across=across_ranks)
+        auxiliary = self.auxiliary(join(records))
         loss = masks + self.config.quality * quality + auxiliary
         self.log_step(
             {"loss": loss, "masks": masks, "quality": quality, "auxiliary": auxiliary}, count, batch_idx
@@ -144,11 +140,7 @@ class SaliencyModule(ApplicationModule):
         }
         if split == "test":
             self._draw()
-        parameters = sum(p.numel() for p in self.model.parameters())
-        self.log_scores(
-            {f"{split}/{name}": value for name, value in found.items()},
-            {"split": split, "images": len(loss_N), **found, "parameters": parameters},
-        )
+        self.log_scores(split, found, images=len(loss_N))
 
     def _draw(self) -> None:
         """Write logs/test/masks.png: a row for each image, with its plausible masks, then the predicted ones
@@ -164,8 +156,7 @@ class SaliencyModule(ApplicationModule):
         masks = torch.cat([torch.ones_like(batch.masks[:, :1]), batch.masks, predicted], dim=1)
         shown = (batch.images[:, None] + 1) * (0.15 + 0.85 * masks[:, :, None]) - 1
         path = Path(self.trainer.default_root_dir) / "logs/test/masks.png"
-        with atomic_file(path) as temporary, temporary.open("wb") as file:
-            sheet(shown.flatten(0, 1), columns=masks.shape[1], scale=1).save(file, format="PNG")
+        write_sheet(path, shown.flatten(0, 1), columns=masks.shape[1], scale=1)
 
 
 def main(args: list[str]) -> None:

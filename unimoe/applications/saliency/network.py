@@ -5,13 +5,14 @@ T tokens.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimoe.applications.transformer import FFN, attend, grid_places
+from unimoe.applications.transformer import FFN, Block, check_sizes, grid_places
 from unimoe.errors import UserError
 from unimoe.moe import Context, FFNExperts, LabelRouter, MoELayer, TopK, routing_context
 
@@ -24,7 +25,7 @@ MASKS, QUALITY = 0, 1
 
 @dataclass
 class NetworkConfig:
-    """Sizes of the transformer. All designs have as many active parameters."""
+    """Sizes of the transformer. All designs have the same number of active parameters."""
 
     design: Design = "psod"
     """``psod``: in each block an FFN for each task; ``switch``: two FFNs, of which a router chooses one for
@@ -41,12 +42,9 @@ class NetworkConfig:
     """Learned prompts for masks, each of which gives one."""
 
     def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads, self.queries) < 1 or self.ffn <= 0:
-            raise UserError("model.network: width, depth, heads, ffn and queries must be positive")
-        if self.width % self.heads or self.width % 4:
-            raise UserError(
-                f"model.network: width {self.width}, heads {self.heads}: heads and 4 must divide the width"
-            )
+        check_sizes("model.network", self, "width", "depth", "heads", "queries", multiple=4)
+        if self.ffn <= 0:
+            raise UserError(f"model.network.ffn is {self.ffn}, expected above 0")
 
     @property
     def losses(self) -> dict[str, float]:
@@ -64,22 +62,6 @@ def make_ffn(config: NetworkConfig, index: int) -> nn.Module:
     else:
         router = TopK(width, 2, 1, gating="softmax_topk", renormalize=False, scale=2.0)
     return MoELayer(router, FFNExperts(2, width, inner, act="gelu"), layer_index=index)
-
-
-class Block(nn.Module):
-    """Attention and FFN with normalisation before each."""
-
-    def __init__(self, config: NetworkConfig, index: int):
-        super().__init__()
-        width, self.heads = config.width, config.heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        # without a bias: that of keys changes nothing, so its gradient is noise, which Adam makes steps of
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.ffn = make_ffn(config, index)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.out(attend(self.qkv(self.norm1(x_BND)), self.heads))
-        return x_BND + self.ffn(self.norm2(x_BND))
 
 
 class Stem(nn.Module):
@@ -126,7 +108,11 @@ class SaliencyNet(nn.Module):
         self.prompts = nn.ParameterList(torch.empty(count, width) for count in (config.queries, 1))
         for prompts_QD in self.prompts:
             nn.init.normal_(prompts_QD)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        # without a bias: that of keys changes nothing, so its gradient is noise, which Adam makes steps of
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, partial(make_ffn, config, index), qkv_bias=False)
+            for index in range(config.depth)
+        )
         self.norm = nn.LayerNorm(width)
         features = width // 2
         self.from_tokens, self.from_quarter = nn.Linear(width, features), nn.Conv2d(width // 2, features, 1)

@@ -28,8 +28,9 @@ def mask_costs(logits_BKSS: Tensor, masks_BGSS: Tensor) -> Tensor:
 def assign(costs_KG: np.ndarray) -> np.ndarray:
     """[K] the plausible mask that each prediction learns from.
 
-    Each plausible mask gets one prediction, so that the sum of their costs is smallest; the other predictions
-    get their cheapest mask.
+    The pairs of an optimal assignment, whose sum of costs is smallest, come first: each plausible mask gets a
+    prediction, or, of more masks than predictions (G > K), each prediction a mask of its own. The predictions
+    that are left get their cheapest mask.
     """
     target_K = costs_KG.argmin(axis=1)
     predicted, given = linear_sum_assignment(costs_KG)

@@ -6,12 +6,11 @@ import numpy as np
 from PIL import Image
 
 from unimoe.applications.labelled_images import CLASSES, LabelledImages, draw_sprites
+from unimoe.applications.pictures import IMAGE_TYPES, read_image, scaled_pixels
 from unimoe.errors import UserError
 from unimoe.prepare import default_part
 from unimoe.synthetic.sprites import open_artist
 from unimoe.training.application import ApplicationData, split_of
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class UnifiedData(ApplicationData):
@@ -80,11 +79,11 @@ def read_classes(folder: Path, side: int) -> tuple[list[str], dict[str, Labelled
         (path, label)
         for label, one in enumerate(folders)
         for path in sorted(one.iterdir())
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in IMAGE_TYPES
     ]
     sets = {}
     for split in ("train", "val", "test"):
-        chosen = [pair for place, pair in enumerate(files) if split_of(place) == split]
+        chosen = [pair for pair in files if split_of(_name(pair[0], folder)) == split]
         if not chosen:
             raise UserError(f"{folder}: the {split} split of {len(files)} images is empty")
         labels = np.array([label for _, label in chosen])
@@ -94,10 +93,10 @@ def read_classes(folder: Path, side: int) -> tuple[list[str], dict[str, Labelled
     return [one.name for one in folders], sets
 
 
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
 def _read(path: Path, side: int) -> np.ndarray:
     """[3, S, S] float32 in -1..1."""
-    try:
-        image = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BOX)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from error
-    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    return scaled_pixels(read_image(path, "RGB").resize((side, side), Image.Resampling.BOX))

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.applications.labelled_images import Batch
-from unimoe.applications.pictures import sheet
-from unimoe.applications.process import RectifiedFlow, draw_each, guided, sample
+from unimoe.applications.pictures import write_sheet
+from unimoe.applications.process import RectifiedFlow, draw_each, draw_guided
+from unimoe.artifacts import differences, flatten
 from unimoe.errors import UserError
-from unimoe.files import atomic_file
-from unimoe.moe import auxiliary_loss, record
-from unimoe.moe.install import moe_layers
+from unimoe.moe import record
 from unimoe.training.application import (
     ApplicationConfig,
     ApplicationModule,
@@ -24,7 +23,7 @@ from unimoe.training.application import (
     read_network,
     run_application,
 )
-from unimoe.training.ranks import across_ranks, rank_weighted
+from unimoe.training.ranks import rank_weighted
 
 from .adapt import adapt
 from .data import UnifiedData
@@ -42,9 +41,9 @@ class UnifiedConfig(ApplicationConfig):
     """The transformer."""
     adapt_from: str | None = None
     """Folder of a finished run of a dense model whose drawing branch is adapted to ``unified.design`` and
-    trained on; answers stay as they are."""
-    frozen: float = 0.5
-    """Share of the steps of an adapted ``moe`` in which its routers alone train."""
+    trained on; answers stay as they are. Not with ``init_from``, which continues an adapted model."""
+    frozen: float | None = None
+    """Of the design ``moe``: share of the steps in which its routers alone train, by default 0.5."""
     drop: float = 0.1
     """Share of training images that are drawn without their class, for guidance."""
     samples: int = 8
@@ -75,17 +74,31 @@ class UnifiedModule(ApplicationModule):
             settings: the fields of :class:`UnifiedConfig`.
 
         Raises:
-            UserError: a share is out of range, or nothing is given that a sparse design is made of.
+            UserError: a number is out of range, a setting has no effect, or nothing is given that a sparse
+                design is made of.
         """
         config = UnifiedConfig(**settings)
         super().__init__(config)
         self.config = config
-        if not 0 <= config.drop < 1 or not 0 <= config.frozen <= 1:
-            raise UserError(f"model.drop and frozen are {config.drop} and {config.frozen}, expected 0 to 1")
-        if config.unified.design != "dense" and config.adapt_from is None:
+        design = config.unified.design
+        if not 0 <= config.drop < 1:
+            raise UserError(f"model.drop is {config.drop}, expected 0 to below 1")
+        if config.frozen is not None and not 0 <= config.frozen <= 1:
+            raise UserError(f"model.frozen is {config.frozen}, expected 0 to 1")
+        if config.frozen is not None and design != "moe":
             raise UserError(
-                f"model.unified.design is {config.unified.design}, which is made of a dense model; set "
-                "model.adapt_from"
+                f"model.frozen is {config.frozen}, but model.unified.design {design} has no routers"
+            )
+        if config.samples < 0:
+            raise UserError(f"model.samples is {config.samples}, expected at least 0")
+        if config.adapt_from is not None and config.init_from is not None:
+            raise UserError(
+                f"model.adapt_from is {config.adapt_from}, which model.init_from {config.init_from} leaves "
+                "unread; set one of them"
+            )
+        if design != "dense" and config.adapt_from is None and config.init_from is None:
+            raise UserError(
+                f"model.unified.design is {design}, which is made of a dense model; set model.adapt_from"
             )
 
     def network_settings(self, data: UnifiedData) -> dict[str, Any]:
@@ -99,7 +112,7 @@ class UnifiedModule(ApplicationModule):
     @property
     def adapted(self) -> bool:
         """Whether the drawing branch alone trains."""
-        return self.config.adapt_from is not None
+        return self.config.adapt_from is not None or self.config.unified.design != "dense"
 
     def configure_model(self) -> None:
         """Build the network, and adapt the dense one to it where this is the start.
@@ -115,10 +128,12 @@ class UnifiedModule(ApplicationModule):
         drawing = self.model.drawing()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = name in drawing
-        if self.base.init_from is None:
-            self._adapt(str(self.config.adapt_from))
+        if self.config.adapt_from is not None:
+            self._adapt(self.config.adapt_from)
 
     def _adapt(self, folder: str) -> None:
+        """Give the model the weights of the dense one, which runs on the CPU in float32: Lightning builds
+        models under the default device and dtype of the run."""
         found = read_network(folder, self.application)
         expected = {
             **self.network,
@@ -126,17 +141,24 @@ class UnifiedModule(ApplicationModule):
             | {name: found.get("unified", {}).get(name) for name in ("experts", "k")},
         }
         if found != expected:
+            different = differences(flatten(found), flatten(expected))
             raise UserError(
-                f"model.adapt_from: {folder} is no dense model of these data and sizes; train it with the "
-                "same data, model.unified.patch, width, depth, heads and inner"
+                f"model.adapt_from: {folder} is no dense model of these data and sizes "
+                f"({'; '.join(f'{key}: {values}' for key, values in different.items())})"
             )
-        dense = UnifiedNet.of(found)
-        load_weights(dense, folder)
         data = cast(Any, self.trainer).datamodule.sets["train"]
-        batch = data.__getitems__(list(range(min(CALIBRATION, len(data)))))
-        time_B, noise, _ = draw_each(self.process, batch.images, batch.index.tolist())
-        x, _ = self.process.corrupt(batch.images, noise, time_B)
-        adapt(dense.eval(), self.model, lambda: dense.velocity(x, time_B, prompts(batch.labels)))
+        dtype = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.float32)
+            with torch.device("cpu"):
+                dense = UnifiedNet.of(found)
+                load_weights(dense, folder)
+                batch = data.__getitems__(list(range(min(CALIBRATION, len(data)))))
+                time_B, noise, _ = draw_each(self.process, batch.images, batch.index.tolist())
+                x, _ = self.process.corrupt(batch.images, noise, time_B)
+                adapt(dense.eval(), self.model, lambda: dense.velocity(x, time_B, prompts(batch.labels)))
+        finally:
+            torch.set_default_dtype(dtype)
 
     # ---------------------------------------------------------------- training
 
@@ -157,11 +179,7 @@ class UnifiedModule(ApplicationModule):
             wrong = answer_loss(self.model.answer(batch.images, text_BW), answer_B).mean()
             losses["answer"] = rank_weighted(wrong, count)
         # (4)
-        if records:
-            coefficients = self.model.config.losses
-            losses["auxiliary"] = auxiliary_loss(
-                coefficients, records, moe_layers(self.model), across=across_ranks
-            )
+        losses["auxiliary"] = self.auxiliary(records)
         loss = torch.stack(list(losses.values())).sum()
         self.log_step({"loss": loss, **losses}, count, batch_idx)
         return loss
@@ -178,7 +196,8 @@ class UnifiedModule(ApplicationModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """In the stage of frozen experts the optimizer sees no gradient but those of the routers."""
         super().on_before_optimizer_step(optimizer)
-        frozen = self.config.frozen * self.trainer.max_steps
+        share = 0.5 if self.config.frozen is None else self.config.frozen
+        frozen = share * self.trainer.max_steps
         if self.model.config.design == "moe" and self.trainer.global_step < frozen:
             for name, parameter in self.model.named_parameters():
                 if ".router." not in name:
@@ -212,10 +231,7 @@ class UnifiedModule(ApplicationModule):
             "total": sum(p.numel() for p in self.model.parameters()),
             "drawing": sum(p.numel() for p in self.model.drawing().values()),
         }
-        self.log_scores(
-            {f"{split}/{name}": value for name, value in found.items()},
-            {"split": split, "images": len(error_N), **found, "parameters": parameters},
-        )
+        self.log_scores(split, found, images=len(error_N), parameters=parameters)
 
     def _recognised(self) -> float:
         """Draw samples of each class, and return how many the model names rightly; the same on every rank."""
@@ -226,12 +242,10 @@ class UnifiedModule(ApplicationModule):
         named_B = self.model.answer(images.clamp(-1, 1), text_BW).argmax(dim=1)
         if self.trainer.is_global_zero:
             path = Path(self.trainer.default_root_dir) / "logs/test/samples.png"
-            with atomic_file(path) as temporary, temporary.open("wb") as file:
-                sheet(images.cpu(), self.config.samples).save(file, format="PNG")
+            write_sheet(path, images, self.config.samples)
         return float((named_B == answer_B).float().mean())
 
 
-@torch.no_grad()
 def draw(model: UnifiedNet, label_B: Tensor, guidance: float, steps: int = 40, seed: int = 0) -> Tensor:
     """[B, C, S, S] images of classes [B], each from a noise of its own.
 
@@ -242,16 +256,17 @@ def draw(model: UnifiedNet, label_B: Tensor, guidance: float, steps: int = 40, s
         steps: evaluations of the model, twice as many with guidance.
         seed: of the noise, which is the same on every device.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        noise = torch.randn(len(label_B), model.channels, model.side, model.side).to(label_B.device)
     text_BW, none_BW = prompts(label_B), prompts(torch.full_like(label_B, -1))
-    predict = guided(
+    return draw_guided(
+        RectifiedFlow(),
         lambda x, time_B: model.velocity(x, time_B, text_BW),
         lambda x, time_B: model.velocity(x, time_B, none_BW),
+        (len(label_B), model.channels, model.side, model.side),
+        label_B.device,
+        steps,
         guidance,
+        seed,
     )
-    return sample(RectifiedFlow(), predict, noise, steps)
 
 
 def main(args: list[str]) -> None:

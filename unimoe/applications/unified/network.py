@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unimoe.applications.transformer import (
     FREQUENCIES,
     attend,
+    check_sizes,
     frequencies,
     from_patches,
     grid_places,
@@ -52,16 +53,17 @@ class UnifiedNetConfig:
     """Of these, how many a token visits; ``pruned`` keeps this share of the units."""
 
     def __post_init__(self) -> None:
-        if min(self.patch, self.width, self.heads, self.inner) < 1 or self.depth < 3:
-            raise UserError("model.unified: patch, width, heads and inner must be positive, depth at least 3")
-        if self.width % self.heads or self.width % 4:
+        check_sizes("model.unified", self, "patch", "width", "heads", "inner", "experts", multiple=4)
+        if self.depth < 3:
+            raise UserError(f"model.unified.depth is {self.depth}, expected at least 3")
+        if not 1 <= self.k <= self.experts:
             raise UserError(
-                f"model.unified: width {self.width}, heads {self.heads}: heads and 4 must divide the width"
+                f"model.unified.k is {self.k}, expected 1 to model.unified.experts, {self.experts}"
             )
-        if not 1 <= self.k <= self.experts or self.inner % self.experts:
+        if self.inner % self.experts:
             raise UserError(
-                f"model.unified: k {self.k}, experts {self.experts}, inner {self.inner}: expected k up to "
-                "experts, and experts that divide inner"
+                f"model.unified.inner is {self.inner}, expected a multiple of model.unified.experts, "
+                f"{self.experts}"
             )
 
     @property
@@ -153,7 +155,7 @@ class UnifiedNet(nn.Module):
         """
         super().__init__()
         if side % config.patch:
-            raise UserError(f"model.unified.patch is {config.patch}, expected a divisor of the side, {side}")
+            raise UserError(f"model.unified.patch is {config.patch}, expected a divisor of data.side, {side}")
         self.config, self.channels, self.side, self.classes = config, channels, side, classes
         width, values = config.width, channels * config.patch**2
         self.words = nn.Embedding(len(WORDS) + classes, width)
