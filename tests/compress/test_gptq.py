@@ -24,21 +24,21 @@ def test_outputs_change_less_than_with_rounding(bits):
 
 
 def test_it_is_the_published_recursion():
-    """Column by column with the explicit inverse, whose row and column are eliminated after each step."""
+    """Column by column, the largest inputs first, with the explicit inverse, whose row and column are
+    eliminated after each step."""
     x, w, group = correlated(64, 16), torch.randn(3, 16), 8
     codes, scale = gptq(w, x.t() @ x, 4, group, damping=0.01)
     hessian = (x.t() @ x).double()
     inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(16))
+    torch.testing.assert_close(scale, fitted_scale(w.unflatten(1, (2, group)), 4).squeeze(-1))
     w = w.double()
-    for i in range(16):
-        if i % group == 0:
-            own = fitted_scale(w[:, i : i + group].float(), 4).double()
-        code = codes_of(w[:, i : i + 1], own, 4)
+    for i in hessian.diagonal().argsort(descending=True):
+        own = scale[:, i // group, None].double()
+        code = codes_of(w[:, i, None], own, 4)
         assert torch.equal(code.squeeze(1), codes[:, i])
         error = (w[:, i] - (code * own).squeeze(1)) / inverse[i, i]
         w = w - torch.outer(error, inverse[i])
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    assert scale.shape == (3, 2)
 
 
 def test_inputs_that_are_not_correlated_are_rounded_to_nearest():
