@@ -20,15 +20,20 @@ from unimoe.moe import MoEConfig
 from unimoe.moe.adapt import PROJECTIONS
 from unimoe.testing_hosts import FAMILIES, MIXTURES, inputs, question
 
+KILLED = (
+    "llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "glm4v", "gemma3"
+)  # fmt: skip
+
 
 def state(folder):
     return torch.load(folder / "state.pt", weights_only=True)["adapters"]
 
 
 @pytest.fixture
-def hosted(config, tmp_path):
-    """Settings of a run on a dense Qwen2.5-VL: a task of text, then one with an image in each sample."""
-    for part in FAMILIES["qwen2_5_vl"][0]():
+def hosted(config, tmp_path, request):
+    """Settings of a run on a dense model (Qwen2.5-VL unless a test names a family): a task of text, then one
+    with an image in each sample."""
+    for part in FAMILIES[getattr(request, "param", "qwen2_5_vl")][0]():
         part.save_pretrained(tmp_path / "base")
     tasks = config["stream"]["tasks"][:2]
     Image.new("RGB", (28, 28), "red").save(tmp_path / "data" / "red.png")
@@ -147,6 +152,7 @@ def test_every_strategy_learns_two_tasks(name, sparse, hosted):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosted", KILLED, indirect=True)
 def test_kill_9_inside_the_second_task_changes_nothing(hosted, command, killed, tmp_path):
     assert main(command(hosted, "whole", "--strategy", "dymoe")) == 0
     arguments = command(hosted, "killed", "--strategy", "dymoe")
