@@ -13,12 +13,12 @@
 #include <vector>
 
 #include "few_rows.h"
+#include "low_rank.h"
 
 namespace {
 
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
-using few_rows::Four;
 
 constexpr int64_t kWorthAThread = 131072;  // cached numbers: fewer are read sooner than a second thread wakes
 
@@ -29,18 +29,6 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t width, f
     out[i] = x[i] * cos[i] - x[half + i] * sin[i];
     out[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i];
   }
-}
-
-// sum += weight * x
-void add(float weight, const float* x, int64_t width, float* sum) {
-  int64_t i = 0;
-  for (; i + 4 <= width; i += 4) {
-    Four::V a, b;
-    std::memcpy(&a, x + i, sizeof(a)), std::memcpy(&b, sum + i, sizeof(b));
-    b += weight * a;
-    std::memcpy(sum + i, &b, sizeof(b));
-  }
-  for (; i < width; ++i) sum[i] += weight * x[i];
 }
 
 // Over `count` numbers, in place. The largest is finite: a token sees itself.
@@ -73,6 +61,7 @@ Tensor few_rows_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& 
                   (!mask_in || (mask.scalar_type() == at::kBool && mask.numel() == B * all)),
               "few rows: these shapes do not fit the cache");
   static const few_rows::Products products = few_rows::choose(at::get_cpu_capability());
+  static const low_rank::Sums sums = low_rank::choose(at::get_cpu_capability()).sums;
   Tensor y = at::zeros_like(q);
   const float *q_p = q.const_data_ptr<float>(), *k_p = k.const_data_ptr<float>(), *v_p = v.const_data_ptr<float>();
   const float *cos_p = cos.const_data_ptr<float>(), *sin_p = sin.const_data_ptr<float>();
@@ -82,7 +71,7 @@ Tensor few_rows_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& 
   at::parallel_for(0, B * G, std::max<int64_t>(1, kWorthAThread / (2 * all * d)), [&](int64_t begin, int64_t end) {
     std::vector<float> turned(h * d), scores(h * all);
     std::vector<const float*> from(h);
-    std::vector<float*> to(h);
+    std::vector<float*> to(h), mixed(h);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / G, angle = angles == 1 ? 0 : b * d;
       float *key = keys_p + n * C * d, *value = values_p + n * C * d;
@@ -91,7 +80,7 @@ Tensor few_rows_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& 
       const bool* row = seen ? seen + b * all : nullptr;
       const int64_t first = row ? std::find(row, row + length, true) - row : 0, count = all - first;
       for (int64_t i = 0; i < h; ++i) {
-        from[i] = turned.data() + i * d, to[i] = scores.data() + i * count;
+        from[i] = turned.data() + i * d, to[i] = scores.data() + i * count, mixed[i] = out + (n * h + i) * d;
         rotate(q_p + (n * h + i) * d, cos_p + angle, sin_p + angle, d, turned.data() + i * d);
       }
       products(key + first * d, count, d, from.data(), h, to.data());
@@ -101,9 +90,7 @@ Tensor few_rows_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& 
         }
         softmax(to[i], count);
       }
-      for (int64_t l = 0; l < count; ++l) {
-        for (int64_t i = 0; i < h; ++i) add(to[i][l], value + (first + l) * d, d, out + (n * h + i) * d);
-      }
+      sums(value + first * d, count, d, to.data(), h, mixed.data());
     }
   });
   return y;

@@ -1,5 +1,6 @@
 // Low-rank experts, a few rows of weights each: the two products of one expert with the rows of its tokens. Rows of
-// both kinds are few and long, which general products do not pay for packing.
+// both kinds are few and long, which general products do not pay for packing. The second one also sums the values of
+// attention (attention.cpp).
 //
 // Every dot product is summed in the same order however many tokens an expert has: a token's result does not depend on
 // its neighbours.
