@@ -24,11 +24,14 @@ class FixedExpertRouter(Router):
         self.num_experts, self.expert = num_experts, expert
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
-        index_TK = torch.full((len(x_TD), 1), self.expert, device=x_TD.device)
-        probs_TE = F.one_hot(index_TK[:, 0], self.num_experts).float()
-        return Routing.from_topk(
-            index_TK, x_TD.new_ones(len(x_TD), 1), probs_TE.log(), probs_TE, self.num_experts
-        )
+        return known_expert(torch.full((len(x_TD),), self.expert, device=x_TD.device), x_TD, self.num_experts)
 
     def describe(self) -> RouterDescription:
         return RouterDescription(self.num_experts, 1, fixed=True)
+
+
+def known_expert(expert_T: Tensor, x_TD: Tensor, num_experts: int) -> Routing:
+    """Each token to its expert [T] int64, with weight 1."""
+    probs_TE = F.one_hot(expert_T, num_experts).float()
+    weight_TK = x_TD.new_ones(len(x_TD), 1)
+    return Routing.from_topk(expert_T[:, None], weight_TK, probs_TE.log(), probs_TE, num_experts)

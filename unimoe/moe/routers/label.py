@@ -3,7 +3,6 @@
 Shapes: T tokens, E experts, K = 1 expert per token.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from unimoe.errors import UserError
@@ -11,6 +10,7 @@ from unimoe.moe.records import Context
 from unimoe.moe.routing import Routing
 
 from .base import Router, RouterDescription
+from .fixed import known_expert
 
 
 class LabelRouter(Router):
@@ -33,10 +33,7 @@ class LabelRouter(Router):
                 f"labels from {int(ctx.label_B.min())} to {int(ctx.label_B.max())}, expected "
                 f"0..{self.num_experts - 1} (an expert for each)"
             )
-        label_T = ctx.label_B[ctx.sample_T]
-        probs_TE = F.one_hot(label_T, self.num_experts).float()
-        weight_T1 = x_TD.new_ones(len(x_TD), 1)
-        return Routing.from_topk(label_T[:, None], weight_T1, probs_TE.log(), probs_TE, self.num_experts)
+        return known_expert(ctx.label_B[ctx.sample_T], x_TD, self.num_experts)
 
     def describe(self) -> RouterDescription:
         return RouterDescription(self.num_experts, 1, fixed=True)
