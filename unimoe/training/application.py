@@ -88,7 +88,7 @@ class ApplicationModule(ResumableModule):
 
     def __init__(self, config: ApplicationConfig):
         super().__init__()
-        self.base, self.seed = config, config.seed
+        self.config, self.seed = config, config.seed
         self.schedule, self.warmup = config.schedule, config.warmup
         self.model: nn.Module
         self.network: dict[str, Any]
@@ -114,7 +114,7 @@ class ApplicationModule(ResumableModule):
         """
         if hasattr(self, "model"):
             return
-        folder, data = self.base.init_from, cast(Any, self.trainer).datamodule
+        folder, data = self.config.init_from, cast(Any, self.trainer).datamodule
         if data is None:
             raise UserError("an application's checkpoint is not consolidated; resume the run to its end")
         wanted = self.network_settings(data)
@@ -133,12 +133,12 @@ class ApplicationModule(ResumableModule):
     def configure_optimizers(self) -> Any:
         """AdamW, with decay on matrices only."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        decay = self.base.weight_decay
+        decay = self.config.weight_decay
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return self.scheduled(torch.optim.AdamW([one for one in groups if one["params"]], lr=self.base.lr))
+        return self.scheduled(torch.optim.AdamW([one for one in groups if one["params"]], lr=self.config.lr))
 
     def checkpoint_names(self) -> set[str]:
         """All of the network, with its buffers: running means and averages of weights move too."""
@@ -187,6 +187,11 @@ class ApplicationModule(ResumableModule):
     def on_test_epoch_end(self) -> None:
         self.report("test")
 
+    @property
+    def logs(self) -> Path:
+        """Folder of what ``validate`` and ``test`` write: logs/VERB."""
+        return Path(self.trainer.default_root_dir) / "logs" / cast(TrainerFn, self.trainer.state.fn).value
+
     @abstractmethod
     def report(self, split: str) -> None:
         """Evaluate what was kept of a split, and log it (:meth:`log_scores`)."""
@@ -211,9 +216,8 @@ class ApplicationModule(ResumableModule):
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False)
         total = sum(p.numel() for p in self.model.parameters())
         report = {"split": split, **scores, "parameters": total, **beside}
-        verb = self.trainer.state.fn
-        if self.trainer.is_global_zero and verb in ("validate", "test"):
-            folder = Path(self.trainer.default_root_dir) / "logs" / str(verb.value)
+        if self.trainer.is_global_zero and self.trainer.state.fn in ("validate", "test"):
+            folder = self.logs
             atomic_write(folder / "scores.json", json.dumps(report, indent=1) + "\n")
 
     def save(self, folder: Path) -> None:

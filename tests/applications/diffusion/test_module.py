@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import load_file
 
 from unimoe.applications.diffusion import module as subject
@@ -77,7 +78,10 @@ def test_a_probe_recognises_what_is_drawn(monkeypatch, tmp_path):
     data.classes, data.shape, data.sets = ["black", "white"], (3, 4), {"train": images, "test": images}
     module = DiffusionModule(dit=DiTConfig(patch=2, width=16, depth=2, heads=2), samples=3)
     module._trainer = SimpleNamespace(
-        datamodule=data, state=SimpleNamespace(fn="test"), is_global_zero=True, default_root_dir=tmp_path
+        datamodule=data,
+        state=SimpleNamespace(fn=TrainerFn.TESTING),
+        is_global_zero=True,
+        default_root_dir=tmp_path,
     )
     module.configure_model()
     drawn = []

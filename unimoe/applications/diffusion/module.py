@@ -4,6 +4,7 @@ Shapes: B images of a batch, G of all ranks' batches.
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +58,7 @@ class DiffusionModule(ApplicationModule):
 
     application = "diffusion"
     batch_unit = "images"
+    config: DiffusionConfig
     model: DiT
 
     def __init__(self, **settings: Any):
@@ -69,7 +71,6 @@ class DiffusionModule(ApplicationModule):
         """
         config = DiffusionConfig(**settings)
         super().__init__(config)
-        self.config = config
         if not 0 <= config.drop < 1 or not 0 <= config.ema < 1:
             raise UserError(f"model.drop and ema are {config.drop} and {config.ema}, expected 0 to below 1")
         if config.samples < 0:
@@ -173,8 +174,7 @@ class DiffusionModule(ApplicationModule):
             images = draw(self.model, self.process, label_B, guidance=self.config.guidance, seed=self.seed)
         probe = LinearProbe(pretrained_features(), *known.tensors())
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir) / "logs/test"
-            write_samples(folder / "samples.png", images, self.config.samples)
+            write_samples(self.logs / "samples.png", images, self.config.samples)
         return {
             "probe_accuracy": probe.accuracy(images, label_B),
             "probe_accuracy_of_real_images": probe.accuracy(*held_out.tensors()),
@@ -182,11 +182,4 @@ class DiffusionModule(ApplicationModule):
         }
 
 
-def main(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
-
-    Raises:
-        UserError: bad settings or data.
-        KeyboardInterrupt: the run was interrupted, and its state saved.
-    """
-    run_application(DiffusionModule, DiffusionData, args)
+main = partial(run_application, DiffusionModule, DiffusionData)

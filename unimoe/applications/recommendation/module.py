@@ -4,6 +4,7 @@ Shapes: B rows, T tasks.
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class RecommendationModule(ApplicationModule):
 
     application = "recommendation"
     batch_unit = "rows"
+    config: RecommendationConfig
     model: Recommender
 
     def __init__(self, **settings: Any):
@@ -47,7 +49,6 @@ class RecommendationModule(ApplicationModule):
         if config.embedding < 1:
             raise UserError(f"model.embedding is {config.embedding}, expected at least 1")
         super().__init__(config)
-        self.config = config
         self.units: UnitRange | None = None
 
     def network_settings(self, data: RecommendationData) -> dict[str, Any]:
@@ -106,11 +107,4 @@ class RecommendationModule(ApplicationModule):
         )
 
 
-def main(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
-
-    Raises:
-        UserError: bad settings or data.
-        KeyboardInterrupt: the run was interrupted, and its state saved.
-    """
-    run_application(RecommendationModule, RecommendationData, args)
+main = partial(run_application, RecommendationModule, RecommendationData)

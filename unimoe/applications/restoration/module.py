@@ -4,7 +4,7 @@ Shapes: B patches of a batch, N of a split.
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,7 @@ class RestorationModule(ApplicationModule):
 
     application = "restoration"
     batch_unit = "images"
+    config: RestorationConfig
     model: Restorer
 
     def __init__(self, **settings: Any):
@@ -55,7 +56,6 @@ class RestorationModule(ApplicationModule):
         if config.samples < 0:
             raise UserError(f"model.samples is {config.samples}, expected at least 0")
         super().__init__(config)
-        self.config = config
 
     def network_settings(self, data: RestorationData) -> dict[str, Any]:
         patch = self.config.restorer.patch
@@ -113,8 +113,7 @@ class RestorationModule(ApplicationModule):
         batch: Batch = data.sets["test"].__getitems__([int(n) for one in chosen for n in one[:columns]])
         restored = self.model(batch.degraded.to(self.device)).cpu()
         images = torch.stack([batch.degraded, restored, batch.clear], dim=1).flatten(0, 1)
-        path = Path(self.trainer.default_root_dir) / "logs/test/samples.png"
-        write_sheet(path, 2 * images - 1, 3 * columns)
+        write_sheet(self.logs / "samples.png", 2 * images - 1, 3 * columns)
 
 
 def quality_of(images: Tensor, clear: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,11 +124,4 @@ def quality_of(images: Tensor, clear: Tensor) -> tuple[Tensor, Tensor]:
     return psnr_B.clamp(max=HIGHEST_PSNR), cast(Tensor, ssim)
 
 
-def main(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
-
-    Raises:
-        UserError: bad settings or data.
-        KeyboardInterrupt: the run was interrupted, and its state saved.
-    """
-    run_application(RestorationModule, RestorationData, args)
+main = partial(run_application, RestorationModule, RestorationData)

@@ -4,7 +4,7 @@ Shapes: B images of a batch, N of a split, K predicted and G plausible masks, C 
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -47,6 +47,7 @@ class SaliencyModule(ApplicationModule):
 
     application = "saliency"
     batch_unit = "images"
+    config: SaliencyConfig
     model: SaliencyNet
 
     def __init__(self, **settings: Any):
@@ -56,7 +57,6 @@ class SaliencyModule(ApplicationModule):
         """
         config = SaliencyConfig(**settings)
         super().__init__(config)
-        self.config = config
 
     def network_settings(self, data: SaliencyData) -> dict[str, Any]:
         return {"data": {"side": data.side}, "network": asdict(self.config.network)}
@@ -155,15 +155,7 @@ class SaliencyModule(ApplicationModule):
         predicted = predicted.gather(1, order[..., None, None].expand_as(predicted)).cpu()
         masks = torch.cat([torch.ones_like(batch.masks[:, :1]), batch.masks, predicted], dim=1)
         shown = (batch.images[:, None] + 1) * (0.15 + 0.85 * masks[:, :, None]) - 1
-        path = Path(self.trainer.default_root_dir) / "logs/test/masks.png"
-        write_sheet(path, shown.flatten(0, 1), columns=masks.shape[1], scale=1)
+        write_sheet(self.logs / "masks.png", shown.flatten(0, 1), columns=masks.shape[1], scale=1)
 
 
-def main(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
-
-    Raises:
-        UserError: bad settings or data.
-        KeyboardInterrupt: the run was interrupted, and its state saved.
-    """
-    run_application(SaliencyModule, SaliencyData, args)
+main = partial(run_application, SaliencyModule, SaliencyData)

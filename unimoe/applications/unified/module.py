@@ -4,7 +4,7 @@ Shapes: B images of a batch, N of a split, K classes.
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -65,6 +65,7 @@ class UnifiedModule(ApplicationModule):
 
     application = "unified"
     batch_unit = "images"
+    config: UnifiedConfig
     model: UnifiedNet
     process = RectifiedFlow()
 
@@ -79,7 +80,6 @@ class UnifiedModule(ApplicationModule):
         """
         config = UnifiedConfig(**settings)
         super().__init__(config)
-        self.config = config
         design = config.unified.design
         if not 0 <= config.drop < 1:
             raise UserError(f"model.drop is {config.drop}, expected 0 to below 1")
@@ -241,8 +241,7 @@ class UnifiedModule(ApplicationModule):
         text_BW, answer_B = questions(label_B, label_B, torch.ones_like(label_B, dtype=torch.bool))
         named_B = self.model.answer(images.clamp(-1, 1), text_BW).argmax(dim=1)
         if self.trainer.is_global_zero:
-            path = Path(self.trainer.default_root_dir) / "logs/test/samples.png"
-            write_sheet(path, images, self.config.samples)
+            write_sheet(self.logs / "samples.png", images, self.config.samples)
         return float((named_B == answer_B).float().mean())
 
 
@@ -269,11 +268,4 @@ def draw(model: UnifiedNet, label_B: Tensor, guidance: float, steps: int = 40, s
     )
 
 
-def main(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test`` (the first of ``args``) with the rest of ``args``.
-
-    Raises:
-        UserError: bad settings or data.
-        KeyboardInterrupt: the run was interrupted, and its state saved.
-    """
-    run_application(UnifiedModule, UnifiedData, args)
+main = partial(run_application, UnifiedModule, UnifiedData)
