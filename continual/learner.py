@@ -77,7 +77,7 @@ class Learner:
         self.divided = False
         """Whether the base is sharded over processes, which must then run it together."""
         self.features: FeatureCache | HostFeatures | None = None
-        if features is not None:
+        if features is not None and processor.modalities:
             self.features = open_feature_cache(model, processor, features, "model.features")
         self.collator = Collator(processor, max_length, self.features)
 
