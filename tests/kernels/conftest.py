@@ -5,6 +5,24 @@ from unimoe.kernels import native
 from unimoe.kernels.packed import Stack, quantise_rtn
 
 
+@pytest.fixture
+def operators(built):
+    """The compiled operators."""
+    if native.ops() is None:
+        pytest.skip("UNIMOE_NATIVE is 0, or the library does not load")
+
+
+@pytest.fixture
+def triton_form(monkeypatch):
+    """Every operation runs in its Triton form, in tiles that are small enough for the interpreter."""
+    from unimoe.kernels import triton_swiglu
+    from unimoe.kernels.triton_grouped import Tile
+
+    small = triton_swiglu.Tiles(*(Tile(16, 16, 16, 1, 1) for _ in range(3)))
+    monkeypatch.setattr(triton_swiglu, "TILES", {(None, 4): small, (None, 2): small})
+    monkeypatch.setenv("UNIMOE_KERNELS", "triton")
+
+
 @pytest.fixture(params=["python", "native"])
 def loop(request, monkeypatch):
     """The cpu form with its loop in Python and in C++."""
@@ -12,9 +30,7 @@ def loop(request, monkeypatch):
     if request.param == "python":
         monkeypatch.setattr(native, "ops", lambda: None)
     else:
-        request.getfixturevalue("built")
-        if native.ops() is None:
-            pytest.skip("UNIMOE_NATIVE is 0, or the library does not load")
+        request.getfixturevalue("operators")
     return request.param
 
 

@@ -8,15 +8,13 @@ from unimoe.kernels import few_rows, native
 from unimoe.kernels.swiglu import swiglu_experts_reference
 from unimoe.moe.routing import sort_by_expert
 
-pytestmark = pytest.mark.usefixtures("operators")
+pytestmark = pytest.mark.usefixtures("inference")
 TOLERANCE = 1e-6
 """Of the largest value: float32 keeps 6e-8, and sums of up to 600 products are compared with float64."""
 
 
 @pytest.fixture
-def operators(built):
-    if native.ops() is None:
-        pytest.skip("UNIMOE_NATIVE is 0, or the library does not load")
+def inference(operators):
     with torch.inference_mode():
         yield
 

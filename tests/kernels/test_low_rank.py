@@ -1,18 +1,11 @@
 import pytest
 import torch
 
-from unimoe.kernels import native
 from unimoe.kernels.low_rank import low_rank_experts, runs_on
 from unimoe.moe import Routing
 
 pytestmark = pytest.mark.usefixtures("operators")
 TOKENS, EXPERTS, KEPT = 70, (4, 3, 5), 2  # more tokens than the operator takes at a time
-
-
-@pytest.fixture
-def operators(built):
-    if native.ops() is None:
-        pytest.skip("UNIMOE_NATIVE is 0, or the library does not load")
 
 
 def _case(rank: int, inputs: int, outputs: int, dtype=torch.float32):

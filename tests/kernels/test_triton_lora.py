@@ -10,18 +10,11 @@ from unimoe.kernels.lora import Adapters, fused_lora_experts, lora_experts_refer
 
 pytest.importorskip("triton")
 
-from unimoe.kernels import triton_swiglu
-from unimoe.kernels.triton_grouped import Tile
-
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py"),
+    pytest.mark.usefixtures("triton_form"),
+]
 H, I, R = 12, 10, 3  # noqa: E741
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch):
-    small = triton_swiglu.Tiles(*(Tile(16, 16, 16, 1, 1) for _ in range(3)))
-    monkeypatch.setattr(triton_swiglu, "TILES", {(None, 4): small})
-    monkeypatch.setenv("UNIMOE_KERNELS", "triton")
 
 
 @pytest.mark.parametrize("tokens, act, frozen", [(None, "silu", True), (3, "gelu_tanh", False)])

@@ -16,7 +16,6 @@ from unimoe.kernels.swiglu import fused_experts, swiglu_experts_reference
 pytest.importorskip("triton")
 
 from unimoe.kernels import triton_swiglu
-from unimoe.kernels.triton_grouped import Tile
 from unimoe.kernels.triton_routing import tile_bound
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py")
@@ -34,12 +33,6 @@ GROUPINGS = {
 
 
 SHIPPED = triton_swiglu.TILES
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    small = triton_swiglu.Tiles(*(Tile(16, 16, 16, 1, 1) for _ in range(3)))
-    monkeypatch.setattr(triton_swiglu, "TILES", {(None, 4): small, (None, 2): small})
 
 
 def case(counts, tokens=None, tail=0, dtype=torch.float32, sizes=(H, I)) -> Any:
