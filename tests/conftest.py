@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,26 @@ import torch
 def pytest_collection_modifyitems(items):
     """Slow tests have a quarter of an hour each, where they name no limit: the machine may be busy.
 
-    Their files come first, so that processes which share the tests have small ones left to share at the end.
+    Their files come first in the share of each process, and are dealt out evenly: pytest-xdist gives every
+    process a part of the list without gaps, and what they take from each other at the end is small.
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
     for item in slow:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
-    files = {item.path for item in slow}
-    items.sort(key=lambda item: item.path not in files)
+    files = Counter(item.path for item in slow)
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    weights = [0] * processes
+    for path, weight in files.most_common():
+        lightest = weights.index(min(weights))
+        weights[lightest] += weight
+        shares[lightest] += [item for item in items if item.path == path]
+    others = iter([item for item in items if item.path not in files])
+    for number, share in enumerate(shares, 1):
+        size = len(items) * number // processes - len(items) * (number - 1) // processes
+        share += islice(others, max(0, size - len(share)))
+    items[:] = [*chain(*shares), *others]
 
 
 def pytest_collection_finish():
