@@ -58,12 +58,10 @@ SOURCES, WORDS, LENGTH, GROUP = 4, 36, 32, 16
 CALIBRATION = {"count", "gate", "norm", "gnorm", "easy", "turn", "cosel", "x_sq", "inner_sq"}
 
 
-class Bed:
+class TrainedMixture:
     """One trained mixture with its data."""
 
-    def __init__(self, seed: int, steps: int, penalty: float):
-        self.penalty = penalty
-        """Of the calls that OTP's heads keep."""
+    def __init__(self, seed: int, steps: int):
         self.random = np.random.default_rng(seed)
         self.chance = self.random.dirichlet(np.full(WORDS, 0.016), (SOURCES, WORDS)).cumsum(-1)
         torch.manual_seed(seed)
@@ -240,71 +238,73 @@ class Rows:
             print(f"| {label} | {' | '.join(both)} |", flush=True)
 
 
-def prune(bed: Bed, rows: Rows) -> None:
+def prune(trained: TrainedMixture, rows: Rows) -> None:
     """4 of 8 experts, calibrated on the first source, and on all of them."""
     for sources, name, by in (([0], "source 0", "in"), (range(SOURCES), "all", "worst")):
-        stats = bed.stats(sources)
+        stats = trained.stats(sources)
         scores = {how: score(stats, how) for how in HOW}
         scores |= {f"random {seed}": random_scores([8] * 3, seed) for seed in range(3)}
         for how, of in scores.items():
-            model, layers = bed.copy()
+            model, layers = trained.copy()
             compress(model, Plan(keep=top_m(layers, of, 4)))
-            rows.add(f"4 of 8, {name}: {how.split()[0]}", bed.kl(model), by)
+            rows.add(f"4 of 8, {name}: {how.split()[0]}", trained.kl(model), by)
 
 
-def merge(bed: Bed, rows: Rows) -> None:
+def merge(trained: TrainedMixture, rows: Rows) -> None:
     """6 and 4 experts a layer on average, calibrated on all sources; and STUN's second stage."""
-    stats = bed.stats(range(SOURCES))
+    stats = trained.stats(range(SOURCES))
     for keep in (6, 4):
         for how in ("easy_ep", "reap"):
-            model, layers = bed.copy()
+            model, layers = trained.copy()
             compress(model, Plan(keep=top_m(layers, score(stats, how), keep)))
-            rows.add(f"{keep} of 8: pruned by {how}", bed.kl(model), "worst")
+            rows.add(f"{keep} of 8: pruned by {how}", trained.kl(model), "worst")
         for seed in range(3):
-            model, layers = bed.copy()
+            model, layers = trained.copy()
             compress(model, Plan(keep=top_m(layers, random_scores([8] * 3, seed), keep)))
-            rows.add(f"{keep} of 8: pruned at random", bed.kl(model), "worst")
+            rows.add(f"{keep} of 8: pruned at random", trained.kl(model), "worst")
         for name, l1, l2 in (
             ("router's rows", 1.0, 0.0),
             ("both", 1.0, 1.0),
             ("selected together", 0.0, 1.0),
         ):
-            model, layers = bed.copy()
+            model, layers = trained.copy()
             stay = stun(layers, keep * len(layers), stats.values["cosel"], l1, l2)
             compress(model, Plan(keep=stay))
-            rows.add(f"{keep} of 8: STUN, {name}", bed.kl(model), "worst")
-        with all_outputs(view(bed.model), 256, SOURCES) as outputs, torch.inference_mode():
-            for batch in bed.calibration:
-                last_hidden(bed.model, batch)
+            rows.add(f"{keep} of 8: STUN, {name}", trained.kl(model), "worst")
+        with all_outputs(view(trained.model), 256, SOURCES) as outputs, torch.inference_mode():
+            for batch in trained.calibration:
+                last_hidden(trained.model, batch)
         for window in (1, 2):
             groups = windows(outputs, keep, window)
             for name, weights in (("weighted", stats.values["count"]), ("plain", None)):
-                model, layers = bed.copy()
+                model, layers = trained.copy()
                 compress(model, Plan(merge=groups), weights)
-                rows.add(f"{keep} of 8: Sub-MoE, windows of {window}, {name} means", bed.kl(model), "worst")
+                rows.add(
+                    f"{keep} of 8: Sub-MoE, windows of {window}, {name} means", trained.kl(model), "worst"
+                )
     for first in (8, 7, 6):
         for owl in (False, True):
-            model, layers = bed.copy()
+            model, layers = trained.copy()
             own = stats
             if first < 8:
                 compress(model, Plan(keep=stun(layers, first * len(layers), stats.values["cosel"], 1.0, 0.0)))
                 layers = view(model)
-                own = calibrate(model, layers, bed.calibration, CALIBRATION)
+                own = calibrate(model, layers, trained.calibration, CALIBRATION)
             left = sum(layer.num_experts for layer in layers) / 24
             sparsify(layers, own, second_stage(0.4, 1 - left), owl)
             stage = f"STUN to {first}, then " if first < 8 else ""
-            rows.add(f"40 % sparse: {stage}{'OWL' if owl else 'Wanda'}", bed.kl(model), "worst")
+            rows.add(f"40 % sparse: {stage}{'OWL' if owl else 'Wanda'}", trained.kl(model), "worst")
 
 
-def bits(bed: Bed, rows: Rows) -> None:
+def bits(trained: TrainedMixture, rows: Rows) -> None:
     """Mean bits of 2 out of 1, 2 and 3; EAQuant's scales; D2MoE's nested codes and router of bits."""
     data = Calibration(
-        torch.no_grad()(lambda batch: last_hidden(bed.model, batch)),
-        bed.calibration,
-        torch.no_grad()(lambda batch: answer_logits(bed.model, batch)[0].log_softmax(-1)),
+        torch.no_grad()(lambda batch: last_hidden(trained.model, batch)),
+        trained.calibration,
+        torch.no_grad()(lambda batch: answer_logits(trained.model, batch)[0].log_softmax(-1)),
     )
-    count = bed.stats(range(SOURCES)).values["count"]
-    choose = partial(choose_bits, view(bed.model), data, 2.0, (1, 2, 3), GROUP)
+    count = trained.stats(range(SOURCES)).values["count"]
+    choose = partial(choose_bits, view(trained.model), data, 2.0, (1, 2, 3), GROUP)
     rule = [[3 if one < 4 else 1 for one in (-of).argsort().argsort().tolist()] for of in count]
     chosen = {
         "2.0 bits: uniform": [[2] * 8] * 3,
@@ -322,29 +322,29 @@ def bits(bed: Bed, rows: Rows) -> None:
             chosen[f"2.0 bits: {name}, shuffled #{seed}"] = [flat[at : at + 8] for at in (0, 8, 16)]
     chosen |= {f"{one} bits": [[one] * 8] * 3 for one in (3, 4)}
     for how in ("rtn", "gptq"):
-        codes = {one: quantised(bed.model, one, how, data) for one in (1, 2, 3, 4)}
+        codes = {one: quantised(trained.model, one, how, data) for one in (1, 2, 3, 4)}
         for name, own in chosen.items():
-            model, layers = bed.copy()
+            model, layers = trained.copy()
             for layer, bits_E in zip(layers, own, strict=True):
                 mixed = [codes[one][layer.index][expert] for expert, one in enumerate(bits_E)]
                 write_back(layer, mixed, bits_E)
-            rows.add(f"{how}, {name.partition(' #')[0]}", bed.kl(model), "worst")
-        smoothed = with_scales(bed)
+            rows.add(f"{how}, {name.partition(' #')[0]}", trained.kl(model), "worst")
+        smoothed = with_scales(trained)
         for one in (3, 4):
             model = copy.deepcopy(smoothed)
             own = replace(data, forward=torch.no_grad()(partial(last_hidden, model)))
             quantise_experts(view(model), [[one] * 8] * 3, write_back, GROUP, how, own)
-            rows.add(f"{how}, {one} bits, EAQuant's scales", bed.kl(model), "worst")
-    nested(bed, rows, data)
+            rows.add(f"{how}, {one} bits, EAQuant's scales", trained.kl(model), "worst")
+    nested(trained, rows, data)
 
 
-def with_scales(bed: Bed) -> Any:
+def with_scales(trained: TrainedMixture) -> Any:
     """The mixture with EAQuant's scales, which computes the same."""
-    model, layers = bed.copy()
+    model, layers = trained.copy()
     with Collector(layers, {"x_max"}) as seen, torch.no_grad():
-        for batch in bed.calibration:
+        for batch in trained.calibration:
             last_hidden(model, batch)
-    ids_BT = bed.calibration[0]["input_ids"]
+    ids_BT = trained.calibration[0]["input_ids"]
     smooth(layers, seen.values["x_max"], torch.no_grad()(lambda: model(ids_BT).logits))
     return model
 
@@ -358,23 +358,23 @@ def quantised(model: Any, bits: int, how: Any, data: Calibration) -> list[list[C
     return found
 
 
-def nested(bed: Bed, rows: Rows, data: Calibration) -> None:
+def nested(trained: TrainedMixture, rows: Rows, data: Calibration) -> None:
     """D2MoE: experts in 2 to 4 nested bits, all tokens at one number, at those of a trained router of bits,
     and at the same shares by chance."""
     levels = [2, 3, 4]
-    model, layers = bed.copy()
+    model, layers = trained.copy()
     hessians = Hessians(layers)
     collect(layers, torch.no_grad()(lambda batch: last_hidden(model, batch)), data.batches, hessians.take)
     used = [BitExperts(layer, hessians, levels, GROUP) for layer in layers]
     for place, one in enumerate(levels):
         for experts in used:
             experts.always = place
-        rows.add(f"D2MoE, {one} bits for all", bed.kl(model), "worst")
+        rows.add(f"D2MoE, {one} bits for all", trained.kl(model), "worst")
     for experts in used:
         experts.always = None
-    batches = [bed.texts(range(SOURCES), 4) for _ in range(20)]
+    batches = [trained.texts(range(SOURCES), 4) for _ in range(20)]
     train_routers(model, used, batches, 60, alpha=0.03)
-    found = bed.kl(model)
+    found = trained.kl(model)
     share_B = torch.stack([experts.taken_B for experts in used]).sum(0)
     share_B = share_B / share_B.sum()
     mean = float(share_B @ torch.tensor(levels, dtype=torch.float))
@@ -382,14 +382,15 @@ def nested(bed: Bed, rows: Rows, data: Calibration) -> None:
     rows.add("D2MoE, bits by the router", found, "worst")
     for experts in used:
         experts.chance_B = share_B
-    rows.add("D2MoE, the same shares by chance", bed.kl(model), "worst")
+    rows.add("D2MoE, the same shares by chance", trained.kl(model), "worst")
 
 
-def skip(bed: Bed, rows: Rows) -> None:
+def skip(trained: TrainedMixture, rows: Rows, penalty: float) -> None:
     """Fewer expert calls: learned heads beside one threshold and chance at the same share; one expert with
-    the vectors of the others; shifts of the router at test time."""
-    batches = [bed.texts(range(SOURCES), 4) for _ in range(20)]
-    model, layers = bed.copy()
+    the vectors of the others; shifts of the router at test time. ``penalty`` is of the calls that the heads
+    keep."""
+    batches = [trained.texts(range(SOURCES), 4) for _ in range(20)]
+    model, layers = trained.copy()
     compress(model, Plan(skip=Heads().to_plan()))
     masking, steps = Masking(), 80
     blocks: list[Any] = [layer.block for layer in layers]
@@ -398,18 +399,18 @@ def skip(bed: Bed, rows: Rows) -> None:
         model,
         batches,
         heads,
-        TuneConfig(steps, 1e-2, bed.penalty),
+        TuneConfig(steps, 1e-2, penalty),
         teacher=lambda: rewritten(layers, unchanged),
         student=lambda step: masking.at(layers, step / steps),
         penalty=masking.penalty,
     )
-    found = cost_of(Heads(), model, layers, bed.original, bed.tests)
+    found = cost_of(Heads(), model, layers, trained.original, trained.tests)
     share = found.counted.ratio()
     rows.put("OTP: share of calls that is skipped", (share, share))
     rows.add("OTP", found.quality, "worst")
     for name, kept in (("kept", False), ("scaled to their sum", True)):
         one = find_thresholds(
-            model, layers, bed.original, bed.tests, share, by_modality=False, size=200, keep_sum=kept
+            model, layers, trained.original, trained.tests, share, by_modality=False, size=200, keep_sum=kept
         )
         rows.add(f"one threshold at OTP's share, weights {name}", one.quality, "worst")
     noise = torch.Generator().manual_seed(0)
@@ -420,41 +421,41 @@ def skip(bed: Bed, rows: Rows) -> None:
         return drop(index_TK, weight_TK, gone_TK, layer.num_experts)
 
     with rewritten(layers, chance):
-        rows.add("second experts dropped at random, OTP's share", bed.kl(model), "worst")
+        rows.add("second experts dropped at random, OTP's share", trained.kl(model), "worst")
     for kept in (False, True):
         half = Thresholds({"text": 0.5}, keep_sum=kept)
         how = "scaled to 1" if kept else "kept"
-        model, layers = bed.copy()
+        model, layers = trained.copy()
         rows.add(
             f"one expert of two, weight {how}",
-            cost_of(half, model, layers, bed.original, bed.tests).quality,
+            cost_of(half, model, layers, trained.original, trained.tests).quality,
             "worst",
         )
-    model, layers = bed.copy()
+    model, layers = trained.copy()
     compress(model, Plan(main=1))
     vectors: list[Any] = [layer.block.theta for layer in view(model)]
     distil(model, batches, vectors, TuneConfig(80, 1e-2), partial(compressed_experts.detached, view(model)))
-    rows.add("one expert of two, with compressed experts", bed.kl(model), "worst")
-    rewire(bed, rows)
+    rows.add("one expert of two, with compressed experts", trained.kl(model), "worst")
+    rewire(trained, rows)
 
 
-def rewire(bed: Bed, rows: Rows) -> None:
+def rewire(trained: TrainedMixture, rows: Rows) -> None:
     """Loss at the second half of texts, after training on their first."""
     changes = []
-    for name, (batch,) in bed.tests.items():
+    for name, (batch,) in trained.tests.items():
         ids_BT, half = batch["input_ids"], LENGTH // 2
         later = {"input_ids": ids_BT, "labels": batch["labels"].clone()}
         later["labels"][:, :half] = -100
         one = {name: [later]}
-        before = measure(bed.model, reference(bed.model, one), one)[name].nll
-        loss = context_loss(bed.model, {"input_ids": ids_BT[:, :half]})
-        with train(view(bed.model), len(ids_BT), loss, 5).applied():
-            after = measure(bed.model, reference(bed.model, one), one)[name].nll
+        before = measure(trained.model, reference(trained.model, one), one)[name].nll
+        loss = context_loss(trained.model, {"input_ids": ids_BT[:, :half]})
+        with train(view(trained.model), len(ids_BT), loss, 5).applied():
+            after = measure(trained.model, reference(trained.model, one), one)[name].nll
         changes.append(after - before)
     rows.put("Rewiring: change of the loss at the second half", (fmean(changes), max(changes)))
 
 
-PARTS: dict[str, Callable[[Bed, Rows], None]] = {"prune": prune, "merge": merge, "bits": bits, "skip": skip}
+PARTS: dict[str, Callable[..., None]] = {"prune": prune, "merge": merge, "bits": bits, "skip": skip}
 
 
 def main() -> None:
@@ -468,13 +469,15 @@ def main() -> None:
     rows = Rows()
     for seed in range(args.seeds):
         begin = time.process_time()
-        bed = Bed(seed, args.steps, args.penalty)
-        trained = time.process_time()
+        trained = TrainedMixture(seed, args.steps)
+        measuring = time.process_time()
         for part in args.parts:
-            PARTS[part](bed, rows)
-        seconds = round(trained - begin), round(time.process_time() - trained)
+            PARTS[part](trained, rows, **({"penalty": args.penalty} if part == "skip" else {}))
+        seconds = round(measuring - begin), round(time.process_time() - measuring)
         print(
-            json.dumps({"seed": seed, "loss": [round(one, 3) for one in bed.loss], "cpu seconds": seconds}),
+            json.dumps(
+                {"seed": seed, "loss": [round(one, 3) for one in trained.loss], "cpu seconds": seconds}
+            ),
             flush=True,
         )
     rows.print()
