@@ -17,7 +17,7 @@ from torch import Tensor
 from unimoe.commands.inspect_model import spread
 from unimoe.compress.costs import CODE, ERROR
 from unimoe.compress.measure import measure, reference
-from unimoe.compress.quantize import Calibration, choose_bits, quantise_experts, write_back
+from unimoe.compress.quantize import Calibration, choose_bits, quantize_experts, write_back
 from unimoe.data import Collator, read_samples
 from unimoe.model.host_loss import answer_logits, last_hidden
 from unimoe.model.loading import load_any
@@ -65,7 +65,7 @@ def main() -> None:
     saved = [{name: stack.detach().clone() for name, stack in layer.stacks().items()} for layer in layers]
 
     def row(label: str, bits: Sequence[Sequence[int]], how: Any) -> None:
-        quantise_experts(layers, bits, write_back, args.group, how, data)
+        quantize_experts(layers, bits, write_back, args.group, how, data)
         found = measure(model, original, tests)
         print(
             json.dumps({"row": label, **{name: round(one.kl, 4) for name, one in found.items()}}), flush=True

@@ -96,7 +96,7 @@ def implementations(shape: Any, T: int, bits: Sequence[int]) -> dict[str, Callab
         pair = torch.randn(E, 2 * I, H).mul_(0.02).to(dtype), torch.randn(E, H, I).mul_(0.02).to(dtype)
         return pair, sum(one.nbytes for one in pair)
 
-    def quantised(b: int) -> tuple[Any, int]:
+    def quantized(b: int) -> tuple[Any, int]:
         pair = random_stack(E, 2 * I, H, b, halves=2), random_stack(E, H, I, b)
         return pair, sum(one.codes.nbytes + one.scales.nbytes for one in pair)
 
@@ -119,7 +119,7 @@ def implementations(shape: Any, T: int, bits: Sequence[int]) -> dict[str, Callab
 
     runs |= {"unimoe float32": float32, "unimoe bfloat16": bfloat16}
     for b in bits:
-        stacks = cycle(layers(partial(quantised, b), least))
+        stacks = cycle(layers(partial(quantized, b), least))
         runs[f"unimoe int{b}"] = partial(integers, stacks, torch.full((E,), b, dtype=torch.uint8))
 
     def theirs() -> tuple[Any, int]:

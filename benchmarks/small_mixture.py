@@ -39,7 +39,7 @@ from unimoe.compress.merge import all_outputs, stun
 from unimoe.compress.nested import nest
 from unimoe.compress.otp import Heads, Masking
 from unimoe.compress.plan import Plan
-from unimoe.compress.quantize import Calibration, Codes, choose_bits, quantise_experts, write_back
+from unimoe.compress.quantize import Calibration, Codes, choose_bits, quantize_experts, write_back
 from unimoe.compress.rewire import context_loss, train
 from unimoe.compress.rows import rewritten, unchanged
 from unimoe.compress.scores import HOW, random_scores, score
@@ -322,7 +322,7 @@ def bits(trained: TrainedMixture, rows: Rows) -> None:
             chosen[f"2.0 bits: {name}, shuffled #{seed}"] = [flat[at : at + 8] for at in (0, 8, 16)]
     chosen |= {f"{one} bits": [[one] * 8] * 3 for one in (3, 4)}
     for how in ("rtn", "gptq"):
-        codes = {one: quantised(trained.model, one, how, data) for one in (1, 2, 3, 4)}
+        codes = {one: quantized(trained.model, one, how, data) for one in (1, 2, 3, 4)}
         for name, own in chosen.items():
             model, layers = trained.copy()
             for layer, bits_E in zip(layers, own, strict=True):
@@ -333,7 +333,7 @@ def bits(trained: TrainedMixture, rows: Rows) -> None:
         for one in (3, 4):
             model = copy.deepcopy(smoothed)
             own = replace(data, forward=torch.no_grad()(partial(last_hidden, model)))
-            quantise_experts(view(model), [[one] * 8] * 3, write_back, GROUP, how, own)
+            quantize_experts(view(model), [[one] * 8] * 3, write_back, GROUP, how, own)
             rows.add(f"{how}, {one} bits, EAQuant's scales", trained.kl(model), "worst")
     nested(trained, rows, data)
 
@@ -349,12 +349,12 @@ def with_scales(trained: TrainedMixture) -> Any:
     return model
 
 
-def quantised(model: Any, bits: int, how: Any, data: Calibration) -> list[list[Codes]]:
+def quantized(model: Any, bits: int, how: Any, data: Calibration) -> list[list[Codes]]:
     """The codes of all experts by layer."""
     found: list[list[Codes]] = []
     layers = view(model)
     rate = [[bits] * layer.num_experts for layer in layers]
-    quantise_experts(layers, rate, lambda layer, codes, own: found.append(codes), GROUP, how, data)
+    quantize_experts(layers, rate, lambda layer, codes, own: found.append(codes), GROUP, how, data)
     return found
 
 

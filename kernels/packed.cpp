@@ -109,18 +109,18 @@ class Stack {
 };
 
 // Rows of 8 bits in some memory, which is kept from call to call.
-class Quantised {
+class Quantized {
  public:
-  Quantised(const Tensor& x, const Stack& stack, std::vector<int8_t>& memory) : memory_(memory) {
+  Quantized(const Tensor& x, const Stack& stack, std::vector<int8_t>& memory) : memory_(memory) {
     const int64_t N = x.size(0), K = stack.width(), group = stack.group(), G = K / group, padded = (group + 31) / 32 * 32;
     allocate(N, G, padded);
     const float* from = x.const_data_ptr<float>();
     at::parallel_for(0, N, std::max<int64_t>(1, 65536 / K), [&](int64_t first, int64_t last) {
-      form()->quantise(from, first, last, K, group, padded, rows_);
+      form()->quantize(from, first, last, K, group, padded, rows_);
     });
   }
   // Other rows, one after the other: those of an expert, which many of its blocks read.
-  Quantised(const Quantised& from, const std::vector<int64_t>& row, const Stack& stack, std::vector<int8_t>& memory)
+  Quantized(const Quantized& from, const std::vector<int64_t>& row, const Stack& stack, std::vector<int8_t>& memory)
       : memory_(memory) {
     const int64_t N = row.size(), G = stack.width() / stack.group(), padded = (stack.group() + 31) / 32 * 32;
     allocate(N, G, padded);
@@ -155,7 +155,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
   const int64_t K = x.size(-1), N = x.numel() / K;
   const Stack stack(codes, scales, {bits}, K, nested, level);
   const Tensor x_NK = x.reshape({N, K}).contiguous(), b = bias ? bias->contiguous() : Tensor();
-  const Quantised quantised(x_NK, stack, memory(0));
+  const Quantized quantized(x_NK, stack, memory(0));
   auto shape = x.sizes().vec();
   shape.back() = P;
   Tensor y = at::empty(shape, x.options());
@@ -169,7 +169,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
       for (int64_t start = 0; start < N; start += kColumns) {
         const int64_t n = std::min(kColumns, N - start);
         for (int64_t c = 0; c < n; ++c) rows[c] = start + c;
-        form()->products(stack[0], block, quantised.rows(), rows.data(), n, sums.data());
+        form()->products(stack[0], block, quantized.rows(), rows.data(), n, sums.data());
         for (int64_t c = 0; c < n; ++c) {
           float* to = out + (start + c) * P + first;
           for (int64_t r = 0; r < valid; ++r) to[r] = sums[c * kLanes + r] + (add ? add[first + r] : 0);
@@ -199,14 +199,14 @@ struct Experts {
 Tensor run(const Tensor& x, const std::vector<unimoe::Pair>& pairs, const Experts& experts) {
   const int64_t N = pairs.size(), H = x.size(1), I = experts.inner;
   Tensor y = at::zeros({x.size(0), H}, x.options()), activation = at::empty({N, I}, x.options());
-  const Quantised tokens(x, experts.gate_up, memory(0));
+  const Quantized tokens(x, experts.gate_up, memory(0));
   float *out = y.mutable_data_ptr<float>(), *act = activation.mutable_data_ptr<float>();
   std::vector<int64_t> starts, token(N), pair(N);
   for (int64_t n = 0; n < N; ++n) {
     if (n == 0 || pairs[n].expert != pairs[n - 1].expert || n - starts.back() == kColumns) starts.push_back(n);
     token[n] = pairs[n].token, pair[n] = n;
   }
-  std::optional<Quantised> sorted;
+  std::optional<Quantized> sorted;
   if (N > kManyPairs) {
     sorted.emplace(tokens, token, experts.gate_up, memory(2));
     token = pair;
@@ -225,7 +225,7 @@ Tensor run(const Tensor& x, const std::vector<unimoe::Pair>& pairs, const Expert
       form()->gated(experts.act, gate.data(), up.data(), n, valid, act + start * I + block * kLanes, I);
     }
   });
-  const Quantised inner(activation, experts.down, memory(1));
+  const Quantized inner(activation, experts.down, memory(1));
   at::parallel_for(0, experts.down.blocks(), experts.down.grain(), [&](int64_t begin, int64_t end) {
     alignas(64) std::array<float, kColumns * kLanes> sums;
     for (int64_t i = 0; i < runs; ++i) {

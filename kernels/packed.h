@@ -68,7 +68,7 @@ struct Activations {
 struct Form {
   const char* name;
   void (*products)(const Matrix& m, int64_t block, const Activations& x, const int64_t* rows, int64_t n, float* out);
-  void (*quantise)(const float* x, int64_t first, int64_t last, int64_t width, int64_t group, int64_t padded,
+  void (*quantize)(const float* x, int64_t first, int64_t last, int64_t width, int64_t group, int64_t padded,
                    const Activations& to);
   void (*gated)(int64_t act, const float* gate, const float* up, int64_t n, int64_t valid, float* out, int64_t stride);
 };
@@ -319,15 +319,15 @@ inline std::vector<Form> forms(const std::string& capability) {
 #ifdef __x86_64__
   const bool wide = capability.starts_with("AVX512");
   if (wide && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) {
-    found.push_back({"avx512-vnni", avx512::products, avx512::quantise, avx512::gated});
+    found.push_back({"avx512-vnni", avx512::products, avx512::quantize, avx512::gated});
   }
   if ((wide || capability.starts_with("AVX2")) && __builtin_cpu_supports("f16c")) {
-    found.push_back({"avx2", avx2::products, avx2::quantise, avx2::gated});
+    found.push_back({"avx2", avx2::products, avx2::quantize, avx2::gated});
   }
 #elif defined(__aarch64__)
-  if (has_dotprod()) found.push_back({"neon-dot", neon::products, neon::quantise, neon::gated});
+  if (has_dotprod()) found.push_back({"neon-dot", neon::products, neon::quantize, neon::gated});
 #endif
-  found.push_back({"plain", plain::products, plain::quantise, plain::gated});
+  found.push_back({"plain", plain::products, plain::quantize, plain::gated});
   return found;
 }
 

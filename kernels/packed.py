@@ -59,7 +59,7 @@ def planes(bits: int, nested: bool = False) -> tuple[int, ...]:
     return (2, 1) if bits == 3 else (bits,)
 
 
-def quantise_rtn(W_OK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def quantize_rtn(W_OK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Round to nearest: [..., O, K] to codes [..., O, K] int8 and scales [..., O, G], float32.
 
     The entry of a group that is largest without its sign becomes -2^(bits-1), so the scale may be negative
@@ -122,7 +122,7 @@ class Stack:
 
     @torch.no_grad()
     def fill(self, e: int, q_PK: Tensor, scale_PG: Tensor) -> None:
-        """Write matrix ``e``: codes as of :func:`quantise_rtn`, and scales.
+        """Write matrix ``e``: codes as of :func:`quantize_rtn`, and scales.
 
         Raises:
             UserError: codes out of range.
@@ -155,7 +155,7 @@ class Stack:
         q = u_PK.to(torch.int16) * 2 - 1 if bits == 1 else u_PK.to(torch.int16) - 2 ** (bits - 1)
         return q.to(torch.int8), scale_PG / step
 
-    def dequantise(self, e: int, level: int = 0) -> Tensor:
+    def dequantize(self, e: int, level: int = 0) -> Tensor:
         """Matrix ``e``, [P, K] float32; of the first ``level`` bits where that is not 0."""
         u_PK, scale_PG, zero, _ = self.unpacked(e, level)
         return ((u_PK.float() - zero).unflatten(-1, (scale_PG.shape[-1], -1)) * scale_PG[..., None]).flatten(
@@ -253,7 +253,7 @@ def filled(group: int) -> int:
 # ---------------------------------------------------------------- products
 
 
-def quantise_rows(x_NK: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_NK: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Activations of 8 bits: integers [N, G, group] as float32, and scales [N, G]."""
     x = x_NK.float().unflatten(-1, (-1, group))
     most = x.abs().amax(-1, keepdim=True)
@@ -263,7 +263,7 @@ def quantise_rows(x_NK: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def linear_reference(x_NK: Tensor, stack: Stack, e: int, level: int = 0) -> Tensor:
     """[N, P] in float32: rows of 8 bits times matrix ``e``."""
-    q_NGk, x_scale_NG = quantise_rows(x_NK, stack.group)
+    q_NGk, x_scale_NG = quantize_rows(x_NK, stack.group)
     u_PK, scale_PG, zero, _ = stack.unpacked(e, level)
     u_PGk = u_PK.float().unflatten(-1, (-1, stack.group)) - zero
     # sums of up to 512 products of 8 bits are exact in float32
@@ -332,7 +332,7 @@ def _product(x_NK: Tensor, stack: Stack, e: int, level: int) -> Tensor:
     """Rows times matrix ``e`` without the operators: in torch's own packed product, or unpacked."""
     if not needs_grad(x_NK) and packed_torch.fits(x_NK, stack.group):
         return packed_torch.product(x_NK, stack.codes, (e, level), lambda: stack.unpacked(e, level)[:3])
-    return F.linear(x_NK, stack.dequantise(e, level).to(x_NK.dtype))
+    return F.linear(x_NK, stack.dequantize(e, level).to(x_NK.dtype))
 
 
 def moe(

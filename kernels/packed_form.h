@@ -154,7 +154,7 @@ inline void products(const Matrix& m, int64_t block, const Activations& x, const
 }
 
 // Rows first..last of x [rows, width], to 8 bits
-PACKED_TARGET inline void quantise(const float* x, int64_t first, int64_t last, int64_t width, int64_t group,
+PACKED_TARGET inline void quantize(const float* x, int64_t first, int64_t last, int64_t width, int64_t group,
                                    int64_t padded, const Activations& to) {
   alignas(64) float copy[kMostGroup];
   std::fill(copy, copy + padded, 0.0f);

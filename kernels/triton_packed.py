@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packed import CHUNK, LANES, Stack, filled, middle, plane_widths, quantise_rows
+from .packed import CHUNK, LANES, Stack, filled, middle, plane_widths, quantize_rows
 from .swiglu import GATES
 from .triton_grouped import source_rows, tile_of
 from .triton_routing import by_token, combine, tile_map
@@ -71,7 +71,7 @@ def product(x: Tensor, token_N: Tensor | None, offsets_E1: Tensor, stack: Stack,
     """
     N, E, G = (x if token_N is None else token_N).shape[0], len(stack.bits), stack.width // stack.group
     B, chunks = stack.scales.shape[1], filled(stack.group) // CHUNK
-    q, x_scale = quantise_rows(x, stack.group)
+    q, x_scale = quantize_rows(x, stack.group)
     x_codes = F.pad(q, (0, chunks * CHUNK - stack.group)).to(torch.int8).contiguous()
     table, numbers = tables(stack, level, x.device)
     tile = TILES[16] if N <= 16 * E else TILES[None]

@@ -1,4 +1,4 @@
-"""``unimoe compress quantize`` on a tiny model: what is saved is what was quantised, or nothing is."""
+"""``unimoe compress quantize`` on a tiny model: what is saved is what was quantized, or nothing is."""
 
 import json
 

@@ -59,14 +59,14 @@ def config(folder, **fields):
     (folder / "config.json").write_text(json.dumps({**content, **fields}))
 
 
-def quantised(folder, method):
+def quantized(folder, method):
     config(folder, quantization_config={"quant_method": method})
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda folder: config(folder, quantization_config={"quant_method": "awq"}), "is quantised (awq)"),
+        (lambda folder: config(folder, quantization_config={"quant_method": "awq"}), "is quantized (awq)"),
         (
             lambda folder: config(folder, quantization_config={"quant_method": "unimoe"}),
             "has MoE layers already",

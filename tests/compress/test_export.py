@@ -82,7 +82,7 @@ def unpacked(model):
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, PackedExperts):
-            parts = [module.dequantised(e) for e in range(module.num_experts)]
+            parts = [module.dequantized(e) for e in range(module.num_experts)]
             state[f"{name}.gate_up_proj"], state[f"{name}.down_proj"] = map(
                 torch.stack, zip(*parts, strict=True)
             )

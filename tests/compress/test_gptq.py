@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unimoe.compress.gptq import gptq, inverse_factor
-from unimoe.compress.grids import dequantise, fitted_scale, rounded
+from unimoe.compress.grids import dequantize, fitted_scale, rounded
 from unimoe.kernels.packed import codes_of
 
 
@@ -20,7 +20,7 @@ def test_outputs_change_less_than_with_rounding(bits):
     def error(found):
         return (x @ (found - w).t()).norm()
 
-    assert error(dequantise(codes, scale)) < 0.6 * error(rounded(w, bits, 16))
+    assert error(dequantize(codes, scale)) < 0.6 * error(rounded(w, bits, 16))
 
 
 def test_it_is_the_published_recursion():
@@ -52,7 +52,7 @@ def test_inputs_that_are_not_correlated_are_rounded_to_nearest():
 def test_a_hessian_of_few_rows_gives_finite_weights(rows):
     x, w = torch.randn(rows, 32), torch.randn(8, 32)
     x[:, 3] = 0  # never seen
-    found = dequantise(*gptq(w, x.t() @ x, 4, 16))
+    found = dequantize(*gptq(w, x.t() @ x, 4, 16))
     assert found.isfinite().all() and (found - w).abs().max() < 1.0
 
 

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from unimoe.compress.grids import dequantise, fitted_scale, rounded
-from unimoe.kernels.packed import BITS, codes_of, quantise_rtn
+from unimoe.compress.grids import dequantize, fitted_scale, rounded
+from unimoe.kernels.packed import BITS, codes_of, quantize_rtn
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_lie_on_the_grid_and_rounding_is_to_nearest(bits):
     w = torch.randn(6, 64)
-    codes, scale = quantise_rtn(w, bits, 16)
+    codes, scale = quantize_rtn(w, bits, 16)
     least, most = (-1, 1) if bits == 1 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
     assert codes.dtype == torch.int8 and scale.shape == (6, 4)
     assert codes.min() >= least and codes.max() <= most
@@ -16,7 +16,7 @@ def test_codes_lie_on_the_grid_and_rounding_is_to_nearest(bits):
         inside = (codes != most) | (
             w / scale.repeat_interleave(16, 1) <= most + 0.5
         )  # the end may be cut off
-        error = (dequantise(codes, scale) - w).abs()
+        error = (dequantize(codes, scale) - w).abs()
         assert (error[inside] <= scale.abs().repeat_interleave(16, 1)[inside] / 2 * 1.001).all()
     else:
         assert set(codes.unique().tolist()) == {-1, 1}

@@ -9,7 +9,7 @@ from unimoe.compress.quantize import (
     bits_by_rule,
     choose_bits,
     layer_kl,
-    quantise_experts,
+    quantize_experts,
     write_back,
 )
 from unimoe.compress.rules import Rules
@@ -34,11 +34,11 @@ def kl(before, after):
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_all_weights_of_all_families_are_quantised(name):
+def test_all_weights_of_all_families_are_quantized(name):
     _, layers, data = calibrated(name, 2)
     before = data.forward(data.batches[0])
     bits = [[2, *[4] * (layer.num_experts - 1)] for layer in layers]
-    coverage = quantise_experts(layers, bits, write_back, group=8, data=data, least=1)
+    coverage = quantize_experts(layers, bits, write_back, group=8, data=data, least=1)
     coverage.check()
     assert coverage.total > 0 and coverage.bits / coverage.total == sum(bits[0]) / len(bits[0])
     for layer in layers:
@@ -54,7 +54,7 @@ def test_gptq_changes_the_model_less_than_rounding():
         torch.manual_seed(0)
         _, layers, data = calibrated("mixtral", 12)
         before = [data.forward(ids) for ids in data.batches]
-        quantise_experts(layers, [[3] * 4] * 2, write_back, 16, how, data, least=1).check()
+        quantize_experts(layers, [[3] * 4] * 2, write_back, 16, how, data, least=1).check()
         found[how] = sum(kl(one, data.forward(ids)) for one, ids in zip(before, data.batches, strict=True))
     assert found["gptq"] < 0.7 * found["rtn"]
 
@@ -64,7 +64,7 @@ def test_layers_in_flight_do_not_change_what_the_first_group_becomes():
     for memory in (1, 1e9):  # a layer at a time, and all of them
         torch.manual_seed(0)
         _, layers, data = calibrated("mixtral", memory=memory)
-        quantise_experts(layers, [[4] * 4] * 2, write_back, 16, data=data, least=1)
+        quantize_experts(layers, [[4] * 4] * 2, write_back, 16, data=data, least=1)
         weights.append(layers[0].stacks()["gate_up_proj"].clone())
     assert torch.equal(*weights)
 
@@ -73,17 +73,17 @@ def test_starved_experts_are_rounded_and_named(caplog):
     _, layers, data = calibrated("olmoe")
     codes = []
     put = partial(lambda layer, own, bits: codes.append(own))
-    coverage = quantise_experts(layers, [[4] * 8] * 2, put, 8, data=data, least=10**6)
+    coverage = quantize_experts(layers, [[4] * 8] * 2, put, 8, data=data, least=10**6)
     coverage.check()
     assert len(coverage.starved) == 16 and "model.layers.0.mlp expert 0 (" in coverage.starved[0]
     assert "for want of calibration tokens: model.layers.0.mlp expert 0" in caplog.text
     rounded = []
-    quantise_experts(layers, [[4] * 8] * 2, lambda layer, own, bits: rounded.append(own), 8, "rtn")
+    quantize_experts(layers, [[4] * 8] * 2, lambda layer, own, bits: rounded.append(own), 8, "rtn")
     assert all(torch.equal(a["up"][0], b["up"][0]) for a, b in zip(codes[0], rounded[0], strict=True))
 
 
 def test_a_part_that_was_left_out_is_an_error():
-    with pytest.raises(UserError, match=r"only 50\.0 % of the experts' weights were quantised"):
+    with pytest.raises(UserError, match=r"only 50\.0 % of the experts' weights were quantized"):
         Coverage(total=200, touched=100).check()
 
 
@@ -100,7 +100,7 @@ def test_chosen_bits_keep_the_budget_and_beat_the_same_bits_shuffled(by_layer):
         torch.manual_seed(0)
         _, layers, data = calibrated("olmoe", 4)
         before = [data.forward(ids) for ids in data.batches]
-        quantise_experts(layers, chosen, write_back, 8, "rtn")
+        quantize_experts(layers, chosen, write_back, 8, "rtn")
         found.append(sum(kl(one, data.forward(ids)) for one, ids in zip(before, data.batches, strict=True)))
     assert found[0] < found[1]
 

@@ -9,7 +9,7 @@ from unimoe.errors import UserError
 from unimoe.inference.gguf import write_gguf
 from unimoe.inference.gguf_packed import Coded
 from unimoe.inference.llama_cpp import Llama
-from unimoe.kernels.packed import quantise_rtn
+from unimoe.kernels.packed import quantize_rtn
 from unimoe.model.structure import structure_of
 from unimoe.moe.view import view
 from unimoe.testing import IMAGE, tiny_model
@@ -35,7 +35,7 @@ def packed(tmp_path):
 
 @pytest.mark.parametrize(("bits", "kind"), [(1, "Q4_0"), (3, "Q4_0"), (4, "Q4_0"), (8, "Q8_0")])
 def test_blocks_hold_the_same_weights(bits, kind):
-    codes, scales = quantise_rtn(torch.randn(3, 5, 128), bits, 64)
+    codes, scales = quantize_rtn(torch.randn(3, 5, 128), bits, 64)
     found = gguf.quants.dequantize(Coded(codes, scales).blocks(bits), gguf.GGMLQuantizationType[kind])
     assert_close(torch.tensor(found), codes * scales.repeat_interleave(64, -1), rtol=0, atol=0)
 
@@ -49,7 +49,7 @@ def test_a_file_holds_what_is_packed_and_llama_cpp_runs_it(packed, tmp_path):
     for layer in view(model):
         experts = layer.experts
         for expert in range(4):
-            gate_up, down = experts.dequantised(expert)
+            gate_up, down = experts.dequantized(expert)
             wanted = {"gate": gate_up[: len(gate_up) // 2], "up": gate_up[len(gate_up) // 2 :], "down": down}
             for name, weight in wanted.items():
                 one = found[f"blk.{layer.layer}.ffn_{name}_exps.weight"]

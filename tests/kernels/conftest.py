@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unimoe.kernels import native
-from unimoe.kernels.packed import Stack, quantise_rtn
+from unimoe.kernels.packed import Stack, quantize_rtn
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def stack_of(*weights, bits, group, nested=False, halves=1):
     stack = Stack.empty(bits, *weights[0].shape, group, nested, halves)
     stack.codes.random_(generator=torch.Generator().manual_seed(0))
     for e, weight in enumerate(weights):
-        stack.fill(e, *quantise_rtn(weight, bits[e], group))
+        stack.fill(e, *quantize_rtn(weight, bits[e], group))
     return stack
 
 

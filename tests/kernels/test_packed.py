@@ -3,7 +3,7 @@ import torch
 
 from unimoe.errors import UserError
 from unimoe.kernels import native, packed
-from unimoe.kernels.packed import Stack, quantise_rtn
+from unimoe.kernels.packed import Stack, quantize_rtn
 from unimoe.kernels.swiglu import swiglu_experts_reference
 
 from .conftest import error, stack_of
@@ -35,11 +35,11 @@ def test_a_round_trip_is_exact(bits, nested, rows, width, group, halves):
     weights = [torch.randn(rows, width) for _ in range(2)]
     stack = stack_of(*weights, bits=[bits, 4], group=group, nested=nested, halves=halves)
     for e, weight in enumerate(weights):
-        q, scale = quantise_rtn(weight, stack.bits[e], group)
+        q, scale = quantize_rtn(weight, stack.bits[e], group)
         q_back, scale_back = stack.unpack(e)
         assert torch.equal(q_back, q) and torch.equal(scale_back, scale)
         dense = (q.float().unflatten(1, (-1, group)) * scale[..., None]).flatten(1)
-        assert torch.equal(stack.dequantise(e), dense)
+        assert torch.equal(stack.dequantize(e), dense)
         if halves == 1:
             row_X = torch.tensor([0, rows - 1, 5])
             assert torch.equal(stack.take(e, row_X), dense[row_X])
@@ -48,7 +48,7 @@ def test_a_round_trip_is_exact(bits, nested, rows, width, group, halves):
 @pytest.mark.parametrize("bits", packed.BITS)
 def test_rounding_to_nearest(bits):
     weight = torch.randn(8, 64)
-    q, scale = quantise_rtn(weight, bits, 32)
+    q, scale = quantize_rtn(weight, bits, 32)
     low, high = (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     assert q.min() == low and q.max() <= high
     dense = (q.float().unflatten(1, (-1, 32)) * scale[..., None]).flatten(1)
@@ -57,18 +57,18 @@ def test_rounding_to_nearest(bits):
         assert torch.equal(q, torch.where(weight < 0, -1, 1).to(torch.int8))
     else:  # half a step, and what float16 takes from the scale; one step at the short end of the range
         assert ((dense - weight).abs() <= step * torch.where(q == high, 1.01, 0.51)).all()
-    assert quantise_rtn(torch.zeros(2, 32), bits, 32)[1].abs().max() == 0
+    assert quantize_rtn(torch.zeros(2, 32), bits, 32)[1].abs().max() == 0
 
 
 def test_the_first_planes_are_a_coarser_code():
     stack = stack_of(torch.randn(32, 64), bits=[8], group=64, nested=True)
-    exact = stack.dequantise(0)
-    errors = [(stack.dequantise(0, level) - exact).square().mean().sqrt() for level in (4, 5, 6, 7)]
+    exact = stack.dequantize(0)
+    errors = [(stack.dequantize(0, level) - exact).square().mean().sqrt() for level in (4, 5, 6, 7)]
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert 1.8 < coarse / fine < 2.6  # half of it with each bit
     q, scale = stack.unpack(0)
     middle = (q.int() + 128 >> 4) * 16 - 128 + 7.5
-    torch.testing.assert_close(stack.dequantise(0, 4), middle * scale)
+    torch.testing.assert_close(stack.dequantize(0, 4), middle * scale)
 
 
 @pytest.mark.parametrize("bits, nested, level", LEVELS)
@@ -144,7 +144,7 @@ def test_odd_activations(form):
 def test_error_of_activations_of_8_bits():
     """Against float products with the same weights."""
     stack, x = stack_of(torch.randn(64, 256), bits=[4], group=64), torch.randn(8, 256)
-    exact = x @ stack.dequantise(0).t()
+    exact = x @ stack.dequantize(0).t()
     assert 1e-3 < error(packed.linear_reference(x, stack, 0), exact) < 2e-2
 
 
@@ -153,7 +153,7 @@ def test_a_gradient_is_that_of_the_dense_product(dtype):
     stack = stack_of(torch.randn(32, 64), bits=[4], group=32)
     x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
     packed.linear(x, stack).sum().backward()
-    expected = stack.dequantise(0).to(dtype).sum(0).expand(3, -1)
+    expected = stack.dequantize(0).to(dtype).sum(0).expand(3, -1)
     torch.testing.assert_close(x.grad, expected, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-5)
 
 
@@ -166,7 +166,7 @@ def test_gradients_of_experts_reach_tokens_and_routing_weights():
     found = packed.fused_experts(
         leaves[0], token_N, offsets_E1, leaves[1], gate_up, down, torch.tensor([4, 8], dtype=torch.uint8)
     )
-    dense = [torch.stack([stack.dequantise(e) for e in (0, 1)]) for stack in (gate_up, down)]
+    dense = [torch.stack([stack.dequantize(e) for e in (0, 1)]) for stack in (gate_up, down)]
     rows = swiglu_experts_reference(leaves[0][token_N], offsets_E1, *dense, leaves[1])
     expected = torch.zeros(3, H).index_add(0, token_N, rows)
     torch.testing.assert_close(found, expected)

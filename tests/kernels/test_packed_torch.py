@@ -15,7 +15,7 @@ def test_without_the_operators_torch_multiplies_in_bfloat16(bits, nested, level,
     monkeypatch.setattr(native, "ops", lambda: None)
     stack, bias = stack_of(torch.randn(33, 128), bits=[bits], group=64, nested=nested), torch.randn(33)
     x = torch.randn(1, 5, 128)
-    exact = x @ stack.dequantise(0, level).t() + bias
+    exact = x @ stack.dequantize(0, level).t() + bias
     found, again = packed.linear(x, stack, bias, level), packed.linear(x, stack, bias, level)
     assert torch.equal(found, again) and 1e-4 < error(found, exact) < 1e-2
     many = packed.linear(x.repeat(1, 4, 1), stack, bias, level)  # unpacked

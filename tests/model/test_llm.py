@@ -24,9 +24,9 @@ def edit(file, **values):
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8"])
-def test_a_quantised_llm_is_refused(method, tmp_path):
+def test_a_quantized_llm_is_refused(method, tmp_path):
     edit(save_tiny_llm(tmp_path) / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(UserError, match=rf"is quantised \({method}\) and cannot be trained"):
+    with pytest.raises(UserError, match=rf"is quantized \({method}\) and cannot be trained"):
         load_llm(str(tmp_path))
 
 

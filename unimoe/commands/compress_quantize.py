@@ -25,7 +25,7 @@ from unimoe.compress.quantize import (
     Codes,
     bits_by_rule,
     choose_bits,
-    quantise_experts,
+    quantize_experts,
 )
 from unimoe.compress.rules import Rules
 from unimoe.compress.smooth import smooth as smooth_channels
@@ -77,7 +77,7 @@ def quantize(
 ) -> None:
     """Store a model's weights in few bits; they stay packed while it runs.
 
-    Every weight of every expert is quantised, or nothing is saved. Plain from_pretrained loads the result
+    Every weight of every expert is quantized, or nothing is saved. Plain from_pretrained loads the result
     after `import unimoe`.
 
     Args:
@@ -163,7 +163,7 @@ def quantize(
     def put(layer: MoEView, codes: list[Codes], own: list[int]) -> None:
         pack_layer(layer, codes, own, group)
 
-    coverage = quantise_experts(layers, chosen, put, group, how, calibration, least=min_tokens, cap=cap)
+    coverage = quantize_experts(layers, chosen, put, group, how, calibration, least=min_tokens, cap=cap)
     coverage.total = total
     coverage.check()
     plan = replace(plan, bits=chosen)

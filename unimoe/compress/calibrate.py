@@ -1,4 +1,4 @@
-"""What quantisation needs to know of calibration data: the Hessian of each expert's inputs, and the error
+"""What quantization needs to know of calibration data: the Hessian of each expert's inputs, and the error
 that few bits of it make. Layers are gone through in groups, so that what is kept of them fits into a given
 memory.
 

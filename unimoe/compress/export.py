@@ -79,7 +79,7 @@ def check_exportable(model: PreTrainedModel) -> Plan:
         )
     if plan.merge is not None:
         raise UserError(
-            "a stock checkpoint has no map of merged experts; quantise a model that was not merged"
+            "a stock checkpoint has no map of merged experts; quantize a model that was not merged"
         )
     if plan.skip is not None:
         raise UserError(

@@ -9,10 +9,10 @@ Shapes: O outputs, K inputs, G groups of a row.
 import torch
 from torch import Tensor
 
-from unimoe.kernels.packed import codes_of, quantise_rtn
+from unimoe.kernels.packed import codes_of, quantize_rtn
 
 
-def dequantise(codes_OK: Tensor, scale_OG: Tensor) -> Tensor:
+def dequantize(codes_OK: Tensor, scale_OG: Tensor) -> Tensor:
     """[O, K] weights in float32 that the codes stand for."""
     groups = codes_OK.unflatten(-1, (scale_OG.shape[-1], -1))
     return (groups * scale_OG[..., None]).flatten(-2)
@@ -20,14 +20,14 @@ def dequantise(codes_OK: Tensor, scale_OG: Tensor) -> Tensor:
 
 def rounded(w_OK: Tensor, bits: int, group: int) -> Tensor:
     """The weights after rounding to nearest, in their own type."""
-    return dequantise(*quantise_rtn(w_OK.float(), bits, group)).to(w_OK.dtype)
+    return dequantize(*quantize_rtn(w_OK.float(), bits, group)).to(w_OK.dtype)
 
 
 def fitted_scale(w: Tensor, bits: int, steps: int = 12) -> Tensor:
     """[..., 1] the scale of each last dimension with the least squared error of rounding, as it is stored, in
     float16.
 
-    Tried are the scale of :func:`quantise_rtn` and ``steps`` shares, from 1 down to 0.45, of the one that
+    Tried are the scale of :func:`quantize_rtn` and ``steps`` shares, from 1 down to 0.45, of the one that
     spans the largest magnitude with the shorter end of the range; each with both signs. With one bit the mean
     magnitude is the optimum.
     """

@@ -53,7 +53,7 @@ def nest(
     hessian_KK: Tensor | None = None,
     damping: float = 0.01,
 ) -> Nested:
-    """Quantise ``w_OK`` to ``base`` bits, and to every further bit up to ``top`` (eq. 2 to 5).
+    """Quantize ``w_OK`` to ``base`` bits, and to every further bit up to ``top`` (eq. 2 to 5).
 
     With a Hessian (sum of x x^T over calibration rows) the error that a group makes at ``top`` bits is
     carried into the groups after it (algorithm 1: compensation by blocks, none by columns). Without one,

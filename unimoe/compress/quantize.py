@@ -1,4 +1,4 @@
-"""Choosing the bits of each expert, and quantising all experts of a model, a few layers at a time.
+"""Choosing the bits of each expert, and quantizing all experts of a model, a few layers at a time.
 
 Shapes: L layers, E experts, C numbers of bits.
 """
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from unimoe.errors import UserError
-from unimoe.kernels.packed import quantise_rtn
+from unimoe.kernels.packed import quantize_rtn
 from unimoe.moe.view import MoEView
 
 from .allocate import allocate
 from .calibrate import BitErrors, Forward, Hessians, collect, in_flight
 from .costs import ERROR, pmq_cost
 from .gptq import gptq
-from .grids import dequantise, rounded
+from .grids import dequantize, rounded
 from .rules import Rules
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def bits_by_rule(layers: Sequence[MoEView], rules: Rules) -> list[list[int]]:
 
 @dataclass
 class Coverage:
-    """How much of a model's experts was quantised."""
+    """How much of a model's experts was quantized."""
 
     total: int = 0
     """Weights of all experts."""
@@ -176,13 +176,13 @@ class Coverage:
         if self.touched != self.total:
             share = 100 * self.touched / max(self.total, 1)
             raise UserError(
-                f"only {share:.1f} % of the experts' weights were quantised ({self.touched:,} of "
+                f"only {share:.1f} % of the experts' weights were quantized ({self.touched:,} of "
                 f"{self.total:,}); nothing was saved"
             )
 
 
 @torch.no_grad()
-def quantise_experts(
+def quantize_experts(
     layers: Sequence[MoEView],
     bits: Sequence[Sequence[int]],
     put: Callable[[MoEView, list[Codes], list[int]], None],
@@ -193,7 +193,7 @@ def quantise_experts(
     least: int = 16,
     cap: int | None = None,
 ) -> Coverage:
-    """Quantise all experts, layer by layer.
+    """Quantize all experts, layer by layer.
 
     GPTQ collects the inputs of as many layers at a time as fit into ``data.memory``. What a layer sees holds
     what the layers of earlier groups have become, not those of its own group.
@@ -237,7 +237,7 @@ def quantise_experts(
                     )
                 else:
                     own.append(
-                        {name: quantise_rtn(one.float(), number, group) for name, one in matrices.items()}
+                        {name: quantize_rtn(one.float(), number, group) for name, one in matrices.items()}
                     )
                 touched = sum(codes.numel() for codes, _ in own[-1].values())
                 found.touched += touched
@@ -273,8 +273,8 @@ def _gptq(
 
 
 def write_back(layer: MoEView, codes: list[Codes], bits: list[int]) -> None:
-    """A ``put`` that writes what the codes stand for into the float weights: what quantisation costs in
+    """A ``put`` that writes what the codes stand for into the float weights: what quantization costs in
     quality, without packing."""
     for expert, own in enumerate(codes):
         for name, matrix in layer.expert(expert).items():
-            matrix.copy_(dequantise(*own[name]))
+            matrix.copy_(dequantize(*own[name]))

@@ -124,7 +124,7 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for one in tensors:  # one at a time: the memory of one quantised tensor
+        for one in tensors:  # one at a time: the memory of one quantized tensor
             made = one.make()
             if isinstance(made, Coded):
                 writer.write_tensor_data(made.blocks(one.bits or 8))

@@ -27,22 +27,22 @@ def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
     The tokenizer gets the chat template, and ChatML's control tokens where that needs them.
 
     Raises:
-        UserError: the LLM cannot be loaded, is an adapter, is quantised, or is of another build.
+        UserError: the LLM cannot be loaded, is an adapter, is quantized, or is of another build.
     """
     path = str(resolve_part(llm, "llm"))
     adapter = "is an adapter, not a model; merge it into its base (merge_and_unload) and save that"
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(f"llm '{llm}' {adapter}")
     try:
-        quantised = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
-        if quantised is None:
+        quantized = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+        if quantized is None:
             causal: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"llm '{llm}' cannot be loaded: {first_line(error)}") from error
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise UserError(f"llm '{llm}' is quantised ({method}) and cannot be trained; give the original")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise UserError(f"llm '{llm}' is quantized ({method}) and cannot be trained; give the original")
     if getattr(causal, "_hf_peft_config_loaded", False):  # one from the hub
         raise UserError(f"llm '{llm}' {adapter}")
     decoder = getattr(causal, causal.base_model_prefix)

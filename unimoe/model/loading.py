@@ -198,16 +198,16 @@ def find_dense_host(model: str) -> str:
     """A folder or hub id of a multimodal model of transformers whose FFNs are dense floats.
 
     Raises:
-        UserError: it is none, is quantised, or has MoE layers already.
+        UserError: it is none, is quantized, or has MoE layers already.
     """
     source, _ = STOCK.find(model)
     config: Any = AutoConfig.from_pretrained(source)
-    quantised = getattr(config, "quantization_config", None)
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    quantized = getattr(config, "quantization_config", None)
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     if method == "unimoe":
         raise UserError(f"MODEL {model} has MoE layers already; give the dense model")
-    if quantised is not None:
-        raise UserError(f"MODEL {model} is quantised ({method}) and cannot be upcycled; give the original")
+    if quantized is not None:
+        raise UserError(f"MODEL {model} is quantized ({method}) and cannot be upcycled; give the original")
     if count_experts(config):
         raise UserError(
             f"MODEL {model} is a mixture of experts already; only dense models can be upcycled (chat, serve, "

@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
             linear: what has ``weight`` [O, K] and perhaps ``bias`` [O].
             bits: of a weight.
             group: neighbouring weights of a row that share a scale.
-            codes: where the weight was quantised elsewhere; None rounds to nearest.
+            codes: where the weight was quantized elsewhere; None rounds to nearest.
 
         Raises:
             UserError: bits or a group that cannot be packed.
@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
             self = cls(weight.shape[1], weight.shape[0], bits, group, bias is not None)
         self.bias = bias
         if not weight.is_meta:
-            self.stack().fill(0, *(codes or kernel.quantise_rtn(weight, bits, group)))
+            self.stack().fill(0, *(codes or kernel.quantize_rtn(weight, bits, group)))
         return self
 
     def stack(self) -> kernel.Stack:
@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[O, K] in float32, unpacked anew each time."""
-        return self.stack().dequantise(0)
+        return self.stack().dequantize(0)
 
     @property
     def num_weights(self) -> int:

@@ -8,7 +8,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 from unimoe.errors import UserError
 from unimoe.kernels import few_rows as kernel
-from unimoe.kernels.packed import quantise_rtn
+from unimoe.kernels.packed import quantize_rtn
 from unimoe.moe import FFNExperts, MoELayer, SwiGLUExperts, TopK, record
 from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.few_rows import FewRowsMoELayer, few_rows
@@ -23,11 +23,11 @@ def error(found, expected):
     return (found - expected).abs().max() / expected.abs().max()
 
 
-def dequantised(packed):
+def dequantized(packed):
     """The same experts with the weights that the codes stand for."""
     plain = SwiGLUExperts(packed.num_experts, packed.hidden_size, packed.intermediate_size, packed.act)
     for e in range(packed.num_experts):
-        plain.gate_up_proj.data[e], plain.down_proj.data[e] = packed.dequantised(e)
+        plain.gate_up_proj.data[e], plain.down_proj.data[e] = packed.dequantized(e)
     return plain
 
 
@@ -36,7 +36,7 @@ def dequantised(packed):
 def test_a_layer_computes_with_the_packed_weights(act, tokens):
     layer = MoELayer(TopK(32, 4, 2, init_std=0.5), PackedExperts.from_experts(experts(act), [8, 4, 3, 2], 16))
     plain, x = copy.copy(layer), torch.randn(1, tokens, 32)
-    plain._modules = {**layer._modules, "experts": dequantised(layer.experts)}
+    plain._modules = {**layer._modules, "experts": dequantized(layer.experts)}
     with torch.no_grad():
         y = layer(x)
         assert error(y, plain(x)) < 3e-2  # activations of 8 bits
@@ -82,7 +82,7 @@ def test_experts_of_transformers():
 
 def test_codes_from_elsewhere():
     plain = experts()
-    codes = tuple(quantise_rtn(one, 4, 16) for one in (plain.gate_up_proj, plain.down_proj))
+    codes = tuple(quantize_rtn(one, 4, 16) for one in (plain.gate_up_proj, plain.down_proj))
     given = PackedExperts.from_experts(plain, 4, 16, codes=codes)
     own = PackedExperts.from_experts(plain, 4, 16).state_dict()
     assert all(torch.equal(one, own[name]) for name, one in given.state_dict().items())

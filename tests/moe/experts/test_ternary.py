@@ -33,7 +33,7 @@ def test_exact_activations_have_255_values_of_each_token():
     assert (int8(x) - x).abs().max() <= x.abs().max() / 254 + 1e-12
 
 
-def test_exact_the_gradient_is_that_of_the_quantised_ffn():
+def test_exact_the_gradient_is_that_of_the_quantized_ffn():
     """Straight through: as if the ternary matrices were the parameters."""
     own, x = experts(), torch.randn(20, D, dtype=torch.float64)
     routing = routed(x)

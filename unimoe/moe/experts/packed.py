@@ -111,7 +111,7 @@ class PackedExperts(Experts):
             experts: :class:`SwiGLUExperts`, or those of a model of transformers with the same layout.
             bits: of each expert, or one number for all.
             group: neighbouring weights of a row that share a scale.
-            codes: those of gate_up_proj [E, 2I, H] and down_proj [E, H, I], where they were quantised
+            codes: those of gate_up_proj [E, 2I, H] and down_proj [E, H, I], where they were quantized
                 elsewhere; None rounds to nearest.
             nested: codes can be cut to fewer bits.
 
@@ -127,7 +127,7 @@ class PackedExperts(Experts):
         for stack, weights, given in zip(self.stacks(), (gate_up, down), codes or (None, None), strict=True):
             for e, one in enumerate(self.expert_bits):
                 if given is None:
-                    stack.fill(e, *kernel.quantise_rtn(weights[e], one, group))
+                    stack.fill(e, *kernel.quantize_rtn(weights[e], one, group))
                 else:
                     stack.fill(e, given[0][e], given[1][e])
         return self
@@ -155,10 +155,10 @@ class PackedExperts(Experts):
             x_TD, token_N, offsets_E1, weight_N, *self.stacks(), self.bits, self.act, self.level
         )
 
-    def dequantised(self, e: int) -> tuple[Tensor, Tensor]:
+    def dequantized(self, e: int) -> tuple[Tensor, Tensor]:
         """gate_up [2I, H] and down [H, I] of one expert in float32."""
         gate_up, down = self.stacks()
-        return gate_up.dequantise(e, self.level), down.dequantise(e, self.level)
+        return gate_up.dequantize(e, self.level), down.dequantize(e, self.level)
 
     @property
     def num_weights(self) -> int:

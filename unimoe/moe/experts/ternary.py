@@ -16,11 +16,11 @@ from .base import Experts, local
 
 class TernaryExperts(Experts):
     """E bias-free SwiGLU FFNs whose matrices have the values -a, 0 and a, a of each matrix its mean absolute
-    weight, and whose inputs have 8 bits a token (MoTE, arXiv 2506.14435; quantisers of BitNet b1.58, arXiv
+    weight, and whose inputs have 8 bits a token (MoTE, arXiv 2506.14435; quantizers of BitNet b1.58, arXiv
     2402.17764, eq. 1-3).
 
     gate_up_proj [E, 2I, H] (gate rows first) and down_proj [E, H, I] are full-precision weights that are
-    quantised in every forward pass; the gradient passes through as if they were not. :meth:`pack` replaces
+    quantized in every forward pass; the gradient passes through as if they were not. :meth:`pack` replaces
     them by codes of 2 bits, for inference.
     """
 
@@ -54,7 +54,7 @@ class TernaryExperts(Experts):
         return F.linear(int8(GATES[self.act](gate) * up), down) * weight
 
     def ternary_weights(self) -> tuple[Tensor, Tensor]:
-        """[E, 2I, H] and [E, H, I]: the quantised weights."""
+        """[E, 2I, H] and [E, H, I]: the quantized weights."""
         if self.packed:
             gate_up = unpack(self.gate_up_codes, self.hidden_size).float() * self.gate_up_scale
             return gate_up.flatten(1, 2), unpack(self.down_codes, self.intermediate_size) * self.down_scale

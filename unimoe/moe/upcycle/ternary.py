@@ -15,7 +15,7 @@ from .slice import split_experts
 
 @EXPERTS.register(
     "ternary",
-    source="MoTE, arXiv 2506.14435; quantisers: BitNet b1.58, arXiv 2402.17764, eq. 1-3",
+    source="MoTE, arXiv 2506.14435; quantizers: BitNet b1.58, arXiv 2402.17764, eq. 1-3",
     axis="FFN",
     healing="experts: ternary weights are far from the FFN's; a frozen shared FFN keeps the start near",
 )
