@@ -3,8 +3,6 @@
 Shapes: T tokens, D inputs of the projection, E experts of all banks so far, K experts kept per token.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,10 +77,9 @@ class CosineTopK(Router):
             # the small product is divided by the length, not the wide token: one pass less over [T, D]
             length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).clamp_min(1e-12)
             factor_T1 = self.scale / length_T1
-            unit_rows = [F.normalize(row_ED.float(), dim=-1) for row_ED in self.rows]
-            if len(unit_rows) == 1:
-                return F.linear(x_TD, unit_rows[0]) * factor_T1
-            return _BankByBank.apply(x_TD, *unit_rows) * factor_T1
+            # bank by bank: a wider product would round the old experts' scores differently
+            products = [F.linear(x_TD, F.normalize(row_ED.float(), dim=-1)) for row_ED in self.rows]
+            return torch.cat(products, dim=-1) * factor_T1
 
     def describe(self) -> RouterDescription:
         """Without the guide, which masks experts during training only."""
@@ -90,27 +87,6 @@ class CosineTopK(Router):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, temperature={self.temperature}"
-
-
-class _BankByBank(torch.autograd.Function):
-    """[T, E] products of tokens with the rows of each bank.
-
-    Forward is one product a bank, since a wider one would round the scores of the old experts differently.
-    Backward is one wide product for the tokens, and one for each bank that trains.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, *banks: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, *banks)
-        return torch.cat([F.linear(x_TD, row_ED) for row_ED in banks], dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, *banks = ctx.saved_tensors
-        need_x, *need_rows = ctx.needs_input_grad
-        parts = dy_TE.split([len(row_ED) for row_ED in banks], dim=-1)
-        drows = [part.T @ x_TD if need else None for part, need in zip(parts, need_rows, strict=True)]
-        return dy_TE @ torch.cat(banks) if need_x else None, *drows
 
 
 class SoftmaxRouter(Router):
