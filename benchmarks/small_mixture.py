@@ -28,8 +28,9 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from unimoe.commands.compress import calibrate
+from unimoe.commands.compress_quantize import pack_layer
 from unimoe.compress import compressed_experts
-from unimoe.compress.bit_router import BitRouter, bit_loss, mixture
+from unimoe.compress.bit_router import Reading, all_bits, reading
 from unimoe.compress.budget import top_m
 from unimoe.compress.calibrate import Hessians, collect
 from unimoe.compress.cluster import windows
@@ -49,9 +50,8 @@ from unimoe.compress.smooth import smooth
 from unimoe.compress.sparse import second_stage, sparsify
 from unimoe.compress.store import compress
 from unimoe.compress.tune import TuneConfig, distil
-from unimoe.compress.watch import Collector, Stats, activation
+from unimoe.compress.watch import Collector, Stats
 from unimoe.model.host_loss import answer_logits, last_hidden
-from unimoe.moe.slots import slots
 from unimoe.moe.view import MoEView, view
 
 SOURCES, WORDS, LENGTH, GROUP = 4, 36, 32, 16
@@ -119,102 +119,15 @@ class TrainedMixture:
             self.model, view(self.model), [self.calibration[one] for one in sources], CALIBRATION
         )
 
+    def data(self) -> Calibration:
+        return Calibration(
+            torch.no_grad()(lambda batch: last_hidden(self.model, batch)),
+            self.calibration,
+            torch.no_grad()(lambda batch: answer_logits(self.model, batch)[0].log_softmax(-1)),
+        )
+
     def kl(self, model: Any) -> dict[str, Quality]:
         return measure(model, self.original, self.tests)
-
-
-class BitExperts:
-    """The experts of a layer in nested bits (:mod:`unimoe.compress.nested`), in place of its own.
-
-    Args:
-        layer: of a model; its experts' ``forward`` is replaced.
-        hessians: of its experts' inputs.
-        levels: numbers of bits, ascending.
-        group: weights that share a scale.
-    """
-
-    def __init__(self, layer: MoEView, hessians: Hessians, levels: Sequence[int], group: int):
-        self.layer, self.levels = layer, list(levels)
-        self.weights: list[list[dict[str, Tensor]]] = []
-        """By expert and level."""
-        for expert in range(layer.num_experts):
-            key, own = (layer.index, expert), {}
-            for name, matrix in layer.expert(expert).items():
-                hessian = (hessians.inner if name == "down" else hessians.x).get(key)
-                own[name] = nest(matrix, levels[0], levels[-1], group, hessian)
-            self.weights.append([{name: one.at(bits) for name, one in own.items()} for bits in levels])
-        self.router = BitRouter(layer.num_experts, layer.router_rows().shape[1], levels)
-        self.always: int | None = None
-        """Level of all tokens."""
-        self.chance_B: Tensor | None = None
-        """Shares to draw levels by."""
-        self.soft = False
-        """Training: all levels, weighted by the router."""
-        self.p_NB: list[Tensor] = []
-        self.taken_B = torch.zeros(len(levels))
-        experts: Any = layer.experts
-        experts.forward = self.forward
-
-    def forward(self, x_TD: Tensor, *routed: Any) -> Tensor:
-        index_TK, weight_TK = slots(routed[0]) if self.layer.ours else routed[:2]
-        y_TD = torch.zeros_like(x_TD)
-        for expert in index_TK.unique().tolist():
-            if expert >= self.layer.num_experts:
-                continue
-            token_N, slot_N = (index_TK == expert).nonzero(as_tuple=True)
-            y_ND = self.run(x_TD[token_N], expert)
-            y_TD = y_TD.index_add(0, token_N, y_ND * weight_TK[token_N, slot_N, None].to(y_ND.dtype))
-        return y_TD
-
-    def run(self, x_ND: Tensor, expert: int) -> Tensor:
-        p_NB = self.router(x_ND, torch.full((len(x_ND),), expert))
-        if self.soft:
-            self.p_NB.append(p_NB)
-            y_BND = torch.stack([self.at(x_ND, expert, level) for level in range(len(self.levels))])
-            return mixture(y_BND, p_NB)
-        choice_N = p_NB.argmax(-1)
-        if self.always is not None:
-            choice_N = torch.full_like(choice_N, self.always)
-        elif self.chance_B is not None:
-            choice_N = self.chance_B.multinomial(len(x_ND), replacement=True)
-        self.taken_B += choice_N.bincount(minlength=len(self.levels))
-        y_ND = torch.zeros_like(x_ND)
-        for level in choice_N.unique().tolist():
-            rows = choice_N == level
-            y_ND[rows] = self.at(x_ND[rows], expert, level)
-        return y_ND
-
-    def at(self, x_ND: Tensor, expert: int, level: int) -> Tensor:
-        act, own = activation(self.layer), self.weights[expert][level]
-        assert act is not None
-        return act(torch.cat([x_ND @ own["gate"].T, x_ND @ own["up"].T], 1)) @ own["down"].T
-
-
-def train_routers(
-    model: Any, used: Sequence[BitExperts], batches: Sequence[Any], steps: int, alpha: float
-) -> None:
-    """Train the routers of bits by D2MoE's loss; the teacher is the model at the most bits."""
-    for experts in used:
-        experts.always = len(experts.levels) - 1
-    with torch.no_grad():
-        wanted = [answer_logits(model, batch)[0] for batch in batches]
-    for experts in used:
-        experts.always, experts.soft = None, True
-    parameters = [one for experts in used for one in experts.router.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
-    with torch.enable_grad():
-        for step in range(steps):
-            logits_AV, _ = answer_logits(model, batches[step % len(batches)])
-            p_layers = [torch.cat(experts.p_NB) for experts in used]
-            loss = bit_loss(logits_AV, wanted[step % len(batches)], p_layers, used[0].levels, alpha)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            for experts in used:
-                experts.p_NB.clear()
-    for experts in used:
-        experts.soft = False
-        experts.taken_B.zero_()
 
 
 class Rows:
@@ -297,12 +210,8 @@ def merge(trained: TrainedMixture, rows: Rows) -> None:
 
 
 def bits(trained: TrainedMixture, rows: Rows) -> None:
-    """Mean bits of 2 out of 1, 2 and 3; EAQuant's scales; D2MoE's nested codes and router of bits."""
-    data = Calibration(
-        torch.no_grad()(lambda batch: last_hidden(trained.model, batch)),
-        trained.calibration,
-        torch.no_grad()(lambda batch: answer_logits(trained.model, batch)[0].log_softmax(-1)),
-    )
+    """Mean bits of 2 out of 1, 2 and 3; EAQuant's scales."""
+    data = trained.data()
     count = trained.stats(range(SOURCES)).values["count"]
     choose = partial(choose_bits, view(trained.model), data, 2.0, (1, 2, 3), GROUP)
     rule = [[3 if one < 4 else 1 for one in (-of).argsort().argsort().tolist()] for of in count]
@@ -335,7 +244,6 @@ def bits(trained: TrainedMixture, rows: Rows) -> None:
             own = replace(data, forward=torch.no_grad()(partial(last_hidden, model)))
             quantize_experts(view(model), [[one] * 8] * 3, write_back, GROUP, how, own)
             rows.add(f"{how}, {one} bits, EAQuant's scales", trained.kl(model), "worst")
-    nested(trained, rows, data)
 
 
 def with_scales(trained: TrainedMixture) -> Any:
@@ -358,31 +266,49 @@ def quantized(model: Any, bits: int, how: Any, data: Calibration) -> list[list[C
     return found
 
 
-def nested(trained: TrainedMixture, rows: Rows, data: Calibration) -> None:
-    """D2MoE: experts in 2 to 4 nested bits, all tokens at one number, at those of a trained router of bits,
-    and at the same shares by chance."""
-    levels = [2, 3, 4]
+def nested(trained: TrainedMixture, rows: Rows) -> None:
+    """D2MoE: packed experts of 4 bits, all tokens at one number of them, at those of a trained router of
+    bits, and at the same shares by chance; and the published nesting, every bit with scales of its own, at
+    one number."""
+    levels, data = [2, 3, 4], trained.data()
+    hessians = Hessians(view(trained.model))
+    collect(view(trained.model), data.forward, data.batches, hessians.take)
+    for bits in levels:
+        model, layers = trained.copy()
+        for layer in layers:
+            for expert in range(layer.num_experts):
+                for name, matrix in layer.expert(expert).items():
+                    hessian = (hessians.inner if name == "down" else hessians.x).get((layer.index, expert))
+                    matrix.copy_(nest(matrix, levels[0], levels[-1], GROUP, hessian).at(bits))
+        rows.add(f"D2MoE as published, {bits} bits for all", trained.kl(model), "worst")
     model, layers = trained.copy()
-    hessians = Hessians(layers)
-    collect(layers, torch.no_grad()(lambda batch: last_hidden(model, batch)), data.batches, hessians.take)
-    used = [BitExperts(layer, hessians, levels, GROUP) for layer in layers]
-    for place, one in enumerate(levels):
-        for experts in used:
-            experts.always = place
-        rows.add(f"D2MoE, {one} bits for all", trained.kl(model), "worst")
-    for experts in used:
-        experts.always = None
-    batches = [trained.texts(range(SOURCES), 4) for _ in range(20)]
-    train_routers(model, used, batches, 60, alpha=0.03)
-    found = trained.kl(model)
-    share_B = torch.stack([experts.taken_B for experts in used]).sum(0)
-    share_B = share_B / share_B.sum()
-    mean = float(share_B @ torch.tensor(levels, dtype=torch.float))
+    put = partial(pack_layer, group=GROUP)
+    own = replace(data, forward=torch.no_grad()(partial(last_hidden, model)))
+    quantize_experts(layers, [[levels[-1]] * layer.num_experts for layer in layers], put, GROUP, "gptq", own)
+    compress(model, Plan(bits=levels[-1], group=GROUP))
+    compress(model, Plan(nested=levels))
+    for place, bits in enumerate(levels):
+        with reading(Reading(lambda p_NB, at=place: torch.full_like(p_NB[:, 0], at, dtype=torch.long))):
+            rows.add(f"D2MoE, {bits} bits for all", trained.kl(model), "worst")
+    blocks: list[Any] = [layer.block for layer in view(model)]
+    soft = Reading(soft=True)
+    distil(
+        model,
+        [trained.texts(range(SOURCES), 4) for _ in range(20)],
+        [one for block in blocks for one in block.bit_router.parameters()],
+        TuneConfig(60, 1e-2, 0.03),
+        teacher=lambda: reading(Reading(all_bits)),
+        student=lambda step: reading(soft),
+        penalty=soft.price,
+    )
+    with reading(Reading()) as routed:
+        found = trained.kl(model)
+    assert routed.pairs_B is not None
+    mean, share_B = routed.mean_bits(levels), routed.pairs_B / routed.pairs_B.sum()
     rows.put("D2MoE, mean bits that the router chooses", (mean, mean))
     rows.add("D2MoE, bits by the router", found, "worst")
-    for experts in used:
-        experts.chance_B = share_B
-    rows.add("D2MoE, the same shares by chance", trained.kl(model), "worst")
+    with reading(Reading(lambda p_NB: share_B.multinomial(len(p_NB), replacement=True))):
+        rows.add("D2MoE, the same shares by chance", trained.kl(model), "worst")
 
 
 def skip(trained: TrainedMixture, rows: Rows, penalty: float) -> None:
@@ -455,7 +381,13 @@ def rewire(trained: TrainedMixture, rows: Rows) -> None:
     rows.put("Rewiring: change of the loss at the second half", (fmean(changes), max(changes)))
 
 
-PARTS: dict[str, Callable[..., None]] = {"prune": prune, "merge": merge, "bits": bits, "skip": skip}
+PARTS: dict[str, Callable[..., None]] = {
+    "prune": prune,
+    "merge": merge,
+    "bits": bits,
+    "nested": nested,
+    "skip": skip,
+}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from unimoe.commands import main as cli
+from unimoe.compress.bit_router import Reading, reading
 from unimoe.compress.plan import Plan
 from unimoe.compress.rows import rewritten, unchanged
 from unimoe.compress.skip_rules import own_rule
@@ -75,6 +76,7 @@ def test_what_cannot_be_skipped_writes_nothing(flags, says, compress, tmp_path, 
         ("heads", "--experts", 1, "vectors"),
         ("vectors", "--penalty", 0.0, "heads"),
         ("vectors", "--width", 8, "heads"),
+        ("bits", "--width", 8, "heads"),
     ],
 )
 def test_flags_of_what_is_not_trained_are_refused(what, flag, value, other, compress, tmp_path, capsys):
@@ -110,3 +112,22 @@ def test_vectors_are_trained_saved_and_loaded(compress, mixture, tmp_path, capsy
 def test_as_many_experts_as_there_are_leave_nothing_to_tune(compress, tmp_path, capsys):
     assert compress("tune", "--what", "vectors", "--experts", 2) == 2
     assert "expected 1 to 1" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_routers_of_bits_are_trained_saved_and_read(compress, mixture, tmp_path, capsys):
+    packed = ["--bits", 4, "--how", "rtn", "--group", 16, "--samples", 1]
+    assert compress("quantize", *packed) == 0
+    small = (tmp_path / "out").rename(tmp_path / "small")
+    data, out = str(mixture / "image.jsonl"), str(tmp_path / "out")
+    flags = ["--what", "bits", "--levels", "2", "--steps", "10", "--lr", "0.1", "--penalty", "5"]
+    assert cli.main(["compress", "tune", str(small), data, *flags, "--output", out]) == 0
+    mean, kl = re.search(
+        r"([\d.]+) bits of an expert's weight read[^K]*KL ([\d.]+)", capsys.readouterr().out
+    ).groups()
+    assert 2 <= float(mean) < 4 and float(kl) > 0
+    plan = Plan.from_yaml(tmp_path / "out" / "plan.yaml")
+    assert plan.nested == [2, 4] and plan.bits == [[4] * 4] * 2
+    loaded, _ = load_model(out, device="cpu")
+    with torch.no_grad(), reading(Reading()) as read:
+        loaded(input_ids=IDS)
+    assert read.pairs_B[0] > 0

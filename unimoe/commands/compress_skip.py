@@ -2,6 +2,7 @@
 
 unimoe compress skip runs/moe data/train.image.jsonl --ratio 0.35 --output runs/skipping
 unimoe compress tune runs/moe data/train.image.jsonl --what heads --penalty 1 --output runs/tuned
+unimoe compress tune runs/small data/train.image.jsonl --what bits --levels 2 3 --output runs/by_token
 """
 
 import logging
@@ -12,7 +13,8 @@ from typing import Any, Literal
 from unimoe.artifacts import folder_hash
 from unimoe.compress import compressed_experts
 from unimoe.compress import tune as tuning
-from unimoe.compress.measure import Batches, Quality, measure, reference
+from unimoe.compress.bit_router import Reading, all_bits, reading
+from unimoe.compress.measure import Batches, Quality, Reference, measure, reference
 from unimoe.compress.otp import Heads, Masking
 from unimoe.compress.plan import Plan
 from unimoe.compress.rows import rewritten, unchanged
@@ -101,8 +103,9 @@ def tune(
     data: Sequence[str],
     *,
     output: str,
-    what: Literal["heads", "vectors"] = "heads",
+    what: Literal["heads", "vectors", "bits"] = "heads",
     experts: int | None = None,
+    levels: Sequence[int] = (),
     steps: int = 100,
     lr: float = 1e-3,
     penalty: float | None = None,
@@ -112,7 +115,8 @@ def tune(
     batch_size: int = 8,
     media_root: str | None = None,
 ) -> None:
-    """Train the few weights that let a model run fewer experts, by distillation of the model itself.
+    """Train the few weights that let a model run fewer experts, or read fewer bits of them, by distillation
+    of the model itself.
 
     Everything else stays as it is. Prints the divergence from the model on the same data, and with
     --held-out on other data.
@@ -122,11 +126,15 @@ def tune(
         data: conversations to train on, in any format that training reads; several files count together.
         output: new folder of the result.
         what: heads: one a layer, which says how many experts a token keeps (OTP); vectors: three an expert,
-            which stand in for those that do not run (compressed experts).
+            which stand in for those that do not run (compressed experts); bits: a router of bits at each
+            layer of a model that `quantize` packed (D2MoE).
         experts: vectors: experts of a token that run (default: 1).
+        levels: bits: numbers of bits that a token may read of an expert's weights, besides all of them
+            (default: 2 3 of 4 bits, 4 6 of 8).
         steps: of the optimiser, one batch each.
         lr: learning rate of AdamW, falling to 0.
-        penalty: heads: weight of the share of experts that are kept (default: 0.1).
+        penalty: heads: weight of the share of experts that are kept (default: 0.1); bits: weight of a bit
+            (default: 0.03).
         width: heads: hidden units (default: 64).
         held_out: other data, on which the divergence is printed as well.
         samples: most conversations of each file, evenly spaced.
@@ -135,7 +143,11 @@ def tune(
     """
     new_folder(output)
     _only("vectors", what, {"--experts": experts}, "--what")
-    _only("heads", what, {"--penalty": penalty, "--width": width}, "--what")
+    _only("heads", what, {"--width": width}, "--what")
+    if what == "vectors":
+        _only("heads", what, {"--penalty": penalty}, "--what")
+    if levels and what != "bits":
+        raise UserError(f"--levels does nothing beside --what {what}; add --what bits")
     for name, value in (("--steps", steps), ("--width", width)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
@@ -165,6 +177,26 @@ def tune(
         print(found_text(cost_of(rule, loaded, layers, original, batches)))
         if others:
             print(held_out_text(cost_of(rule, loaded, layers, original_of_others, others)))
+    elif what == "bits":
+        penalty = 0.03 if penalty is None else penalty
+        top = max(getattr(layers[0].experts, "expert_bits", [4]))
+        plan = Plan(nested=[*(levels or {8: (4, 6)}.get(top, (2, 3))), top], made_of=sha256)
+        settings |= {"penalty": penalty, "levels": plan.nested}
+        compress(loaded, plan)
+        routers: list[Any] = [weight for layer in layers for weight in layer.block.bit_router.parameters()]  # type: ignore[union-attr]
+        soft = Reading(soft=True)
+        tuning.distil(
+            loaded,
+            flat,
+            routers,
+            tuning.TuneConfig(steps, lr, penalty),
+            teacher=lambda: reading(Reading(all_bits)),
+            student=lambda step: reading(soft),
+            penalty=soft.price,
+        )
+        print(read_text(loaded, original, batches, plan.nested or []))
+        if others:
+            print("held out\n" + read_text(loaded, original_of_others, others, plan.nested or []))
     else:
         experts = 1 if experts is None else experts
         plan = Plan(main=experts, made_of=sha256)
@@ -187,6 +219,18 @@ def tuned_text(before: Mapping[str, Quality], after: Mapping[str, Quality]) -> s
         f"{name:<24} KL {before[name].kl:.4f} cut short, {quality.kl:.4f} tuned"
         for name, quality in after.items()
     )
+
+
+def read_text(model: Any, original: Reference, batches: Batches, bits: Sequence[int]) -> str:
+    """Bits that pairs read, and the divergence by domain from the model that reads all."""
+    with reading(Reading()) as read:
+        found = measure(model, original, batches)
+    lines = [f"{read.mean_bits(bits):.2f} bits of an expert's weight read on average"]
+    lines += [
+        f"{name:<24} KL {one.kl:.4f}  same first choice {one.agreement:.3f}  {one.tokens} tokens"
+        for name, one in found.items()
+    ]
+    return "\n".join(lines)
 
 
 def found_text(found: Found) -> str:

@@ -1,14 +1,37 @@
-"""A router of bits: how many bits of an expert's weights a token reads (D2MoE, arXiv 2504.15299, section 4).
+"""Bits by token: packed experts that are read in fewer bits than they have (D2MoE, arXiv 2504.15299,
+section 4).
 
-The paper does not describe the router's form; here it is one linear map per expert. Shapes: N (token, expert)
-pairs, D hidden, E experts, B numbers of bits, V vocabulary.
+The codes of such experts are nested: their first bits are a coarser code. A router at each layer chooses for
+every (token, expert) pair how many bits are read. It is trained by distillation with a price on bits
+(:mod:`unimoe.compress.tune`); the paper does not describe its form, here it is one linear map for each
+expert. In the paper every further bit has scales of its own (:mod:`unimoe.compress.nested`); the codes of the
+kernels have one scale, and a code that is cut stands for the middle of those that begin with it.
+
+Shapes: T tokens, N (token, expert) pairs sorted by expert, D hidden, E experts, B numbers of bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from unimoe.errors import UserError
+from unimoe.kernels import packed as kernel
+from unimoe.moe.experts.packed import PackedExperts
+from unimoe.moe.records import current_context
+from unimoe.moe.routing import Routing
+from unimoe.moe.view import MoEView
+
+from .rows import real_tokens
+
+LEAST = {4: 2, 8: 4}
+"""Bits of a code that can be cut -> the fewest bits that it can be cut to."""
 
 
 class BitRouter(nn.Module):
@@ -34,43 +57,115 @@ class BitRouter(nn.Module):
         return logits_NB.softmax(-1)
 
 
-def mixture(y_BND: Tensor, p_NB: Tensor) -> Tensor:
-    """[N, D] outputs for training: those at each number of bits, weighted by their probability.
+@dataclass
+class Reading:
+    """How pairs read nested experts inside :func:`reading`, and what they read."""
 
-    In use a row takes the most probable number alone.
+    choose: Callable[[Tensor], Tensor] = field(default=lambda p_NB: p_NB.argmax(1))
+    """Probabilities [N, B] -> index [N] among the numbers of bits."""
+    soft: bool = False
+    """For training: all numbers of bits, weighted by their probabilities."""
+    pairs_B: Tensor | None = None
+    """How many pairs read each number of bits, padding left out."""
+    expected: list[Tensor] = field(default_factory=list)
+    """``soft``: mean expected bits of each forward pass of a layer, padding left out."""
+
+    def price(self) -> Tensor:
+        """Mean expected bits since the last call."""
+        found, self.expected = torch.stack(self.expected).mean(), []
+        return found
+
+    def mean_bits(self, bits: Sequence[int]) -> float:
+        """Bits that a pair reads on average, of weights without their scales."""
+        assert self.pairs_B is not None
+        return float((self.pairs_B * self.pairs_B.new_tensor(bits)).sum() / self.pairs_B.sum())
+
+
+_current: ContextVar[Reading | None] = ContextVar("unimoe_reading", default=None)
+
+
+@contextmanager
+def reading(how: Reading) -> Iterator[Reading]:
+    """Inside, nested experts are read as ``how`` says, instead of by their routers alone."""
+    token = _current.set(how)
+    try:
+        yield how
+    finally:
+        _current.reset(token)
+
+
+def all_bits(p_NB: Tensor) -> Tensor:
+    """The choice of all bits for every pair: the model before it had routers of bits."""
+    return torch.full_like(p_NB[:, 0], p_NB.shape[1] - 1, dtype=torch.long)
+
+
+def attach(layers: Sequence[MoEView], bits: Sequence[int]) -> None:
+    """Give each layer its router of bits, a child of the block named ``bit_router``, and nested experts with
+    the codes that they have.
+
+    Raises:
+        UserError: the experts are not packed, or cannot be read in these numbers of bits.
     """
-    return (y_BND * p_NB.t()[..., None].to(y_BND.dtype)).sum(0)
+    for layer in layers:
+        _check(layer, bits)
+    for layer in layers:
+        experts: Any = layer.experts
+        device = experts.bits.device
+        router = BitRouter(layer.num_experts, experts.hidden_size, bits).to(device)
+        nested = experts if experts.nested else experts.as_nested()
+        layer.block.bit_router = router
+        layer.block.experts = nested
+        nested.forward = partial(_forward, nested, router)  # few_rows.py sees it, and steps aside
 
 
-def capped(p_NB: Tensor, capacity: Sequence[float], generator: torch.Generator | None = None) -> Tensor:
-    """[N] the choice of each row, -1 where it found no place.
+def _check(layer: MoEView, bits: Sequence[int]) -> None:
+    if not isinstance(layer.experts, PackedExperts):
+        raise UserError(
+            f"{layer.name} has {type(layer.experts).__name__}, expected packed experts: run `unimoe compress "
+            "quantize --bits 4` (or 8) before tune --what bits"
+        )
+    own = set(layer.experts.expert_bits)
+    if len(own) > 1 or not own <= LEAST.keys():
+        raise UserError(f"{layer.name} has experts of {sorted(own)} bits, expected 4 or 8 for all of them")
+    (top,) = own
+    if len(bits) < 2 or sorted({*bits}) != [*bits] or bits[0] < LEAST[top] or bits[-1] != top:
+        raise UserError(
+            f"--levels {' '.join(map(str, bits[:-1]))}: experts of {top} bits can be read in {LEAST[top]} to "
+            f"{top - 1} of them; give some of these, ascending"
+        )
 
-    Args:
-        p_NB: probabilities.
-        capacity: share of the rows that may take each number of bits. Which rows lose their place is random.
-    """
-    choice_N = p_NB.argmax(-1)
-    for choice, share in enumerate(capacity):
-        rows = (choice_N == choice).nonzero().flatten()
-        places = int(share * len(p_NB))
-        if len(rows) > places:
-            order = torch.randperm(len(rows), generator=generator).to(rows.device)
-            choice_N[rows[order[places:]]] = -1
-    return choice_N
 
-
-def bit_loss(
-    logits_V: Tensor, teacher_V: Tensor, p_layers: Sequence[Tensor], bits: Sequence[int], alpha: float
+def _forward(
+    experts: PackedExperts, router: BitRouter, x_TD: Tensor, routing: Routing | Tensor, weight: Tensor
 ) -> Tensor:
-    """Cross-entropy with the full model's distribution, plus ``alpha`` times the mean of the expected bits.
+    """In place of :meth:`PackedExperts.forward`, with the same arguments."""
+    token_N, offsets_E1, weight_N = experts.pairs(routing, weight)
+    token_N, weight_N = token_N[: offsets_E1[-1]], weight_N[: offsets_E1[-1]]
+    counts_E = offsets_E1.diff()
+    expert_N = torch.arange(len(counts_E), device=counts_E.device).repeat_interleave(counts_E)
+    how = _current.get() or Reading()
 
-    Args:
-        logits_V: [..., V] of the model with bit routers.
-        teacher_V: [..., V] of the full model.
-        p_layers: [N, B] of each layer.
-        bits: the B numbers.
-        alpha: price of a bit.
-    """
-    distilled = F.cross_entropy(logits_V.flatten(0, -2), teacher_V.flatten(0, -2).softmax(-1))
-    price = torch.tensor(bits, dtype=torch.float32, device=logits_V.device)
-    return distilled + alpha * torch.stack([(p.float() @ price).mean() for p in p_layers]).mean()
+    def read(token: Tensor, offsets: Tensor, weights: Tensor, bits: int) -> Tensor:
+        return kernel.fused_experts(
+            x_TD, token, offsets, weights, *experts.stacks(), experts.bits, experts.act, bits
+        )
+
+    p_NB = router(x_TD[token_N], expert_N)
+    real_N = real_tokens(current_context(), len(x_TD), x_TD.device)[token_N]
+    if how.soft:
+        how.expected.append((p_NB[real_N] @ p_NB.new_tensor(router.bits)).mean())
+        parts = [
+            read(token_N, offsets_E1, weight_N * p_NB[:, b].to(weight_N.dtype), bits)
+            for b, bits in enumerate(router.bits)
+        ]
+        return torch.stack(parts).sum(0)
+    choice_N = how.choose(p_NB)
+    taken_B = choice_N[real_N].bincount(minlength=len(router.bits))
+    how.pairs_B = taken_B if how.pairs_B is None else how.pairs_B + taken_B
+    y_TD = torch.zeros_like(x_TD)
+    for b, bits in enumerate(router.bits):
+        row_n = (choice_N == b).nonzero().flatten()
+        if len(row_n):
+            ends_E = expert_N[row_n].bincount(minlength=len(counts_E)).cumsum(0)
+            y_TD = y_TD + read(token_N[row_n], F.pad(ends_E, (1, 0)), weight_N[row_n], bits)
+    return y_TD

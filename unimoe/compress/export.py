@@ -85,6 +85,8 @@ def check_exportable(model: PreTrainedModel) -> Plan:
         raise UserError(
             "a stock checkpoint has no thresholds of skipped experts; make the model without them"
         )
+    if plan.nested is not None:
+        raise UserError("a stock checkpoint has no routers of bits; export the model before tune --what bits")
     for name, module in model.named_modules():
         if isinstance(module, PackedExperts) and len(set(module.expert_bits)) > 1:
             found = sorted(set(module.expert_bits))

@@ -34,6 +34,9 @@ class Plan:
     """Bits of the head, and of the embedding where it is tied to it."""
     group: int = 64
     """Neighbouring weights of a row that share a scale."""
+    nested: list[int] | None = None
+    """Numbers of bits, ascending to all that experts have, in which tokens read them
+    (:mod:`unimoe.compress.bit_router`)."""
     skip: dict[str, Any] | None = None
     """A rule by which experts of single tokens are skipped (:mod:`unimoe.compress.skip_rules`)."""
     main: int | None = None
@@ -162,6 +165,8 @@ class Plan:
             raise UserError("experts of this model were merged or packed already; merge them before that")
         if self._packs() and first._packs():
             raise UserError("weights of this model are packed already; give the model before that")
+        if self.nested is not None and first.nested is not None:
+            raise UserError("this model has routers of bits already; give the model before tune --what bits")
         keep = self.keep
         if keep is not None and first.keep is not None:
             keep = [[old[one] for one in new] for old, new in zip(first.keep, keep, strict=True)]
@@ -202,7 +207,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "linears": _NUMBER,
     "head": _NUMBER,
     "group": _NUMBER,
-    "nested": _MAPPING,
+    "nested": (
+        lambda value: isinstance(value, list) and all(map(_is_number, value)),
+        "a list of whole numbers",
+    ),
     "skip": _MAPPING,
     "main": _NUMBER,
     "made_of": (lambda value: isinstance(value, str), "the sha256 of a model"),

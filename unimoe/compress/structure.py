@@ -19,7 +19,7 @@ from unimoe.moe.routing import Pairs, Routing
 from unimoe.moe.upcycle.rows import expert_rows, set_expert_rows
 from unimoe.moe.view import MoEView, view
 
-from . import compressed_experts
+from . import bit_router, compressed_experts
 from .pack import pack_model
 from .plan import Plan
 from .route import rewrite
@@ -84,6 +84,11 @@ def structure(model: nn.Module, plan: Plan, weights: Weights | None = None) -> N
     if plan.bits is not None or plan.linears is not None or plan.head is not None:
         layers = view(model)
         pack_model(model, layers, plan)
+        for layer in layers:
+            move_hooks(layer.experts, layer.block.experts)  # type: ignore[arg-type]
+    if plan.nested is not None:
+        layers = view(model)
+        bit_router.attach(layers, plan.nested)
         for layer in layers:
             move_hooks(layer.experts, layer.block.experts)  # type: ignore[arg-type]
 

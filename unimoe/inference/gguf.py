@@ -163,7 +163,11 @@ def check_expressible(model: UniMoeForConditionalGeneration) -> Mixture | None:
     if (group := odd_group(model)) is not None:
         raise _inexpressible(f"packed weights in groups of {group}; its blocks have 32")
     plan = structure_of(model).plan or {}
-    for entry, what in (("skip", "experts that single tokens skip"), ("main", "compressed experts")):
+    for entry, what in (
+        ("skip", "experts that single tokens skip"),
+        ("main", "compressed experts"),
+        ("nested", "routers of bits"),
+    ):
         if plan.get(entry) is not None:
             raise _inexpressible(what)
     found = [_mixture(layer) for layer in moe_layers(model).values()]

@@ -146,14 +146,37 @@ class PackedExperts(Experts):
         ``routing`` and ``weight`` [N] are those of :class:`Experts`; or, as transformers' blocks call theirs,
         experts [T, K] and weights [T, K]. Experts >= E add nothing.
         """
-        if isinstance(routing, Routing):
-            token_N, offsets_E1, weight_N = routing.token_N, routing.offsets_E1, weight
-        else:
-            slot_N, token_N, _, offsets_E1 = sort_by_expert(routing, self.num_experts)
-            weight_N = weight.reshape(-1).index_select(0, slot_N)
+        token_N, offsets_E1, weight_N = self.pairs(routing, weight)
         return kernel.fused_experts(
             x_TD, token_N, offsets_E1, weight_N, *self.stacks(), self.bits, self.act, self.level
         )
+
+    def pairs(self, routing: Routing | Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N] of the pairs, sorted by expert, where each expert's begin [E + 1], and weights [N]; of
+        the arguments of :meth:`forward`. Pairs behind the last expert's add nothing."""
+        if isinstance(routing, Routing):
+            return routing.token_N, routing.offsets_E1, weight
+        slot_N, token_N, _, offsets_E1 = sort_by_expert(routing, self.num_experts)
+        return token_N, offsets_E1, weight.reshape(-1).index_select(0, slot_N)
+
+    @torch.no_grad()
+    def as_nested(self) -> "PackedExperts":
+        """These experts with the same codes, laid out so that they can be cut to fewer bits."""
+        with torch.device(self.gate_up_codes.device):
+            new = PackedExperts(
+                self.num_experts,
+                self.hidden_size,
+                self.intermediate_size,
+                self.expert_bits,
+                self.group,
+                self.act,
+                nested=True,
+            )
+        if not self.gate_up_codes.is_meta:
+            for old, stack in zip(self.stacks(), new.stacks(), strict=True):
+                for e in range(self.num_experts):
+                    stack.fill(e, *old.unpack(e))
+        return new
 
     def dequantized(self, e: int) -> tuple[Tensor, Tensor]:
         """gate_up [2I, H] and down [H, I] of one expert in float32."""
