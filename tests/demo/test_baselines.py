@@ -5,7 +5,7 @@ import torch
 
 from unimoe.applications.diffusion.text import embed_texts
 from unimoe.data import FeatureCache, Sample
-from unimoe.demo.baselines import fit_probe, measure_baselines, pooled
+from unimoe.demo.baselines import fit_probe, measure_baselines, measure_probes, pooled, region
 from unimoe.demo.evaluate import Question
 from unimoe.errors import UserError
 
@@ -47,6 +47,59 @@ def test_separable_names_are_read_by_all(tiny_parts):
     assert measure_baselines(train, tests, Features(), tiny_parts / "text") == baselines
 
 
+class Grids(Features):
+    """Features of two things side by side, or of some quarters: a path is the label in each quarter."""
+
+    def get(self, key):
+        generator = torch.Generator().manual_seed(sum(ord(c) << i for i, c in enumerate(key)))
+        quarters_22D = torch.zeros(2, 2, 8)
+        for index, label in enumerate(key[:4]):
+            if label != "-":
+                quarters_22D.view(4, 8)[index, int(label)] = 3.0
+        grid_44D = quarters_22D.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        return [(grid_44D + 0.1 * torch.randn(4, 4, 8, generator=generator)).flatten(0, 1)]
+
+    def key(self, part, where):
+        return part["path"]
+
+
+def about(kind, quarters, answer, number=0, asked="What?"):
+    parts = [{"type": "image", "path": f"{quarters}{number}"}, {"type": "text", "text": asked}]
+    facts = {"kind": kind, "question": asked}
+    return Question(Sample([{"role": "user", "content": parts}], "x:0"), answer, facts)
+
+
+def test_probes_read_positions_counts_and_yes_or_no():
+    def pairs(number):
+        for left in range(4):
+            right = (left + 1 + number % 3) % 4
+            quarters = f"{left}{right}" * 2
+            yield about("left", quarters, f"A {NAMES[left]}.", number)
+            yield about("right", quarters, f"A {NAMES[right]}.", number)
+
+    def counts(number):
+        for count, word in ((1, "One."), (4, "Four.")):
+            quarters = (str(number % 4) * count).ljust(4, "-")
+            yield about("count", quarters[number % 4 :] + quarters[: number % 4], word, number)
+
+    names = [about("name", str(label) * 4, f"A {NAMES[label]}.", n) for label in range(4) for n in range(8)]
+    train = [*names, *(q for n in range(24) for q in (*pairs(n), *counts(n)))]
+    yes_no = [
+        about("yes_no", "0000", "Yes.", 1, "Is this a dog?"),
+        about("yes_no", "0000", "No.", 2, "Is this an owl?"),
+    ]
+    test = [*pairs(99), *counts(98), about("name", "2222", "A hot dog.", 9), *yes_no]
+    wanted = dict.fromkeys(("left", "right", "count", "name", "yes_no"), 1.0)
+    assert measure_probes(train, test, Grids()) == wanted
+
+
+def test_regions_leave_out_the_middle_column_of_an_odd_grid():
+    columns_9D = torch.tensor([1.0, 5.0, 2.0]).repeat(3)[:, None]
+    assert [region(columns_9D, kind).item() for kind in ("left", "right")] == [1.0, 2.0]
+    assert region(columns_9D, "count").shape == (4,)
+    assert region(columns_9D, "colour").item() == pytest.approx(8 / 3)
+
+
 def test_the_probe_starts_at_chance_and_learns():
     z_nD = torch.randn(400, 20)
     labels_n = (z_nD[:, 0] > 0).long()
@@ -66,3 +119,5 @@ def test_what_cannot_be_read_is_named():
         pooled([question(0, 3, pictures=2)], Features())
     with pytest.raises(UserError, match="of the kind 'name'"):
         measure_baselines([question(0, 1, kind="count")], {}, Features(), "unused")
+    with pytest.raises(UserError, match="of the kind 'colour'"):
+        measure_probes([question(0, 1)], [question(0, 1, kind="colour")], Features())

@@ -55,7 +55,8 @@ def folder(tmp_path):
         (tmp_path / "evaluation" / f"{name}.json").write_text(json.dumps(content))
     baselines = {"new_backgrounds": 0.8, "unseen_artist": 0.5}
     readers = ("nearest_neighbour", "linear_pair", "linear_probe")
-    (tmp_path / "baselines.json").write_text(json.dumps(dict.fromkeys(readers, baselines)))
+    measured = dict.fromkeys(readers, baselines) | {"probe_by_kind": {"name": 0.875}}
+    (tmp_path / "baselines.json").write_text(json.dumps(measured))
     (tmp_path / "seconds.json").write_text(json.dumps({"data": 2.0, "align": 70.5, "moe": 3.0}))
     (tmp_path / "align" / "logs").mkdir(parents=True)
     curve = [
@@ -79,6 +80,8 @@ def test_the_keys_of_the_report(folder):
     assert {name: set(found) for name, found in report["baselines"].items()} == {
         reader: {"new_backgrounds", "unseen_artist"} for reader in readers
     }
+    assert report["probe_by_kind"] == {"name": 0.875}
+    assert "<td>0.875</td>" in (folder / "report.html").read_text()
     assert (report["parameters"]["total"], report["parameters"]["active"]) == (200, 150)
     assert report["seconds"] == {"data": 2.0, "align": 70.5, "moe": 3.0, "total": 75.5}
     assert report["load"]["layers"] == [0, 2]
@@ -124,6 +127,7 @@ def test_a_set_that_was_not_tested_is_said(folder, capsys):
         del content["sets"]["unseen_artist"]
         path.write_text(json.dumps(content))
     baselines = json.loads((folder / "baselines.json").read_text())
+    del baselines["probe_by_kind"]  # as in runs before there was one
     (folder / "baselines.json").write_text(
         json.dumps({reader: {"new_backgrounds": 0.8} for reader in baselines})
     )

@@ -4,9 +4,13 @@
     linear_pair        ridge regression from image features to the MiniLM embedding of the name, nearest name
     linear_probe       logistic regression over the names
 
+``measure_probes`` does the last for every kind of question, so that one sees what the frozen encoder knows of
+colours, counts and positions.
+
 Shapes: n images, S encoder positions, D encoder width, C names, H width of the text encoder.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +25,14 @@ from unimoe.errors import UserError
 from unimoe.synthetic.questions import normalise
 
 from .evaluate import Question
+
+PROBES = {
+    ("group",): ("group",),
+    ("colour",): ("colour",),
+    ("count",): ("count",),
+    ("name", "left", "right"): ("name", "left", "right", "yes_no"),
+}
+"""Kinds of training questions that a probe is fitted to, and the kinds that it answers."""
 
 
 def measure_baselines(
@@ -74,8 +86,65 @@ def measure_baselines(
     return accuracy
 
 
-def pooled(questions: Sequence[Question], features: FeatureCache) -> Tensor:
-    """[n, D] features of each question's image, averaged over positions."""
+def measure_probes(
+    train: Sequence[Question], test: Sequence[Question], features: FeatureCache, seed: int = 0
+) -> dict[str, float]:
+    """Accuracy of linear probes on each kind of question in ``test``, ``{kind: accuracy}``.
+
+    Each probe is a logistic regression over answers, on the :func:`region` of the image that a question is
+    about. ``name``, ``left`` and ``right`` share one; ``yes_no`` is yes where its name is the one asked for.
+
+    Args:
+        train: written questions about one image, of all kinds.
+        test: questions about one image; ``facts`` hold the ``kind`` and, for ``yes_no``, the ``question``.
+        features: holds the features of every image.
+        seed: of the logistic regressions.
+
+    Raises:
+        UserError: a kind has no training questions, or features are missing.
+    """
+    found: dict[str, list[bool]] = {}
+    for kinds, asks in PROBES.items():
+        known = [q for q in train if q.facts.get("kind") in kinds]
+        asked = [q for q in test if q.facts.get("kind") in asks]
+        if not asked:
+            continue
+        if not known:
+            raise UserError(f"the probes need training questions of the kind {kinds[0]!r}")
+        answers = sorted({normalise(q.answer) for q in known})
+        labels_n = torch.tensor([answers.index(normalise(q.answer)) for q in known])
+        x_nD, x_mD = pooled(known, features, by_kind=True), pooled(asked, features, by_kind=True)
+        mean_D, std_D = x_nD.mean(0), x_nD.std(0).clamp_min(1e-6)
+        probe = fit_probe((x_nD - mean_D) / std_D, labels_n, len(answers), seed)
+        with torch.no_grad():
+            chosen_m = probe((x_mD - mean_D) / std_D).argmax(1)
+        for q, index in zip(asked, chosen_m.tolist(), strict=True):
+            kind, answer = q.facts["kind"], answers[index]
+            if kind == "yes_no":
+                answer = "yes" if answer == normalise(q.facts["question"].removeprefix("Is this ")) else "no"
+            found.setdefault(kind, []).append(q.is_right(answer))
+    return {kind: round(sum(right) / len(right), 4) for kind, right in found.items()}
+
+
+def region(features_SD: Tensor, kind: str) -> Tensor:
+    """Mean features of the part of an image that a kind of question is about.
+
+    [D] of the left or right half, [4D] of the quarters side by side for a count, [D] of the whole image for
+    other kinds. Halves and quarters are those of a square grid.
+    """
+    if kind not in ("left", "right", "count"):
+        return features_SD.mean(0)
+    side = math.isqrt(len(features_SD))
+    grid_HWD = features_SD.unflatten(0, (side, side))
+    if kind == "count":
+        return nnf.adaptive_avg_pool2d(grid_HWD.movedim(2, 0), 2).flatten()
+    half = max(1, side // 2)  # without the middle column of an odd grid
+    return (grid_HWD[:, :half] if kind == "left" else grid_HWD[:, -half:]).mean((0, 1))
+
+
+def pooled(questions: Sequence[Question], features: FeatureCache, by_kind: bool = False) -> Tensor:
+    """[n, D] features of each question's image, averaged over all positions; ``by_kind`` takes the
+    :func:`region` that the question is about instead."""
     rows = []
     for question in questions:
         images = [part for part in question.sample.media() if part["type"] == "image"]
@@ -84,7 +153,7 @@ def pooled(questions: Sequence[Question], features: FeatureCache) -> Tensor:
         stored = features.get(features.key(images[0], question.sample.source))
         if stored is None:
             raise UserError(f"{question.sample.source}: its image is not in {features.folder}")
-        rows.append(stored[0].mean(0))
+        rows.append(region(stored[0], question.facts["kind"] if by_kind else ""))
     return torch.stack(rows)
 
 

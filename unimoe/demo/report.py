@@ -65,7 +65,9 @@ def make_report(folder: str | Path, control: bool) -> dict[str, Any]:
 
 
 def summarise(
-    evaluations: Mapping[str, dict[str, Any]], baselines: dict[str, Any], seconds: dict[str, float]
+    evaluations: Mapping[str, dict[str, Any]],
+    baselines: dict[str, dict[str, float]],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The content of ``report.json``."""
     asked = [one for one in TITLES if one not in EXTENDED or one in evaluations["moe"]["sets"]]
@@ -75,6 +77,7 @@ def summarise(
         models[name] = {KEYS.get(one, one): sets[one]["accuracy"] if one in sets else None for one in asked}
         models[name]["perplexity"] = evaluation["perplexity"]
     moe = evaluations["moe"]
+    probes = baselines.get("probe_by_kind", {})
     baselines = {reader: {one: baselines[reader].get(one) for one in IMAGE_SETS} for reader in BASELINES}
     return {
         "models": models,
@@ -86,6 +89,7 @@ def summarise(
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "load": moe["load"],
         "questions": {KEYS.get(one, one): found["count"] for one, found in moe["sets"].items()},
+        "probe_by_kind": probes,
         "by_kind": {
             name: {KEYS.get(one, one): found["by_kind"] for one, found in evaluation["sets"].items()}
             for name, evaluation in evaluations.items()

@@ -30,7 +30,7 @@ from unimoe.synthetic.multimodal import build_data
 from unimoe.training.progress import clock
 
 from . import console
-from .baselines import measure_baselines
+from .baselines import measure_baselines, measure_probes
 from .evaluate import evaluate, read_questions
 from .report import BASELINES, IMAGE_SETS, MODELS, make_report
 from .steps import PREPARE, Step, configuration, exists, never, note_settings, run_steps, shipped
@@ -125,12 +125,18 @@ def _baselines(run: Demo):
     train = read_questions(run.data / "train.image.jsonl")
     paths = {name: run.data / f"test.{name}.jsonl" for name in IMAGE_SETS}
     tests = {name: read_questions(path) for name, path in paths.items() if path.is_file()}
-    cache.fill([question.sample for questions in (train, *tests.values()) for question in questions])
+    asked = read_questions(run.data / "test.text_questions.jsonl")
+    more = read_questions(run.data / "train.questions.jsonl")
+    cache.fill([question.sample for several in (train, more, asked, *tests.values()) for question in several])
     baselines = measure_baselines(train, tests, cache, default_part("text"), run.seed)
     for reader, found in baselines.items():
         console.say(
             "".join([f"      {BASELINES[reader]:<38}", *(f"{name} {x:.3f}  " for name, x in found.items())])
         )
+    probes = measure_probes([*train, *more], asked, cache, run.seed)
+    by_kind = "  ".join(f"{kind} {share:.3f}" for kind, share in probes.items())
+    console.say(f"      {'linear probe by kind of question':<38}{by_kind}")
+    baselines["probe_by_kind"] = probes
     atomic_write(run.folder / "baselines.json", json.dumps(baselines, indent=1) + "\n")
 
 
