@@ -249,7 +249,7 @@ def found_text(found: Found) -> str:
 
 
 def held_out_text(found: Found) -> str:
-    """As :func:`found_text`, without the rule."""
+    """Text of :func:`found_text` without the rule."""
     return "held out\n" + found_text(found).partition("\n")[2]
 
 

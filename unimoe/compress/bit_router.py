@@ -64,7 +64,7 @@ class Reading:
     choose: Callable[[Tensor], Tensor] = field(default=lambda p_NB: p_NB.argmax(1))
     """Probabilities [N, B] -> index [N] among the numbers of bits."""
     soft: bool = False
-    """For training: all numbers of bits, weighted by their probabilities."""
+    """Whether pairs read all numbers of bits, weighted by their probabilities, as training does."""
     pairs_B: Tensor | None = None
     """How many pairs read each number of bits, padding left out."""
     expected: list[Tensor] = field(default_factory=list)
@@ -138,7 +138,7 @@ def _check(layer: MoEView, bits: Sequence[int]) -> None:
 def _forward(
     experts: PackedExperts, router: BitRouter, x_TD: Tensor, routing: Routing | Tensor, weight: Tensor
 ) -> Tensor:
-    """In place of :meth:`PackedExperts.forward`, with the same arguments."""
+    """Stand in for :meth:`PackedExperts.forward`, with the same arguments."""
     token_N, offsets_E1, weight_N = experts.pairs(routing, weight)
     token_N, weight_N = token_N[: offsets_E1[-1]], weight_N[: offsets_E1[-1]]
     counts_E = offsets_E1.diff()

@@ -1,4 +1,4 @@
-"""From scores to the experts that stay.
+"""Choice of the experts that stay, by their scores.
 
 Shapes: E experts of a layer.
 """

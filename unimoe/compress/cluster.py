@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Groups = list[int]
-"""For each expert the number of its cluster, counted from 0 in the order of first members."""
+"""Number of the cluster of each expert, counted from 0 in the order of first members."""
 
 
 def router_distance(

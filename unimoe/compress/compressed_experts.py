@@ -63,7 +63,7 @@ def detached(layers: Sequence[MoEView]) -> Iterator[None]:
 
 
 def _forward(layer: MoEView, main: int, x_TD: Tensor, *routed: Any) -> Tensor:
-    """In place of the experts' own: of ours (routing, weights), or of transformers' (indices, weights)."""
+    """Stand in for the experts' forward: ours takes (routing, weights), transformers' (indices, weights)."""
     if isinstance(layer.block, MoELayer):
         routing: Routing = routed[0]
         index_TK, weight_TK = slots(routing)

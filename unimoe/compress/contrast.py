@@ -26,8 +26,8 @@ from .skip import drop, ranks
 ALPHA = 0.1
 """Tokens less probable than this times the best one are ruled out."""
 RANK = 2
-"""Of the one expert that a token visits in the weak run, by the router's order, from 1. The released command
-line counts from 0: its 2 is rank 3."""
+"""Rank of the one expert that a token visits in the weak run, by the router's order, from 1. The released
+command line counts from 0: its 2 is rank 3."""
 
 
 def contrast_logits(strong_BV: Tensor, weak_BV: Tensor, beta: Tensor | float) -> Tensor:
@@ -75,7 +75,7 @@ def weak(layers: Sequence[MoEView]) -> Iterator[None]:
 
 
 class ContrastProcessor(LogitsProcessor):
-    """For ``generate(logits_processor=[...])``: runs the weak model beside the strong one.
+    """Logits processor for ``generate``: runs the weak model beside the strong one.
 
     Args:
         model: that generates.

@@ -12,7 +12,7 @@ CODE = (1.0, 1.5, 1.0)
 """Exponents of frequency, weight and error as the released program has them: it reads the third, 2, but
 raises the error to the first."""
 PAPER = (1.0, 1.5, 2.0)
-"""As the paper means them."""
+"""Exponents as the paper means them."""
 
 
 def pmq_cost(

@@ -56,7 +56,7 @@ class Decoding:
 
     @classmethod
     def from_flags(cls, contrast: float, rewire: int, experts: int, skip: str) -> "Decoding":
-        """Of the flags of these names; an empty ``skip`` is the model's own rule.
+        """Read the flags of these names; an empty ``skip`` is the model's own rule.
 
         Raises:
             UserError: the thresholds cannot be read.
@@ -192,7 +192,7 @@ def renormalises(layer: MoEView) -> bool:
 def generate_ids(
     model: Any, inputs: Mapping[str, Any], decoding: Decoding, settings: Mapping[str, Any]
 ) -> Tensor:
-    """As ``model.generate(**inputs, **settings)``, with one decoding for all rows.
+    """Generate as ``model.generate(**inputs, **settings)`` does, with one decoding for all rows.
 
     Args:
         model: a mixture of experts that :meth:`Decoding.check` accepts.

@@ -22,7 +22,7 @@ Batches = Mapping[str, Sequence[Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one model on one domain."""
+    """Quality of one model on one domain."""
 
     kl: float
     """Mean over answer tokens of KL(original || changed), in nats."""

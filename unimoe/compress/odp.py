@@ -28,7 +28,7 @@ class Ratios:
     """[L] of each MoE layer: the median of p2 / p1 over calibration tokens; 0 skips nothing."""
 
     def attach(self, layers: Sequence[MoEView]) -> None:
-        """It needs nothing besides a routing."""
+        """Do nothing: the rule needs a routing alone."""
 
     def apply(
         self, layer: MoEView, layers: int, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
@@ -40,7 +40,7 @@ class Ratios:
         return index_TK, keep_sum(weight_TK, kept_TK)
 
     def to_plan(self) -> dict[str, Any]:
-        """As a plan keeps it."""
+        """Settings of the rule as a plan keeps them."""
         return {"rule": "ratios", "mu": list(self.mu)}
 
     def check(self, layers: int) -> None:

@@ -91,7 +91,7 @@ class Heads:
         return drop(index_TK, weight_TK, ~hard_mask(head(x_TD, weight_TK)), layer.num_experts)
 
     def to_plan(self) -> dict[str, Any]:
-        """As a plan keeps it."""
+        """Settings of the rule as a plan keeps them."""
         return {"rule": "heads", "width": self.width}
 
     def check(self, layers: int) -> None:

@@ -25,7 +25,7 @@ class Plan:
     keep: list[list[int]] | None = None
     """Indices of the experts that stay, ascending."""
     merge: list[list[int]] | None = None
-    """For each expert the number of the merged expert that stands in for it, counted from 0 without gaps."""
+    """Number, for each expert, of the merged expert that stands in for it, counted from 0 without gaps."""
     bits: list[list[int]] | int | None = None
     """Bits of the weights of each expert, or one number for all; 16 leaves an expert as it is."""
     linears: int | None = None
@@ -62,7 +62,7 @@ class Plan:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without what is None."""
+        """Fields of the plan that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
@@ -215,7 +215,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "main": _NUMBER,
     "made_of": (lambda value: isinstance(value, str), "the sha256 of a model"),
 }
-"""Of each entry whether a value fits it, and what it expects in words."""
+"""Check of each entry: whether a value fits it, and what it expects in words."""
 
 
 def least_by_group(layer: MoEView) -> int:

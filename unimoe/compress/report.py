@@ -21,17 +21,17 @@ from .measure import Quality
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one model."""
+    """Figures of one model."""
 
     name: str
     experts: list[int]
     """Experts of each MoE layer."""
     bytes: int
-    """Of all weights in memory."""
+    """Bytes of all weights in memory."""
     ms: float
     """Milliseconds of a decoding step."""
     quality: dict[str, Quality]
-    """By domain."""
+    """Quality by domain."""
 
     @property
     def worst(self) -> tuple[str, float]:

@@ -27,8 +27,8 @@ BLOCK = 128
 RATE = 0.05
 """Learning rate of Adam; the paper names no optimiser."""
 SHARE = 0.5
-"""Of the layers whose shifts train: those with the largest mean of -log p over the chosen experts, as the
-paper's formula says (it calls them confident; a reviewer notes that they are the unsure ones)."""
+"""Share of the layers whose shifts train: those with the largest mean of -log p over the chosen experts, as
+the paper's formula says (it calls them confident; a reviewer notes that they are the unsure ones)."""
 
 
 class Shifts:

@@ -20,8 +20,8 @@ _active: ContextVar[object] = ContextVar("unimoe_rewritten_routing", default=Non
 
 @contextmanager
 def rewritten(layers: Sequence[MoEView], fn: Rewrite) -> Iterator[None]:
-    """As :func:`unimoe.compress.route.route`, in place of every rewriting around it and of the rule that the
-    model itself skips by (:func:`unimoe.compress.skip_rules.install`)."""
+    """Rewrite routings as :func:`unimoe.compress.route.route` does, in place of every rewriting around it and
+    of the rule that the model itself skips by (:func:`unimoe.compress.skip_rules.install`)."""
 
     def innermost(layer: MoEView, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
         return fn(layer, x_TD, index_TK, weight_TK) if _active.get() is fn else (index_TK, weight_TK)

@@ -1,4 +1,4 @@
-"""In which order nested planes are loaded, and which are dropped (D2MoE, arXiv 2504.15299, section 5).
+"""Order in which nested planes are loaded, and which are dropped (D2MoE, arXiv 2504.15299, section 5).
 
 A load is (expert, level): level 0 is the base of an expert's weights, every further level one plane. A level
 is of use only with all levels below it, so that the loads of an expert keep their order.
@@ -37,7 +37,8 @@ def by_expert(requests: Mapping[int, Mapping[int, int]]) -> list[Load]:
 def makespan(
     order: Sequence[Load], load_time: Callable[[Load], float], compute_time: Callable[[Load], float]
 ) -> float:
-    """When the last computation ends, if loads run one after another and so do computations, beside them.
+    """Time at which the last computation ends, if loads run one after another and so do computations, beside
+    them.
 
     The computation of a load starts when its load and all computations before it have ended.
     """

@@ -13,7 +13,7 @@ from unimoe.errors import UserError
 from .watch import Stats
 
 Scores = list[Tensor]
-"""For each MoE layer [E]; larger matters more."""
+"""Scores of the experts [E] of each MoE layer; larger matters more."""
 
 
 def frequency(count: Tensor) -> Tensor:

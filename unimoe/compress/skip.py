@@ -115,7 +115,7 @@ class Thresholds:
         return {}
 
     def attach(self, layers: Sequence[MoEView]) -> None:
-        """It needs nothing besides a routing."""
+        """Do nothing: the rule needs a routing alone."""
 
     def apply(
         self, layer: MoEView, layers: int, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
@@ -129,7 +129,7 @@ class Thresholds:
         return index_TK, keep_sum(weight_TK, kept_TK) if self.keep_sum else kept_TK
 
     def to_plan(self) -> dict[str, Any]:
-        """As a plan keeps it."""
+        """Settings of the rule as a plan keeps them."""
         plan: dict[str, Any] = {"rule": "thresholds", "tau": dict(self.tau)}
         if self.alpha:
             plan |= {

@@ -38,7 +38,7 @@ class Rule(Protocol):
         ...
 
     def to_plan(self) -> dict[str, Any]:
-        """As a plan keeps it."""
+        """Settings of the rule as a plan keeps them."""
         ...
 
 

@@ -182,7 +182,7 @@ class Found:
 
     rule: Rule
     quality: dict[str, Quality]
-    """By domain."""
+    """Quality by domain."""
     counted: Counted
     tried: int = 0
     """Measured places of the search."""

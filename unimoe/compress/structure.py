@@ -26,9 +26,9 @@ from .route import rewrite
 from .skip_rules import install, rule_of
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
-"""Where modules of transformers keep the number of experts, each its own."""
+"""Names under which modules of transformers keep the number of experts, one in each."""
 Weights = Sequence[Tensor]
-"""For each MoE layer [E] how much of each expert goes into the merged one."""
+"""Weights [E] of each MoE layer: how much of each expert goes into the merged one."""
 
 
 def check_coverage(model: nn.Module, layers: Sequence[MoEView]) -> int:

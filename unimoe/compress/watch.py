@@ -152,7 +152,7 @@ def run_experts(layer: MoEView, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor,
 
 
 def activation(layer: MoEView) -> Callable[[Tensor], Tensor] | None:
-    """From the output of the up (and gate) projection to the input of the down projection; None for experts
+    """Map from the output of the up (and gate) projection to the input of the down one; None for experts
     that are not stacked weight tensors."""
     experts: Any = layer.experts
     if type(experts) is SwiGLUExperts:
