@@ -112,6 +112,8 @@ def _command(verb: str) -> Iterator[str]:
 
 def configuration() -> str:
     """configuration.md."""
+    from unimoe.applications.adaptation.data import AdaptationData
+    from unimoe.applications.adaptation.module import AdaptationConfig
     from unimoe.applications.diffusion.data import DiffusionData
     from unimoe.applications.diffusion.module import DiffusionConfig
     from unimoe.applications.recommendation.data import RecommendationData
@@ -151,6 +153,8 @@ def configuration() -> str:
         ("Data of a stage", "", StageDataConfig, "data"),
         ("Detector", "For `system: detection`.", DetectionConfig, "model"),
         ("Data of a detector", "", DetectionData, "data"),
+        ("Adaptation", "For `system: adaptation`.", AdaptationConfig, "model"),
+        ("Data of an adaptation", "", AdaptationData, "data"),
         ("Diffusion", "For `system: diffusion`.", DiffusionConfig, "model"),
         ("Data of a diffusion model", "", DiffusionData, "data"),
         ("Recommendation", "For `system: recommendation`.", RecommendationConfig, "model"),

@@ -111,6 +111,31 @@ def weather(tmp_path) -> dict:
 
 
 @pytest.fixture
+def styles(tmp_path) -> dict:
+    """Settings of Meta-DMoE on red and blue squares, of which each domain has another background."""
+    random = np.random.default_rng(0)
+    splits = {"a": "train", "b": "train", "c": "train", "d": "val", "e": "test"}
+    rows = ["filename,y,location_remapped,split"]
+    (tmp_path / "styles/train").mkdir(parents=True)
+    for number, (domain, split) in enumerate(splits.items()):
+        for place in range(16):
+            image = np.full((8, 8, 3), 50 * number, dtype=np.uint8)
+            row, column = random.integers(4, size=2)
+            image[row : row + 4, column : column + 4] = (200, 0, 0) if place % 2 else (0, 0, 200)
+            Image.fromarray(image).save(tmp_path / f"styles/train/{domain}{place}.png")
+            rows.append(f"{domain}{place}.png,{('blue', 'red')[place % 2]},{domain},{split}")
+    (tmp_path / "styles/metadata.csv").write_text("\n".join(rows) + "\n")
+    sizes = {"side": 8, "support": 4, "query": 4, "steps": 4, "batch_size": 4}
+    return {
+        "system": "adaptation",
+        "output": str(tmp_path / "run"),
+        "model": {"network": {"channels": 4, "heads": 2}, "lr": 0.001},
+        "data": {"train": str(tmp_path / "styles"), **sizes},
+        "trainer": {"accelerator": "cpu"},
+    }
+
+
+@pytest.fixture
 def drawings(tmp_path) -> dict:
     """Settings of a unified model on red and blue squares."""
     random = np.random.default_rng(0)

@@ -15,7 +15,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(params=["latents", "feedback", "weather", "squares", "drawings", "adapted"])
+@pytest.fixture(params=["latents", "feedback", "weather", "squares", "drawings", "adapted", "styles"])
 def settings(request) -> dict:
     found = request.getfixturevalue(request.param)
     found["model"]["lr"] = 0.001  # two ranks add in another order; Adam makes steps of the smallest gradients

@@ -10,7 +10,7 @@ import pytest
 
 from unimoe.errors import UserError
 from unimoe.prepare import index as module
-from unimoe.prepare.index import Sources, find_link, find_sources
+from unimoe.prepare.index import Link, Sources, find_link, find_npm_link, find_sources
 from unimoe.prepare.parts import PARTS
 
 PART = replace(
@@ -144,3 +144,18 @@ def test_without_pip(monkeypatch):
     monkeypatch.delenv("UV_INDEX_URL")
     with pytest.raises(UserError, match="no package index is known"):
         find_sources()
+
+
+def test_npm_is_asked_for_its_registry(monkeypatch, tmp_path: Path):
+    part = PARTS["fluent"]
+    npm = tmp_path / "npm"
+    npm.write_text('#!/bin/sh\n[ "$2" = @lobehub/fluent-emoji-3d@1.1.0 ] && echo "a://b/$3.tgz"\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_npm_link(part) == Link(part.filename, "a://b/dist.tarball.tgz", None)
+    npm.write_text("#!/bin/sh\necho npm error code E404 >&2\necho more >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"1.1.0: npm error code E404; install npm, or give lobehub-.*tgz"):
+        find_npm_link(part)
+    npm.unlink()
+    with pytest.raises(UserError, match="npm is not installed; install npm, or give"):
+        find_npm_link(part)

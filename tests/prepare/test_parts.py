@@ -12,7 +12,7 @@ from unimoe.prepare.parts import PARTS, find_part
 @pytest.mark.parametrize("part", PARTS.values(), ids=list(PARTS))
 def test_a_row_is_complete(part):
     assert re.fullmatch(r"[0-9a-f]{64}", part.sha256)
-    assert part.filename.endswith(".whl") and f"-{part.version}-" in part.filename
+    assert re.search(rf"-{part.version}(-.*\.whl|\.tgz)$", part.filename)
     assert part.size > 0 and part.room > 0 and part.licence
     module, function = part.converter.split(":")
     assert callable(getattr(importlib.import_module(f"unimoe.prepare.{module}"), function))

@@ -1,10 +1,13 @@
 """Filling the cache with a tiny stand-in for a part: repeats, damage, wrong files, full disks, two runs."""
 
+import hashlib
 import json
 import shutil
+import tarfile
 import threading
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -12,6 +15,9 @@ import pytest
 
 from unimoe.errors import UserError
 from unimoe.prepare import cache_folder, copied, default_part, prepare, run
+from unimoe.prepare.parts import PARTS
+
+FLUENT = PARTS["fluent"]
 
 
 def test_part_is_made_once(wheels: Path, capsys):
@@ -31,6 +37,25 @@ def test_part_is_made_once(wheels: Path, capsys):
     run.main()  # neither the package nor the network is needed again
     assert "nothing to do" in capsys.readouterr().out
     assert made == (folder.stat().st_mtime_ns, folder.stat().st_ino)
+
+
+def test_a_package_of_npm_is_read(wheels: Path, tmp_path: Path, monkeypatch):
+    file = wheels / FLUENT.filename
+    with tarfile.open(file, "w:gz") as package:
+        for name in ("package/assets/1f436.webp", "package/assets/1f436-200d.webp", "package/LICENSE"):
+            (tmp_path / "content").write_text(name)
+            package.add(tmp_path / "content", name)
+    content = file.read_bytes()
+    part = replace(FLUENT, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    monkeypatch.setitem(PARTS, "fluent", part)
+    folder = prepare(["fluent"], wheels)["fluent"]
+    assert sorted(one.name for one in folder.iterdir()) == ["1f436.webp", "LICENSE", "part.json"]
+    assert (folder / "1f436.webp").read_text() == "package/assets/1f436.webp"
+    file.write_bytes(content[:50])
+    cut = hashlib.sha256(content[:50]).hexdigest()
+    monkeypatch.setitem(PARTS, "fluent", replace(part, sha256=cut))
+    with pytest.raises(UserError, match=r"0.tgz: not the expected package file"):
+        prepare(["fluent"], wheels)
 
 
 def test_downloaded_file_is_used_and_removed(wheels: Path, tmp_path: Path):

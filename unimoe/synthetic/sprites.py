@@ -49,7 +49,7 @@ class FolderArtist:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._files: dict[str, Path] = {}
-        for file in sorted(self.path.rglob("*.png")):
+        for file in sorted(one for one in self.path.rglob("*") if one.suffix in (".png", ".webp")):
             match = re.fullmatch(r"(?:emoji_u|u\+)?([0-9a-f]{4,6})(?:[-_]fe0f)?", file.stem.lower())
             if match:
                 self._files.setdefault(match[1].lstrip("0"), file)

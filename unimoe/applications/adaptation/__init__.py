@@ -1,0 +1,1 @@
+"""Adaptation to a shifted domain by one unlabeled step: Meta-DMoE beside a dense model."""
