@@ -35,4 +35,4 @@ def test_commands_use_the_example_files(tmp_path, capsys):
         (tmp_path / "try" / name).touch()
     show_commands(tmp_path)
     out = capsys.readouterr().out
-    assert f"--image {tmp_path / 'try' / 'image.jpg'}" in out and "--video" in out and "--sound" in out
+    assert f"--image {tmp_path / 'try' / 'image.jpg'}" in out and "--video" in out and "--audio" in out

@@ -82,7 +82,7 @@ def test_nobody_listens_any_more(talk):
 
 def test_who_took_part(talk, files):
     talk.attach("image", str(files / "a b.png"), "!image")
-    talk.attach("speech", str(files / "q.wav"), "!audio")
+    talk.attach("speech", str(files / "q.wav"), "!speech")
     talk.ask("what?", silent)
     tokens = talk.stats.tokens()
     prompt = talk.processor.encode(talk.turns[:1], add_generation_prompt=True)["input_ids"]

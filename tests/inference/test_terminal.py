@@ -73,7 +73,7 @@ def test_settings_of_the_experts_reach_the_answer(tiny_folder, built, monkeypatc
 
 
 def test_sound_alone_is_the_message(tiny_folder, files, monkeypatch, capsys):
-    args = ["--audio", files / "q.wav", "--max-new-tokens", 4]
+    args = ["--speech", files / "q.wav", "--max-new-tokens", 4]
     status, out, err = run(monkeypatch, capsys, ["never read"], tiny_folder, *args)
     assert (status, err) == (0, "")
     assert out.count("\n") >= 1
@@ -128,7 +128,7 @@ def test_commands(talk, files, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     terminal = Terminal(talk, "tiny")
     terminal.handle(f"!image {files / 'a b.png'}")
-    terminal.handle("!audio '" + str(files / "q.wav") + "'")
+    terminal.handle("!speech '" + str(files / "q.wav") + "'")
     terminal.handle("!set temperature = 0.5")
     terminal.handle("!set system=Be short.")
     terminal.handle("!status")
@@ -186,8 +186,8 @@ def test_bad_lines_are_said_and_change_nothing(talk, monkeypatch, line, says):
         (["-p", " "], "the prompt is empty"),
         (["-p", "x", "--image", "no.png"], "--image: cannot read no.png: No such file"),
         (["-p", "x", "--image", "{}/broken.png"], "cannot decode the image"),
-        (["-p", "x", "--audio", "{}/empty.wav"], "is empty (0 bytes)"),
-        (["-p", "x", "--audio", "{}/broken.png"], "cannot decode the audio"),
+        (["-p", "x", "--speech", "{}/empty.wav"], "is empty (0 bytes)"),
+        (["-p", "x", "--speech", "{}/broken.png"], "cannot decode the audio"),
         (["-p", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["-p", "x", "--seed", "-1"], "the seed is -1, expected a number from 0 to 4294967295"),
         (["-p", "x", "--temperature", "x"], "invalid float value"),
@@ -262,7 +262,7 @@ import sys
 from unimoe.commands.main import main
 folder, sound = sys.argv[1:]
 print("codes", main(["chat", folder, "--max-new-tokens", "4"]),
-      main(["chat", folder, "--max-new-tokens", "4", "--audio", sound]))
+      main(["chat", folder, "--max-new-tokens", "4", "--speech", sound]))
 """
     command = [sys.executable, "-P", "-c", code, str(tiny_folder), str(files / "q.wav")]
     lines = "hello\n!image nowhere.png\nbye\n"

@@ -53,11 +53,11 @@ def show_commands(folder: Path):
     """Print commands to chat with the model about the example files."""
     files = {path.stem: path for path in sorted((folder / "try").iterdir())}
     chat = f"  unimoe chat {folder / 'moe'} --image {files['image']}"
-    say(f'Try next:\n{chat} -p "What is this?"\n{chat} --audio {files["question"]}')
+    say(f'Try next:\n{chat} -p "What is this?"\n{chat} --speech {files["question"]}')
     if "video" in files:
         chat = f"  unimoe chat {folder / 'moe'}"
         say(f'{chat} --video {files["video"]} -p "What comes first?"')
-        say(f'{chat} --sound {files["sound"]} -p "What do you hear?"')
+        say(f'{chat} --audio {files["sound"]} -p "What do you hear?"')
 
 
 def _verdict(report: dict[str, Any], key: str) -> str | None:

@@ -2,7 +2,7 @@
 
 unimoe chat MODEL                                       a conversation; !help lists the commands
 unimoe chat MODEL --image a.png -p "What is this?"      one answer on stdout, nothing else
-unimoe chat MODEL --image a.png --audio question.wav    the same, the question being spoken
+unimoe chat MODEL --image a.png --speech question.wav   the same, the question being spoken
 echo "What is this?" | unimoe chat MODEL --image a.png  every line a message, until the input ends
 """
 
@@ -36,8 +36,8 @@ def chat(
     model: str,
     image: list[str] | None = None,
     video: list[str] | None = None,
+    speech: list[str] | None = None,
     audio: list[str] | None = None,
-    sound: list[str] | None = None,
     prompt: str | None = None,
     session: str | None = None,
     max_new_tokens: int = 256,
@@ -61,8 +61,8 @@ def chat(
         model: folder of a finished stage (or a hub id of a unimoe model).
         image: image files for the first message.
         video: video files for the first message.
-        audio: recordings of speech for the first message (wav, flac, ogg, mp3).
-        sound: environmental audio for the first message.
+        speech: recordings of speech for the first message (wav, flac, ogg, mp3).
+        audio: environmental audio for the first message.
         prompt: one message; print only its answer.
         session: a conversation saved with !save, to resume.
         max_new_tokens: longest answer.
@@ -87,19 +87,15 @@ def chat(
     check_decoding(talk.model, settings.decoding())
     if session:
         talk.load(session)
-    flags = {"image": image, "video": video, "audio": audio, "sound": sound}
-    for flag, paths in flags.items():
+    files = {"image": image, "video": video, "speech": speech, "audio": audio}
+    for modality, paths in files.items():
         for path in paths or []:
-            talk.attach(MODALITY_OF[flag], path, f"--{flag}")
-    if prompt is not None or audio:
+            talk.attach(modality, path, f"--{modality}")
+    if prompt is not None or speech:
         talk.ask(prompt or "", _write)
         print()
     else:
         Terminal(talk, model).run()
-
-
-MODALITY_OF = {"image": "image", "video": "video", "audio": "speech", "sound": "audio"}
-"""The modality that a flag and a command of that name attach; ``--audio`` is speech."""
 
 
 class Terminal:
@@ -114,8 +110,8 @@ class Terminal:
             "!attach": (partial(self._attach, None), "PATH", "attach a file to the next message"),
             "!image": (partial(self._attach, "image"), "PATH", "attach an image"),
             "!video": (partial(self._attach, "video"), "PATH", "attach a video"),
-            "!audio": (partial(self._attach, "audio"), "PATH", "attach speech; an empty line sends it"),
-            "!sound": (partial(self._attach, "sound"), "PATH", "attach audio that is not speech"),
+            "!speech": (partial(self._attach, "speech"), "PATH", "attach speech; an empty line sends it"),
+            "!audio": (partial(self._attach, "audio"), "PATH", "attach audio that is not speech"),
             "!experts": (self._experts, "[layers]", "expert load of the last answer"),
             "!history": (self._history, "", "the conversation so far"),
             "!save": (self._save, "FILE", "write the conversation to a JSON file"),
@@ -166,11 +162,10 @@ class Terminal:
             print()
             return None
 
-    def _attach(self, name: str | None, rest: str):
-        command = f"!{name or 'attach'}"
+    def _attach(self, modality: str | None, rest: str):
+        command = f"!{modality or 'attach'}"
         path = _path(rest, command)
-        modality = MODALITY_OF[name] if name else detect_modality(path, self.talk.processor)
-        self.talk.attach(modality, path, command)
+        self.talk.attach(modality or detect_modality(path, self.talk.processor), path, command)
         print(f"attached {path}")
 
     def _save(self, rest: str):
