@@ -205,6 +205,12 @@ class Stack:
         zero, step = middle(bits, have)
         return self._rows(u_BRK), self._rows(scale_BRG) * step, zero, step
 
+    def one(self, e: int) -> "Stack":
+        """Matrix ``e`` alone; nothing is copied."""
+        start, stop = self.starts()[e : e + 2]
+        own = (self.codes[start:stop], self.scales[e : e + 1], self.bits[e : e + 1])
+        return Stack(*own, self.rows, self.width, self.group, self.nested, self.halves)
+
     def starts(self) -> list[int]:
         """Where the codes of each matrix begin."""
         one = self.scales.shape[1] * LANES * (self.width // self.group) * filled(self.group) // 8

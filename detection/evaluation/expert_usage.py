@@ -6,7 +6,7 @@ Slices of one copy start as twins: their rows in the router are equal, so at fir
 partner. Pairs that are still twins after tuning are counted: fixed partners may be nothing but the start.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -22,6 +22,7 @@ from unimoe.detection.inference.detect import PromptChunks
 from unimoe.detection.model.modeling import DynamicDinoForObjectDetection
 from unimoe.detection.model.prompt import class_prompts
 from unimoe.detection.model.text_cache import TextFeatureCache
+from unimoe.model.structure import structure_of
 from unimoe.moe import ExpertLoad, LayerRecord, record
 
 from .evaluator import detect_batch
@@ -103,7 +104,7 @@ def measure_expert_usage(
         for found_Q4, size, row in zip(first, batch.sizes, batch.rows, strict=True):
             sample = data.samples[row]
             labels.append(_classes(found_Q4, size, sample.boxes_M4, sample.category_M))
-    visits_LQE = torch.stack([torch.cat(layer) for layer in zip(*chosen, strict=True)])
+    visits_LQE = _in_columns([torch.cat(layer) for layer in zip(*chosen, strict=True)], model)
     label_Q = torch.cat(labels)
     tables = [_pairs(visits_QE, label_Q, len(data.names)) for visits_QE in visits_LQE]
     return ExpertUsage(
@@ -120,6 +121,18 @@ def visited_experts(entry: LayerRecord) -> Tensor:
     """[Q, E] float, 1 where a query visited an expert; without padding."""
     visits_QE, real_Q = entry.routing.chosen().float(), entry.real_T
     return visits_QE if real_Q is None else visits_QE[real_Q]
+
+
+def _in_columns(visits: Sequence[Tensor], model: DynamicDinoForObjectDetection) -> Tensor:
+    """[L, Q, E] the visits of all layers; experts that were pruned keep their columns, of zeros."""
+    kept = (structure_of(model).plan or {}).get("keep")
+    if kept is None:
+        return torch.stack([*visits])
+    experts = (model.config.moe or {})["experts"]
+    full_LQE = torch.zeros(len(visits), len(visits[0]), experts["copies"] * experts["slices"])
+    for full_QE, visits_QX, columns_X in zip(full_LQE, visits, kept, strict=True):
+        full_QE[:, columns_X] = visits_QX
+    return full_LQE
 
 
 def coactivation(visits_XQE: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 from unimoe.commands import main as cli
 from unimoe.commands.compress_quantize import most_rows
 from unimoe.model.loading import load_any
-from unimoe.moe import FFNExperts
+from unimoe.moe import SwiGLUExperts
 from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.packed_linear import PackedLinear
 from unimoe.moe.view import view
@@ -146,11 +146,15 @@ def test_models_that_cannot_be_packed_are_refused_before_data_is_read(
     assert message in found and found.count("\n") == 1
 
 
-def test_two_layer_ffns_are_refused_before_data_is_read(bed, capsys, monkeypatch):
+class OtherExperts(SwiGLUExperts):
+    pass
+
+
+def test_unknown_experts_are_refused_before_data_is_read(bed, capsys, monkeypatch):
     model = load_any(bed / "model", device="cpu")[0]
-    view(model)[1].block.experts = FFNExperts(4, 32, 64)
-    monkeypatch.setattr("unimoe.commands.compress_quantize.load_any", lambda *_: (model, None))
-    assert "FFNExperts cannot be packed" in refused_before_reading(bed, capsys, monkeypatch)
+    view(model)[1].block.experts = OtherExperts(4, 32, 64)
+    monkeypatch.setattr("unimoe.commands.compress_quantize.open_mixture", lambda *_: (model, None))
+    assert "OtherExperts cannot be packed" in refused_before_reading(bed, capsys, monkeypatch)
 
 
 def test_a_packed_model_is_refused_before_data_is_read(bed, capsys, monkeypatch):

@@ -35,6 +35,7 @@ from unimoe.model.structure import structure_of
 from unimoe.model.utils import to_device, weights
 from unimoe.moe.view import MoEView, expert_counts, view
 
+from .compress_detector import DetectorBatch, DetectorInputs, open_mixture
 from .inspect_model import spread
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,9 @@ def stats(
     layer's experts, and names those that saw too few.
 
     Args:
-        model: folder of a finished stage, or of a multimodal model of transformers.
-        data: conversations, in any format that training reads; several files count together.
+        model: folder of a finished stage, of a multimodal model of transformers, or of a detector.
+        data: conversations, in any format that training reads, or for a detector files of boxes; several
+            files count together.
         output: new folder of the statistics.
         samples: most conversations of each file, evenly spaced.
         batch_size: conversations per batch.
@@ -69,7 +71,7 @@ def stats(
         min_tokens: an expert that saw fewer is named.
     """
     new_folder(output)
-    loaded, processor = load_any(model)
+    loaded, processor = open_mixture(model)
     layers = view(loaded)
     check_coverage(loaded, layers)
     batches = read_batches(processor, data, samples, batch_size, media_root)
@@ -99,7 +101,7 @@ def prune(
     layer.
 
     Args:
-        model: folder of a finished stage, or of a multimodal model of transformers.
+        model: folder of a finished stage, of a multimodal model of transformers, or of a detector.
         output: new folder of the result.
         stats: folders of `unimoe compress stats`; several are domains of equal weight.
         plan: plan.yaml of `prune` to carry out instead; the other flags have no meaning then.
@@ -121,7 +123,7 @@ def prune(
         raise UserError(f"--budget is {budget}, expected a share of the experts, 0..1")
     sha256 = folder_hash(model)
     own = [] if plan else load_stats(stats, sha256)
-    loaded, processor = load_any(model, device="cpu")
+    loaded, processor = open_mixture(model, device="cpu")
     layers = view(loaded)
     check_coverage(loaded, layers)
     if plan is not None:
@@ -290,7 +292,7 @@ def read_batches(
     processor: Any, data: Sequence[str], samples: int, batch_size: int, media_root: str | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Collated batches of each data file by its name (its path, where several files have one name), with
-    labels at the answers.
+    labels at the answers; for a detector batches of images.
 
     Raises:
         UserError: a number is below 1, or a file cannot be read or holds nothing.
@@ -298,13 +300,25 @@ def read_batches(
     for name, value in (("samples", samples), ("batch-size", batch_size)):
         if value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1 (0 calibration tokens tell nothing)")
-    collate, found = Collator(processor), {}
+    found: dict[str, list[Any]] = {}
     stems = [Path(file).stem for file in dict.fromkeys(data)]
     for file in data:
-        rows = spread(read_samples(file, media_root=media_root), samples)
         name = Path(file).stem if stems.count(Path(file).stem) == 1 else str(file)
+        if isinstance(processor, DetectorInputs):
+            found[name] = processor.batches(file, samples, batch_size, media_root)
+            continue
+        collate = Collator(processor)
+        rows = spread(read_samples(file, media_root=media_root), samples)
         found[name] = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     return found
+
+
+def run_batch(model: Any, batch: Any) -> None:
+    """One batch of :func:`read_batches` through a model, for those who watch its layers."""
+    if isinstance(batch, DetectorBatch):
+        batch.run(model)
+    else:
+        last_hidden(model, to_device(batch, model.device))
 
 
 def batches_on(
@@ -357,7 +371,7 @@ def calibrate(
     """
     with Collector(layers, wanted) as found:
         for batch in batches:
-            last_hidden(model, to_device(batch, model.device))
+            run_batch(model, batch)
     if not found.tokens:
         raise UserError("0 calibration tokens: the data holds no conversation")
     return found

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe.artifacts import folder_hash
 from unimoe.compress.calibrate import Forward
 from unimoe.compress.costs import CODE, ERROR, PAPER
-from unimoe.compress.pack import check_packable
+from unimoe.compress.pack import check_packable, packed_experts
 from unimoe.compress.plan import Plan
 from unimoe.compress.quantize import (
     Calibration,
@@ -37,14 +37,13 @@ from unimoe.errors import UserError
 from unimoe.files import new_folder
 from unimoe.kernels.packed import BITS
 from unimoe.model.host_loss import answer_logits, last_hidden
-from unimoe.model.loading import load_any
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.structure import structure_of
 from unimoe.model.utils import to_device
-from unimoe.moe.experts.packed import PackedExperts
 from unimoe.moe.view import MoEView, view
 
-from .compress import expert_bytes, read_batches, save
+from .compress import expert_bytes, read_batches, run_batch, save
+from .compress_detector import DetectorInputs, open_mixture, refuse_for_detector
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +80,9 @@ def quantize(
     after `import unimoe`.
 
     Args:
-        model: folder of a finished stage, or of a multimodal model of transformers.
-        data: conversations to calibrate on, of all modalities that the model must keep. Every file gives as
-            many samples.
+        model: folder of a finished stage, of a multimodal model of transformers, or of a detector.
+        data: conversations to calibrate on, of all modalities that the model must keep; for a detector files
+            of boxes. Every file gives as many samples.
         output: new folder of the result.
         bits: of an expert's weight: 1, 2, 3, 4 or 8 for all (default: 4); a number with a point, such as 3.0,
             is a mean, and each expert gets one of --choices, more if it matters more.
@@ -122,7 +121,17 @@ def quantize(
         _refuse({"--balanced": balanced, "--min-tokens": min_tokens != 16}, "--how rtn")
         _refuse({"--memory": memory != 2.0 and mean is None}, "--how rtn")
     sha256 = folder_hash(model)
-    loaded, processor = load_any(model)
+    loaded, processor = open_mixture(model)
+    refuse_for_detector(
+        processor,
+        {
+            "--linears": linears != 16,
+            "--head": head != 16,
+            "--smooth": smooth,
+            "--balanced": balanced,
+            "--cost kl": cost == "kl",
+        },
+    )
     layers = view(loaded)
     plan = Plan(
         bits=8,
@@ -140,7 +149,9 @@ def quantize(
         chosen = bits_by_rule(layers, parsed)
     else:
         chosen = [[int(bits or 4) if mean is None else 0] * layer.num_experts for layer in layers]
-    files = [str(file) for pattern in data for file in data_files(pattern)]
+    files = [*data]
+    if not isinstance(processor, DetectorInputs):
+        files = [str(file) for pattern in data for file in data_files(pattern)]
     warn_of_missing(loaded, files, media_root)
     per_file = samples * (4 if balanced else 1)
     read = read_batches(processor, files, per_file, batch_size, media_root)
@@ -179,22 +190,18 @@ def quantize(
 
 def pack_layer(layer: MoEView, codes: list[Codes], bits: list[int], group: int) -> None:
     """Replace a layer's experts by packed ones of these codes, and give the memory of the old ones back."""
-    joined = [
-        {
-            "gate_up": tuple(torch.cat([own["gate"][part], own["up"][part]]) for part in (0, 1)),
-            "down": own["down"],
-        }
-        for own in codes
-    ]
-    stacks: Any = [
-        tuple(torch.stack([own[name][part] for own in joined]) for part in (0, 1))
-        for name in ("gate_up", "down")
-    ]
-    packed = PackedExperts.from_experts(layer.experts, bits, group, tuple(stacks))
+    first = [name for name in codes[0] if name != "down"]  # gate and up, or up alone
+
+    def stacked(names: list[str]) -> Any:
+        joined = [[torch.cat([own[name][part] for name in names]) for own in codes] for part in (0, 1)]
+        return tuple(map(torch.stack, joined))
+
+    packed = packed_experts(layer.experts, bits, group, (stacked(first), stacked(["down"])))
     layer.block.experts = packed
     move_hooks(layer.experts, packed)
     for weight in layer.experts.parameters():
-        weight.data = weight.new_empty(0)
+        if weight.dim() == 3:  # packed experts keep the biases
+            weight.data = weight.new_empty(0)
 
 
 def most_rows(layer: MoEView, files: Iterable[Sequence[dict[str, Any]]], samples: int) -> int:
@@ -251,7 +258,7 @@ def read_mean(text: str, choices: Sequence[int]) -> float:
 def _forward(model: Any) -> Forward:
     @torch.no_grad()
     def forward(batch: dict[str, Any]) -> None:
-        last_hidden(model, to_device(batch, model.device))
+        run_batch(model, batch)
 
     return forward
 

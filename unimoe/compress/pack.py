@@ -13,7 +13,9 @@ from unimoe.errors import UserError
 from unimoe.kernels.packed import LANES
 from unimoe.kernels.packed import check as check_widths
 from unimoe.moe.experts.base import Experts
-from unimoe.moe.experts.packed import PackedExperts, weights_of
+from unimoe.moe.experts.ffn import FFNExperts
+from unimoe.moe.experts.packed import Codes, PackedExperts, weights_of
+from unimoe.moe.experts.packed_ffn import PackedFFNExperts
 from unimoe.moe.packed_linear import PackedEmbedding, PackedLinear
 from unimoe.moe.view import MoEView
 
@@ -38,7 +40,7 @@ def pack_model(model: nn.Module, layers: Sequence[MoEView], plan: Plan) -> None:
     check_packable(model, layers, plan)
     new: list[tuple[nn.Module, nn.Module]] = []
     for experts, bits in _experts(layers, plan):
-        new.append((experts, PackedExperts.from_experts(experts, bits, plan.group)))
+        new.append((experts, packed_experts(experts, bits, plan.group)))
     for _, linear in _linears(model, layers, plan):
         new.append((linear, PackedLinear.from_linear(linear, plan.linears or 0, plan.group)))
     if plan.head not in (None, 16):
@@ -49,6 +51,20 @@ def pack_model(model: nn.Module, layers: Sequence[MoEView], plan: Plan) -> None:
         for name, child in list(parent.named_children()):
             if id(child) in places:
                 setattr(parent, name, places[id(child)])
+
+
+def packed_experts(
+    experts: nn.Module, bits: Sequence[int], group: int, codes: tuple[Codes, Codes] | None = None
+) -> PackedExperts | PackedFFNExperts:
+    """Experts packed in the form for their kind, with the codes of their first (gate and up) and their down
+    projections; None rounds to nearest.
+
+    Raises:
+        UserError: experts, bits or a group that cannot be packed.
+    """
+    if type(experts) is FFNExperts:
+        return PackedFFNExperts.from_experts(experts, bits, group, codes)
+    return PackedExperts.from_experts(experts, bits, group, codes)
 
 
 def check_packable(model: nn.Module, layers: Sequence[MoEView], plan: Plan) -> None:
@@ -64,7 +80,7 @@ def check_packable(model: nn.Module, layers: Sequence[MoEView], plan: Plan) -> N
                 f"{layer.name}: experts of 16 bits beside packed ones, expected 16 for all of a layer or none"
             )
     for experts, bits in _experts(layers, plan):
-        _, down, _ = weights_of(experts)
+        down = experts.down_proj if type(experts) is FFNExperts else weights_of(experts)[1]
         check_widths(bits, plan.group, *down.shape[1:])
     for name, linear in _linears(model, layers, plan):
         _check_linear(name, linear, plan.linears or 0, plan.group)
@@ -97,10 +113,10 @@ def _experts(layers: Sequence[MoEView], plan: Plan) -> Iterator[tuple[nn.Module,
     """What becomes packed experts, with the bits of each, but for those that are already."""
     for position, layer in enumerate(layers):
         bits = _bits_of(plan, position, layer)
-        if set(bits) != {16} and not isinstance(layer.experts, PackedExperts):
+        if set(bits) != {16} and not isinstance(layer.experts, PackedExperts | PackedFFNExperts):
             yield layer.experts, bits
         shared = layer.shared
-        if plan.linears in (None, 16) or isinstance(shared, PackedExperts):
+        if plan.linears in (None, 16) or isinstance(shared, PackedExperts | PackedFFNExperts):
             continue
         if isinstance(shared, Experts):
             yield shared, [plan.linears or 0] * shared.num_experts

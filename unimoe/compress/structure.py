@@ -32,7 +32,7 @@ Weights = Sequence[Tensor]
 
 
 def check_coverage(model: nn.Module, layers: Sequence[MoEView]) -> int:
-    """The weights of all routed experts, every one of which the layers hold.
+    """The weights of all routed experts without biases, every one of which the layers hold.
 
     Raises:
         UserError: some experts were not found; a plan would pass them by silently.
@@ -43,7 +43,7 @@ def check_coverage(model: nn.Module, layers: Sequence[MoEView]) -> int:
         for name, one in model.named_parameters()
         if "experts" in name.split(".") and id(one) not in inside and not _is_shared(name, layers)
     ]
-    total = sum(one.numel() for layer in layers for one in layer.experts.parameters())
+    total = sum(one.numel() for layer in layers for one in layer.experts.parameters() if one.dim() == 3)
     if missed:
         raise UserError(
             f"{len(missed)} weights of experts were not found, such as {missed[0]}: this kind of mixture is "

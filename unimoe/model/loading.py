@@ -64,7 +64,7 @@ class ModelKind(Generic[M, P]):
         path = Path(model).expanduser()
         expected = f"{self.folder}, or a hub id (owner/name)" if hub else self.folder
         if path.is_dir():
-            return str(path), self._check_type(_read_type(path, f"{setting} {path}", expected), setting, path)
+            return str(path), self._check_type(read_type(path, f"{setting} {path}", expected), setting, path)
         if path.exists():
             raise UserError(f"{setting} {path} is a file; expected {expected}")
         local = path.parent != Path(".") and path.parent.is_dir()  # runs/demo/mow, where runs/demo is there
@@ -216,7 +216,12 @@ def find_dense_host(model: str) -> str:
     return source
 
 
-def _read_type(path: Path, found: str, expected: str) -> Any:
+def read_type(path: Path, found: str, expected: str) -> Any:
+    """``model_type`` of the folder ``path``, which errors call ``found``.
+
+    Raises:
+        UserError: it holds no model.
+    """
     if (path / "expert.json").is_file():
         raise UserError(f"{found} holds one expert, not a model; put it into one with `unimoe assemble`")
     try:
@@ -236,7 +241,7 @@ def open_processor(model: str) -> UniMoeProcessor:
         UserError: there is no processor and no tokenizer.
     """
     try:
-        if (Path(model) / "config.json").is_file() and _read_type(Path(model), model, "") in STOCK_TYPES:
+        if (Path(model) / "config.json").is_file() and read_type(Path(model), model, "") in STOCK_TYPES:
             return HostProcessor.from_pretrained(model, local_files_only=True)  # type: ignore[return-value]
         if (Path(model) / "processor_config.json").is_file():
             return UniMoeProcessor.from_pretrained(model, local_files_only=True)

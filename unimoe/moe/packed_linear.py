@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unimoe.kernels import packed as kernel
 from unimoe.moe.experts.packed import Codes, PackedExperts
+from unimoe.moe.experts.packed_ffn import PackedFFNExperts
 
 
 class PackedLinear(nn.Module):
@@ -124,4 +125,5 @@ class PackedEmbedding(nn.Module):
 
 def packed_weights(module: nn.Module) -> int:
     """Number of weights that are packed in a module, which ``parameters()`` does not name."""
-    return sum(one.num_weights for one in module.modules() if isinstance(one, PackedExperts | PackedLinear))
+    kinds = PackedExperts | PackedFFNExperts | PackedLinear
+    return sum(one.num_weights for one in module.modules() if isinstance(one, kinds))

@@ -1,0 +1,62 @@
+"""``unimoe compress`` on a tiny detector: the folders load, search and are scored like the original."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from unimoe.commands import main as cli
+from unimoe.detection.model.loading import load_detector
+from unimoe.detection.model.moe_tuning import moe_tuning
+from unimoe.moe.experts.packed_ffn import PackedFFNExperts
+from unimoe.moe.view import view
+
+
+@pytest.fixture
+def experts(folder):
+    """Experts that differ, and routers that tell queries apart."""
+    model, tokenizer = load_detector(folder)
+    model = moe_tuning(model, copies=2, slices=2)
+    for layer in view(model):
+        for stack in layer.stacks().values():
+            torch.nn.init.normal_(stack, std=0.3)
+        torch.nn.init.normal_(layer.router_rows())
+    model.save_pretrained(folder)
+    return folder
+
+
+def found_by(model, world, tmp_path, *more):
+    file = tmp_path / f"{model.name}.json"
+    data = ["--gt", str(world / "train.json"), "--dt", str(file), *more]
+    assert cli.main(["evaluate", "detector", str(model), *data]) == 0
+    return torch.tensor([row["score"] for row in json.loads(file.read_text())])
+
+
+def test_a_detector_is_pruned_and_packed_and_scored(experts, world, tmp_path):
+    stats, pruned, packed = (str(tmp_path / name) for name in ("stats", "pruned", "packed"))
+    data = str(world / "train.json")
+    assert cli.main(["compress", "stats", str(experts), data, "--samples", "4", "--output", stats]) == 0
+    budget = ["--budget", "0.75", "--globally", "--how", "frequency"]
+    assert cli.main(["compress", "prune", str(experts), "--stats", stats, *budget, "--output", pruned]) == 0
+    flags = ["--bits", "8", "--group", "16", "--min-tokens", "1", "--samples", "4"]
+    assert cli.main(["compress", "quantize", pruned, data, *flags, "--output", packed]) == 0
+    plan = yaml.safe_load((tmp_path / "packed" / "plan.yaml").read_text())
+    assert sum(map(len, plan["keep"])) == 6 and set(sum(plan["bits"], [])) == {8}
+    layers = view(load_detector(packed)[0])
+    assert all(type(layer.experts) is PackedFFNExperts for layer in layers)
+    before = found_by(tmp_path / "pruned", world, tmp_path)
+    after = found_by(tmp_path / "packed", world, tmp_path, "--plots", str(tmp_path / "plots"))
+    assert 0 < (before - after).abs().max() < 0.02
+    load = json.loads((tmp_path / "plots" / "experts.json").read_text())["load"]
+    gone = [[row[one] for one in {*range(4)} - {*keep}] for row, keep in zip(load, plan["keep"], strict=True)]
+    assert not any(sum(gone, [])) and len(load[0]) == 4
+
+
+def test_what_a_detector_has_not_is_refused(experts, world, tmp_path, capsys):
+    data, output = str(world / "train.json"), ["--output", str(tmp_path / "out")]
+    assert cli.main(["compress", "quantize", str(experts), data, "--head", "8", *output]) == 2
+    assert "--head is for language models" in capsys.readouterr().err
+    assert cli.main(["compress", "skip", str(experts), data, *output]) == 2
+    assert "model of type 'dynamic_dino', expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

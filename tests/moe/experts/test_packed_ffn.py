@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from unimoe.errors import UserError
+from unimoe.kernels.packed import quantize_rtn
+from unimoe.moe import FFNExperts, MoELayer, TopK
+from unimoe.moe.experts.packed_ffn import PackedFFNExperts
+from unimoe.moe.packed_linear import packed_weights
+
+
+def layer(act="relu"):
+    torch.manual_seed(0)
+    experts = FFNExperts(4, 32, 48, act)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return MoELayer(TopK(32, 4, 2, init_std=0.5), experts).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.02), ([8, 4, 8, 4], 0.2)])
+def test_outputs_are_those_of_the_floats_within_the_rounding(bits, most):
+    moe, x = layer("gelu"), torch.randn(9, 32)
+    exact = moe(x)
+    moe.experts = PackedFFNExperts.from_experts(moe.experts, bits, 16)
+    assert 0 < (moe(x) - exact).abs().max() / exact.abs().max() < most
+    assert packed_weights(moe) == 2 * 4 * 32 * 48
+
+
+@torch.no_grad()
+def test_codes_from_elsewhere_and_the_meta_device():
+    experts = layer().experts
+    codes = tuple(
+        tuple(map(torch.stack, zip(*(quantize_rtn(one, 4, 16) for one in stack), strict=True)))
+        for stack in (experts.up_proj, experts.down_proj)
+    )
+    given = PackedFFNExperts.from_experts(experts, 4, 16, codes).state_dict()
+    for name, one in PackedFFNExperts.from_experts(experts, 4, 16).state_dict().items():
+        assert torch.equal(given[name], one)
+    empty = PackedFFNExperts.from_experts(experts.to("meta"), 4, 16).state_dict()
+    assert {name: one.shape for name, one in empty.items()} == {n: one.shape for n, one in given.items()}
+    with pytest.raises(UserError, match="the group 20 does not divide the width 32"):
+        PackedFFNExperts.from_experts(layer().experts, 4, 20)

@@ -1,0 +1,135 @@
+"""Two-layer FFNs with biases whose weights are packed: those of a detector.
+
+Shapes: T tokens, E experts, D = H hidden, I intermediate.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unimoe.kernels import packed as kernel
+from unimoe.kernels.arguments import groups
+from unimoe.kernels.ffn import ACTS
+from unimoe.moe.routing import Routing
+
+from .base import Experts
+from .ffn import FFNExperts
+from .packed import Codes
+
+
+class PackedFFNExperts(Experts):
+    """E two-layer FFNs with packed weights, in place of :class:`FFNExperts`; biases stay as they are.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        bits: of each expert, or one number for all.
+        group: neighbouring weights of a row that share a scale; divides H and I.
+        act: between the layers (:data:`unimoe.kernels.ffn.ACTS`).
+
+    Raises:
+        UserError: the group does not divide a width, or there are no such bits.
+    """
+
+    indivisible = "are packed for inference"
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        bits: int | Sequence[int],
+        group: int = 64,
+        act: str = "relu",
+    ):
+        super().__init__()
+        self.num_experts, self.hidden_size, self.intermediate_size = (
+            num_experts,
+            hidden_size,
+            intermediate_size,
+        )
+        self.expert_bits = (bits,) * num_experts if isinstance(bits, int) else tuple(bits)
+        self.group, self.act = group, act
+        for name, rows, width in self._sizes():
+            stack = kernel.Stack.empty(self.expert_bits, rows, width, group)
+            self.register_buffer(f"{name}_codes", stack.codes)
+            self.register_buffer(f"{name}_scales", stack.scales)
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(num_experts, rows)))
+
+    @classmethod
+    @torch.no_grad()
+    def from_experts(
+        cls,
+        experts: FFNExperts,
+        bits: int | Sequence[int],
+        group: int = 64,
+        codes: tuple[Codes, Codes] | None = None,
+    ) -> "PackedFFNExperts":
+        """Pack trained experts.
+
+        Args:
+            experts: whose weights are packed; the biases are shared with them.
+            bits: of each expert, or one number for all.
+            group: neighbouring weights of a row that share a scale.
+            codes: those of up_proj [E, I, H] and down_proj [E, H, I], where they were quantized elsewhere;
+                None rounds to nearest.
+
+        Raises:
+            UserError: bits or a group that cannot be packed.
+        """
+        E, H, inner = experts.down_proj.shape
+        with torch.device(experts.down_proj.device):
+            self = cls(E, H, inner, bits, group, experts.act)
+        self.up_bias, self.down_bias = experts.up_bias, experts.down_bias
+        if experts.down_proj.is_meta:
+            return self
+        weights = (experts.up_proj, experts.down_proj)
+        for stack, one, given in zip(self.stacks(), weights, codes or (None, None), strict=True):
+            for e, number in enumerate(self.expert_bits):
+                own = (given[0][e], given[1][e]) if given else kernel.quantize_rtn(one[e], number, group)
+                stack.fill(e, *own)
+        return self
+
+    def stacks(self) -> tuple[kernel.Stack, kernel.Stack]:
+        """up and down: what is in this module's buffers."""
+        buffers: dict[str, Any] = self._buffers
+        up, down = (
+            kernel.Stack(
+                buffers[f"{name}_codes"], buffers[f"{name}_scales"], self.expert_bits, rows, width, self.group
+            )
+            for name, rows, width in self._sizes()
+        )
+        return up, down
+
+    def forward(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
+        up, down = self.stacks()
+        y_TD = torch.zeros_like(x_TD)
+        for e, start, end in groups(routing.offsets_E1.tolist()):
+            token_n = routing.token_N[start:end]
+            inner = ACTS[self.act](kernel.linear(x_TD[token_n], up.one(e), self.up_bias[e]))
+            y = kernel.linear(inner, down.one(e), self.down_bias[e])
+            y_TD = y_TD.index_add(0, token_n, y * weight_N[start:end, None].to(y.dtype))
+        return y_TD
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that are packed here."""
+        return 2 * self.num_experts * self.hidden_size * self.intermediate_size
+
+    def active_parameters(self, visits: float) -> float:
+        biases = self.num_experts * (self.hidden_size + self.intermediate_size)
+        return visits * (self.num_weights + biases) / self.num_experts
+
+    def extra_repr(self) -> str:
+        sizes = (
+            f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"
+        )
+        return f"{sizes}, bits={sorted(set(self.expert_bits))}, group={self.group}, act={self.act}"
+
+    def _sizes(self) -> tuple[tuple[str, int, int], tuple[str, int, int]]:
+        """Name, outputs and inputs of both layers."""
+        inner, H = self.intermediate_size, self.hidden_size
+        return ("up", inner, H), ("down", H, inner)
