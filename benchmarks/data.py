@@ -43,7 +43,7 @@ MODALITIES = {
         "connector": {"type": "pooled_mlp", "depth": 1, "stack": 5},
     },
 }
-"""As in configs/uni_moe/align.yaml."""
+"""Modalities as in configs/uni_moe/align.yaml."""
 
 
 def main() -> None:

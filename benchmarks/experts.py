@@ -69,7 +69,7 @@ SHAPES = {
 TinyLlama's size."""
 RANK, SCALE = 16, 2.0
 TOKENS = {"moe_layer": range(1, 17), "lora_experts": (64, 1024), "adapted_linear": (64, 1024)}
-"""Of which numbers of tokens an operation is measured at all; ``experts`` at all."""
+"""Numbers of tokens that an operation is measured at; ``experts`` is measured at all."""
 PHASES = ("forward", "forward+backward")
 COLUMNS = (
     "op",
@@ -243,7 +243,7 @@ def lora_mixture(shape: Shape, T: int, routing: str, device: str, dtype: torch.d
         return layers[i](x)
 
     def loop(i: int, x: Tensor) -> Tensor:
-        """As PEFT layers do: every adapter runs on every token."""
+        """Run every adapter on every token, as PEFT layers do."""
         A, B = banks[i]
         y = F.linear(x, base[i])
         for e, (A_e, B_e) in enumerate(zip(A.split(RANK), B.split(RANK, dim=1), strict=True)):

@@ -64,7 +64,7 @@ def cut_experts(layers: Sequence[MoEView], slices: int, noise: float) -> None:
 
 @contextmanager
 def kept(layers: Sequence[MoEView], keep: Sequence[Sequence[int]]) -> Iterator[None]:
-    """Only these experts may be chosen; a token visits at most as many."""
+    """Let only these experts be chosen; a token visits at most as many."""
     ks = [layer.router.k for layer in layers]
 
     def mask(layer: MoEView, logits_TE: Tensor) -> Tensor:

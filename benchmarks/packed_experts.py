@@ -29,7 +29,7 @@ GROUP = 64
 
 
 def cache_bytes() -> int:
-    """Of the largest cache; 32 MiB where the system does not tell."""
+    """Bytes of the largest cache; 32 MiB where the system does not tell."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(one.read_text().strip().rstrip("K")) * 1024 for one in sizes), default=32 << 20)
 
@@ -76,7 +76,7 @@ class TorchInt4:
 
 
 def layers(build: Callable[[], tuple[Any, int]], least: int) -> list[Any]:
-    """As many as hold ``least`` bytes; ``build`` returns one and its bytes."""
+    """Layers that hold ``least`` bytes together; ``build`` returns one and its bytes."""
     made, total = [], 0
     while total < least:
         one, size = build()

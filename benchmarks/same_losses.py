@@ -36,7 +36,7 @@ STRATEGIES = {"lora": (0.02, 40), "incmoelora": (0.02, 40), "dymoe": (0.005, 150
 """Learning rate and steps of each task. DyMoE has a lower rate because Adam amplifies rounding: at 0.02 a
 relative difference of 1e-7 in the second task grows to 0.4 in the third."""
 SETTINGS = {"dymoe": {"temperature": 0.1}}
-"""Of the strategies. At DyMoE's own temperature, 0.01, it learns no task at this rate."""
+"""Settings of the strategies. At DyMoE's own temperature, 0.01, it learns no task at this rate."""
 TOLERANCE = {"dymoe": 1e-6}
 """Allowed relative difference of a run's losses; 0 for all other runs."""
 WORDS = ("dog", "cat", "owl", "fox", "bee", "cow")

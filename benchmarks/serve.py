@@ -50,7 +50,7 @@ QUESTIONS = (
 )
 SOAK_CLIENTS = 20
 LEAVE_EVERY = 4
-"""Of the answers in a soak test, one in so many is left before its end."""
+"""One in so many answers of a soak test is left before its end."""
 IDLE_SECONDS = 11
 """The server's pool ends threads that were idle for 10 s when it is next asked for one."""
 MEMORY_KEPT = 1.05
@@ -121,7 +121,7 @@ class Served:
 
 
 def environment_of(code: Path) -> dict[str, str]:
-    """Of processes that run another checkout."""
+    """Environment of processes that run another checkout."""
     return {**os.environ, "PYTHONPATH": str(code.resolve())}
 
 

@@ -95,7 +95,7 @@ class TrainedMixture:
         self.calibration = [self.texts([one], 25) for one in range(SOURCES)]
         found = measure(self.model, self.original, self.tests)
         self.loss = [one.nll for one in found.values()]
-        """Of each source, in nats."""
+        """Loss of each source, in nats."""
 
     def texts(self, sources: Iterable[int], count: int) -> dict[str, Tensor]:
         """``count`` texts of each source as a batch; the word that names the source is not to be learned."""

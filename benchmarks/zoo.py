@@ -56,11 +56,11 @@ class Experiment:
     """One registration."""
 
     name: str
-    """Of the file."""
+    """Name of the file."""
     design: str
-    """As its paper calls it."""
+    """Name that the paper gives the design."""
     claim: str
-    """Of the paper, with its source."""
+    """Claim of the paper, with its source."""
     statistic: str
     """A name of ``STATISTICS``; in words for a script."""
     direction: str
@@ -68,17 +68,17 @@ class Experiment:
     treatment: Any
     """Entry of ``designs`` of ``unimoe compare``, a name for a script."""
     control: Any
-    """Likewise."""
+    """Entry of ``designs`` of ``unimoe compare``, a name for a script."""
     minutes: float
     """Estimate for all cells on one free core."""
     setting: str = ""
     """File of ``benchmarks/zoo/settings``: the comparison without designs, seeds and output."""
     script: str = ""
-    """In place of ``setting``, for what is no MoE layer of an LLM: a file of this folder with ``run(seed) ->
-    {"treatment": {"value": ..., "active": ..., "seconds": ...}, "control": {...}}``; ``active`` are the
-    parameters that were measured."""
+    """Script, in place of ``setting``, for what is no MoE layer of an LLM: a file of this folder with
+    ``run(seed) -> {"treatment": {"value": ..., "active": ..., "seconds": ...}, "control": {...}}``;
+    ``active`` are the parameters that were measured."""
     size: str = ""
-    """Of a script's experiment, in words."""
+    """Size of a script's experiment, in words."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     note: str = ""
     """What a reader of the result must know."""
@@ -112,7 +112,7 @@ class Experiment:
 
     @property
     def hash(self) -> str:
-        """Of everything that was fixed before the run."""
+        """Hash of everything that was fixed before the run."""
         shared = (
             FOLDER / "settings" / f"{self.setting}.yaml" if self.setting else FOLDER / f"{self.script}.py"
         )

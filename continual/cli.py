@@ -125,10 +125,10 @@ class LoadedRun:
     """A run as it was after one of its tasks."""
 
     strategy: Strategy
-    """Its learner has the base with all banks."""
+    """Strategy whose learner has the base with all banks."""
     model: ModelConfig
     tasks: list[str]
-    """Those that were learned by then, in order."""
+    """Tasks that were learned by then, in order."""
 
 
 def load_run(run: str | Path, task: str | None = None) -> LoadedRun:

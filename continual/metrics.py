@@ -94,7 +94,7 @@ class AccuracyMatrix:
     # ---------------------------------------------------------------- files
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with null for what was not measured."""
+        """Values for JSON, with null for what was not measured."""
         untrained = None if self.untrained_T is None else _plain(self.untrained_T)
         return {
             "tasks": self.tasks,

@@ -82,7 +82,7 @@ class CosineTopK(Router):
             return torch.cat(products, dim=-1) * factor_T1
 
     def describe(self) -> RouterDescription:
-        """Without the guide, which masks experts during training only."""
+        """Describe the router without the guide, which masks experts during training only."""
         return RouterDescription(self.num_experts, min(self.k, self.num_experts), fixed=True)
 
     def extra_repr(self) -> str:

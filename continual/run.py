@@ -62,11 +62,11 @@ class ModelConfig:
     """Folder of a stage (``unimoe fit``) or hub id, with trained connectors; or a multimodal model of
     transformers, with MoE layers or without."""
     llm: str | None = None
-    """Instead, a causal LM: ``default``, a local folder or a hub id."""
+    """Causal LM, in place of a folder: ``default``, a local folder or a hub id."""
     modalities: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``encoder`` and ``connector`` of each modality, with ``llm``."""
     chat_template: str | None = None
-    """With ``llm``: ``chatml`` or a Jinja template; None takes the tokenizer's own."""
+    """Chat template with ``llm``: ``chatml`` or a Jinja template; None takes the tokenizer's own."""
     max_length: int | None = None
     """Maximum sample length in tokens."""
     features: str | None = None
@@ -83,13 +83,13 @@ class RunConfig:
     adapters: AdapterConfig
     training: TrainingConfig
     forward_transfer: bool = False
-    """Also evaluate each task before it is learned, and the untrained model, for FWT."""
+    """Evaluate each task also before it is learned, and the untrained model, for FWT."""
     probes: int = 32
     """Questions of each earlier task on which routing drift is measured after each task; 0 for none."""
     eval_batch_size: int = 16
     """Questions per batch; affects the answers only through rounding."""
     seed: int = 0
-    """Of the adapters' initialisation, the order of samples, and what a strategy draws."""
+    """Seed of the adapters' initialisation, the order of samples, and what a strategy draws."""
 
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1 or self.probes < 0:

@@ -26,7 +26,7 @@ class TaskConfig:
     """One task of a stream."""
 
     name: str
-    """Its name in reports; unique in the stream."""
+    """Name in reports; unique in the stream."""
     train: str
     """File of training samples: LLaVA JSON, messages JSON or JSONL."""
     test: str
@@ -52,7 +52,7 @@ class StreamConfig:
     """Tasks, their order, and where their files are."""
 
     tasks: list[TaskConfig] = field(default_factory=list)
-    """In the order of training."""
+    """Tasks in the order of training."""
     root: str | None = None
     """Folder that the tasks' files are relative to (default: the working directory)."""
     media_root: str | None = None
@@ -60,7 +60,7 @@ class StreamConfig:
     order: list[str] | None = None
     """Names of the tasks in another order, or of some of them."""
     seed: int = 0
-    """Of the draws of ``train_limit`` and ``test_limit``; the same for every run of a comparison."""
+    """Seed of the draws of ``train_limit`` and ``test_limit``; the same for every run of a comparison."""
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ class TrainingConfig:
     accelerator: str = "auto"
     """Lightning's."""
     devices: int = 1
-    """Per machine, each with a process that takes its share of every step's samples."""
+    """Devices per machine, each with a process that takes its share of every step's samples."""
     num_nodes: int = 1
     """Machines."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """With several processes: replicate the base, or shard its blocks; adapters are always replicated."""
+    """Use of several processes: replicate the base, or shard its blocks; adapters are always replicated."""
 
     @property
     def processes(self) -> int:

@@ -39,7 +39,7 @@ class DetectionCLI(RunCLI):
         return record.metrics.get("train/loss", float("nan"))
 
     def _evaluate(self, results: Any) -> None:
-        """Also write the detections, all numbers and the curves into ``logs/validate`` or ``logs/test``."""
+        """Write the detections, too, all numbers and the curves into ``logs/validate`` or ``logs/test``."""
         super()._evaluate(results)
         if self.trainer.is_global_zero:
             module, folder = self.model, self.output / "logs" / str(self.subcommand)

@@ -48,7 +48,7 @@ class MoETuningConfig:
     """How a dense detector becomes a mixture of experts (:mod:`unimoe.detection.model.moe_tuning`)."""
 
     copies: int = 8
-    """Of each decoder FFN."""
+    """Copies of each decoder FFN."""
     slices: int = 2
     """Parts of each copy, and experts that a query visits."""
     gate: str = "straight_through"
@@ -56,7 +56,7 @@ class MoETuningConfig:
     balance_coef: float = 0.01
     """Factor of the load-balance loss."""
     router_init_std: float = 0.02
-    """Of the router's fresh rows."""
+    """Standard deviation of the router's fresh rows."""
     router: dict[str, Any] | None = None
     """More settings of the ``top_k`` router, see ``unimoe moe show top_k``."""
 
@@ -68,8 +68,8 @@ class StartConfig:
     init_from: str | None = None
     """Folder of an earlier run, or public Grounding DINO weights; or else give ``detector``."""
     detector: dict[str, Any] | None = None
-    """Of a fresh start: ``backbone``, ``weights``, ``text_encoder`` and fields of DynamicDinoConfig, as
-    :func:`unimoe.detection.model.build.build_detector` takes them."""
+    """Detector of a fresh start: ``backbone``, ``weights``, ``text_encoder`` and fields of DynamicDinoConfig,
+    as :func:`unimoe.detection.model.build.build_detector` takes them."""
     moe: MoETuningConfig | None = None
     """Turns the decoder's FFNs into experts and freezes what the paper freezes."""
 
@@ -91,13 +91,13 @@ class OptimizerConfig:
     lr: float = 4e-4
     """Peak learning rate."""
     encoder_lr: float = 0.1
-    """That of backbone and text encoder, as a share of ``lr``."""
+    """Learning rate of backbone and text encoder, as a share of ``lr``."""
     schedule: Schedule = "cosine"
-    """Of the learning rates after warm-up."""
+    """Course of the learning rates after warm-up."""
     warmup: float = 0.1
     """Share of all steps over which the learning rates rise linearly from zero."""
     weight_decay: float = 1e-4
-    """On matrices only."""
+    """Weight decay of AdamW, on matrices only."""
 
 
 @dataclass
@@ -111,9 +111,9 @@ class DetectionConfig(OptimizerConfig, TrainableConfig, StartConfig):
     evaluation: Style = "coco"
     """Protocol of the average precision."""
     max_detections: int = 300
-    """Of an image for each prompt, for the average precision."""
+    """Detections of an image for each prompt that count for the average precision, at most."""
     seed: int = 0
-    """Of everything random; each step depends on it and on the step's number alone."""
+    """Seed of everything random; each step depends on it and on the step's number alone."""
 
 
 class DetectionModule(ResumableModule):
@@ -148,9 +148,9 @@ class DetectionModule(ResumableModule):
         self.model: DynamicDinoForObjectDetection
         self.tokenizer: PreTrainedTokenizerBase
         self.evaluator: DetectionEvaluator
-        """Of the latest evaluation, with every detection."""
+        """Evaluator of the latest evaluation, with every detection."""
         self.scores: Evaluation
-        """Of the latest evaluation."""
+        """Scores of the latest evaluation."""
         self._text: TextFeatureCache | None = None
 
     # ---------------------------------------------------------------- building

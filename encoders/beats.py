@@ -21,7 +21,7 @@ RATE, MEL_BINS = 16_000, 128
 PATCH = 16
 """Frames and mel bins of a patch."""
 MEAN, STD = 15.41663, 6.55582
-"""Of log mel energies over AudioSet; features are (x - MEAN) / (2 STD)."""
+"""Mean and deviation of log mel energies over AudioSet; features are (x - MEAN) / (2 STD)."""
 
 _WINDOW, _HOP, _FFT = 400, 160, 512
 _FIXED = {
@@ -37,7 +37,7 @@ _FIXED = {
 
 @dataclass
 class BeatsConfig:
-    """Under the names of the official ``cfg``; the defaults are BEATs_iter3_plus_AS2M's."""
+    """Sizes under the names of the official ``cfg``; the defaults are BEATs_iter3_plus_AS2M's."""
 
     embed_dim: int = 512
     """Width of a patch before the encoder."""
@@ -52,7 +52,7 @@ class BeatsConfig:
     conv_pos: int = 128
     """Kernel of the convolution that stands for positions."""
     conv_pos_groups: int = 16
-    """Its groups."""
+    """Groups of that convolution."""
     num_buckets: int = 320
     """Distances that the relative position bias tells apart."""
     max_distance: int = 800

@@ -37,12 +37,13 @@ class ConnectorConfig:
     grid: list[int] | None = None
     """pooled_mlp on images: height and width of the token grid; None takes a square."""
     time: Literal["keep", "mean"] | None = None
-    """On videos, whose frames each go through a connector of this type: ``keep`` puts the frames' tokens one
-    after another, with a learned position for each frame; ``mean`` takes their mean, as Uni-MoE does."""
+    """Treatment of a video's frames, which each go through a connector of this type: ``keep`` puts the
+    frames' tokens one after another, with a learned position for each frame; ``mean`` takes their mean, as
+    Uni-MoE does."""
     frames: int | None = None
-    """On videos: the most frames of one; taken from the encoder when a model is built."""
+    """Frames of a video, at most; taken from the encoder when a model is built."""
     frame_positions: int | None = None
-    """On videos: encoder positions of a frame; taken from the encoder when a model is built."""
+    """Encoder positions of a video's frame; taken from the encoder when a model is built."""
     num_queries: int = 32
     """qformer: tokens per item."""
     num_layers: int = 4
@@ -58,7 +59,7 @@ class ConnectorConfig:
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> "ConnectorConfig":
-        """From a dictionary.
+        """Read the configuration from a dictionary.
 
         Raises:
             UserError: a type or key is unknown, or values contradict each other.

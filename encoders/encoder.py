@@ -46,7 +46,7 @@ class Encoder(nn.Module):
     Config: ClassVar[type]
     """Dataclass of this encoder's settings."""
     prefixes: ClassVar[tuple[str, ...]] = ("",)
-    """Where this tower may lie inside a checkpoint."""
+    """Prefixes under which this tower may lie inside a checkpoint."""
 
     config: dict[str, Any]
     """JSON-able; ``build_encoder(encoder.config)`` makes an equal structure."""

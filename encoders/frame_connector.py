@@ -1,4 +1,4 @@
-"""From the frames of a video to tokens that keep, or do not keep, their time.
+"""Connector of a video's frames, whose tokens keep, or do not keep, their time.
 
 Shapes: B videos, F frames of the longest, N frames of all videos, S positions of a frame, D encoder width,
 T tokens of a frame, H language model width.

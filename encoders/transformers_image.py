@@ -48,7 +48,7 @@ class VisionConfig:
 @dataclass
 class ClipConfig(VisionConfig):
     features_layer: int | None = -2
-    """As above; LLaVA and Uni-MoE take -2."""
+    """Index into ``hidden_states``, as above; LLaVA and Uni-MoE take -2."""
 
 
 class TransformersImageEncoder(ImageEncoder):

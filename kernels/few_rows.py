@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import native
 
 MOST_ROWS = 16
-"""With more, torch's products are as fast."""
+"""Most rows of the operators: with more, torch's products are as fast."""
 _logger = logging.getLogger(__name__)
 
 

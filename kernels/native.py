@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def library() -> Path:
-    """Where the library for this source and this torch lies, or would: below UNIMOE_CACHE."""
+    """Path of the library for this source and this torch, whether built or not: below UNIMOE_CACHE."""
     cache_folder = Path(os.environ.get("UNIMOE_CACHE") or "~/.cache/unimoe").expanduser()
     sources = [path.read_bytes() for path in sorted(SOURCES[0].parent.glob("*.[ch]*"))]
     made_for = f"{torch.__version__} {sys.platform} {platform.machine()}".encode()

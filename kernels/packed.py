@@ -108,7 +108,7 @@ class Stack:
     def empty(
         cls, bits: Sequence[int], rows: int, width: int, group: int, nested: bool = False, halves: int = 1
     ) -> "Stack":
-        """Of torch's default device; its contents are undefined.
+        """Make a stack on torch's default device; its contents are undefined.
 
         Raises:
             UserError: see :func:`check`.
@@ -212,7 +212,7 @@ class Stack:
         return Stack(*own, self.rows, self.width, self.group, self.nested, self.halves)
 
     def starts(self) -> list[int]:
-        """Where the codes of each matrix begin."""
+        """Offsets at which the codes of each matrix begin."""
         one = self.scales.shape[1] * LANES * (self.width // self.group) * filled(self.group) // 8
         starts = [0]
         for bits in self.bits:

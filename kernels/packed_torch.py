@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 GROUPS = (32, 64, 128, 256)
 MOST_ROWS = 16
-"""With more, unpacking and a plain product are faster."""
+"""Most rows of these products: with more, unpacking and a plain product are faster."""
 Parts = list[tuple[Tensor, Tensor]]
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Codes of a stack -> (matrix, level) -> what torch multiplies."""

@@ -135,7 +135,7 @@ class Weights(NamedTuple):
     """[E, H, R]"""
 
     def expert(self, e: int, dtype: torch.dtype | None = None) -> Any:
-        """Those of expert ``e`` (views, where ``dtype`` is None or theirs)."""
+        """Weights of expert ``e`` (views, where ``dtype`` is None or theirs)."""
         return Weights(*(None if one is None else one[e].to(dtype or one.dtype) for one in self))
 
 

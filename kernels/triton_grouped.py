@@ -105,7 +105,7 @@ def tile_of(program, tiles, M, columns):
 
 @triton.jit
 def source_rows(row, end, token):
-    """Where the rows of a tile lie, int64; rows behind the end repeat the last one."""
+    """Indices of the rows of a tile, int64; rows behind the end repeat the last one."""
     source = tl.minimum(row, end - 1).to(tl.int64)
     if token is not None:
         source = tl.load(token + source).to(tl.int64)

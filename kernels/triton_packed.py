@@ -33,8 +33,8 @@ class Tile(NamedTuple):
 
 
 TILES = {16: Tile(16, 64, 4, 3), None: Tile(64, 64, 4, 3)}
-"""By the rows of an expert, at most; set by hand, without a GPU. None spills registers on compute capability
-9.0 (tests/kernels/test_triton_compiled.py)."""
+"""Tile for the most rows of an expert; set by hand, without a GPU. None spills registers on compute
+capability 9.0 (tests/kernels/test_triton_compiled.py)."""
 
 
 def packed_linear(x: Tensor, stack: Stack, bias: Tensor | None = None, level: int = 0) -> Tensor:

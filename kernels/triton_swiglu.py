@@ -75,7 +75,7 @@ def fused_experts(
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Without ``token_N`` the rows of x are the pairs and nothing is summed."""
+    """Forward and backward pass; without ``token_N`` the rows of x are the pairs and nothing is summed."""
 
     @staticmethod
     def forward(

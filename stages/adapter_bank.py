@@ -25,7 +25,7 @@ class Adapter:
     """One LoRA."""
 
     name: str
-    """Its folder."""
+    """Name of the bank's folder."""
     factors: dict[str, tuple[Tensor, Tensor]]
     """Name of the projection -> A [r, D] and B [P, r], which is multiplied by alpha / r."""
 

@@ -18,8 +18,8 @@ from unimoe.moe.parts import LOSSES, nearest
 
 @dataclass
 class Anneal:
-    """From ``start`` to ``end`` over ``steps``, constant before and afterwards; or the values of a
-    ``table``."""
+    """Course of a knob from ``start`` to ``end`` over ``steps``, constant before and afterwards; or the
+    values of a ``table``."""
 
     start: float | None = None
     """Value at the first step; 0.025 for UniMoE-Audio's balance loss."""
@@ -34,10 +34,10 @@ class Anneal:
     """Optimizer steps at ``start`` before them."""
 
     shape: Literal["linear", "exp"] = "linear"
-    """Of the way between them; ``exp`` needs two values above 0."""
+    """Shape of the way between them; ``exp`` needs two values above 0."""
 
     table: list[tuple[int, float]] | None = None
-    """In place of the above, steps and the value from each on: ``[[0, 8], [2000, 1]]``. Before the first step
+    """Steps and the value from each on, in place of the above: ``[[0, 8], [2000, 1]]``. Before the first step
     the configured value holds, which may be a list with one for each layer."""
 
     layers: list[int] | None = None

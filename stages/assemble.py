@@ -98,7 +98,7 @@ class Manifest:
     folders count as the base."""
 
     seed: int = 0
-    """Of fresh routers, and of the choice of their samples."""
+    """Seed of fresh routers, and of the choice of their samples."""
 
     output: str | None = None
     """Folder of the result."""

@@ -34,7 +34,7 @@ class StageCLI(RunCLI):
     harmless_keys = ("data.num_workers", "data.cache_features")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        """As RunCLI's; ``--model.moe.router.k 1`` changes one setting of a part.
+        """Read arguments as RunCLI does; ``--model.moe.router.k 1`` changes one setting of a part.
 
         jsonargparse would replace the whole part, and drop its other settings.
         """

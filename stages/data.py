@@ -58,8 +58,8 @@ class StageDataConfig:
     """Longest sample in tokens."""
 
     overflow: Overflow = "error"
-    """For longer samples: ``error`` stops and names the sample, ``truncate`` removes its end (never media,
-    nor all answers), ``drop`` skips it with a warning."""
+    """Treatment of longer samples: ``error`` stops and names the sample, ``truncate`` removes its end (never
+    media, nor all answers), ``drop`` skips it with a warning."""
 
     pack: int | None = None
     """Pack the samples of a batch into rows of up to this many tokens, without padding and without attention
@@ -75,7 +75,7 @@ class StageDataConfig:
     """Processes that prepare batches."""
 
     seed: int = 0
-    """Of the order of samples."""
+    """Seed of the order of samples."""
 
     def __post_init__(self) -> None:
         numbers = list(self.train.values()) if isinstance(self.train, dict) else []

@@ -46,7 +46,7 @@ class ExpertInfo:
     """I."""
 
     sha256: str = ""
-    """Of ``expert.safetensors``."""
+    """Hash of ``expert.safetensors``."""
 
     format: int = FORMAT
     """Version of this layout."""
@@ -60,7 +60,7 @@ class Expert:
     """An expert folder in memory."""
 
     info: ExpertInfo
-    """Its description."""
+    """Description of the expert."""
 
     tensors: dict[str, Tensor]
     """``layers.{i}.gate_up_proj`` [2I, H] and ``layers.{i}.down_proj`` [H, I]."""

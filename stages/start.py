@@ -35,7 +35,7 @@ class StartConfig:
     """Fields of MoEConfig, to copy the FFNs of a fresh start into experts."""
 
     chat_template: str | None = None
-    """Of a fresh start: ``chatml`` or a Jinja template; default the tokenizer's own."""
+    """Chat template of a fresh start: ``chatml`` or a Jinja template; default the tokenizer's own."""
 
     rope_sections: list[int] | None = None
     """3-D rotary positions of a fresh start, for modalities with timestamps

@@ -26,7 +26,7 @@ class StageRecord:
     """The content of ``stage.json``."""
 
     stage: str
-    """Its name."""
+    """Name of the stage."""
 
     settings: dict[str, Any]
     """Everything that determined the result, by dotted key."""
@@ -56,7 +56,7 @@ class StageRecord:
     """All other files of the result."""
 
     versions: dict[str, str] = field(default_factory=dict)
-    """Of Python and the packages that affect the numbers."""
+    """Versions of Python and the packages that affect the numbers."""
 
 
 def versions() -> dict[str, str]:
@@ -142,7 +142,7 @@ def folder_hash(folder: str | Path) -> str:
 
 
 def start_hash(start: str | None) -> str | None:
-    """Of what a run starts from: a folder's hash; ``None`` and an id on the hub as they are."""
+    """Hash of the folder that a run starts from; ``None`` and an id on the hub as they are."""
     return folder_hash(start) if start is not None and Path(start).is_dir() else start
 
 

@@ -223,7 +223,7 @@ def idefics3() -> Built:
 
 
 def smolvlm() -> Built:
-    """Its processor needs the package num2words."""
+    """SmolVLM, whose processor needs the package num2words."""
     more = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
     tokens = tokenizer(more=more)
     config = hf.SmolVLMConfig(

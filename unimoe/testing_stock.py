@@ -39,7 +39,7 @@ FINE = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts_per_t
 
 
 def qwen3_vl_moe(**more: Any) -> Any:
-    """With a vision tower of its own; text alone runs, too."""
+    """Qwen3-VL-MoE, with a vision tower of its own; text alone runs, too."""
     text = {**TINY, **FINE, "num_experts": 8, "head_dim": 8, **more}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,

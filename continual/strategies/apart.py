@@ -38,7 +38,7 @@ class DyMoEApart(DyMoE):
         Args:
             energy: fraction of the squared length of a task's tokens that the basis covers, at every
                 projection: more retains more of earlier tasks and leaves less room for new ones.
-            samples: of each task, whose tokens the directions are computed from.
+            samples: samples of each task, whose tokens the directions are computed from.
             dymoe: the parameters of DyMoE.
         """
         super().__init__(**dymoe)

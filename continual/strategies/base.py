@@ -63,14 +63,14 @@ class Strategy:
             self.learner.add_lora()
 
     def before_training_exp(self, task: Experience) -> None:
-        """Before the first step of a task."""
+        """Run before the first step of a task."""
 
     def replay_samples(self, task: Experience, batch_size: int) -> tuple[list[Sample], int]:
         """Earlier samples, and how many of them join every batch of ``batch_size`` new ones."""
         return [], 0
 
     def before_training_iteration(self) -> None:
-        """Before the loss of each step."""
+        """Run before the loss of each step."""
 
     def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
         """The loss of a step (0-based) out of ``steps``."""
@@ -81,13 +81,13 @@ class Strategy:
         return 0.0
 
     def after_training_exp(self, task: Experience) -> None:
-        """After the last step of a task."""
+        """Run after the last step of a task."""
 
     def before_eval(self, batch: dict[str, Any]) -> None:
-        """Before answers to a batch of prompts are generated."""
+        """Run before answers to a batch of prompts are generated."""
 
     def after_eval(self) -> None:
-        """After they were generated."""
+        """Run after they were generated."""
 
     def routing(self, records: Sequence[LayerRecord]) -> dict[str, Any]:
         """What the records of some forward passes say about the routers, for the log; {} without routers.

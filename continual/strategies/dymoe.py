@@ -28,7 +28,7 @@ class IncMoELoRA(Strategy):
         Args:
             k: experts that a token keeps out of all banks (default: the size of a bank, as in the paper).
             scale: gamma, the factor on the cosines.
-            temperature: of the softmax over the kept experts.
+            temperature: temperature of the softmax over the kept experts.
         """
         super().__init__()
         self.k, self.scale, self.temperature = k, scale, temperature
@@ -102,5 +102,5 @@ class DyMoE(IncMoELoRA):
 
 
 def _of_banks(records: Sequence[LayerRecord]) -> list[LayerRecord]:
-    """Without those of MoE layers of the base model."""
+    """Records without those of MoE layers of the base model."""
     return [entry for entry in records if entry.projection]

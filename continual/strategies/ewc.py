@@ -27,7 +27,7 @@ class EWC(Strategy):
         """
         Args:
             strength: lambda (Prism's default).
-            samples: of each task, for its Fisher information.
+            samples: samples of each task, for its Fisher information.
             decay: factor on the information of earlier tasks.
 
         Raises:

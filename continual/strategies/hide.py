@@ -40,7 +40,7 @@ class TaskRouter(Router):
         return Routing.from_mask(weight_TK != 0, weight_TK, weight_TK.log(), weight_TK)
 
     def describe(self) -> RouterDescription:
-        """At inference, where all banks answer."""
+        """Describe the router at inference, where all banks answer."""
         return RouterDescription(self.num_experts, self.num_experts, fixed=True)
 
 
@@ -62,7 +62,7 @@ class HiDe(Strategy):
     def __init__(self, temperature: float = 0.1, top_blocks: int = 1):
         """
         Args:
-            temperature: of the softmax over tasks.
+            temperature: temperature of the softmax over tasks.
             top_blocks: number of top blocks that are weighted by task; 0 or fewer means all (as in DISCO).
 
         Raises:
@@ -147,7 +147,7 @@ class HiDe(Strategy):
 
 
 def describe_stock(model: nn.Module, part: dict[str, Any], asked_BT: Tensor) -> list[dict[str, Tensor]]:
-    """As :meth:`HiDe.describe`, of a model of transformers.
+    """Describe tokens as :meth:`HiDe.describe` does, by a model of transformers.
 
     Args:
         model: the base, with adapters or without.

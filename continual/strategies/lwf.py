@@ -30,7 +30,7 @@ class LwF(Strategy):
         """
         Args:
             alpha: weight of the distillation.
-            temperature: of both distributions.
+            temperature: temperature of both distributions.
 
         Raises:
             UserError: for a negative ``alpha`` or a ``temperature`` that is not above 0.

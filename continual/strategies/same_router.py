@@ -28,7 +28,7 @@ class SameRouter(MoELoRA):
         """
         Args:
             energy: fraction of the squared length of a task's tokens that is protected from the router.
-            samples: of each task, whose tokens the directions are computed from.
+            samples: samples of each task, whose tokens the directions are computed from.
         """
         super().__init__()
         self.subspace = Subspace(energy, samples)

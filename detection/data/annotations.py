@@ -32,7 +32,7 @@ class Category:
     """A class of objects."""
 
     id: Id
-    """As in the file; ids may have gaps."""
+    """Id as in the file; ids may have gaps."""
     name: str
     frequency: str | None = None
     """LVIS: ``r``, ``c`` or ``f`` (rare, common, frequent)."""
@@ -100,7 +100,7 @@ class DetectionSample:
         return image
 
     def decode(self) -> Image.Image:
-        """As :meth:`load`, whatever size the image has."""
+        """Decode as :meth:`load` does, whatever size the image has."""
         part = {"type": "image", "path": str(self.path)}
         image = load_image(part, self.source)
         if self.size and image.size != self.size == image.size[::-1]:
@@ -225,7 +225,7 @@ class DetectionSet:
         return row_of
 
     def find(self, name: str, images: Path | None, where: str) -> Path:
-        """Where an image lies: in ``images``, or else near the file; a fault if nowhere."""
+        """Path of an image: in ``images``, or else near the file; a fault if nowhere."""
         near = [self.path.parent, self.path.parent / "images", self.path.parent.parent]
         roots = [images] if images else near
         found = find_file(name, roots)

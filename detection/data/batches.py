@@ -37,7 +37,7 @@ class EvalBatch:
     """Images in which every name of their set is searched."""
 
     rows: list[int]
-    """Of the set's samples."""
+    """Indices of the set's samples."""
     sizes: list[tuple[int, int]]
     """(width, height) in the pixels of the annotations."""
     pixel_mask: Tensor | None

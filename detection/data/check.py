@@ -18,7 +18,7 @@ class CheckReport:
 
     images: int
     boxes: int
-    """Without those that reading leaves out."""
+    """Boxes without those that reading leaves out."""
     categories: int
     faults: list[Fault]
 

@@ -19,7 +19,7 @@ class CocoImage:
 
     index: int
     id: Any
-    """As the file writes it."""
+    """Id as the file writes it."""
     entry: dict[str, Any]
     size: tuple[int, int] | None
     """(width, height), None if unknown."""

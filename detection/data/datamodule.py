@@ -75,7 +75,7 @@ class DetectionData(LightningDataModule):
                 says where (true: ``features`` beside the output folder).
             copies: with cache_features: augmented views of each training image.
             num_workers: processes that prepare batches.
-            seed: of the order of images, their prompts and, without cache_features, their augmentation.
+            seed: seed of the order of images, their prompts and, without cache_features, their augmentation.
 
         Raises:
             UserError: a number is below 1, or ``images`` names an unknown split.

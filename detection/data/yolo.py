@@ -136,7 +136,7 @@ def _listed(place: str, roots: list[Path]) -> list[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    """By its name, else by what it holds."""
+    """Whether a file is an image: by its name, else by what it holds."""
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return file.is_file()
     known = file.suffix.lower() in _NO_IMAGES or file.name.startswith(".")

@@ -38,12 +38,12 @@ class ClassResult:
     """One row of the table of classes; -1 where a class has no objects."""
 
     id: Id
-    """As in the file."""
+    """Id as in the file."""
     name: str
     ap: float
     ap50: float
     objects: int
-    """How many there are, crowds left out."""
+    """Number of objects, crowds left out."""
     detections: int
 
 

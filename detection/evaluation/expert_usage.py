@@ -38,9 +38,9 @@ class ExpertUsage:
     """Queries that visited both experts; symmetric, 0 on the diagonal."""
     classes: list[str]
     pairs: list[list[tuple[int, int] | None]]
-    """For each layer and class: the pair that most queries of found objects of the class visited."""
+    """Pair, for each layer and class, that most queries of found objects of the class visited."""
     information: list[float]
-    """For each layer: mutual information of class and pair, in bits."""
+    """Mutual information of class and pair in each layer, in bits."""
     slices: int
     """Slices of a copy: expert i belongs to copy i // slices."""
 

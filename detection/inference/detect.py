@@ -1,4 +1,4 @@
-"""From images and a list of names to boxes whose labels are members of that list.
+"""Detection in images: boxes whose labels are members of a given list of names.
 
 Shapes: B images, Q queries, L text tokens, C names of a prompt, K detections of an image.
 """

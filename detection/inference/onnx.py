@@ -246,7 +246,7 @@ class OnnxDetector:
 
     @classmethod
     def load(cls, path: str | Path, names: Sequence[str]) -> "OnnxDetector":
-        """From a file of :func:`export_onnx`.
+        """Load a file of :func:`export_onnx`.
 
         Raises:
             UserError: a file is missing, or was exported for other names.

@@ -37,7 +37,7 @@ class Detector:
 
     @classmethod
     def load(cls, folder: str | Path, names: Sequence[str], device: str | None = None) -> "Detector":
-        """From a folder of ``unimoe fit``; ``device`` None takes the GPU if there is one.
+        """Load a folder of ``unimoe fit``; ``device`` None takes the GPU if there is one.
 
         Raises:
             UserError: there is no detector, or its tokenizer does not know a name.

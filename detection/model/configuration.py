@@ -96,12 +96,13 @@ class DynamicDinoConfig(PreTrainedConfig):
     """Maximum prompt length in tokens."""
 
     text_sees_start: bool = True
-    """In the text encoder each segment also attends to the first token of the prompt, and its positions start
-    after that token, as in the encoder's pretraining. Grounding DINO does without, but trains its encoder:
-    with a frozen MiniLM, "banana" and "tomato" then have features of cosine similarity 1.0000, else 0.35."""
+    """Whether, in the text encoder, each segment also attends to the first token of the prompt, and its
+    positions start after that token, as in the encoder's pretraining. Grounding DINO does without, but trains
+    its encoder: with a frozen MiniLM, "banana" and "tomato" then have features of cosine similarity 1.0000,
+    else 0.35."""
 
     image_size: int | list[int] = 640
-    """In pixels: side of a square, or [shorter side, limit of the longer side]."""
+    """Size in pixels: side of a square, or [shorter side, limit of the longer side]."""
 
     image_mean: list[float] | None = None
     """Per-channel mean on a 0..1 scale (default: ImageNet's)."""

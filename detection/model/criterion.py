@@ -177,5 +177,5 @@ def _with_proposals(layers: Tensor | None, proposals: Tensor | None) -> Tensor:
 
 
 def _full_precision(x: Tensor) -> Tensor:
-    """At least float32, since half precision rounds small focal terms to zero."""
+    """Convert to float32 at least, since half precision rounds small focal terms to zero."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

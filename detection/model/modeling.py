@@ -41,7 +41,7 @@ class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with weights that are independent of the files (:func:`own_weights`)."""
+        """Load as transformers does, with weights that are independent of the files (:func:`own_weights`)."""
         loaded = super().from_pretrained(*args, **kwargs)
         own_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded

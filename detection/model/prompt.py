@@ -133,7 +133,7 @@ class PromptBatch:
     text_position_ids: Tensor
     """[B, L] int64."""
     name_tokens: list[Tensor]
-    """For each prompt [C, L] bool."""
+    """Tokens of each name, for each prompt [C, L] bool."""
 
     @classmethod
     def stack(cls, prompts: Sequence[Prompt]) -> "PromptBatch":
@@ -166,8 +166,9 @@ class PromptBatch:
 
 
 def clean_name(name: str, brackets: bool = False) -> str:
-    """In lower case, with underscores as spaces, without brackets and their content, invisible characters and
-    a final full stop ("Truck_(pickup)" -> "truck"). ``brackets`` keeps the words inside brackets."""
+    """Convert a name to lower case, with underscores as spaces, without brackets and their content, invisible
+    characters and a final full stop ("Truck_(pickup)" -> "truck"). ``brackets`` keeps the words inside
+    brackets."""
     visible = "".join(
         " " if char.isspace() else char
         for char in name.replace("_", " ")

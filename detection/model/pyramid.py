@@ -38,7 +38,7 @@ class Pyramid:
 
     @classmethod
     def of(cls, maps: list[Tensor], pixel_mask_BHW: Tensor | None) -> "Pyramid":
-        """From feature maps [B, D, H, W], fine to coarse; without a mask there is no padding."""
+        """Make a pyramid of feature maps [B, D, H, W], fine to coarse; without a mask there is no padding."""
         masks = [level_mask(features, pixel_mask_BHW) for features in maps]
         ratios = [torch.stack([m[:, 0].float().mean(1), m[:, :, 0].float().mean(1)], -1) for m in masks]
         return cls(

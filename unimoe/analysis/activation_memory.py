@@ -27,7 +27,7 @@ class Saved:
     """Bytes saved for the backward pass."""
 
     blocks: list[int] = field(default_factory=list)
-    """By block of the LLM."""
+    """Bytes of each block of the LLM."""
     others: int = 0
     """Embeddings, last norm, head and loss."""
     block_input: int = 0

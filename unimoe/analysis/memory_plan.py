@@ -62,9 +62,9 @@ class Sizes:
     """Number of weights, and of trained weights, by part of the model."""
 
     experts: tuple[int, int] = (0, 0)
-    """In the LLM's MoE layers, without routers."""
+    """Experts in the LLM's MoE layers, without routers."""
     blocks: tuple[int, int] = (0, 0)
-    """In the LLM's blocks, without the experts."""
+    """Weights of the LLM's blocks, without the experts."""
     others: tuple[int, int] = (0, 0)
     """Embeddings, head, connectors, towers that train."""
     towers: tuple[int, int] = (0, 0)
@@ -72,7 +72,7 @@ class Sizes:
     largest_block: int = 0
     """Weights of the largest block, experts included."""
     largest_experts: int = 0
-    """Those of its experts."""
+    """Weights of its experts."""
 
     @property
     def total(self) -> int:
@@ -134,8 +134,8 @@ def plan(
             config.json or the same as YAML, ours or of a multimodal model of transformers; of several files
             each overrides the one before it.
         gpus: devices.
-        memory: of each, in GB.
-        tokens: of each sample.
+        memory: memory of each GPU, in GB.
+        tokens: tokens of each sample.
         reserve: share of the memory to set aside.
     """
     settings = read_settings(config)

@@ -190,7 +190,7 @@ def pathways(flow: Mapping[str, Any], layers: Sequence[int], experts: Sequence[s
 
 
 def expert_maps(use: Mapping[str, Any]) -> str:
-    """For each layer: the expert load, and which experts were visited together, relative to each row's
+    """Maps of each layer: the expert load, and which experts were visited together, relative to each row's
     expert."""
     layers = len(use["load"])
     figure = Figure(figsize=(2.9 * layers, 4.2), layout="constrained")

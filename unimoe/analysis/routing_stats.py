@@ -97,7 +97,7 @@ class RoutingStats:
         }
 
     def experts_per_token(self, num_experts: Mapping[int, int]) -> dict[int, float]:
-        """For each MoE layer the mean number of its first ``num_experts[layer]`` experts, those with weights,
+        """Mean number, in each MoE layer, of its first ``num_experts[layer]`` experts, those with weights,
         that a token visited; empty when nothing was counted."""
         tokens = sum(self.tokens().values())
         return {
@@ -106,12 +106,13 @@ class RoutingStats:
         }
 
     def mean_expert_load(self) -> dict[str, list[float]]:
-        """For ``all`` and every kind the share of each expert, averaged over layers [E]."""
+        """Share of each expert, averaged over layers [E], for ``all`` and every kind."""
         tables = {name: torch.tensor(table) for name, table in self.expert_load().items() if name != "layers"}
         return {name: [round(share, 4) for share in table.mean(0).tolist()] for name, table in tables.items()}
 
     def pathways(self, most: int = 5) -> dict[str, Any]:
-        """For every kind: ``tokens``, ``distinct`` pathways, and the ``top`` ones with their share of tokens.
+        """Pathways of every kind: ``tokens``, ``distinct`` ones, and the ``top`` ones with their share of
+        tokens.
 
         A pathway is the expert with the largest weight in each MoE layer, from first to last.
         """
@@ -126,8 +127,8 @@ class RoutingStats:
         return found
 
     def flow(self) -> dict[str, list[list[list[float]]]]:
-        """For every kind [L-1, E, E]: the share of its tokens whose top expert is i in one MoE layer and j in
-        the next."""
+        """Flow of every kind [L-1, E, E]: the share of its tokens whose top expert is i in one MoE layer and
+        j in the next."""
         experts = max(len(count_E) for layers in self.pairs.values() for count_E in layers.values())
         found = {}
         for kind in self.kinds:

@@ -53,7 +53,7 @@ class LabelledImages:
     labels: np.ndarray
     """[N] int64."""
     names: list[str] = field(default_factory=list)
-    """Of each image, such as ``red apple``."""
+    """Name of each image, such as ``red apple``."""
     texts: Tensor | None = None
     """[N, X] embeddings of the names."""
 

@@ -28,7 +28,7 @@ class Process(Protocol):
         ...
 
     def step(self, x: Tensor, prediction: Tensor, time: float, earlier: float) -> Tensor:
-        """From ``time`` to ``earlier``."""
+        """One step of sampling, from ``time`` to ``earlier``."""
         ...
 
 

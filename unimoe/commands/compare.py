@@ -26,7 +26,7 @@ def compare(
     Args:
         config: YAML file with base or from_scratch, data, designs, match, ... (docs/compare.md).
         designs: names of designs in the file, or presets, in place of the file's list.
-        seeds: in place of the file's.
+        seeds: seeds in place of the file's.
         steps: optimizer steps of each cell, in place of the file's.
         output: folder of the cells, results.json and report.html.
     """

@@ -109,7 +109,7 @@ def prune(
         keep: experts of each layer.
         budget: share of the experts instead, 0..1.
         globally: divide the budget over all layers, so that they keep different numbers.
-        seed: of random.
+        seed: seed of ``random``.
     """
     new_folder(output)
     check_seed(seed, "--seed")
@@ -184,7 +184,7 @@ def merge(
         kappa: for stun, layers of at most so many clusters get means.
         sparsity: for stun, share of all expert weights that is gone in the end (Wanda).
         owl: for stun, another sparsity in each layer, by outliers.
-        seed: of k-means++.
+        seed: seed of k-means++.
         batch_size: conversations per batch.
         media_root: folder of relative media paths (default: that of each data file).
     """

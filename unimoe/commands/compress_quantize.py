@@ -84,7 +84,7 @@ def quantize(
         data: conversations to calibrate on, of all modalities that the model must keep; for a detector files
             of boxes. Every file gives as many samples.
         output: new folder of the result.
-        bits: of an expert's weight: 1, 2, 3, 4 or 8 for all (default: 4); a number with a point, such as 3.0,
+        bits: bits of a weight: 1, 2, 3, 4 or 8 for all (default: 4); a number with a point, such as 3.0,
             is a mean, and each expert gets one of --choices, more if it matters more.
         how: gptq rounds each weight so that it makes up for the errors of others; rtn rounds to nearest.
         linears: bits of all other linear layers of the decoder and of shared experts, rounded to nearest; 16
@@ -106,7 +106,7 @@ def quantize(
         media_root: folder of relative media paths (default: that of each data file).
         min_tokens: an expert that saw fewer is rounded to nearest, and named.
         memory: GB for what is kept of the layers in flight; less of it takes more passes over the data.
-        seed: of the order of samples with --balanced.
+        seed: seed of the order of samples with --balanced.
     """
     new_folder(output)
     disable_progress_bar()  # transformers' own

@@ -131,7 +131,7 @@ def tune(
         experts: vectors: experts of a token that run (default: 1).
         levels: bits: numbers of bits that a token may read of an expert's weights, besides all of them
             (default: 2 3 of 4 bits, 4 6 of 8).
-        steps: of the optimiser, one batch each.
+        steps: steps of the optimiser, one batch each.
         lr: learning rate of AdamW, falling to 0.
         penalty: heads: weight of the share of experts that are kept (default: 0.1); bits: weight of a bit
             (default: 0.03).

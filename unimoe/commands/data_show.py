@@ -95,7 +95,7 @@ def show(
         model: whose tokens: a finished stage's folder, an LLM (media are then one token each), or default.
         count: samples to draw, each modality in turn.
         images: folder of the media files, if it is not the data file's own.
-        seed: of the drawing.
+        seed: seed of the drawing.
     """
     if count < 1:
         raise UserError(f"--count must be at least 1, found {count}")

@@ -102,7 +102,7 @@ def detect(
 
 
 def _class_thresholds(given: Iterable[str] | None) -> dict[str, float]:
-    """Of "red car=0.5"."""
+    """Thresholds by class, from entries such as "red car=0.5"."""
     found = {}
     for entry in given or ():
         name, _, value = entry.rpartition("=")

@@ -21,7 +21,7 @@ def gguf(model: str, path: str, /, *, type: GGUFType = "q8_0") -> None:
     Args:
         model: folder of a finished stage.
         path: where to write, a name that ends with .gguf.
-        type: of the weights: q8_0, 8 bits in blocks of 32; f16; f32, exact.
+        type: numbers of the weights: q8_0, 8 bits in blocks of 32; f16; f32, exact.
     """
     if not path.endswith(".gguf"):
         raise UserError(f"{path}: expected a name that ends with .gguf")

@@ -147,7 +147,8 @@ def describe_model(
 
 
 def describe_run(folder: str | Path) -> dict[str, Any]:
-    """As :func:`describe_model` for the base of a continual run with all banks, and ``banks``."""
+    """Describe the base of a continual run with all banks as :func:`describe_model` does, and its
+    ``banks``."""
     run = load_run(folder)
     learner, name = run.strategy.learner, run.strategy.name
     report = describe_model(learner.model, run.model.init_from or "")
@@ -170,7 +171,7 @@ def describe_run(folder: str | Path) -> dict[str, Any]:
 
 
 def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """At most ``most`` of the samples, evenly spaced."""
+    """Samples, evenly spaced, at most ``most`` of them."""
     count = min(most, len(samples))
     return [samples[index * len(samples) // count] for index in range(count)]
 

@@ -285,7 +285,7 @@ def _positional_only(function: Callable[..., Any]) -> list[str]:
 
 class _Parser(argparse.ArgumentParser):
     parameters: Iterable[str] = ()
-    """Of the verb's function."""
+    """Names of the parameters of the verb's function."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         return super().parse_args(_join_dotted(args or (), self.parameters), namespace)

@@ -45,7 +45,7 @@ def show(name: str) -> None:
     """Describe a part with its settings, or print a preset in full, with its tests and the line that uses it.
 
     Args:
-        name: as ``unimoe moe list`` shows it; kind/name where several parts have one name. The name of a
+        name: name as ``unimoe moe list`` shows it; kind/name where several parts have one name. The name of a
             paper or system describes all its parts and presets.
     """
     found = [(kind, part) for kind, registry in REGISTRIES.items() for part in registry.values()]
@@ -105,7 +105,7 @@ def parts_of(preset: str) -> list[tuple[str, Part]]:
 
 
 def where_tested(part: Part) -> str:
-    """Where the repository tests a part: the file that mirrors its module."""
+    """Test file of a part in the repository: the one that mirrors its module."""
     *folders, module = part.build.__module__.removeprefix("unimoe.").split(".")
     return "/".join(["tests", *folders, f"test_{module}.py"])
 

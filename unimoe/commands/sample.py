@@ -40,7 +40,7 @@ def sample(
         count: images of each class.
         steps: steps from noise to image.
         guidance: strength of the class; 1 is none.
-        seed: of the noise.
+        seed: seed of the noise.
         output: an image file, or a .npy file for the numbers.
 
     Raises:

@@ -38,7 +38,7 @@ def upcycle(
         moe: settings of the MoE layers, such as router.k=2, or --moe.preset NAME (`unimoe moe list`).
         experts: folders of models that were fine-tuned from MODEL, one for each copy of an FFN; everything
             else is MODEL's. Without them all copies are those of MODEL.
-        seed: of the fresh routers.
+        seed: seed of the fresh routers.
 
     Raises:
         UserError: the model is no dense host, a setting is wrong, or the output is there already.

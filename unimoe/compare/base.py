@@ -199,7 +199,7 @@ def _tokenizer(vocab: str) -> Any:
 
 
 def _model_type(folder: str) -> str | None:
-    """Of the model in a folder; None for a hub id.
+    """Type of the model in a folder; None for a hub id.
 
     Raises:
         UserError: its configuration cannot be read.

@@ -23,18 +23,18 @@ TOLERANCE = 0.02
 ROUND = 0.005
 """Deviation at which a width that is a multiple of a power of two is preferred to the nearest."""
 BYTES = 2
-"""Of a weight as it is stored: bfloat16."""
+"""Bytes of a weight as it is stored: bfloat16."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the placed layers, or of a whole model."""
+    """Cost of the placed layers, or of a whole model."""
 
     active: float
     """Parameters that a token visits."""
     total: float
     bytes: float
-    """Of the weights as they are stored."""
+    """Bytes of the weights as they are stored."""
 
     def over(self, other: "Cost", what: Match) -> float:
         """This cost relative to another; ``none`` compares active parameters."""
@@ -76,8 +76,8 @@ class Frame:
         return Cost(size, size, BYTES * size)
 
     def cost(self, design: Design) -> Cost:
-        """Of a design in these places, without data: a router whose number of experts depends on the token
-        counts as at equal probabilities.
+        """Cost of a design in these places, without data: a router whose number of experts depends on the
+        token counts as at equal probabilities.
 
         Raises:
             UserError: the experts cannot be built.

@@ -83,7 +83,7 @@ class CellModule(ResumableModule):
         self._step_began = time.perf_counter()  # without the data, which the first design of a seed prepares
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As of the base class, which also runs the training step; takes the time of it all."""
+        """Take the time of the base class's step, which also runs the training step."""
         super().optimizer_step(*args, **kwargs)
         if self.device.type == "cuda":
             torch.cuda.synchronize()

@@ -137,7 +137,7 @@ class CompareConfig:
     placed layers train, with their routers; everything else is frozen."""
 
     from_scratch: FromScratch | None = None
-    """In place of ``base``, a language model that trains from random weights; each expert has its own."""
+    """Language model that trains from random weights, in place of ``base``; each expert has its own."""
 
     match: Match = "active"
     """What each design must have as much of as dense, within 2 %, in the placed layers: ``active`` parameters
@@ -156,16 +156,16 @@ class CompareConfig:
     """Peak learning rate of AdamW."""
 
     router_lr: float | None = None
-    """That of routers (default: ``lr``)."""
+    """Peak learning rate of routers (default: ``lr``)."""
 
     schedule: Schedule = "cosine"
-    """Of the learning rates after warm-up."""
+    """Course of the learning rates after warm-up."""
 
     warmup: float = 0.05
     """Share of the steps over which they rise."""
 
     weight_decay: float = 0.0
-    """On matrices."""
+    """Weight decay of matrices."""
 
     val_every: int | None = None
     """Steps between two validations, on the test sets if there is no validation data (default: at the start

@@ -28,7 +28,7 @@ class CompareData(Protocol):
     """Training batches, and batches of each file that is evaluated."""
 
     unit: str
-    """Of the losses."""
+    """Unit of the losses."""
     has_answers: bool
     """Whether a row is a question with its answer."""
 
@@ -80,7 +80,7 @@ class Conversations:
         self.collator, self.trunk = Collator(base.processor, data.max_length, cache), base.trunk
         self._held_rows: dict[int, Row] = {}
         self._rows: dict[int, Row] = {}
-        """Of the training samples of one seed, which all designs of the seed share."""
+        """Rows of the training samples of one seed, which all designs of the seed share."""
         self._seed: int | None = None
 
     def train(self, seed: int, steps: int) -> Iterable[Batch]:
@@ -120,7 +120,7 @@ class Conversations:
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` of the items, evenly spaced."""
+    """Items, evenly spaced, at most ``most`` of them."""
     count = min(most, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 

@@ -14,7 +14,7 @@ from unimoe.stages.anneal import Anneal
 DENSE = "dense"
 COPIES = "copies_top2"
 CONTROLS = (DENSE, COPIES)
-"""In every comparison: the base trained on as it is, and plain upcycling."""
+"""Designs of every comparison: the base trained on as it is, and plain upcycling."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Design:
     """None for the dense model."""
     anneal: dict[str, Anneal] = field(default_factory=dict)
     width: int | None = None
-    """Of the FFN that each copy is made of; None for that of the base."""
+    """Width of the FFN that each copy is made of; None for that of the base."""
 
     def definition(self) -> dict[str, Any]:
-        """As JSON; a cell belongs to a design of the same definition."""
+        """Definition as JSON; a cell belongs to a design of the same definition."""
         anneal = {key: asdict(schedule) for key, schedule in self.anneal.items()}
         return {"moe": self.moe and self.moe.to_dict(), "anneal": anneal, "width": self.width}
 

@@ -37,9 +37,9 @@ class Evaluation(Callback):
         """
         self.data, self.watched, self.every = data, watched, every
         self.losses: dict[int, dict[str, float]] = {}
-        """After so many steps, by file."""
+        """Losses by file, after so many steps."""
         self.exact: dict[int, dict[str, float]] = {}
-        """Likewise, the share of answers given exactly; empty where the data has no answers."""
+        """Share of answers given exactly, likewise; empty where the data has no answers."""
         self.routing = RoutingMeasures()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

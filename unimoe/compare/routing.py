@@ -55,7 +55,7 @@ class RoutingMeasures:
 
 
 def mutual_information(count_ME: Tensor) -> float:
-    """Of the row and the column of a table of counts, in nats."""
+    """Mutual information of the row and the column of a table of counts, in nats."""
     joint_ME = count_ME.double() / count_ME.sum().clamp(min=1)
     apart_ME = joint_ME.sum(1, keepdim=True) * joint_ME.sum(0, keepdim=True)
     present = joint_ME > 0

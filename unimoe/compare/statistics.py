@@ -20,7 +20,7 @@ class Difference:
     seeds: int
     mean: float
     half_width: float | None
-    """Of the 95 % interval around the mean, t sd / sqrt(n); None for one seed."""
+    """Half width of the 95 % interval around the mean, t sd / sqrt(n); None for one seed."""
     verdict: Verdict | None
     """None below ``FEWEST_SEEDS`` seeds."""
 

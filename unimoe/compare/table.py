@@ -10,7 +10,7 @@ from .statistics import paired_difference
 
 Cell = dict[str, Any]
 ALL = "mean"
-"""Of the losses on all files that the verdict is on."""
+"""Name of the mean loss over all files, which the verdict is on."""
 
 
 def rows_of(cells: Mapping[tuple[str, int], Cell], judged: Sequence[str]) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ class Texts:
         self.pools = [self._tokens(file)[0] for file in config.data.train_files]
         self.trunk = base.trunk
         self._batches: dict[int, Batch] = {}
-        """Above the trunk, of the steps of one seed, which all designs of the seed share."""
+        """Batches above the trunk, of the steps of one seed, which all designs of the seed share."""
         self._seed: int | None = None
         self._evaluation: dict[str, list[Batch]] = {}
         self.held: dict[str, Tensor] = {}
@@ -63,7 +63,7 @@ class Texts:
         return DataLoader(_AboveTrunk(windows, self), batch_size=None, sampler=range(steps))
 
     def batch(self, step: int, windows: "_Windows") -> Batch:
-        """Of a step; through the trunk, where there is one, unless it is known."""
+        """Batch of a step; through the trunk, where there is one, unless it is known."""
         if self.trunk is None:
             return windows[step]
         if step not in self._batches:

@@ -145,7 +145,7 @@ def windows(layers: Sequence[Tensor], clusters: int, window: int = 2, seed: int 
         layers: of each [E, m, D] outputs of all experts for the same tokens.
         clusters: mean number of a layer, 1..E.
         window: 1 or 2.
-        seed: of k-means++.
+        seed: seed of k-means++.
     """
     found: list[Groups] = []
     for start in range(0, len(layers), window):

@@ -59,7 +59,7 @@ def train(layers: Sequence[MoEView], rows: int, loss: Callable[[], Tensor], step
         layers: of the model.
         rows: of the batch; each has its own shifts, and does not act on the others'.
         loss: runs the model and returns its loss [B], one of each row.
-        steps: of the optimiser; 0 leaves the shifts at zero.
+        steps: steps of the optimiser; 0 leaves the shifts at zero.
     """
     # inference mode may be on around: its tensors cannot be part of a graph
     with torch.inference_mode(False), torch.enable_grad():

@@ -41,7 +41,7 @@ from .sample import Sample
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("image", "video")
-"""Those of which ``mm_encoder_outputs`` holds outputs; sound is encoded each time."""
+"""Modalities of which ``mm_encoder_outputs`` holds outputs; audio is encoded each time."""
 
 OF_NO_TOWER = (
     *("text_config", "quantization_config", "architectures", "dtype", "transformers_version"),
@@ -99,7 +99,7 @@ class HostFeatures(FeatureStore):
             for modality in MODALITIES
             if (method := self._method(modality)) is not None
         }
-        """Of ``get_image_features`` and ``get_video_features``; the first are the pixels."""
+        """Arguments of ``get_image_features`` and ``get_video_features``; the first are the pixels."""
         self.connector = self._connector()
         """Name of the part that trains, whose inputs are kept; None where nothing trains."""
         self._lists: dict[str, bool] = {}
@@ -112,7 +112,7 @@ class HostFeatures(FeatureStore):
         self._hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the model: loader workers only read, and a copy of the model copies its hooks."""
+        """State without the model: loader workers only read, and a copy of the model copies its hooks."""
         return {**super().__getstate__(), "model": None, "_hook": None}
 
     # ---------------------------------------------------------------- which model
@@ -329,7 +329,7 @@ class HostFeatures(FeatureStore):
         return batch
 
     def _give(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Before the model runs: the tensors of :meth:`pad` as it takes them."""
+        """Convert the tensors of :meth:`pad` to what the model takes, before it runs."""
         given = dict(kwargs.get("mm_encoder_outputs") or {})
         for modality, tensors in given.items():
             if isinstance(tensors, tuple):

@@ -61,8 +61,8 @@ def stream_samples(
     training: bool = True,
     convert: bool = True,
 ) -> Iterator[Sample]:
-    """As :func:`read_samples`, one by one. Without ``convert``, samples of parquet files hold their media in
-    memory, and nothing is written to the cache of the ``datasets`` library."""
+    """Read as :func:`read_samples` does, one by one. Without ``convert``, samples of parquet files hold their
+    media in memory, and nothing is written to the cache of the ``datasets`` library."""
     if format not in FORMATS:
         raise UserError(f"found the data format {format!r}, expected one of {', '.join(FORMATS)}")
     for file in data_files(path):
@@ -208,7 +208,7 @@ _MARK = "\ufeff"
 
 
 def _encoding(path: Path) -> str:
-    """Of a text file whose first character is ASCII, as in JSON: by its byte order mark or its zero bytes."""
+    """Encoding of a text file that begins with ASCII, as JSON does: by its byte order mark or zero bytes."""
     return json.detect_encoding(_head(path, 4)).replace("utf-8-sig", "utf-8")
 
 

@@ -324,5 +324,5 @@ def _names(value: str) -> Iterator[str]:
 
 
 def _shown(value: str) -> str:
-    """For messages: whole lines of base64 are no file names."""
+    """Value as messages show it: whole lines of base64 are no file names."""
     return value if len(value) <= 255 else f"{value[:80]}... ({len(value):,} characters)"

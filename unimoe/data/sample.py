@@ -22,7 +22,8 @@ class Sample:
     """Turns in order: an optional system turn, then user and assistant alternating."""
 
     source: str
-    """Where it was read, ``file:line`` or ``file[index]``; every error about the sample starts with it."""
+    """Place where it was read, ``file:line`` or ``file[index]``; every error about the sample starts with
+    it."""
 
     id: str | None = None
     """The identifier the file gives it, if any."""
@@ -46,7 +47,8 @@ class Sample:
         return replace(self, messages=asked), "".join(part.get("text", "") for part in last["content"])
 
     def to_record(self, root: str | Path) -> dict[str, Any]:
-        """As one object of messages JSONL: paths inside ``root`` relative to it, bytes as data URLs."""
+        """The sample as one object of messages JSONL: paths inside ``root`` relative to it, bytes as data
+        URLs."""
         record: dict[str, Any] = {} if self.id is None else {"id": self.id}
         record["messages"] = [
             {"role": message["role"], "content": [_portable(part, Path(root)) for part in message["content"]]}

@@ -51,7 +51,7 @@ class ModalityBatchSampler(Sampler[list[int]]):
         Args:
             modalities: the modality set of each sample (``Sample.modality``).
             batch_size: samples of a batch on one rank.
-            seed: of the order.
+            seed: seed of the order.
             shuffle: random order; otherwise that of the samples.
             world_size: number of ranks.
             rank: this one.

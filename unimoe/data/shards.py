@@ -38,9 +38,9 @@ class TarMember:
     shard: str
     """Path of the archive."""
     name: str
-    """Its name in the archive."""
+    """Name in the archive."""
     offset: int
-    """Its first byte in the archive."""
+    """First byte in the archive."""
     size: int
     """Bytes."""
 

@@ -46,7 +46,7 @@ class SampleStream(IterableDataset):
             sources: as :func:`data_files` takes them.
             batch_size: samples of a batch on one rank.
             steps: batches to yield.
-            seed: of the order.
+            seed: seed of the order.
             world_size: number of ranks.
             rank: this one.
             buffer: samples in memory, from which the next one is drawn.

@@ -30,7 +30,7 @@ class TableCell:
     path: str
     """The file."""
     row: int
-    """From 0."""
+    """Number of the row, from 0."""
     keys: tuple[str | int, ...]
     """The column, and the path into its lists and structures."""
 
@@ -57,7 +57,7 @@ def table_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def stream_table(path: Path) -> Iterator[tuple[str, Any]]:
-    """As :func:`table_records`, without a conversion: records hold their binary values."""
+    """Read as :func:`table_records` does, without a conversion: records hold their binary values."""
     if not _is_parquet(path):
         yield from table_records(path)
         return

@@ -47,7 +47,7 @@ def continual(output: str = DEFAULT_OUTPUT, seed: int = 0, full: bool = False):
 
     Args:
         output: folder of the results.
-        seed: of the runs.
+        seed: seed of the runs.
         full: eight tasks and all strategies instead of five of each; takes hours on two cores.
 
     Raises:

@@ -91,7 +91,7 @@ def evaluate(
         experts: experts of a token, fewer than the router chooses.
         skip: weights below which experts are skipped, by modality, such as image=0.5,text=0.2.
         engine: torch; or llama.cpp, which decodes faster and in less memory.
-        type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
+        type: weights of llama.cpp: q8_0, f16 or f32 (default: q8_0).
         gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
 
     Returns:

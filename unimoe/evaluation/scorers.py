@@ -25,7 +25,7 @@ class Truth:
     answers: tuple[str, ...]
     """Accepted answers; for ``vqa`` the answers of the ten annotators."""
     options: dict[str, str] = field(default_factory=dict)
-    """Of a multiple choice: capital letter -> text."""
+    """Options of a multiple choice: capital letter -> text."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Settings:
     temperature: float = 0.0
     """0 decodes greedily; higher is more random."""
     seed: int = 0
-    """Of sampling, set again for each answer."""
+    """Seed of sampling, set again for each answer."""
     system: str = ""
     """The system prompt; empty for none."""
     contrast: float = 0.0
@@ -109,7 +109,7 @@ class Conversation:
         self.attached: list[Part] = []
         """Media of the next message."""
         self.stats = RoutingStats()
-        """Where the tokens of the last prompt and its answer went."""
+        """Routing of the tokens of the last prompt and its answer."""
 
     def set(self, assignment: str):
         """Take ``name=value`` into the settings.
@@ -184,7 +184,7 @@ class Conversation:
         return answer
 
     def stream(self, text: str) -> Iterator[str]:
-        """As :meth:`ask`, as an iterator over the words; closing it stops the model."""
+        """Answer as :meth:`ask` does, as an iterator over the words; closing it stops the model."""
         words: queue.Queue[str | BaseException | None] = queue.Queue()
         stopped = threading.Event()
 

@@ -54,7 +54,7 @@ class Named:
     make: Callable[[], "Tensor | Coded"]
     """Makes it when it is written."""
     bits: int | None = None
-    """Of a packed one."""
+    """Bits of a packed tensor."""
 
 
 def matrix(name: str, module: Any, order: Any = slice(None)) -> Named:

@@ -107,7 +107,7 @@ class LlamaModel(UniMoePreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As transformers' ``generate`` for greedy decoding and sampling, without beams.
+        """Generate as transformers does, for greedy decoding and sampling, without beams.
 
         Args:
             input_ids: [B, T], padded on the left.
@@ -177,7 +177,7 @@ class LlamaPrompt:
         self.length = sum(map(len, segments))
 
     def advance(self, tokens: int) -> tuple[int, Tensor | None]:
-        """As :meth:`unimoe.serve.batch.Prompt.advance`."""
+        """Run more tokens as :meth:`unimoe.serve.batch.Prompt.advance` does."""
         done, logits_1V = 0, torch.empty(0)
         while self.left and done < tokens:
             segment = self.left[0]

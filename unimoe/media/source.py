@@ -1,4 +1,4 @@
-"""Where encoded media come from: files, bytes, data URLs, members of larger files; and what they contain.
+"""Sources of encoded media: files, bytes, data URLs, members of larger files; and what they contain.
 
 What is wrong becomes a UserError that starts with ``where``, the place of the media part.
 """

@@ -31,7 +31,7 @@ from .rope_3d import install_time_rotary
 Built = tuple[UniMoeForConditionalGeneration, UniMoeProcessor]
 
 _PART = {"video": "image", "audio": "speech"}
-"""Whose prepared part is the default of a modality that has none of its own."""
+"""Modality whose prepared part is the default of one that has none of its own."""
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""From prompt text to ids.
+"""Token ids of prompts, by the chat template.
 
 What users typed stays text, placeholders expand to one for each media token, answers are marked.
 Marks are private-use characters that pass through the chat template and are removed by :func:`tokenize`:

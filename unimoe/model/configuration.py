@@ -53,7 +53,7 @@ class UniMoeConfig(PreTrainedConfig):
     (:mod:`unimoe.model.rope_3d`); together half a head, such as 16, 24, 24. None: a sequence."""
 
     rope_rate: float = 2.0
-    """With ``rope_sections``: by how much the time of video and audio advances per second."""
+    """Advance of the time of video and audio per second, with ``rope_sections``."""
 
     image_token_id: int | None = None
     """Id of ``<image>``; None where the model has no images. The same for the three below."""

@@ -53,7 +53,7 @@ def llava(source: str, output: str, chat_template: str = "vicuna") -> None:
 
 def llm(source: str, output: str, chat_template: str | None = None) -> None:
     """Turn a causal LM of transformers, dense or a mixture of experts, into a model that chat, serve,
-    evaluate, inspect and compress take. It sees and hears nothing; its logits stay as they are.
+    evaluate, inspect and compress take. The model takes text alone, and its logits stay the same.
 
     Args:
         source: folder or hub id, such as allenai/OLMoE-1B-7B-0125-Instruct.

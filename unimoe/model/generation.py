@@ -30,7 +30,7 @@ _PLAIN: dict[str, Any] = {
     "forced_eos_token_id": None,
     "guidance_scale": None,
 }
-"""Of both ways of decoding, whatever a folder's settings say."""
+"""Settings of both ways of decoding, whatever a folder's settings say."""
 
 _GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(SAMPLING), "repetition_penalty": 1.0}
 
@@ -71,7 +71,7 @@ def decoding_settings(max_new_tokens: int, temperature: float | None) -> dict[st
 
 
 class SuppressTokens(LogitsProcessor):
-    """As transformers' processor, which asks each token of the vocabulary whether it is one of these: that
+    """Forbids tokens as transformers' processor does, which compares each token of the vocabulary: that
     takes half a millisecond for each token of an answer.
 
     Args:

@@ -45,7 +45,7 @@ from .inputs import EncodedConversation, EncoderInputs, cat_padded
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}
 """What a processor calls the media of each modality."""
 FRAMES = 32
-"""Of a video at most, evenly spaced."""
+"""Frames of a video, evenly spaced, at most."""
 
 
 class HostLoader:
@@ -118,7 +118,7 @@ class HostProcessor:
 
     @classmethod
     def from_pretrained(cls, source: str, **settings: Any) -> "HostProcessor":
-        """That of a model's folder or hub id."""
+        """Load the processor of a model's folder or hub id."""
         processor = AutoProcessor.from_pretrained(source, **settings)
         if not hasattr(processor, "tokenizer"):
             raise UserError(f"{source}: found a {type(processor).__name__}, expected a multimodal processor")
@@ -274,7 +274,7 @@ class HostProcessor:
 
 
 def _times(frames: Sequence[Any]) -> VideoMetadata:
-    """When each frame of a video is shown, in milliseconds; a list of images counts as 24 frames a second, as
+    """Times of the frames of a video, in milliseconds; a list of images counts as 24 frames a second, as
     in transformers."""
     seconds = [frame.info.get("seconds") for frame in frames]
     if len(frames) < 2 or None in seconds:

@@ -1,4 +1,4 @@
-"""From a part of a message to what its encoder takes, and to the number of tokens it will become.
+"""Preprocessing of a part of a message: what its encoder takes, and the number of tokens it becomes.
 
     part -> load (decoded, as little of it as is needed) -> encoder inputs, number of tokens, span
 
@@ -98,7 +98,8 @@ class VideoPreprocessor(ImagePreprocessor):
         return Prepared(dict(zip(self.outputs, values, strict=True)), tokens, self.span(frames, tokens))
 
     def span(self, frames: list[Image.Image], tokens: int) -> Span:
-        """When each frame is shown; frames without a time of their own are taken as one a second."""
+        """Span of the tokens, with the time of each frame; frames without a time of their own are taken as
+        one a second."""
         if self.connector.get("time") == "mean":
             return image_span(tokens)
         seconds = [frame.info.get("seconds", float(index)) for index, frame in enumerate(frames)]
@@ -106,7 +107,7 @@ class VideoPreprocessor(ImagePreprocessor):
 
 
 class Spectrum(Protocol):
-    """From a window of audio to the spectrum that an encoder takes."""
+    """Converts a window of audio to the spectrum that an encoder takes."""
 
     def __call__(self, window: np.ndarray) -> Tensor:
         """[mel bins, frames] of [samples] at 16 kHz."""
@@ -208,4 +209,5 @@ PREPROCESSORS: dict[str, Callable[[str, dict[str, Any], dict[str, Any]], Preproc
     "speech": AudioPreprocessor,
     "audio": AudioPreprocessor,
 }
-"""By modality; each is made of the modality, its ``preprocessing`` and its ``connector`` configuration."""
+"""Preprocessor of each modality; it is made of the modality, its ``preprocessing`` and its ``connector``
+configuration."""

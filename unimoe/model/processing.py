@@ -41,7 +41,7 @@ from .rope_3d import Span, row_positions
 log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
-"""Of speech and audio that is given as arrays, in Hz."""
+"""Sampling rate of speech and audio given as arrays, in Hz."""
 
 _PROBE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 

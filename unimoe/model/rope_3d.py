@@ -33,10 +33,10 @@ class Span:
     """Consecutive tokens of text, or of one media item."""
 
     modality: Literal["text", "image", "video", "speech", "audio"]
-    """Of all of them."""
+    """Modality of all tokens."""
 
     tokens: int
-    """Their number."""
+    """Number of tokens."""
 
     grid: tuple[int, int] | None = None
     """Height and width of the tokens of an image, or of each frame of a video."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 TAGS = ["unimoe", "mixture-of-experts"]
-"""In the model card that ``push_to_hub`` writes."""
+"""Tags of the model card that ``push_to_hub`` writes."""
 
 
 @register_quantization_config("unimoe")

@@ -121,7 +121,7 @@ class MoEConfig:
 
     @classmethod
     def for_upcycling(cls, values: dict[str, Any]) -> "MoEConfig":
-        """As :meth:`from_dict`, for dense FFNs that are to be cut into slices.
+        """Read as :meth:`from_dict` does, for dense FFNs that are to be cut into slices.
 
         A ``top_k`` router then chooses equally many experts of each slice, so that a token always visits
         whole FFNs (``groups: slices``), unless ``values`` or a preset decide on ``groups``, or k is no

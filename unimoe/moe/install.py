@@ -135,7 +135,7 @@ def shared_experts(mlp: nn.Module, moe: MoEConfig) -> SwiGLUExperts | None:
 
 
 def frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Those of shared experts that are never trained."""
+    """Parameters of shared experts that are never trained."""
     frozen = [part for part in model.modules() if isinstance(part, Experts) and part.frozen]
     return {parameter for part in frozen for parameter in part.parameters()}
 

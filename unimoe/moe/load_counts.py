@@ -43,7 +43,7 @@ class ExpertLoad:
         return self.tokens_per_expert.sum(-1) / torch.as_tensor(self.tokens).clamp(min=1e-9)
 
     def layer(self, index: int) -> "ExpertLoad":
-        """That of one of L layers."""
+        """Load of one of L layers."""
         tokens = self.tokens[index] if isinstance(self.tokens, Tensor) and self.tokens.ndim else self.tokens
         return ExpertLoad(self.tokens_per_expert[index], tokens)
 

@@ -165,7 +165,7 @@ class LoRALinear(nn.Module):
 
 
 def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Their concatenation; a single one is not copied."""
+    """Concatenate the parts; a single one is not copied."""
     return torch.cat([*parts], dim) if len(parts) > 1 else parts[0]
 
 

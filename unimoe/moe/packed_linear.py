@@ -64,7 +64,7 @@ class PackedLinear(nn.Module):
         return self
 
     def stack(self) -> kernel.Stack:
-        """Of one matrix: what is in this module's buffers."""
+        """Stack of one matrix: what is in this module's buffers."""
         buffers: dict[str, Any] = self._buffers
         sizes = ((self.bits,), self.out_features, self.in_features, self.group)
         return kernel.Stack(buffers["codes"], buffers["scales"], *sizes)

@@ -29,11 +29,11 @@ class Place:
     shared_experts: int = 0
     """Experts that every token visits, apart from ``num_experts``."""
     position: int = 0
-    """Of this layer among the MoE layers, from 0."""
+    """Position of this layer among the MoE layers, from 0."""
     positions: int = 1
     """MoE layers of the model."""
     vocab_size: int = 0
-    """Of the tokenizer; 0 where the model reads no token ids."""
+    """Vocabulary size of the tokenizer; 0 where the model reads no token ids."""
 
 
 _GIVEN = {field.name for field in fields(Place)} | {"mlps", "records", "layers", "across"}

@@ -128,7 +128,7 @@ def expert_counts(model: nn.Module) -> dict[int, int]:
 
 
 def find_layers(model: nn.Module) -> list[MoEView]:
-    """As :func:`view`; empty for a dense model."""
+    """Find the layers that :func:`view` gives; none in a dense model."""
     found: list[MoEView] = []
     for name, block in model.named_modules():
         parts = _ours(block) if isinstance(block, MoELayer) else _stock(block)
@@ -175,5 +175,5 @@ def _stock(block: nn.Module) -> Parts | None:
 
 
 def merge_map(experts: nn.Module) -> list[int] | None:
-    """Of experts that were merged: for each expert that the router knows the one that stands in for it."""
+    """Map of merged experts: for each expert that the router knows the one that stands in for it."""
     return getattr(experts, "merge_map", None)

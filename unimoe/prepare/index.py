@@ -27,7 +27,7 @@ OFFLINE = "connect, or give the files with --wheels FOLDER"
 
 @dataclass(frozen=True)
 class Sources:
-    """Where pip is configured to look."""
+    """Package indexes that pip is configured to read."""
 
     indexes: list[str] = field(default_factory=list)
     """Addresses of package indexes, in order."""

@@ -14,11 +14,11 @@ class Part:
     """
 
     name: str
-    """Its name in the suite: llm, image, speech, text, sprites, photos, artist, noto, fluent or movielens."""
+    """Name in the suite: llm, image, speech, text, sprites, photos, artist, noto, fluent or movielens."""
     title: str
     """Description for the user."""
     folder: str
-    """Its folder in the cache."""
+    """Folder in the cache."""
     package: str
     """The project's name on the index."""
     version: str

@@ -79,9 +79,9 @@ class Prompt:
         self.ids_1T: Tensor = inputs.pop("input_ids")
         inputs.pop("attention_mask", None)
         self.positions_41T: Tensor | None = inputs.pop("position_ids", None)
-        """Of models with ``rope_sections``; None for all others."""
+        """Positions for models with ``rope_sections``; None for all others."""
         self.ahead = 0
-        """By how much the rotary position of the first generated token exceeds its index."""
+        """Excess of the rotary position of the first generated token over its index."""
         if self.positions_41T is not None:
             self.ahead = int(self.positions_41T[1:].max()) + 1 - self.ids_1T.shape[1]
         self.embeds_1TH = model.model.embed(self.ids_1T, **inputs)
@@ -89,7 +89,7 @@ class Prompt:
         self.done = 0
 
     def advance(self, tokens: int) -> tuple[int, Tensor | None]:
-        """As :meth:`Prefill.advance`."""
+        """Run more tokens as :meth:`Prefill.advance` does."""
         chunk = slice(self.done, min(self.done + tokens, self.ids_1T.shape[1]))
         output = self.model(
             input_ids=self.ids_1T[:, chunk],
@@ -112,10 +112,10 @@ class StockPrompt:
         self.inputs = {name: to_device(value, model.device) for name, value in inputs.items()}
         self.cache = DynamicCache(config=model.config)
         self.ahead = 0
-        """As of :class:`Prompt`."""
+        """Excess of the rotary position, as in :class:`Prompt`."""
 
     def advance(self, tokens: int) -> tuple[int, Tensor | None]:
-        """As :meth:`Prefill.advance`, of all tokens."""
+        """Run all tokens at once, in the place of :meth:`Prefill.advance`."""
         cached = {"past_key_values": self.cache, "use_cache": True}
         parts = (self.model, getattr(self.model, "model", None))
         owners = [one for one in parts if hasattr(one, "rope_deltas")]

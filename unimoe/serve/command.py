@@ -58,7 +58,7 @@ def serve(
         name: the model's name for clients (default: the folder's name).
         api_key: what clients must send; better in the environment, as UNIMOE_API_KEY.
         engine: torch; or llama.cpp, which decodes faster and in less memory and cannot be looked into.
-        type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
+        type: weights of llama.cpp: q8_0, f16 or f32 (default: q8_0).
         gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
         device: such as cpu or cuda (default: a GPU if available).
         max_batch: answers decoded together.

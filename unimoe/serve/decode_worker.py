@@ -59,7 +59,7 @@ class DecodeRequest:
     longest: int | None = None
     """Scale images and frames down to this many pixels on the longer side."""
     frames: int = 8
-    """Of a video."""
+    """Frames of a video."""
     rate: float | None = None
     """Frames per second of a video."""
 

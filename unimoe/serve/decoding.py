@@ -81,7 +81,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.RLock()
-        """Of these two; not held while a process works, so that closing need not wait for it."""
+        """Lock of these two; not held while a process works, so that closing need not wait for it."""
 
     def decode(self, request: DecodeRequest, content: bytes, seconds: float) -> Decoded:
         header = json.dumps({**request.to_json(), "size": len(content)}).encode()

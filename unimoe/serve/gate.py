@@ -106,7 +106,7 @@ class _Body:
 
 
 def _name(host: str) -> str | None:
-    """Of a Host header, without the port."""
+    """Name of a Host header, without the port."""
     try:
         return urllib.parse.urlsplit(f"//{host}").hostname
     except ValueError:

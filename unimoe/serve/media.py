@@ -1,4 +1,4 @@
-"""From the content parts of a request to message parts with decoded media, within limits.
+"""Conversion of a request's content parts to message parts with decoded media, within limits.
 
 Nothing is fetched, or read from the disk, unless a flag allows it.
 """

@@ -36,5 +36,5 @@ class Metrics:
         )
 
     def page(self) -> bytes:
-        """In Prometheus' text format."""
+        """Page in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -217,7 +217,7 @@ class ChatRequest(BaseModel):
     rewire: Annotated[int, Field(ge=0, le=100)] | None = None
     experts: Annotated[int, Field(ge=0)] | None = None
     skip: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
-    """As the settings of that name of :class:`unimoe.compress.decoding.Decoding`."""
+    """Thresholds of skipping: ``skip`` of :class:`unimoe.compress.decoding.Decoding`."""
     generation_config: Annotated[str, StringConstraints(max_length=20_000)] | None = None
     """JSON, as ``transformers chat`` sends it; fields of the request take precedence."""
 

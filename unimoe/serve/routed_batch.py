@@ -38,10 +38,11 @@ class RoutedPrompt:
             self.weak.cache = DynamicCache(config=batch.model.config)
         self.shifts: rewire.Shifts | None = None
         self.tokens: list[int] = []
-        """Of the answer, since the shifts were trained."""
+        """Tokens of the answer since the shifts were trained."""
 
     def advance(self, tokens: int) -> tuple[int, Tensor | None]:
-        """As :meth:`unimoe.serve.batch.Prefill.advance`; the first call trains the shifts."""
+        """Run more tokens as :meth:`unimoe.serve.batch.Prefill.advance` does; the first call trains the
+        shifts."""
         if self.decoding.rewire and self.shifts is None:
             self._rewire()
         with self.shifted():
@@ -80,7 +81,7 @@ class RoutedPrompt:
 
 
 class RoutedBatch:
-    """As :class:`unimoe.serve.batch.RunningBatch`, with settings for each row."""
+    """A :class:`unimoe.serve.batch.RunningBatch` with settings for each row."""
 
     def __init__(self, model: Any):
         self.model = model

@@ -1,5 +1,5 @@
-"""From a request to vLLM's inputs, by our processor: its chat template, its guard against typed control
-tokens, its preprocessing of media.
+"""Conversion of a request to vLLM's inputs, by our processor: its chat template, its guard against typed
+control tokens, its preprocessing of media.
 
 vLLM knows ``image``, ``video`` and ``audio``. The renderer divides ``audio`` as our server does:
 ``input_audio`` is speech, ``audio_url`` is other audio, where the model takes both.
@@ -135,7 +135,7 @@ class DummyMedia(BaseDummyInputsBuilder[MediaSettings]):
 
 
 class MediaProcessor(BaseMultiModalProcessor[MediaSettings]):
-    """From media items to the inputs of the encoders, and to the number of placeholders of each."""
+    """Makes the inputs of the encoders from media items, and the number of placeholders of each."""
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         fields: dict[str, list[torch.Tensor]] = {}

@@ -59,7 +59,7 @@ def build_tasks(folder: str = "runs/continual/data", train: int = 320, test: int
         folder: where to write; an existing folder is replaced.
         train: training samples per task.
         test: test questions per task.
-        seed: of every random choice.
+        seed: seed of every random choice.
 
     Raises:
         UserError: for fewer than one sample or question.
@@ -197,4 +197,4 @@ TASKS: dict[str, Make] = {
     "position": _position,
     "text": _text,
 }
-"""In the order of the stream; consecutive tasks are unlike each other."""
+"""Tasks in the order of the stream; consecutive tasks are unlike each other."""

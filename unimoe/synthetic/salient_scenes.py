@@ -63,7 +63,8 @@ def draw_scenes(split: str, count: int, side: int) -> list[Example]:
 
 
 def weight(mask: np.ndarray) -> float:
-    """Of an object in its image: its pixels, times 1 minus its distance from the centre over the side."""
+    """Weight of an object in its image: its pixels, times 1 minus its distance from the centre over the
+    side."""
     rows, columns = np.nonzero(mask)
     middle = (len(mask) - 1) / 2
     return len(rows) * (1 - float(np.hypot(rows.mean() - middle, columns.mean() - middle)) / len(mask))
@@ -86,8 +87,8 @@ def plausible(objects: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def preference(mask: np.ndarray, masks: np.ndarray, preferences: np.ndarray) -> float:
-    """For any mask [S, S]: the largest product of its IoU with a plausible mask and the preference for that
-    one."""
+    """Preference for any mask [S, S]: the largest product of its IoU with a plausible mask and the preference
+    for that one."""
     both, either = (mask & masks).sum((1, 2)), (mask | masks).sum((1, 2))
     return float((both / np.maximum(either, 1) * preferences).max())
 

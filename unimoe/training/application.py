@@ -53,13 +53,13 @@ class ApplicationConfig:
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.0
-    """On matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     schedule: Schedule = "cosine"
-    """Of the learning rate after warm-up."""
+    """Course of the learning rate after warm-up."""
     warmup: float = 0.05
     """Share of all steps over which the learning rate rises linearly from zero."""
     seed: int = 0
-    """Of everything random; each step depends on it and on the step's number alone."""
+    """Seed of everything random; each step depends on it and on the step's number alone."""
 
 
 class Batch(Protocol):
@@ -83,7 +83,7 @@ class ApplicationModule(ResumableModule):
     """Trains ``model``, the network that ``build`` makes of a dictionary which ``config.json`` keeps."""
 
     application: ClassVar[str]
-    """Its name, which ``config.json`` states."""
+    """Name of the application, which ``config.json`` states."""
     batch_unit = "samples"
 
     def __init__(self, config: ApplicationConfig):

@@ -111,7 +111,7 @@ class RunCLI(LightningCLI):
 
     output: Path
     folder: Path
-    """Where logs and checkpoints are written: ``output``, or a temporary folder for a trial run."""
+    """Folder of logs and checkpoints: ``output``, or a temporary folder for a trial run."""
     trial: str | None = None
     """The setting of ``TRIALS`` that is on."""
     settings: dict[str, Any]
@@ -476,7 +476,7 @@ FSDP2_STRATEGY = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
 
 
 def _load_yaml(text: str) -> Any:
-    """As jsonargparse reads YAML, with the names of version 0.1 replaced by their current ones."""
+    """Read YAML as jsonargparse does, with the names of version 0.1 replaced by their current ones."""
     found = get_loader("yaml")(text.replace("unimoe.training.sharding.Sharded", FSDP2_STRATEGY))
     if isinstance(found, dict) and isinstance(found.get("data"), dict):
         settings = current_names({f"data.{key}": value for key, value in found["data"].items()})

@@ -23,7 +23,7 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoint: the order of the samples and the number of batches delivered."""
+        """State for Lightning's checkpoint: the order of the samples and the number of batches delivered."""
         return self._order().state_dict(consumed=self.delivered)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

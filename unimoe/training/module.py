@@ -64,7 +64,7 @@ class ResumableModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning does; by the norm over all shards where weights are sharded."""
+        """Clip gradients as Lightning does; by the norm over all shards where weights are sharded."""
         if self.device_mesh is None or gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
@@ -101,8 +101,8 @@ class ResumableModule(LightningModule):
                 self._load[one.layer] = self._load.get(one.layer, 0) + pairs_E
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; then routers act on the load of the whole step, and experts on what they kept of it
-        (``after_step`` of both)."""
+        """Step as Lightning does; then routers act on the load of the whole step, and experts on what they
+        kept of it (``after_step`` of both)."""
         super().optimizer_step(*args, **kwargs)
         for index, router in self._acting_routers().items():
             if index in self._load:

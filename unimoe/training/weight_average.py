@@ -22,7 +22,7 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """After optimizer step ``step`` (from 1); early averages are over fewer steps."""
+        """Update the average after optimizer step ``step`` (from 1); early averages are over fewer steps."""
         rest = 1 - min(self.decay, step / (step + 10))
         for name, parameter in model.named_parameters():
             if name in self._names:

@@ -53,7 +53,7 @@ class DiffusionData(ApplicationData):
             condition: ``class``, or ``text``: the Unicode names of sprites, by the prepared text encoder.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: images of a batch on each device.
-            seed: of the order of the images.
+            seed: seed of the order of the images.
 
         Raises:
             UserError: a number is below 1, or latents are to have texts.

@@ -49,11 +49,11 @@ class DiTConfig:
     patch: int = 4
     """Height and width of a patch, which is one token."""
     width: int = 128
-    """Of a token."""
+    """Width of a token."""
     depth: int = 6
     """Blocks."""
     heads: int = 4
-    """Of attention."""
+    """Attention heads."""
     ffn: float | None = None
     """Inner width of an FFN over the width of a token; of all experts that a token visits together. By
     default 4, and 3 for ``switch_dit``: then all designs have the same number of
@@ -62,15 +62,15 @@ class DiTConfig:
     """``dense``; ``promoe`` (every other block's FFN, from the second); ``switch_dit`` (a mask of every
     block)."""
     experts: int | None = None
-    """Routed ones of an MoE layer; by default the design's own, 12 of ProMoE and 3 of Switch-DiT."""
+    """Routed experts of an MoE layer; by default the design's own, 12 of ProMoE and 3 of Switch-DiT."""
     k: int | None = None
-    """Of these, how many a token (ProMoE) or a sample (Switch-DiT) visits; by default 1 and 2."""
+    """Routed experts that a token (ProMoE) or a sample (Switch-DiT) visits; by default 1 and 2."""
 
     def __post_init__(self) -> None:
         check_sizes("model.dit", self, "patch", "width", "depth", "heads", multiple=4)
 
     def resolved(self) -> "DiTConfig":
-        """With the design's own values where there are none.
+        """The same sizes, with the design's own values where none are given.
 
         Raises:
             UserError: more experts are to be visited than there are, or none.
@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """From noisy images, their times and their conditions to what the process predicts.
+    """Predicts what the process asks for, from noisy images, their times and their conditions.
 
     1. patches become tokens with fixed two-dimensional positions
     2. time and condition become one vector; a label of -1, or a text marked so, is none
@@ -224,7 +224,7 @@ class DiT(nn.Module):
 
     @staticmethod
     def of(network: dict[str, Any]) -> "DiT":
-        """From the content of ``config.json``."""
+        """Build the network from the content of ``config.json``."""
         (channels, side), text = network["data"]["shape"], network["data"]["text"]
         classes = 0 if text else len(network["data"]["classes"])
         return DiT(DiTConfig(**network["dit"]), channels, side, classes, text)

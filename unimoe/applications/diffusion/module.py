@@ -40,10 +40,10 @@ class DiffusionConfig(ApplicationConfig):
     ema: float = 0.999
     """Decay of the averaged weights, which are evaluated and saved."""
     samples: int = 0
-    """Of each class of sprites, drawn by ``unimoe test`` into a sheet; a linear probe on EfficientNet-Lite0
-    says how many it recognises."""
+    """Samples of each class of sprites, drawn by ``unimoe test`` into a sheet; a linear probe on
+    EfficientNet-Lite0 says how many it recognises."""
     guidance: float = 3.0
-    """Of these samples; 1 is none."""
+    """Guidance scale of these samples; 1 is no guidance."""
 
 
 class DiffusionModule(ApplicationModule):
@@ -76,7 +76,7 @@ class DiffusionModule(ApplicationModule):
         if config.samples < 0:
             raise UserError(f"model.samples is {config.samples}, expected at least 0")
         self.process: Process
-        """That the network is or was trained for."""
+        """Process that the network is or was trained for."""
         self.average: WeightAverage
 
     def network_settings(self, data: DiffusionData) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from unimoe.training.application import ApplicationData
 
 FeatureKind = Literal["id", "list", "number"]
 BUCKETS = 16
-"""Of a number: quantiles of the training rows."""
+"""Buckets of a number: quantiles of the training rows."""
 LONGEST = 16
 """Entries of a list that are read."""
 COMPARISONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
@@ -111,7 +111,7 @@ class RecommendationData(ApplicationData):
             test_share: share of the rows for the test.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: rows of a batch on each device.
-            seed: of the order of the rows in training.
+            seed: seed of the order of the rows in training.
 
         Raises:
             UserError: a setting is missing or out of range.

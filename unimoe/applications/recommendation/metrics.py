@@ -24,7 +24,7 @@ class AUC:
 
     value: float
     half_width: float
-    """Of the 95 % interval over samples of rows."""
+    """Half width of the 95 % interval over samples of rows."""
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> AUC:

@@ -24,7 +24,7 @@ class NetworkConfig:
     kind: Kind = "home"
     """``shared_bottom`` (dense: one expert that all tasks read), ``mmoe``, ``ple`` or ``home``."""
     parameters: int = 36_000
-    """Of the network without embeddings; the experts' width follows from it."""
+    """Parameters of the network without embeddings; the experts' width follows from it."""
     norm: bool = False
     """Batch normalisation and Swish in the experts of the other kinds too; HoME always has them."""
     experts: int = 8
@@ -74,7 +74,7 @@ class PLE(nn.Module):
         self.tasks = tasks = sum(groups)
         owner_E = [-1] * config.shared + [task for task in range(tasks) for _ in range(config.task)]
         self.reader_E = [tasks if owner < 0 else owner for owner in owner_E]
-        """Of each expert in level 2: the consumer of level 1 that it reads; the shared one is last."""
+        """Consumer of level 1 that each expert in level 2 reads; the shared one is last."""
         seen_TE = [[owner in (-1, task) for owner in owner_E] for task in range(tasks)]
         self.bank1 = Bank(len(owner_E), inputs, width, norm=config.norm)
         self.gate1 = Gate([*seen_TE, [True] * len(owner_E)], inputs)
@@ -230,7 +230,7 @@ class Recommender(nn.Module):
 
     @staticmethod
     def of(settings: dict[str, Any]) -> "Recommender":
-        """From the content of ``config.json``."""
+        """Build the network from the content of ``config.json``."""
         data = settings["data"]
         network = NetworkConfig(**settings["network"])
         return Recommender(data["sizes"], data["tasks"], settings["embedding"], network)

@@ -24,7 +24,7 @@ VAL_PHOTOS = ("chelsea.png", "coins.png")
 EVALUATED = 120
 """Patches of each weather in the validation and the test of photos."""
 HELD_OUT_SHARE = 0.1
-"""Of a folder's scenes: for validation, and as much for the test, where the settings leave it open."""
+"""Share of a folder's scenes for validation, and as much for the test, where the settings leave it open."""
 
 
 class Batch(NamedTuple):
@@ -128,7 +128,7 @@ class RestorationData(ApplicationData):
             test_share: the same for the test; not used with ``test``.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: patches of a batch on each device.
-            seed: of the order of the patches.
+            seed: seed of the order of the patches.
 
         Raises:
             UserError: a number is out of range, or a share is given for photos.
@@ -148,7 +148,7 @@ class RestorationData(ApplicationData):
         self.train, self.test, self.side, self.patches = train, test, side, patches
         self.shares = {"val": val_share, "test": 0.0 if test else test_share}
         self.weathers: list[str] = []
-        """Their names, after ``setup``."""
+        """Names of the weathers, after ``setup``."""
 
     def files(self) -> list[str]:
         """None: images are too many to be read for a hash, and parts have versions."""

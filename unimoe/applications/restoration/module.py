@@ -23,7 +23,7 @@ from .data import Batch, RestorationData
 from .restorer import Restorer, RestorerConfig
 
 HIGHEST_PSNR = 60.0
-"""In dB, for patches that are restored exactly or were not degraded; rounding to 8 bits alone has 59."""
+"""PSNR in dB of patches that are restored exactly or were not degraded; rounding to 8 bits alone has 59."""
 
 
 @dataclass

@@ -38,19 +38,19 @@ class RestorerConfig:
     patch: int = 4
     """Height and width of a patch, which is one token."""
     channels: int = 24
-    """Of the convolutions at full resolution."""
+    """Channels of the convolutions at full resolution."""
     width: int = 64
-    """Of a token."""
+    """Width of a token."""
     depth: int = 3
     """Blocks."""
     heads: int = 4
-    """Of attention."""
+    """Attention heads."""
     ffn: int = 4
     """Active parameters of an FFN, in units of 2 * width^2; the same in all designs."""
     experts: int = 4
-    """Of a mixture."""
+    """Experts of a mixture."""
     k: int = 2
-    """Of these, how many a token visits."""
+    """Experts that a token visits."""
 
     def __post_init__(self) -> None:
         check_sizes("model.restorer", self, "patch", "channels", "width", "depth", "heads", "ffn")
@@ -115,7 +115,7 @@ def make_ffn(config: RestorerConfig, index: int) -> nn.Module:
 
 
 class Restorer(nn.Module):
-    """From images in bad weather to clear ones.
+    """Restores images taken in bad weather.
 
     1. a convolution at full resolution; its patches become tokens
     2. blocks; the image's number is in the context of their routers
@@ -162,5 +162,5 @@ class Restorer(nn.Module):
 
     @staticmethod
     def of(network: dict[str, Any]) -> "Restorer":
-        """From the content of ``config.json``."""
+        """Build the network from the content of ``config.json``."""
         return Restorer(RestorerConfig(**network["restorer"]))

@@ -92,7 +92,7 @@ class SaliencyData(ApplicationData):
             test_images: scenes for the test, and for validation; by default 200.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: images of a batch on each device.
-            seed: of the order of the images.
+            seed: seed of the order of the images.
 
         Raises:
             UserError: a number is out of range, or one of scenes is given for a folder.

@@ -31,11 +31,11 @@ class NetworkConfig:
     """``psod``: in each block an FFN for each task; ``switch``: two FFNs, of which a router chooses one for
     each token; ``dense``: one FFN."""
     width: int = 96
-    """Of a token."""
+    """Width of a token."""
     depth: int = 4
     """Blocks."""
     heads: int = 4
-    """Of attention."""
+    """Attention heads."""
     ffn: float = 4.0
     """Inner width of an FFN over the width of a token."""
     queries: int = 5
@@ -159,7 +159,7 @@ class SaliencyNet(nn.Module):
 
     @staticmethod
     def of(network: dict[str, Any]) -> "SaliencyNet":
-        """From the content of ``config.json``."""
+        """Build the network from the content of ``config.json``."""
         return SaliencyNet(NetworkConfig(**network["network"]), network["data"]["side"])
 
 

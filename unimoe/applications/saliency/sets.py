@@ -64,8 +64,8 @@ def iou(predicted_KSS: Tensor, masks_GSS: Tensor) -> Tensor:
 
 
 def precision_recall(iou_KG: Tensor) -> tuple[float, float]:
-    """Of one image, many to many: the share of predictions that some plausible mask matches, and of plausible
-    masks that some prediction matches; means over ``THRESHOLDS``."""
+    """Precision and recall of one image, many to many: the share of predictions that some plausible mask
+    matches, and of plausible masks that some prediction matches; means over ``THRESHOLDS``."""
     thresholds = iou_KG.new_tensor(THRESHOLDS)
     return tuple(  # type: ignore[return-value]
         float((iou_KG.amax(dim=dim)[:, None] >= thresholds - 1e-9).double().mean()) for dim in (1, 0)
@@ -78,8 +78,8 @@ def harmonic_mean(precision: float, recall: float) -> float:
 
 
 def f_beta(predicted_SS: Tensor, mask_SS: Tensor, beta2: float = 0.3) -> float:
-    """Of two bool masks, with the weight of precision that is usual for salient objects (Achanta et al.,
-    CVPR 2009)."""
+    """F-measure of two bool masks, with the weight of precision that is usual for salient objects (Achanta et
+    al., CVPR 2009)."""
     both = float((predicted_SS & mask_SS).sum())
     if not both:
         return 0.0

@@ -1,4 +1,4 @@
-"""From a trained dense model to one whose drawing FFNs are sparse (SparseUnifiedModel, arXiv 2512.02351).
+"""Adaptation of a trained dense model to sparse drawing FFNs (SparseUnifiedModel, arXiv 2512.02351).
 
 Shapes: I inner width of an FFN.
 """

@@ -31,7 +31,7 @@ class UnifiedData(ApplicationData):
             side: height and width of the images; those of a folder are resized.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: images of a batch on each device.
-            seed: of the order of the images.
+            seed: seed of the order of the images.
 
         Raises:
             UserError: a number is below 1.

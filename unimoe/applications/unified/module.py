@@ -43,13 +43,13 @@ class UnifiedConfig(ApplicationConfig):
     """Folder of a finished run of a dense model whose drawing branch is adapted to ``unified.design`` and
     trained on; answers stay as they are. Not with ``init_from``, which continues an adapted model."""
     frozen: float | None = None
-    """Of the design ``moe``: share of the steps in which its routers alone train, by default 0.5."""
+    """Share of the steps in which the routers of ``moe`` alone train, by default 0.5."""
     drop: float = 0.1
     """Share of training images that are drawn without their class, for guidance."""
     samples: int = 8
-    """Of each class, drawn by ``unimoe test`` into a sheet; the model itself names what they show."""
+    """Samples of each class, drawn by ``unimoe test`` into a sheet; the model itself names what they show."""
     guidance: float = 3.0
-    """Of these samples; 1 is none."""
+    """Guidance scale of these samples; 1 is no guidance."""
 
 
 class UnifiedModule(ApplicationModule):
@@ -194,7 +194,7 @@ class UnifiedModule(ApplicationModule):
         return questions(label_B, other_B, step_B < 2)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """In the stage of frozen experts the optimizer sees no gradient but those of the routers."""
+        """Keep the gradients of the routers alone while the experts are frozen."""
         super().on_before_optimizer_step(optimizer)
         share = 0.5 if self.config.frozen is None else self.config.frozen
         frozen = share * self.trainer.max_steps

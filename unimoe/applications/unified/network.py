@@ -35,22 +35,22 @@ class UnifiedNetConfig:
     """Sizes of the transformer, and the FFNs of its drawing branch."""
 
     design: Design = "dense"
-    """Of the drawing branch's FFNs, but for the first and the last: ``dense``; ``moe``, cut in experts of
-    equal importance; ``pruned``, the most important units alone, as many as are active in the mixture."""
+    """Design of the drawing branch's FFNs, but for the first and the last: ``dense``; ``moe``, cut in experts
+    of equal importance; ``pruned``, the most important units alone, as many as are active in the mixture."""
     patch: int = 4
     """Height and width of a patch, which is one token."""
     width: int = 96
-    """Of a token."""
+    """Width of a token."""
     depth: int = 4
     """Blocks, at least 3."""
     heads: int = 4
-    """Of attention."""
+    """Attention heads."""
     inner: int = 288
     """Inner width of a dense FFN."""
     experts: int = 16
-    """``moe``: that an FFN is cut in."""
+    """Experts that ``moe`` cuts an FFN in."""
     k: int = 8
-    """Of these, how many a token visits; ``pruned`` keeps this share of the units."""
+    """Experts that a token visits; ``pruned`` keeps this share of the units."""
 
     def __post_init__(self) -> None:
         check_sizes("model.unified", self, "patch", "width", "heads", "inner", "experts", multiple=4)
@@ -205,7 +205,7 @@ class UnifiedNet(nn.Module):
 
     @staticmethod
     def of(network: dict[str, Any]) -> "UnifiedNet":
-        """From the content of ``config.json``."""
+        """Build the network from the content of ``config.json``."""
         (channels, side), classes = network["data"]["shape"], network["data"]["classes"]
         return UnifiedNet(UnifiedNetConfig(**network["unified"]), channels, side, len(classes))
 

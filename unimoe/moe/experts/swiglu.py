@@ -53,7 +53,7 @@ class SwiGLUExperts(Experts):
         adapters: Adapters | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """As of :class:`Experts`.
+        """Run the experts as :class:`Experts` says.
 
         ``adapters`` add ``scale`` times a low-rank product to the weights of each expert (see LoRAExperts).
         """

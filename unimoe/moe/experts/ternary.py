@@ -73,7 +73,7 @@ class TernaryExperts(Experts):
         self.indivisible = "are packed for inference"
 
     def stored_bytes(self) -> int:
-        """Of the packed experts."""
+        """Bytes of the packed experts."""
         rows, matrices = 2 * self.intermediate_size * -(-self.hidden_size // 4), 3 * 4
         return self.num_experts * (rows + self.hidden_size * -(-self.intermediate_size // 4) + matrices)
 

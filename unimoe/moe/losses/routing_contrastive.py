@@ -40,7 +40,7 @@ def routing_contrastive(
         records: of the layers.
         layers: the layers by the index of their records.
         across: mean over processes.
-        temperature: of the cosines.
+        temperature: temperature of the cosines.
 
     Raises:
         UserError: a router of another kind than ``prototype``.

@@ -31,7 +31,7 @@ def top1_balance(
         records: of the layers.
         layers: not read.
         across: mean over processes.
-        temperature: of the softmax over logits. The paper names no value.
+        temperature: temperature of the softmax over logits. The paper names no value.
     """
     probs = [(one.routing.logits_TE / temperature).softmax(dim=-1) for one in records]
     rows = [torch.cat([p_TE, p_TE.amax(dim=1, keepdim=True)], dim=1) for p_TE in probs]

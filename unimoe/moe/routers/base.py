@@ -40,7 +40,7 @@ class Router(nn.Module):
     knobs: ClassVar[tuple[str, ...]] = ("frozen",)
     """Attributes that a schedule may set during training, and that may differ between layers."""
     common_knobs: ClassVar[tuple[str, ...]] = ()
-    """Those of them that must not differ: the width of what is recorded follows from them."""
+    """Knobs that must not differ between layers: the width of what is recorded follows from them."""
     expert_rows: ClassVar[tuple[str, ...]] = ()
     """Parameters and buffers with one row for each expert with weights, and others behind those; empty where
     experts cannot be added or taken away."""

@@ -38,7 +38,7 @@ class HashRouter(Router):
             (DeepSeek-V4) of the logits x W^T.
         renormalize: divide the scores of a token's experts by their sum.
         scale: factor of all weights.
-        seed: of the table; each layer has a table of its own.
+        seed: seed of the table; each layer has a table of its own.
         init_std: standard deviation of the initial weights.
         slices: experts that each FFN was cut into.
         position: of this layer among the MoE layers.

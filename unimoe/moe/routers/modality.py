@@ -31,10 +31,10 @@ class ModalityRouter(TopK):
         hidden_size: D.
         num_experts: experts with weights.
         k: experts that each token visits, 1..E.
-        gating: as of ``top_k``.
+        gating: ``gating`` of ``top_k``.
         renormalize: divide the selected scores by their sum.
         init_std: standard deviation of the initial weights.
-        score: as of ``top_k``; ``logits`` takes them as they are.
+        score: ``score`` of ``top_k``; ``logits`` takes them as they are.
         slices: experts that each FFN was cut into.
 
     Raises:

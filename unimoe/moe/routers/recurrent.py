@@ -96,7 +96,7 @@ class RecurrentRouter(BiasedRouter):
         self.cell, self.share = cell, share and cell == "gru" and not self.first
         self.gru = nn.GRUCell(size, size) if cell == "gru" and not self.share else None
         self.owner: tuple[RecurrentRouter, ...] = (self,)
-        """Whose GRU this is. A tuple, so that another layer's router is no submodule."""
+        """Router whose GRU this one runs. A tuple, so that another layer's router is no submodule."""
         if cell == "decay":
             self.decay = None if self.first else nn.Parameter(torch.empty(size))
             self.norm = nn.RMSNorm(size, eps=1e-5)

@@ -20,8 +20,8 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrt_softplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
     "logits": lambda logits_TE: logits_TE,
 }
-"""From logits to the score of each expert: Switch; DeepSeek-V3 (arXiv 2412.19437, eq. 15); DeepSeek-V4;
-SparseUnifiedModel."""
+"""Functions from logits to the score of each expert: Switch; DeepSeek-V3 (arXiv 2412.19437, eq. 15);
+DeepSeek-V4; SparseUnifiedModel."""
 
 Groups = int | Literal["slices"] | None
 

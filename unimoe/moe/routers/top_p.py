@@ -45,7 +45,7 @@ class TopP(Router):
         null_experts: experts without weights behind the others; visiting one skips computation.
         shared_experts: experts that every token visits.
         renormalize: divide the weights by their sum.
-        gradient_estimator: that of Uni-MoE-2.0-Omni, with the constants of its ``paper`` or of UniMoE-Audio's
+        gradient_estimator: Uni-MoE-2.0-Omni's, with the constants of its ``paper`` or of UniMoE-Audio's
             ``code``; None uses the gradient of the softmax weights.
         jitter: for the estimator, see :func:`sparse_mixer`.
         init_std: standard deviation of the initial weights.

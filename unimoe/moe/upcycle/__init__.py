@@ -1,1 +1,1 @@
-"""From dense FFNs to experts, one way a file."""
+"""Upcycling of dense FFNs to experts, one method a file."""

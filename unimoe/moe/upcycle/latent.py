@@ -36,7 +36,7 @@ def latent_experts(
     Args:
         mlps: the dense FFNs.
         slices: of each.
-        size: of the latent space; None is a quarter of the hidden size, as in Nemotron 3 Super.
+        size: size of the latent space; None is a quarter of the hidden size, as in Nemotron 3 Super.
         noise: Gaussian noise on each expert's weights, in standard deviations of each weight matrix.
 
     Raises:
