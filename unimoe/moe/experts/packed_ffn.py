@@ -35,6 +35,8 @@ class PackedFFNExperts(Experts):
     """
 
     indivisible = "are packed for inference"
+    up_bias: nn.Parameter
+    down_bias: nn.Parameter
 
     def __init__(
         self,
