@@ -1,6 +1,6 @@
 """Closed-form start of a connector: ridge regression from features to the language model's token embeddings.
 
-Shapes: n examples, S encoder positions, D features, H language model width.
+Shapes: n examples, S encoder positions, D features, H language model width, N tokens, m targets.
 """
 
 import torch
@@ -48,6 +48,7 @@ def ridge_init(
     targets_nH: Tensor,
     lengths_n: Tensor | None = None,
     ridge: float = 2000.0,
+    parts: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Set the last linear layer of a linear, mlp or pooled_mlp connector by ridge regression, in place.
 
@@ -55,6 +56,15 @@ def ridge_init(
     should be; earlier layers keep their random values and serve as features. The penalty shrinks what tells
     examples apart (by about 0.6 on the embedded default's images), so the outputs' deviations from their
     mean are then scaled to the mean size of the targets'.
+
+    Args:
+        connector: the connector to set.
+        features_nSD: the encoder's features of each example.
+        targets_nH: one for each example, or ``[m, H]`` with ``parts``.
+        lengths_n: real positions of each example; None for all.
+        ridge: the penalty, on standardised features.
+        parts: for targets of parts of examples: ``owners_m``, the example that each target belongs to, and
+            ``weights_mN``, its tokens' weights in the mean that the target is for (each row sums to 1).
 
     Raises:
         UserError: the connector is a Q-Former, or the rows do not pair up.
@@ -66,10 +76,14 @@ def ridge_init(
     rows_nNK = connector.layers[:-1](
         connector.gather(features_nSD, lengths_n).to(connector.last.weight.dtype)
     )
-    counts_n = connector.counts(features_nSD, lengths_n)
-    inside_nN = torch.arange(rows_nNK.shape[1], device=rows_nNK.device) < counts_n[:, None]
-    rows_nNK = rows_nNK.double() * inside_nN[..., None]
-    mean_nK = rows_nNK.sum(1) / counts_n[:, None]
+    if parts is None:
+        counts_n = connector.counts(features_nSD, lengths_n)
+        inside_nN = torch.arange(rows_nNK.shape[1], device=rows_nNK.device) < counts_n[:, None]
+        rows_nNK = rows_nNK.double() * inside_nN[..., None]
+        mean_nK = rows_nNK.sum(1) / counts_n[:, None]
+    else:
+        owners_m, weights_mN = (part.to(rows_nNK.device) for part in parts)
+        mean_nK = (rows_nNK[owners_m].double() * weights_mN.double()[..., None]).sum(1)
     weight_HK, bias_H = ridge_map(mean_nK, targets_nH, ridge)
     centre_H = targets_nH.double().mean(0)
     wanted = (targets_nH.double() - centre_H).norm(dim=-1).mean()

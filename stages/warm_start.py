@@ -4,11 +4,14 @@ Extra keys of a training record give those words:
 
     "target": "red fox"                      what the image (or clip) shows; default its first answer
     "words": [["what", 0.31], ["is", 0.44]]  the words spoken in a clip, and the second at which each ends
+    "regions": [["dog", [0.1, 0.2, 0.5, 0.9]]]  words for parts of an image: boxes x0, y0, x1, y1 from 0 to 1
 
-Shapes: n items, S encoder positions, D encoder width, H hidden size of the LLM, V vocabulary, m examples.
+Shapes: n items, S encoder positions, D encoder width, H hidden size of the LLM, V vocabulary, m examples,
+N tokens of an image.
 """
 
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +48,10 @@ class Ridge:
     max_samples: int = 4000
     """Maximum number of samples, from the beginning of the data."""
 
+    regions: bool = False
+    """Fit the tokens of each of an image's ``regions`` to the words for it, instead of all tokens to the
+    image's words. Only records that have them."""
+
 
 @dataclass
 class Example:
@@ -62,6 +69,9 @@ class Example:
     tail: str = ""
     """Punctuation at the end of the transcript."""
 
+    regions: list[tuple[str, list[float]]] = field(default_factory=list)
+    """Words for parts of an image, and their boxes."""
+
 
 def read_examples(files: list[str], media_root: str | None, kind: str, settings: Ridge) -> list[Example]:
     """The records with one item of modality ``kind`` and no other. Raises UserError if there are none."""
@@ -75,11 +85,15 @@ def read_examples(files: list[str], media_root: str | None, kind: str, settings:
             if sample.modality == kind and len(list(sample.media())) == 1:
                 said = _answer(sample)
                 tail = re.findall(r"[?.!]*$", said)[0]
-                examples.append(Example(sample, _target(record, said), _words(record, source), tail))
+                found = _regions(record, source) if settings.regions else []
+                if settings.regions and not found:
+                    continue
+                examples.append(Example(sample, _target(record, said), _words(record, source), tail, found))
             if len(examples) == settings.max_samples:
                 return examples
     if not examples:
         wanted = "".join(f", {key}: {value}" for key, value in settings.where.items())
+        wanted += ", and regions" if settings.regions else ""
         raise UserError(f"warm_start: no training record holds one {kind} and no other media{wanted}")
     return examples
 
@@ -95,8 +109,10 @@ def warm_start(
 ) -> None:
     """Set the connector of modality ``kind`` in place.
 
-    If all examples have word times, every token of a clip is fitted to the word spoken in its middle;
-    otherwise the mean of the item's tokens is fitted to the mean embedding of its target.
+    If all examples have word times, every token of a clip is fitted to the word spoken in its middle. With
+    ``settings.regions``, the mean of the tokens in each region of an image, weighted by the area of their
+    cells inside it, is fitted to the mean embedding of its words. Otherwise the mean of all of an item's
+    tokens is fitted to that of its target.
 
     Args:
         encoded: the encoder's output for the item of each example: features_nSD, lengths_n or None.
@@ -109,10 +125,13 @@ def warm_start(
         features_nSD, lengths_n, tokens = _by_token(encoded, examples, processor, connector.config.stack or 1)
         targets_mH = embedding_VH[tokens.to(embedding_VH.device)].float()
     else:
-        rows = [embedding_VH[_ids(f" {example.target}", processor)].float().mean(0) for example in examples]
-        targets_mH = torch.stack(rows)
-    ridge_init(connector, features_nSD, targets_mH, lengths_n, settings.penalty)
-    unit = "spoken tokens" if timed else "named media"
+        words = [[text for text, _ in example.regions] or [example.target] for example in examples]
+        targets_mH = torch.stack(
+            [embedding_VH[_ids(f" {text}", processor)].float().mean(0) for texts in words for text in texts]
+        )
+    parts = _parts(examples, connector.num_tokens(features_nSD.shape[1])) if settings.regions else None
+    ridge_init(connector, features_nSD, targets_mH, lengths_n, settings.penalty, parts)
+    unit = "spoken tokens" if timed else "regions" if settings.regions else "named media"
     log.info("%s connector: initialised from %d %s by ridge regression", kind, len(targets_mH), unit)
 
 
@@ -162,6 +181,27 @@ def _by_token(
     return torch.stack(pieces), torch.tensor(lengths, device=features_nSD.device), torch.tensor(tokens)
 
 
+def _parts(examples: list[Example], tokens: int) -> tuple[Tensor, Tensor]:
+    """The example of each region, and the weights of its image's tokens [m, N], whose cells are a square
+    grid."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise UserError(f"warm_start: regions need a square grid of tokens, the connector makes {tokens}")
+    owners = [number for number, example in enumerate(examples) for _ in example.regions]
+    weights = [cell_weights(box, side) for example in examples for _, box in example.regions]
+    return torch.tensor(owners), torch.stack(weights)
+
+
+def cell_weights(box: list[float], side: int) -> Tensor:
+    """[side * side] shares of a box (x0, y0, x1, y1 from 0 to 1) in the cells of a grid, row by row."""
+    edges = torch.arange(side + 1) / side
+    x0, y0, x1, y1 = box
+    across = (edges[1:].clamp(max=x1) - edges[:-1].clamp(min=x0)).clamp(min=0)
+    down = (edges[1:].clamp(max=y1) - edges[:-1].clamp(min=y0)).clamp(min=0)
+    area = torch.outer(down, across).flatten()
+    return area / area.sum()
+
+
 def _ids(text: str, processor: UniMoeProcessor) -> list[int]:
     tokenizer: Any = processor.tokenizer
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -189,3 +229,18 @@ def _words(record: Any, source: str) -> list[tuple[str, float]] | None:
         raise UserError(
             f"{source}: words must be a list of [word, second of its end], found {words!r}"
         ) from None
+
+
+def _regions(record: Any, source: str) -> list[tuple[str, list[float]]]:
+    regions = record.get("regions") or []
+    try:
+        found = [(str(words), [float(edge) for edge in box]) for words, box in regions]
+        for _, (x0, y0, x1, y1) in found:
+            if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+                raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{source}: regions must be a list of [words, [x0, y0, x1, y1]] with 0 <= x0 < x1 <= 1 and "
+            f"0 <= y0 < y1 <= 1, found {regions!r}"
+        ) from None
+    return found

@@ -73,6 +73,21 @@ def test_speech_padding_does_not_enter():
     torch.testing.assert_close(one.last.weight, two.last.weight)
 
 
+def test_targets_of_parts_are_fitted_token_by_token():
+    """Two things side by side: the mean of all tokens could not tell which one is where."""
+    embeddings, centres = torch.randn(4, 8), torch.randn(4, 24)
+    label_n2 = torch.stack([torch.arange(80) % 4, torch.arange(80) // 4 % 4], 1)
+    grid_n44D = centres[label_n2][:, None].repeat(1, 4, 1, 1).repeat_interleave(2, 2)
+    connector = build_connector({"type": "pooled_mlp", "pooling": "max"}, 24, 8)
+    halves_2N = torch.tensor([[0.5, 0, 0.5, 0], [0, 0.5, 0, 0.5]])
+    parts = torch.arange(80).repeat_interleave(2), halves_2N.repeat(80, 1)
+    ridge_init(connector, grid_n44D.flatten(1, 2), embeddings[label_n2.flatten()], ridge=0.1, parts=parts)
+    tokens_BNH, _ = connector(grid_n44D.flatten(1, 2))
+    for place in (0, 1):
+        wanted_nH = embeddings[label_n2[:, place]]
+        assert (tokens_BNH[:, [place, place + 2]] - wanted_nH[:, None]).abs().max() < 0.05
+
+
 def test_errors():
     with pytest.raises(UserError, match=r"\[3, 5\] and \[4, 2\], expected paired rows"):
         ridge_map(torch.randn(3, 5), torch.randn(4, 2))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
-from unimoe.stages.warm_start import Ridge, read_examples, spoken_tokens, warm_start
+from unimoe.stages.warm_start import Ridge, cell_weights, read_examples, spoken_tokens, warm_start
 from unimoe.testing import tiny_model
 
 
@@ -84,6 +84,46 @@ def test_pictures_start_near_their_names(world, built):
     names = [processor.tokenizer(" " + e.target, add_special_tokens=False)["input_ids"] for e in examples]
     wanted = torch.stack([embedding[ids].mean(0) for ids in names])
     torch.testing.assert_close(tokens.mean(1), wanted, rtol=0, atol=0.05)
+
+
+def test_regions_start_near_their_words(world, built, caplog):
+    model, processor = built
+    image = [{"type": "image", "path": "0.png"}]
+    turns = [{"role": "user", "content": image}, {"role": "assistant", "content": "Two."}]
+    sides = [["dog", [0, 0, 0.5, 1]], ["nothing", [0.5, 0, 1, 1]]]
+    file = world / "regions.jsonl"
+    file.write_text(
+        "\n".join(map(json.dumps, [{"messages": turns}, *[{"messages": turns, "regions": sides}] * 2]))
+    )
+    settings = Ridge(penalty=1e-3, regions=True)
+    examples = read_examples([str(file)], None, "image", settings)
+    assert [[words for words, _ in example.regions] for example in examples] == [["dog", "nothing"]] * 2
+    features = torch.randn(2, 4, model.model.encoders["image"].hidden_size)
+    caplog.set_level(logging.INFO)
+    warm_start(model, processor, "image", (features, None), examples, settings)
+    assert "initialised from 4 regions" in caplog.text
+    tokens, _ = model.model.connectors["image"](features, None)
+    embedding = model.get_input_embeddings().weight
+    for side, words in enumerate(("dog", "nothing")):
+        ids = processor.tokenizer(f" {words}", add_special_tokens=False)["input_ids"]
+        wanted = embedding[ids].mean(0).expand(2, -1)
+        torch.testing.assert_close(tokens[:, [side, side + 2]].mean(1), wanted, rtol=0, atol=0.05)
+
+
+def test_a_box_is_shared_by_the_cells_that_it_touches():
+    assert cell_weights([0.25, 0, 1, 0.5], 2).tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0])
+
+
+@pytest.mark.parametrize("regions", [["dog"], [["dog", [0.5, 0, 0.5, 1]]], [["dog", [0, 0, 160, 160]]]])
+def test_regions_that_are_no_boxes(world, regions):
+    file = world / "boxes.jsonl"
+    turns = [
+        {"role": "user", "content": [{"type": "image", "path": "0.png"}]},
+        {"role": "assistant", "content": "A dog."},
+    ]
+    file.write_text(json.dumps({"messages": turns, "regions": regions}))
+    with pytest.raises(UserError, match=r"boxes\.jsonl:1: regions must be a list of \[words, \[x0, y0"):
+        read_examples([str(file)], None, "image", Ridge(regions=True))
 
 
 def test_speech_is_fitted_word_by_word(world, built, caplog):

@@ -62,6 +62,21 @@ def test_a_pair_is_named_from_left_to_right(artist, photo):
     assert pair(left, right, artist, photo, random.Random(0)).shown == [left, right]
 
 
+def test_regions_hold_the_sprites_and_the_empty_quarters(artist, photo):
+    scene = several(TRAINED[0], 3, artist, photo, random.Random(4))
+    red = np.asarray(scene.image).astype(int)
+    red = red[..., 0] > red[..., 1] + 60
+    named = dict.fromkeys(name for name, _ in scene.regions)
+    assert list(named) == ["nothing", TRAINED[0].name] and len(scene.regions) == 4
+    for name, box in scene.regions:
+        x0, y0, x1, y1 = (round(edge * SIZE) for edge in box)
+        assert red[y0:y1, x0:x1].any() == (name != "nothing")
+        red[y0:y1, x0:x1] = False
+    assert not red.any()
+    left, right = pair(TRAINED[0], TRAINED[1], artist, photo, random.Random(0)).regions
+    assert left[1][2] <= 0.5 <= right[1][0]
+
+
 def test_the_same_seed_gives_the_same_image(artist, photo):
     one, same, other = (single(TRAINED[0], artist, photo, random.Random(seed)).image for seed in (1, 1, 2))
     assert one.tobytes() == same.tobytes() != other.tobytes()

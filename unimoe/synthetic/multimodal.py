@@ -79,6 +79,8 @@ def build_data(
       ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` hold the same questions on
       the same images: written, spoken, and spoken by an unseen speaker.
     * with ``extended``, the files of :mod:`unimoe.synthetic.extended`.
+    * ``regions`` say where each object is, in ``train.image``, ``val.image`` and the counts and positions of
+      ``train.questions`` (see :mod:`unimoe.stages.warm_start`).
     * ``manifest.json``: concepts, photos, speakers and artists of the splits, and the samples per file.
 
     Raises:
@@ -135,7 +137,8 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
         asked = kind if kind in ("count", "left", "right") else "name"
         question, reply = ask(asked, scene, rng)
         file = "train.questions" if part == "train" and asked != "name" else f"{part}.image"
-        writer.add(file, [([media_part("image", path), text_part(question)], reply)], kind=asked)
+        written = [([media_part("image", path), text_part(question)], reply)]
+        writer.add(file, written, kind=asked, regions=scene.regions)
         if asked == "name":
             asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
             question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))

@@ -4,7 +4,7 @@ Every random choice comes from the caller's ``random.Random``, so an image is a 
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,10 @@ FRAMES = 8
 """Frames of every generated video."""
 
 
+Region = tuple[str, list[float]]
+"""A name, and its box x0, y0, x1, y1 from 0 to 1."""
+
+
 @dataclass
 class Scene:
     """An image and its content. ``shown`` is ordered from left to right and repeats equal sprites."""
@@ -29,6 +33,8 @@ class Scene:
     shown: list[Concept]
     colour: str | None
     """The dominant colour of a single sprite, None if no colour dominates."""
+    regions: list[Region] = field(default_factory=list)
+    """Where each sprite is; also the quarters that hold ``nothing``, where sprites are counted."""
 
 
 def single(
@@ -40,7 +46,7 @@ def single(
     view = _fit(view, SIZE)
     x, y = rng.randint(0, SIZE - view.width), rng.randint(0, SIZE - view.height)
     ground.paste(view, (x, y), view)
-    return Scene(ground, [concept], colour_word(view))
+    return Scene(ground, [concept], colour_word(view), [_region(concept.name, x, y, view.width, view.height)])
 
 
 def several(
@@ -54,12 +60,17 @@ def several(
     """``count`` (1 to 4) copies of a sprite in different quarters of the image, without overlap."""
     ground = background(photo, rng, SIZE, restyle and rng.random() < 0.5) if photo else _plain(rng)
     sprite, half = _sprite(artist, concept), SIZE // 2
-    for quarter in rng.sample(range(4), count):
+    taken = rng.sample(range(4), count)
+    regions = [
+        _region("nothing", q % 2 * half, q // 2 * half, half, half) for q in range(4) if q not in taken
+    ]
+    for quarter in taken:
         view = _fit(vary(sprite, rng, half * rng.uniform(0.75, 0.98)), half)
         x = quarter % 2 * half + rng.randint(0, half - view.width)
         y = quarter // 2 * half + rng.randint(0, half - view.height)
         ground.paste(view, (x, y), view)
-    return Scene(ground, [concept] * count, None)
+        regions.append(_region(concept.name, x, y, view.width, view.height))
+    return Scene(ground, [concept] * count, None, regions)
 
 
 def pair(
@@ -72,13 +83,14 @@ def pair(
 ) -> Scene:
     """Two sprites side by side."""
     ground = background(photo, rng, SIZE, restyle and rng.random() < 0.5) if photo else _plain(rng)
-    half = SIZE // 2
+    half, regions = SIZE // 2, []
     for place, concept in enumerate((left, right)):
         view = _fit(vary(_sprite(artist, concept), rng, half * rng.uniform(0.85, 1.1), restyle), half)
         x = place * half + rng.randint(0, half - view.width)
         y = rng.randint(0, SIZE - view.height)
         ground.paste(view, (x, y), view)
-    return Scene(ground, [left, right], None)
+        regions.append(_region(concept.name, x, y, view.width, view.height))
+    return Scene(ground, [left, right], None, regions)
 
 
 def one_after_another(
@@ -109,6 +121,10 @@ def moving(
         x, y = (way * room_x, room_y / 2) if direction in ("left", "right") else (room_x / 2, way * room_y)
         frames.append(_paste(ground, view, round(x) + rng.randint(-2, 2), round(y) + rng.randint(-2, 2)))
     return frames
+
+
+def _region(name: str, x: int, y: int, width: int, height: int) -> Region:
+    return name, [round(edge / SIZE, 4) for edge in (x, y, x + width, y + height)]
 
 
 def _paste(ground: Image.Image, view: Image.Image, x: int, y: int) -> Image.Image:
