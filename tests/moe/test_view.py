@@ -1,9 +1,13 @@
 import pytest
+import torch
 from torch import nn
 
 from unimoe.detection import DynamicDinoConfig
 from unimoe.detection.model.decoder import feed_forward
 from unimoe.errors import UserError
+from unimoe.moe import MoELayer, SwiGLUExperts
+from unimoe.moe.routers.top_k import TopK
+from unimoe.moe.routers.top_p import TopP
 from unimoe.moe.view import view
 from unimoe.testing import IMAGE, tiny_model
 from unimoe.testing_stock import STOCK
@@ -44,6 +48,17 @@ def test_the_detector_is_a_mixture_like_others():
         "up": (12, 32),
         "down": (32, 12),
     }
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_visits_are_what_the_router_describes(device):
+    with torch.device(device):
+        for router, visits in (
+            (TopK(8, 4, 2, null_experts=2), 2),
+            (TopP(8, 4, p=0.6), 3),  # three of four equally probable experts
+        ):
+            layer = MoELayer(router, SwiGLUExperts(4, 8, 16))
+            assert [one.top_k for one in view(nn.ModuleList([layer]))] == [visits]
 
 
 def test_models_without_mixtures_are_refused():

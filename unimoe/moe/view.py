@@ -7,6 +7,7 @@ assumed.
 Shapes: D hidden, E experts, I inner width of an expert.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -144,12 +145,10 @@ Parts = tuple[nn.Module, nn.Module, nn.Module | None, int, int, int]
 def _ours(block: MoELayer) -> Parts:
     router: Any = block.router
     groups = getattr(router, "groups", None)
-    top_k = getattr(router, "k", None)
-    if top_k is None:  # another number for each token, which a router tells by its values
-        meta = next(block.parameters()).is_meta
-        top_k = block.num_experts if meta else -int(-block.experts_per_token // 1)
+    described = router.describe()
+    top_k = described.experts_per_token if described.fixed else block.experts_per_token
     groups = groups if isinstance(groups, int) else 1
-    return router, block.experts, block.shared, block.num_experts, top_k, groups
+    return router, block.experts, block.shared, block.num_experts, math.ceil(top_k), groups
 
 
 def _stock(block: nn.Module) -> Parts | None:

@@ -126,7 +126,7 @@ class TopP(Router):
         )  # rounding may leave the whole sum below 1
 
     def describe(self) -> RouterDescription:
-        uniform_1E = torch.full((1, self.num_experts), 1 / self.num_experts)
+        uniform_1E = torch.full((1, self.num_experts), 1 / self.num_experts, device="cpu")  # never meta
         return RouterDescription(self.num_experts, int(self.counts(uniform_1E)), fixed=False)
 
     def extra_repr(self) -> str:
