@@ -21,7 +21,7 @@ except KeyboardInterrupt:  # the command's first second, before its own handling
         sys.exit(130)
     raise
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():  # a checkout: the package's other parts lie beside this folder
