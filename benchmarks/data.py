@@ -25,11 +25,12 @@ from torch.nn import functional as nnf
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
-from unimoe.data.collate import real_tokens
+from unimoe.data.collate import count_tokens
 from unimoe.media.audio import load_audio
 from unimoe.media.video import write_video
 from unimoe.model.build import Built, build_model
 from unimoe.model.configuration import IGNORED
+from unimoe.model.inputs import Batch
 from unimoe.prepare.cache import default_part
 from unimoe.synthetic.sprites import load_photos
 
@@ -87,7 +88,7 @@ def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=random)]
     batches = [chosen[start : start + args.batch] for start in range(0, len(chosen), args.batch)]
     collator = Collator(processor)
-    ways: dict[str, Callable[[list[Sample]], list[dict[str, Any]]]] = {
+    ways: dict[str, Callable[[list[Sample]], list[Batch]]] = {
         "one padded batch": lambda batch: [collator(batch)],
         "length buckets": collator.bucket_by_length,
         f"packed rows of {args.pack}": partial(collator.packed, length=args.pack),
@@ -98,7 +99,7 @@ def packing(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         rates, rows, share = [], [], []
         for batch in batches:
             parts = collate(batch)
-            tokens, places = sum(map(real_tokens, parts)), sum(p["input_ids"].numel() for p in parts)
+            tokens, places = sum(map(count_tokens, parts)), sum(p["input_ids"].numel() for p in parts)
             rates.append(tokens / seconds(partial(step, model, parts, args.device), args.device))
             rows.append(sum(len(part["input_ids"]) for part in parts))
             share.append(1 - tokens / places)
@@ -150,7 +151,7 @@ def cache(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
             model.model.connectors.requires_grad_(True)
             store = Path(folder) / f"features of {name}"
             stored = FeatureCache(store, processor, dict(model.model.encoders))  # type: ignore[arg-type]
-            batches: list[list[dict[str, Any]]] = []
+            batches: list[list[Batch]] = []
             found[name] = {}
             for epoch in ("first", "second"):
                 batches.clear()
@@ -209,7 +210,7 @@ def question(modality: str, path: Path) -> Sample:
 
 
 def read_epoch(
-    processor: Any, samples: list[Sample], stored: FeatureCache, batches: list[list[dict[str, Any]]]
+    processor: Any, samples: list[Sample], stored: FeatureCache, batches: list[list[Batch]]
 ) -> None:
     """Collate every sample once and append the batches to ``batches``."""
     stored.fill(samples)
@@ -218,12 +219,12 @@ def read_epoch(
         batches.append(collator.bucket_by_length([samples[index] for index in batch]))
 
 
-def train_epoch(built: Built, batches: list[list[dict[str, Any]]], device: str) -> None:
+def train_epoch(built: Built, batches: list[list[Batch]], device: str) -> None:
     for parts in batches:
         step(built[0], parts, device)
 
 
-def step(model: Any, parts: list[dict[str, Any]], device: str) -> None:
+def step(model: Any, parts: list[Batch], device: str) -> None:
     """Forward and backward; the LM head runs at supervised positions only, as in the stages."""
     total = torch.zeros((), device=device)
     for part in parts:

@@ -20,6 +20,7 @@ from unimoe.compress.measure import measure, reference
 from unimoe.compress.quantize import Calibration, choose_bits, quantize_experts, write_back
 from unimoe.data import Collator, read_samples
 from unimoe.model.host_loss import answer_logits, last_hidden
+from unimoe.model.inputs import Batch
 from unimoe.model.loading import load_any
 from unimoe.moe.view import view
 
@@ -45,7 +46,7 @@ def main() -> None:
     model, processor = load_any(args.model, device="cpu")
     layers, collate = view(model), Collator(processor)
 
-    def batches(file: str, count: int, rows: slice = slice(None)) -> list[dict[str, Any]]:
+    def batches(file: str, count: int, rows: slice = slice(None)) -> list[Batch]:
         chosen = spread(list(read_samples(f"{args.data}/{file}.jsonl"))[rows], count)
         return [collate(chosen[i : i + 8]) for i in range(0, len(chosen), 8)]
 

@@ -41,6 +41,7 @@ from unimoe.demo.evaluate import Question, ask, perplexity, read_questions
 from unimoe.demo.steps import note_settings, shipped
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, file_hash
+from unimoe.model.host_loss import answer_loss
 from unimoe.model.loading import load_model
 from unimoe.moe import MoEConfig
 from unimoe.stages.assemble import assemble
@@ -219,7 +220,7 @@ class Study:
             answers = ask(model, processor, chosen, features)
             correct = [question.is_right(answer) for question, answer in zip(chosen, answers, strict=True)]
             with torch.no_grad():
-                loss = model.answer_loss(collator.bucket_by_length(answered))[0].item()
+                loss = answer_loss(model, collator.bucket_by_length(answered))[0].item()
             found[name] = {"accuracy": statistics.fmean(correct), "loss": loss, "count": len(correct)}
         prose = (ASSETS / "prose.txt").read_text(encoding="utf-8")[:4000]
         return {"sets": found, "perplexity": perplexity(model, processor, prose)}

@@ -11,6 +11,7 @@ from unimoe.evaluation.questions import Question
 from unimoe.evaluation.scorers import grade_all, scorer
 from unimoe.inference.generate import ask_all
 from unimoe.model.host_loss import last_hidden
+from unimoe.model.inputs import Batch
 from unimoe.model.utils import to_device
 from unimoe.moe import record
 from unimoe.training.ranks import shard_across_ranks, union_over_ranks
@@ -49,7 +50,7 @@ def answer(
     samples = [question.sample for question in own]
 
     @contextmanager
-    def hooks(batch: dict[str, Any]) -> Iterator[None]:
+    def hooks(batch: Batch) -> Iterator[None]:
         strategy.before_eval(batch)
         try:
             yield

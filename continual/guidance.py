@@ -153,8 +153,7 @@ class Observation:
 class Guide:
     """The state of guidance that all routers of a model share: task and step.
 
-    A plain object that the routers hold, not a context variable: with gradient checkpointing a layer runs
-    again in the backward pass, perhaps in another thread, and must find the same state there.
+    A plain object that the routers hold, not part of ``Context``: it lasts for a task, not for one pass.
     """
 
     def __init__(self, config: GuidanceConfig):

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from unimoe.data import Collator, FeatureCache, HostFeatures, Sample, open_feature_cache
 from unimoe.errors import UserError
 from unimoe.model.host import find_decoder
+from unimoe.model.inputs import Batch
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import to_device
@@ -150,7 +151,7 @@ class Learner:
     def device(self) -> torch.device:
         return self.model.device
 
-    def collate(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    def collate(self, samples: Sequence[Sample]) -> list[Batch]:
         """Batches of rows of similar length, on the model's device; one batch if the base is divided, whose
         blocks must run equally often on every process."""
         parts = [self.collator(samples)] if self.divided else self.collator.bucket_by_length(samples)

@@ -33,7 +33,7 @@ from unimoe.continual.strategies import Strategy
 from unimoe.errors import UserError, first_line
 from unimoe.files import atomic_write
 from unimoe.model.build import build_model
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import is_stock
 from unimoe.model.loading import load_any
 from unimoe.prepare.cache import resolve_part
 from unimoe.training.progress import clock

@@ -20,6 +20,7 @@ from torch.distributed import all_reduce
 from unimoe.continual.strategies import Strategy
 from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.errors import UnfinishedRun, UserError, first_line
+from unimoe.model.inputs import Batch
 from unimoe.moe import record
 from unimoe.training.curve import CurveLogger
 from unimoe.training.elastic import check_processes, own_store
@@ -146,7 +147,7 @@ class TaskModule(ResumableModule):
         groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
         return self.scheduled(torch.optim.AdamW(groups, weight_decay=self.config.weight_decay))
 
-    def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[Batch], batch_idx: int) -> Tensor:
         step, strategy = self.global_step, self.strategy
         strategy.before_training_iteration()
         logged = step % self.config.log_every == 0

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from unimoe.errors import UserError
-from unimoe.model.host_loss import moe_settings
+from unimoe.model.loss import moe_settings
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe.install import moe_layers
 from unimoe.moe.parts import LOSSES, nearest

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from unimoe.data import Collator, FeatureCache
+from unimoe.model.host_loss import last_hidden
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe.install import dense_mlp
@@ -41,6 +42,6 @@ def measure_units(
 
     def run() -> None:
         for batch in batches:
-            model.last_hidden(batch)
+            last_hidden(model, batch)
 
     measure_importance([dense_mlp(model.model.language_model, layer) for layer in layers], run)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from unimoe.analysis.routing_stats import load_columns
 from unimoe.data import Collator
-from unimoe.data.collate import real_tokens
+from unimoe.data.collate import count_tokens
 from unimoe.errors import UserError
 from unimoe.model.build import Built
-from unimoe.model.host import find_decoder
-from unimoe.model.host_loss import answer_loss, aux_loss, front, is_stock, moe_settings
+from unimoe.model.host import find_decoder, front, is_stock
+from unimoe.model.host_loss import answer_loss
 from unimoe.model.host_packing import check_packing
+from unimoe.model.inputs import Batch
 from unimoe.model.loading import build_on_meta
+from unimoe.model.loss import aux_loss, moe_settings
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import ExpertLoad, expert_load, load_balance, record, remember_context
@@ -229,11 +231,11 @@ class StageModule(ResumableModule):
 
     # ---------------------------------------------------------------- steps
 
-    def batch_loss(self, batch: list[dict[str, Any]]) -> tuple[Tensor, int]:
+    def batch_loss(self, batch: list[Batch]) -> tuple[Tensor, int]:
         """Mean cross-entropy over the supervised tokens of all sub-batches, and their number."""
         return answer_loss(self.model, batch)
 
-    def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[Batch], batch_idx: int) -> Tensor:
         set_knobs(self.anneal, self.model, self.trainer.global_step)
         again = self._run_again(batch)
         with record() as parts:
@@ -242,7 +244,7 @@ class StageModule(ResumableModule):
         records = join(parts)
         self.count_load(records)
         # relative to the mean over processes, so that the mean of their losses is that of all tokens
-        real = sum(map(real_tokens, batch))
+        real = sum(map(count_tokens, batch))
         pairs = [expert_load(one).tokens_per_expert for one in records]
         mean = mean_over_ranks(torch.cat([loss.new_tensor([supervised, real]), *pairs]))
         tokens = mean[1]
@@ -261,7 +263,7 @@ class StageModule(ResumableModule):
         self.log_row(row, batch_idx)
         return loss + aux + padding + self._unused_parameters()
 
-    def _run_again(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _run_again(self, batch: list[Batch]) -> list[Batch]:
         """The last sub-batch, as often as another rank has more of them; every rank must call it.
 
         Sharded blocks gather their weights from all ranks, and so must run equally often on each.
@@ -281,13 +283,13 @@ class StageModule(ResumableModule):
         trained = [p for part in parts for p in part.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in trained), torch.zeros((), device=self.device))
 
-    def validation_step(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         self._evaluate(batch, "val/loss")
 
-    def test_step(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
+    def test_step(self, batch: list[Batch], batch_idx: int) -> None:
         self._evaluate(batch, "test/loss")
 
-    def _evaluate(self, batch: list[dict[str, Any]], name: str) -> None:
+    def _evaluate(self, batch: list[Batch], name: str) -> None:
         again = self._run_again(batch)
         loss, count = self.batch_loss(batch)
         self.batch_loss(again)

@@ -27,6 +27,7 @@ from unimoe.evaluation.questions import read_questions
 from unimoe.evaluation.scorers import scorer
 from unimoe.files import atomic_write
 from unimoe.inference.generate import ask_all
+from unimoe.model.host_loss import answer_loss
 from unimoe.model.loading import find_model, load_model
 from unimoe.model.utils import to_device
 
@@ -123,7 +124,7 @@ def perplexity(model: Any, processor: Any, samples: Sequence[Sample]) -> float:
     collator, values = Collator(processor), []
     for sample in samples:
         batch = to_device(collator([sample]), model.device)
-        values.append(float(model.answer_loss([batch])[0].exp()))
+        values.append(float(answer_loss(model, [batch])[0].exp()))
     return fmean(values)
 
 

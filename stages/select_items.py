@@ -18,6 +18,7 @@ from unimoe.data import Collator, Sample, read_samples
 from unimoe.data.read import data_files, read_records
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
+from unimoe.model.host_loss import last_hidden
 from unimoe.model.loading import find_model, load_model
 from unimoe.model.utils import to_device
 
@@ -66,7 +67,7 @@ def embed(model: Any, processor: Any, samples: Sequence[Sample]) -> Tensor:
     collator, rows = Collator(processor), []
     for sample in samples:
         batch = to_device(collator([sample]), model.device)
-        rows.append(model.last_hidden(batch)[0].float().mean(dim=0).cpu())
+        rows.append(last_hidden(model, batch)[0].float().mean(dim=0).cpu())
     return torch.stack(rows)
 
 

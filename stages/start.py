@@ -9,7 +9,7 @@ import torch
 from unimoe.artifacts import check_savable
 from unimoe.errors import UserError
 from unimoe.model.build import Built, add_modalities, build_model
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import is_stock
 from unimoe.model.loading import load_any
 from unimoe.model.saving import check_saveable
 

@@ -24,7 +24,7 @@ from unimoe.data import Sample, parse_record
 from unimoe.data.read import read_records
 from unimoe.encoders import ridge_init
 from unimoe.errors import UserError
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import is_stock
 from unimoe.model.inputs import EncodedMedia
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor

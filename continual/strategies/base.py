@@ -9,6 +9,7 @@ from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
 from unimoe.model.host_loss import answer_loss
+from unimoe.model.inputs import Batch
 from unimoe.moe import LayerRecord
 from unimoe.training.ranks import rank_weighted
 
@@ -72,7 +73,7 @@ class Strategy:
     def before_training_iteration(self) -> None:
         """Run before the loss of each step."""
 
-    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
+    def loss(self, batch: list[Batch], step: int, steps: int) -> Tensor:
         """The loss of a step (0-based) out of ``steps``."""
         return rank_weighted(*answer_loss(self.learner.model, batch))
 
@@ -83,7 +84,7 @@ class Strategy:
     def after_training_exp(self, task: Experience) -> None:
         """Run after the last step of a task."""
 
-    def before_eval(self, batch: dict[str, Any]) -> None:
+    def before_eval(self, batch: Batch) -> None:
         """Run before answers to a batch of prompts are generated."""
 
     def after_eval(self) -> None:

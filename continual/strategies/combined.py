@@ -9,6 +9,7 @@ from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.data import Sample
 from unimoe.errors import UserError
+from unimoe.model.inputs import Batch
 from unimoe.moe import LayerRecord
 
 from .base import Strategy
@@ -84,7 +85,7 @@ class Combined(Strategy):
         for part in self.parts:
             part.before_training_iteration()
 
-    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
+    def loss(self, batch: list[Batch], step: int, steps: int) -> Tensor:
         return self._trains.loss(batch, step, steps)
 
     def penalty(self) -> Tensor | float:
@@ -94,7 +95,7 @@ class Combined(Strategy):
         for part in self.parts:
             part.after_training_exp(task)
 
-    def before_eval(self, batch: dict[str, Any]) -> None:
+    def before_eval(self, batch: Batch) -> None:
         for part in self.parts:
             part.before_eval(batch)
 

@@ -10,6 +10,7 @@ from unimoe.continual.learner import Learner
 from unimoe.continual.router import CosineTopK
 from unimoe.continual.routing_log import by_block, over_ranks
 from unimoe.continual.stream import Experience
+from unimoe.model.inputs import Batch
 from unimoe.moe import LayerRecord, record
 from unimoe.training.ranks import rank_weighted
 
@@ -48,7 +49,7 @@ class IncMoELoRA(Strategy):
     def before_training_exp(self, task: Experience) -> None:
         self.guide.start(guided=task.index > 0)
 
-    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
+    def loss(self, batch: list[Batch], step: int, steps: int) -> Tensor:
         """Cross-entropy plus the guide's losses, which are means over routers and tokens."""
         self.guide.step, self.guide.steps = step, steps
         if not self.guide.has_loss:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from unimoe.continual.learner import Learner
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
-from unimoe.model.host import decoder_inputs, token_ids
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import decoder_inputs, is_stock, token_ids
+from unimoe.model.inputs import Batch
 from unimoe.moe import Context, Router, Routing
 from unimoe.moe.routers.base import RouterDescription
 
@@ -123,7 +123,7 @@ class HiDe(Strategy):
                     row[kind] = vector_ND.mean(0)
         return rows
 
-    def before_eval(self, batch: dict[str, Any]) -> None:
+    def before_eval(self, batch: Batch) -> None:
         similarity_BK = torch.tensor(
             [
                 [self._similarity(row, prototype) for prototype in self.memory.get("prototypes", {}).values()]

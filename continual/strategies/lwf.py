@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 from unimoe.continual.stream import Experience
 from unimoe.errors import UserError
 from unimoe.model.host_loss import answer_logits
+from unimoe.model.inputs import Batch
 from unimoe.model.loss import cross_entropy_sum
 from unimoe.training.ranks import rank_weighted
 
@@ -41,7 +41,7 @@ class LwF(Strategy):
             raise UserError(f"lwf needs alpha of at least 0 and a temperature above 0, found {found}")
         self.alpha, self.temperature = alpha, temperature
 
-    def loss(self, batch: list[dict[str, Any]], step: int, steps: int) -> Tensor:
+    def loss(self, batch: list[Batch], step: int, steps: int) -> Tensor:
         if "teacher" not in self.memory:
             return super().loss(batch, step, steps)
         total, count = torch.zeros((), device=self.learner.device), 0

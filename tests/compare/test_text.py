@@ -9,6 +9,7 @@ from unimoe.compare.base import open_base
 from unimoe.compare.text import Texts, read_text
 from unimoe.compare.trunk import Trunk
 from unimoe.errors import UserError
+from unimoe.model.host_loss import answer_loss
 from unimoe.testing import tiny_model
 
 
@@ -33,14 +34,14 @@ def test_windows_pass_the_trunk_once_and_lose_the_same(small, tmp_path):
     config = small()
     plain = Texts(config, open_base(config))
     (batch,) = plain.train(0, 1)
-    whole, count = model.answer_loss(batch)
+    whole, count = answer_loss(model, batch)
     runs = []
     decoder.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
     base: Any = SimpleNamespace(trunk=Trunk(model, 1), processor=open_base(config).processor)
     data = Texts(config, base)
     for _ in range(3):
         (batch,) = data.train(0, 1)
-        upper, upper_count = model.answer_loss(batch)
+        upper, upper_count = answer_loss(model, batch)
         assert upper_count == count
         torch.testing.assert_close(upper, whole)
     assert len(runs) == 1

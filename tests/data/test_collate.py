@@ -6,10 +6,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from unimoe.data import Collator, ModalityBatchSampler, parse_record
-from unimoe.data.collate import real_tokens
+from unimoe.data.collate import count_tokens
 from unimoe.errors import UserError
 from unimoe.media.video import write_video
 from unimoe.model.configuration import IGNORED
+from unimoe.model.loss import aux_loss
 from unimoe.moe import record
 from unimoe.moe.join import join
 from unimoe.testing import AUDIO, SPEECH, VIDEO, tiny_model
@@ -200,11 +201,11 @@ def test_packed_rows_have_the_loss_and_gradients_of_the_padded_batch(tmp_path, s
         model.zero_grad()
         with record() as records:
             loss = mean_loss(model, parts)
-        (loss + model.aux_loss(join(records))).backward()
+        (loss + aux_loss(model, join(records))).backward()
         results.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     (padded, grads), (packed, packed_grads) = results
     assert len(parts) == 2 and {part["input_ids"].shape[0] for part in parts} == {1}
-    assert real_tokens(collator(samples)) == sum(map(real_tokens, parts)) == sum(lengths)
+    assert count_tokens(collator(samples)) == sum(map(count_tokens, parts)) == sum(lengths)
     assert len(grads) == len(packed_grads) > 20
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
     for found, expected in zip(packed_grads, grads, strict=True):

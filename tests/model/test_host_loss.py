@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from unimoe.data import Collator, Sample
-from unimoe.model.host_loss import answer_loss, aux_loss, front, is_stock, moe_settings
+from unimoe.model.host import front, is_stock
+from unimoe.model.host_loss import answer_loss
 from unimoe.model.host_processor import HostProcessor
+from unimoe.model.loss import aux_loss, moe_settings
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig, record
 from unimoe.testing_hosts import FAMILIES, question

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from unimoe.errors import UserError
-from unimoe.model.host_loss import moe_settings
+from unimoe.model.loss import moe_settings
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
 from unimoe.moe.install import moe_layers

@@ -15,8 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as nnf
 from transformers import AttentionInterface, PreTrainedModel
 
-from unimoe.model.host import find_decoder
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import find_decoder, is_stock
 from unimoe.moe import Experts, Routing, TopK
 from unimoe.moe.dispatcher import Dispatcher
 from unimoe.moe.install import moe_layers

@@ -42,8 +42,7 @@ from unimoe.encoders import build_encoder
 from unimoe.errors import UserError, first_line
 from unimoe.model.build import connector_settings
 from unimoe.model.configuration import UniMoeConfig
-from unimoe.model.host import find_decoder
-from unimoe.model.host_loss import front, is_stock
+from unimoe.model.host import find_decoder, front, is_stock
 from unimoe.model.llm import add_placeholders
 from unimoe.model.loading import STOCK_TYPES, build_on_meta
 from unimoe.moe import MoELayer

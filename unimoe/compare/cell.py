@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unimoe.data.collate import real_tokens
+from unimoe.data.collate import count_tokens
+from unimoe.model.host_loss import answer_loss
+from unimoe.model.loss import aux_loss
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.moe import record
 from unimoe.moe.install import moe_layers
@@ -67,11 +69,11 @@ class CellModule(ResumableModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         set_knobs(self.anneal, self.model, self.global_step)
         with record() as parts:
-            loss, _ = self.model.answer_loss(batch)
+            loss, _ = answer_loss(self.model, batch)
         records = join(parts)
         self.count_load(records)
         losses = losses_at(self.anneal, (self.model.config.moe or {}).get("losses", {}), self.global_step)
-        whole = loss + self.model.aux_loss(records, losses=losses)
+        whole = loss + aux_loss(self.model, records, losses=losses)
         if not bool(whole.isfinite()):
             raise NotFinite(f"the loss is {float(whole.detach())} at step {self.global_step}")
         row = {"step": float(self.global_step), "train/loss": float(loss.detach())}
@@ -91,7 +93,7 @@ class CellModule(ResumableModule):
 
     def batch_amount(self, batch: Batch) -> float:
         """Tokens without padding."""
-        return float(sum(map(real_tokens, batch)))
+        return float(sum(map(count_tokens, batch)))
 
 
 def train_cell(

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from unimoe.model.configuration import IGNORED
+from unimoe.model.host_loss import answer_logits
 from unimoe.model.loss import cross_entropy_sum
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
@@ -85,7 +86,7 @@ def evaluate(
     for batch in batches:
         for part in batch:
             with record() as records:
-                logits_SV, labels_S = model.answer_logits(to_device(part, model.device))
+                logits_SV, labels_S = answer_logits(model, to_device(part, model.device))
             total, tokens = total + float(cross_entropy_sum(logits_SV, labels_S)), tokens + len(labels_S)
             row_S = (part["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
             wrong_S = (logits_SV.argmax(dim=-1) != labels_S).to(row_S.device)

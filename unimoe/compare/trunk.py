@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unimoe.model.configuration import IGNORED
+from unimoe.model.host_loss import last_hidden
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
 
@@ -70,7 +71,7 @@ class Trunk:
         """[B, T, H] the trunk's output for a batch whose rows have one length, on the CPU."""
         self.skipping = False
         try:
-            self.model.last_hidden(to_device(dict(batch), self.model.device))
+            last_hidden(self.model, to_device(dict(batch), self.model.device))
         except _Reached:
             pass
         finally:
@@ -112,9 +113,9 @@ def trunk_of(model: UniMoeForConditionalGeneration, first: int) -> Trunk | None:
     ids_BT = torch.arange(12, device=model.device)[None]
     batch = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT}
     with torch.no_grad():
-        whole_BTH = model.eval().last_hidden(batch)
+        whole_BTH = last_hidden(model.eval(), batch)
         trunk = Trunk(model, first)
-        parts_BTH = model.last_hidden(to_device(batches_of([trunk.row(batch)])[0], model.device))
+        parts_BTH = last_hidden(model, to_device(batches_of([trunk.row(batch)])[0], model.device))
     close = torch.allclose(whole_BTH, parts_BTH, rtol=1e-3, atol=1e-3 * float(whole_BTH.abs().max()))
     if close:
         return trunk

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimoe.model.host import logits_to_keep, token_ids
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import is_stock, logits_to_keep, token_ids
 from unimoe.moe.records import current_context
 from unimoe.moe.view import MoEView
 

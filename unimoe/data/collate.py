@@ -9,14 +9,14 @@ Shapes: B rows, T tokens, M encoder items (images, speech windows), S encoder po
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 
 from unimoe.errors import UserError
 from unimoe.model.configuration import IGNORED
 from unimoe.model.host_processor import is_of_tokens
-from unimoe.model.inputs import EncodedConversation
+from unimoe.model.inputs import Batch, EncodedConversation
 from unimoe.model.processing import UniMoeProcessor
 
 from .feature_cache import FeatureCache
@@ -65,7 +65,7 @@ class Collator:
         self._dropped: set[str] = set()
         self._media_ids = processor.media_ids
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Encode and pad.
 
         Raises:
@@ -73,7 +73,7 @@ class Collator:
         """
         return self._batch(self._encode(samples))
 
-    def bucket_by_length(self, samples: Sequence[Sample], waste: float = 0.25) -> list[dict[str, Any]]:
+    def bucket_by_length(self, samples: Sequence[Sample], waste: float = 0.25) -> list[Batch]:
         """The samples as batches of rows of similar length, each with at most about ``waste`` padding.
 
         Otherwise a short question would cost as much as the long text beside it.
@@ -89,7 +89,7 @@ class Collator:
             tokens += length
         return [self._batch(part) for part in parts]
 
-    def packed(self, samples: Sequence[Sample], length: int) -> list[dict[str, Any]]:
+    def packed(self, samples: Sequence[Sample], length: int) -> list[Batch]:
         """The samples one after another in rows of up to ``length`` tokens, each row a batch [1, T].
 
         There is no padding and no ``attention_mask``: ``position_ids`` [1, T] restart at 0 with every sample,
@@ -106,7 +106,7 @@ class Collator:
             room[fits] -= len(row[1])
         return [self._join(row) for row in rows]
 
-    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def prompts(self, samples: Sequence[Sample]) -> Batch:
         """Prompts for generation as one batch, padded on the left, without labels."""
         return self._pad(self._prompts(samples), "left")
 
@@ -115,7 +115,7 @@ class Collator:
         samples: Sequence[Sample],
         batch_size: int,
         skip: Callable[[int, UserError], object] | None = None,
-    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    ) -> Iterator[tuple[list[int], Batch]]:
         """The :meth:`prompts` of all samples, sorted by length within windows of 16 batches.
 
         Args:
@@ -128,7 +128,7 @@ class Collator:
             The samples' indices, and their batch.
         """
         for start in range(0, len(samples), 16 * batch_size):
-            rows: dict[int, dict[str, Any]] = {}
+            rows: dict[int, EncodedConversation] = {}
             for index in range(start, min(start + 16 * batch_size, len(samples))):
                 try:
                     (rows[index],) = self._prompts([samples[index]])
@@ -168,13 +168,13 @@ class Collator:
             rows.append((empty, [IGNORED]))
         return rows
 
-    def _batch(self, rows: list[Row]) -> dict[str, Any]:
+    def _batch(self, rows: list[Row]) -> Batch:
         batch = self._pad([encoded for encoded, _ in rows], "right")
         width = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
         return batch
 
-    def _join(self, rows: list[Row]) -> dict[str, Any]:
+    def _join(self, rows: list[Row]) -> Batch:
         """Concatenate several rows into one, with the media of all."""
         joined = EncodedConversation(input_ids=[], assistant_mask=[], position_ids=None, media={})
         for encoded, _ in rows:
@@ -186,13 +186,13 @@ class Collator:
                 if not is_of_tokens(name):
                     joined["media"].setdefault(name, []).extend(items)
         for name in {name for encoded, _ in rows for name in encoded["media"] if is_of_tokens(name)}:
-            kinds = [
+            ids = [
                 encoded["media"][name][0][:, : len(labels)]
                 if name in encoded["media"]
                 else torch.zeros(1, len(labels), dtype=torch.long)
                 for encoded, labels in rows
             ]
-            joined["media"][name] = [torch.cat(kinds, 1)]
+            joined["media"][name] = [torch.cat(ids, 1)]
         batch = self._pad([joined], "right")
         del batch["attention_mask"]
         if "position_ids" not in batch:
@@ -201,10 +201,9 @@ class Collator:
         batch["labels"] = torch.tensor([sum(([IGNORED, *labels[1:]] for _, labels in rows), [])])
         return batch
 
-    def _pad(self, rows: Sequence[EncodedConversation], side: str) -> dict[str, Any]:
-        if self.features is not None:
-            return self.features.pad(rows, side)
-        return dict(self.processor.pad(rows, side))
+    def _pad(self, rows: Sequence[EncodedConversation], side: str) -> Batch:
+        padder = self.processor if self.features is None else self.features
+        return cast(Batch, dict(padder.pad(rows, side)))
 
     def _fit(self, row: EncodedConversation, mask: list[int], sample: Sample) -> bool:
         """Apply ``overflow`` to the sample, in place; False drops it."""
@@ -227,7 +226,7 @@ class Collator:
         return True
 
 
-def real_tokens(batch: dict[str, Any]) -> int:
+def count_tokens(batch: Batch) -> int:
     """Number of tokens in a batch that are not padding."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())

@@ -29,8 +29,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from unimoe.errors import UserError, first_line
 from unimoe.files import fingerprint
-from unimoe.model.host import decoder_call, find_decoder, towers
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import decoder_call, find_decoder, is_stock, towers
 from unimoe.model.host_processor import HostProcessor
 from unimoe.model.inputs import EncodedConversation, EncoderInputs
 from unimoe.model.utils import to_device

@@ -22,7 +22,12 @@ from unimoe.errors import UserError
 from unimoe.moe import Context, MoEConfig, routing_context
 from unimoe.moe.install import install_moe, moe_layers
 
-from .configuration import MODALITIES
+from .configuration import MODALITIES, UniMoeConfig
+
+
+def is_stock(model: nn.Module) -> bool:
+    """Whether a model is one of transformers' own."""
+    return not isinstance(model.config, UniMoeConfig)
 
 
 def find_decoder(model: nn.Module) -> Any:
@@ -63,6 +68,13 @@ def towers(model: nn.Module) -> dict[str, nn.Module]:
             if name != step and child is not head and any(True for _ in child.parameters())
         }
     return found
+
+
+def front(model: Any) -> list[nn.Module]:
+    """Towers and connectors: everything in front of the decoder."""
+    if is_stock(model):
+        return list(towers(model).values())
+    return [*model.model.encoders.values(), *model.model.connectors.values()]
 
 
 def logits_to_keep(model: nn.Module, kept: int | Tensor = 1) -> dict[str, Any]:
@@ -156,7 +168,7 @@ def count_experts(config: Any) -> int:
     return next((count for name in names if (count := getattr(text, name, 0))), 0)
 
 
-class _Inputs(NamedTuple):
+class TokenInputs(NamedTuple):
     """What the whole model was called with."""
 
     input_ids: Tensor | None
@@ -165,7 +177,7 @@ class _Inputs(NamedTuple):
     token_ids: dict[str, int]
 
 
-_inputs: ContextVar[_Inputs | None] = ContextVar("unimoe_host_inputs", default=None)
+_inputs: ContextVar[TokenInputs | None] = ContextVar("unimoe_host_inputs", default=None)
 _opened = threading.local()
 
 
@@ -189,7 +201,7 @@ def _note_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if isinstance(positions, Tensor) and positions.dim() == 3:
         # of four, the one that begins again with each packed sample; three say nothing of samples
         positions = positions[0] if len(positions) == 4 else None
-    _inputs.set(_Inputs(ids, mask, positions, token_ids(model.config)))
+    _inputs.set(TokenInputs(ids, mask, positions, token_ids(model.config)))
 
 
 def _forget_inputs(*_: Any) -> None:
@@ -202,7 +214,7 @@ def _open_context(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     tokens = embeds if embeds is not None else ids
     assert tokens is not None
     opened: AbstractContextManager = routing_context(
-        _context(_inputs.get(), *tokens.shape[:2], tokens.device)
+        token_context(_inputs.get(), *tokens.shape[:2], tokens.device)
     )
     opened.__enter__()
     stack: list[AbstractContextManager] = _opened.__dict__.setdefault("stack", [])
@@ -225,7 +237,12 @@ def sample_of_tokens(
     return sample_T + begins_BT.flatten().cumsum(0)
 
 
-def _context(inputs: _Inputs | None, rows: int, length: int, device: torch.device) -> Context:
+def token_context(inputs: TokenInputs | None, rows: int, length: int, device: torch.device) -> Context:
+    """Padding, modality, sample and id of each of the B*T tokens of a decoder, for routers, losses and plots.
+
+    A row is one sample, or several packed ones where positions [B, T] without an attention mask do not
+    increase by one. Ids of another length than the decoder's rows tell nothing about its tokens.
+    """
     if inputs is None:
         return Context(sample_T=sample_of_tokens(rows, length, device))
     ids, mask, positions = inputs.input_ids, inputs.attention_mask, inputs.position_ids

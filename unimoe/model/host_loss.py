@@ -1,5 +1,4 @@
-"""What training asks of a model, ours or any of transformers: the supervised loss, the auxiliary losses, and
-which parts it consists of.
+"""What a model, ours or any of transformers, makes of a collated batch: loss, logits, hidden states.
 
 Shapes: B rows, T tokens of a row, H hidden, P positions, K supervised tokens of a batch, V vocabulary.
 """
@@ -7,24 +6,12 @@ Shapes: B rows, T tokens of a row, H hidden, P positions, K supervised tokens of
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from unimoe.moe import LayerRecord, auxiliary_loss
-from unimoe.moe.install import moe_layers
-from unimoe.moe.losses.auxiliary import Across, alone
+from torch import Tensor
 
 from .configuration import IGNORED
-from .host import find_decoder, logits_to_keep, towers
+from .host import find_decoder, is_stock, logits_to_keep
 from .host_packing import packed_positions
-from .loss import cross_entropy_sum
-from .modeling import UniMoeForConditionalGeneration
-from .structure import StructureConfig
-
-
-def is_stock(model: nn.Module) -> bool:
-    """Whether a model is one of transformers' own."""
-    return not isinstance(model, UniMoeForConditionalGeneration)
+from .loss import cross_entropy, supervised
 
 
 def answer_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, int]:
@@ -32,21 +19,22 @@ def answer_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tenso
 
     Auxiliary losses are not part of it. For one batch it is ``model(**batch).loss`` of a stock model.
     """
-    if not is_stock(model):
-        return model.answer_loss(batches)
-    total, count = torch.zeros((), device=model.device), 0
-    for batch in batches:
-        logits_KV, labels_K = supervised_logits(model, batch)
-        total = total + cross_entropy_sum(logits_KV, labels_K)
-        count += len(labels_K)
-    return total / max(count, 1), count
+    return cross_entropy(answer_logits(model, batch) for batch in batches)
 
 
-def supervised_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Logits [K, V] of a stock model at the positions before supervised tokens, and these tokens [K].
+def answer_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits [K, V] in float32 and labels [K] of a collated batch; the head runs at these positions only."""
+    if is_stock(model):
+        logits_KV, labels_K = _stock_logits(model, batch)
+    else:
+        hidden_KH, labels_K = supervised(last_hidden(model, batch), batch["labels"])
+        logits_KV = model.head(hidden_KH)
+    return logits_KV.float(), labels_K
 
-    Its head runs at positions where a row of the batch has one, if its ``forward`` can be told so.
-    """
+
+def _stock_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """As ``answer_logits``; the head runs at positions where a row of the batch has a label, if ``forward``
+    can be told so."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels_BT = batch["labels"][:, 1:]
     at_P = (labels_BT != IGNORED).any(0).nonzero()[:, 0]
@@ -60,19 +48,11 @@ def supervised_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Ten
     return logits_BPV[keep_BP], labels_BT[:, at_P][keep_BP]
 
 
-def answer_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Logits [K, V] in float32 and labels [K] of a collated batch."""
-    if not is_stock(model):
-        return model.answer_logits(batch)
-    logits_KV, labels_K = supervised_logits(model, batch)
-    return logits_KV.float(), labels_K
-
-
 def last_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """[B, T, H] of a collated batch, with or without labels, before the head."""
-    if not is_stock(model):
-        return model.last_hidden(batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if not is_stock(model):
+        return model.model(**inputs, use_cache=False).last_hidden_state
     seen: list[Tensor] = []
     hook = find_decoder(model).register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
     try:
@@ -80,41 +60,3 @@ def last_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
     finally:
         hook.remove()
     return seen[0]
-
-
-def moe_settings(model: nn.Module) -> dict[str, Any] | None:
-    """The configuration of the MoE layers as the model will save it (not a copy); None for a dense model."""
-    config: Any = model.config
-    if not is_stock(model):
-        return config.moe
-    structure = getattr(config, "quantization_config", None)
-    return structure.moe if isinstance(structure, StructureConfig) else None
-
-
-def aux_loss(
-    model: nn.Module,
-    records: Sequence[LayerRecord],
-    across: Across = alone,
-    losses: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """Sum of the auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model).
-
-    Args:
-        model: whose layers were recorded.
-        records: one of each MoE layer.
-        across: the mean over processes, see :data:`unimoe.moe.losses.auxiliary.Across`.
-        losses: to use in place of the configuration's.
-    """
-    settings = moe_settings(model)
-    if not records or not settings:
-        return torch.zeros((), device=model.device)  # type: ignore[arg-type]
-    return auxiliary_loss(
-        settings["losses"] if losses is None else losses, records, moe_layers(model), across
-    )
-
-
-def front(model: Any) -> list[nn.Module]:
-    """Towers and connectors: everything in front of the decoder."""
-    if is_stock(model):
-        return list(towers(model).values())
-    return [*model.model.encoders.values(), *model.model.connectors.values()]

@@ -1,6 +1,6 @@
 """The types of a media item on its way from the file to the LLM's embeddings.
 
-    Part -> Preprocessor -> Prepared -> EncodedConversation -> Batch -> forward(**MediaInputs) -> EncodedMedia
+    Part -> Preprocessor -> Prepared -> EncodedConversation -> Batch -> forward(**Batch) -> EncodedMedia
 
 Shapes: B rows, T tokens of a row, M encoder items (images, videos, audio windows), S encoder positions of an
 item, D encoder width, F frames.
@@ -9,7 +9,7 @@ item, D encoder width, F frames.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict, TypeVar
+from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -45,6 +45,19 @@ class MediaInputs(TypedDict, total=False):
     """As ``speech_frames``, of environmental sound."""
     encoded_media: dict[str, EncodedMedia] | None
     """By modality, outputs of frozen encoders that were computed beforehand; they replace the raw inputs."""
+
+
+class Batch(MediaInputs):
+    """Collated conversations. Models of transformers get the media inputs of their own processor instead."""
+
+    input_ids: Tensor
+    """[B, T], media placeholders expanded to one for each media token."""
+    attention_mask: NotRequired[Tensor]
+    """[B, T], 0 on padding; packed rows have none."""
+    position_ids: NotRequired[Tensor]
+    """[1, T] of a packed row, or with the axes of ``rope_sections`` in front."""
+    labels: NotRequired[Tensor]
+    """[B, T], -100 where a token is not learned; prompts have none."""
 
 
 @dataclass

@@ -5,10 +5,9 @@ audio windows), S encoder positions of an item, D encoder width, N media tokens 
 tokens of a batch.
 """
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +18,20 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from unimoe.encoders import Encoder, build_connector, build_encoder
 from unimoe.encoders.weights import own_weights
 from unimoe.moe import (
-    Context,
-    LayerRecord,
     MoEConfig,
-    auxiliary_loss,
     record,
     remember_context,
     routing_context,
 )
-from unimoe.moe.install import install_moe, moe_layers
-from unimoe.moe.losses.auxiliary import Across, alone
+from unimoe.moe.install import install_moe
 from unimoe.moe.stock_records import leave_records
 
 from .by_modality import ByModality
 from .causal_head import CausalHead
-from .configuration import MEDIA_INPUTS, MODALITIES, UniMoeConfig
-from .host import sample_of_tokens
+from .configuration import MEDIA_INPUTS, UniMoeConfig
+from .host import TokenInputs, token_context
 from .inputs import EncodedMedia, MediaInputs, takes_media
-from .loss import cross_entropy_sum, supervised
+from .loss import aux_loss, cross_entropy, supervised
 from .rope_3d import install_time_rotary, time_ids
 
 MEDIA_NAMES = tuple(MediaInputs.__annotations__)
@@ -219,7 +214,7 @@ class UniMoeModel(MediaModel):
         Raises:
             ValueError: inputs that do not go together.
         """
-        media: Any = {name: kwargs.pop(name, None) for name in MEDIA_NAMES}
+        media = cast(MediaInputs, {name: kwargs.pop(name, None) for name in MEDIA_NAMES})
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
@@ -234,8 +229,13 @@ class UniMoeModel(MediaModel):
         if position_ids is not None and attention_mask is None and past_key_values is None:
             kwargs.setdefault("use_cache", False)  # only without a cache are packed samples told apart
         with ExitStack() as around:
+            mask = (
+                attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+            )
+            packed = position_ids if attention_mask is None else None
+            seen = TokenInputs(input_ids, mask, packed, self.config.token_ids())
             around.enter_context(
-                routing_context(self.token_context(input_ids, attention_mask, inputs_embeds, position_ids))
+                routing_context(token_context(seen, *inputs_embeds.shape[:2], inputs_embeds.device))
             )
             if axes is not None:
                 around.enter_context(time_ids(axes))
@@ -251,34 +251,6 @@ class UniMoeModel(MediaModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def token_context(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        embeds_BTH: Tensor,
-        position_ids: Tensor | None = None,
-    ) -> Context:
-        """Padding, modality, sample and id of each of the B*T tokens, for routers, losses and plots.
-
-        A row is one sample, or several packed ones where ``position_ids`` [B, T] without an
-        ``attention_mask`` do not increase by one.
-        """
-        rows, length = embeds_BTH.shape[:2]
-        modality_BT = torch.zeros(rows, length, dtype=torch.long, device=embeds_BTH.device)
-        if input_ids is not None:
-            for modality, token_id in self.config.token_ids().items():
-                modality_BT[input_ids == token_id] = MODALITIES.index(modality)
-        pad_T = None
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            pad_T = (attention_mask[:, -length:] == 0).flatten()
-        packed = position_ids if attention_mask is None else None
-        return Context(
-            pad_T=pad_T,
-            modality_T=modality_BT.flatten(),
-            sample_T=sample_of_tokens(rows, length, embeds_BTH.device, packed),
-            token_T=None if input_ids is None else input_ids.flatten(),
         )
 
 
@@ -303,26 +275,6 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         """Logits [B, T, V] or [N, V] of hidden states [B, T, H] or [N, H], as the LLM's own class computes
         them."""
         return self.causal_head(self.lm_head, hidden)
-
-    def answer_logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits [K, V] in float32 and labels [K] of a collated batch; the head runs at these positions."""
-        hidden_KH, labels_K = supervised(self.last_hidden(batch), batch["labels"])
-        return self.head(hidden_KH).float(), labels_K
-
-    def answer_loss(self, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, int]:
-        """Mean cross-entropy over the supervised tokens of several collated batches together, and their
-        number. Auxiliary losses are not part of it."""
-        total, count = torch.zeros((), device=self.device), 0
-        for batch in batches:
-            logits_KV, labels_K = self.answer_logits(batch)
-            total = total + cross_entropy_sum(logits_KV, labels_K)
-            count += len(labels_K)
-        return total / max(count, 1), count
-
-    def last_hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """[B, T, H] of a collated batch, with or without labels."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return self.model(**inputs, use_cache=False).last_hidden_state
 
     @can_return_tuple
     @takes_media
@@ -357,14 +309,13 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(outputs.last_hidden_state[:, kept])
-        loss = aux_loss = None
+        loss = aux = None
         if labels is not None:
-            aux_loss = self.aux_loss(records)
-            logits_KV, labels_K = supervised(logits, labels)
-            loss = aux_loss + cross_entropy_sum(logits_KV, labels_K) / max(len(labels_K), 1)
+            aux = aux_loss(self, records)
+            loss = aux + cross_entropy([supervised(logits, labels)])[0]
         return UniMoeOutput(
             loss=loss,
-            aux_loss=aux_loss,
+            aux_loss=aux,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -373,24 +324,6 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
             if output_router_logits
             else None,
         )
-
-    def aux_loss(
-        self,
-        records: Sequence[LayerRecord],
-        across: Across = alone,
-        losses: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """Sum of the configured auxiliary losses over the recorded MoE layers (0-d; 0 for a dense model).
-
-        Args:
-            records: one of each MoE layer.
-            across: the mean over processes, see :data:`unimoe.moe.losses.auxiliary.Across`.
-            losses: to use in place of the configuration's.
-        """
-        if not records or not self.config.moe:
-            return self.lm_head.weight.new_zeros(())
-        chosen = self.config.moe["losses"] if losses is None else losses
-        return auxiliary_loss(chosen, records, moe_layers(self), across)
 
     def prepare_inputs_for_generation(
         self,

@@ -21,8 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from unimoe.compress.decoding import Decoding
-from unimoe.model.host import logits_to_keep
-from unimoe.model.host_loss import is_stock
+from unimoe.model.host import is_stock, logits_to_keep
 from unimoe.model.modeling import UniMoeForConditionalGeneration, UniMoePreTrainedModel
 from unimoe.model.utils import to_device
 

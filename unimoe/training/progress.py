@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from unimoe.data.collate import real_tokens
+from unimoe.data.collate import count_tokens
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class PlainProgress(Callback):
 
 
 def _tokens(batch: Any) -> float:
-    return sum(map(real_tokens, batch))
+    return sum(map(count_tokens, batch))
 
 
 def clock(seconds: float) -> str:
