@@ -11,7 +11,7 @@ from PIL import Image
 
 from unimoe.data import FeatureCache
 from unimoe.demo import evaluate as subject
-from unimoe.demo.evaluate import ask, evaluate, expert_load, perplexity, read_questions, score
+from unimoe.demo.evaluate import ask, evaluate, load_by_modality, perplexity, read_questions, score
 from unimoe.errors import UserError
 from unimoe.testing import tiny_model
 
@@ -147,7 +147,7 @@ def test_load_is_a_share_for_each_layer_expert_and_modality(built, data):
     questions = {"spoken_questions": read_questions(data / "test.spoken_questions.jsonl")}
     features = cache(data, built)
     features.fill([question.sample for question in questions["spoken_questions"]])
-    load = expert_load(model, processor, questions, features, batch_size=2)
+    load = load_by_modality(model, processor, questions, features, batch_size=2)
     assert list(load) == ["layers", "all", "text", "image", "speech"]
     assert load["layers"] == [0, 1]
     for name in ("all", "text", "image", "speech"):
@@ -158,4 +158,4 @@ def test_load_is_a_share_for_each_layer_expert_and_modality(built, data):
 
 def test_a_dense_model_has_no_load(tmp_path):
     model, processor = tiny_model(tmp_path)
-    assert expert_load(model, processor, {}, FeatureCache(tmp_path / "f", processor, {})) == {}
+    assert load_by_modality(model, processor, {}, FeatureCache(tmp_path / "f", processor, {})) == {}

@@ -4,7 +4,7 @@
     prose            -> perplexity                    MoE: questions -> record() -> load by layer and modality
 
 Results are added to one JSON file set by set, so an interrupted evaluation resumes at the next set.
-Shapes: L MoE layers, E experts.
+Shapes: L MoE layers, E experts, S predicted tokens, V vocabulary.
 """
 
 import json
@@ -24,6 +24,7 @@ from unimoe.data.records import parse_record
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.inference.generate import ask_all
+from unimoe.model.loss import cross_entropy_sum, supervised
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.processing import UniMoeProcessor
 from unimoe.model.utils import count_parameters, to_device
@@ -57,7 +58,7 @@ LONGEST_ANSWER = 12
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation to be answered."""
+    """A conversation to be answered, with the facts by which scores are split and baselines are fitted."""
 
     sample: Sample
     """The turns before the answer."""
@@ -67,7 +68,8 @@ class Question:
     """Other keys of its record: ``kind`` of question, ``concept``, ``speaker``, ``question`` as text."""
 
     def is_right(self, answer: str) -> bool:
-        """Exact match, ignoring case, punctuation and a leading article."""
+        """Exact match, ignoring case, punctuation and a leading article: the classes of the baselines, so
+        that both are scored alike."""
         return normalise(answer) == normalise(self.answer)
 
 
@@ -125,7 +127,7 @@ def evaluate(
     log.info("      %-38s %.2f", "perplexity of English text", found["perplexity"])
     if "load" not in found:
         total, active = count_parameters(model)
-        load = expert_load(model, processor, questions, features)
+        load = load_by_modality(model, processor, questions, features)
         keep(parameters={"total": total, "active": active}, load=load, complete=True)
     return found
 
@@ -186,18 +188,16 @@ def perplexity(
     loss, count = 0.0, 0
     for start in range(0, len(ids), window):
         row_1T = torch.tensor([ids[start : start + window]], device=model.device)
-        if row_1T.shape[1] < 2:
-            continue
-        logits_TV = model(input_ids=row_1T).logits[0, :-1].float()
-        loss += torch.nn.functional.cross_entropy(logits_TV, row_1T[0, 1:], reduction="sum").item()
-        count += row_1T.shape[1] - 1
+        logits_SV, labels_S = supervised(model(input_ids=row_1T).logits, row_1T)
+        loss += cross_entropy_sum(logits_SV, labels_S).item()
+        count += len(labels_S)
     if not count:
         raise UserError("the text has fewer than two tokens; perplexity needs at least two")
     return round(math.exp(loss / count), 4)
 
 
 @torch.inference_mode()
-def expert_load(
+def load_by_modality(
     model: UniMoeForConditionalGeneration,
     processor: UniMoeProcessor,
     questions: Mapping[str, Sequence[Question]],
