@@ -1,6 +1,9 @@
+from typing import cast
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn import LayerNorm
 from torch.testing import assert_close
 
 from unimoe.applications.adaptation.network import MetaDMoE, NetworkConfig
@@ -27,7 +30,7 @@ def test_exact_the_mask_leaves_out_the_expert_of_the_domain_alone(domain):
     model = make(expert_of=(2, 0, 1))
     before = model.knowledge(IMAGES, domain)
     for place, expert in enumerate(model.experts):
-        bias = expert.norm.bias
+        bias = cast(LayerNorm, expert.norm).bias
         with torch.no_grad():
             bias += torch.arange(len(bias)) / 10
             own = domain >= 0 and place == (2, 0, 1)[domain]
@@ -39,7 +42,7 @@ def test_exact_the_mask_leaves_out_the_expert_of_the_domain_alone(domain):
 def test_exact_the_gradient_reaches_the_aggregator_through_the_step_alone():
     model = make()
     assert model.aggregator is not None
-    weight = model.aggregator.block.ffn.down_proj.weight
+    weight = model.aggregator.get_parameter("block.ffn.down_proj.weight")
     (gradient,) = torch.autograd.grad(outer(model), weight)
     place = divmod(int(gradient.abs().argmax()), gradient.shape[1])
     ends = []

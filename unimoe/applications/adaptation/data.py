@@ -135,8 +135,6 @@ class ShiftedSet:
 class AdaptationData(ApplicationData):
     """Training domains in episodes, and domains to adapt to."""
 
-    sets: dict[str, EpisodeSet | ShiftedSet]
-
     def __init__(
         self,
         train: str = "sprites",

@@ -96,7 +96,8 @@ class AdaptationModule(ApplicationModule):
     def pretraining(self) -> bool:
         return self.trainer.global_step < self.config.pretrain * self.trainer.max_steps
 
-    def batch_amount(self, batch: Episodes) -> float:
+    def batch_amount(self, batch: Any) -> float:
+        """Images of all episodes."""
         return batch.labels.numel()
 
     def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
@@ -201,7 +202,8 @@ class AdaptationModule(ApplicationModule):
         step put right, and one of those it put wrong."""
         rows = [data.support(0)[:SHOWN]]
         for changed_N in (after_N & ~before_N, before_N & ~after_N):
-            chosen = changed_N.nonzero()[:SHOWN, 0].tolist()
+            changed = changed_N.nonzero()[:, 0]  # by class: show some of each
+            chosen = changed[:: max(1, len(changed) // SHOWN)][:SHOWN].tolist()
             rows.append(data.__getitems__(chosen).images if chosen else rows[0][:0])
         page = torch.ones(len(rows), SHOWN, *rows[0].shape[1:])
         for number, images in enumerate(rows):

@@ -128,7 +128,7 @@ class MetaDMoE(nn.Module):
         weights: Weights = dict(self.student.named_parameters())
         if self.aggregator is None:
             return weights
-        error = F.mse_loss(functional_call(self.student, weights, (images,)), self.knowledge(images, domain))
+        error = F.mse_loss(functional_call(self.student, weights, images), self.knowledge(images, domain))
         gradients = torch.autograd.grad(error, list(weights.values()), create_graph=differentiable)
         return {
             name: weight - rate * gradient
@@ -137,8 +137,8 @@ class MetaDMoE(nn.Module):
 
     def logits(self, images: Tensor, weights: Weights | None = None) -> Tensor:
         """[B, K] of the student, by its own weights or by adapted ones."""
-        own = dict(self.student.named_parameters()) if weights is None else weights
-        return self.head(functional_call(self.student, own, (images,)))
+        features = self.student(images) if weights is None else functional_call(self.student, weights, images)
+        return self.head(features)
 
     @staticmethod
     def of(network: dict[str, Any]) -> "MetaDMoE":
