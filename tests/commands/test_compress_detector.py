@@ -33,7 +33,7 @@ def found_by(model, world, tmp_path, *more):
     return torch.tensor([row["score"] for row in json.loads(file.read_text())])
 
 
-def test_a_detector_is_pruned_and_packed_and_scored(experts, world, tmp_path):
+def test_a_detector_is_pruned_and_packed_and_scored(experts, world, tmp_path, capsys):
     stats, pruned, packed = (str(tmp_path / name) for name in ("stats", "pruned", "packed"))
     data = str(world / "train.json")
     assert cli.main(["compress", "stats", str(experts), data, "--samples", "4", "--output", stats]) == 0
@@ -51,6 +51,8 @@ def test_a_detector_is_pruned_and_packed_and_scored(experts, world, tmp_path):
     load = json.loads((tmp_path / "plots" / "experts.json").read_text())["load"]
     gone = [[row[one] for one in {*range(4)} - {*keep}] for row, keep in zip(load, plan["keep"], strict=True)]
     assert not any(sum(gone, [])) and len(load[0]) == 4
+    assert cli.main(["export", "onnx", packed, str(tmp_path / "a.onnx"), "--prompt", "cat"]) == 2
+    assert "the experts are packed" in capsys.readouterr().err
 
 
 def test_what_a_detector_has_not_is_refused(experts, world, tmp_path, capsys):
