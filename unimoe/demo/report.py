@@ -66,7 +66,7 @@ def make_report(folder: str | Path, control: bool) -> dict[str, Any]:
 
 def summarise(
     evaluations: Mapping[str, dict[str, Any]],
-    baselines: dict[str, dict[str, float]],
+    baselines: dict[str, Any],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The content of ``report.json``."""
