@@ -1,4 +1,4 @@
-"""The import rules of CONTRIBUTING.md, held over every import statement of the package."""
+"""The rules of CONTRIBUTING.md for every file: imports, lengths, test files."""
 
 import ast
 import sys
@@ -257,3 +257,35 @@ def test_tests_and_benchmarks_use_the_full_names(folder):
 def test_no_file_is_over_600_lines():
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in MODULES.values()}
     complain([f"{file.relative_to(ROOT)}: {lines} lines" for file, lines in lengths.items() if lines > 600])
+
+
+WITHOUT_TESTS = {
+    "unimoe.__main__": "calls the command line (tests/commands/test_main.py)",
+    "unimoe.commands.consolidate": "needs a run that was interrupted (tests/stages/test_resume.py)",
+    "unimoe.commands.sample": "needs a trained application (tests/applications/diffusion/test_module.py)",
+    "unimoe.compare.report": "writes what a comparison found (tests/compare/test_run.py)",
+    "unimoe.data.errors": "faults, tested where readers raise them (tests/data/test_read.py)",
+    "unimoe.detection.model.output": "data classes of the model (tests/detection/model/test_modeling.py)",
+    "unimoe.kernels.arguments": "checks that every grouped operation makes (tests/kernels/test_ffn.py)",
+    "unimoe.kernels.triton_linear": "products inside two operations (tests/kernels/test_triton_ffn.py)",
+    "unimoe.model.registration": "known to the Auto classes (tests/model/test_modeling.py)",
+    "unimoe.serve.vllm_inputs": "runs inside vLLM (tests/serve/test_vllm_plugin.py)",
+    "unimoe.stages.features": "fills the cache of a stage (tests/stages)",
+    "unimoe.synthetic.concepts": "a table of words (tests/synthetic/test_questions.py)",
+    "unimoe.synthetic.assets.make_dialogue": "writes a file of the repository, by hand",
+    "unimoe.synthetic.assets.make_speech": "writes files of the repository, by hand",
+    "unimoe.testing": "tiny models for the tests",
+    "unimoe.testing_hosts": "tiny models for the tests",
+    "unimoe.testing_stock": "tiny models for the tests",
+}
+"""Modules without a test file of their own -> why, and where they are tested."""
+
+
+def test_every_module_has_its_test_file():
+    missing = []
+    for module, file in MODULES.items():
+        *folders, name = module.split(".")[1:] or ["__init__"]
+        mirror = ROOT / "tests" / Path(*folders) / f"test_{name.lstrip('_')}.py"
+        if file.name != "__init__.py" and not mirror.is_file():
+            missing.append(module)
+    assert sorted(missing) == sorted(WITHOUT_TESTS)
