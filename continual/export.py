@@ -1,4 +1,4 @@
-"""Banks as peft adapters, and back.
+"""Banks as peft adapters.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, which ``PeftModel.from_pretrained``
 loads on the same base, and ``bank.safetensors`` with what peft has no place for: the router's rows.
@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unimoe.errors import UserError
@@ -94,43 +93,6 @@ def export_bank(
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         save_file(ours, temporary / BANK_FILE, metadata=about)
-
-
-def import_bank(folder: str | Path, layers: Mapping[str, LoRALinear]) -> None:
-    """Add an exported bank, router rows included, behind the banks that the layers have; it arrives frozen.
-
-    Raises UserError, before anything is added, when it was trained on another base, is damaged or does not
-    fit the layers: their projections, their scale, their kind of router.
-    """
-    path = Path(folder) / BANK_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no bank: {BANK_FILE} is not there")
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error})") from error
-    found, expected = about.get("base", "")[:12], _base(layers)[:12]
-    if found != expected:
-        raise UserError(f"{folder}: this bank was trained on another model (base {found}, here {expected})")
-    here = {_router(layer) for layer in layers.values()}
-    if here != {about["gate"]}:
-        raise UserError(
-            f"{folder}: this bank is of layers with {about['gate']}, here they are of {min(here)}"
-        )
-    if not about["gate"].startswith((NO_ROUTER, CosineTopK.__name__)):
-        raise UserError(f"{folder}: {about['gate']} is one router for all banks, and is not in the file")
-    experts = int(about["experts"])
-    for name, layer in layers.items():
-        A = tensors[f"{name}.A"]
-        bank = layer.add_bank(experts, len(A) // experts)
-        with torch.no_grad():
-            bank.A.copy_(A)
-            bank.B.copy_(tensors[f"{name}.B"])
-            if isinstance(layer.router, CosineTopK):
-                layer.router.add_rows(experts).copy_(tensors[f"{name}.rows"]).requires_grad_(False)
-        bank.requires_grad_(False)
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
