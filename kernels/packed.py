@@ -365,25 +365,6 @@ def _operands(gate_up: Stack, down: Stack, bits_E: Tensor) -> tuple[Any, ...]:
     return [gate_up.codes, gate_up.scales], [down.codes, down.scales], bits_E, down.width, down.nested
 
 
-def experts_reference(
-    x_TH: Tensor,
-    token_N: Tensor,
-    offsets_E1: Tensor,
-    weight_N: Tensor,
-    gate_up: Stack,
-    down: Stack,
-    act: str = "silu",
-    level: int = 0,
-) -> Tensor:
-    """:func:`fused_experts` with activations of 8 bits, as the operators round them."""
-    y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-    for e, start, end in groups(offsets_E1.tolist()):
-        gate, up = linear_reference(x_TH[token_N[start:end]], gate_up, e, level).chunk(2, -1)
-        y = linear_reference(GATES[act](gate) * up, down, e, level) * weight_N[start:end, None]
-        y_TH.index_add_(0, token_N[start:end], y)
-    return y_TH
-
-
 def runs_native(x: Tensor, *others: Tensor) -> bool:
     """Whether the operators of packed.cpp multiply ``x``: they are built, it is on the CPU, and no gradient
     of it or ``others`` and no compiled graph is asked for."""

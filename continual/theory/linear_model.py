@@ -64,19 +64,6 @@ def exact_errors(expert_T: np.ndarray, task_T: np.ndarray, truth_Nd: np.ndarray,
     return Errors(F_T, G_T)
 
 
-def one_expert_errors(truth_Nd: np.ndarray, s: int, rounds: int) -> tuple[float, float]:
-    """E F_T and E G_T of a single expert when every n_t is uniform, in closed form."""
-    N, d = truth_Nd.shape
-    r, T = 1 - s / d, rounds
-    size = float((truth_Nd**2).sum(-1).mean())
-    spread = float(((truth_Nd[:, None] - truth_Nd[None]) ** 2).sum(-1).sum() / N**2)
-    t = np.arange(1, T)
-    F = (r**T - r**t) * size + spread * ((1 - r) * (1 - r ** (T - t)) + r**t - r**T)
-    t = np.arange(1, T + 1)
-    G = r**T * size + spread * (1 - r**T - (1 - r) * r ** (T - t)).mean()
-    return float(F.sum() / (T - 1)), float(G)
-
-
 def sampled_errors(
     expert_T: np.ndarray, task_T: np.ndarray, truth_Nd: np.ndarray, s: int, runs: int, seed: int
 ) -> tuple[Errors, Errors]:

@@ -82,10 +82,9 @@ def unpacked(model):
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, PackedExperts):
-            parts = [module.dequantized(e) for e in range(module.num_experts)]
-            state[f"{name}.gate_up_proj"], state[f"{name}.down_proj"] = map(
-                torch.stack, zip(*parts, strict=True)
-            )
+            for stack, part in zip(module.stacks(), ("gate_up_proj", "down_proj"), strict=True):
+                weights = [stack.dequantize(e) for e in range(module.num_experts)]
+                state[f"{name}.{part}"] = torch.stack(weights)
         elif isinstance(module, PackedLinear):
             state[f"{name}.weight"] = module.weight
     dense.load_state_dict({key: state[key] for key in dense.state_dict()})

@@ -49,7 +49,7 @@ def test_a_file_holds_what_is_packed_and_llama_cpp_runs_it(packed, tmp_path):
     for layer in view(model):
         experts = layer.experts
         for expert in range(4):
-            gate_up, down = experts.dequantized(expert)
+            gate_up, down = (stack.dequantize(expert) for stack in experts.stacks())
             wanted = {"gate": gate_up[: len(gate_up) // 2], "up": gate_up[len(gate_up) // 2 :], "down": down}
             for name, weight in wanted.items():
                 one = found[f"blk.{layer.layer}.ffn_{name}_exps.weight"]

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from unimoe.kernels import native
-from unimoe.kernels.packed import Stack, quantize_rtn
+from unimoe.kernels.arguments import groups
+from unimoe.kernels.packed import Stack, linear_reference, quantize_rtn
+from unimoe.kernels.swiglu import GATES
 
 
 @pytest.fixture
@@ -41,6 +43,16 @@ def stack_of(*weights, bits, group, nested=False, halves=1):
     for e, weight in enumerate(weights):
         stack.fill(e, *quantize_rtn(weight, bits[e], group))
     return stack
+
+
+def packed_reference(x_TH, token_N, offsets_E1, weight_N, gate_up, down, act="silu"):
+    """``packed.fused_experts`` with activations of 8 bits, as the operators round them."""
+    y_TH = torch.zeros_like(x_TH)
+    for e, start, end in groups(offsets_E1.tolist()):
+        gate, up = linear_reference(x_TH[token_N[start:end]], gate_up, e).chunk(2, -1)
+        y = linear_reference(GATES[act](gate) * up, down, e) * weight_N[start:end, None]
+        y_TH.index_add_(0, token_N[start:end], y)
+    return y_TH
 
 
 def error(found, expected):

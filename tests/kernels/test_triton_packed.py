@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from .conftest import error, stack_of
+from .conftest import error, packed_reference, stack_of
 
 pytest.importorskip("triton")
 
@@ -35,7 +35,7 @@ def test_experts_of_mixed_bits_equal_the_reference(counts):
     offsets_E1 = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
     pairs = (torch.randn(T, H), torch.randint(0, T, (N,)), offsets_E1, torch.rand(N), gate_up, down)
     # an activation at the edge of two codes may be rounded to the other one
-    assert error(triton_packed.packed_experts(*pairs), packed.experts_reference(*pairs)) < 2e-3
+    assert error(triton_packed.packed_experts(*pairs), packed_reference(*pairs)) < 2e-3
 
 
 def test_rows_of_nobody_give_zeros():

@@ -4,7 +4,6 @@ import pytest
 from unimoe.continual.theory.linear_model import (
     World,
     exact_errors,
-    one_expert_errors,
     sampled_errors,
     simulate,
 )
@@ -13,6 +12,19 @@ from unimoe.errors import UserError
 
 def truths(tasks=4, dimensions=12):
     return np.random.default_rng(0).standard_normal((tasks, dimensions))
+
+
+def one_expert_errors(truth_Nd, s, T):
+    """E F_T and E G_T of a single expert when every n_t is uniform, in closed form."""
+    N, d = truth_Nd.shape
+    r = 1 - s / d
+    size = (truth_Nd**2).sum(-1).mean()
+    spread = ((truth_Nd[:, None] - truth_Nd[None]) ** 2).sum() / N**2
+    t = np.arange(1, T)
+    F = (r**T - r**t) * size + spread * ((1 - r) * (1 - r ** (T - t)) + r**t - r**T)
+    t = np.arange(1, T + 1)
+    G = r**T * size + spread * (1 - r**T - (1 - r) * r ** (T - t)).mean()
+    return F.sum() / (T - 1), G
 
 
 def test_one_update_by_hand():

@@ -26,8 +26,9 @@ def error(found, expected):
 def dequantized(packed):
     """The same experts with the weights that the codes stand for."""
     plain = SwiGLUExperts(packed.num_experts, packed.hidden_size, packed.intermediate_size, packed.act)
-    for e in range(packed.num_experts):
-        plain.gate_up_proj.data[e], plain.down_proj.data[e] = packed.dequantized(e)
+    for stack, weight in zip(packed.stacks(), (plain.gate_up_proj, plain.down_proj), strict=True):
+        for e in range(packed.num_experts):
+            weight.data[e] = stack.dequantize(e, packed.level)
     return plain
 
 

@@ -178,11 +178,6 @@ class PackedExperts(Experts):
                     stack.fill(e, *old.unpack(e))
         return new
 
-    def dequantized(self, e: int) -> tuple[Tensor, Tensor]:
-        """gate_up [2I, H] and down [H, I] of one expert in float32."""
-        gate_up, down = self.stacks()
-        return gate_up.dequantize(e, self.level), down.dequantize(e, self.level)
-
     @property
     def num_weights(self) -> int:
         """Weights that are packed here."""
