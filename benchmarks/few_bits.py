@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimoe.commands.inspect_model import spread
 from unimoe.compress.costs import CODE, ERROR
 from unimoe.compress.measure import measure, reference
 from unimoe.compress.quantize import Calibration, choose_bits, quantize_experts, write_back
 from unimoe.data import Collator, read_samples
+from unimoe.data.read import spread
 from unimoe.model.host_loss import answer_logits, last_hidden
 from unimoe.model.inputs import Batch
 from unimoe.model.loading import load_any

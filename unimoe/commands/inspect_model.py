@@ -19,6 +19,7 @@ from unimoe.analysis.plots import pathways, plot_expert_load
 from unimoe.analysis.routing_stats import RoutingStats, format_load_table
 from unimoe.continual.cli import load_run
 from unimoe.data import Sample, read_samples
+from unimoe.data.read import spread
 from unimoe.errors import UserError
 from unimoe.files import atomic_folder
 from unimoe.model.host import find_decoder, logits_to_keep, towers
@@ -168,12 +169,6 @@ def describe_run(folder: str | Path) -> dict[str, Any]:
         "router": None if layers[0].router is None else type(layers[0].router).__name__,
     }
     return report
-
-
-def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """Samples, evenly spaced, at most ``most`` of them."""
-    count = min(most, len(samples))
-    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 @torch.inference_mode()

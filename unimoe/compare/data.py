@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, read_samples
 from unimoe.data.mixed_sampler import MixedBatchSampler
-from unimoe.data.read import data_files
+from unimoe.data.read import data_files, spread
 from unimoe.files import file_hash
 
 from .base import Base
@@ -117,12 +117,6 @@ class Conversations:
 
     def kind(self, name: str) -> str | None:
         return None
-
-
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """Items, evenly spaced, at most ``most`` of them."""
-    count = min(most, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from unimoe.data.read import spread
 from unimoe.errors import UserError
 
 from .base import Base
 from .config import CompareConfig
-from .data import Batch, parts, spread
+from .data import Batch, parts
 
 KEPT = 2**30
 """Bytes of the trunk's output that are kept; later steps run the trunk again for every design."""

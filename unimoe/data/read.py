@@ -14,10 +14,10 @@ import glob
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unimoe.errors import UserError
 from unimoe.files import file_hash
@@ -27,6 +27,7 @@ from .errors import DataError
 from .records import parse_record
 from .sample import Sample
 
+T = TypeVar("T")
 FORMATS = ("auto", "llava", "messages")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
@@ -52,6 +53,12 @@ def read_samples(
     if not samples:
         raise UserError(f"{path}: the file holds no samples")
     return samples
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Items, evenly spaced, at most ``most`` of them."""
+    count = min(most, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def stream_samples(
