@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,14 +123,6 @@ class AccuracyMatrix:
         """Write ``matrix.json`` and ``matrix.csv`` into ``folder``."""
         atomic_write(Path(folder) / "matrix.json", json.dumps(self.to_dict(), indent=1) + "\n")
         atomic_write(Path(folder) / "matrix.csv", self.to_csv())
-
-
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and sample standard deviation (divisor n - 1) over seeds; None if a value is missing."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return {"mean": None, "std": None}
-    return {"mean": float(np.mean(known)), "std": float(np.std(known, ddof=1)) if len(known) > 1 else None}
 
 
 def _mean(values: np.ndarray) -> float | None:

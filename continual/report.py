@@ -12,11 +12,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from unimoe.analysis.seeds import over_seeds
 from unimoe.artifacts import differences, flatten
 from unimoe.errors import UserError
 from unimoe.files import atomic_write
 
-from .metrics import METRICS, spread
+from .metrics import METRICS
 
 Result = dict[str, Any]
 
@@ -109,8 +110,8 @@ def _compare(runs: Sequence[str]) -> None:
 
 def _summary(results: Sequence[Result]) -> dict[str, Any]:
     """Metrics over the seeds of one strategy."""
-    values = {name: spread([result["metrics"][name] for result in results]) for name in METRICS}
-    known = {name: spread([result["known"][name] for result in results]) for name in ("MFN", "BWT")}
+    values = {name: over_seeds([result["metrics"][name] for result in results]) for name in METRICS}
+    known = {name: over_seeds([result["known"][name] for result in results]) for name in ("MFN", "BWT")}
     return {
         **values,
         "known": known,

@@ -22,7 +22,7 @@ def test_differences_are_paired_by_seed_and_the_best_design_stands_first():
     assert rows[0]["loss"]["mean"]["mean"] == pytest.approx(2.5) and rows[0]["start"]["mean"] == 6.0
     assert [row["difference"]["mean"]["verdict"] for row in rows[1:]] == ["better", "worse"]
     assert rows[2]["difference"]["a"]["mean"] == pytest.approx(0.4)
-    assert rows[0]["exact"]["a"] == {"mean": 0.5, "sd": 0.0}
+    assert rows[0]["exact"]["a"] == {"mean": 0.5, "std": 0.0}
     assert "better" in text_table(rows, "nats").splitlines()[2]
 
 

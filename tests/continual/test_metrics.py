@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from unimoe.continual.metrics import AccuracyMatrix, spread
+from unimoe.continual.metrics import AccuracyMatrix
 from unimoe.errors import UserError
 
 MLLM_CL = {  # arXiv 2506.05453, DCL, LLaVA-1.5-7B: MFT, MFN, BWT over 5 tasks
@@ -107,9 +107,3 @@ def test_files(tmp_path):
 def test_a_task_twice_is_refused():
     with pytest.raises(UserError, match="twice"):
         AccuracyMatrix(["a", "a"])
-
-
-def test_spread():
-    assert spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5)}
-    assert spread([1.0]) == {"mean": 1.0, "std": None}
-    assert spread([1.0, None])["mean"] is None

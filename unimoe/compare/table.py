@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from unimoe.analysis.seeds import over_seeds
+
 from .design import CONTROLS, DENSE
 from .statistics import paired_difference
 
@@ -43,12 +45,14 @@ def _row(
         "definition": next(iter(cells.values()))["definition"],
     }
     losses = _losses(good, judged)
-    row["loss"] = {key: spread(list(by_seed.values())) for key, by_seed in losses.items() if by_seed}
+    row["loss"] = {key: over_seeds(list(by_seed.values())) for key, by_seed in losses.items() if by_seed}
     files = dict.fromkeys(name for cell in good.values() for name in cell.get("exact", {}))
     row["exact"] = {
-        name: spread([cell["exact"][name] for cell in good.values() if "exact" in cell]) for name in files
+        name: over_seeds([cell["exact"][name] for cell in good.values() if "exact" in cell]) for name in files
     }
-    row["start"] = spread([statistics.fmean(cell["start"][key] for key in judged) for cell in good.values()])
+    row["start"] = over_seeds(
+        [statistics.fmean(cell["start"][key] for key in judged) for cell in good.values()]
+    )
     row["difference"] = {
         key: asdict(found)
         for key, by_seed in losses.items()
@@ -81,13 +85,6 @@ def _losses(cells: Mapping[int, Cell], judged: Sequence[str]) -> dict[str, dict[
     return {ALL: whole, **by_file}
 
 
-def spread(values: Sequence[float]) -> dict[str, float | None] | None:
-    """``mean`` and standard deviation (None for one value); None without values."""
-    if not values:
-        return None
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
-
-
 def text_table(rows: Sequence[dict[str, Any]], unit: str) -> str:
     """The table for a terminal."""
     heads = ["design", "seeds", "start", f"loss ({unit})", "to dense [95 %]", "verdict"]
@@ -99,9 +96,9 @@ def text_table(rows: Sequence[dict[str, Any]], unit: str) -> str:
             [
                 row["design"],
                 f"{len(row['seeds'])}" + (f" ({len(row['failed'])} failed)" if row["failed"] else ""),
-                number(row["start"] and row["start"]["mean"]),
+                number(row["start"]["mean"]),
                 number(loss and loss["mean"])
-                + (f" ±{number(loss['sd'])}" if loss and loss["sd"] is not None else ""),
+                + (f" ±{number(loss['std'])}" if loss and loss["std"] is not None else ""),
                 *difference_cells(row),
                 *(number(row[key] and row[key] / 1e6, 3) for key in ("active", "total")),
                 number(row["bytes"] and row["bytes"] / 1e6, 1),

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import statistics
 from collections.abc import Sequence
 from importlib.resources import files
 from io import BytesIO
@@ -15,6 +14,7 @@ from PIL import Image
 
 from unimoe import __version__
 from unimoe.analysis.plots import expert_history, expert_maps, loss_curves
+from unimoe.analysis.seeds import over_seeds
 from unimoe.detection.inference.drawing import draw_boxes
 from unimoe.files import atomic_write, data_url
 from unimoe.training.curve import read_curve
@@ -148,9 +148,7 @@ def _drawn(
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation (of a sample; None for a single value)."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": spread, "seeds": len(values)}
+    return {**over_seeds(values), "seeds": len(values)}
 
 
 def _concepts(run: Run) -> dict[str, int]:
