@@ -195,9 +195,9 @@ def put_together(
         torch.manual_seed(manifest.seed)
         install_moe(decoder, moe, sources)  # with fresh routers
     model.config.moe = moe.to_dict()
-    for kind, source in manifest.connectors.items():
+    for modality, source in manifest.connectors.items():
         if source != BASE:
-            _replace_connector(model, kind, source)
+            _replace_connector(model, modality, source)
     return model, processor
 
 
@@ -259,22 +259,22 @@ def _slots(path: str | Path, experts: Any) -> list[Slot]:
     return slots
 
 
-def _replace_connector(model: UniMoeForConditionalGeneration, kind: str, source: str):
+def _replace_connector(model: UniMoeForConditionalGeneration, modality: str, source: str):
     connectors = model.model.connectors
-    if kind not in connectors:
+    if modality not in connectors:
         raise UserError(
-            f"connectors.{kind}: the base has no {kind}; it has {', '.join(connectors) or 'no media'}"
+            f"connectors.{modality}: the base has no {modality}; it has {', '.join(connectors) or 'no media'}"
         )
-    tensors = load_connectors(source, kind)
-    own = connectors[kind].state_dict()
+    tensors = load_connectors(source, modality)
+    own = connectors[modality].state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         found = list(tensors[name].shape) if name in tensors else "nothing"
         wanted = list(own[name].shape) if name in own else "nothing"
         if found != wanted:
             raise UserError(
-                f"connectors.{kind}: {source}: tensor {name} has shape {found}, expected {wanted}"
+                f"connectors.{modality}: {source}: tensor {name} has shape {found}, expected {wanted}"
             )
-    connectors[kind].load_state_dict(tensors)
+    connectors[modality].load_state_dict(tensors)
 
 
 def _sources(manifest: Manifest) -> list[str]:

@@ -144,22 +144,22 @@ def load_expert(folder: str | Path) -> Expert:
     return Expert(info, _read(file))
 
 
-def load_connectors(folder: str | Path, kind: str) -> dict[str, Tensor]:
+def load_connectors(folder: str | Path, modality: str) -> dict[str, Tensor]:
     """State dict of one connector of an expert or model folder. Raises UserError if it is missing."""
     path = Path(folder)
     files = {"connectors.safetensors": "", "model.safetensors": "model.connectors."}
     for name, prefix in files.items():
         if (path / name).is_file():
-            start = f"{prefix}{kind}."
+            start = f"{prefix}{modality}."
             found = {
                 key.removeprefix(start): t for key, t in _read(path / name).items() if key.startswith(start)
             }
             if not found:
-                raise UserError(f"{path / name} holds no {kind} connector")
+                raise UserError(f"{path / name} holds no {modality} connector")
             return found
     if (path / "model.safetensors.index.json").is_file():
         index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-        start = f"model.connectors.{kind}."
+        start = f"model.connectors.{modality}."
         shards = {shard for key, shard in index.items() if key.startswith(start)}
         found = {
             key: t for shard in shards for key, t in _read(path / shard).items() if key.startswith(start)
@@ -167,7 +167,8 @@ def load_connectors(folder: str | Path, kind: str) -> dict[str, Tensor]:
         if found:
             return {key.removeprefix(start): tensor for key, tensor in found.items()}
     raise UserError(
-        f"connectors.{kind}: {path} is neither an expert folder nor a model folder with a {kind} connector"
+        f"connectors.{modality}: {path} is neither an expert folder nor a model folder with a {modality} "
+        "connector"
     )
 
 

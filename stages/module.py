@@ -36,7 +36,7 @@ from .experts_file import base_fingerprint
 from .features import encode
 from .start import StartConfig
 from .trainable import Group, TrainableConfig, choose
-from .warm_start import Ridge, check_kinds, read_examples, warm_start
+from .warm_start import Ridge, check_modalities, read_examples, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class StageModule(ResumableModule):
             return
         divided = self.device_mesh is not None and self.trainer.training
         self.model, self.processor = self._frame() if divided else self._build()
-        check_kinds(self.warm_start, self.model)
+        check_modalities(self.warm_start, self.model)
         check_anneal(self.anneal, self.model)
         if self._trainer is not None and not self.trainer.training:
             self.model.requires_grad_(False)
@@ -223,11 +223,11 @@ class StageModule(ResumableModule):
         if any(parameter.is_meta for parameter in self.model.parameters()):
             return  # rank 0 does it and broadcasts all weights afterwards
         collator = Collator(self.processor, features=features)  # of any length
-        for kind, settings in self.warm_start.items():
-            examples = read_examples(data.config.files("train"), data.config.media_root, kind, settings)
+        for modality, settings in self.warm_start.items():
+            examples = read_examples(data.config.files("train"), data.config.media_root, modality, settings)
             samples = [example.sample for example in examples]
-            encoded = encode(self.model, collator, samples, kind)
-            warm_start(self.model, self.processor, kind, encoded, examples, settings)
+            encoded = encode(self.model, collator, samples, modality)
+            warm_start(self.model, self.processor, modality, encoded, examples, settings)
 
     # ---------------------------------------------------------------- steps
 

@@ -73,8 +73,8 @@ class Example:
     """Words for parts of an image, and their boxes."""
 
 
-def read_examples(files: list[str], media_root: str | None, kind: str, settings: Ridge) -> list[Example]:
-    """The records with one item of modality ``kind`` and no other. Raises UserError if there are none."""
+def read_examples(files: list[str], media_root: str | None, modality: str, settings: Ridge) -> list[Example]:
+    """The records with one item of this modality and no other. Raises UserError if there are none."""
     examples = []
     for file in files:
         root = Path(file).parent if media_root is None else media_root
@@ -82,7 +82,7 @@ def read_examples(files: list[str], media_root: str | None, kind: str, settings:
             if any(str(record.get(key)) != value for key, value in settings.where.items()):
                 continue
             sample = parse_record(record, source, root)
-            if sample.modality == kind and len(list(sample.media())) == 1:
+            if sample.modality == modality and len(list(sample.media())) == 1:
                 said = _answer(sample)
                 tail = re.findall(r"[?.!]*$", said)[0]
                 found = _regions(record, source) if settings.regions else []
@@ -94,7 +94,7 @@ def read_examples(files: list[str], media_root: str | None, kind: str, settings:
     if not examples:
         wanted = "".join(f", {key}: {value}" for key, value in settings.where.items())
         wanted += ", and regions" if settings.regions else ""
-        raise UserError(f"warm_start: no training record holds one {kind} and no other media{wanted}")
+        raise UserError(f"warm_start: no training record holds one {modality} and no other media{wanted}")
     return examples
 
 
@@ -102,12 +102,12 @@ def read_examples(files: list[str], media_root: str | None, kind: str, settings:
 def warm_start(
     model: UniMoeForConditionalGeneration,
     processor: UniMoeProcessor,
-    kind: str,
+    modality: str,
     encoded: EncodedMedia,
     examples: list[Example],
     settings: Ridge,
 ) -> None:
-    """Set the connector of modality ``kind`` in place.
+    """Set the connector of a modality in place.
 
     If all examples have word times, every token of a clip is fitted to the word spoken in its middle. With
     ``settings.regions``, the mean of the tokens in each region of an image, weighted by the area of their
@@ -118,7 +118,7 @@ def warm_start(
         encoded: the encoder's output for the item of each example: features_nSD, lengths_n or None.
     """
     embedding_VH: Any = model.get_input_embeddings().weight
-    connector: Any = model.model.connectors[kind]
+    connector: Any = model.model.connectors[modality]
     features_nSD, lengths_n = encoded
     timed = all(example.words for example in examples) and lengths_n is not None
     if timed:
@@ -132,17 +132,17 @@ def warm_start(
     parts = _parts(examples, connector.num_tokens(features_nSD.shape[1])) if settings.regions else None
     ridge_init(connector, features_nSD, targets_mH, lengths_n, settings.penalty, parts)
     unit = "spoken tokens" if timed else "regions" if settings.regions else "named media"
-    log.info("%s connector: initialised from %d %s by ridge regression", kind, len(targets_mH), unit)
+    log.info("%s connector: initialised from %d %s by ridge regression", modality, len(targets_mH), unit)
 
 
-def check_kinds(settings: dict[str, Ridge], model: UniMoeForConditionalGeneration) -> None:
+def check_modalities(settings: dict[str, Ridge], model: UniMoeForConditionalGeneration) -> None:
     """Raises UserError for a modality that the model lacks."""
     if settings and is_stock(model):
         raise UserError(f"warm_start: {type(model).__name__} brings trained connectors; leave it out")
-    for kind in settings:
-        if kind not in model.model.connectors:
+    for modality in settings:
+        if modality not in model.model.connectors:
             has = ", ".join(model.model.connectors) or "none"
-            raise UserError(f"warm_start: the model has no {kind}; it has {has}")
+            raise UserError(f"warm_start: the model has no {modality}; it has {has}")
 
 
 def spoken_tokens(

@@ -248,11 +248,11 @@ def build_frame(settings: dict[str, Any], frame: list[str] | None = None) -> Pre
 
 def _configuration(settings: dict[str, Any], frame: list[str] | None) -> Any:
     modalities = {}
-    for kind, parts in (settings.get("modalities") or {}).items():
+    for modality, parts in (settings.get("modalities") or {}).items():
         spec = {name: value for name, value in parts["encoder"].items() if name != "weights"}
         with torch.device("meta"):
             encoder = build_encoder(spec)
-        modalities[kind] = {
+        modalities[modality] = {
             "encoder": encoder.config,
             "connector": connector_settings(encoder, parts["connector"]),
         }

@@ -115,10 +115,10 @@ def describe_model(
     total, active = count_parameters(model, visits or None)
     parts = {"language model": find_decoder(model)}
     if isinstance(model, UniMoeForConditionalGeneration):
-        for kind in model.model.encoders:
+        for modality in model.model.encoders:
             parts |= {
-                f"{kind} encoder": model.model.encoders[kind],
-                f"{kind} connector": model.model.connectors[kind],
+                f"{modality} encoder": model.model.encoders[modality],
+                f"{modality} connector": model.model.connectors[modality],
             }
     else:
         parts |= {name.replace("_", " "): tower for name, tower in towers(model).items()}
