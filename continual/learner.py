@@ -27,6 +27,8 @@ from unimoe.moe.lora_linear import LoRABank, LoRALinear, adapter_size, plain_ran
 from .router import CosineTopK
 
 log = logging.getLogger(__name__)
+TOLERANCE = 0.02
+"""Share of the budget by which a strategy may miss it."""
 
 
 @dataclass
@@ -131,14 +133,14 @@ class Learner:
             elif layer.router is not None:
                 layer.router.requires_grad_(True)
 
-    def check_budget(self, tolerance: float = 0.02) -> int:
+    def check_budget(self) -> int:
         """Number of weights that are trainable now.
 
         Raises:
-            UserError: if it differs from the budget by more than ``tolerance``.
+            UserError: if it differs from the budget by more than 2 %.
         """
         found, budget = sum(p.numel() for p in self.trainable().values()), self.budget()
-        if abs(found / budget - 1) > tolerance:
+        if abs(found / budget - 1) > TOLERANCE:
             raise UserError(
                 f"{found:,} weights are trained, but the budget of each task is {budget:,}; strategies with "
                 "different budgets cannot be compared; is adapters.rank too small to be divided evenly?"

@@ -13,20 +13,13 @@ def colour(label: int) -> tuple[int, int, int]:
 
 
 def draw_boxes(
-    image: Image.Image,
-    boxes: Sequence[Sequence[float]],
-    labels: Sequence[int],
-    texts: Sequence[str],
-    dashed: bool = False,
+    image: Image.Image, boxes: Sequence[Sequence[float]], labels: Sequence[int], texts: Sequence[str]
 ) -> Image.Image:
-    """A copy of the image with (x1, y1, x2, y2) boxes in the colours of their labels, the best on top.
-
-    ``dashed`` draws thin boxes, as for the ground truth.
-    """
+    """A copy of the image with (x1, y1, x2, y2) boxes in the colours of their labels, the best on top."""
     image = image.convert("RGB")
     pen = ImageDraw.Draw(image)
     size = max(10, max(image.size) // 40)
-    font, width = ImageFont.load_default(size), 1 if dashed else max(2, size // 6)
+    font, width = ImageFont.load_default(size), max(2, size // 6)
     for box, label, text in reversed(list(zip(boxes, labels, texts, strict=True))):
         x1, y1, x2, y2 = box
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour(label), width=width)

@@ -57,10 +57,7 @@ class DenoisingQueries:
 
 
 def make_denoising(
-    targets: Sequence[Target],
-    name_tokens: Sequence[Tensor],
-    config: DenoisingConfig,
-    generator: torch.Generator | None = None,
+    targets: Sequence[Target], name_tokens: Sequence[Tensor], config: DenoisingConfig
 ) -> DenoisingQueries | None:
     """Draw the queries of a batch, on the device of the targets; None if no image has objects.
 
@@ -70,9 +67,7 @@ def make_denoising(
     if most == 0 or config.queries == 0:
         return None
     groups = max(1, config.queries // (2 * most))
-    images = [
-        _noised(*pair, groups, most, config, generator) for pair in zip(targets, name_tokens, strict=True)
-    ]
+    images = [_noised(*pair, groups, most, config) for pair in zip(targets, name_tokens, strict=True)]
     boxes_BD4, tokens_BDL, object_BD = (torch.stack(column) for column in zip(*images, strict=True))
     device = boxes_BD4.device
     positive_D = (torch.arange(2, device=device) == 0).repeat_interleave(most).repeat(groups)
@@ -90,14 +85,13 @@ def _noised(
     groups: int,
     most: int,
     config: DenoisingConfig,
-    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(boxes [D, 4], tokens [D, L], object [D]) of one image; D runs over groups, then positive and negative,
     then ``most`` slots for objects."""
     device, count = target.boxes_M4.device, len(target.names_M)
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(device)
+        return torch.rand(*shape).to(device)
 
     corners_M4 = box_convert(target.boxes_M4, "cxcywh", "xyxy")
     half_M4 = target.boxes_M4[:, 2:].repeat(1, 2) / 2

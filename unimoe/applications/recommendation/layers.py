@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from unimoe.training.ranks import sum_over_ranks
 
+LORAS = 2
+"""Low-rank maps that one feature gate mixes."""
+
 
 class BatchNorm(nn.Module):
     """Batch normalisation of [B, ...] over B, with the statistics of all ranks' rows in training.
@@ -125,12 +128,12 @@ class FeatureGate(nn.Module):
     of three re-implementations.
     """
 
-    def __init__(self, readers: int, inputs: int, loras: int = 2, rank: int = 4):
+    def __init__(self, readers: int, inputs: int, rank: int = 4):
         super().__init__()
         bound = 1 / math.sqrt(inputs)
-        self.a = nn.Parameter(torch.empty(readers, loras, inputs, rank).uniform_(-bound, bound))
-        self.b = nn.Parameter(torch.zeros(readers, loras, rank, inputs))
-        self.mix = nn.Parameter(torch.empty(readers, inputs, loras).uniform_(-bound, bound))
+        self.a = nn.Parameter(torch.empty(readers, LORAS, inputs, rank).uniform_(-bound, bound))
+        self.b = nn.Parameter(torch.zeros(readers, LORAS, rank, inputs))
+        self.mix = nn.Parameter(torch.empty(readers, inputs, LORAS).uniform_(-bound, bound))
 
     def forward(self, x_BND: Tensor) -> Tensor:
         share_BNJ = torch.einsum("bnd,ndj->bnj", x_BND, self.mix).softmax(dim=-1)

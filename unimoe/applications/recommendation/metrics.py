@@ -17,6 +17,9 @@ from unimoe.training.ranks import range_over_ranks
 
 from .layers import Bank
 
+DEAD = 1e-3
+"""A unit is dead if its outputs on all rows are closer together than this."""
+
 
 @dataclass(frozen=True)
 class AUC:
@@ -68,11 +71,10 @@ class UnitRange:
             for handle in handles:
                 handle.remove()
 
-    def dead_share(self, tolerance: float = 1e-3) -> dict[str, list[float]]:
+    def dead_share(self) -> dict[str, list[float]]:
         """Bank -> share of each expert's units whose output is the same on all rows of all ranks; every rank
         must call it."""
         ranges = {name: range_over_ranks(self.low[name], self.high[name]) for name in self.low}
         return {
-            name: (high - low < tolerance).float().mean(dim=1).tolist()
-            for name, (low, high) in ranges.items()
+            name: (high - low < DEAD).float().mean(dim=1).tolist() for name, (low, high) in ranges.items()
         }

@@ -11,6 +11,8 @@ from torch import Tensor
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 """IoU from which a mask counts as found, as in COCO's average precision."""
+BETA2 = 0.3
+"""Beta squared, the weight of recall that is usual for salient objects (Achanta et al., CVPR 2009)."""
 
 
 def mask_costs(logits_BKSS: Tensor, masks_BGSS: Tensor) -> Tensor:
@@ -77,11 +79,10 @@ def harmonic_mean(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def f_beta(predicted_SS: Tensor, mask_SS: Tensor, beta2: float = 0.3) -> float:
-    """F-measure of two bool masks, with the weight of precision that is usual for salient objects (Achanta et
-    al., CVPR 2009)."""
+def f_beta(predicted_SS: Tensor, mask_SS: Tensor) -> float:
+    """F-measure of two bool masks, which counts precision more than recall (``BETA2``)."""
     both = float((predicted_SS & mask_SS).sum())
     if not both:
         return 0.0
     precision, recall = both / float(predicted_SS.sum()), both / float(mask_SS.sum())
-    return (1 + beta2) * precision * recall / (beta2 * precision + recall)
+    return (1 + BETA2) * precision * recall / (BETA2 * precision + recall)
