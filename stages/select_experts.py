@@ -90,7 +90,7 @@ def experts(
     for number, adapter in enumerate(adapters, 1):
         with applied(llm, adapter):
             right = accuracy(llm, processor, questions, max_new_tokens)
-            scores.append(Score(adapter.name, right, perplexity(llm, processor, samples)))
+            scores.append(Score(adapter.name, right, answer_perplexity(llm, processor, samples)))
         log.info(
             "%d/%d  %s: accuracy %.3f, perplexity %.3f", number, len(adapters), *vars(scores[-1]).values()
         )
@@ -119,7 +119,7 @@ def accuracy(model: Any, processor: Any, questions: Sequence[Any], max_new_token
 
 
 @torch.no_grad()
-def perplexity(model: Any, processor: Any, samples: Sequence[Sample]) -> float:
+def answer_perplexity(model: Any, processor: Any, samples: Sequence[Sample]) -> float:
     """Mean over the shots of exp(mean negative log-likelihood of the tokens of the reference)."""
     collator, values = Collator(processor), []
     for sample in samples:
