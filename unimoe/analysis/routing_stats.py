@@ -150,7 +150,7 @@ def load_columns(
 ) -> dict[str, float]:
     """Columns of a step's log: maximum over mean load and balance loss of each MoE layer, and the minimum of
     both; empty for a dense model."""
-    columns = {"moe/floor": 1.0} if records else {}
+    columns = {"moe/floor": 1.0} if records else {}  # the line below which neither can be, for plots
     for index, (entry, balance) in enumerate(zip(records, balance_L, strict=True)):
         name = f"moe/layer{entry.layer:02d}"
         columns[f"{name}/load_max_over_mean"] = float(load.layer(index).max_over_mean)
