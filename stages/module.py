@@ -35,7 +35,7 @@ from .data import StageData
 from .experts_file import base_fingerprint
 from .features import encode
 from .start import StartConfig
-from .trainable import Group, TrainableConfig, choose
+from .trainable import Group, TrainableConfig, choose, frozen_towers
 from .warm_start import Ridge, check_modalities, read_examples, warm_start
 
 log = logging.getLogger(__name__)
@@ -189,9 +189,7 @@ class StageModule(ResumableModule):
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The modules that FSDP2 shards one by one, and those it leaves whole: frozen towers, which may run
         on one process and not on another."""
-        parts = front(self.model) if is_stock(self.model) else list(self.model.model.encoders.values())
-        frozen = [part for part in parts if not any(p.requires_grad for p in part.parameters())]
-        return list(find_decoder(self.model).layers), frozen
+        return list(find_decoder(self.model).layers), frozen_towers(self.model)
 
     def configure_optimizers(self) -> Any:
         """AdamW; matrices and vectors of each entry of ``trainable`` and ``lora`` are parameter groups."""

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from unimoe.errors import UserError
-from unimoe.model.host import decoder_name
+from unimoe.model.host import decoder_name, front, is_stock
 from unimoe.moe import LoRAExperts, MoELayer, SwiGLUExperts
 from unimoe.moe.install import frozen_parameters
 
@@ -125,6 +125,13 @@ def choose(model: nn.Module, trainable: list[Trainable], lora: list[LoRA]) -> li
     if not groups:
         raise UserError("nothing trains in this stage: give model.trainable or model.lora")
     return groups
+
+
+def frozen_towers(model: Any) -> list[nn.Module]:
+    """Towers of which nothing trains. FSDP2 leaves them whole: they may run on one process and not on
+    another."""
+    towers = front(model) if is_stock(model) else model.model.encoders.values()
+    return [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]
 
 
 def add_lora(model: nn.Module, lora: list[LoRA]) -> list[dict[str, nn.Module]]:

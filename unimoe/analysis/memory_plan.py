@@ -42,13 +42,13 @@ from unimoe.encoders import build_encoder
 from unimoe.errors import UserError, first_line
 from unimoe.model.build import connector_settings
 from unimoe.model.configuration import UniMoeConfig
-from unimoe.model.host import find_decoder, front, is_stock
+from unimoe.model.host import find_decoder
 from unimoe.model.llm import add_placeholders
 from unimoe.model.loading import STOCK_TYPES, build_on_meta
 from unimoe.moe import MoELayer
 from unimoe.moe.install import moe_layers
 from unimoe.prepare.cache import resolve_part
-from unimoe.stages.trainable import LoRA, Trainable, choose
+from unimoe.stages.trainable import LoRA, Trainable, choose, frozen_towers
 
 from .activation_memory import count_saved
 
@@ -224,10 +224,8 @@ def measure(model: PreTrainedModel) -> Sizes:
         sizes.experts, sizes.blocks = add(sizes.experts, own), add(sizes.blocks, rest)
         if own[0] + rest[0] > sizes.largest_block:
             sizes.largest_block, sizes.largest_experts = own[0] + rest[0], own[0]
-    encoders: Any = front(model) if is_stock(model) else model.model.encoders.values()
-    for tower in encoders:
-        if not any(p.requires_grad for p in tower.parameters()):
-            sizes.towers = add(sizes.towers, count(tower.parameters()))
+    for tower in frozen_towers(model):
+        sizes.towers = add(sizes.towers, count(tower.parameters()))
     sizes.others = count(model.parameters())
     return sizes
 
