@@ -5,6 +5,7 @@ import shutil
 from functools import cache
 
 import pytest
+import torch
 import yaml
 
 from unimoe.commands.main import main
@@ -149,3 +150,18 @@ def killed():
             run_together(1, KILLED, task, str(step), *arguments)
 
     return run
+
+
+def state(folder):
+    """The adapters that a task left in its folder."""
+    return torch.load(folder / "state.pt", weights_only=True)["adapters"]
+
+
+def refused(arguments, capsys, code=2):
+    """The one line on stderr of a command that is refused with this exit code."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("unimoe: ")]
+    assert len(errors) == 1
+    return errors[0]
