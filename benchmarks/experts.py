@@ -71,18 +71,6 @@ RANK, SCALE = 16, 2.0
 TOKENS = {"moe_layer": range(1, 17), "lora_experts": (64, 1024), "adapted_linear": (64, 1024)}
 """Numbers of tokens that an operation is measured at; ``experts`` is measured at all."""
 PHASES = ("forward", "forward+backward")
-COLUMNS = (
-    "op",
-    "shape",
-    "T",
-    "dtype",
-    "routing",
-    "phase",
-    "impl",
-    "median_ms",
-    "ratio_to_floor",
-    "saved_bytes",
-)
 
 
 @dataclass
@@ -496,19 +484,9 @@ def run_case(
         low, _, high = statistics.quantiles(ms, n=4, method="inclusive")
         spread, kept = f"{low:.2f}..{high:.2f}", f"{saved / 2**20:.1f}" if saved else ""
         print(f"{phase:18}{name:24}{median:>10.2f}{spread:>18}{median / floor:>9.2f}{kept:>11}", flush=True)
-        values = (
-            op,
-            shape,
-            T,
-            width,
-            routing,
-            phase,
-            name,
-            round(median, 4),
-            round(median / floor, 4),
-            saved,
-        )
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        setting = {"op": op, "shape": shape, "T": T, "dtype": width, "routing": routing, "phase": phase}
+        figures = {"median_ms": round(median, 4), "ratio_to_floor": round(median / floor, 4)}
+        rows.append({**setting, "impl": name, **figures, "saved_bytes": saved})
     return rows
 
 
