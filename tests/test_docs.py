@@ -44,8 +44,8 @@ DOCUMENTS = [
 ]
 MADE_BY_RUNNING = ("runs/", "build/", "~/", "path/to/")
 RUNS = {"chat": [], "inspect": [], "detect": [], "continual theory": ["--seeds", "2", "--rounds", "60"]}
-"""Verbs that run, with flags that keep them short."""
-"""Verbs that run here; the others load hundreds of megabytes, serve for ever, or train."""
+"""Verbs that run, with flags that keep them short; the others load hundreds of megabytes, serve for ever, or
+train."""
 PRINTS = ("fit", "validate", "test", "continual run", "continual compare", "continual diagnose")
 """Verbs that can print what they would do."""
 
