@@ -116,5 +116,5 @@ def _router(layer: LoRALinear) -> str:
 
 
 def _base(layers: Mapping[str, LoRALinear]) -> str:
-    """Of the adapted projections: a bank belongs to these and no others."""
+    """Hash of the adapted projections: a bank belongs to these and no others."""
     return weights_fingerprint({name: layer.base.weight for name, layer in layers.items()})

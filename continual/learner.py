@@ -118,7 +118,7 @@ class Learner:
         }
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Those that are trainable now."""
+        """Parameters that are trainable now."""
         return {name: p for name, p in self.adapters().items() if p.requires_grad}
 
     def train_bank(self, index: int | None) -> None:

@@ -46,16 +46,16 @@ class OptimizerConfig:
     """AdamW and its learning rates' schedule; the peak rates are those of ``trainable`` and ``lora``."""
 
     schedule: Schedule = "cosine"
-    """Of the learning rates after warm-up: to zero along a cosine or a line, or constant."""
+    """Course of the learning rates after warm-up: to zero along a cosine or a line, or constant."""
 
     warmup: float = 0.03
     """Share of all steps over which the learning rates rise linearly from zero."""
 
     weight_decay: float = 0.0
-    """Of AdamW, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class StageConfig(OptimizerConfig, TrainableConfig, StartConfig):
     the experts (``k`` of top_k); ``unimoe moe list`` names them."""
 
     seed: int = 0
-    """Of everything random; each step depends on it and on the step's number alone."""
+    """Seed of everything random; each step depends on it and on the step's number alone."""
 
 
 class StageModule(ResumableModule):

@@ -32,7 +32,7 @@ from unimoe.model.processing import UniMoeProcessor
 log = logging.getLogger(__name__)
 
 SECONDS_PER_POSITION = 0.02
-"""For speech encoders: two mel frames of 10 ms."""
+"""Seconds of a position of speech encoders: two mel frames of 10 ms."""
 
 
 @dataclass

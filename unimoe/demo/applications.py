@@ -42,15 +42,15 @@ class Application:
     beside: list[str] = field(default_factory=list)
     """Other keys of scores.json to report: a number, or one for each layer."""
     parts: list[str] = field(default_factory=list)
-    """Of ``unimoe prepare``."""
+    """Parts of ``unimoe prepare``."""
     minutes: float = 1.0
-    """Of a cell, on one idle core."""
+    """Minutes of a cell, on one idle core."""
     base: str | None = None
     """The variant that is trained first and that the others start from (``--model.adapt_from``)."""
 
 
 ADAPTATION = ["--data.steps", "300", "--model.lr", "5.0e-4"]
-"""Of a trained model that answers and draws."""
+"""Settings of the adaptation of a trained model that answers and draws."""
 APPLICATIONS = {
     "recommendation": Application(
         purpose="Six tasks on MovieLens: HoME beside PLE, MMoE and a shared bottom, of equal parameters.",
@@ -267,7 +267,7 @@ def report(run: ApplicationsDemo) -> dict[str, Any]:
 
 
 def _difference(own: dict[int, float], other: dict[int, float], higher: bool) -> dict[str, Any]:
-    """Of a statistic, own minus other; ``higher``: whether more of it is better."""
+    """Difference of a statistic, own minus other; ``higher``: whether more of it is better."""
     sign = -1 if higher else 1  # the comparison is of losses
     losses, baseline = ({seed: sign * one for seed, one in by_seed.items()} for by_seed in (own, other))
     difference = paired_difference(losses, baseline)

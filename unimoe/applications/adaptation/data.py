@@ -25,7 +25,7 @@ from unimoe.training.application import ApplicationData
 ARTISTS = {"openmoji": "sprites", "twemoji": "artist", "noto": "noto", "fluent": "fluent"}
 """Domain of sprites -> the prepared part."""
 COLUMNS = {"image": "filename", "label": "y", "domain": "location_remapped", "split": "split"}
-"""Of ``metadata.csv``, as iWildCam names them."""
+"""Columns of ``metadata.csv``, as iWildCam names them."""
 EPISODES = 4096
 """Different ones in training."""
 
@@ -107,7 +107,7 @@ class ShiftedSet:
         """
         self.domains = domains
         self.trained = [known.index(one.name) if one.name in known else -1 for one in domains]
-        """Of each domain, its place among the training domains; -1 for another one."""
+        """Place of each domain among the training domains; -1 for another one."""
         self.supports: list[list[int]] = []
         self.rows: list[tuple[int, int]] = []
         for number, domain in enumerate(domains):

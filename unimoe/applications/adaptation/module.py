@@ -166,7 +166,7 @@ class AdaptationModule(ApplicationModule):
         self.keep(batch.index, loss_B, *right, batch.domains)
 
     def _weights_for(self, data: ShiftedSet, domain: int) -> Weights:
-        """Those that the student has after its step on the support of a domain."""
+        """Weights that the student has after its step on the support of a domain."""
         if domain not in self._adapted:
             with torch.inference_mode(False), torch.enable_grad():
                 support = data.support(domain).to(self.device)

@@ -16,7 +16,7 @@ from unimoe.errors import UserError
 
 Design = Literal["meta", "plain", "dense"]
 Weights = dict[str, Tensor]
-"""Of an encoder, by name."""
+"""Weights of an encoder, by name."""
 
 
 @dataclass
@@ -27,9 +27,9 @@ class NetworkConfig:
     """``meta``: the aggregator and the student are trained through the step; ``plain``: the same parts,
     trained without it; ``dense``: the student alone, which cannot adapt."""
     channels: int = 16
-    """Of the first convolution of an encoder; it has four times as many features."""
+    """Channels of the first convolution of an encoder; it has four times as many features."""
     heads: int = 4
-    """Of the aggregator's attention."""
+    """Heads of the aggregator's attention."""
     experts: int | None = None
     """Encoders in the bank; by default one for each training domain. Fewer get several domains each."""
 
@@ -142,6 +142,6 @@ class MetaDMoE(nn.Module):
 
     @staticmethod
     def of(network: dict[str, Any]) -> "MetaDMoE":
-        """From the content of ``config.json``."""
+        """Build the network from the content of ``config.json``."""
         sizes = NetworkConfig(**network["network"])
         return MetaDMoE(sizes, len(network["data"]["classes"]), network["expert_of"])
