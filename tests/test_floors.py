@@ -1,6 +1,8 @@
 """The rules of CONTRIBUTING.md for every file: imports, lengths, test files."""
 
 import ast
+import os
+import runpy
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -252,6 +254,15 @@ def test_tests_and_benchmarks_use_the_full_names(folder):
             if one.relative == 0 and one.target.split(".")[0] in BARE:
                 wrong.append(f"{one.where}: {one.target}; write unimoe.{one.target}")
     complain(wrong)
+
+
+def test_type_checkers_see_every_file(tmp_path):
+    """pyright says nothing of what it does not find, such as folders that are links."""
+    runpy.run_path(str(ROOT / "tests/tools/link_view.py"))["link_view"](tmp_path / "unimoe")
+    seen = [Path(folder, file) for folder, _, files in os.walk(tmp_path) for file in files]
+    names = {".".join(one.relative_to(tmp_path).with_suffix("").parts): one.resolve() for one in seen}
+    assert {name.removesuffix(".__init__"): file for name, file in names.items()} == MODULES
+    assert "build/view/unimoe" in PROJECT["tool"]["pyright"]["include"]
 
 
 def test_no_file_is_over_500_lines():

@@ -8,13 +8,20 @@ import shutil
 import tomllib
 from pathlib import Path
 
-root = Path(__file__).resolve().parents[2]
-view = root / "build" / "view" / "unimoe"
-shutil.rmtree(view, ignore_errors=True)
-mapping = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-parts = [root / folder for name, folder in mapping.items() if name != "unimoe"]
-for folder, place in [(root / "unimoe", view), *((part, view / part.name) for part in parts)]:
-    for source in folder.rglob("*.py"):
-        link = place / source.relative_to(folder)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(source, link.parent))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def link_view(view: Path) -> None:
+    """Make ``view`` the package ``unimoe`` with all its parts, in place of what is there."""
+    shutil.rmtree(view, ignore_errors=True)
+    mapping = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    parts = [ROOT / folder for name, folder in mapping.items() if name != "unimoe"]
+    for folder, place in [(ROOT / "unimoe", view), *((part, view / part.name) for part in parts)]:
+        for source in folder.rglob("*.py"):
+            link = place / source.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(source, link.parent.resolve()))
+
+
+if __name__ == "__main__":
+    link_view(ROOT / "build" / "view" / "unimoe")
