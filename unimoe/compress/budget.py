@@ -4,6 +4,7 @@ Shapes: E experts of a layer.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,13 +77,14 @@ def global_top(layers: Sequence[MoEView], scores: Scores, total: int) -> list[li
 def _units(layer: MoEView, score_E: Tensor) -> list[tuple[float, list[int]]]:
     """Experts that stay or go together with their score, best first."""
     experts, router = layer.num_experts, layer.router
+    members: list[list[int]]
     if layer.groups > 1:  # the best of each group, the second of each, ...
         order_GX = score_E.reshape(layer.groups, -1).sort(dim=1, descending=True).indices
         first_G1 = torch.arange(layer.groups)[:, None] * (experts // layer.groups)
         members = (order_GX + first_G1).T.tolist()
     elif getattr(router, "groups", None) == "slices":
-        slices = layer.block.slices
-        members = [[copy * slices + one for one in range(slices)] for copy in range(experts // slices)]  # type: ignore[operator, arg-type]
+        slices: Any = layer.block.slices
+        members = [[copy * slices + one for one in range(slices)] for copy in range(experts // slices)]
     else:
         members = [[expert] for expert in range(experts)]
     scored = [(float(score_E[unit].sum()), unit) for unit in members]

@@ -77,8 +77,8 @@ def choose_bits(
         collect(some, data.forward, data.batches, errors.take)
         for layer in some:
             found = errors.errors(layer, choices, group)
-            parts = (errors.count[layer.index], errors.weight[layer.index], found)
-            costs.append(pmq_cost(*(part[None] for part in parts), powers)[0].double().numpy())
+            count_E, weight_E = errors.count[layer.index], errors.weight[layer.index]
+            costs.append(pmq_cost(count_E[None], weight_E[None], found[None], powers)[0].double().numpy())
     if sensitive:
         measured = layer_kl(layers, data, choices[0], group)
         costs = [cost * kl / max(cost[:, 0].sum(), 1e-30) for cost, kl in zip(costs, measured, strict=True)]

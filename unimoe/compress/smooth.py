@@ -73,6 +73,7 @@ class _Readers:
         self.norm = next((module for module, output in self._made if output is args[0]), None)
 
     def _before_reader(self, module: nn.Module, args: Any) -> None:
+        assert self.x is not None  # the block's hook ran before
         if not args or not isinstance(args[0], Tensor) or args[0].data_ptr() != self.x.data_ptr():
             return
         for weight in module.parameters(recurse=False):
