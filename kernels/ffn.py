@@ -127,7 +127,7 @@ class _FFN(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, token_N, h_NI, weight_N, *stacks = ctx.saved_tensors
         need_x, _, _, *need_stacks, need_weight, _ = ctx.needs_input_grad
         dy, bounds, ops = dy.contiguous(), ctx.bounds, native.ops()

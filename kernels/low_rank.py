@@ -78,7 +78,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TP: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_TP: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TD, weight_N, token_N, expert_N, A_RD, B_RP, u_Nr = ctx.saved_tensors
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
         run = torch.ops.unimoe.low_rank_experts.default

@@ -8,6 +8,7 @@ Shapes: N rows, P outputs, K inputs, G groups of a row.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def product(
         unpack: returns unsigned codes [P, K], steps between their values [P, G], and what is subtracted from
             the codes; called once.
     """
-    kept = _kept.setdefault(codes, {})
+    kept = cast("dict[tuple[int, int], tuple[int, int, Parts]]", _kept.setdefault(codes, {}))
     if matrix not in kept:
         kept[matrix] = _convert(*unpack())
     x, (rows, group, parts) = x_NK.bfloat16(), kept[matrix]

@@ -170,7 +170,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, token_N, h_2NI, weight_N, *stacks = ctx.saved_tensors
         bounds, scale, act, weights = ctx.bounds, ctx.scale, ctx.act, Weights(*stacks)
         need_x, _, _, *need_stacks, need_weight, _, _ = ctx.needs_input_grad
@@ -260,8 +260,8 @@ def _backward(
     (gate, up), inner = h, w.down.shape[1]
     gated = GATES[act](gate)
     activation, da = gated * up, torch.mm(dy, w.down)
-    if w.B2 is not None:
-        dyB = torch.mm(dy, w.B2)
+    dyB = None if w.B2 is None else torch.mm(dy, w.B2)
+    if dyB is not None:
         da.addmm_(dyB, w.A2, alpha=scale)
     if weight is not None:
         if d_weight is not None:
@@ -270,7 +270,7 @@ def _backward(
         da.mul_(weight[:, None])
     if grads.down is not None:
         mm_into(grads.down, dy.t(), activation)
-    if grads.A2 is not None:
+    if dyB is not None and grads.A2 is not None:
         mm_into(grads.A2, dyB.t() * scale, activation)
     if grads.B2 is not None:
         mm_into(grads.B2, dy.t(), torch.mm(activation, w.A2.t()).mul_(scale))

@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight_ECK = ctx.saved_tensors
         pairs, dy_NC, dx, d_weight = ctx.pairs, dy_NC.contiguous(), None, None
         with torch.cuda.device_of(x):
@@ -112,5 +112,5 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TC: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy_TC: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return dy_TC.index_select(0, ctx.token_N), None

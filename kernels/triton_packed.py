@@ -9,7 +9,7 @@ Activations have 8 bits, so a step multiplies integers of 8 bits, and results eq
 the order of the sum over groups.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,7 @@ def product(x: Tensor, token_N: Tensor | None, offsets_E1: Tensor, stack: Stack,
     tiles_3M = tile_map(offsets_E1, N, tile.rows)
     out_NC, M = x.new_empty(N, B * LANES, dtype=torch.float32), tiles_3M.shape[1]
     grid = (M * triton.cdiv(B * LANES, tile.columns),)
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}  # of the launch
     _packed_kernel[grid](
         stack.codes,
         stack.scales.view(torch.float16),
@@ -95,8 +96,7 @@ def product(x: Tensor, token_N: Tensor | None, offsets_E1: Tensor, stack: Stack,
         CHUNKS=chunks,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **options,
     )
     return out_NC
 

@@ -100,7 +100,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, _, _, gate_up, down, weight, _, _ = ctx.needs_input_grad
         wanted = [x, gate_up, down, weight]
         grads = iter(_backward(dy, *ctx.saved_tensors, wanted, ctx.act))
@@ -130,10 +130,8 @@ def _forward(
         M = tiles_3M.shape[1]
         h_NF, act_NI = x.new_empty(N if keep else 0, 2 * I), x.new_empty(N, I)
         grid = (M * triton.cdiv(I, tiles.gate_up.columns),)
-        kept, options = h_NF if keep else None, tiles.gate_up.options(x.dtype)
-        _gate_up_kernel[grid](
-            x, token_N, weight_N, gate_up, kept, act_NI, tiles_3M, M, H, I, ACT=act, **options
-        )
+        kept, options = h_NF if keep else None, {"ACT": act, **tiles.gate_up.options(x.dtype)}
+        _gate_up_kernel[grid](x, token_N, weight_N, gate_up, kept, act_NI, tiles_3M, M, H, I, **options)
         y_NH = rows_times_weights(act_NI, None, down, tiles_3M, tiles.rows, transpose=True)
         if token_N is None:
             return y_NH, h_NF, tiles_3M, tiles_3M.new_empty(0), tiles_3M.new_empty(0)

@@ -95,7 +95,7 @@ def _join(sources: Sequence[nn.Module], name: str, groups: int) -> nn.Linear:
 def _heads(attention: Any) -> tuple[int, int]:
     """(H, K) of an attention layer. Raises UserError where its projections are not as LLaMA's."""
     name, projections = type(attention).__name__, ("q_proj", "k_proj", "v_proj", "o_proj")
-    linears = [getattr(attention, one, None) for one in projections]
+    linears: list[Any] = [getattr(attention, one, None) for one in projections]
     plain = all(isinstance(one, nn.Linear) for one in linears) and hasattr(attention, "num_key_value_groups")
     if not plain or linears[3].bias is not None:
         raise UserError(f"moe.attention: {name} has not the projections {', '.join(projections)} as LLaMA's")

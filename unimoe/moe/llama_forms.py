@@ -18,7 +18,7 @@ ROOM = 64
 
 
 @cache
-def llama_form(kind: type[Any]) -> type[nn.Module] | None:
+def llama_form(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class that modules of ``kind`` have inside ``few_rows``, or None where they compute something else
     than LLaMA's."""
     from transformers.models.llama import modeling_llama as llama  # with much of transformers
@@ -75,6 +75,7 @@ def _attention(kind: type[Any]) -> Any:
             given = (hidden_states, position_embeddings, attention_mask, past_key_values)
             return kind.forward(self, *given, **kwargs)
         states = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
+        assert layer.keys is not None  # as _layer looked
         length, (keys, values) = layer.keys.shape[2], _with_room(layer)
         mixed = kernel.attention(
             *states, *position_embeddings, keys, values, length, attention_mask, self.scaling

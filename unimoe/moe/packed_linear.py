@@ -29,6 +29,7 @@ class PackedLinear(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bits: int, group: int = 64, bias: bool = True):
         super().__init__()
@@ -101,6 +102,8 @@ class PackedEmbedding(nn.Module):
         head: [V, D] weights.
         dtype: of the embeddings.
     """
+
+    like: Tensor
 
     def __init__(self, head: PackedLinear, dtype: torch.dtype = torch.float32):
         super().__init__()

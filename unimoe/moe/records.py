@@ -124,6 +124,7 @@ def remember_context(model: nn.Module) -> None:
     its context chooses the same experts, and it records nothing. Call it after checkpointing was enabled on a
     model of transformers; models of this package do so themselves. Repeated calls have no effect.
     """
+    module: Any  # torch.nn knows tensors and modules as attributes
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if checkpoint is not None and not isinstance(checkpoint, _RememberContext):

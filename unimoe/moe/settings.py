@@ -85,9 +85,10 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = deepcopy(under)
     for key, value in over.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        same = both and value.get("kind", below.get("kind")) == below.get("kind")
-        merged[key] = {**below, **value} if same else value
+        if isinstance(below, dict) and isinstance(value, dict):
+            same = value.get("kind", below.get("kind")) == below.get("kind")
+            value = {**below, **value} if same else value
+        merged[key] = value
     return merged
 
 

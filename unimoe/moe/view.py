@@ -72,7 +72,7 @@ class MoEView:
         Raises:
             UserError: the experts are not stacked weight tensors.
         """
-        own = dict(self.experts.named_parameters(recurse=False))
+        own: dict[str, Tensor] = dict(self.experts.named_parameters(recurse=False))
         if not own or set(own) - set(STACKS) or "down_proj" not in own:
             raise UserError(
                 f"{self.name}: {type(self.experts).__name__} are not stacked weight tensors, expected SwiGLU "

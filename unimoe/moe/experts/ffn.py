@@ -50,8 +50,11 @@ class FFNExperts(Experts):
             nn.init.zeros_(bias)
 
     def forward(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
-        stacks = map(local, (self.up_proj, self.up_bias, self.down_proj, self.down_bias))
-        return fused_ffn_experts(x_TD, routing.offsets_E1, *stacks, self.act, weight_N, routing.token_N)
+        up, down = local(self.up_proj), local(self.down_proj)
+        up_bias, down_bias = local(self.up_bias), local(self.down_bias)
+        return fused_ffn_experts(
+            x_TD, routing.offsets_E1, up, up_bias, down, down_bias, self.act, weight_N, routing.token_N
+        )
 
     def extra_repr(self) -> str:
         sizes = (

@@ -140,7 +140,9 @@ class PackedExperts(Experts):
         down = (buffers["down_codes"], buffers["down_scales"], self.expert_bits, H, inner)
         return kernel.Stack(*gate_up, *rest, halves=2), kernel.Stack(*down, *rest)
 
-    def forward(self, x_TD: Tensor, routing: Routing | Tensor, weight: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]  (weights are [N] or [T, K])
+        self, x_TD: Tensor, routing: Routing | Tensor, weight: Tensor
+    ) -> Tensor:
         """[T, D] -> [T, D].
 
         ``routing`` and ``weight`` [N] are those of :class:`Experts`; or, as transformers' blocks call theirs,

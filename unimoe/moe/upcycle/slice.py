@@ -91,9 +91,10 @@ def split_ffns(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) -> FF
         UserError: an FFN is no two-layer FFN, or cannot be cut evenly.
     """
     stacks: dict[str, list[Tensor]] = {}
+    hidden, width, act = 0, 0, ""
     for mlp in mlps:
         (up, up_bias, down, down_bias), act = read_ffn(mlp)
-        width = _slice_width(down.shape[1], slices)
+        hidden, width = down.shape[0], _slice_width(down.shape[1], slices)
         for name, stack in {
             "up_proj": up.unflatten(0, (slices, width)),
             "up_bias": up_bias.unflatten(0, (slices, width)),
@@ -102,7 +103,7 @@ def split_ffns(mlps: Sequence[nn.Module], slices: int, noise: float = 0.0) -> FF
         }.items():
             stacks.setdefault(name, []).append(stack)
     with torch.device("meta"):
-        experts = FFNExperts(slices * len(mlps), down.shape[0], width, act=act)
+        experts = FFNExperts(slices * len(mlps), hidden, width, act=act)
     for name, parts in stacks.items():
         # biases may all be zero: noise on weights only
         weight = torch.cat(parts)

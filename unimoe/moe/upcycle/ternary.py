@@ -1,7 +1,7 @@
 """Ternary experts that start from dense FFNs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -50,5 +50,5 @@ def pack_ternary(model: Any) -> None:
     if kind != "ternary" or model.config.moe["experts"]["packed"]:
         raise UserError(f"the model has {kind} experts, expected ternary ones that are not packed yet")
     for layer in moe_layers(model).values():
-        layer.experts.pack()
+        cast(TernaryExperts, layer.experts).pack()
     model.config.moe = {**model.config.moe, "experts": {**model.config.moe["experts"], "packed": True}}
