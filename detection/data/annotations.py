@@ -117,10 +117,11 @@ class DetectionSample:
         """
         try:
             with Image.open(self.path) as image:
-                size, turned = image.size, image.getexif().get(_ORIENTATION, 1) > 4
+                (width, height), turned = image.size, image.getexif().get(_ORIENTATION, 1) > 4
         except Exception:  # noqa: BLE001  (Pillow's plugins raise nearly anything on broken files)
             return
-        if self.size and not (_near(size, self.size) or (turned and _near(size[::-1], self.size))):
+        size = (width, height)
+        if self.size and not (_near(size, self.size) or (turned and _near((height, width), self.size))):
             raise UserError(f"{self.source}: {self.size_problem(size)}; correct the file")
 
     def size_problem(self, size: tuple[int, int]) -> str:

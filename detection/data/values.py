@@ -62,7 +62,7 @@ def parse_box(value: Any, meaning: str) -> Box:
     except (TypeError, ValueError):
         raise ValueError(f"bbox is {str(value)[:80]}, expected 4 numbers ({meaning})") from None
     box = (x, y, third, fourth)
-    return box if all(map(math.isfinite, box)) else (math.nan,) * 4
+    return box if all(map(math.isfinite, box)) else (math.nan, math.nan, math.nan, math.nan)
 
 
 def parse_flag(value: Any) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +110,7 @@ def evaluate_coco(
     rows = _classes(whole_TRK, gt, evaluator.params.catIds, results)
     return Evaluation(
         metrics,
-        [replace(row, id=numbered.category_ids[row.id - 1]) for row in rows],
+        [replace(row, id=numbered.category_ids[int(row.id) - 1]) for row in rows],
         {"0.50": whole_TRK[0], "0.75": whole_TRK[5], "mean": whole_TRK.mean(axis=0)},
     )
 
@@ -278,7 +278,9 @@ def _best_of_each_class(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _fixed_metrics(precision_TRKA: np.ndarray, categories: list[dict]) -> dict[str, float]:
+def _fixed_metrics(
+    precision_TRKA: np.ndarray, categories: Sequence[Mapping[str, object]]
+) -> dict[str, float]:
     whole_TRK = precision_TRKA[..., 0]
     metrics = {"AP": _mean(whole_TRK), "AP50": _mean(whole_TRK[0]), "AP75": _mean(whole_TRK[5])}
     metrics |= {name: _mean(precision_TRKA[..., area]) for area, name in enumerate(("APs", "APm", "APl"), 1)}

@@ -21,7 +21,7 @@ class DynamicDinoConfig(PreTrainedConfig):
     """
 
     model_type = "dynamic_dino"
-    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "text_config": AutoConfig}  # type: ignore[override]  (a classproperty)
 
     backbone_config: dict | PreTrainedConfig | None = None
     """An image backbone for ``AutoBackbone`` of transformers, including timm models (default:

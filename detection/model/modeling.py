@@ -33,7 +33,7 @@ ENHANCERS = {"edge": EdgeEnhancer, "full": FullEnhancer}
 class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
     """Base class for transformers; modules of transformers are initialised by its own class."""
 
-    config: DynamicDinoConfig
+    config: DynamicDinoConfig  # type: ignore[override]  (no GroundingDinoConfig)
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
@@ -46,7 +46,7 @@ class DynamicDinoPreTrainedModel(GroundingDinoPreTrainedModel):
         own_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
-    def _initialize_weights(self, module: nn.Module, *args: bool):
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         """Initialise modules without parameters of their own as well: transformers skips these in models that
         it does not know, which would leave box heads and deformable attention with default linear layers."""
         super()._initialize_weights(module)

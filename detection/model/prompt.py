@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -277,7 +278,7 @@ def _tokenize(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple
         raise UserError(f"name {index} of the prompt is empty: {names[index]!r}")
     tokens = tokenizer(cleaned, add_special_tokens=False)["input_ids"]
     for index, ids in enumerate(tokens):
-        if set(ids) <= {tokenizer.unk_token_id}:
+        if all(id == tokenizer.unk_token_id for id in ids):
             raise UserError(
                 f"name {index} of the prompt, {names[index]!r}, is unknown to the model's vocabulary; "
                 "expected words of a language that its text encoder was trained on"
@@ -287,8 +288,8 @@ def _tokenize(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Special tokens before and after the text; empty for a tokenizer without any."""
-    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    first: Any = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last: Any = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     return [first] * (first is not None), [last] * (last is not None)
 
 
