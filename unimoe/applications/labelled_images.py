@@ -34,7 +34,7 @@ CLASSES: dict[str, list[tuple[int, int]]] = {
 class Batch(NamedTuple):
     """B images."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[override]  (tuple.index)
     """[B] their numbers in the split."""
     images: Tensor
     """[B, C, S, S] float, about -1..1."""
@@ -90,7 +90,7 @@ def draw_sprites(artists: list[Artist], side: int) -> dict[str, LabelledImages]:
 
 def _on_white(sprite: Image.Image, side: int) -> np.ndarray:
     """[3, S, S] in -1..1, the sprite in the middle."""
-    canvas = Image.new("RGBA", (max(sprite.size),) * 2, "white")
-    corner = tuple((max(sprite.size) - length) // 2 for length in sprite.size)
-    canvas.alpha_composite(sprite, corner)  # type: ignore[arg-type]
+    longest = max(sprite.size)
+    canvas = Image.new("RGBA", (longest, longest), "white")
+    canvas.alpha_composite(sprite, ((longest - sprite.width) // 2, (longest - sprite.height) // 2))
     return scaled_pixels(canvas.convert("RGB").resize((side, side), Image.Resampling.BOX))

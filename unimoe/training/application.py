@@ -90,7 +90,6 @@ class ApplicationModule(ResumableModule):
         super().__init__()
         self.config, self.seed = config, config.seed
         self.schedule, self.warmup = config.schedule, config.warmup
-        self.model: nn.Module
         self.network: dict[str, Any]
         """What ``build`` made the model of."""
         self._kept: list[tuple[Tensor, ...]] = []

@@ -95,7 +95,8 @@ class DiffusionData(ApplicationData):
                 }
             self.sets = {**sprites}
         else:
-            self.sets, classes = read_latents(Path(self.train))
+            sets, classes = read_latents(Path(self.train))
+            self.sets = {**sets}
             self.classes = [str(label) for label in range(classes)]
             first = self.sets["train"].__getitems__([0]).images
             self.shape = (first.shape[1], first.shape[2])

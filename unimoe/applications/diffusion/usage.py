@@ -23,4 +23,5 @@ def overlap_by_distance(visits_NLE: Tensor, time_N: Tensor) -> float:
     share, distance = (both_NN / either_NN)[first, second], (time_N[first] - time_N[second]).abs()
     if float(share.std()) == 0:
         return 0.0
-    return float(spearmanr(distance.numpy(), share.numpy()).statistic)
+    correlation, _ = spearmanr(distance.numpy(), share.numpy())
+    return float(correlation)

@@ -46,7 +46,7 @@ MOVIELENS_TASKS = {
 class Batch(NamedTuple):
     """B rows."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[override]  (tuple.index)
     """[B] their numbers in the split."""
     features: list[Tensor]
     """[B] or [B, L] int64 for each feature, 0 for unknown values and empty places."""

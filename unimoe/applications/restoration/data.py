@@ -30,7 +30,7 @@ HELD_OUT_SHARE = 0.1
 class Batch(NamedTuple):
     """B images."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[override]  (tuple.index)
     """[B] their numbers in the split."""
     degraded: Tensor
     """[B, 3, S, S] float in 0..1."""

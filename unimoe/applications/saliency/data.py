@@ -28,7 +28,7 @@ SCENES = {"images": 1500, "test_images": 200}
 class Batch(NamedTuple):
     """B images."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[override]  (tuple.index)
     """[B] their numbers in the split."""
     images: Tensor
     """[B, 3, S, S] float in -1..1."""
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     """[B, G, S, S] float, 0 or 1: plausible masks, behind those of an image zeros."""
     preferences: Tensor
     """[B, G] float in 0..1, of each plausible mask; zeros behind."""
-    count: Tensor
+    count: Tensor  # type: ignore[override]  (tuple.count)
     """[B] int64, plausible masks of each image."""
     candidates: Tensor
     """[B, C, S, S] float, 0 or 1."""

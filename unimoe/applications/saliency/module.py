@@ -125,7 +125,7 @@ class SaliencyModule(ApplicationModule):
         precision, recall, mae, f, chosen, possible = row_NX.double().mean(dim=0).tolist()
         quality = float((score_NC - truth_NC).abs().mean())
         varied = float(score_NC.std()) > 0 and float(truth_NC.std()) > 0
-        correlation = spearmanr(score_NC.flatten(), truth_NC.flatten()).statistic if varied else 0.0
+        correlation = spearmanr(score_NC.flatten(), truth_NC.flatten())[0] if varied else 0.0
         found = {
             "loss": float(loss_N.mean()) + self.config.quality * quality,
             "precision": precision,
