@@ -35,7 +35,7 @@ class UniMoeConfig(PreTrainedConfig):
     """What a :class:`~unimoe.model.modeling.UniMoeForConditionalGeneration` is made of."""
 
     model_type = "unimoe"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # type: ignore[override]  (a classproperty)
 
     text_config: dict | PreTrainedConfig | None = None
     """Configuration of the language model: any causal LM of transformers (default: a LLaMA)."""

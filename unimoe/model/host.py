@@ -213,8 +213,9 @@ def _open_context(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = embeds if embeds is not None else ids
     assert tokens is not None
+    rows, length = tokens.shape[:2]
     opened: AbstractContextManager = routing_context(
-        token_context(_inputs.get(), *tokens.shape[:2], tokens.device)
+        token_context(_inputs.get(), rows, length, tokens.device)
     )
     opened.__enter__()
     stack: list[AbstractContextManager] = _opened.__dict__.setdefault("stack", [])

@@ -56,6 +56,8 @@ class Batch(MediaInputs):
     """[B, T], 0 on padding; packed rows have none."""
     position_ids: NotRequired[Tensor]
     """[1, T] of a packed row, or with the axes of ``rope_sections`` in front."""
+    inputs_embeds: NotRequired[Tensor]
+    """[B, T, H], what the decoder takes in place of embedded ids, where frozen layers ran beforehand."""
     labels: NotRequired[Tensor]
     """[B, T], -100 where a token is not learned; prompts have none."""
 

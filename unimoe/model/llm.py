@@ -33,10 +33,12 @@ def load_llm(llm: str, chat_template: str | None = None) -> tuple[Any, Any]:
     adapter = "is an adapter, not a model; merge it into its base (merge_and_unload) and save that"
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(f"llm '{llm}' {adapter}")
+    causal: Any = None
+    tokenizer: Any = None
     try:
         quantized = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
         if quantized is None:
-            causal: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            causal = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"llm '{llm}' cannot be loaded: {first_line(error)}") from error
@@ -62,16 +64,15 @@ def prepare_tokenizer(tokenizer: Any, chat_template: str | None = None) -> int:
         UserError: the tokenizer has several templates and none is called default.
     """
     own = tokenizer.chat_template
-    if isinstance(own, dict) and chat_template is None:
-        if "default" not in own:
-            raise UserError(
-                f"the tokenizer has the chat templates {', '.join(own)}; set chat_template to one"
-            )
-        own = own["default"]
-    chat_template = chat_template or own or "chatml"
+    if isinstance(own, dict) and not chat_template and "default" not in own:
+        raise UserError(f"the tokenizer has the chat templates {', '.join(own)}; set chat_template to one")
     if isinstance(own, dict):
-        chat_template = own.get(chat_template, chat_template)
-    tokenizer.chat_template = TEMPLATES.get(chat_template, chat_template)
+        name = chat_template or "default"
+        chosen = own.get(name, name)
+    else:
+        chosen = chat_template or own
+    chosen = chosen or "chatml"
+    tokenizer.chat_template = TEMPLATES.get(chosen, chosen)
     needed = [*PLACEHOLDERS.values(), *(CHATML_TOKENS if tokenizer.chat_template == CHATML else ())]
     return tokenizer.add_special_tokens({"extra_special_tokens": needed}, replace_extra_special_tokens=False)
 

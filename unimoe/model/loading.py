@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +29,7 @@ from unimoe.moe.view import find_layers
 from unimoe.prepare.cache import resolve_part
 
 from .configuration import MEDIA, UniMoeConfig
-from .host import count_experts, follow_tokens
+from .host import count_experts, follow_tokens, is_stock
 from .host_processor import HostProcessor
 from .inputs import Prepared
 from .llm import prepare_tokenizer
@@ -121,7 +121,7 @@ class ModelKind(Generic[M, P]):
         mixture = [layer.experts for layer in find_layers(built) if not layer.ours]
         if mixture and all(foreign(experts) is None for experts in mixture):
             built.set_experts_implementation("unimoe")  # where a skipped expert costs nothing
-        if mixture and not isinstance(built, UniMoeForConditionalGeneration):
+        if mixture and is_stock(built):
             leave_records(built)
             follow_tokens(built)
         return built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
@@ -187,7 +187,7 @@ def build_on_meta(config: Any) -> Any:
         model: Any = AutoModelForMultimodalLM.from_config(config).float()
         structure = getattr(config, "quantization_config", None)
         if isinstance(structure, dict):
-            structure = StructureConfig.from_dict(structure)
+            structure = cast(StructureConfig, StructureConfig.from_dict(structure))
         if structure is not None:
             StructureQuantizer(structure)._process_model_before_weight_loading(model)
             model.config.quantization_config = structure

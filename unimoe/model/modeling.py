@@ -234,9 +234,8 @@ class UniMoeModel(MediaModel):
             )
             packed = position_ids if attention_mask is None else None
             seen = TokenInputs(input_ids, mask, packed, self.config.token_ids())
-            around.enter_context(
-                routing_context(token_context(seen, *inputs_embeds.shape[:2], inputs_embeds.device))
-            )
+            rows, length = inputs_embeds.shape[:2]
+            around.enter_context(routing_context(token_context(seen, rows, length, inputs_embeds.device)))
             if axes is not None:
                 around.enter_context(time_ids(axes))
             outputs = self.language_model(
@@ -325,7 +324,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
             else None,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  (the base has more by name)
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
@@ -340,7 +339,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
             inputs |= dict.fromkeys(MEDIA_NAMES)
         return inputs
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # type: ignore[override]  (ids may be None, as in the base)
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,

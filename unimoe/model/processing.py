@@ -155,7 +155,8 @@ class UniMoeProcessor(ProcessorMixin):
             )
         _log_ignored(kwargs)
         batched = bool(conversation) and isinstance(conversation[0], list)
-        rows = [local_files(row) for row in (conversation if batched else [conversation])]
+        conversations: Any = conversation if batched else [conversation]
+        rows = [local_files(row) for row in conversations]
         if not tokenize:
             texts = [unmark(self._render(row, add_generation_prompt, "conversation")[0]) for row in rows]
             return texts if batched else texts[0]

@@ -29,7 +29,6 @@ TAGS = ["unimoe", "mixture-of-experts"]
 """Tags of the model card that ``push_to_hub`` writes."""
 
 
-@register_quantization_config("unimoe")
 class StructureConfig(QuantizationConfigMixin):
     """How a model differs from what its class builds.
 
@@ -49,7 +48,10 @@ class StructureConfig(QuantizationConfigMixin):
         self.moe, self.plan = moe, plan
 
 
-@register_quantizer("unimoe")
+# not as a decorator: the type that it has there hides what the class adds
+register_quantization_config("unimoe")(StructureConfig)
+
+
 class StructureQuantizer(HfQuantizer):
     """Changes a model that is being loaded as a :class:`StructureConfig` says."""
 
@@ -77,12 +79,15 @@ class StructureQuantizer(HfQuantizer):
         model.add_model_tags(TAGS)
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]  (the base's has no body to infer from)
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]  (the base's has no body to infer from)
         return True
+
+
+register_quantizer("unimoe")(StructureQuantizer)
 
 
 def upcycle_model(model: Any, moe: "MoEConfig", sources: "Sequence[nn.Module] | None" = None) -> None:
