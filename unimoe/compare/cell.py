@@ -25,7 +25,7 @@ from unimoe.training.progress import PlainProgress
 
 from .budget import Cost, measure
 from .config import CompareConfig
-from .data import Batch, CompareData
+from .data import CompareData, Step
 from .design import Design
 from .evaluation import Evaluation, NotFinite, evaluate
 
@@ -66,7 +66,7 @@ class CellModule(ResumableModule):
         settings = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
         return self.scheduled(torch.optim.AdamW(settings))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Step, batch_idx: int) -> Tensor:
         set_knobs(self.anneal, self.model, self.global_step)
         with record() as parts:
             loss, _ = answer_loss(self.model, batch)
@@ -80,7 +80,7 @@ class CellModule(ResumableModule):
         self.rows.append(row | {"tokens": self.batch_amount(batch)})
         return whole
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Step, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._step_began = time.perf_counter()  # without the data, which the first design of a seed prepares
 
@@ -91,7 +91,7 @@ class CellModule(ResumableModule):
             torch.cuda.synchronize()
         self.rows[-1]["seconds"] = time.perf_counter() - self._step_began
 
-    def batch_amount(self, batch: Batch) -> float:
+    def batch_amount(self, batch: Step) -> float:
         """Tokens without padding."""
         return float(sum(map(count_tokens, batch)))
 

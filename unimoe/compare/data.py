@@ -14,14 +14,15 @@ from unimoe.data import Collator, FeatureCache, ModalityBatchSampler, Sample, re
 from unimoe.data.mixed_sampler import MixedBatchSampler
 from unimoe.data.read import data_files, spread
 from unimoe.files import file_hash
+from unimoe.model.inputs import Batch
 
 from .base import Base
 from .config import CompareConfig, DataConfig
 from .trunk import Row, batches_of
 
 T = TypeVar("T")
-Batch = list[dict[str, Any]]
-"""Collated rows, in parts of similar length."""
+Step = list[Batch]
+"""The collated rows of an optimizer step, in parts of similar length."""
 
 
 class CompareData(Protocol):
@@ -32,11 +33,11 @@ class CompareData(Protocol):
     has_answers: bool
     """Whether a row is a question with its answer."""
 
-    def train(self, seed: int, steps: int) -> Iterable[Batch]:
+    def train(self, seed: int, steps: int) -> Iterable[Step]:
         """The batches of one cell."""
         ...
 
-    def evaluation(self, split: str) -> dict[str, list[Batch]]:
+    def evaluation(self, split: str) -> dict[str, list[Step]]:
         """``val`` or ``test``: batches by the name of the file."""
         ...
 
@@ -83,7 +84,7 @@ class Conversations:
         """Rows of the training samples of one seed, which all designs of the seed share."""
         self._seed: int | None = None
 
-    def train(self, seed: int, steps: int) -> Iterable[Batch]:
+    def train(self, seed: int, steps: int) -> Iterable[Step]:
         if seed != self._seed:
             self._seed, self._rows = seed, {}
         data, samples = self.config.data, [sample for pool in self.pools for sample in pool]
@@ -97,7 +98,7 @@ class Conversations:
         collate = partial(self._batch, self._rows)
         return DataLoader(samples, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
-    def _batch(self, known: dict[int, Row], samples: Sequence[Sample]) -> Batch:
+    def _batch(self, known: dict[int, Row], samples: Sequence[Sample]) -> Step:
         """The samples as batches; through the trunk, where there is one, unless they are ``known``."""
         if self.trunk is None:
             return self.collator.bucket_by_length(samples)
@@ -106,7 +107,7 @@ class Conversations:
                 known[id(sample)] = self.trunk.row(self.collator([sample]))
         return batches_of([known[id(sample)] for sample in samples])
 
-    def evaluation(self, split: str) -> dict[str, list[Batch]]:
+    def evaluation(self, split: str) -> dict[str, list[Step]]:
         return {
             name: [self._batch(self._held_rows, part) for part in parts(samples, self.config.rows)]
             for name, samples in self.held[split].items()

@@ -18,7 +18,7 @@ from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
 from unimoe.moe import record
 
-from .data import Batch, CompareData
+from .data import CompareData, Step
 from .routing import RoutingMeasures
 
 
@@ -75,7 +75,7 @@ class Evaluation(Callback):
 @torch.no_grad()
 def evaluate(
     model: UniMoeForConditionalGeneration,
-    batches: Iterable[Batch],
+    batches: Iterable[Step],
     routing: RoutingMeasures | None = None,
     kind: str | None = None,
 ) -> tuple[float, float]:

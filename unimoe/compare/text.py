@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from unimoe.data.read import spread
 from unimoe.errors import UserError
+from unimoe.model.inputs import Batch
 
 from .base import Base
 from .config import CompareConfig
-from .data import Batch, parts
+from .data import Step, parts
 
 KEPT = 2**30
 """Bytes of the trunk's output that are kept; later steps run the trunk again for every design."""
@@ -39,10 +40,10 @@ class Texts:
         self.tokens_per_byte: dict[str, float] = {}
         self.pools = [self._tokens(file)[0] for file in config.data.train_files]
         self.trunk = base.trunk
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, Step] = {}
         """Batches above the trunk, of the steps of one seed, which all designs of the seed share."""
         self._seed: int | None = None
-        self._evaluation: dict[str, list[Batch]] = {}
+        self._evaluation: dict[str, list[Step]] = {}
         self.held: dict[str, Tensor] = {}
         for named in config.data.eval_files.values():
             for name, file in named.items():
@@ -57,13 +58,13 @@ class Texts:
             raise UserError(f"{file} has {count} tokens, expected {least} or more (data.length and one)")
         return torch.tensor(ids["input_ids"]), count / len(text.encode())
 
-    def train(self, seed: int, steps: int) -> Iterable[Batch]:
+    def train(self, seed: int, steps: int) -> Iterable[Step]:
         if seed != self._seed:
             self._seed, self._batches = seed, {}
         windows = _Windows(self.pools, self.config, seed, steps)
         return DataLoader(_AboveTrunk(windows, self), batch_size=None, sampler=range(steps))
 
-    def batch(self, step: int, windows: "_Windows") -> Batch:
+    def batch(self, step: int, windows: "_Windows") -> Step:
         """Batch of a step; through the trunk, where there is one, unless it is known."""
         if self.trunk is None:
             return windows[step]
@@ -74,13 +75,13 @@ class Texts:
             self._batches[step] = batch
         return self._batches[step]
 
-    def _above(self, batch: Batch) -> Batch:
+    def _above(self, batch: Step) -> Step:
         """The batch with the trunk's output, where there is a trunk."""
         if self.trunk is None:
             return batch
-        return [one | {"inputs_embeds": self.trunk.states(one)} for one in batch]
+        return [{**one, "inputs_embeds": self.trunk.states(one)} for one in batch]
 
-    def evaluation(self, split: str) -> dict[str, list[Batch]]:
+    def evaluation(self, split: str) -> dict[str, list[Step]]:
         length, data = self.config.data.length, self.config.data
         found = {}
         for name in data.eval_files[split]:
@@ -112,7 +113,7 @@ class _Windows(Dataset):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Step:
         random = np.random.default_rng((self.seed, step))
         if self.counts is None:
             chosen = random.choice(len(self.pools), self.rows, p=self.shares)
@@ -134,11 +135,11 @@ class _AboveTrunk(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Step:
         return self.texts.batch(step, self.windows)
 
 
-def batch_of(windows: Sequence[Tensor]) -> dict[str, Tensor]:
+def batch_of(windows: Sequence[Tensor]) -> Batch:
     """Windows [T] of one length as a batch [B, T] that learns every token after the first."""
     ids_BT = torch.stack(list(windows))
     return {"input_ids": ids_BT, "labels": ids_BT}

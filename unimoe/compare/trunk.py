@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unimoe.model.configuration import IGNORED
 from unimoe.model.host_loss import last_hidden
+from unimoe.model.inputs import Batch
 from unimoe.model.modeling import UniMoeForConditionalGeneration
 from unimoe.model.utils import to_device
 
@@ -81,7 +82,7 @@ class Trunk:
         return states_BTH
 
 
-def batches_of(rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+def batches_of(rows: Sequence[Row]) -> list[Batch]:
     """Rows as batches of similar length, padded on the right, none to more than 4/3 of its length."""
     ordered = sorted(rows, key=lambda row: len(row["labels"]))
     groups: list[list[Row]] = []
@@ -92,7 +93,7 @@ def batches_of(rows: Sequence[Row]) -> list[dict[str, Tensor]]:
     return [_pad(group) for group in groups]
 
 
-def _pad(rows: Sequence[Row]) -> dict[str, Tensor]:
+def _pad(rows: Sequence[Row]) -> Batch:
     def padded(name: str, value: int = 0) -> Tensor:
         return pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
 
