@@ -22,6 +22,7 @@ from unimoe.continual.strategies import Combined, Strategy, strategies
 from unimoe.errors import UserError
 from unimoe.files import atomic_write, lock_folder
 from unimoe.model.host import decoder_name
+from unimoe.training.ranks import process_rank
 from unimoe.training.resume import Interrupted
 
 from .export import export_bank, weights_fingerprint
@@ -204,7 +205,7 @@ def _build(strategy: type[Strategy], settings: dict[str, Any]) -> tuple[Strategy
 
 
 def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str) -> dict[str, Any]:
-    if rank_zero_only.rank:  # only rank 0 logs
+    if process_rank():  # only rank 0 logs
         logging.getLogger("unimoe").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -212,7 +213,7 @@ def _run(config: RunConfig, strategy: str, settings: dict[str, Any], output: str
     disable_progress_bar()  # transformers' own, for each model that is loaded
     made, noted = strategy_of(strategy, settings)
     try:
-        with nullcontext() if rank_zero_only.rank else lock_folder(output):
+        with nullcontext() if process_rank() else lock_folder(output):
             return Run(config, made, noted, output)()
     except Interrupted as message:
         log.info("%s; the same command resumes from there", message)

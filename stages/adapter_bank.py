@@ -71,7 +71,7 @@ def _scale(config: Any, place: str, rank: int) -> float:
     from peft.utils.other import get_pattern_key
 
     patterns = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), place), config.lora_alpha)
+    alpha = patterns.get(get_pattern_key(list(patterns), place), config.lora_alpha)
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 

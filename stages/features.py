@@ -40,12 +40,13 @@ def encode(
     lengths: list[torch.Tensor] = []
     for start in range(0, len(samples), 16):
         batch = collator(samples[start : start + 16])
-        encoded = batch.get("encoded_media", {}).get(kind)
+        encoded = (batch.get("encoded_media") or {}).get(kind)
         if encoded is None:
             encoded = encoder(*(batch[name].to(model.device) for name in MEDIA_INPUTS[kind]))
-        features.append(encoded[0].to(model.device))
-        if encoded[1] is not None:
-            lengths.append(encoded[1].to(model.device))
+        features_MSD, lengths_M = encoded
+        features.append(features_MSD.to(model.device))
+        if lengths_M is not None:
+            lengths.append(lengths_M.to(model.device))
     longest = max(part.shape[1] for part in features)
     whole = torch.cat([nnf.pad(part, (0, 0, 0, longest - part.shape[1])) for part in features])
     return whole, torch.cat(lengths) if lengths else None

@@ -48,11 +48,11 @@ class Combined(Strategy):
         return several[0] if several else self.parts[0]
 
     @property
-    def memory(self) -> dict[str, Any]:  # type: ignore[override]
+    def memory(self) -> dict[str, Any]:
         return {part.name: part.memory for part in self.parts}
 
     @memory.setter
-    def memory(self, memory: dict[str, Any]) -> None:
+    def memory(self, memory: dict[str, Any]) -> None:  # type: ignore[override]
         for part in self.parts:
             part.memory = memory[part.name]
 

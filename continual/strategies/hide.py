@@ -3,6 +3,7 @@
 Shapes: B rows of a batch, T tokens (of a row, or of a whole batch in a router), K banks, D features.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class HiDe(Strategy):
         self.memory.setdefault("prototypes", {})[task.name] = sums
 
     @torch.no_grad()
-    def describe(self, part: dict[str, Any]) -> list[dict[str, Tensor]]:
+    def describe(self, part: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """One vector per modality for each row, from the question alone (answers are not used)."""
         model, ids_BT = self.learner.model, part["input_ids"]
         real_BT = part["attention_mask"].bool()
@@ -146,7 +147,7 @@ class HiDe(Strategy):
         return sum(cosines) / len(cosines)
 
 
-def describe_stock(model: nn.Module, part: dict[str, Any], asked_BT: Tensor) -> list[dict[str, Tensor]]:
+def describe_stock(model: nn.Module, part: Mapping[str, Any], asked_BT: Tensor) -> list[dict[str, Tensor]]:
     """Describe tokens as :meth:`HiDe.describe` does, by a model of transformers.
 
     Args:

@@ -226,7 +226,8 @@ def expert_history(curve: Curve) -> str:
     }
     layers = sorted({key.split("/")[1] for row in curve for key in row if key.endswith("/twins")})
     figure = Figure(figsize=(3.7 * len(titles), 2.5), layout="constrained")
-    for panel, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+    panels = figure.subplots(1, len(titles))
+    for panel, (name, title) in zip(panels, titles.items(), strict=True):
         for place, layer in enumerate(layers):
             steps, values = _column(curve, f"moe/{layer}/{name}")
             color = HEAT(0.35 + 0.65 * (place + 1) / len(layers))
@@ -237,7 +238,7 @@ def expert_history(curve: Curve) -> str:
         panel.set_ylim(bottom=0)
         _plain(panel)
         panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
-    panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+    panels[-1].legend(frameon=False, fontsize=8, labelcolor=INK)
     return _svg(figure)
 
 

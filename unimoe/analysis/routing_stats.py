@@ -88,7 +88,10 @@ class RoutingStats:
         if not self.pairs:
             return {}
         tables = {kind: [self.pairs[kind][layer] for layer in self.layers] for kind in self.kinds}
-        everything = [sum(table[row] for table in tables.values()) for row in range(len(self.layers))]
+        everything = [
+            torch.stack([table[row] for table in tables.values()]).sum(dim=0)
+            for row in range(len(self.layers))
+        ]
         tables = {"all": everything, **tables}
         most = max(map(len, everything))
         return {"layers": self.layers} | {

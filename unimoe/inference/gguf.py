@@ -212,7 +212,8 @@ def _mixture(layer: MoELayer) -> Mixture:
         raise _inexpressible(f"moe.combine: {layer.combine}; it weights experts by the router")
     shared = layer.shared.num_experts * layer.shared.intermediate_size if layer.shared is not None else 0
     scale = router.scale * factors[layer.combine]
-    return Mixture(router, layer.experts.intermediate_size, shared, scale)
+    width: Any = layer.experts.intermediate_size
+    return Mixture(router, width, shared, scale)
 
 
 def _settings(mixture: Mixture) -> tuple:

@@ -184,12 +184,12 @@ def load_library(path: Path | None = None) -> ctypes.CDLL:
         raise UserError(
             f"llama.cpp cannot be loaded on this machine ({found}): {error}; {INSTALL} --no-binary xllamacpp"
         ) from error
-    try:
-        for name, (result, arguments) in _FUNCTIONS.items():
+    for name, (result, arguments) in _FUNCTIONS.items():
+        try:
             function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except AttributeError as error:
-        raise UserError(f"this llama.cpp has no function {name}; expected that of {INSTALL}") from error
+        except AttributeError as error:
+            raise UserError(f"this llama.cpp has no function {name}; expected that of {INSTALL}") from error
+        function.restype, function.argtypes = result, arguments
     for function in (library.llama_model_default_params, library.llama_context_default_params):
         _check_defaults(function())
     _check_processor(library.llama_print_system_info().decode())

@@ -45,7 +45,7 @@ def load_audio(part: Part, where: str, rate: int = 16000, longest: float | None 
         if samples.dtype == np.uint8:  # as in a wav file: 128 is silence
             samples = (samples - 128.0) / 128
         if np.issubdtype(samples.dtype, np.signedinteger):
-            samples = samples / -float(np.iinfo(samples.dtype).min)
+            samples = samples / -float(np.iinfo(samples.dtype.name).min)
         seconds = len(samples) / max(found_rate, 1)
         samples = samples[: _limit(longest, found_rate)]
     else:

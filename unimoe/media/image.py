@@ -4,8 +4,7 @@ import io
 import logging
 import re
 import struct
-from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -66,7 +65,7 @@ def load_image(part: Part, where: str, longest: int | None = None) -> Image.Imag
         raise UserError(f"{where}: cannot decode the image {describe(part)}: {reason}") from error
 
 
-def open_image(file: BinaryIO, formats: Sequence[str] | None = None) -> Image.Image:
+def open_image(file: BinaryIO, formats: list[str] | tuple[str, ...] | None = None) -> Image.Image:
     """Open an encoded image: its header is read, nothing decoded. ``formats``: those of Pillow that are
     tried."""
     return Image.open(_without_text(file), formats=formats)
@@ -208,7 +207,7 @@ def _more_frames(image: Image.Image) -> str | None:
     if not getattr(image, "is_animated", False) or image.format == "MPO":
         return None  # an MPO is a phone's JPEG, followed by a preview or a depth map
     if image.format == "TIFF":
-        return f"has {image.n_frames} pages; only the first is used"
+        return f"has {cast(Any, image).n_frames} pages; only the first is used"
     return "is an animation; only its first frame is used (as a video, its timing would count)"
 
 

@@ -116,7 +116,7 @@ class StockPrompt:
     def advance(self, tokens: int) -> tuple[int, Tensor | None]:
         """Run all tokens at once, in the place of :meth:`Prefill.advance`."""
         cached = {"past_key_values": self.cache, "use_cache": True}
-        parts = (self.model, getattr(self.model, "model", None))
+        parts: tuple[Any, ...] = (self.model, getattr(self.model, "model", None))
         owners = [one for one in parts if hasattr(one, "rope_deltas")]
         for owner in owners:
             owner.rope_deltas = None  # of the prompt before, which one without media would leave

@@ -19,7 +19,6 @@ import torch
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -47,7 +46,7 @@ from unimoe.kernels.allocator import keep_memory
 from .curve import CurveLogger, read_curve
 from .elastic import check_overwrite, check_processes, own_store
 from .progress import PlainProgress, StageBar, clock
-from .ranks import data_parallel_size
+from .ranks import data_parallel_size, process_rank
 from .resume import Interrupted, LastCheckpoint, check_finished, latest_checkpoint
 from .sharding import FSDP2Strategy, unshard
 
@@ -204,7 +203,7 @@ class RunCLI(LightningCLI):
         self.target = self._get(self.config, "consolidate")
         if self.target is None and self.trial:
             self.folder = Path(self.held.enter_context(TemporaryDirectory()))
-        elif self.target is None and not rank_zero_only.rank:
+        elif self.target is None and not process_rank():
             self.held.enter_context(lock_folder(self.output))
         elif self.target is not None:
             if Path(self.target).exists():
@@ -257,7 +256,7 @@ class RunCLI(LightningCLI):
         """Resume, start or stop, depending on the content of the output folder."""
         if self._get(self.config, "overwrite"):
             check_overwrite()
-            if not rank_zero_only.rank:
+            if not process_rank():
                 clear(self.output)
             return
         done = read_record(self.output)
@@ -489,7 +488,7 @@ set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
 
 def _quiet() -> None:
     """Silence Lightning's hints, whose advice is a default here, and all ranks but 0."""
-    if rank_zero_only.rank:
+    if process_rank():
         logging.getLogger("unimoe").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)

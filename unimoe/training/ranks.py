@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed import (
@@ -19,6 +20,11 @@ from torch.distributed import (
 from unimoe.moe import ExpertLoad
 
 T = TypeVar("T")
+
+
+def process_rank() -> int:
+    """The rank of this process, also before there is a trainer."""
+    return cast(Any, rank_zero_only).rank or 0  # an attribute that Lightning gives its function
 
 
 def data_parallel_size(trainer: Trainer) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -90,7 +90,7 @@ class LastCheckpoint(Checkpoint):
     ):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         self._check(trainer, [loss], f"the loss is {float(loss)}")
-        last = batch_idx + 1 >= trainer.num_training_batches and not trainer.overfit_batches
+        last = batch_idx + 1 >= trainer.num_training_batches and not cast(Any, trainer).overfit_batches
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # not inside an optimizer step
         early = trainer.global_step < trainer.max_steps and (last or (whole and trainer.should_stop))
         stop = whole and trainer.strategy.reduce_boolean_decision(self._stop, all=False)

@@ -10,6 +10,7 @@ tokens, and dropped if there is none.
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,7 +25,7 @@ def main() -> None:
     prompts = (folder / "prompts.txt").read_text(encoding="utf-8").split("\n")
     prompts = [prompt for prompt in prompts if prompt]
     tokenizer = AutoTokenizer.from_pretrained(default_part("llm"), padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(default_part("llm"), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(default_part("llm"), dtype=torch.float32)
     lines = []
     for start in range(0, len(prompts), 20):
         batch = prompts[start : start + 20]
