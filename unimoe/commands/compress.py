@@ -27,6 +27,7 @@ from unimoe.compress.store import compress
 from unimoe.compress.structure import check_coverage
 from unimoe.compress.watch import Collector, Stats
 from unimoe.data import Collator, read_samples
+from unimoe.data.read import spread
 from unimoe.errors import UserError, check_seed
 from unimoe.files import atomic_folder, new_folder
 from unimoe.model.host_loss import last_hidden
@@ -36,7 +37,6 @@ from unimoe.model.utils import to_device, weights
 from unimoe.moe.view import MoEView, expert_counts, view
 
 from .compress_detector import DetectorBatch, DetectorInputs, open_mixture
-from .inspect_model import spread
 
 log = logging.getLogger(__name__)
 

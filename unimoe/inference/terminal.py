@@ -67,14 +67,14 @@ def chat(
         session: a conversation saved with !save, to resume.
         max_new_tokens: longest answer.
         temperature: 0 for greedy decoding; higher is more random.
-        seed: of sampling.
+        seed: seed of sampling.
         system: system prompt.
         contrast: strength of the contrast with the model's own worse experts (SCMoE), such as 0.5.
         rewire: steps that shift the routers towards the conversation (Rewiring), such as 5.
         experts: experts of a token, fewer than the router chooses.
         skip: weights below which experts are skipped, by modality, such as image=0.5,text=0.2.
         engine: torch; or llama.cpp, which decodes faster and in less memory and cannot be looked into.
-        type: of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
+        type: type of llama.cpp's weights: q8_0, f16 or f32 (default: q8_0).
         gguf: file of `unimoe export gguf` for llama.cpp (default: made on first use, in the cache).
     """
     settings = Settings(max_new_tokens, temperature, seed, system, contrast, rewire, experts, skip)

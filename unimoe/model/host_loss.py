@@ -33,8 +33,8 @@ def answer_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]
 
 
 def _stock_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """As ``answer_logits``; the head runs at positions where a row of the batch has a label, if ``forward``
-    can be told so."""
+    """Logits and labels of a stock model; the head runs at positions where a row of the batch has a label, if
+    ``forward`` can be told so."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels_BT = batch["labels"][:, 1:]
     at_P = (labels_BT != IGNORED).any(0).nonzero()[:, 0]

@@ -40,9 +40,9 @@ class MediaInputs(TypedDict, total=False):
     speech_frames: Tensor | None
     """[M], the valid frames of each window."""
     audio_features: Tensor | None
-    """As ``speech_features``, of environmental sound."""
+    """[M, mel bins, F], the log-mel windows of environmental sound of all rows in order."""
     audio_frames: Tensor | None
-    """As ``speech_frames``, of environmental sound."""
+    """[M], the valid frames of each of these windows."""
     encoded_media: dict[str, EncodedMedia] | None
     """By modality, outputs of frozen encoders that were computed beforehand; they replace the raw inputs."""
 

@@ -72,7 +72,7 @@ class UniMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with weights that are independent of the files (:func:`own_weights`)."""
+        """Load as transformers does, with weights that are independent of the files (:func:`own_weights`)."""
         loaded = super().from_pretrained(*args, **kwargs)
         own_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -289,7 +289,7 @@ class UniMoeForConditionalGeneration(UniMoePreTrainedModel, GenerationMixin):
         output_router_logits: bool = False,
         **kwargs: Any,
     ) -> UniMoeOutput:
-        """As :meth:`UniMoeModel.forward`, and:
+        """Run :meth:`UniMoeModel.forward` and the head.
 
         Args:
             labels: [B, T], -100 where a token is not learned; adds ``loss`` and ``aux_loss``.

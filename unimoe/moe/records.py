@@ -52,7 +52,7 @@ class LayerRecord:
     """Index of the decoder layer, -1 if it was not set."""
     routing: Routing
     ctx: Context
-    """As it was during the forward pass."""
+    """Context of the tokens during the forward pass."""
     projection: str = ""
     """Name of the projection, empty for an MoE layer."""
 
