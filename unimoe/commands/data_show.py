@@ -171,6 +171,7 @@ def shown(sample: Sample, collator: Collator) -> Shown:
         UserError: media cannot be decoded, or the model cannot encode the sample.
     """
     batch = collator([sample])
+    assert "labels" in batch  # which a collator gives
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     return Shown(
         sample.source,

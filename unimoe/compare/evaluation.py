@@ -88,6 +88,7 @@ def evaluate(
             with record() as records:
                 logits_SV, labels_S = answer_logits(model, to_device(part, model.device))
             total, tokens = total + float(cross_entropy_sum(logits_SV, labels_S)), tokens + len(labels_S)
+            assert "labels" in part
             row_S = (part["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
             wrong_S = (logits_SV.argmax(dim=-1) != labels_S).to(row_S.device)
             answers = len(row_S.unique())

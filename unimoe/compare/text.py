@@ -70,7 +70,9 @@ class Texts:
             return windows[step]
         if step not in self._batches:
             batch = self._above(windows[step])
-            if (len(self._batches) + 1) * batch[0]["inputs_embeds"].nbytes > KEPT:
+            whole = batch[0]
+            assert "inputs_embeds" in whole
+            if (len(self._batches) + 1) * whole["inputs_embeds"].nbytes > KEPT:
                 return batch
             self._batches[step] = batch
         return self._batches[step]

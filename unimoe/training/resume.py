@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -141,7 +141,7 @@ class LastCheckpoint(Checkpoint):
         self._written = self._thread.submit(self._complete, writes, temporary, step)
 
     @torch.no_grad()
-    def _check(self, trainer: Trainer, values: list[Tensor], problem: str) -> None:
+    def _check(self, trainer: Trainer, values: Sequence[Tensor], problem: str) -> None:
         """Raises UnfinishedRun, on all ranks, where ``values`` are not finite on one."""
         local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
         finite = not local or bool(torch.stack([part.isfinite().all() for part in local]).all())

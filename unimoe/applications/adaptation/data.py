@@ -33,7 +33,7 @@ EPISODES = 4096
 class Episodes(NamedTuple):
     """B episodes, each of one domain."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[override]  (tuple.index)
     """[B] their numbers."""
     images: Tensor
     """[B, N, 3, S, S] float in -1..1; the support comes first."""
@@ -46,7 +46,7 @@ class Episodes(NamedTuple):
 class Batch(NamedTuple):
     """B images of an evaluation."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[override]  (tuple.index)
     """[B] their numbers in the split."""
     images: Tensor
     """[B, 3, S, S] float in -1..1."""

@@ -3,6 +3,8 @@
 Shapes: L MoE layers, E experts, N images of a split.
 """
 
+from typing import Any
+
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -23,5 +25,5 @@ def overlap_by_distance(visits_NLE: Tensor, time_N: Tensor) -> float:
     share, distance = (both_NN / either_NN)[first, second], (time_N[first] - time_N[second]).abs()
     if float(share.std()) == 0:
         return 0.0
-    correlation, _ = spearmanr(distance.numpy(), share.numpy())
-    return float(correlation)
+    found: Any = spearmanr(distance.numpy(), share.numpy())
+    return float(found.statistic)

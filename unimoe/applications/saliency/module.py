@@ -125,7 +125,7 @@ class SaliencyModule(ApplicationModule):
         precision, recall, mae, f, chosen, possible = row_NX.double().mean(dim=0).tolist()
         quality = float((score_NC - truth_NC).abs().mean())
         varied = float(score_NC.std()) > 0 and float(truth_NC.std()) > 0
-        correlation = spearmanr(score_NC.flatten(), truth_NC.flatten())[0] if varied else 0.0
+        ranks: Any = spearmanr(score_NC.flatten(), truth_NC.flatten()) if varied else None
         found = {
             "loss": float(loss_N.mean()) + self.config.quality * quality,
             "precision": precision,
@@ -136,7 +136,7 @@ class SaliencyModule(ApplicationModule):
             "preference_of_best": chosen,
             "largest_preference": possible,
             "quality_error": quality,
-            "quality_correlation": float(correlation),
+            "quality_correlation": float(ranks.statistic) if varied else 0.0,
         }
         if split == "test":
             self._draw()
