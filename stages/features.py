@@ -32,17 +32,17 @@ def fill_cache(
 
 @torch.no_grad()
 def encode(
-    model: UniMoeForConditionalGeneration, collator: Collator, samples: list[Sample], kind: str
+    model: UniMoeForConditionalGeneration, collator: Collator, samples: list[Sample], modality: str
 ) -> EncodedMedia:
     """The frozen encoder's features of one media item of each sample: features_nSD, and lengths_n or None."""
-    encoder = model.model.encoders[kind]
+    encoder = model.model.encoders[modality]
     features: list[torch.Tensor] = []
     lengths: list[torch.Tensor] = []
     for start in range(0, len(samples), 16):
         batch = collator(samples[start : start + 16])
-        encoded = (batch.get("encoded_media") or {}).get(kind)
+        encoded = (batch.get("encoded_media") or {}).get(modality)
         if encoded is None:
-            encoded = encoder(*(batch[name].to(model.device) for name in MEDIA_INPUTS[kind]))
+            encoded = encoder(*(batch[name].to(model.device) for name in MEDIA_INPUTS[modality]))
         features_MSD, lengths_M = encoded
         features.append(features_MSD.to(model.device))
         if lengths_M is not None:

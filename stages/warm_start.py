@@ -136,13 +136,15 @@ def warm_start(
 
 
 def check_modalities(settings: dict[str, Ridge], model: UniMoeForConditionalGeneration) -> None:
-    """Raises UserError for a modality that the model lacks."""
+    """Raises UserError for a modality that the model lacks, or that has no regions."""
     if settings and is_stock(model):
         raise UserError(f"warm_start: {type(model).__name__} brings trained connectors; leave it out")
-    for modality in settings:
+    for modality, ridge in settings.items():
         if modality not in model.model.connectors:
             has = ", ".join(model.model.connectors) or "none"
             raise UserError(f"warm_start: the model has no {modality}; it has {has}")
+        if ridge.regions and modality != "image":
+            raise UserError(f"warm_start.{modality}.regions: only images have regions; leave it out")
 
 
 def spoken_tokens(

@@ -298,6 +298,19 @@ def test_embeddings_take_the_place_of_tokens_and_media(built):
         model(inputs_embeds=embeds_BTH, pixel_values=inputs["pixel_values"])
 
 
+def test_padding_is_known_without_ids(built):
+    """So that it takes no expert's place and counts in no load."""
+    model, processor = built
+    inputs = batch(processor, CONVERSATIONS[:2])
+    with torch.no_grad(), record() as records:
+        embeds_BTH = model.model.embed(inputs["input_ids"], pixel_values=inputs["pixel_values"])
+        model(inputs_embeds=embeds_BTH, attention_mask=inputs["attention_mask"])
+    wanted_T = inputs["attention_mask"].flatten() == 0
+    assert wanted_T.any()
+    for entry in records:
+        assert torch.equal(entry.ctx.pad_T, wanted_T) and not entry.ctx.modality_T.any()
+
+
 def test_a_tuple_is_returned_on_request(built):
     model, processor = built
     inputs = batch(processor, CONVERSATIONS[:1])

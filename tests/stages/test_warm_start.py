@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
-from unimoe.stages.warm_start import Ridge, cell_weights, read_examples, spoken_tokens, warm_start
+from unimoe.stages.warm_start import (
+    Ridge,
+    cell_weights,
+    check_modalities,
+    read_examples,
+    spoken_tokens,
+    warm_start,
+)
 from unimoe.testing import tiny_model
 
 
@@ -124,6 +131,14 @@ def test_regions_that_are_no_boxes(world, regions):
     file.write_text(json.dumps({"messages": turns, "regions": regions}))
     with pytest.raises(UserError, match=r"boxes\.jsonl:1: regions must be a list of \[words, \[x0, y0"):
         read_examples([str(file)], None, "image", Ridge(regions=True))
+
+
+def test_only_images_of_the_model_start_from_regions(built):
+    check_modalities({"image": Ridge(regions=True)}, built[0])
+    with pytest.raises(UserError, match="warm_start.speech.regions: only images have regions"):
+        check_modalities({"speech": Ridge(regions=True)}, built[0])
+    with pytest.raises(UserError, match="the model has no video; it has image"):
+        check_modalities({"video": Ridge()}, built[0])
 
 
 def test_speech_is_fitted_word_by_word(world, built, caplog):

@@ -22,7 +22,7 @@ from .trunk import Row, batches_of
 
 T = TypeVar("T")
 Step = list[Batch]
-"""The collated rows of an optimizer step, in parts of similar length."""
+"""Collated rows that run together, of an optimizer step or of a test set, in parts of similar length."""
 
 
 class CompareData(Protocol):

@@ -242,19 +242,22 @@ def token_context(inputs: TokenInputs | None, rows: int, length: int, device: to
     """Padding, modality, sample and id of each of the B*T tokens of a decoder, for routers, losses and plots.
 
     A row is one sample, or several packed ones where positions [B, T] without an attention mask do not
-    increase by one. Ids of another length than the decoder's rows tell nothing about its tokens.
+    increase by one. Without ids all tokens are taken for text. Ids of another length than the decoder's rows
+    tell nothing about its tokens.
     """
     if inputs is None:
         return Context(sample_T=sample_of_tokens(rows, length, device))
     ids, mask, positions = inputs.input_ids, inputs.attention_mask, inputs.position_ids
     packed = mask is None and positions is not None and positions.shape[-1] == length
     sample_T = sample_of_tokens(rows, length, device, positions if packed else None)
-    modality_T = token_T = pad_T = None
-    if ids is not None and ids.shape == (rows, length):
-        token_T = ids.flatten()
-        modality_T = torch.zeros_like(token_T)
+    if ids is not None and ids.shape != (rows, length):
+        return Context(sample_T=sample_T)
+    token_T = None if ids is None else ids.flatten()
+    modality_T = torch.zeros(rows * length, dtype=torch.long, device=device)
+    if token_T is not None:
         for modality, token in inputs.token_ids.items():
             modality_T[token_T == token] = MODALITIES.index(modality)
-        if mask is not None and mask.shape[1] >= length:
-            pad_T = (mask[:, -length:] == 0).flatten()
+    pad_T = None
+    if mask is not None and mask.shape[1] >= length:
+        pad_T = (mask[:, -length:] == 0).flatten()
     return Context(pad_T=pad_T, modality_T=modality_T, sample_T=sample_T, token_T=token_T)
