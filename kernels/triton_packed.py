@@ -78,7 +78,13 @@ def product(x: Tensor, token_N: Tensor | None, offsets_E1: Tensor, stack: Stack,
     tiles_3M = tile_map(offsets_E1, N, tile.rows)
     out_NC, M = x.new_empty(N, B * LANES, dtype=torch.float32), tiles_3M.shape[1]
     grid = (M * triton.cdiv(B * LANES, tile.columns),)
-    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}  # of the launch
+    options: dict[str, Any] = {
+        "CHUNKS": chunks,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
     _packed_kernel[grid](
         stack.codes,
         stack.scales.view(torch.float16),
@@ -93,9 +99,6 @@ def product(x: Tensor, token_N: Tensor | None, offsets_E1: Tensor, stack: Stack,
         M,
         G,
         B,
-        CHUNKS=chunks,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
         **options,
     )
     return out_NC

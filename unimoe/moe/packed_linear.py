@@ -128,5 +128,5 @@ class PackedEmbedding(nn.Module):
 
 def packed_weights(module: nn.Module) -> int:
     """Number of weights that are packed in a module, which ``parameters()`` does not name."""
-    kinds = PackedExperts | PackedFFNExperts | PackedLinear
+    kinds = (PackedExperts, PackedFFNExperts, PackedLinear)
     return sum(one.num_weights for one in module.modules() if isinstance(one, kinds))
