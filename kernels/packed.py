@@ -277,19 +277,21 @@ def linear_reference(x_NK: Tensor, stack: Stack, e: int, level: int = 0) -> Tens
     return (sums_NPG * x_scale_NG[:, None] * scale_PG).sum(-1)
 
 
-def linear(x: Tensor, stack: Stack, bias: Tensor | None = None, level: int = 0) -> Tensor:
-    """x [..., K] times the only matrix of a stack, plus ``bias`` [P]: [..., P] in x's dtype.
+def linear(x: Tensor, stack: Stack, bias: Tensor | None = None, level: int = 0, e: int = 0) -> Tensor:
+    """x [..., K] times matrix ``e`` of a stack, plus ``bias`` [P]: [..., P] in x's dtype.
 
     Gradients reach x, and are those of the product without rounded activations.
     """
     if runs_native(x, *(() if bias is None else (bias,))):
-        scale = (stack.scales, stack.rows, stack.bits[0], stack.nested, level)
+        own = stack.one(e)
+        scale = (own.scales, own.rows, own.bits[0], own.nested, level)
         bias = None if bias is None else bias.float()
-        y = torch.ops.unimoe.packed_linear.default(x.float(), stack.codes, *scale, bias)
+        y = torch.ops.unimoe.packed_linear.default(x.float(), own.codes, *scale, bias)
         return y if x.dtype is torch.float32 else y.to(x.dtype)
     if runs_triton(x):
-        return triton_form("packed_linear")(x, stack, bias, level)
-    y = _product(x.reshape(-1, stack.width), stack, 0, level).unflatten(0, x.shape[:-1])
+        return triton_form("packed_linear")(x, stack.one(e), bias, level)
+    # of the whole stack: what torch multiplies is kept by its codes, and those of one(e) are gone at once
+    y = _product(x.reshape(-1, stack.width), stack, e, level).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 

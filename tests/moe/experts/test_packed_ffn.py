@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from unimoe.errors import UserError
+from unimoe.kernels import native, packed_torch
 from unimoe.kernels.packed import quantize_rtn
 from unimoe.moe import FFNExperts, MoELayer, TopK
 from unimoe.moe.experts.packed_ffn import PackedFFNExperts
@@ -24,6 +25,22 @@ def test_outputs_are_those_of_the_floats_within_the_rounding(bits, most):
     moe.experts = PackedFFNExperts.from_experts(moe.experts, bits, 16)
     assert 0 < (moe(x) - exact).abs().max() / exact.abs().max() < most
     assert packed_weights(moe) == 2 * 4 * 32 * 48
+
+
+@torch.no_grad()
+def test_without_the_operators_weights_are_converted_once(monkeypatch):
+    monkeypatch.setattr(native, "ops", lambda: None)
+    converted, convert = [], packed_torch._convert
+    monkeypatch.setattr(packed_torch, "_convert", lambda *one: converted.append(one) or convert(*one))
+    experts, x = FFNExperts(2, 32, 64, "gelu"), torch.randn(3, 32)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    moe = MoELayer(TopK(32, 2, 2, init_std=0.5), experts).eval()
+    exact = moe(x)
+    moe.experts = PackedFFNExperts.from_experts(experts, 8, 32)
+    first = moe(x)
+    assert 0 < (first - exact).abs().max() / exact.abs().max() < 0.05
+    assert torch.equal(moe(x), first) and len(converted) == 2 * 2  # both matrices of both experts
 
 
 @torch.no_grad()

@@ -111,8 +111,8 @@ class PackedFFNExperts(Experts):
         y_TD = torch.zeros_like(x_TD)
         for e, start, end in groups(routing.offsets_E1.tolist()):
             token_n = routing.token_N[start:end]
-            inner = ACTS[self.act](kernel.linear(x_TD[token_n], up.one(e), self.up_bias[e]))
-            y = kernel.linear(inner, down.one(e), self.down_bias[e])
+            inner = ACTS[self.act](kernel.linear(x_TD[token_n], up, self.up_bias[e], e=e))
+            y = kernel.linear(inner, down, self.down_bias[e], e=e)
             y_TD = y_TD.index_add(0, token_n, y * weight_N[start:end, None].to(y.dtype))
         return y_TD
 
