@@ -57,3 +57,5 @@ def test_codes_from_elsewhere_and_the_meta_device():
     assert {name: one.shape for name, one in empty.items()} == {n: one.shape for n, one in given.items()}
     with pytest.raises(UserError, match="the group 20 does not divide the width 32"):
         PackedFFNExperts.from_experts(layer().experts, 4, 20)
+    with pytest.raises(UserError, match="got bits for 3 experts, expected 4"):
+        PackedFFNExperts.from_experts(layer().experts, [4, 4, 8], 16)

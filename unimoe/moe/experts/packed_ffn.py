@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unimoe.errors import UserError
 from unimoe.kernels import packed as kernel
 from unimoe.kernels.arguments import groups
 from unimoe.kernels.ffn import ACTS
@@ -31,7 +32,7 @@ class PackedFFNExperts(Experts):
         act: between the layers (:data:`unimoe.kernels.ffn.ACTS`).
 
     Raises:
-        UserError: the group does not divide a width, or there are no such bits.
+        UserError: the group does not divide a width, there are no such bits, or not one for each expert.
     """
 
     indivisible = "are packed for inference"
@@ -54,6 +55,10 @@ class PackedFFNExperts(Experts):
             intermediate_size,
         )
         self.expert_bits = (bits,) * num_experts if isinstance(bits, int) else tuple(bits)
+        if len(self.expert_bits) != num_experts:
+            raise UserError(
+                f"packed experts got bits for {len(self.expert_bits)} experts, expected {num_experts}"
+            )
         self.group, self.act = group, act
         for name, rows, width in self._sizes():
             stack = kernel.Stack.empty(self.expert_bits, rows, width, group)
