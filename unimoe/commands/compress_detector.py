@@ -1,7 +1,7 @@
 """What ``unimoe compress stats``, ``prune`` and ``quantize`` need to run a detector on images.
 
 unimoe compress stats runs/detector instances_train.json --output runs/stats
-unimoe compress prune runs/detector --stats runs/stats --keep 3 --output runs/pruned
+unimoe compress prune runs/detector --stats runs/stats --keep 3 --how frequency --output runs/pruned
 """
 
 from collections.abc import Sequence
