@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from unimoe.data.read import spread
 from unimoe.detection.data.batches import EvalBatch
 from unimoe.detection.data.datamodule import eval_dataloader
 from unimoe.detection.data.formats import read_detection
@@ -57,8 +58,7 @@ class DetectorInputs:
             raise UserError(f"{file} has no list of classes, which a detector could be asked for")
         asked = [prompts[0] for prompts in class_prompts(data.names)]
         prompts = PromptChunks.of(asked, self.tokenizer, self.model.config.max_text_tokens)
-        count = min(samples, len(data.samples))
-        chosen = [place * len(data.samples) // count for place in range(count)]
+        chosen = spread(range(len(data.samples)), samples)
         found = eval_dataloader(data, self.model, batch_size=batch_size, chosen=chosen)
         text = TextFeatureCache(self.model)
         return [DetectorBatch(batch, prompts, text) for batch in found]
