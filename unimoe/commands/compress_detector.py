@@ -88,4 +88,4 @@ def refuse_for_detector(processor: Any, flags: dict[str, bool]) -> None:
     """
     given: Sequence[str] = [flag for flag, found in flags.items() if found]
     if given and isinstance(processor, DetectorInputs):
-        raise UserError(f"{given[0]} is for language models; of a detector the experts alone are packed")
+        raise UserError(f"{given[0]} is for language models; leave it out")
