@@ -132,10 +132,17 @@ def read_record(folder: str | Path) -> StageRecord | None:
 
 
 def folder_hash(folder: str | Path) -> str:
-    """One hash over the weight files and the configuration of a result."""
+    """One hash over the weight files and the configuration of a result.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise UserError(f"{folder} is no folder, expected that of a model (config.json and weights)")
     hashed = [
         f"{path.name} {file_hash(path)}\n"
-        for path in sorted(Path(folder).iterdir())
+        for path in sorted(place.iterdir())
         if path.suffix == ".safetensors" or path.name in ("config.json", "expert.json")
     ]
     return fingerprint(*hashed)

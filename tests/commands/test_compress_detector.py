@@ -33,10 +33,12 @@ def found_by(model, world, tmp_path, *more):
     return torch.tensor([row["score"] for row in json.loads(file.read_text())])
 
 
-def test_a_detector_is_pruned_and_packed_and_scored(experts, world, tmp_path, capsys):
+def test_a_detector_is_pruned_and_packed_and_scored(experts, world, tmp_path, capsys, monkeypatch):
     stats, pruned, packed = (str(tmp_path / name) for name in ("stats", "pruned", "packed"))
     data = str(world / "train.json")
-    assert cli.main(["compress", "stats", str(experts), data, "--samples", "4", "--output", stats]) == 0
+    monkeypatch.setenv("HOME", str(experts.parent))
+    model = f"~/{experts.name}"
+    assert cli.main(["compress", "stats", model, data, "--samples", "4", "--output", stats]) == 0
     budget = ["--budget", "0.75", "--globally", "--how", "frequency"]
     assert cli.main(["compress", "prune", str(experts), "--stats", stats, *budget, "--output", pruned]) == 0
     flags = ["--bits", "8", "--group", "16", "--min-tokens", "1", "--samples", "4"]
@@ -58,7 +60,12 @@ def test_a_detector_is_pruned_and_packed_and_scored(experts, world, tmp_path, ca
 def test_what_a_detector_has_not_is_refused(experts, world, tmp_path, capsys):
     data, output = str(world / "train.json"), ["--output", str(tmp_path / "out")]
     assert cli.main(["compress", "quantize", str(experts), data, "--head", "8", *output]) == 2
-    assert "--head is for language models" in capsys.readouterr().err
+    assert "--head is for language models; leave it out" in capsys.readouterr().err
     assert cli.main(["compress", "skip", str(experts), data, *output]) == 2
     assert "model of type 'dynamic_dino', expected" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["compress", "stats", str(tmp_path / "empty"), data, *output]) == 2
+    assert "no config.json; expected the folder of a multimodal model" in capsys.readouterr().err
+    assert cli.main(["compress", "prune", str(tmp_path / "none"), "--keep", "1", *output]) == 2
+    assert "none is no folder, expected that of a model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

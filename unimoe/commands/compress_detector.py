@@ -71,10 +71,11 @@ def open_mixture(model: str, device: str | None = None) -> tuple[Any, Any]:
     """A mixture of experts and what prepares its inputs: a processor, or :class:`DetectorInputs`.
 
     Raises:
-        UserError: as of :func:`unimoe.model.loading.load_any`.
+        UserError: there is neither, or :func:`unimoe.model.loading.load_any` cannot load it.
     """
-    path = Path(model)
-    if not path.is_dir() or read_type(path, f"MODEL {path}", "a model") != DynamicDinoConfig.model_type:
+    path = Path(model).expanduser()
+    saved = (path / "config.json").is_file()
+    if not saved or read_type(path, f"MODEL {path}", "a model") != DynamicDinoConfig.model_type:
         return load_any(model, device=device)
     detector, tokenizer = load_detector(model)
     detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
