@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unimoe.applications.pictures import write_sheet
+from unimoe.data.read import spread
 from unimoe.errors import UserError
 from unimoe.training.application import ApplicationConfig, ApplicationModule, run_application
 from unimoe.training.ranks import rank_weighted
@@ -202,8 +203,7 @@ class AdaptationModule(ApplicationModule):
         step put right, and one of those it put wrong."""
         rows = [data.support(0)[:SHOWN]]
         for changed_N in (after_N & ~before_N, before_N & ~after_N):
-            changed = changed_N.nonzero()[:, 0]  # by class: show some of each
-            chosen = changed[:: max(1, len(changed) // SHOWN)][:SHOWN].tolist()
+            chosen = spread(changed_N.nonzero()[:, 0].tolist(), SHOWN)  # they are by class: some of each
             rows.append(data.__getitems__(chosen).images if chosen else rows[0][:0])
         page = torch.ones(len(rows), SHOWN, *rows[0].shape[1:])
         for number, images in enumerate(rows):
