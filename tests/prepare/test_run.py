@@ -15,6 +15,7 @@ import pytest
 
 from unimoe.errors import UserError
 from unimoe.prepare import cache_folder, copied, default_part, prepare, run
+from unimoe.prepare.index import Link, Sources
 from unimoe.prepare.parts import PARTS
 
 FLUENT = PARTS["fluent"]
@@ -63,6 +64,28 @@ def test_downloaded_file_is_used_and_removed(wheels: Path, tmp_path: Path):
     shutil.copytree(wheels, downloads)
     prepare()
     assert default_part("sprites").is_dir() and not downloads.exists()
+
+
+def test_a_file_of_two_parts_is_downloaded_and_counted_once(wheels: Path, monkeypatch):
+    part = PARTS["sprites"]
+    monkeypatch.setitem(PARTS, "again", replace(part, name="again", folder="again"))
+    fetched = []
+
+    def download(url, target, *rest):
+        fetched.append(url)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(wheels / part.filename, target)
+
+    monkeypatch.setattr(run, "find_sources", Sources)
+    monkeypatch.setattr(run, "find_link", lambda part, sources: Link(part.filename, part.filename, None))
+    monkeypatch.setattr(run, "download", download)
+    usage = namedtuple("usage", "total used free")
+    enough = run.MARGIN + 2 * part.room + part.size
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage(enough, 0, enough))
+    prepare(["sprites", "again"])
+    assert fetched == [part.filename]
+    assert default_part("sprites").is_dir() and default_part("again").is_dir()
+    assert not (cache_folder() / "downloads").exists()
 
 
 def test_wrong_file(wheels: Path, tmp_path: Path):

