@@ -19,7 +19,7 @@ def test_the_report_pairs_by_seed(tmp_path, capsys):
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps({"mean_auc": value}))
     found = report(run)["variants"]["home"]
-    assert found["mean"] == pytest.approx(0.83) and found["sd"] == pytest.approx(0.01)
+    assert found["mean"] == pytest.approx(0.83) and found["std"] == pytest.approx(0.01)
     assert found["to mmoe"]["mean"] == pytest.approx(0.04 / 3) and found["to mmoe"]["better_in"] == 3
     assert found["to mmoe"]["verdict"] == "cannot tell"  # 0.0133 +- 0.0143
     assert found["to shared_bottom"]["mean"] == pytest.approx(-0.02 / 3)
@@ -84,7 +84,10 @@ def test_a_run_in_miniature(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/recommendation/report.json").is_file()
     monkeypatch.setattr(subject, "lightning", None)
     assert cli.main(args) == 0
-    assert "home-0: already done" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "home-0: already done" in printed and " ± " not in printed
+    found = json.loads((tmp_path / "runs/recommendation/report.json").read_text())["variants"]["home"]
+    assert found["std"] is None, "one seed has no deviation"
     assert cli.main([*args[:-1], "0"]) == 2
     assert cli.main(["demo", "applications", "recommendations"]) == 2
     assert (

@@ -8,9 +8,10 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from unimoe.analysis.seeds import over_seeds
 from unimoe.artifacts import read_record
 from unimoe.commands.fit import main as lightning
 from unimoe.compare.statistics import paired_difference
@@ -242,17 +243,16 @@ def report(run: ApplicationsDemo) -> dict[str, Any]:
     found |= {"rival": application.rivals[0], "variants": {}}
     console.say(f"\n  {key} by variant ({'higher' if application.higher else 'lower'} is better)")
     for variant, by_seed in values.items():
-        mean, spread = _mean_and_spread(by_seed)
+        summary = over_seeds(list(by_seed.values()))
         beside = {
             name: {seed: one[name] for seed, one in scores[variant].items() if name in one}
             for name in application.beside
         }
-        row: dict[str, Any] = {"seeds": by_seed, "mean": mean, "sd": spread, "beside": beside}
-        console.say(f"  {variant:<16}{mean:.4f} ± {spread:.4f}")
+        row: dict[str, Any] = {"seeds": by_seed, **summary, "beside": beside}
+        console.say(f"  {variant:<16}{_shown(summary)}")
         for name, one in beside.items():
             if one:
-                mean, spread = _mean_and_spread({seed: _layer_mean(value) for seed, value in one.items()})
-                console.say(f"    {name} {mean:.4f} ± {spread:.4f}")
+                console.say(f"    {name} {_shown(over_seeds([_layer_mean(v) for v in one.values()]))}")
         for other in others:
             if other != variant:
                 row[f"to {other}"] = _difference(by_seed, values[other], application.higher)
@@ -287,8 +287,8 @@ def _line(name: str, row: dict[str, Any]) -> str:
     return f"{name:<28}{row['mean']:+.4f}{half:<12}{better}  {row['verdict'] or ''}".rstrip()
 
 
-def _mean_and_spread(by_seed: dict[int, float]) -> tuple[float, float]:
-    return fmean(by_seed.values()), stdev(by_seed.values()) if len(by_seed) > 1 else 0.0
+def _shown(found: dict[str, float | None]) -> str:
+    return f"{found['mean']:.4f}" + ("" if found["std"] is None else f" ± {found['std']:.4f}")
 
 
 def _layer_mean(value: float | list[float]) -> float:
