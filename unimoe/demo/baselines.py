@@ -49,7 +49,7 @@ def measure_baselines(
         tests: questions of each test set.
         features: holds the features of every image.
         text_encoder: folder of a BERT-like sentence encoder.
-        seed: of the logistic regression.
+        seed: seed of the logistic regression.
 
     The baselines choose among the names of the training images.
 
@@ -98,7 +98,7 @@ def measure_probes(
         train: written questions about one image, of all kinds.
         test: questions about one image; ``facts`` hold the ``kind`` and, for ``yes_no``, the ``question``.
         features: holds the features of every image.
-        seed: of the logistic regressions.
+        seed: seed of the logistic regressions.
 
     Raises:
         UserError: a kind has no training questions, or features are missing.

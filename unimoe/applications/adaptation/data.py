@@ -27,7 +27,7 @@ ARTISTS = {"openmoji": "sprites", "twemoji": "artist", "noto": "noto", "fluent":
 COLUMNS = {"image": "filename", "label": "y", "domain": "location_remapped", "split": "split"}
 """Columns of ``metadata.csv``, as iWildCam names them."""
 EPISODES = 4096
-"""Different ones in training."""
+"""Number of different episodes in training."""
 
 
 class Episodes(NamedTuple):
@@ -101,7 +101,7 @@ class ShiftedSet:
     def __init__(self, domains: list[Domain], support: int, known: list[str]):
         """
         Args:
-            domains: of the split.
+            domains: the domains of the split.
             support: images for the adaptation to a domain, at most half of what it has.
             known: names of the training domains.
         """
@@ -152,20 +152,20 @@ class AdaptationData(ApplicationData):
         Args:
             train: ``sprites``, the emoji of four prepared artists, which are the domains; or a folder with
                 ``metadata.csv``, a row for each image.
-            held_out: of sprites, the artist of the test: openmoji, twemoji, noto or fluent. By default they
+            held_out: artist of the test, for sprites: openmoji, twemoji, noto or fluent. By default they
                 take turns: that of seed 0 is openmoji, of seed 1 twemoji.
-            columns: of a folder, which columns name what, such as ``{domain: hospital}``. By default
+            columns: column names of a folder's table by content, such as ``{domain: hospital}``. By default
                 ``image: filename`` (the path below ``images``), ``label: y``, ``domain: location_remapped``
                 and ``split: split``, as iWildCam has them; rows whose split is not train, val or test are
                 left out.
-            images: of a folder, the folder in it that the images are in; ``.`` for itself.
+            images: subfolder that holds a folder's images; ``.`` for the folder itself.
             side: height and width that sprites are drawn in, and images of a folder are resized to; a
                 multiple of 8.
             support: unlabeled images of an episode, and for the adaptation to a domain.
             query: other images of an episode.
             steps: optimizer steps; the data is repeated as often as that takes.
             batch_size: episodes of a batch on each device.
-            seed: of the order of the episodes.
+            seed: seed of the order of the episodes.
 
         Raises:
             UserError: a number or an artist is out of range, or a setting has no effect.
@@ -236,9 +236,9 @@ def read_folder(
 
     Args:
         folder: holds ``metadata.csv``.
-        names: of its columns, with the keys of ``COLUMNS``.
+        names: column names, with the keys of ``COLUMNS``.
         images: the folder of the images.
-        side: that images are resized to.
+        side: height and width that images are resized to.
 
     Raises:
         UserError: as :meth:`AdaptationData.setup` says.

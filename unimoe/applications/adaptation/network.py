@@ -122,7 +122,7 @@ class MetaDMoE(nn.Module):
         Args:
             images: [B, 3, S, S].
             rate: learning rate of the step.
-            domain: as of :meth:`knowledge`.
+            domain: the training domain of the images, as in :meth:`knowledge`.
             differentiable: whether a gradient is to flow through the step, to student and aggregator.
         """
         weights: Weights = dict(self.student.named_parameters())
