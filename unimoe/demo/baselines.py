@@ -11,7 +11,7 @@ Shapes: n images, S encoder positions, D encoder width, C names, H width of the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -62,25 +62,23 @@ def measure_baselines(
     names = sorted({normalise(question.answer) for question in named})
     x_nD, labels_n = pooled(named, features), torch.tensor([names.index(normalise(q.answer)) for q in named])
     names_CH = embed_texts(names, text_encoder, batch=len(names))
-    mean_D, std_D = x_nD.mean(0), x_nD.std(0).clamp_min(1e-6)
-    z_nD = (x_nD - mean_D) / std_D
+    standardise = _standardiser(x_nD)
+    z_nD = standardise(x_nD)
     weight_HD, bias_H = ridge_map(x_nD, names_CH[labels_n])
-    probe = fit_probe(z_nD, labels_n, len(names), seed)
     mean_H = names_CH.mean(0)
 
     classifiers = {
-        "nearest_neighbour": lambda x_mD: labels_n[_cosine((x_mD - mean_D) / std_D, z_nD).argmax(1)],
+        "nearest_neighbour": lambda x_mD: labels_n[_cosine(standardise(x_mD), z_nD).argmax(1)],
         "linear_pair": lambda x_mD: _cosine(
             (x_mD.double() @ weight_HD.T + bias_H).float() - mean_H, names_CH - mean_H
         ).argmax(1),
-        "linear_probe": lambda x_mD: probe((x_mD - mean_D) / std_D).argmax(1),
+        "linear_probe": _probe(x_nD, labels_n, len(names), seed),
     }
     accuracy: dict[str, dict[str, float]] = {baseline: {} for baseline in classifiers}
     for name, questions in tests.items():
         x_mD = pooled(questions, features)
         for baseline, choose in classifiers.items():
-            with torch.no_grad():
-                chosen = [names[index] for index in choose(x_mD).tolist()]
+            chosen = [names[index] for index in choose(x_mD).tolist()]
             right = sum(q.is_right(answer) for q, answer in zip(questions, chosen, strict=True))
             accuracy[baseline][name] = round(right / len(questions), 4)
     return accuracy
@@ -114,10 +112,7 @@ def measure_probes(
         answers = sorted({normalise(q.answer) for q in known})
         labels_n = torch.tensor([answers.index(normalise(q.answer)) for q in known])
         x_nD, x_mD = pooled(known, features, by_kind=True), pooled(asked, features, by_kind=True)
-        mean_D, std_D = x_nD.mean(0), x_nD.std(0).clamp_min(1e-6)
-        probe = fit_probe((x_nD - mean_D) / std_D, labels_n, len(answers), seed)
-        with torch.no_grad():
-            chosen_m = probe((x_mD - mean_D) / std_D).argmax(1)
+        chosen_m = _probe(x_nD, labels_n, len(answers), seed)(x_mD)
         for q, index in zip(asked, chosen_m.tolist(), strict=True):
             kind, answer = q.facts["kind"], answers[index]
             if kind == "yes_no":
@@ -174,6 +169,19 @@ def fit_probe(z_nD: Tensor, labels_n: Tensor, classes: int, seed: int, epochs: i
             optimizer.step()
             schedule.step()
     return probe
+
+
+def _probe(x_nD: Tensor, labels_n: Tensor, classes: int, seed: int) -> Callable[[Tensor], Tensor]:
+    """A function of features [m, D] that gives the classes [m] of a logistic regression."""
+    standardise = _standardiser(x_nD)
+    probe = fit_probe(standardise(x_nD), labels_n, classes, seed).requires_grad_(False)
+    return lambda x_mD: probe(standardise(x_mD)).argmax(1)
+
+
+def _standardiser(x_nD: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that subtracts the mean of ``x_nD`` and divides by its deviation."""
+    mean_D, std_D = x_nD.mean(0), x_nD.std(0).clamp_min(1e-6)
+    return lambda x_mD: (x_mD - mean_D) / std_D
 
 
 def _cosine(a_nD: Tensor, b_mD: Tensor) -> Tensor:
