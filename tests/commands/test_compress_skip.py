@@ -59,8 +59,8 @@ def test_the_control_and_the_ratio_rule(how, compress, tmp_path, capsys):
         (["--ratio", 1.5], "--ratio is 1.5, expected a share of the expert calls"),
         (["--size", 1], "--size is 1"),
         (["--samples", 0], "0 calibration tokens"),
-        (["--how", "one", "--power", 1.0], "--power 1.0: --how one has no such setting; add --how modes"),
-        (["--blocks", 2], "--blocks 2: --how modes has no such setting; add --how odp"),
+        (["--how", "one", "--power", 1.0], "--power has no effect beside --how one; it is for --how modes"),
+        (["--blocks", 2], "--blocks has no effect beside --how modes; it is for --how odp"),
         (["--how", "odp", "--ratio", 0.9], "cannot skip behind their first experts"),
     ],
 )
@@ -74,14 +74,15 @@ def test_what_cannot_be_skipped_writes_nothing(flags, says, compress, tmp_path, 
     ("what", "flag", "value", "other"),
     [
         ("heads", "--experts", 1, "vectors"),
-        ("vectors", "--penalty", 0.0, "heads"),
+        ("vectors", "--penalty", 0.0, "heads or bits"),
         ("vectors", "--width", 8, "heads"),
         ("bits", "--width", 8, "heads"),
+        ("heads", "--levels", 2, "bits"),
     ],
 )
 def test_flags_of_what_is_not_trained_are_refused(what, flag, value, other, compress, tmp_path, capsys):
     assert compress("tune", "--what", what, flag, value) == 2
-    says = f"{flag} {value}: --what {what} has no such setting; add --what {other}"
+    says = f"{flag} has no effect beside --what {what}; it is for --what {other}"
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -30,6 +30,15 @@ from .compress import batches_on, read_batches, save
 
 log = logging.getLogger(__name__)
 
+FLAGS_OF_HOW = {"--power": ["modes"], "--blocks": ["odp"]}
+FLAGS_OF_WHAT = {
+    "--experts": ["vectors"],
+    "--levels": ["bits"],
+    "--penalty": ["heads", "bits"],
+    "--width": ["heads"],
+}
+"""Flag -> the values of ``--how`` and ``--what`` beside which it has an effect."""
+
 
 def skip(
     model: str,
@@ -73,10 +82,9 @@ def skip(
         raise UserError(f"--ratio is {ratio}, expected a share of the expert calls, 0..1")
     if size < 2:
         raise UserError(f"--size is {size}, expected at least 2")
-    _only("modes", how, {"--power": power or None})
+    _check_flags("--how", how, {"--power": power or None, "--blocks": blocks or None}, FLAGS_OF_HOW)
     if keep_sum and how == "odp":
         raise UserError("--keep-sum: --how odp always does; leave it out")
-    _only("odp", how, {"--blocks": blocks or None})
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
     others = _read(loaded, processor, held_out, samples, batch_size, media_root)
     with rewritten(layers, unchanged):
@@ -142,12 +150,8 @@ def tune(
         media_root: folder of relative media paths (default: that of each data file).
     """
     new_folder(output)
-    _only("vectors", what, {"--experts": experts}, "--what")
-    _only("heads", what, {"--width": width}, "--what")
-    if what == "vectors":
-        _only("heads", what, {"--penalty": penalty}, "--what")
-    if levels and what != "bits":
-        raise UserError(f"--levels does nothing beside --what {what}; add --what bits")
+    given = {"--experts": experts, "--levels": levels or None, "--penalty": penalty, "--width": width}
+    _check_flags("--what", what, given, FLAGS_OF_WHAT)
     for name, value in (("--steps", steps), ("--width", width)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
@@ -267,8 +271,9 @@ def _read(
     return batches_on(model.device, read_batches(processor, data, samples, batch_size, media_root))
 
 
-def _only(wanted: str, found: str, flags: Mapping[str, float | None], of: str = "--how") -> None:
-    """Raises UserError for a flag that has no effect."""
-    for flag, value in flags.items():
-        if value is not None and found != wanted:
-            raise UserError(f"{flag} {value}: {of} {found} has no such setting; add {of} {wanted}")
+def _check_flags(of: str, found: str, given: Mapping[str, Any], belong: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError for a given flag, not None, that does not belong to the value ``found`` of ``of``."""
+    for flag, value in given.items():
+        if value is not None and found not in belong[flag]:
+            choices = " or ".join(belong[flag])
+            raise UserError(f"{flag} has no effect beside {of} {found}; it is for {of} {choices}")
