@@ -9,7 +9,9 @@ from unimoe.commands import main as cli
 from unimoe.compress.bit_router import Reading, reading
 from unimoe.compress.plan import Plan
 from unimoe.compress.rows import rewritten, unchanged
+from unimoe.compress.skip import Thresholds
 from unimoe.compress.skip_rules import own_rule
+from unimoe.compress.store import compress as structured
 from unimoe.model.loading import load_model
 from unimoe.moe.view import view
 
@@ -132,3 +134,14 @@ def test_routers_of_bits_are_trained_saved_and_read(compress, mixture, tmp_path,
     with torch.no_grad(), reading(Reading()) as read:
         loaded(input_ids=IDS)
     assert read.pairs_B[0] > 0
+
+
+def test_bits_are_compared_with_the_model_that_skips_as_before(mixture, tmp_path, capsys):
+    loaded, processor = load_model(mixture / "moe", device="cpu")
+    structured(loaded, Plan(bits=4, group=16, skip=Thresholds({"text": 0.5, "image": 0.5}).to_plan()))
+    loaded.save_pretrained(tmp_path / "small")
+    processor.save_pretrained(tmp_path / "small")
+    data, output = str(mixture / "image.jsonl"), ["--output", str(tmp_path / "out")]
+    flags = ["--what", "bits", "--steps", "1", "--lr", "0", "--samples", "1", *output]
+    assert cli.main(["compress", "tune", str(tmp_path / "small"), data, *flags]) == 0
+    assert "4.00 bits of" in (out := capsys.readouterr().out) and "KL 0.0000" in out

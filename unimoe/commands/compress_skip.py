@@ -7,6 +7,7 @@ unimoe compress tune runs/small data/train.image.jsonl --what bits --levels 2 3 
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -157,7 +158,8 @@ def tune(
             raise UserError(f"{name} is {value}, expected at least 1")
     loaded, processor, layers, batches = _open(model, data, samples, batch_size, media_root)
     others = _read(loaded, processor, held_out, samples, batch_size, media_root)
-    with rewritten(layers, unchanged):
+    # heads take the place of a rule that the model skips by already; vectors and routers of bits do not
+    with rewritten(layers, unchanged) if what == "heads" else nullcontext():
         original, original_of_others = reference(loaded, batches), reference(loaded, others)
     sha256 = folder_hash(model)
     flat = [batch for of_file in batches.values() for batch in of_file]
