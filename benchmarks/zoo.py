@@ -15,7 +15,7 @@ Administrator's Handbook, see ``handbook.py``; experiments on digits need scikit
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "zoo"
 PAGE = ROOT / "docs" / "results" / "zoo.md"
 TEXT = Path("runs/text")
+BASE = Path("runs/zoo/base")
+"""A dense model of bytes, which upcycled designs start from; the first experiment that needs it trains it."""
 ON_DIGITS = ("cdsp", "uoe")
 """Experiments that do not read ``TEXT``."""
 FEWEST_SEEDS = 5
@@ -205,6 +207,8 @@ def _compare_cells(experiment: Experiment, output: Path) -> dict[str, dict[int, 
 
     folder = output / experiment.setting
     setting = str(FOLDER / "settings" / f"{experiment.setting}.yaml")
+    if experiment.setting == "upcycled" and not BASE.is_dir():
+        _script("tiny_lm").save_base(BASE)
     designs, seeds = [experiment.treatment, experiment.control], list(experiment.seeds)
     compare(read_config(setting, designs=designs, seeds=seeds, output=str(folder)), print)
     cells, found = read_cells(folder), {}
@@ -222,13 +226,8 @@ def _compare_cells(experiment: Experiment, output: Path) -> dict[str, dict[int, 
 
 
 def _script_cells(experiment: Experiment) -> dict[str, dict[int, dict[str, Any]]]:
-    path = FOLDER / f"{experiment.script}.py"
-    sys.path.insert(0, str(FOLDER))  # where scripts find what they share
-    spec = importlib.util.spec_from_file_location(f"zoo_{experiment.script}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _script(experiment.script)
     except ModuleNotFoundError as error:
         raise UserError(f"{experiment.name} needs {error.name}; install it first") from error
     found: dict[str, dict[int, dict[str, Any]]] = {"treatment": {}, "control": {}}
@@ -237,6 +236,13 @@ def _script_cells(experiment: Experiment) -> dict[str, dict[int, dict[str, Any]]
             found[side][seed] = {"active": None, "seconds": 0.0, **cell}
             print(f"{experiment.name}, {side}, seed {seed}: {cell['value']:.4f}")
     return found
+
+
+def _script(name: str) -> Any:
+    """A file of the experiments' folder as a module."""
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))  # where scripts find what they share
+    return importlib.import_module(name)
 
 
 def describe(experiment: Experiment, result: Mapping[str, Any] | None) -> str:

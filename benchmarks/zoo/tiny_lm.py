@@ -1,4 +1,4 @@
-"""A small language model of bytes for the scripts of this folder, on the book of benchmarks/handbook.py.
+"""A small language model of bytes for the experiments of this folder, on the book of benchmarks/handbook.py.
 
 Shapes: N bytes of a text, B rows, T bytes of a row, V = 256.
 """
@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from unimoe.files import atomic_folder
+from unimoe.model.llm import byte_tokenizer
+
 TEXT, ROWS, LENGTH = Path("runs/text"), 8, 128
 
 
-def byte_model() -> LlamaForCausalLM:
-    """A LLaMA of 3 layers and width 96 with random weights."""
+def byte_model(tokens: int = 256) -> LlamaForCausalLM:
+    """A LLaMA of 3 layers and width 96 with random weights and a vocabulary of ``tokens``."""
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=tokens,
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=3,
@@ -60,6 +63,19 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model
+
+
+def save_base(folder: Path, steps: int = 4000) -> None:
+    """Train the dense model that upcycled designs start from, and save it with its tokenizer."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    text = (TEXT / "train.txt").read_text(encoding="utf-8")
+    ids_N = torch.tensor(tokenizer(text)["input_ids"])
+    model = train(byte_model(len(tokenizer)), ids_N, steps, 0)
+    model.config.bos_token_id, model.config.eos_token_id = None, tokenizer.eos_token_id
+    with atomic_folder(folder) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
 
 
 def windows(text_N: Tensor, starts: Sequence[int]) -> Tensor:
