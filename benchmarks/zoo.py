@@ -8,7 +8,7 @@ Each file ``benchmarks/zoo/NAME.yaml`` states, before the run: the design, the c
 of one cell, the direction that the claim predicts, the control, seeds and minutes. A run trains the missing
 cells of ``unimoe compare`` (equal batches and active parameters), prints what came out, and writes
 ``benchmarks/zoo/results/NAME.json`` and the table docs/results/zoo.md. The result holds the hash of the
-registration: a changed file counts as not run.
+registration: a changed file counts as not run. What was seen afterwards stands in ``results/remarks.yaml``.
 
 Experiments of one setting (``benchmarks/zoo/settings``) share their cells in runs/zoo. The data is the Debian
 Administrator's Handbook, see ``handbook.py``; experiments on digits need scikit-learn.
@@ -281,16 +281,18 @@ def table() -> str:
         "| design | claim of its paper | test | here | size | minutes |",
         "|---|---|---|---|---|---|",
     ]
+    path = FOLDER / "results" / "remarks.yaml"
+    remarks = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for one in read_experiments().values():
         result, sides = result_of(one), one.sides
         test = f"`{one.statistic}` of `{sides['treatment']}` {one.direction} than of `{sides['control']}`"
         minutes = f"{result['minutes']:g}" if result else f"about {one.minutes:g}"
-        note = f" {one.note}" if one.note else ""
+        seen = f"After the run: {remarks[one.name]}" if result and one.name in remarks else ""
         cells = (
             f"{one.design} (`{one.name}`)",
             one.claim,
             test,
-            describe(one, result) + "." + note,
+            f"{describe(one, result)}. {one.note} {seen}",
             one.where,
             minutes,
         )
