@@ -141,7 +141,7 @@ def test_models_that_cannot_be_packed_are_refused_before_data_is_read(
 ):
     model = STOCK[name](hidden_size=32, intermediate_size=32)
     model.model.layers[1].self_attn.o_proj = torch.nn.Linear(48, 32)
-    monkeypatch.setattr("unimoe.commands.compress_quantize.load_any", lambda *_: (model, None))
+    monkeypatch.setattr("unimoe.commands.compress_quantize.open_mixture", lambda *_: (model, None))
     found = refused_before_reading(bed, capsys, monkeypatch, "--linears", "8")
     assert message in found and found.count("\n") == 1
 

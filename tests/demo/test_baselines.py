@@ -119,5 +119,7 @@ def test_what_cannot_be_read_is_named():
         pooled([question(0, 3, pictures=2)], Features())
     with pytest.raises(UserError, match="of the kind 'name'"):
         measure_baselines([question(0, 1, kind="count")], {}, Features(), "unused")
-    with pytest.raises(UserError, match="of the kind 'colour'"):
-        measure_probes([question(0, 1)], [question(0, 1, kind="colour")], Features())
+
+
+def test_a_kind_without_training_questions_has_no_probe():
+    assert measure_probes([question(0, 1)], [question(0, 1, kind="colour")], Features()) == {}
