@@ -63,7 +63,7 @@ def test_the_name_of_a_paper_leads_to_its_parts_preset_tests_and_result(capsys):
         "tests/moe/routers/test_dense_to_sparse.py",
         "preset evomoe: ",
         "parts   router dense_to_sparse, experts spawn, losses dts_balance, combine weight",
-        "result  `loss` of `evomoe` lower than of `copies_top1`: ",
+        "result  `loss` of `evomoe` lower than of `switch_top1`: ",
     ):
         assert words in shown
     for paper in ("Sigma-MoE-Tiny", "Z-code M3", "ReXMoE", "DeepSeekMoE", "RMoE"):
