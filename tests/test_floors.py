@@ -265,13 +265,15 @@ def test_type_checkers_see_every_file(tmp_path):
     assert "build/view/unimoe" in PROJECT["tool"]["pyright"]["include"]
 
 
-def test_no_file_is_over_500_lines():
+def test_no_file_is_over_500_lines_and_no_part_of_the_layer_over_200():
     files = [
         *MODULES.values(),
         *(file for name in ("tests", "benchmarks") for file in (ROOT / name).rglob("*.py")),
     ]
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
-    complain([f"{file.relative_to(ROOT)}: {lines} lines" for file, lines in lengths.items() if lines > 500])
+    most = {file: 200 if file.is_relative_to(ROOT / "unimoe" / "moe") else 500 for file in files}
+    over = {file: lines for file, lines in lengths.items() if lines > most[file]}
+    complain([f"{file.relative_to(ROOT)}: {lines} lines" for file, lines in over.items()])
 
 
 WITHOUT_TESTS = {

@@ -14,8 +14,9 @@ from unimoe.kernels.packed import LANES
 from unimoe.kernels.packed import check as check_widths
 from unimoe.moe.experts.base import Experts
 from unimoe.moe.experts.ffn import FFNExperts
-from unimoe.moe.experts.packed import Codes, PackedExperts, weights_of
+from unimoe.moe.experts.packed import PackedExperts, weights_of
 from unimoe.moe.experts.packed_ffn import PackedFFNExperts
+from unimoe.moe.experts.packed_stacks import Codes, PackedStacks
 from unimoe.moe.packed_linear import PackedEmbedding, PackedLinear
 from unimoe.moe.view import MoEView
 
@@ -55,7 +56,7 @@ def pack_model(model: nn.Module, layers: Sequence[MoEView], plan: Plan) -> None:
 
 def packed_experts(
     experts: nn.Module, bits: Sequence[int], group: int, codes: tuple[Codes, Codes] | None = None
-) -> PackedExperts | PackedFFNExperts:
+) -> PackedStacks:
     """Experts packed in the form for their kind, with the codes of their first (gate and up) and their down
     projections; None rounds to nearest.
 
@@ -113,10 +114,10 @@ def _experts(layers: Sequence[MoEView], plan: Plan) -> Iterator[tuple[nn.Module,
     """What becomes packed experts, with the bits of each, but for those that are already."""
     for position, layer in enumerate(layers):
         bits = _bits_of(plan, position, layer)
-        if set(bits) != {16} and not isinstance(layer.experts, PackedExperts | PackedFFNExperts):
+        if set(bits) != {16} and not isinstance(layer.experts, PackedStacks):
             yield layer.experts, bits
         shared = layer.shared
-        if plan.linears in (None, 16) or isinstance(shared, PackedExperts | PackedFFNExperts):
+        if plan.linears in (None, 16) or isinstance(shared, PackedStacks):
             continue
         if isinstance(shared, Experts):
             yield shared, [plan.linears or 0] * shared.num_experts

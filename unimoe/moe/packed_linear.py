@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe.kernels import packed as kernel
-from unimoe.moe.experts.packed import Codes, PackedExperts
-from unimoe.moe.experts.packed_ffn import PackedFFNExperts
+from unimoe.moe.experts.packed_stacks import Codes, PackedStacks
 
 
 class PackedLinear(nn.Module):
@@ -128,5 +127,5 @@ class PackedEmbedding(nn.Module):
 
 def packed_weights(module: nn.Module) -> int:
     """Number of weights that are packed in a module, which ``parameters()`` does not name."""
-    kinds = (PackedExperts, PackedFFNExperts, PackedLinear)
+    kinds = (PackedStacks, PackedLinear)
     return sum(one.num_weights for one in module.modules() if isinstance(one, kinds))

@@ -20,10 +20,9 @@ from unimoe.moe.hf import unusual_layout
 from unimoe.moe.routing import Routing, sort_by_expert
 
 from .base import Experts
+from .packed_stacks import Codes, PackedStacks, Sizes
 from .swiglu import SwiGLUExperts
 
-Codes = tuple[Tensor, Tensor]
-"""Codes int8 [..., O, K] and scales [..., O, G] of one stack of weights."""
 ACTS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -35,7 +34,7 @@ ACTS = {
 """Names of activations by their classes in torch and transformers."""
 
 
-class PackedExperts(Experts):
+class PackedExperts(PackedStacks):
     """E bias-free gated FFNs with packed weights, each expert with bits of its own.
 
     Takes the place of :class:`SwiGLUExperts`, and of the experts of transformers' models.
@@ -53,7 +52,6 @@ class PackedExperts(Experts):
         UserError: the group does not divide a width, or there are no such bits.
     """
 
-    indivisible = "are packed for inference"
     gate_up_codes: Tensor
     gate_up_scales: Tensor
     down_codes: Tensor
@@ -70,29 +68,10 @@ class PackedExperts(Experts):
         act: str = "silu",
         nested: bool = False,
     ):
-        super().__init__()
         check_gate(act)
-        self.num_experts, self.hidden_size, self.intermediate_size = (
-            num_experts,
-            hidden_size,
-            intermediate_size,
-        )
-        self.expert_bits = (bits,) * num_experts if isinstance(bits, int) else tuple(bits)
-        if len(self.expert_bits) != num_experts:
-            raise UserError(
-                f"packed experts got bits for {len(self.expert_bits)} experts, expected {num_experts}"
-            )
-        self.group, self.act, self.nested = group, act, nested
+        super().__init__(num_experts, hidden_size, intermediate_size, bits, group, act, nested)
         self.level = 0
         """Bits of each code that count; 0 for all."""
-        kernel.check(self.expert_bits, group, hidden_size, intermediate_size)
-        gate_up = kernel.Stack.empty(
-            self.expert_bits, 2 * intermediate_size, hidden_size, group, nested, halves=2
-        )
-        down = kernel.Stack.empty(self.expert_bits, hidden_size, intermediate_size, group, nested)
-        for name, stack in (("gate_up", gate_up), ("down", down)):
-            self.register_buffer(f"{name}_codes", stack.codes)
-            self.register_buffer(f"{name}_scales", stack.scales)
         self.register_buffer("bits", torch.tensor(self.expert_bits, dtype=torch.uint8))
 
     @classmethod
@@ -124,21 +103,12 @@ class PackedExperts(Experts):
             self = cls(E, H, inner, bits, group, act, nested)
         if gate_up.is_meta:
             return self
-        for stack, weights, given in zip(self.stacks(), (gate_up, down), codes or (None, None), strict=True):
-            for e, one in enumerate(self.expert_bits):
-                if given is None:
-                    stack.fill(e, *kernel.quantize_rtn(weights[e], one, group))
-                else:
-                    stack.fill(e, given[0][e], given[1][e])
+        self.fill((gate_up, down), codes)
         return self
 
-    def stacks(self) -> tuple[kernel.Stack, kernel.Stack]:
-        """gate_up and down: what is in this module's buffers."""
-        buffers: dict[str, Any] = self._buffers
-        H, inner, rest = self.hidden_size, self.intermediate_size, (self.group, self.nested)
-        gate_up = (buffers["gate_up_codes"], buffers["gate_up_scales"], self.expert_bits, 2 * inner, H)
-        down = (buffers["down_codes"], buffers["down_scales"], self.expert_bits, H, inner)
-        return kernel.Stack(*gate_up, *rest, halves=2), kernel.Stack(*down, *rest)
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        H, inner = self.hidden_size, self.intermediate_size
+        return Sizes("gate_up", 2 * inner, H, halves=2), Sizes("down", H, inner)
 
     def forward(  # type: ignore[override]  (weights are [N] or [T, K])
         self, x_TD: Tensor, routing: Routing | Tensor, weight: Tensor
@@ -180,18 +150,8 @@ class PackedExperts(Experts):
                     stack.fill(e, *old.unpack(e))
         return new
 
-    @property
-    def num_weights(self) -> int:
-        """Weights that are packed here."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
-
     def active_parameters(self, visits: float) -> float:
         return visits * self.num_weights / self.num_experts
-
-    def extra_repr(self) -> str:
-        bits = sorted(set(self.expert_bits))
-        sizes = f"experts={self.num_experts}, hidden={self.hidden_size}"
-        return f"{sizes}, intermediate={self.intermediate_size}, bits={bits}, group={self.group}"
 
 
 def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor, str]:

@@ -4,23 +4,20 @@ Shapes: T tokens, E experts, D = H hidden, I intermediate.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unimoe.errors import UserError
 from unimoe.kernels import packed as kernel
 from unimoe.kernels.arguments import groups
 from unimoe.kernels.ffn import ACTS
 from unimoe.moe.routing import Routing
 
-from .base import Experts
 from .ffn import FFNExperts
-from .packed import Codes
+from .packed_stacks import Codes, PackedStacks, Sizes
 
 
-class PackedFFNExperts(Experts):
+class PackedFFNExperts(PackedStacks):
     """E two-layer FFNs with packed weights, in place of :class:`FFNExperts`; biases stay as they are.
 
     Args:
@@ -35,7 +32,6 @@ class PackedFFNExperts(Experts):
         UserError: the group does not divide a width, there are no such bits, or not one for each expert.
     """
 
-    indivisible = "are packed for inference"
     up_bias: nn.Parameter
     down_bias: nn.Parameter
 
@@ -48,22 +44,8 @@ class PackedFFNExperts(Experts):
         group: int = 64,
         act: str = "relu",
     ):
-        super().__init__()
-        self.num_experts, self.hidden_size, self.intermediate_size = (
-            num_experts,
-            hidden_size,
-            intermediate_size,
-        )
-        self.expert_bits = (bits,) * num_experts if isinstance(bits, int) else tuple(bits)
-        if len(self.expert_bits) != num_experts:
-            raise UserError(
-                f"packed experts got bits for {len(self.expert_bits)} experts, expected {num_experts}"
-            )
-        self.group, self.act = group, act
-        for name, rows, width in self._sizes():
-            stack = kernel.Stack.empty(self.expert_bits, rows, width, group)
-            self.register_buffer(f"{name}_codes", stack.codes)
-            self.register_buffer(f"{name}_scales", stack.scales)
+        super().__init__(num_experts, hidden_size, intermediate_size, bits, group, act)
+        for name, rows, _, _ in self.sizes():
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(num_experts, rows)))
 
     @classmethod
@@ -93,23 +75,12 @@ class PackedFFNExperts(Experts):
         self.up_bias, self.down_bias = experts.up_bias, experts.down_bias
         if experts.down_proj.is_meta:
             return self
-        weights = (experts.up_proj, experts.down_proj)
-        for stack, one, given in zip(self.stacks(), weights, codes or (None, None), strict=True):
-            for e, number in enumerate(self.expert_bits):
-                own = (given[0][e], given[1][e]) if given else kernel.quantize_rtn(one[e], number, group)
-                stack.fill(e, *own)
+        self.fill((experts.up_proj, experts.down_proj), codes)
         return self
 
-    def stacks(self) -> tuple[kernel.Stack, kernel.Stack]:
-        """up and down: what is in this module's buffers."""
-        buffers: dict[str, Any] = self._buffers
-        up, down = (
-            kernel.Stack(
-                buffers[f"{name}_codes"], buffers[f"{name}_scales"], self.expert_bits, rows, width, self.group
-            )
-            for name, rows, width in self._sizes()
-        )
-        return up, down
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        H, inner = self.hidden_size, self.intermediate_size
+        return Sizes("up", inner, H), Sizes("down", H, inner)
 
     def forward(self, x_TD: Tensor, routing: Routing, weight_N: Tensor) -> Tensor:
         up, down = self.stacks()
@@ -121,22 +92,9 @@ class PackedFFNExperts(Experts):
             y_TD = y_TD.index_add(0, token_n, y * weight_N[start:end, None].to(y.dtype))
         return y_TD
 
-    @property
-    def num_weights(self) -> int:
-        """Weights that are packed here."""
-        return 2 * self.num_experts * self.hidden_size * self.intermediate_size
-
     def active_parameters(self, visits: float) -> float:
         biases = self.num_experts * (self.hidden_size + self.intermediate_size)
         return visits * (self.num_weights + biases) / self.num_experts
 
     def extra_repr(self) -> str:
-        sizes = (
-            f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"
-        )
-        return f"{sizes}, bits={sorted(set(self.expert_bits))}, group={self.group}, act={self.act}"
-
-    def _sizes(self) -> tuple[tuple[str, int, int], tuple[str, int, int]]:
-        """Name, outputs and inputs of both layers."""
-        inner, H = self.intermediate_size, self.hidden_size
-        return ("up", inner, H), ("down", H, inner)
+        return f"{super().extra_repr()}, act={self.act}"
