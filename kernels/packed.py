@@ -207,6 +207,8 @@ class Stack:
 
     def one(self, e: int) -> "Stack":
         """Matrix ``e`` alone; nothing is copied."""
+        if len(self.bits) == 1:
+            return self
         start, stop = self.starts()[e : e + 2]
         own = (self.codes[start:stop], self.scales[e : e + 1], self.bits[e : e + 1])
         return Stack(*own, self.rows, self.width, self.group, self.nested, self.halves)

@@ -143,25 +143,23 @@ def _forward(
     token_N, weight_N = token_N[: offsets_E1[-1]], weight_N[: offsets_E1[-1]]
     counts_E = offsets_E1.diff()
     expert_N = torch.arange(len(counts_E), device=counts_E.device).repeat_interleave(counts_E)
-    how = _current.get() or Reading()
+    how, stacks = _current.get(), experts.stacks()
 
     def read(token: Tensor, offsets: Tensor, weights: Tensor, bits: int) -> Tensor:
-        return kernel.fused_experts(
-            x_TD, token, offsets, weights, *experts.stacks(), experts.bits, experts.act, bits
-        )
+        return kernel.fused_experts(x_TD, token, offsets, weights, *stacks, experts.bits, experts.act, bits)
 
     p_NB = router(x_TD[token_N], expert_N)
-    real_N = real_tokens(current_context(), len(x_TD), x_TD.device)[token_N]
-    if how.soft:
-        how.expected.append((p_NB[real_N] @ p_NB.new_tensor(router.bits)).mean())
+    if how is not None and how.soft:
+        how.expected.append((p_NB[_real(x_TD)[token_N]] @ p_NB.new_tensor(router.bits)).mean())
         parts = [
             read(token_N, offsets_E1, weight_N * p_NB[:, b].to(weight_N.dtype), bits)
             for b, bits in enumerate(router.bits)
         ]
         return torch.stack(parts).sum(0)
-    choice_N = how.choose(p_NB)
-    taken_B = choice_N[real_N].bincount(minlength=len(router.bits))
-    how.pairs_B = taken_B if how.pairs_B is None else how.pairs_B + taken_B
+    choice_N = p_NB.argmax(1) if how is None else how.choose(p_NB)
+    if how is not None:
+        taken_B = choice_N[_real(x_TD)[token_N]].bincount(minlength=len(router.bits))
+        how.pairs_B = taken_B if how.pairs_B is None else how.pairs_B + taken_B
     y_TD = torch.zeros_like(x_TD)
     for b, bits in enumerate(router.bits):
         row_n = (choice_N == b).nonzero().flatten()
@@ -169,3 +167,8 @@ def _forward(
             ends_E = expert_N[row_n].bincount(minlength=len(counts_E)).cumsum(0)
             y_TD = y_TD + read(token_N[row_n], F.pad(ends_E, (1, 0)), weight_N[row_n], bits)
     return y_TD
+
+
+def _real(x_TD: Tensor) -> Tensor:
+    """[T] bool, false on padding of the forward pass that is running."""
+    return real_tokens(current_context(), len(x_TD), x_TD.device)
