@@ -7,7 +7,7 @@ An application subclasses :class:`ApplicationModule` and :class:`ApplicationData
 import json
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
@@ -84,6 +84,8 @@ class ApplicationModule(ResumableModule):
 
     application: ClassVar[str]
     """Name of the application, which ``config.json`` states."""
+    build: ClassVar[Callable[[dict[str, Any]], nn.Module]]
+    """Makes the network, with random weights, of the content of ``config.json``."""
     batch_unit = "samples"
 
     def __init__(self, config: ApplicationConfig):
@@ -98,11 +100,6 @@ class ApplicationModule(ResumableModule):
     def network_settings(self, data: Any) -> dict[str, Any]:
         """Everything that ``build`` needs, of the module's settings and its datamodule: JSON, with what the
         data dictate under ``data``."""
-
-    @staticmethod
-    @abstractmethod
-    def build(network: dict[str, Any]) -> nn.Module:
-        """The network with random weights."""
 
     def configure_model(self) -> None:
         """Build the network, once.
@@ -124,7 +121,7 @@ class ApplicationModule(ResumableModule):
             _check_same(str(folder), flatten(self.network), flatten(wanted))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.model = self.build(self.network)
+            self.model = type(self).build(self.network)
         if folder is not None:
             load_weights(self.model, folder)
         self.model.train()

@@ -207,7 +207,11 @@ class AdaptationData(ApplicationData):
         """
         if self.sets:
             return
-        self.classes, splits = self._sprites() if self.train == "sprites" else self._folder(Path(self.train))
+        self.classes, splits = (
+            self._sprites()
+            if self.train == "sprites"
+            else read_folder(Path(self.train), self.columns, self.images, self.side)
+        )
         self.domains = [one.name for one in splits["train"]]
         self.sets["train"] = EpisodeSet(splits["train"], self.support + self.query)
         for split in ("val", "test"):
@@ -225,19 +229,16 @@ class AdaptationData(ApplicationData):
                 splits[split].append(Domain(name, labels, images.__getitem__))
         return list(CLASSES), splits
 
-    def _folder(self, folder: Path) -> tuple[list[str], dict[str, list[Domain]]]:
-        return read_folder(folder, self.columns, folder / self.images, self.side)
-
 
 def read_folder(
-    folder: Path, names: dict[str, str], images: Path, side: int
+    folder: Path, names: dict[str, str], images: str, side: int
 ) -> tuple[list[str], dict[str, list[Domain]]]:
     """Names of the classes, and the domains of each split.
 
     Args:
         folder: holds ``metadata.csv``.
         names: column names, with the keys of ``COLUMNS``.
-        images: the folder of the images.
+        images: its subfolder that holds the images.
         side: height and width that images are resized to.
 
     Raises:
@@ -264,7 +265,7 @@ def read_folder(
                     f"{table}: {names['domain']} {domain.values[code]} has one image in the {name} split, "
                     "expected two or more"
                 )
-            paths = [images / image.values[one] for one in image.codes[own]]
+            paths = [folder / images / image.values[one] for one in image.codes[own]]
             labels = np.array([classes[one] for one in label.codes[own].tolist()])
             splits[name].append(Domain(domain.values[code], labels, _reader(paths, side)))
     for what, found in ((names["domain"], len(splits["train"])), (names["label"], len(classes))):

@@ -53,6 +53,7 @@ class AdaptationModule(ApplicationModule):
     """
 
     application = "adaptation"
+    build = staticmethod(MetaDMoE.of)
     batch_unit = "images"
     config: AdaptationConfig
     model: MetaDMoE
@@ -86,10 +87,6 @@ class AdaptationModule(ApplicationModule):
             random.Random(self.seed).shuffle(order)
         expert_of = [place % count for place in order]
         return {"data": about, "network": asdict(self.config.network), "expert_of": expert_of}
-
-    @staticmethod
-    def build(network: dict[str, Any]) -> MetaDMoE:
-        return MetaDMoE.of(network)
 
     # ---------------------------------------------------------------- training
 

@@ -57,6 +57,7 @@ class DiffusionModule(ApplicationModule):
     """
 
     application = "diffusion"
+    build = staticmethod(DiT.of)
     batch_unit = "images"
     config: DiffusionConfig
     model: DiT
@@ -82,10 +83,6 @@ class DiffusionModule(ApplicationModule):
     def network_settings(self, data: DiffusionData) -> dict[str, Any]:
         about = {"classes": data.classes, "shape": list(data.shape), "text": data.text}
         return {"data": about, "dit": asdict(self.config.dit.resolved()), "process": self.config.process}
-
-    @staticmethod
-    def build(network: dict[str, Any]) -> DiT:
-        return DiT.of(network)
 
     def configure_model(self) -> None:
         super().configure_model()

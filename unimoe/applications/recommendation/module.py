@@ -33,6 +33,7 @@ class RecommendationModule(ApplicationModule):
     """Mean binary cross-entropy over all tasks."""
 
     application = "recommendation"
+    build = staticmethod(Recommender.of)
     batch_unit = "rows"
     config: RecommendationConfig
     model: Recommender
@@ -53,10 +54,6 @@ class RecommendationModule(ApplicationModule):
 
     def network_settings(self, data: RecommendationData) -> dict[str, Any]:
         return settings_of(data.describe(), self.config.embedding, self.config.network)
-
-    @staticmethod
-    def build(network: dict[str, Any]) -> nn.Module:
-        return Recommender.of(network)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits_BT = self.model(batch.features)

@@ -40,6 +40,7 @@ class RestorationModule(ApplicationModule):
     """Mean absolute error of the restored pixels, plus the auxiliary losses of the mixtures."""
 
     application = "restoration"
+    build = staticmethod(Restorer.of)
     batch_unit = "images"
     config: RestorationConfig
     model: Restorer
@@ -62,10 +63,6 @@ class RestorationModule(ApplicationModule):
         if data.side % patch:
             raise UserError(f"model.restorer.patch is {patch}, expected a divisor of data.side, {data.side}")
         return {"data": {}, "restorer": asdict(self.config.restorer)}
-
-    @staticmethod
-    def build(network: dict[str, Any]) -> Restorer:
-        return Restorer.of(network)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with record() as records, torch.random.fork_rng(devices=[]):

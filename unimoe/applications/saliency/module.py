@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimoe.applications.pictures import write_sheet
 from unimoe.moe import record
@@ -46,6 +46,7 @@ class SaliencyModule(ApplicationModule):
     """
 
     application = "saliency"
+    build = staticmethod(SaliencyNet.of)
     batch_unit = "images"
     config: SaliencyConfig
     model: SaliencyNet
@@ -60,10 +61,6 @@ class SaliencyModule(ApplicationModule):
 
     def network_settings(self, data: SaliencyData) -> dict[str, Any]:
         return {"data": {"side": data.side}, "network": asdict(self.config.network)}
-
-    @staticmethod
-    def build(network: dict[str, Any]) -> nn.Module:
-        return SaliencyNet.of(network)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = len(batch.images)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimoe.applications.labelled_images import Batch
 from unimoe.applications.pictures import write_sheet
@@ -64,6 +64,7 @@ class UnifiedModule(ApplicationModule):
     """
 
     application = "unified"
+    build = staticmethod(UnifiedNet.of)
     batch_unit = "images"
     config: UnifiedConfig
     model: UnifiedNet
@@ -104,10 +105,6 @@ class UnifiedModule(ApplicationModule):
     def network_settings(self, data: UnifiedData) -> dict[str, Any]:
         about = {"classes": data.classes, "shape": [3, data.side]}
         return {"data": about, "unified": asdict(self.config.unified)}
-
-    @staticmethod
-    def build(network: dict[str, Any]) -> nn.Module:
-        return UnifiedNet.of(network)
 
     @property
     def adapted(self) -> bool:
