@@ -207,7 +207,8 @@ def _compare_cells(experiment: Experiment, output: Path) -> dict[str, dict[int, 
 
     folder = output / experiment.setting
     setting = str(FOLDER / "settings" / f"{experiment.setting}.yaml")
-    if experiment.setting == "upcycled" and not BASE.is_dir():
+    base = yaml.safe_load(Path(setting).read_text(encoding="utf-8")).get("base")
+    if base == str(BASE) and not BASE.is_dir():
         _script("tiny_lm").save_base(BASE)
     designs, seeds = [experiment.treatment, experiment.control], list(experiment.seeds)
     compare(read_config(setting, designs=designs, seeds=seeds, output=str(folder)), print)
