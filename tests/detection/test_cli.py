@@ -11,7 +11,7 @@ from unimoe.commands import main as cli
 from unimoe.detection.model.loading import load_detector
 from unimoe.testing import run_together
 from unimoe.training.curve import read_curve
-from unimoe.training.resume import saved_step
+from unimoe.training.resume import latest_checkpoint
 
 SPEED = {"train/images_per_second"}
 FIT = """
@@ -105,7 +105,9 @@ def test_kill_9_changes_nothing(settings, tmp_path, caplog):
     die = {"class_path": "unimoe.testing.DieAt", "init_args": {"step": 9, "rank": 0}}
     with pytest.raises(RuntimeError, match="exit codes: -9$"):
         run_together(1, FIT, *command({**settings, "trainer": {"callbacks": [die]}}))
-    begun = saved_step(Path(settings["output"], "checkpoints", "last.ckpt"))
+    found = latest_checkpoint(Path(settings["output"], "checkpoints", "last.ckpt"))
+    assert found is not None
+    begun = found[1]
     assert 0 < begun < 16
     assert cli.main(command(settings)) == 0
     assert f"resuming after step {begun} of 16" in caplog.text

@@ -18,7 +18,7 @@ from unimoe.model.loading import load_model
 from unimoe.stages.cli import main
 from unimoe.testing import IMAGE, SPEECH, assert_same_run, run_together
 from unimoe.training.curve import read_curve
-from unimoe.training.resume import saved_step
+from unimoe.training.resume import latest_checkpoint, saved_step
 
 STEPS = 40
 STOP = {"class_path": "unimoe.testing.StopAfter", "init_args": {"step": 4}}
@@ -101,7 +101,9 @@ def test_kill_9_changes_nothing(world, tmp_path, caplog):
     with pytest.raises(RuntimeError, match="exit codes: -9$"):
         run_together(1, FIT, str(tmp_path / "dies.yaml"))
     assert not (killed / "stage.json").exists()
-    begun = saved_step(killed / "checkpoints" / "last.ckpt")
+    found = latest_checkpoint(killed / "checkpoints" / "last.ckpt")
+    assert found is not None
+    begun = found[1]
     assert 15 <= begun < STEPS
     main(args)
     assert f"resuming after step {begun} of {STEPS}" in caplog.text

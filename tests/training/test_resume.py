@@ -145,6 +145,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt"]
 
 
+def test_a_rename_that_fails_leaves_the_checkpoint_before(tmp_path, caplog, monkeypatch):
+    last, previous, rename = tmp_path / "last.ckpt", tmp_path / "previous.ckpt", os.replace
+
+    def fails(source, target):
+        if target == last and previous.exists():  # which is renamed first
+            raise OSError("no second name")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    train(tmp_path)
+    said = [message for message in caplog.messages if "cannot be written" in message]
+    assert said and all("no second name" in message for message in said)
+    assert all(message.endswith("the previous one is kept") for message in said)
+    assert latest_checkpoint(last) == (previous, 2)
+
+
 def test_a_full_disk_leaves_the_shards_before(tmp_path):
     def shards():
         with (tmp_path / "said").open("w", buffering=1) as said, full_disk() as full:

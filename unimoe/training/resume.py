@@ -166,7 +166,8 @@ class LastCheckpoint(Checkpoint):
         except (OSError, RuntimeError, CheckpointException) as error:
             if step is not None:
                 free = shutil.disk_usage(self.path.parent).free / 1e9
-                left = "the previous one is kept" if self.path.exists() else "there is none yet"
+                kept = self.path.exists() or before(self.path).exists()
+                left = "the previous one is kept" if kept else "there is none yet"
                 reason = f"{first_line(_cause(error))}; {free:.1f} GB are free"
                 log.warning("the checkpoint of step %d cannot be written (%s); %s", step, reason, left)
                 _remove(temporary)
