@@ -43,6 +43,7 @@ FLOORS = {
     "unimoe.applications": 7,
     "unimoe.synthetic.sprites": 4,  # what applications draw and compose too
     "unimoe.synthetic.concepts": 4,
+    "unimoe.synthetic.more_concepts": 4,
     "unimoe.synthetic.detection_scenes": 4,
     "unimoe.synthetic.weather": 4,
     "unimoe.synthetic.salient_scenes": 4,

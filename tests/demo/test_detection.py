@@ -29,8 +29,9 @@ def miniature(tiny_parts, tmp_path, monkeypatch):
         (tmp_path / "configs" / "dynamic_dino" / path.name).write_text(yaml.safe_dump(content))
 
     def build(folder, config):
+        parts = (tiny_parts / name for name in ("sprites", "photos", "sprites"))
         tiny = SceneConfig(images=4, test_images=3, size=64, concepts=5, seed=config.seed)
-        return build_scenes(folder, tiny, tiny_parts / "sprites", tiny_parts / "photos")
+        return build_scenes(folder, tiny, *parts)
 
     monkeypatch.setattr(steps, "files", lambda package: tmp_path / "configs")
     monkeypatch.setattr(steps, "fault", lambda part, cache: None)
@@ -48,11 +49,11 @@ def test_the_whole_demo_in_miniature(miniature, capsys, monkeypatch):
     assert cli.main(args) == 0
     report = json.loads((output / "report.json").read_text())
     for kind in ("base", "moe", "dense"):
-        for key in ("seen", "unseen"):
+        for key in ("seen", "unseen", "unseen_artist"):
             assert 0 <= report["ap"][kind][key]["mean"] <= 1
     assert report["ap"]["moe"]["seen"]["seeds"] == 2 and report["latency"]["ratio"] > 0
     assert set(report["experts"]) == {"moe-0", "moe-1"}
-    assert (output / "report.html").read_text().count("data:image/jpeg") == 2 * 3 * 4
+    assert (output / "report.html").read_text().count("data:image/jpeg") == 3 * 3 * 4
     said = capsys.readouterr().out
     assert "than the dense control" in said and "unimoe detect" in said
 

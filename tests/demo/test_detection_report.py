@@ -12,6 +12,15 @@ def evaluation(seen: float, unseen: float, **more) -> dict:
     }
 
 
+def test_the_other_artist_is_reported_where_it_was_drawn():
+    found = {name: evaluation(0.5, 0.1) for name in ("base", "moe-0", "dense-0")}
+    for one in found.values():
+        one["ap"]["unseen_artist"], one["shuffled"]["unseen_artist"] = {"AP": 0.05}, 0.01
+    report = summarise(found, {"ratio": 1.0}, {}, {"seen": 4, "unseen": 2})
+    assert report["ap"]["base"]["unseen_artist"]["mean"] == 0.05
+    assert report["ap"]["shuffled"]["unseen_artist"] == 0.01 and "unseen_artist" in report["gap"]
+
+
 def test_means_and_gaps():
     found = {
         "base": evaluation(0.45, 0.02),

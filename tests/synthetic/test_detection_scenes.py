@@ -10,24 +10,37 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from unimoe.errors import UserError
-from unimoe.synthetic.concepts import TRAINED
-from unimoe.synthetic.detection_scenes import SceneConfig, build_scenes, compose
+from unimoe.synthetic.concepts import HELD_OUT, TRAINED
+from unimoe.synthetic.detection_scenes import (
+    MOST_SEEN,
+    SceneConfig,
+    build_scenes,
+    compose,
+    seen_concepts,
+    unseen_concepts,
+)
+from unimoe.synthetic.more_concepts import MORE_HELD_OUT, MORE_TRAINED
 from unimoe.synthetic.sprites import FolderArtist
 
 SMALL = SceneConfig(images=6, test_images=3, size=96, concepts=8, crowded=0.5)
 
 
+def parts(tiny_parts: Path) -> tuple[Path, Path, Path]:
+    """Sprites, photos, and the sprites again as those of another artist."""
+    return tiny_parts / "sprites", tiny_parts / "photos", tiny_parts / "sprites"
+
+
 @pytest.fixture(scope="module")
 def built(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
-    return build_scenes(folder / "set", SMALL, tiny_parts / "sprites", tiny_parts / "photos")
+    return build_scenes(folder / "set", SMALL, *parts(tiny_parts))
 
 
 def test_same_seed_same_bytes(tiny_parts: Path, built: Path, tmp_path: Path):
-    again = build_scenes(tmp_path / "again", SMALL, tiny_parts / "sprites", tiny_parts / "photos")
+    again = build_scenes(tmp_path / "again", SMALL, *parts(tiny_parts))
     first = {p.relative_to(built): p.read_bytes() for p in built.rglob("*") if p.is_file()}
     second = {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()}
-    assert first == second and len(first) == 6 + 3 * 3 + 5
+    assert first == second and len(first) == 6 + 4 * 3 + 6
 
 
 def test_boxes_are_the_extents_of_masks_that_do_not_overlap(built: Path, capsys):
@@ -65,13 +78,33 @@ def test_splits_share_neither_concepts_nor_photos(built: Path):
     concepts, photos = manifest["concepts"], manifest["photos"]
     assert len(concepts["seen"]) == 8 and not set(concepts["seen"]) & set(concepts["unseen"])
     assert photos["unseen"] and not set(photos["seen"]) & set(photos["unseen"])
-    for split, wanted in (("train", "seen"), ("unseen_backgrounds", "seen"), ("unseen_concepts", "unseen")):
+    wanted_by_split = {"train": "seen", "unseen_backgrounds": "seen"}
+    wanted_by_split |= {"unseen_concepts": "unseen", "unseen_artist": "unseen"}
+    for split, wanted in wanted_by_split.items():
         names = [c["name"] for c in json.loads((built / f"{split}.json").read_text())["categories"]]
         assert names == concepts[wanted]
 
 
+def test_tests_of_fewer_seen_and_more_unseen_concepts(tiny_parts: Path, tmp_path: Path):
+    assert seen_concepts(MOST_SEEN) == [*TRAINED, *MORE_TRAINED] and len(set(seen_concepts(300))) == 300
+    assert set(seen_concepts(50)) < set(TRAINED) < set(seen_concepts(300))
+    assert unseen_concepts() == [*HELD_OUT, *MORE_HELD_OUT] and unseen_concepts(12) == list(HELD_OUT)
+    config = SceneConfig(images=2, test_images=2, size=64, concepts=8, tested=2, unseen=3)
+    folder = build_scenes(tmp_path / "set", config, *parts(tiny_parts))
+    counts = {"train": 8, "val": 2, "unseen_backgrounds": 2, "unseen_concepts": 3, "unseen_artist": 3}
+    for split, count in counts.items():
+        assert len(json.loads((folder / f"{split}.json").read_text())["categories"]) == count
+
+
+def test_without_another_artist_its_split_is_left_out(tiny_parts: Path, tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setenv("UNIMOE_CACHE", str(tmp_path / "empty"))
+    config = SceneConfig(images=1, test_images=1, size=64, concepts=2)
+    folder = build_scenes(tmp_path / "set", config, *parts(tiny_parts)[:2])
+    assert not list(folder.glob("unseen_artist*")) and "no images of unseen_artist" in caplog.text
+
+
 def test_wrong_settings_and_folders_that_hold_other_things(tmp_path: Path):
-    for wrong in ({"images": 0}, {"size": 10}, {"concepts": 1000}):
+    for wrong in ({"images": 0}, {"size": 10}, {"concepts": 1000}, {"tested": 80}, {"unseen": 99}):
         with pytest.raises(UserError, match="--" + next(iter(wrong))):
             SceneConfig(**wrong)
     (tmp_path / "thesis.txt").write_text("mine")

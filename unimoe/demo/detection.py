@@ -138,7 +138,7 @@ def _stage(name: str):
 def _evaluate(name: str, run: DetectionDemo):
     model, tokenizer = load_detector(run.folder / name)
     found: dict[str, Any] = {"made_of": _made_of(name, run), "ap": {}, "shuffled": {}, "detections": {}}
-    for split in SPLITS:
+    for split in filter(lambda split: (run.data / f"{split}.json").is_file(), SPLITS):
         data = read_detection(run.data / f"{split}.json")
         batches = eval_dataloader(data, model, run.folder / "features")
         evaluation, results = score(model, tokenizer, data, batches)
@@ -192,19 +192,19 @@ def _shown(data: DetectionSet, results: list[dict[str, Any]], images: int = 8) -
 
 def show_results(report: dict[str, Any]):
     """The table of results, whichever wins."""
-    console.say(f"\n  {'COCO AP':<28}{'seen things':>16}{'unseen things':>16}")
+    keys = report["ap"]["shuffled"]
+    console.say(f"\n  {'COCO AP':<28}" + "".join(f"{key.replace('_', ' '):>16}" for key in keys))
     for name, title in {"base": "dense base", **TUNED}.items():
-        cells = [report["ap"][name][split] for split in ("seen", "unseen")]
+        cells = [report["ap"][name][key] for key in keys]
         console.say(f"  {title:<28}" + "".join(f"{_cell(cell):>16}" for cell in cells))
-    shuffled = report["ap"]["shuffled"]
     console.say(
-        f"  {'base, names exchanged':<28}" + "".join(f"{shuffled[s]:>16.3f}" for s in ("seen", "unseen"))
+        f"  {'base, names exchanged':<28}" + "".join(f"{shuffled:>16.3f}" for shuffled in keys.values())
     )
-    for split, gap in report["gap"].items():
+    for key, gap in report["gap"].items():
         word = "better" if gap["mean"] > 0 else "worse"
         console.say(
-            f"\n  {split} things: experts are {abs(gap['mean']):.3f} AP {word} than the dense control "
-            f"(by seed: {', '.join(f'{x:+.3f}' for x in gap['by_seed'])})"
+            f"\n  {key.replace('_', ' ')}: experts are {abs(gap['mean']):.3f} AP {word} than the dense "
+            f"control (by seed: {', '.join(f'{x:+.3f}' for x in gap['by_seed'])})"
         )
     console.say(f"  decoder: experts take {report['latency']['ratio']:.2f} of the dense decoder's time")
 

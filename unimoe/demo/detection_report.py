@@ -24,9 +24,11 @@ SPLITS = {
     "val": "seen things on seen backgrounds",
     "unseen_backgrounds": "seen things on unseen backgrounds",
     "unseen_concepts": "unseen things on unseen backgrounds",
+    "unseen_artist": "unseen things by another artist",
 }
-KEYS = {"seen": "unseen_backgrounds", "unseen": "unseen_concepts"}
-"""Names in ``report.json`` -> test sets. Backgrounds are unseen in both."""
+"""Test sets; the last one is there if its artist is prepared."""
+KEYS = {"seen": "unseen_backgrounds", "unseen": "unseen_concepts", "unseen_artist": "unseen_artist"}
+"""Names in ``report.json`` -> test sets. Backgrounds are unseen in all."""
 KINDS = {"base": "dense base", "moe": "experts", "dense": "dense control"}
 AIM = 0.5
 """COCO AP that the base should reach on seen things and unseen backgrounds."""
@@ -59,17 +61,18 @@ def summarise(
     concepts: dict[str, int],
 ) -> dict[str, Any]:
     """The content of ``report.json``; ``found`` is what each model's evaluation wrote."""
+    keys = {key: split for key, split in KEYS.items() if split in found["base"]["ap"]}
     by_kind = {kind: [one for name, one in found.items() if name.split("-")[0] == kind] for kind in KINDS}
     ap = {
-        kind: {key: _over_seeds([one["ap"][split]["AP"] for one in ones]) for key, split in KEYS.items()}
+        kind: {key: _over_seeds([one["ap"][split]["AP"] for one in ones]) for key, split in keys.items()}
         for kind, ones in by_kind.items()
     }
     gap = {}
-    for key, split in KEYS.items():
+    for key, split in keys.items():
         pairs = zip(by_kind["moe"], by_kind["dense"], strict=True)
         differences = [moe["ap"][split]["AP"] - dense["ap"][split]["AP"] for moe, dense in pairs]
         gap[key] = {**_over_seeds(differences), "by_seed": differences}
-    shuffled = {key: found["base"]["shuffled"][split] for key, split in KEYS.items()}
+    shuffled = {key: found["base"]["shuffled"][split] for key, split in keys.items()}
     return {
         "ap": {**ap, "shuffled": shuffled},
         "gap": gap,
@@ -109,13 +112,13 @@ def render(run: Run, report: dict[str, Any], found: dict[str, dict[str, Any]]) -
     return environment.from_string(template).render(
         report=report,
         kinds=KINDS,
-        splits=SPLITS,
-        keys=KEYS,
+        splits={split: title for split, title in SPLITS.items() if split in found["base"]["ap"]},
+        keys=list(report["ap"]["shuffled"]),
         names=run.models,
         curves=_svg(loss_curves({name: curve for name, curve in curves.items() if curve})),
         experts={name: _svg(expert_maps(use)) for name, use in report["experts"].items()},
         history={name: _svg(expert_history(curves[name])) for name in report["experts"] if curves[name]},
-        images=[row for split in KEYS.values() for row in _images(run, split, found)],
+        images=[row for key in report["ap"]["shuffled"] for row in _images(run, KEYS[key], found)],
     )
 
 

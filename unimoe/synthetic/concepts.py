@@ -14,7 +14,7 @@ class Concept:
     name: str
     """One or two words in lower case, without an article."""
     group: str
-    """One of GROUPS."""
+    """One of GROUPS, or of the further groups of :mod:`unimoe.synthetic.more_concepts`."""
 
     @property
     def phrase(self) -> str:
