@@ -86,6 +86,11 @@ class DetectionEvaluator:
         return evaluate_coco(self.data.ground_truth(), self.results, self.style)
 
 
+def exchanged(names: Sequence[str]) -> list[str]:
+    """For each category the name of the next one: a control for ``names`` of :class:`DetectionEvaluator`."""
+    return [*names[1:], *names[:1]]
+
+
 def score(
     model: DynamicDinoForObjectDetection,
     tokenizer: PreTrainedTokenizerBase,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from unimoe.commands import main as cli
 from unimoe.detection.model.loading import load_detector
@@ -35,6 +36,22 @@ def test_what_a_detector_finds_is_scored_as_a_file_of_detections_is(experts, wor
     assert drawn == {"experts.svg", "experts.json", "experts_by_step.svg"}
     assert json.loads((plots / "experts.json").read_text())["twins"] == [1.0, 1.0]
     assert "layer01" in (plots / "experts_by_step.svg").read_text()
+
+
+def test_with_exchanged_names_a_category_gets_what_the_next_one_got(folder, world, tmp_path):
+    found = []
+    for flags in ([], ["--exchange-names"]):
+        file = tmp_path / "dt.json"
+        args = [str(folder), "--gt", str(world / "train.json"), "--dt", str(file), *flags]
+        assert cli.main(["evaluate", "detector", *args]) == 0
+        by_category: dict[int, list[tuple[int, float]]] = {}
+        for row in json.loads(file.read_text()):
+            by_category.setdefault(row["category_id"], []).append((row["image_id"], row["score"]))
+        found.append([sorted(rows) for _, rows in sorted(by_category.items())])
+    plain, control = found
+    for rows, wanted in zip(control, [*plain[1:], plain[0]], strict=True):
+        assert torch.allclose(torch.tensor(rows), torch.tensor(wanted), atol=1e-5)
+    assert not torch.allclose(torch.tensor(control), torch.tensor(plain), atol=1e-5)
 
 
 def test_latency_by_part_with_and_without_text(experts, tmp_path, capsys):

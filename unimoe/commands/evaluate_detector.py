@@ -24,7 +24,7 @@ from unimoe.detection.data.batches import EvalBatch
 from unimoe.detection.data.datamodule import eval_dataloader
 from unimoe.detection.data.formats import read_detection
 from unimoe.detection.evaluation.average_precision import Style, evaluate_coco
-from unimoe.detection.evaluation.evaluator import DetectionEvaluator
+from unimoe.detection.evaluation.evaluator import DetectionEvaluator, exchanged
 from unimoe.detection.evaluation.expert_usage import ExpertUsage, measure_expert_usage
 from unimoe.detection.evaluation.latency import decoder_latency, dense_counterpart, model_latency
 from unimoe.detection.evaluation.report import write_report
@@ -71,6 +71,7 @@ def detector(
     style: Style = "coco",
     top: int = 300,
     batch_size: int = 4,
+    exchange_names: bool = False,
     dt: str | None = None,
     json: str | None = None,
     plots: str | None = None,
@@ -88,6 +89,8 @@ def detector(
         style: metrics: coco, or lvis-fixed (40 names a prompt, no limit per image, verified negatives only).
         top: maximum number of detections per image and prompt.
         batch_size: images per batch.
+        exchange_names: ask for each category by the name of the next one; how much lower the scores then are
+            shows what the detector has from the names.
         dt: output file of the detections, in the format of ``unimoe evaluate coco --dt``.
         json: output file of all metrics.
         plots: folder for precision-recall curves and AP by class; for a detector with experts also their
@@ -103,7 +106,8 @@ def detector(
         raise UserError(f"{gt} has no annotations to score; write the detections with --dt FILE")
     found, tokenizer = _load(model)
     batches = eval_dataloader(data, found, batch_size=batch_size, skip_unreadable=True)
-    evaluator = DetectionEvaluator(found, tokenizer, data, style, top=top)
+    names = exchanged(data.names) if exchange_names else None
+    evaluator = DetectionEvaluator(found, tokenizer, data, style, names, top)
     for batch in _progress(batches, "searching"):
         evaluator.update(batch.to(found.device))
     missing = len(data.samples) - evaluator.images

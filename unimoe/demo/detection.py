@@ -17,7 +17,7 @@ from unimoe.detection.cli import main as fit
 from unimoe.detection.data.annotations import DetectionSet
 from unimoe.detection.data.datamodule import eval_dataloader
 from unimoe.detection.data.formats import read_detection
-from unimoe.detection.evaluation.evaluator import score
+from unimoe.detection.evaluation.evaluator import exchanged, score
 from unimoe.detection.evaluation.expert_usage import measure_expert_usage
 from unimoe.detection.evaluation.latency import decoder_latency
 from unimoe.detection.model.loading import load_detector
@@ -144,8 +144,8 @@ def _evaluate(name: str, run: DetectionDemo):
         evaluation, results = score(model, tokenizer, data, batches)
         found["ap"][split] = evaluation.metrics
         found["detections"][split] = _shown(data, results)
-        wrong = [*data.names[1:], data.names[0]]
-        found["shuffled"][split] = score(model, tokenizer, data, batches, wrong)[0].metrics["AP"]
+        control, _ = score(model, tokenizer, data, batches, exchanged(data.names))
+        found["shuffled"][split] = control.metrics["AP"]
         console.say(f"      {split:<20} AP {evaluation.metrics['AP']:.3f}")
     if model.config.moe:
         data = read_detection(run.data / "unseen_backgrounds.json")
