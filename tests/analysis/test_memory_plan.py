@@ -2,7 +2,7 @@ import json
 
 import yaml
 
-from unimoe.analysis.memory_plan import Batch, build_frame, make_plan, measure
+from unimoe.analysis.memory_plan import Batch, build_frame, make_plan, measure, plan_batch
 from unimoe.commands.main import main
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig
@@ -50,6 +50,23 @@ def test_the_verb_says_what_fits(tmp_path, capsys):
     file.write_text(yaml.safe_dump({"model": {"init_from": str(tmp_path / "nothing")}}))
     assert main(["plan", "-c", str(file)]) == 2
     assert "--frame" in capsys.readouterr().err
+
+
+def test_weights_of_16_bits_take_half(tmp_path):
+    save_tiny_llm(tmp_path / "llm")
+    stage = settings(tmp_path / "llm")
+    frame = build_frame(stage)
+    sizes = measure(frame)
+    plans = {}
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
+        batch = plan_batch(frame, {"model": stage, "trainer": {"precision": precision}}, 64)
+        plans[precision] = {name: make_plan(frame, sizes, name, 2, batch) for name in ("ddp", "fsdp2")}
+    whole, mixed, half = plans.values()
+    for name in ("ddp", "fsdp2"):
+        assert mixed[name].weights == whole[name].weights == 2 * half[name].weights
+        assert whole[name].optimizer == 2 * half[name].optimizer == 4 * half[name].gradients
+        assert half[name].activations == mixed[name].activations < whole[name].activations
+    assert mixed["ddp"].gathered > 0 == half["ddp"].gathered
 
 
 def test_a_host_has_the_weights_of_the_real_model(tmp_path):

@@ -1,7 +1,8 @@
 """``unimoe plan``: memory and communication of a stage on each device, from its settings alone.
 
 The model is built as a stage builds it, but on the meta device, with the same parameters trained; so the
-numbers of weights are exact. With P bytes of weights (float32), T of those that train, n devices:
+numbers of weights are exact. With P bytes of weights (float32; half of that with ``precision: bf16-true``), T
+of those that train, n devices:
 
 =====================  ==========================================================  =======================
 on each device         ddp                                                         fsdp2
@@ -92,6 +93,8 @@ class Batch:
     """Batches per optimizer step."""
     width: int = 4
     """Bytes per number in the forward pass."""
+    stored: int = 4
+    """Bytes per weight, gradient and number of AdamW's state."""
     activations: float = 0.0
     """Peak bytes."""
 
@@ -140,25 +143,20 @@ def plan(
     settings = read_settings(config)
     model = build_frame(settings["model"], frame)
     sizes = measure(model)
-    data, trainer = settings.get("data", {}), settings.get("trainer", {})
-    rows, accumulate = int(data.get("batch_size", 8)), int(trainer.get("accumulate_grad_batches", 1))
-    half = str(trainer.get("precision", "32")).startswith(("bf16", "16"))
-    recompute = bool(settings["model"].get("gradient_checkpointing", False))
-    print(f"{sizes.total:,} weights, {4 * sizes.total / GB:.2f} GB in float32; {sizes.trained:,} train")
+    batch = plan_batch(model, settings, tokens)
+    rows, recompute = batch.tokens // tokens, settings["model"].get("gradient_checkpointing")
+    stored = f"{batch.stored * sizes.total / GB:.2f} GB in {'float32' if batch.stored == 4 else '16 bits'}"
+    print(f"{sizes.total:,} weights, {stored}; {sizes.trained:,} train")
     print(
         f"experts {sizes.experts[0]:,}, other weights of blocks {sizes.blocks[0]:,}, embeddings, head and "
         f"connectors {sizes.others[0]:,}, frozen towers {sizes.towers[0]:,}"
     )
     print(
         f"{gpus} devices of {memory:g} GB, {rows} samples of {tokens} tokens on each"
-        + (f", {accumulate} times a step" if accumulate > 1 else "")
-        + (", half precision" if half else "")
+        + (f", {batch.accumulate} times a step" if batch.accumulate > 1 else "")
+        + (", half precision" if batch.width == 2 else "")
         + (", blocks run again in the backward pass" if recompute else "")
     )
-    dtype = torch.bfloat16 if half else torch.float32
-    nn.Module.to(model, dtype)
-    activations = count_saved(model, rows, tokens, rows * tokens // 2).peak(recompute)
-    batch = Batch(rows * tokens, accumulate, 2 if half else 4, activations)
     plans = [make_plan(model, sizes, name, gpus, batch) for name in STRATEGIES]
     print(f"\n{'GB on each device':18}" + "".join(f"{name:>17}" for name in STRATEGIES))
     for row in ("weights", "gradients", "optimizer", "gathered", "activations", "total"):
@@ -174,16 +172,43 @@ def plan(
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "expert_parallel")
 
 
+def plan_batch(
+    model: PreTrainedModel, settings: dict[str, Any], tokens: int, supervised: int | None = None
+) -> Batch:
+    """The batch of a device by a stage's settings, and its activations.
+
+    Args:
+        model: of :func:`build_frame`; its dtype becomes that of the forward pass.
+        settings: of :func:`read_settings`.
+        tokens: tokens of each sample.
+        supervised: tokens of a sample that are learned (default: half of them).
+    """
+    trainer = settings.get("trainer", {})
+    rows = int(settings.get("data", {}).get("batch_size", 8))
+    precision = str(trainer.get("precision", "32"))
+    half = precision.startswith(("bf16", "16"))
+    nn.Module.to(model, torch.bfloat16 if half else torch.float32)
+    saved = count_saved(model, rows, tokens, rows * (tokens // 2 if supervised is None else supervised))
+    return Batch(
+        rows * tokens,
+        int(trainer.get("accumulate_grad_batches", 1)),
+        2 if half else 4,
+        2 if half and precision.endswith("true") else 4,
+        saved.peak(bool(settings["model"].get("gradient_checkpointing", False))),
+    )
+
+
 def make_plan(model: PreTrainedModel, sizes: Sizes, strategy: Strategy, gpus: int, batch: Batch) -> Plan:
     """The bytes on each of ``gpus`` devices, by the formulas at the top of this file.
 
     ``sizes`` are those of the model.
     """
-    width, accumulate, activations = batch.width, batch.accumulate, batch.activations
+    width, stored = batch.width, batch.stored
+    accumulate, activations = batch.accumulate, batch.activations
     send = (gpus - 1) / gpus
     if strategy == "ddp":
-        copies = 2 * (sizes.total - sizes.towers[0]) if width == 2 else 0
-        weights, trained = 4.0 * sizes.total, 4.0 * sizes.trained
+        copies = 2 * (sizes.total - sizes.towers[0]) if width < stored else 0
+        weights, trained = float(stored * sizes.total), float(stored * sizes.trained)
         return Plan(weights, trained, 2 * trained, copies, activations, 2 * trained * send, 0)
     layers = list(moe_layers(model).values())
     share = 1
@@ -191,13 +216,13 @@ def make_plan(model: PreTrainedModel, sizes: Sizes, strategy: Strategy, gpus: in
         experts = layers[0].num_experts
         share = max(e for e in range(1, min(gpus, experts) + 1) if experts % e == 0 and gpus % e == 0)
     whole = [a + b for a, b in zip(sizes.blocks, sizes.others, strict=True)]
-    weights = 4 * ((sizes.total - sizes.towers[0]) / gpus + sizes.towers[0])
-    trained = 4 * sizes.trained / gpus
+    weights = stored * ((sizes.total - sizes.towers[0]) / gpus + sizes.towers[0])
+    trained = stored * sizes.trained / gpus
     block = sizes.largest_block - sizes.largest_experts + sizes.largest_experts / share
     gathered = width * (sizes.others[0] + 2 * block)
     away = gpus // share  # devices that hold shards of the same experts
     moved = width * (2 * whole[0] * send + 2 * sizes.experts[0] / share * (away - 1) / away) * accumulate
-    moved += 4 * (whole[1] * send + sizes.experts[1] / share * (away - 1) / away) * accumulate
+    moved += stored * (whole[1] * send + sizes.experts[1] / share * (away - 1) / away) * accumulate
     hidden = model.config.get_text_config().hidden_size
     visits = sum(layer.most_experts_per_token for layer in layers)
     traffic = 4 * visits * hidden * width * batch.tokens * accumulate * (share - 1) / share
