@@ -1,7 +1,7 @@
 """``make bench ARGS="NAME ..."``: run one benchmark of this folder; the rest of ARGS is passed to it.
 
 continual      every strategy on a miniature stream
-cuda           correctness, speed and memory of the Triton kernels on a GPU
+cuda           on a GPU: Triton kernels, a step of the published 7B x 4, a larger demo; `--only PART`
 data           speed-up from sequence packing and from cached encoder features
 detection      latency of the MoE decoder beside the dense one, and of whole detectors at 640 pixels
 engines        our server beside llama.cpp and vLLM, over HTTP
