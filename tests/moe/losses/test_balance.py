@@ -15,6 +15,8 @@ from unimoe.moe import (
     sequence_balance,
 )
 from unimoe.moe.losses.auxiliary import alone
+from unimoe.moe.losses.dts_balance import dts_balance
+from unimoe.moe.losses.top1_balance import top1_balance
 
 
 def uniform(tokens=8, E=4, k=2, ctx=None):
@@ -43,6 +45,13 @@ def test_uniform_routing_is_one_and_collapse_is_the_number_of_experts():
     losses = load_balance([uniform(), collapsed()])
     torch.testing.assert_close(losses, torch.tensor([1.0, 4.0]))
     assert load_balance([]).shape == (0,)
+
+
+@pytest.mark.parametrize("loss", [load_balance, dts_balance, top1_balance])
+def test_layers_with_unequal_numbers_of_experts_have_the_losses_of_each_alone(loss):
+    other = TopK(8, 3, 2, init_std=1.0)(torch.randn(32, 8), Context())
+    wide, narrow = random(), LayerRecord(1, other, Context())
+    torch.testing.assert_close(loss([wide, narrow]), torch.cat([loss([wide]), loss([narrow])]))
 
 
 def test_balance_equals_its_definition():

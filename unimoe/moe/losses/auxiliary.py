@@ -6,6 +6,7 @@ Shapes: L layers.
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from unimoe.moe.parts import LOSSES
@@ -44,6 +45,11 @@ class AuxiliaryLoss(Protocol):
 def alone(values: Tensor) -> Tensor:
     """``Across`` of a single process."""
     return values
+
+
+def across_layers(values: Sequence[Tensor], across: Across) -> list[Tensor]:
+    """``across`` of a vector of each layer, in one call; their lengths, numbers of experts, may differ."""
+    return list(across(torch.cat([*values])).split([len(one) for one in values]))
 
 
 def auxiliary_loss(

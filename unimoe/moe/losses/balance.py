@@ -17,7 +17,7 @@ from unimoe.moe.load_counts import ExpertLoad, expert_load
 from unimoe.moe.parts import LOSSES
 from unimoe.moe.records import LayerRecord
 
-from .auxiliary import Across, alone
+from .auxiliary import Across, across_layers, alone
 
 
 @LOSSES.register(
@@ -111,9 +111,9 @@ def _means(records: Sequence[LayerRecord], across: Across) -> list[tuple[Tensor,
     """(share of the pairs, mean probability), [E] each, of each layer, over the batches of all processes."""
     loads = [expert_load(record) for record in records]
     counts = [torch.cat([load.tokens_per_expert, torch.as_tensor(load.tokens)[None]]) for load in loads]
-    totals_LE = across(torch.stack([one.total(one.routing.probs_TE) for one in records]))
+    totals = across_layers([one.total(one.routing.probs_TE) for one in records], across)
     means = []
-    for counts_X, total_E in zip(across(torch.stack(counts)), totals_LE, strict=True):
+    for counts_X, total_E in zip(across_layers(counts, across), totals, strict=True):
         pairs_E, tokens = counts_X[:-1], counts_X[-1]
         means.append((ExpertLoad(pairs_E).share, total_E / tokens.clamp(min=1)))
     return means

@@ -12,7 +12,7 @@ from torch import Tensor
 from unimoe.moe.parts import LOSSES
 from unimoe.moe.records import LayerRecord
 
-from .auxiliary import Across, alone
+from .auxiliary import Across, across_layers, alone
 
 
 @LOSSES.register("dts_balance", source="EvoMoE, arXiv 2112.14397; topkgate.py", axis="load balance")
@@ -25,7 +25,10 @@ def dts_balance(
     so it falls as the gate becomes sparse, and measures balance only once it is.
     """
     rows = [torch.cat([one.routing.dense(), one.routing.chosen().float()], dim=1) for one in records]
-    totals = across(torch.stack([one.total(row_TX) for one, row_TX in zip(records, rows, strict=True)]))
+    totals = across_layers([one.total(row_TX) for one, row_TX in zip(records, rows, strict=True)], across)
     tokens_L = across(torch.stack([one.tokens for one in records]))
-    w_LE, a_LE = (totals / tokens_L.clamp(min=1)[:, None]).chunk(2, dim=1)
-    return w_LE.shape[1] * (w_LE * a_LE).sum(dim=1)
+    losses = []
+    for total_X, tokens in zip(totals, tokens_L, strict=True):
+        w_E, a_E = (total_X / tokens.clamp(min=1)).chunk(2)
+        losses.append(len(w_E) * (w_E * a_E).sum())
+    return torch.stack(losses)

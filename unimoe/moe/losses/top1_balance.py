@@ -12,7 +12,7 @@ from torch import Tensor
 from unimoe.moe.parts import LOSSES
 from unimoe.moe.records import LayerRecord
 
-from .auxiliary import Across, alone
+from .auxiliary import Across, across_layers, alone
 
 
 @LOSSES.register("top1_balance", source="Sigma-MoE-Tiny, arXiv 2512.16248, Top-1 LBL", axis="load balance")
@@ -35,8 +35,11 @@ def top1_balance(
     """
     probs = [(one.routing.logits_TE / temperature).softmax(dim=-1) for one in records]
     rows = [torch.cat([p_TE, p_TE.amax(dim=1, keepdim=True)], dim=1) for p_TE in probs]
-    totals = across(torch.stack([one.total(row_TX) for one, row_TX in zip(records, rows, strict=True)]))
+    totals = across_layers([one.total(row_TX) for one, row_TX in zip(records, rows, strict=True)], across)
     tokens_L = across(torch.stack([one.tokens for one in records]))
-    means = totals / tokens_L.clamp(min=1)[:, None]
-    f_LE, best_L = means[:, :-1], means[:, -1]
-    return f_LE.shape[1] * f_LE.square().sum(dim=1) / best_L.clamp(min=1e-9)
+    losses = []
+    for total_X, tokens in zip(totals, tokens_L, strict=True):
+        mean_X = total_X / tokens.clamp(min=1)
+        f_E, best = mean_X[:-1], mean_X[-1]
+        losses.append(len(f_E) * f_E.square().sum() / best.clamp(min=1e-9))
+    return torch.stack(losses)
