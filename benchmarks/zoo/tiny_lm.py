@@ -19,12 +19,17 @@ from unimoe.model.llm import byte_tokenizer
 TEXT, ROWS, LENGTH = Path("runs/text"), 8, 128
 
 
-def byte_model(tokens: int = 256) -> LlamaForCausalLM:
-    """A LLaMA of 3 layers and width 96 with random weights and a vocabulary of ``tokens``."""
+def byte_model(tokens: int = 256, ffn: int = 256) -> LlamaForCausalLM:
+    """A LLaMA of 3 layers and width 96, with random weights.
+
+    Args:
+        tokens: size of the vocabulary.
+        ffn: width of the FFNs.
+    """
     config = LlamaConfig(
         vocab_size=tokens,
         hidden_size=96,
-        intermediate_size=256,
+        intermediate_size=ffn,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
