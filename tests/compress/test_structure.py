@@ -8,6 +8,7 @@ from unimoe.compress.route import choose
 from unimoe.compress.store import compress
 from unimoe.compress.structure import check_coverage, merge_rows
 from unimoe.errors import UserError
+from unimoe.moe import record
 from unimoe.moe.view import view
 from unimoe.testing_stock import TINY
 
@@ -62,6 +63,17 @@ def test_merging_equal_experts_changes_nothing(name, families, ids):
     before = logits(model, ids)
     compress(model, Plan(merge=[[0, 0, 1, 1]] * 2))
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_merged_layers_of_unequal_numbers_have_a_balance_loss(families, ids):
+    model = families("unimoe")
+    compress(model, Plan(merge=[[0, 0, 1, 0], [0, 1, 2, 1]]))
+    with record() as records:
+        aux = model(input_ids=ids, labels=ids).aux_loss
+    assert [one.routing.probs_TE.shape[1] for one in records] == [2, 3]
+    assert all(torch.allclose(one.routing.probs_TE.sum(1), torch.ones(ids.numel())) for one in records)
+    assert aux > 0
 
 
 @torch.no_grad()

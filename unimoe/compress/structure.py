@@ -177,13 +177,19 @@ def _map_slots(
 
 
 def _map_routing(merged: list[int], router: nn.Module, args: Any, routing: Routing) -> Routing:
-    """The routing over merged experts, with null experts behind them."""
+    """The routing over merged experts, with null experts behind them; the probability of a merged one is the
+    sum of its members'."""
     null, count = routing.num_experts - len(merged), max(merged) + 1
     map_E = torch.tensor([*merged, *range(count, count + null)], device=routing.expert_N.device)
     expert_N, order_N = torch.sort(map_E[routing.expert_N], stable=True)
     offsets = torch.searchsorted(expert_N, torch.arange(count + null + 1, device=expert_N.device))
     pairs = Pairs(routing.token_N[order_N], expert_N, routing.weight_N[order_N], offsets)
-    return Routing.from_pairs(pairs, routing.logits_TE, routing.probs, routing.extra)
+
+    def probs_TX() -> Tensor:
+        zeros_TX = routing.probs_TE.new_zeros(routing.num_tokens, count + null)
+        return zeros_TX.index_add(1, map_E, routing.probs_TE)
+
+    return Routing.from_pairs(pairs, routing.logits_TE, probs_TX, routing.extra)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
