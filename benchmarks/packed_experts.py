@@ -1,21 +1,24 @@
-"""``make bench ARGS="experts --op packed ..."``: packed experts beside our float32 and bfloat16 kernels and
-torch's int4 product.
+"""``make bench ARGS="experts --op packed ..."``: packed experts beside our float32 and bfloat16 kernels,
+torch's int4 product and, if it is installed, ik_llama.cpp.
 
-One thread, without gradients, in turns within one run. Each implementation walks over as many layers as fill
-more than twice the largest cache, so that weights come from memory as in a model; so does each routing.
+One thread, without gradients, in turns within one run. The implementations walk over as many layers as fill
+together more than twice the largest cache, so that weights come from memory as in a model.
 
 Shapes: T tokens, K experts per token, N = T*K pairs, E experts, H hidden, I intermediate.
 """
 
+import ctypes
 import runpy
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from ctypes import c_bool, c_int, c_int64, c_size_t, c_void_p
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,25 @@ from unimoe.kernels.swiglu import fused_experts
 from unimoe.moe.routing import sort_by_expert
 
 GROUP = 64
+GGML_TYPES = {"Q8_0": 8, "Q8_0_R8": 208, "Q4_0": 2, "Q4_0_R8": 202}
+"""ggml_type. R8: eight rows interleaved, as its option ``--run-time-repack`` stores them."""
+_F32, _I32, _SILU = 0, 26, 10
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "new_tensor_2d": (c_void_p, c_void_p, c_int, c_int64, c_int64),
+    "new_tensor_3d": (c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64),
+    "get_data": (c_void_p, c_void_p),
+    "nbytes": (c_size_t, c_void_p),
+    "row_size": (c_size_t, c_int, c_int64),
+    "quantize_chunk": (c_size_t, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "moe_up_gate": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "mul_mat_id": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    "mul_multi_add": (c_void_p, c_void_p, c_void_p, c_void_p),
+    "new_graph": (c_void_p, c_void_p),
+    "build_forward_expand": (None, c_void_p, c_void_p),
+    "graph_compute": (c_int, c_void_p, c_void_p),
+    "free": (None, c_void_p),
+}
+"""Result and arguments of the functions of ggml.h."""
 
 
 def cache_bytes() -> int:
@@ -75,6 +97,101 @@ class TorchInt4:
         return y_TH
 
 
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        ("work_size", c_size_t),
+        ("work_data", c_void_p),
+        ("n_threads", c_int),
+        ("abort_callback", c_void_p),
+        ("abort_callback_data", c_void_p),
+        ("moe_expert_prefetch", c_bool),
+    )
+
+
+@cache
+def ggml_library() -> Any:
+    """ik_llama.cpp's, None where it is not installed."""
+    found = find_spec("ik_llama_cpp")
+    if found is None or found.origin is None:
+        return None
+    ggml = ctypes.CDLL(str(Path(found.origin).parent / "lib" / "libggml.so"))
+    ggml.ggml_init.restype, ggml.ggml_init.argtypes = c_void_p, [_InitParams]
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        function = getattr(ggml, f"ggml_{name}")
+        function.restype, function.argtypes = result, arguments
+    ggml.ggml_graph_plan.restype, ggml.ggml_graph_plan.argtypes = _Plan, [c_void_p, c_int]
+    return ggml
+
+
+class IkLlama:
+    """Layers of experts in ik_llama.cpp (``pip install --no-deps ik-llama-cpp-python``), for a fixed
+    number of tokens; each call takes the next layer."""
+
+    def __init__(self, kind: str, shape: Any, T: int, least: int):
+        """Layers of ggml type ``kind`` that hold ``least`` bytes together."""
+        ggml, H, I, E = ggml_library(), shape.H, shape.I, shape.E  # noqa: E741
+        sizes = ((I, H), (I, H), (H, I))
+        self.ggml, type_id = ggml, GGML_TYPES[kind]
+        row = ggml.ggml_row_size(type_id, 32) / 32
+        count = int(least // (3 * E * H * I * row)) + 1
+        each = int(3 * E * H * I * row) + 4 * T * shape.K * (2 * I + 4 * H) + (1 << 20)
+        self.context = ggml.ggml_init(_InitParams(count * each, None, False))  # it allows 64 contexts
+        self.x = ggml.ggml_new_tensor_3d(self.context, _F32, H, 1, T)
+        self.index = ggml.ggml_new_tensor_2d(self.context, _I32, shape.K, T)
+        self.weight = ggml.ggml_new_tensor_3d(self.context, _F32, 1, shape.K, T)
+        graphs = [self._layer(type_id, sizes, E) for _ in range(count)]
+        self.graphs = cycle(graphs)
+        self.plan = ggml.ggml_graph_plan(graphs[0][0], 1)
+        self.work = ctypes.create_string_buffer(self.plan.work_size + 64)
+        self.plan.work_data = ctypes.addressof(self.work)
+
+    def _layer(self, type_id: int, sizes: Sequence[tuple[int, int]], E: int) -> tuple[Any, Any]:
+        """The graph of a layer of random weights, and its result."""
+        ggml, made = self.ggml, []
+        for rows, columns in sizes:
+            tensor = ggml.ggml_new_tensor_3d(self.context, type_id, columns, rows, E)
+            values, size = torch.randn(rows, columns) * 0.02, ggml.ggml_nbytes(tensor) // E
+            for e in range(E):
+                where = ggml.ggml_get_data(tensor) + e * size
+                ggml.ggml_quantize_chunk(type_id, values.data_ptr(), where, 0, rows, columns, None, None)
+            made.append(tensor)
+        up, gate, down = made
+        hidden = ggml.ggml_moe_up_gate(self.context, up, gate, self.x, self.index, _SILU)
+        pairs = ggml.ggml_mul_mat_id(self.context, down, hidden, self.index)
+        y = ggml.ggml_mul_multi_add(self.context, pairs, self.weight)
+        graph = ggml.ggml_new_graph(self.context)
+        ggml.ggml_build_forward_expand(graph, y)
+        return graph, y
+
+    def __call__(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """[T, H]; ``index_TK`` is int32."""
+        for tensor, value in ((self.x, x_TH), (self.index, index_TK), (self.weight, weight_TK)):
+            ctypes.memmove(self.ggml.ggml_get_data(tensor), value.data_ptr(), value.nbytes)
+        graph, y = next(self.graphs)
+        if self.ggml.ggml_graph_compute(graph, ctypes.byref(self.plan)) != 0:
+            raise RuntimeError("ggml did not compute the graph")
+        y_TH = torch.empty_like(x_TH)
+        ctypes.memmove(y_TH.data_ptr(), self.ggml.ggml_get_data(y), y_TH.nbytes)
+        return y_TH
+
+    def __del__(self):
+        self.ggml.ggml_free(self.context)
+
+
+class Routed(NamedTuple):
+    """A routing, by token and sorted by expert."""
+
+    token_N: Tensor
+    offsets_E1: Tensor
+    weight_N: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+
+
 def layers(build: Callable[[], tuple[Any, int]], least: int) -> list[Any]:
     """Layers that hold ``least`` bytes together; ``build`` returns one and its bytes."""
     made, total = [], 0
@@ -88,7 +205,9 @@ def layers(build: Callable[[], tuple[Any, int]], least: int) -> list[Any]:
 def implementations(shape: Any, T: int, bits: Sequence[int]) -> dict[str, Callable[[Any], Tensor]]:
     """Name to a function of a routing; each call takes the next layer."""
     H, I, E = shape.H, shape.I, shape.E  # noqa: E741
-    least = 2 * cache_bytes() * E // min(E, T * shape.K) + 1  # only visited experts are read
+    rivals = 3 + len(bits) + (len(GGML_TYPES) if ggml_library() is not None else 0)
+    # Only visited experts are read, and all other implementations read between two calls of one.
+    least = 2 * cache_bytes() * E // min(E, T * shape.K) // rivals + 1
     x = torch.randn(T, H)
     runs: dict[str, Callable[[Any], Tensor]] = {}
 
@@ -103,18 +222,18 @@ def implementations(shape: Any, T: int, bits: Sequence[int]) -> dict[str, Callab
     floats = cycle(layers(lambda: dense(torch.float32), least))
     halves, x_half = cycle(layers(lambda: dense(torch.bfloat16), least)), x.bfloat16()
 
-    def float32(routing: Any) -> Tensor:
-        (token, offsets, weight), (gate_up, down) = routing, next(floats)
+    def float32(routing: Routed) -> Tensor:
+        (token, offsets, weight, *_), (gate_up, down) = routing, next(floats)
         if few_rows.few(x):
             return few_rows.experts(x, token, offsets, weight, gate_up, down)
         return fused_experts(x, offsets, gate_up, down, weight, token)
 
-    def bfloat16(routing: Any) -> Tensor:
-        (token, offsets, weight), (gate_up, down) = routing, next(halves)
+    def bfloat16(routing: Routed) -> Tensor:
+        (token, offsets, weight, *_), (gate_up, down) = routing, next(halves)
         return fused_experts(x_half, offsets, gate_up, down, weight.bfloat16(), token)
 
-    def integers(stacks: Iterator[Any], bits_E: Tensor, routing: Any) -> Tensor:
-        (token, offsets, weight), (gate_up, down) = routing, next(stacks)
+    def integers(stacks: Iterator[Any], bits_E: Tensor, routing: Routed) -> Tensor:
+        (token, offsets, weight, *_), (gate_up, down) = routing, next(stacks)
         return packed.fused_experts(x, token, offsets, weight, gate_up, down, bits_E)
 
     runs |= {"unimoe float32": float32, "unimoe bfloat16": bfloat16}
@@ -127,7 +246,11 @@ def implementations(shape: Any, T: int, bits: Sequence[int]) -> dict[str, Callab
         return one, one.bytes
 
     fours = cycle(layers(theirs, least))
-    runs["torch int4 bfloat16"] = lambda r: next(fours)(x_half, *r[:2], r[2].bfloat16())
+    runs["torch int4 bfloat16"] = lambda r: next(fours)(x_half, *r[:2], r.weight_N.bfloat16())
+
+    for kind in GGML_TYPES if ggml_library() is not None else ():
+        graphs = IkLlama(kind, shape, T, least)
+        runs[f"ik_llama.cpp {kind}"] = lambda r, graphs=graphs: graphs(x, r.index_TK, r.weight_TK)
     return runs
 
 
@@ -148,7 +271,8 @@ def measure(
         for _ in range(16):
             index_TK, weight_TK = route("uniform", T, shape, "cpu")
             slot_N, token_N, _, offsets_E1 = sort_by_expert(index_TK, shape.E)
-            routings.append((token_N, offsets_E1, weight_TK.reshape(-1)[slot_N]))
+            weight_N = weight_TK.reshape(-1)[slot_N]
+            routings.append(Routed(token_N, offsets_E1, weight_N, index_TK.int(), weight_TK))
         runs = implementations(shape, T, bits)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for run in runs.values():
