@@ -34,6 +34,11 @@ def test_losses_of_several_runs_are_lines_of_their_own():
     assert plots.compare_losses({"dense": []})
 
 
+def test_size_names_each_design_at_its_parameters():
+    drawn = plots.against_size({"small": (0.4, -0.2, 0.1), "large": (4.0, 0.1, None)}, "difference")
+    assert "small" in drawn and "large" in drawn and plots.BLUE in drawn and plots.ORANGE not in drawn
+
+
 def test_intervals_apart_from_zero_have_a_colour():
     drawn = plots.intervals({"better": (-0.2, 0.1), "same": (0.1, 0.3), "alone": (0.1, None)}, "difference")
     assert plots.BLUE in drawn and plots.ORANGE not in drawn

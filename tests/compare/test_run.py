@@ -26,7 +26,15 @@ def test_a_comparison_is_reported(small, texts):
     assert json.loads((texts / "out/results.json").read_text()) == json.loads(json.dumps(found))
     page = (texts / "out/report.html").read_text()
     assert all(
-        word in page for word in ("copies_top2", "digits", "prose", "Expert load", "data:image/svg+xml")
+        word in page
+        for word in (
+            "copies_top2",
+            "digits",
+            "prose",
+            "Expert load",
+            "number of parameters",
+            "data:image/svg+xml",
+        )
     )
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 INK = "#8b93a1"
 """Grey with contrast to white and to black."""
@@ -93,6 +93,33 @@ def intervals(rows: Mapping[str, tuple[float, float | None]], title: str) -> str
     panel.set_title(title, fontsize=10, color=INK, loc="left")
     _plain(panel)
     panel.grid(axis="x", color=INK, alpha=0.2, linewidth=0.6)
+    return _svg(figure)
+
+
+def against_size(rows: Mapping[str, tuple[float, float, float | None]], title: str) -> str:
+    """For each name its millions of parameters, and a mean with the half width of its interval (None:
+    unknown), around a line at zero; sizes that differ much on a logarithmic axis."""
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    panel = figure.subplots()
+    panel.axhline(0, color=INK, linewidth=1, linestyle="--")
+    for name, (millions, mean, half) in rows.items():
+        apart = half is not None and abs(mean) > half
+        color = INK if not apart else BLUE if mean < 0 else ORANGE
+        panel.errorbar(
+            millions, mean, yerr=half, fmt="o", color=color, markersize=5, capsize=3, linewidth=1.5
+        )
+        panel.annotate(name, (millions, mean), (6, 4), textcoords="offset points", fontsize=8, color=INK)
+    sizes = [millions for millions, _, _ in rows.values()]
+    if max(sizes) > 3 * min(sizes):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+    panel.margins(x=0.15, y=0.15)
+    panel.set_xlabel("millions of parameters in all", fontsize=8, color=INK)
+    panel.set_title(title, fontsize=10, color=INK, loc="left")
+    _plain(panel)
+    panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
     return _svg(figure)
 
 

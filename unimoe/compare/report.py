@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from unimoe.analysis.plots import compare_losses, intervals, plot_expert_load
+from unimoe.analysis.plots import against_size, compare_losses, intervals, plot_expert_load
 from unimoe.artifacts import versions
 from unimoe.files import atomic_write, data_url
 
@@ -59,6 +59,9 @@ def render(results: dict[str, Any]) -> str:
     if shown:
         title = f"difference of the loss to {DENSE} ({results['unit']}, 95 % interval); left is better"
         plots["differences"] = _image(intervals(shown, title))
+        totals = {row["design"]: row["total"] / 1e6 for row in rows if row["total"]}
+        sizes = {name: (totals[name], *shown[name]) for name in shown if name in totals}
+        plots["sizes"] = _image(against_size(sizes, title.replace("left", "lower")))
     loads = {}
     for name, own in trained.items():
         load = own[0]["routing"].get("load")  # experts have no order that means across seeds would keep
