@@ -1,30 +1,11 @@
-"""Settings of a run: DeepSpeed where it cannot run, and limits that look alike."""
+"""Settings of a run: limits that look alike, former names, and the parser."""
 
 import pytest
-import torch
 from jsonargparse import get_loader
 
-from unimoe.errors import UserError
 from unimoe.stages.cli import main
 from unimoe.training import lightning_cli as cli
 from unimoe.training import sharding
-
-
-def test_without_the_package(monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"stage_2 needs an extra: pip install 'unimoe\[deepspeed\]'"):
-        cli.check_deepspeed("deepspeed_stage_2")
-    for other in ("ddp", "fsdp2", "auto"):
-        cli.check_deepspeed(other)
-
-
-@pytest.mark.skipif(cli.find_spec("deepspeed") is None, reason="needs the extra: unimoe[deepspeed]")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA devices")
-def test_on_a_cpu():
-    with pytest.raises(UserError, match="deepspeed_stage_2 runs on CUDA devices only"):
-        cli.check_deepspeed("deepspeed_stage_2")
-    with pytest.raises(UserError, match="deepspeed_stage_3 leaves no whole weights"):
-        cli.check_deepspeed("deepspeed_stage_3")
 
 
 def test_one_batch_is_not_all_of_them():
@@ -49,3 +30,16 @@ def test_the_help_describes_the_fields_of_dataclasses(capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--model.lora.help"])
     assert end.value.code == 0 and "Rank r of the update." in capsys.readouterr().out
+
+
+def test_nothing_of_a_command_is_left_in_the_parser_of_the_next(capsys):
+    """Commands of one process share it."""
+
+    def settings(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["fit", "--model.llm=there", "--data.train=a.jsonl", *flags, "--print_config"])
+        return capsys.readouterr().out
+
+    plain = settings()
+    changed = settings("--stage=one", "--data.steps=7", "--model.moe={top_k: 1}", "--trainer.callbacks=[]")
+    assert "stage: one" in changed and "top_k: 1" in changed and settings() == plain != changed

@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,8 @@ from transformers import AutoModel, LlamaConfig
 
 from unimoe.errors import UserError
 from unimoe.moe import MoEConfig, install_moe
-from unimoe.training.sharding import FSDP2Strategy, by_name, by_number, shard
+from unimoe.training import sharding
+from unimoe.training.sharding import FSDP2Strategy, by_name, by_number, check_deepspeed, shard
 
 
 def test_optimizer_states_by_name_and_by_number():
@@ -38,3 +40,20 @@ def test_parts_that_use_other_layers_are_refused(moe):
     model.trainer = SimpleNamespace(strategy=FSDP2Strategy.__new__(FSDP2Strategy))
     with pytest.raises(UserError, match="uses weights of other layers.*train with strategy ddp"):
         shard(model, model.layers)
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr(sharding, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"stage_2 needs an extra: pip install 'unimoe\[deepspeed\]'"):
+        check_deepspeed("deepspeed_stage_2")
+    for other in ("ddp", "fsdp2", "auto"):
+        check_deepspeed(other)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra: unimoe[deepspeed]")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA devices")
+def test_on_a_cpu():
+    with pytest.raises(UserError, match="deepspeed_stage_2 runs on CUDA devices only"):
+        check_deepspeed("deepspeed_stage_2")
+    with pytest.raises(UserError, match="deepspeed_stage_3 leaves no whole weights"):
+        check_deepspeed("deepspeed_stage_3")

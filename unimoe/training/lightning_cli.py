@@ -10,12 +10,10 @@ import sys
 import warnings
 from abc import abstractmethod
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-import torch
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -48,7 +46,7 @@ from .elastic import check_overwrite, check_processes, own_store
 from .progress import PlainProgress, StageBar, clock
 from .ranks import data_parallel_size, process_rank
 from .resume import Interrupted, LastCheckpoint, check_finished, latest_checkpoint
-from .sharding import FSDP2Strategy, unshard
+from .sharding import FSDP2Strategy, check_deepspeed, unshard
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +117,7 @@ class RunCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any):
         """Parses the command line and runs its verb, as LightningCLI does."""
         self.verb: str = kwargs["args"][0]
+        self.described = asks_for_help(kwargs["args"])
         with ExitStack() as self.held:
             super().__init__(*args, **kwargs)
 
@@ -130,6 +129,14 @@ class RunCLI(LightningCLI):
         hidden = {"model", "datamodule", "ckpt_path", "weights_only"}
         fit, evaluation = {"train_dataloaders", "val_dataloaders"}, {"dataloaders", "verbose"}
         return {self.verb: hidden | (fit if self.verb == "fit" else evaluation)}
+
+    def setup_parser(self, *args: Any) -> None:
+        """Make the parser, once a process: in a demo several runs follow one another."""
+        key = (type(self), self.model_class, self.datamodule_class, self.verb, self.described)
+        if key not in _PARSERS:
+            super().setup_parser(*args)
+            _PARSERS[key] = self.parser, self._subcommand_parsers, self._subcommand_method_arguments
+        self.parser, self._subcommand_parsers, self._subcommand_method_arguments = _PARSERS[key]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -422,16 +429,9 @@ def _is_off(value: Any, off: Any) -> bool:
     return value is None or (value == off and isinstance(value, type(off)))
 
 
-def check_deepspeed(strategy: Any) -> None:
-    """Raises UserError where ``strategy``, as in the settings, is DeepSpeed's and cannot run here."""
-    if not str(strategy).startswith("deepspeed"):
-        return
-    if find_spec("deepspeed") is None:
-        raise UserError(f"trainer.strategy {strategy} needs an extra: pip install 'unimoe[deepspeed]'")
-    if "stage_3" in str(strategy):
-        raise UserError(f"trainer.strategy {strategy} leaves no whole weights to be saved; set fsdp2")
-    if not torch.cuda.is_available():
-        raise UserError(f"trainer.strategy {strategy} runs on CUDA devices only; set fsdp2 or ddp")
+def asks_for_help(args: list[str]) -> bool:
+    """Whether the command line wants the help, or may."""
+    return any("help" in one or one == "-h" for one in args)
 
 
 def run_cli(
@@ -446,8 +446,7 @@ def run_cli(
     """
     _quiet()
     # The help of dataclasses' fields stands in their source, which takes a second to read.
-    described = any("help" in one or one == "-h" for one in args)
-    set_parsing_settings(docstring_parse_attribute_docstrings=described)
+    set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help(args))
     keep_memory(default=True)
     try:
         cli(
@@ -470,6 +469,8 @@ def run_cli(
         raise UserError(" ".join(str(error).split())) from error
 
 
+_PARSERS: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+"""The parsers of this process; see RunCLI.setup_parser."""
 _YAML = "yaml with current names"
 FSDP2_STRATEGY = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
 

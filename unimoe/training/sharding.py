@@ -7,6 +7,7 @@ blocks are gathered for the whole step.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +334,15 @@ def clip_norm(parameters: Iterable[Tensor], largest: float) -> None:
     total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     for own in meshes.values():
         clip_grads_with_norm_(own, largest, total)
+
+
+def check_deepspeed(strategy: Any) -> None:
+    """Raises UserError where ``strategy``, as in the settings, is DeepSpeed's and cannot run here."""
+    if not str(strategy).startswith("deepspeed"):
+        return
+    if find_spec("deepspeed") is None:
+        raise UserError(f"trainer.strategy {strategy} needs an extra: pip install 'unimoe[deepspeed]'")
+    if "stage_3" in str(strategy):
+        raise UserError(f"trainer.strategy {strategy} leaves no whole weights to be saved; set fsdp2")
+    if not torch.cuda.is_available():
+        raise UserError(f"trainer.strategy {strategy} runs on CUDA devices only; set fsdp2 or ddp")
