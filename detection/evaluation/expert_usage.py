@@ -113,7 +113,7 @@ def measure_expert_usage(
         data.names,
         [table for table, _ in tables],
         [bits for _, bits in tables],
-        (model.config.moe or {})["experts"]["slices"],
+        1 if _plan(model).get("merge") is not None else (model.config.moe or {})["experts"]["slices"],
     )
 
 
@@ -124,8 +124,12 @@ def visited_experts(entry: LayerRecord) -> Tensor:
 
 
 def _in_columns(visits: Sequence[Tensor], model: DynamicDinoForObjectDetection) -> Tensor:
-    """[L, Q, E] the visits of all layers; experts that were pruned keep their columns, of zeros."""
-    kept = (structure_of(model).plan or {}).get("keep")
+    """[L, Q, E] the visits of all layers; experts that were pruned keep their columns, of zeros. Merged ones
+    have numbers of their own."""
+    plan = _plan(model)
+    kept = plan.get("keep")
+    if plan.get("merge") is not None:
+        kept = [range(visits_QX.shape[1]) for visits_QX in visits]
     if kept is None:
         return torch.stack([*visits])
     experts = (model.config.moe or {})["experts"]
@@ -133,6 +137,11 @@ def _in_columns(visits: Sequence[Tensor], model: DynamicDinoForObjectDetection) 
     for full_QE, visits_QX, columns_X in zip(full_LQE, visits, kept, strict=True):
         full_QE[:, columns_X] = visits_QX
     return full_LQE
+
+
+def _plan(model: DynamicDinoForObjectDetection) -> dict[str, Any]:
+    """What was done to the experts (:class:`unimoe.compress.plan.Plan`)."""
+    return structure_of(model).plan or {}
 
 
 def coactivation(visits_XQE: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from unimoe.errors import UserError
 from unimoe.files import atomic_write
 from unimoe.moe import MoELayer, combine_dense, current_context
 from unimoe.moe.experts.packed_ffn import PackedFFNExperts
+from unimoe.moe.view import find_layers, merge_map
 
 from .detect import Detections, best_first, select_top
 
@@ -102,12 +103,14 @@ def export_onnx(
     the model does not ask for a square.
 
     Raises:
-        UserError: onnx is not installed, the experts are packed, a file at ``path`` or beside it is not from
-            an export, the names do not fit one prompt, or the difference is over TOLERANCE.
+        UserError: onnx is not installed, the experts are packed or merged, a file at ``path`` or beside it is
+            not from an export, the names do not fit one prompt, or the difference is over TOLERANCE.
     """
-    _needed("onnx", "onnxscript", "onnxruntime")
     if any(isinstance(module, PackedFFNExperts) for module in model.modules()):
         raise UserError("the experts are packed, which ONNX cannot hold; export the model before quantize")
+    if any(merge_map(layer.experts) is not None for layer in find_layers(model)):
+        raise UserError("the experts are merged, which the export cannot write; export the model before that")
+    _needed("onnx", "onnxscript", "onnxruntime")
     path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path}: expected a file name that ends with .onnx")
