@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,7 @@ def evaluate_coco(
     truth: str | Path | dict[str, Any],
     detections: str | Path | Sequence[dict[str, Any]],
     style: Style = "coco",
+    only: Collection[Id] | None = None,
 ) -> Evaluation:
     """Compare detections with a COCO (or LVIS) ground truth.
 
@@ -76,6 +77,7 @@ def evaluate_coco(
         detections: a file of COCO results, or its content: ``image_id``, ``category_id``, ``bbox`` (x, y,
             width, height in pixels) and ``score`` of each. None at all is fine.
         style: ``coco``, or ``lvis-fixed`` for fixed AP with LVIS's verified negatives.
+        only: ids of the images that count (default: all that the truth lists).
 
     Raises:
         UserError: the truth cannot be read, or the detections are none, or name ids that the truth lacks.
@@ -84,6 +86,10 @@ def evaluate_coco(
     content = truth if isinstance(truth, dict) else next((record for _, record in read_records(truth)), None)
     file = parse_coco(content, name)
     _log_faults(file)
+    if only is not None:
+        ids = set(map(parse_id, only))
+        images = [(id, image) for id, image in file.images if id in ids]
+        file = replace(file, images=images, boxes=[box for box in file.boxes if box.image in ids])
     numbered = _Numbering(file)
     images = numbered.images()
     base = {"images": images, "categories": numbered.categories()}

@@ -76,14 +76,19 @@ class DetectionEvaluator:
         for row, one in zip(batch.rows, found, strict=True):
             self._found[row] = coco_results(self.data, self.data.samples[row], one)
 
-    def compute(self) -> Evaluation:
+    def compute(self, searched: bool = False) -> Evaluation:
         """The scores of all detections, those of all ranks together.
+
+        Args:
+            searched: count only the images that were searched; else the others of the set are images in which
+                nothing was found.
 
         Raises:
             UserError: the set has no fixed list of classes.
         """
         self._found = union_over_ranks(self._found)
-        return evaluate_coco(self.data.ground_truth(), self.results, self.style)
+        only = [self.data.samples[row].image_id for row in self._found] if searched else None
+        return evaluate_coco(self.data.ground_truth(), self.results, self.style, only)
 
 
 def exchanged(names: Sequence[str]) -> list[str]:

@@ -78,6 +78,14 @@ def test_coco_metrics_are_those_of_pycocotools(seed, tmp_path):
     assert result.classes[-1].ap == -1 and result.classes[-1].name == "thing 20"
 
 
+def test_only_some_images_count():
+    truth, _ = random_set(0)
+    known = {image["id"] for image in truth["images"][:3]}
+    found = [{**entry, "score": 1.0} for entry in truth["annotations"] if entry["image_id"] in known]
+    assert evaluate_coco(truth, found, only=known).metrics["AP"] == pytest.approx(1)
+    assert 0 < evaluate_coco(truth, found).metrics["AP"] < 1
+
+
 def overlap(a, b):
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
