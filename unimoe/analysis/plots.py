@@ -123,15 +123,17 @@ def against_size(rows: Mapping[str, tuple[float, float, float | None]], title: s
     return _svg(figure)
 
 
-def quality_curve(points: Sequence[tuple[str, float, float]], limit: float) -> str:
-    """``(name, megabytes, worst KL)`` of several models, the KL on a logarithmic axis, and a line at the
-    limit; one of 0 is drawn at the bottom."""
+def quality_curve(
+    points: Sequence[tuple[str, float, float]], limit: float, label: str = "worst KL, nats"
+) -> str:
+    """``(name, megabytes, worst loss)`` of several models, the loss on a logarithmic axis with a ``label``,
+    and a line at the limit; one of 0 or less is drawn at the bottom."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     panel = figure.subplots()
-    lowest = min([kl for _, _, kl in points if kl > 0] + [limit]) / 3
-    for name, megabytes, kl in sorted(points, key=lambda point: point[1]):
-        height = max(kl, lowest)
-        panel.plot(megabytes, height, "o", color=BLUE if kl <= limit else ORANGE, markersize=6)
+    lowest = min([loss for _, _, loss in points if loss > 0] + [limit]) / 3
+    for name, megabytes, loss in sorted(points, key=lambda point: point[1]):
+        height = max(loss, lowest)
+        panel.plot(megabytes, height, "o", color=BLUE if loss <= limit else ORANGE, markersize=6)
         panel.annotate(name, (megabytes, height), (5, 5), textcoords="offset points", fontsize=8, color=INK)
     panel.axhline(limit, color=INK, linewidth=1, linestyle="--")
     panel.set_yscale("log")
@@ -139,7 +141,7 @@ def quality_curve(points: Sequence[tuple[str, float, float]], limit: float) -> s
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.margins(x=0.15, y=0.15)
     panel.set_xlabel("MB of weights", fontsize=8, color=INK)
-    panel.set_ylabel("worst KL, nats", fontsize=8, color=INK)
+    panel.set_ylabel(label, fontsize=8, color=INK)
     _plain(panel)
     panel.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
     return _svg(figure)

@@ -6,7 +6,7 @@ unimoe compress report runs/moe runs/pruned --data data/val.image.jsonl --output
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from unimoe.model.structure import structure_of
 from unimoe.model.utils import to_device, weights
 from unimoe.moe.view import MoEView, expert_counts, view
 
-from .compress_detector import DetectorBatch, DetectorInputs, open_mixture
+from .compress_detector import DetectorBatch, DetectorInputs, detector_figures, is_detector, open_mixture
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +71,13 @@ def stats(
         min_tokens: an expert that saw fewer is named.
     """
     new_folder(output)
+    sha256 = folder_hash(model)
     loaded, processor = open_mixture(model)
     layers = view(loaded)
     check_coverage(loaded, layers)
     batches = read_batches(processor, data, samples, batch_size, media_root)
     found = calibrate(loaded, layers, interleave(batches))
-    found.meta = {"model": folder_hash(model), "data": list(data), "samples": samples}
+    found.meta = {"model": sha256, "data": list(data), "samples": samples}
     with atomic_folder(output) as folder:
         found.save(folder)
     print(calibration_text(found, layers, min_tokens))
@@ -172,8 +173,9 @@ def merge(
     then zero single weights. Layers end with different numbers of experts.
 
     Args:
-        model: folder of a finished stage, or of a multimodal model of transformers.
-        data: conversations to calibrate on, in any format that training reads.
+        model: folder of a finished stage, of a multimodal model of transformers, or of a detector.
+        data: conversations to calibrate on, in any format that training reads, or for a detector files of
+            boxes.
         output: new folder of the result.
         keep: experts of a layer, on average.
         how: sub_moe or stun.
@@ -192,7 +194,10 @@ def merge(
     check_seed(seed, "--seed")
     if window not in (1, 2):
         raise UserError(f"--window is {window}, expected 1 or 2")
-    loaded, processor = load_any(model, device="cpu")
+    if tokens < 1:
+        raise UserError(f"--tokens is {tokens}, expected at least 1")
+    sha256 = folder_hash(model)
+    loaded, processor = open_mixture(model, device="cpu")
     layers = view(loaded)
     check_coverage(loaded, layers)
     least = min(layer.num_experts for layer in layers)
@@ -203,8 +208,7 @@ def merge(
     files = read_batches(processor, data, samples, batch_size, media_root)
     batches = interleave(files)
     found = calibrate(loaded, layers, batches, CALIBRATION | ({"x_sq", "inner_sq"} if sparsity else set()))
-    sha256, before = folder_hash(model), expert_bytes(layers)
-    whole = sum(layer.num_experts for layer in layers)
+    before, whole = expert_bytes(layers), sum(layer.num_experts for layer in layers)
     settings = {"how": how, "keep": keep, "data": list(data), "samples": samples, "seed": seed}
     if how == "stun":
         settings |= {"coselection": coselection, "kappa": kappa, "sparsity": sparsity, "owl": owl}
@@ -220,9 +224,10 @@ def merge(
         compress(loaded, chosen)
     else:
         settings |= {"tokens": tokens, "window": window}
-        with all_outputs(layers, tokens, len(batches)) as outputs, torch.inference_mode():
+        passes = sum(batch.passes if isinstance(batch, DetectorBatch) else 1 for batch in batches)
+        with all_outputs(layers, tokens, passes) as outputs, torch.inference_mode():
             for batch in batches:
-                last_hidden(loaded, to_device(batch, loaded.device))
+                run_batch(loaded, batch)
         chosen = Plan(merge=windows(outputs, keep, window, seed), made_of=sha256)
         compress(loaded, chosen, found.values["count"])
     save(model, sha256, loaded, processor, output, "compress merge", settings)
@@ -235,64 +240,91 @@ def report(
     *,
     data: Sequence[str],
     output: str,
-    samples: int = 32,
+    samples: int | None = None,
     limit: float = 0.02,
     steps: int = 24,
     batch_size: int = 8,
     media_root: str | None = None,
 ) -> None:
-    """Compare compressed models with their original: KL at the answers by domain, bytes, milliseconds.
+    """Compare compressed models with their original: KL at the answers, or AP of detectors, by domain; bytes;
+    milliseconds.
 
     Prints a table and a line that says how small is still safe, and writes report.html and report.json.
 
     Args:
         model: folder of the original.
         changed: folders of compressed models.
-        data: conversations with answers; each file is a domain.
+        data: conversations with answers, or for detectors files of boxes; each file is a domain.
         output: new folder of the report.
-        samples: most conversations of each file, evenly spaced.
-        limit: largest KL of a domain, in nats, that counts as safe.
-        steps: decoding steps that are timed.
-        batch_size: conversations per batch.
+        samples: most conversations of each file, evenly spaced (default: 32), or most images of a detector's
+            (default: all).
+        limit: largest KL of a domain, in nats, that counts as safe; of a detector the largest loss of AP, on
+            a scale of 0 to 1.
+        steps: decoding steps, or for a detector searches of an image, that are timed.
+        batch_size: conversations, or images, per batch.
         media_root: folder of relative media paths (default: that of each data file).
     """
     new_folder(output)
-    if steps < 1:
-        raise UserError(f"--steps is {steps}, expected at least 1")
-    figures: list[Figures] = []
-    original: Reference = {}
-    batches: dict[str, list[dict[str, Any]]] = {}
-    for folder in (model, *changed):
-        loaded, processor = load_any(folder, "MODEL" if folder == model else "CHANGED")
-        if not figures:
-            batches = batches_on(
-                loaded.device, read_batches(processor, data, samples, batch_size, media_root)
-            )
-            original = reference(loaded, batches)
-        figures.append(
-            Figures(
-                str(folder),
-                list(expert_counts(loaded).values()),
-                resident_bytes(loaded),
-                milliseconds_per_token(loaded, steps),
-                measure(loaded, original, batches),
-            )
-        )
-        log.info("%s: worst KL %.4f on %s", folder, figures[-1].worst[1], figures[-1].worst[0])
-        del loaded
+    for name, value in (("steps", steps), ("samples", samples), ("batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, expected at least 1")
+    folders, figures = [model, *changed], []
+    if is_detector(model):
+        files = domains(data)
+        found = detector_figures(folders, files, samples, batch_size, media_root, steps)
+    else:
+        found = _figures(folders, data, samples or 32, batch_size, media_root, steps)
+    for one in found:
+        figures.append(one)
+        log.info("%s: worst %s %.4f on %s", one.name, one.terms.loss, one.worst[1], one.worst[0])
     with atomic_folder(output) as folder:
-        words = ["unimoe compress report", model, *changed, "--data", *data, "--samples", str(samples)]
+        words = ["unimoe compress report", *folders, "--data", *data]
+        words += [] if samples is None else ["--samples", str(samples)]
         write_report(folder, figures, limit, " ".join(words))
     print(as_table(figures))
     print(where_it_stops(figures, limit))
     print(f"written to {output}: report.html, report.json")
 
 
+def _figures(
+    folders: Sequence[str],
+    data: Sequence[str],
+    samples: int,
+    batch_size: int,
+    media_root: str | None,
+    steps: int,
+) -> Iterator[Figures]:
+    """Figures of language models, the original first."""
+    original: Reference = {}
+    batches: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        loaded, processor = load_any(folder, "CHANGED" if original else "MODEL")
+        if not original:
+            batches = batches_on(
+                loaded.device, read_batches(processor, data, samples, batch_size, media_root)
+            )
+            original = reference(loaded, batches)
+        yield Figures(
+            str(folder),
+            list(expert_counts(loaded).values()),
+            resident_bytes(loaded),
+            milliseconds_per_token(loaded, steps),
+            measure(loaded, original, batches),
+        )
+        del loaded, processor  # before the next is loaded
+
+
+def domains(data: Sequence[str]) -> dict[str, str]:
+    """The files by their names, or by their paths, where several files have one name."""
+    stems = [Path(file).stem for file in dict.fromkeys(data)]
+    return {Path(file).stem if stems.count(Path(file).stem) == 1 else str(file): file for file in data}
+
+
 def read_batches(
     processor: Any, data: Sequence[str], samples: int, batch_size: int, media_root: str | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Collated batches of each data file by its name (its path, where several files have one name), with
-    labels at the answers; for a detector batches of images.
+    """Collated batches of each data file by its name (:func:`domains`), with labels at the answers; for a
+    detector batches of images.
 
     Raises:
         UserError: a number is below 1, or a file cannot be read or holds nothing.
@@ -301,9 +333,7 @@ def read_batches(
         if value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1 (0 calibration tokens tell nothing)")
     found: dict[str, list[Any]] = {}
-    stems = [Path(file).stem for file in dict.fromkeys(data)]
-    for file in data:
-        name = Path(file).stem if stems.count(Path(file).stem) == 1 else str(file)
+    for name, file in domains(data).items():
         if isinstance(processor, DetectorInputs):
             found[name] = processor.batches(file, samples, batch_size, media_root)
             continue

@@ -28,6 +28,7 @@ from unimoe.model.loading import load_any
 from unimoe.moe.view import MoEView, view
 
 from .compress import batches_on, read_batches, save
+from .compress_detector import is_detector
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +263,8 @@ def held_out_text(found: Found) -> str:
 def _open(
     model: str, data: Sequence[str], samples: int, batch_size: int, media_root: str | None
 ) -> tuple[Any, Any, list[MoEView], Batches]:
+    if is_detector(model):
+        raise UserError(f"MODEL {model} is a detector; skip and tune are for language models")
     loaded, processor = load_any(model)
     layers = view(loaded)
     return loaded, processor, layers, _read(loaded, processor, data, samples, batch_size, media_root)

@@ -98,7 +98,7 @@ VERBS = {
         "unimoe.commands.compress:merge", "replace alike experts by their mean, or by one"
     ),
     "compress report": Verb(
-        "unimoe.commands.compress:report", "what compressed models cost: KL by domain, bytes, time"
+        "unimoe.commands.compress:report", "what compressed models cost: KL or AP by domain, bytes, time"
     ),
     "convert llm": Verb(
         "unimoe.model.convert:llm", "make a causal LM, dense or MoE, one to chat with and serve"

@@ -33,6 +33,18 @@ class Quality:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Quality of one detector on one file of boxes."""
+
+    ap: float
+    """COCO's AP, 0..1."""
+    lost: float
+    """AP of the original minus that; below 0 where the changed one finds more."""
+    ap50: float
+    images: int
+
+
 Reference = dict[str, list[tuple[Tensor, Tensor]]]
 """Domain -> for each batch the original's log-probabilities [K, V] and the labels [K]."""
 
