@@ -5,11 +5,12 @@ Shapes: B rows, T tokens, N tokens of any number of rows, H hidden size, V vocab
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from unimoe.errors import UserError
+
+from .utils import on_meta
 
 
 class CausalHead:
@@ -25,7 +26,7 @@ class CausalHead:
         Raises:
             UserError: the class has no linear head.
         """
-        with torch.device("meta"):
+        with on_meta():
             self.causal: Any = AutoModelForCausalLM.from_config(text_config)
         head = self.causal.get_output_embeddings()
         if not isinstance(head, nn.Linear):

@@ -36,6 +36,7 @@ from .llm import prepare_tokenizer
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 from .structure import StructureConfig, StructureQuantizer
+from .utils import on_meta
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -181,7 +182,7 @@ load_stock = STOCK.load
 def build_on_meta(config: Any) -> Any:
     """The model of a configuration, ours or one of transformers', in float32 on the meta device, with the
     MoE layers that the configuration names."""
-    with torch.device("meta"):
+    with on_meta():
         if isinstance(config, UniMoeConfig):
             return UniMoeForConditionalGeneration(config).float()
         model: Any = AutoModelForMultimodalLM.from_config(config).float()
