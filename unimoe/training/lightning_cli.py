@@ -130,11 +130,11 @@ class RunCLI(LightningCLI):
         fit, evaluation = {"train_dataloaders", "val_dataloaders"}, {"dataloaders", "verbose"}
         return {self.verb: hidden | (fit if self.verb == "fit" else evaluation)}
 
-    def setup_parser(self, *args: Any) -> None:
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Make the parser, once a process: in a demo several runs follow one another."""
         key = (type(self), self.model_class, self.datamodule_class, self.verb, self.described)
         if key not in _PARSERS:
-            super().setup_parser(*args)
+            super().setup_parser(*args, **kwargs)
             _PARSERS[key] = self.parser, self._subcommand_parsers, self._subcommand_method_arguments
         self.parser, self._subcommand_parsers, self._subcommand_method_arguments = _PARSERS[key]
 
