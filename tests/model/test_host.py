@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from unimoe.model.host import find_decoder, install_host, token_ids
 from unimoe.model.structure import upcycle_model
 from unimoe.moe import MoEConfig, record
 from unimoe.moe.install import moe_layers
+from unimoe.testing import run_together
 from unimoe.testing_hosts import FAMILIES, inputs, question
 
 COPIES = {"experts": {"copies": 3}, "router": {"k": 2}}
@@ -83,9 +82,7 @@ def test_a_batch_and_beams_equal_single_answers(name):
 
 LOAD = """
 import json, sys, torch
-import unimoe.model.structure  # before any model of transformers
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
-torch.set_num_threads(1)
 answers = {}
 for name, folder in json.loads(sys.argv[1]).items():
     auto = AutoModelForImageTextToText if name == "llava" else AutoModelForMultimodalLM
@@ -109,11 +106,8 @@ def test_a_new_process_loads_them_and_gives_the_same_answers(tmp_path):
         batch = inputs(processor, question(FAMILIES[name][1][0]))
         torch.save(batch, f"{folder}/batch.pt")
         expected[name] = host.generate(**batch, max_new_tokens=4, do_sample=False).tolist()
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", LOAD, json.dumps(folders)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    (said,) = run_together(1, LOAD, json.dumps(folders))
+    assert json.loads(said.splitlines()[-1]) == expected
 
 
 def test_models_that_are_no_hosts_are_refused():
