@@ -11,7 +11,7 @@ from unimoe.testing import assert_same_run, run_together
 MAIN = """
 import sys
 from unimoe.commands.main import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(max(main([verb, "-c", sys.argv[1]]) for verb in sys.argv[2:]))
 """
 
 
@@ -24,12 +24,13 @@ def settings(request) -> dict:
 
 @pytest.mark.slow
 def test_kill_9_changes_nothing(settings, command, tmp_path, caplog):
-    settings |= {"data": {**settings["data"], "steps": 12}, "checkpoint_every": 3}
+    settings |= {"data": {**settings["data"], "steps": 6}, "checkpoint_every": 2}
     whole = {**settings, "output": str(tmp_path / "whole")}
     assert cli.main(command(whole)) == 0
-    die = {"class_path": "unimoe.testing.DieAt", "init_args": {"step": 8, "rank": 0}}
+    die = {"class_path": "unimoe.testing.DieAt", "init_args": {"step": 5, "rank": 0}}
+    dies = command({**settings, "trainer": {"accelerator": "cpu", "callbacks": [die]}})
     with pytest.raises(RuntimeError, match="exit codes: -9$"):
-        run_together(1, MAIN, *command({**settings, "trainer": {"accelerator": "cpu", "callbacks": [die]}}))
+        run_together(1, MAIN, dies[-1], "fit")
     assert cli.main(command(settings)) == 0
     assert "resuming after step" in caplog.text
     assert_same_run(Path(settings["output"]), tmp_path / "whole")
@@ -41,9 +42,8 @@ def test_two_processes_are_one(settings, command, scores, tmp_path):
     two = {**settings, "output": str(tmp_path / "two"), "data": {**settings["data"], "batch_size": half}}
     two["trainer"] = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
     assert cli.main(command(settings)) == 0
-    run_together(2, MAIN, *command(two))
+    run_together(2, MAIN, command(two)[-1], "fit", "test")
     assert_same_run(tmp_path / "two", Path(settings["output"]))
-    run_together(2, MAIN, *command(two, "test"))
     assert cli.main(command(settings, "test")) == 0
     alone, together = scores(settings), scores(two)
     assert alone.pop("split") == together.pop("split") == "test"
