@@ -27,7 +27,6 @@ from .llm import load_llm
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 from .rope_3d import install_time_rotary
-from .utils import on_meta
 
 Built = tuple[UniMoeForConditionalGeneration, UniMoeProcessor]
 
@@ -107,7 +106,7 @@ def assemble_model(
         UserError: the LLM in its new place gives other logits than alone.
     """
     config = UniMoeConfig(text_config=causal.config)
-    with on_meta():  # only the frame: every part is put in below
+    with torch.device("meta"):  # only the frame: every part is put in below
         model = UniMoeForConditionalGeneration(config)
     decoder = getattr(causal, causal.base_model_prefix)
     leave_records(decoder)

@@ -5,12 +5,11 @@ Shapes: B rows, T tokens, N tokens of any number of rows, H hidden size, V vocab
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from unimoe.errors import UserError
-
-from .utils import on_meta
 
 
 class CausalHead:
@@ -26,7 +25,7 @@ class CausalHead:
         Raises:
             UserError: the class has no linear head.
         """
-        with on_meta():
+        with torch.device("meta"):
             self.causal: Any = AutoModelForCausalLM.from_config(text_config)
         head = self.causal.get_output_embeddings()
         if not isinstance(head, nn.Linear):

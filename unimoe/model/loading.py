@@ -36,7 +36,6 @@ from .llm import prepare_tokenizer
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 from .structure import StructureConfig, StructureQuantizer
-from .utils import on_meta
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -182,7 +181,7 @@ load_stock = STOCK.load
 def build_on_meta(config: Any) -> Any:
     """The model of a configuration, ours or one of transformers', in float32 on the meta device, with the
     MoE layers that the configuration names."""
-    with on_meta():
+    with torch.device("meta"):
         if isinstance(config, UniMoeConfig):
             return UniMoeForConditionalGeneration(config).float()
         model: Any = AutoModelForMultimodalLM.from_config(config).float()

@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from unimoe.errors import UserError, first_line
@@ -11,7 +12,6 @@ from unimoe.errors import UserError, first_line
 from .configuration import UniMoeConfig
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
-from .utils import on_meta
 
 
 def check_saveable(model: UniMoeForConditionalGeneration, processor: UniMoeProcessor) -> None:
@@ -31,7 +31,7 @@ def check_saveable(model: UniMoeForConditionalGeneration, processor: UniMoeProce
             processor.save_pretrained(folder)
             UniMoeProcessor.from_pretrained(folder, local_files_only=True)
             config: Any = UniMoeConfig.from_pretrained(folder)
-            with on_meta():
+            with torch.device("meta"):
                 loaded = UniMoeForConditionalGeneration(config)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(f"the finished model could not be saved: {first_line(error)}") from error

@@ -1,12 +1,10 @@
 """Small helpers around a model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from unimoe.moe.install import moe_layers
 from unimoe.moe.lora_linear import LoRALinear
@@ -55,30 +53,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     return tuple(to_device(item, device) for item in value) if isinstance(value, tuple) else value
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules are built on the meta device, without the initialization, which would have no effect there: it
-    takes a third of the time."""
-    with torch.device("meta"), _NoInitialization():
-        yield
-
-
-class _NoInitialization(TorchFunctionMode):
-    functions = frozenset(
-        getattr(place, name)
-        for place, names in (
-            (torch.Tensor, "normal_ uniform_ fill_ zero_ erfinv_ clamp_ mul_ add_"),
-            (nn.init, "normal_ uniform_ constant_ kaiming_uniform_"),
-        )
-        for name in names.split()
-    )
-    """In place, so that what they return is their first argument."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.functions:
-            tensor = args[0] if args else kwargs["tensor"]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **(kwargs or {}))
