@@ -1,4 +1,4 @@
-"""Settings of a run: limits that look alike, former names, and the parser."""
+"""Settings of a run: limits that look alike, and former names."""
 
 import pytest
 from jsonargparse import get_loader
@@ -30,16 +30,3 @@ def test_the_help_describes_the_fields_of_dataclasses(capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--model.lora.help"])
     assert end.value.code == 0 and "Rank r of the update." in capsys.readouterr().out
-
-
-def test_nothing_of_a_command_is_left_in_the_parser_of_the_next(capsys):
-    """Commands of one process share it."""
-
-    def settings(*flags: str) -> str:
-        with pytest.raises(SystemExit):
-            main(["fit", "--model.llm=there", "--data.train=a.jsonl", *flags, "--print_config"])
-        return capsys.readouterr().out
-
-    plain = settings()
-    changed = settings("--stage=one", "--data.steps=7", "--model.moe={top_k: 1}", "--trainer.callbacks=[]")
-    assert "stage: one" in changed and "top_k: 1" in changed and settings() == plain != changed

@@ -117,7 +117,6 @@ class RunCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any):
         """Parses the command line and runs its verb, as LightningCLI does."""
         self.verb: str = kwargs["args"][0]
-        self.described = asks_for_help(kwargs["args"])
         with ExitStack() as self.held:
             super().__init__(*args, **kwargs)
 
@@ -129,14 +128,6 @@ class RunCLI(LightningCLI):
         hidden = {"model", "datamodule", "ckpt_path", "weights_only"}
         fit, evaluation = {"train_dataloaders", "val_dataloaders"}, {"dataloaders", "verbose"}
         return {self.verb: hidden | (fit if self.verb == "fit" else evaluation)}
-
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Make the parser, once a process: in a demo several runs follow one another."""
-        key = (type(self), self.model_class, self.datamodule_class, self.verb, self.described)
-        if key not in _PARSERS:
-            super().setup_parser(*args, **kwargs)
-            _PARSERS[key] = self.parser, self._subcommand_parsers, self._subcommand_method_arguments
-        self.parser, self._subcommand_parsers, self._subcommand_method_arguments = _PARSERS[key]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -429,11 +420,6 @@ def _is_off(value: Any, off: Any) -> bool:
     return value is None or (value == off and isinstance(value, type(off)))
 
 
-def asks_for_help(args: list[str]) -> bool:
-    """Whether the command line wants the help, or may."""
-    return any("help" in one or one == "-h" for one in args)
-
-
 def run_cli(
     cli: type[RunCLI], module: type[LightningModule], data: type[LightningDataModule], args: list[str]
 ) -> None:
@@ -446,7 +432,8 @@ def run_cli(
     """
     _quiet()
     # The help of dataclasses' fields stands in their source, which takes a second to read.
-    set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help(args))
+    described = any("help" in one or one == "-h" for one in args)
+    set_parsing_settings(docstring_parse_attribute_docstrings=described)
     keep_memory(default=True)
     try:
         cli(
@@ -469,8 +456,6 @@ def run_cli(
         raise UserError(" ".join(str(error).split())) from error
 
 
-_PARSERS: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-"""The parsers of this process; see RunCLI.setup_parser."""
 _YAML = "yaml with current names"
 FSDP2_STRATEGY = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
 
