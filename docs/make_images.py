@@ -6,10 +6,12 @@
     python docs/make_images.py loss runs/mine
     python docs/make_images.py boxes runs/demo-detection/base "cat, red car" street.jpg yard.jpg
     python docs/make_images.py matrix runs/continual/short/dymoe-0 runs/continual/short/lora-0
+    python docs/make_images.py capacity runs/compare/capacity/results.json
 
 All content is printed, drawn or served by the commands. Screenshots need playwright and a Chromium.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -100,8 +102,15 @@ def matrix(*runs: str):
         shutil.copyfile(Path(scratch) / "matrices.png", IMAGES / "accuracy_matrix.png")
 
 
+def capacity(results: str):
+    """capacity.svg: difference to dense against parameters, as the page of ``unimoe compare`` draws it."""
+    from unimoe.compare.report import size_plot
+
+    (IMAGES / "capacity.svg").write_text(size_plot(json.loads(Path(results).read_text())))
+
+
 DRAWN: dict[str, Callable[..., None]] = {
-    one.__name__: one for one in (load, page, samples, loss, boxes, matrix)
+    one.__name__: one for one in (load, page, samples, loss, boxes, matrix, capacity)
 }
 
 

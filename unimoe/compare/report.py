@@ -59,9 +59,7 @@ def render(results: dict[str, Any]) -> str:
     if shown:
         title = f"difference of the loss to {DENSE} ({results['unit']}, 95 % interval); left is better"
         plots["differences"] = _image(intervals(shown, title))
-        totals = {row["design"]: row["total"] / 1e6 for row in rows if row["total"]}
-        sizes = {name: (totals[name], *shown[name]) for name in shown if name in totals}
-        plots["sizes"] = _image(against_size(sizes, title.replace("left", "lower")))
+        plots["sizes"] = _image(size_plot(results))
     loads = {}
     for name, own in trained.items():
         load = own[0]["routing"].get("load")  # experts have no order that means across seeds would keep
@@ -82,6 +80,20 @@ def render(results: dict[str, Any]) -> str:
         ALL=ALL,
         difference=difference_cells,
     )
+
+
+def size_plot(results: dict[str, Any]) -> str:
+    """SVG: the difference of each design's loss to dense, against its parameters."""
+    sizes = {
+        row["design"]: (
+            row["total"] / 1e6,
+            row["difference"][ALL]["mean"],
+            row["difference"][ALL]["half_width"],
+        )
+        for row in results["rows"]
+        if row["total"] and ALL in row["difference"]
+    }
+    return against_size(sizes, f"difference of the loss to {DENSE} ({results['unit']}, 95 % interval)")
 
 
 def mean_curve(cells: Sequence[Cell]) -> list[dict[str, float]]:
