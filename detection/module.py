@@ -19,6 +19,8 @@ from unimoe.detection.evaluation.evaluator import DetectionEvaluator
 from unimoe.detection.evaluation.expert_usage import (
     coactivation,
     effective_partners,
+    in_columns,
+    slices_of,
     twin_share,
     visited_experts,
 )
@@ -31,7 +33,7 @@ from unimoe.detection.model.moe_tuning import freeze_for_tuning, moe_tuning
 from unimoe.detection.model.text_cache import TextFeatureCache
 from unimoe.errors import UserError
 from unimoe.moe import LayerRecord, expert_load, load_balance, record
-from unimoe.training.module import ResumableModule, Schedule, check_trainable
+from unimoe.training.module import ResumableModule, Schedule, check_compressed, check_trainable
 from unimoe.training.ranks import (
     across_ranks,
     data_parallel_size,
@@ -176,6 +178,8 @@ class DetectionModule(ResumableModule):
                 model, tokenizer = build_detector(**(config.detector or {}))
             if config.moe is not None:
                 moe_tuning(model, **vars(config.moe))
+        if training:
+            check_compressed(model, ["*"] if config.trainable is None else config.trainable)
         if config.trainable is not None:
             freeze_for_tuning(model, tuple(config.trainable))
         if config.freeze_encoders:
@@ -265,14 +269,13 @@ class DetectionModule(ResumableModule):
         """Columns on the load of each layer's experts in a step, over all ranks."""
         if not records:
             return {}
-        slices = (self.model.config.moe or {})["experts"]["slices"]
-        chosen = [visited_experts(entry) for entry in records]
-        load = expert_load_over_ranks(expert_load(records))
-        together_LEE = mean_over_ranks(torch.stack([coactivation(visits_QE) for visits_QE in chosen]))
-        together_LEE = together_LEE * data_parallel_size(self.trainer)
+        visits_LQE = in_columns([visited_experts(entry) for entry in records], self.model)
+        loads = expert_load_over_ranks([expert_load(entry) for entry in records])
+        together_LEE = mean_over_ranks(coactivation(visits_LQE)) * data_parallel_size(self.trainer)
         balance_L = load_balance(records, across=across_ranks)
-        row = load_columns(records, load, balance_L)
-        partners_L, twins_L = effective_partners(together_LEE), twin_share(together_LEE, slices)
+        row = load_columns(records, loads, balance_L)
+        partners_L = effective_partners(together_LEE)
+        twins_L = twin_share(together_LEE, slices_of(self.model))
         for entry, partners, twins in zip(records, partners_L.tolist(), twins_L.tolist(), strict=True):
             name = f"moe/layer{entry.layer:02d}"
             row |= {f"{name}/effective_partners": partners, f"{name}/twins": twins}

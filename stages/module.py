@@ -5,6 +5,7 @@ Shapes: L MoE layers, E experts.
 
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -26,7 +27,7 @@ from unimoe.model.processing import UniMoeProcessor
 from unimoe.moe import ExpertLoad, expert_load, load_balance, record, remember_context
 from unimoe.moe.install import moe_layers
 from unimoe.moe.join import join
-from unimoe.training.module import ResumableModule, Schedule
+from unimoe.training.module import ResumableModule, Schedule, check_compressed
 from unimoe.training.ranks import across_ranks, data_parallel_size, max_over_ranks, mean_over_ranks
 from unimoe.training.sharding import broadcast_module, foreach, shard
 
@@ -128,6 +129,8 @@ class StageModule(ResumableModule):
         if self._trainer is not None and not self.trainer.training:
             self.model.requires_grad_(False)
             return
+        matches = [entry.match for entry in self.config.trainable or []]
+        check_compressed(self.model, chain.from_iterable([m] if isinstance(m, str) else m for m in matches))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.groups = choose(self.model, self.config.trainable or [], self.config.lora or [])
@@ -244,10 +247,10 @@ class StageModule(ResumableModule):
         # relative to the mean over processes, so that the mean of their losses is that of all tokens
         real = sum(map(count_tokens, batch))
         pairs = [expert_load(one).tokens_per_expert for one in records]
-        mean = mean_over_ranks(torch.cat([loss.new_tensor([supervised, real]), *pairs]))
-        tokens = mean[1]
-        load = ExpertLoad(mean[2:].reshape(max(len(records), 1), -1), tokens)
-        loss = loss * (supervised / mean[0].clamp(min=1e-9))
+        sums = [loss.new_tensor([supervised, real]), *pairs]
+        (answers, tokens), *means = mean_over_ranks(torch.cat(sums)).split([len(one_X) for one_X in sums])
+        loads = [ExpertLoad(mean_E, tokens) for mean_E in means]
+        loss = loss * (supervised / answers.clamp(min=1e-9))
         balance_L = load_balance(records, across=across_ranks).detach()
         losses = losses_at(self.anneal, (moe_settings(self.model) or {}).get("losses", {}), self.global_step)
         aux = aux_loss(self.model, records, across_ranks, losses)
@@ -257,7 +260,7 @@ class StageModule(ResumableModule):
         speed = self.speed(float(tokens) * data_parallel_size(self.trainer))
         row = {"train/loss": float(shown[0]), **rates, **speed}
         if records:
-            row |= {"train/aux_loss": float(shown[1]), **load_columns(records, load, balance_L)}
+            row |= {"train/aux_loss": float(shown[1]), **load_columns(records, loads, balance_L)}
         self.log_row(row, batch_idx)
         return loss + aux + padding + self._unused_parameters()
 

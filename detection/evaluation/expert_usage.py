@@ -104,7 +104,7 @@ def measure_expert_usage(
         for found_Q4, size, row in zip(first, batch.sizes, batch.rows, strict=True):
             sample = data.samples[row]
             labels.append(_classes(found_Q4, size, sample.boxes_M4, sample.category_M))
-    visits_LQE = _in_columns([torch.cat(layer) for layer in zip(*chosen, strict=True)], model)
+    visits_LQE = in_columns([torch.cat(layer) for layer in zip(*chosen, strict=True)], model)
     label_Q = torch.cat(labels)
     tables = [_pairs(visits_QE, label_Q, len(data.names)) for visits_QE in visits_LQE]
     return ExpertUsage(
@@ -113,7 +113,7 @@ def measure_expert_usage(
         data.names,
         [table for table, _ in tables],
         [bits for _, bits in tables],
-        1 if _plan(model).get("merge") is not None else (model.config.moe or {})["experts"]["slices"],
+        slices_of(model),
     )
 
 
@@ -123,7 +123,7 @@ def visited_experts(entry: LayerRecord) -> Tensor:
     return visits_QE if real_Q is None else visits_QE[real_Q]
 
 
-def _in_columns(visits: Sequence[Tensor], model: DynamicDinoForObjectDetection) -> Tensor:
+def in_columns(visits: Sequence[Tensor], model: DynamicDinoForObjectDetection) -> Tensor:
     """[L, Q, E] the visits of all layers; experts that were pruned keep their columns, of zeros. Merged ones
     have numbers of their own."""
     plan = _plan(model)
@@ -133,10 +133,15 @@ def _in_columns(visits: Sequence[Tensor], model: DynamicDinoForObjectDetection) 
     if kept is None:
         return torch.stack([*visits])
     experts = (model.config.moe or {})["experts"]
-    full_LQE = torch.zeros(len(visits), len(visits[0]), experts["copies"] * experts["slices"])
+    full_LQE = visits[0].new_zeros(len(visits), len(visits[0]), experts["copies"] * experts["slices"])
     for full_QE, visits_QX, columns_X in zip(full_LQE, visits, kept, strict=True):
         full_QE[:, columns_X] = visits_QX
     return full_LQE
+
+
+def slices_of(model: DynamicDinoForObjectDetection) -> int:
+    """Experts that are slices of one copy, side by side; 1 after experts were merged across copies."""
+    return 1 if _plan(model).get("merge") is not None else (model.config.moe or {})["experts"]["slices"]
 
 
 def _plan(model: DynamicDinoForObjectDetection) -> dict[str, Any]:

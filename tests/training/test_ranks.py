@@ -35,8 +35,10 @@ def test_means_and_shares(three_ranks):
     values = torch.tensor([1.0, 5.0])
     assert_close(ranks.mean_over_ranks(values), torch.tensor([2.0, 10.0]))
     assert values.tolist() == [1.0, 5.0], "the values themselves stay"
-    load = ranks.expert_load_over_ranks(ExpertLoad(torch.tensor([[4.0, 6.0]]), torch.tensor([5.0])))
-    assert load.tokens_per_expert.tolist() == [[8.0, 12.0]] and load.tokens.tolist() == [10.0]
+    layers = [ExpertLoad(torch.tensor([4.0, 6.0]), torch.tensor(5.0)), ExpertLoad(torch.tensor([3.0]), 5.0)]
+    loads = ranks.expert_load_over_ranks(layers)
+    assert [one.tokens_per_expert.tolist() for one in loads] == [[8.0, 12.0], [6.0]]
+    assert [float(one.tokens) for one in loads] == [10.0, 10.0]
     assert ranks.shard_across_ranks(list(range(8))) == [1, 4, 7]
     assert ranks.union_over_ranks({"mine": 2}) == {"first": 1, "mine": 2, "last": 3}
 

@@ -149,14 +149,14 @@ class RoutingStats:
 
 
 def load_columns(
-    records: Sequence[LayerRecord], load: ExpertLoad, balance_L: Sequence[Tensor] | Tensor
+    records: Sequence[LayerRecord], loads: Sequence[ExpertLoad], balance_L: Sequence[Tensor] | Tensor
 ) -> dict[str, float]:
     """Columns of a step's log: maximum over mean load and balance loss of each MoE layer, and the minimum of
     both; empty for a dense model."""
     columns = {"moe/floor": 1.0} if records else {}  # the line below which neither can be, for plots
-    for index, (entry, balance) in enumerate(zip(records, balance_L, strict=True)):
+    for entry, load, balance in zip(records, loads, balance_L, strict=True):
         name = f"moe/layer{entry.layer:02d}"
-        columns[f"{name}/load_max_over_mean"] = float(load.layer(index).max_over_mean)
+        columns[f"{name}/load_max_over_mean"] = float(load.max_over_mean)
         columns[f"{name}/balance_loss"] = balance.item()
     return columns
 

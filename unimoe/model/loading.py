@@ -180,11 +180,13 @@ load_stock = STOCK.load
 
 def build_on_meta(config: Any) -> Any:
     """The model of a configuration, ours or one of transformers', in float32 on the meta device, with the
-    MoE layers that the configuration names."""
+    MoE layers that the configuration names and what its plan left of their experts."""
+    model: Any
     with torch.device("meta"):
         if isinstance(config, UniMoeConfig):
-            return UniMoeForConditionalGeneration(config).float()
-        model: Any = AutoModelForMultimodalLM.from_config(config).float()
+            model = UniMoeForConditionalGeneration(config).float()
+        else:
+            model = AutoModelForMultimodalLM.from_config(config).float()
         structure = getattr(config, "quantization_config", None)
         if isinstance(structure, dict):
             structure = cast(StructureConfig, StructureConfig.from_dict(structure))

@@ -4,12 +4,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 from unimoe.errors import UserError, first_line
 
 from .configuration import UniMoeConfig
+from .loading import build_on_meta
 from .modeling import UniMoeForConditionalGeneration
 from .processing import UniMoeProcessor
 
@@ -31,8 +31,7 @@ def check_saveable(model: UniMoeForConditionalGeneration, processor: UniMoeProce
             processor.save_pretrained(folder)
             UniMoeProcessor.from_pretrained(folder, local_files_only=True)
             config: Any = UniMoeConfig.from_pretrained(folder)
-            with torch.device("meta"):
-                loaded = UniMoeForConditionalGeneration(config)
+            loaded = build_on_meta(config)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(f"the finished model could not be saved: {first_line(error)}") from error
     own, found = (

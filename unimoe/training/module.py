@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from unimoe.errors import UserError
 from unimoe.moe import Experts, LayerRecord, Router, expert_load
+from unimoe.moe.experts.packed_stacks import PackedStacks
 from unimoe.moe.install import moe_layers
+from unimoe.moe.packed_linear import PackedLinear
+from unimoe.moe.view import merge_map
 
 from .ranks import data_parallel_size, mean_over_ranks
 from .sharding import clip_norm
@@ -147,6 +150,41 @@ class ResumableModule(LightningModule):
     def trained_names(self) -> set[str]:
         """Names, in this module's state_dict, of the parameters that train."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+_UNPACKED = {f"{one}_codes": f"{one}_proj" for one in ("gate_up", "up", "down")} | {"codes": "weight"}
+"""Buffer of packed weights: the parameter that they were."""
+
+
+def check_compressed(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Check that nothing is to train that compression made untrainable.
+
+    Args:
+        model: the model, pruned, merged or packed.
+        patterns: shell patterns of the names of weights that are to train.
+
+    Raises:
+        UserError: a pattern matches packed weights, or a router that follows the load of its experts has
+            merged ones: several of its rows lead to one, and none has a load of its own.
+    """
+    packed = []
+    for name, module in model.named_modules():
+        if isinstance(module, PackedStacks | PackedLinear):
+            own = (buffer for buffer, _ in module.named_buffers(recurse=False))
+            packed += [f"{name}.{_UNPACKED[buffer]}" for buffer in own if buffer in _UNPACKED]
+    for pattern in patterns:
+        if found := next((name for name in packed if fnmatchcase(name, pattern)), None):
+            raise UserError(
+                f"model.trainable: {pattern!r} matches {found}, which is packed in few bits and cannot be "
+                "trained; train the model before `unimoe compress quantize`, or name other weights"
+            )
+    for layer in moe_layers(model).values():
+        if merge_map(layer.experts) is not None and layer.router.acts_on_load and not layer.router.frozen:
+            raise UserError(
+                "the experts of this model were merged, and its routers have a bias that follows the load of "
+                "each expert (moe.router.bias), which cannot be trained; train the model before `unimoe "
+                "compress merge`, or prune it instead"
+            )
 
 
 def check_trainable(model: nn.Module, patterns: Iterable[str] = (), frozen_by: str = "") -> None:

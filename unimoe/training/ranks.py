@@ -109,11 +109,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return cast(Tensor, _Sum.apply(values))
 
 
-def expert_load_over_ranks(load: ExpertLoad) -> ExpertLoad:
-    """The mean load of a rank's layers [L, E]; every rank must call it."""
-    assert isinstance(load.tokens, Tensor)
-    mean = mean_over_ranks(torch.cat([load.tokens_per_expert, load.tokens[:, None]], dim=1))
-    return ExpertLoad(mean[:, :-1], mean[:, -1])
+def expert_load_over_ranks(loads: Sequence[ExpertLoad]) -> list[ExpertLoad]:
+    """The mean load of each of a rank's layers, which may have different numbers of experts; every rank must
+    call it."""
+    if not loads:
+        return []
+    counts = [torch.cat([load.tokens_per_expert, torch.as_tensor(load.tokens)[None]]) for load in loads]
+    mean = mean_over_ranks(torch.cat(counts)).split([len(count_X) for count_X in counts])
+    return [ExpertLoad(mean_X[:-1], mean_X[-1]) for mean_X in mean]
 
 
 def rank_weighted(mean: Tensor, count: int) -> Tensor:
