@@ -17,6 +17,7 @@ serve          continuous batching beside one request at a time, and a soak test
 small_mixture  what the parts of `unimoe compress` do to a small mixture that is trained for it, three seeds
 uni_moe_study  ablations: specialised experts, placement, top-k, load balance, modalities
 video_order    temporal order: frames kept in time beside Uni-MoE's mean over frames
+words          how much names tell about pictures: recognition of things whose names were never trained
 zoo            registered experiments on the claims of published MoE designs
 """
 
