@@ -67,7 +67,7 @@ def test_a_stage_resumes_to_the_same_curve(old, caplog):
 
 def test_a_detector_finds_the_same_boxes():
     detector = Detector.load(WRITTEN / "detector", ["cat", "red car"], device="cpu")
-    (found,) = detector([Image.open(WRITTEN / "data" / "red.png")], threshold=0.0)
+    (found,) = detector([Image.open(WRITTEN / "data" / "blocks.png")], threshold=0.0)
     expected = load_file(WRITTEN / "expected" / "detections.safetensors")
     assert torch.equal(found.labels_K, expected["labels"])
     assert_close(found.scores_K, expected["scores"], rtol=1e-4, atol=0)

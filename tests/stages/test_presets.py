@@ -77,4 +77,5 @@ def test_every_preset_trains_on_two_processes_and_resumes_on_one(world, tmp_path
     for name in names:
         load_model(tmp_path / f"{name}-moved")
         if name not in OWN_CHOICES:
-            assert_same_run(tmp_path / f"{name}-moved", tmp_path / name)
+            # Adam makes of the rounding of the smallest gradients up to a tenth of a step, which is 3e-4
+            assert_same_run(tmp_path / f"{name}-moved", tmp_path / name, weights_within=1e-4)
