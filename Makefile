@@ -19,7 +19,7 @@ help:
 	@echo "make setup   install unimoe and its tools in $(VENV)"
 	@echo "make native  compile the C++ operators again (make setup does, where there is a compiler)"
 	@echo "make demo    the whole path on real weights (ARGS=\"--control\" adds the dense control)"
-	@echo "make test    the tests, three at a time (ARGS=\"tests/moe -n 8\")"
+	@echo "make test    the tests, four at a time (ARGS=\"tests/moe -n 8\")"
 	@echo "make check   lint, format, spelling, types, import floors"
 	@echo "make docs    the documentation, in build/site"
 	@echo "make bench   the benchmarks"
@@ -58,7 +58,7 @@ demo: $(READY)
 
 # The tests start many processes, so bytecode is kept, whatever PYTHONDONTWRITEBYTECODE says.
 test: $(READY)
-	@env -u PYTHONDONTWRITEBYTECODE $(PY) -P -m pytest -n 3 --dist worksteal $(ARGS)
+	@env -u PYTHONDONTWRITEBYTECODE $(PY) -P -m pytest -n 4 --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .
