@@ -3,7 +3,7 @@
 #
 # vLLM pins its own torch and transformers, so it cannot share an environment with `make setup`. The CPU build
 # asks for a torch that the package index does not hold; the plain release of the same version works in its place
-# (a +cpu build would not fit the index's torchvision). About 3.7 GB. How to start a server: docs/serve.md; the tests:
+# (a +cpu build would not fit the index's torchvision). About 6.7 GB. How to start a server: docs/serve.md; the tests:
 # FOLDER/bin/python -m pytest tests/serve/test_vllm_model.py
 set -eu
 folder=${1:?give the folder of the new environment}
