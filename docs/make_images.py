@@ -7,6 +7,7 @@
     python docs/make_images.py boxes runs/demo-detection/base "cat, red car" street.jpg yard.jpg
     python docs/make_images.py matrix runs/continual/short/dymoe-0 runs/continual/short/lora-0
     python docs/make_images.py capacity runs/compare/capacity/results.json
+    python docs/make_images.py sheet path/to/logs/test/samples.png restoration.png
 
 All content is printed, drawn or served by the commands. Screenshots need playwright and a Chromium.
 """
@@ -109,8 +110,13 @@ def capacity(results: str):
     (IMAGES / "capacity.svg").write_text(size_plot(json.loads(Path(results).read_text())))
 
 
+def sheet(drawn: str, name: str):
+    """A sheet that ``unimoe test`` drew, with fewer colours."""
+    shrink(lambda path: shutil.copy(drawn, path), name)
+
+
 DRAWN: dict[str, Callable[..., None]] = {
-    one.__name__: one for one in (load, page, samples, loss, boxes, matrix, capacity)
+    one.__name__: one for one in (load, page, samples, loss, boxes, matrix, capacity, sheet)
 }
 
 
