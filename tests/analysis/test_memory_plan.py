@@ -67,6 +67,8 @@ def test_weights_of_16_bits_take_half(tmp_path):
         assert whole[name].optimizer == 2 * half[name].optimizer == 4 * half[name].gradients
         assert half[name].activations == mixed[name].activations < whole[name].activations
     assert mixed["ddp"].gathered > 0 == half["ddp"].gathered
+    assert whole["ddp"].sent == mixed["ddp"].sent == 2 * half["ddp"].sent
+    assert half["fsdp2"].sent == mixed["fsdp2"].sent  # gradients are reduced in float32
 
 
 def test_a_host_has_the_weights_of_the_real_model(tmp_path):

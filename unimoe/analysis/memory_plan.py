@@ -16,7 +16,8 @@ gathered               0                                                        
 half-precision copies  P / 2 of the LLM with a mixed precision, kept by autograd   in ``gathered``
 activations            what autograd keeps of a forward pass over the device's     the same
                        batch (:mod:`unimoe.analysis.activation_memory`), and the logits' gradient
-sent in a step         2 T (n-1)/n                                                 (2 P + T) (n-1)/n
+sent in a step         2 T (n-1)/n                                                 (2 P + T) (n-1)/n, T
+                                                                                   always in float32
 =====================  ==========================================================  =======================
 
 expert_parallel: experts are divided by e devices (as many as divide them), all else is as in fsdp2, and the
@@ -222,7 +223,7 @@ def make_plan(model: PreTrainedModel, sizes: Sizes, strategy: Strategy, gpus: in
     gathered = width * (sizes.others[0] + 2 * block)
     away = gpus // share  # devices that hold shards of the same experts
     moved = width * (2 * whole[0] * send + 2 * sizes.experts[0] / share * (away - 1) / away) * accumulate
-    moved += stored * (whole[1] * send + sizes.experts[1] / share * (away - 1) / away) * accumulate
+    moved += 4 * (whole[1] * send + sizes.experts[1] / share * (away - 1) / away) * accumulate
     hidden = model.config.get_text_config().hidden_size
     visits = sum(layer.most_experts_per_token for layer in layers)
     traffic = 4 * visits * hidden * width * batch.tokens * accumulate * (share - 1) / share
