@@ -112,15 +112,15 @@ def read_boxes(file: str, images: str | None) -> DetectionSet:
     return data
 
 
-def is_detector(model: str) -> bool:
-    """Whether a folder holds a detector.
+def is_detector(model: str, setting: str = "MODEL") -> bool:
+    """Whether a folder holds a detector; ``setting`` is what an error calls it.
 
     Raises:
         UserError: its configuration cannot be read.
     """
     path = Path(model).expanduser()
     saved = (path / "config.json").is_file()
-    return saved and read_type(path, f"MODEL {path}", "a model") == DynamicDinoConfig.model_type
+    return saved and read_type(path, f"{setting} {path}", "a model") == DynamicDinoConfig.model_type
 
 
 def open_mixture(model: str, device: str | None = None) -> tuple[Any, Any]:
@@ -164,7 +164,7 @@ def detector_figures(
         UserError: a folder holds no detector, a file cannot be read, or has no boxes to score.
     """
     for folder in folders[1:]:
-        if not is_detector(folder):
+        if not is_detector(folder, "CHANGED"):
             raise UserError(f"CHANGED {folder} is no detector, expected one, as MODEL is")
     sets = {name: read_boxes(file, images) for name, file in files.items()}
     for data in sets.values():
