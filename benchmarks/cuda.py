@@ -165,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, part in PARTS.items():
             print(f"{name:12} {part.about}")
         return
+    if options.json and not options.json.parent.is_dir():
+        refuse(f"--json: there is no folder {options.json.parent}")
     names = choose(options.only, options.tiny)
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
