@@ -1,8 +1,10 @@
 """``make bench ARGS="experts --op packed ..."``: packed experts beside our float32 and bfloat16 kernels,
 torch's int4 product and, if it is installed, ik_llama.cpp.
 
-One thread, without gradients, in turns within one run. The implementations walk over as many layers as fill
-together more than twice the largest cache, so that weights come from memory as in a model.
+One thread, without gradients, in turns within one run. Each implementation walks over layers of its own, and
+together they read more than twice the largest cache before one comes back, so that weights come from memory
+as in a model. The few large layers of float32 come back first; a part of them may be found in a cache, which
+makes speed-ups over float32 too low.
 
 Shapes: T tokens, K experts per token, N = T*K pairs, E experts, H hidden, I intermediate.
 """

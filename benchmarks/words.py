@@ -80,7 +80,7 @@ def crop_features(concepts: Sequence[Concept], artist: Artist, views: int, train
 
 def visual_prototypes(mean_NC: Tensor, text_NW: Tensor, asked_MW: Tensor, ridge: float = 10.0) -> Tensor:
     """[M, C]: what things with the asked names should look like, by ridge regression of the mean features of
-    trained names on their text embeddings. (Predicting text from features does no better.)"""
+    trained names on their text embeddings."""
     centre_W = text_NW.mean(0)
     text_NW, asked_MW = text_NW - centre_W, asked_MW - centre_W
     kernel_NN = text_NW @ text_NW.T + ridge * torch.eye(len(text_NW))

@@ -77,10 +77,12 @@ def evaluate_coco(
         detections: a file of COCO results, or its content: ``image_id``, ``category_id``, ``bbox`` (x, y,
             width, height in pixels) and ``score`` of each. None at all is fine.
         style: ``coco``, or ``lvis-fixed`` for fixed AP with LVIS's verified negatives.
-        only: ids of the images that count (default: all that the truth lists).
+        only: ids of the images that count (default: all that the truth lists); detections in others are an
+            error.
 
     Raises:
-        UserError: the truth cannot be read, or the detections are none, or name ids that the truth lacks.
+        UserError: the truth cannot be read, or the detections are none, or name ids that
+            the truth (or ``only``) lacks.
     """
     name = str(truth) if isinstance(truth, str | Path) else "the ground truth"
     content = truth if isinstance(truth, dict) else next((record for _, record in read_records(truth)), None)

@@ -109,7 +109,9 @@ def export_onnx(
     if any(isinstance(module, PackedFFNExperts) for module in model.modules()):
         raise UserError("the experts are packed, which ONNX cannot hold; export the model before quantize")
     if any(merge_map(layer.experts) is not None for layer in find_layers(model)):
-        raise UserError("the experts are merged, which the export cannot write; export the model before that")
+        raise UserError(
+            "the experts are merged, which the export cannot write; export the model before merge"
+        )
     _needed("onnx", "onnxscript", "onnxruntime")
     path = Path(path)
     if path.suffix != ".onnx":

@@ -74,7 +74,7 @@ TERMS = {
         axis="worst loss of AP",
         step="image",
         about="The loss of AP is the AP of the original minus that of the model, COCO's on a scale of 0 to "
-        "1. Milliseconds are those of one image in which all names of the file are searched",
+        "1. Milliseconds are those of the first image of --data, in which all names of its file are searched",
         columns={
             "AP lost": lambda one: f"{one.lost:.4f}",
             "AP": lambda one: f"{one.ap:.4f}",
