@@ -3,9 +3,13 @@
 Shapes: T tokens, D inputs of the projection, E experts of all banks so far, K experts kept per token.
 """
 
+from itertools import groupby
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from unimoe.errors import UserError
 from unimoe.moe import Context, Router, Routing
@@ -73,13 +77,13 @@ class CosineTopK(Router):
     def scores(self, x_TD: Tensor) -> Tensor:
         """[T, E] float32 scaled cosines; a token of zeros has cosine 0 with every row."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float()
-            # the small product is divided by the length, not the wide token: one pass less over [T, D]
-            length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).clamp_min(1e-12)
-            factor_T1 = self.scale / length_T1
-            # bank by bank: a wider product would round the old experts' scores differently
-            products = [F.linear(x_TD, F.normalize(row_ED.float(), dim=-1)) for row_ED in self.rows]
-            return torch.cat(products, dim=-1) * factor_T1
+            units: list[Tensor] = []
+            # frozen rows at once, and apart from those that train, so that no gradient is computed for them
+            for _, group in groupby(self.rows, lambda row_ED: row_ED.requires_grad):
+                rows = list(group)
+                unit_ED = F.normalize(torch.cat(rows).float(), dim=-1)
+                units += unit_ED.split([len(row_ED) for row_ED in rows])
+            return _Cosines.apply(x_TD.float(), self.scale, *units)
 
     def describe(self) -> RouterDescription:
         """Describe the router without the guide, which masks experts during training only."""
@@ -87,6 +91,37 @@ class CosineTopK(Router):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, temperature={self.temperature}"
+
+
+class _Cosines(torch.autograd.Function):
+    """``scale`` times the cosines of tokens with the unit rows of several banks, side by side.
+
+    The forward pass takes one product for each bank: a wider one would round the old experts' scores
+    differently. The backward pass takes one for all: with p = dy * scale / |x|,
+    dx = p U - x sum(dy * s) / |x|^2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, scale: float, *units: Tensor) -> Tensor:
+        length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).clamp_min(1e-12)
+        # the small product is divided by the length, not the wide token: one pass less over [T, D]
+        factor_T1 = scale / length_T1
+        score_TE = torch.cat([F.linear(x_TD, unit_ED) for unit_ED in units], dim=-1) * factor_T1
+        ctx.save_for_backward(x_TD, length_T1, factor_T1, score_TE, *units)
+        return score_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_TD, length_T1, factor_T1, score_TE, *units = ctx.saved_tensors
+        p_TE = dy_TE * factor_T1
+        dx_TD = None
+        if ctx.needs_input_grad[0]:
+            along_T1 = (dy_TE * score_TE).sum(-1, keepdim=True) / length_T1.square()
+            dx_TD = (p_TE @ torch.cat(units)).addcmul_(x_TD, along_T1, value=-1)
+        parts_TE, needs = p_TE.split([len(unit_ED) for unit_ED in units], dim=-1), ctx.needs_input_grad[2:]
+        drows = (part_TE.T @ x_TD if need else None for part_TE, need in zip(parts_TE, needs, strict=True))
+        return dx_TD, None, *drows
 
 
 class SoftmaxRouter(Router):

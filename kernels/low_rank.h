@@ -85,14 +85,15 @@ template <class S, int R, int C>
   }
 }
 
-// Four rows and three (two) tokens at a time, which fit in the registers, then what is left one by one.
+// Four rows and as many tokens as fit in the registers at a time, then what is left one by one.
 template <class S>
 [[gnu::always_inline]] inline void dots(const float* w, int64_t rank, int64_t width, const float* const* x,
                                         int64_t columns, float* const* out) {
+  constexpr int wide = sizeof(typename S::V) == 64 ? 6 : 3;  // AVX-512 has 32 registers
   int64_t row = 0;
   for (; row + 4 <= rank; row += 4, w += 4 * width) {
     int64_t c = 0;
-    for (; c + 3 <= columns; c += 3) dots_tile<S, 4, 3>(w, width, x + c, out + c, row);
+    for (; c + wide <= columns; c += wide) dots_tile<S, 4, wide>(w, width, x + c, out + c, row);
     for (; c < columns; ++c) dots_tile<S, 4, 1>(w, width, x + c, out + c, row);
   }
   for (; row < rank; ++row, w += width) {
@@ -103,11 +104,12 @@ template <class S>
 template <class S>
 [[gnu::always_inline]] inline void sums(const float* w, int64_t rank, int64_t width, const float* const* factors,
                                         int64_t columns, float* const* y) {
+  constexpr int wide = sizeof(typename S::V) == 64 ? 5 : 2;
   int64_t row = 0;
   for (; row + 4 <= rank; row += 4, w += 4 * width) {
     int64_t c = 0;
-    for (; c + 2 <= columns; c += 2) sums_tile<S, 4, 2>(w, width, factors + c, y + c, row);
-    if (c < columns) sums_tile<S, 4, 1>(w, width, factors + c, y + c, row);
+    for (; c + wide <= columns; c += wide) sums_tile<S, 4, wide>(w, width, factors + c, y + c, row);
+    for (; c < columns; ++c) sums_tile<S, 4, 1>(w, width, factors + c, y + c, row);
   }
   for (; row < rank; ++row, w += width) {
     for (int64_t c = 0; c < columns; ++c) sums_tile<S, 1, 1>(w, width, factors + c, y + c, row);

@@ -68,21 +68,23 @@ class _LowRank(torch.autograd.Function):
         rank: int,
         *parameters: Tensor,
     ) -> Tensor:
-        A_RD, B_RP = torch.cat(parameters[::2]), torch.cat([B_PR.T for B_PR in parameters[1::2]])
+        banks = [*parameters[::2], *(B_PR.T.contiguous() for B_PR in parameters[1::2])]  # A, then B in rows
         y_TP = y_TP.clone(memory_format=torch.contiguous_format)
         run = torch.ops.unimoe.low_rank_experts.default
-        u_Nr = run(x_TD, token_N, bounds, weight_N, A_RD, B_RP, rank, y_TP)
-        ctx.save_for_backward(x_TD, weight_N, token_N, expert_N, A_RD, B_RP, u_Nr)
+        count = len(parameters) // 2
+        u_Nr = run(x_TD, token_N, bounds, weight_N, banks[:count], banks[count:], rank, y_TP)
+        ctx.save_for_backward(x_TD, weight_N, token_N, expert_N, u_Nr, *banks)
         ctx.bounds, ctx.rank, ctx.rows = bounds, rank, [len(A) for A in parameters[::2]]
         return y_TP
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TP: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TD, weight_N, token_N, expert_N, A_RD, B_RP, u_Nr = ctx.saved_tensors
+        x_TD, weight_N, token_N, expert_N, u_Nr, *banks = ctx.saved_tensors
+        count = len(banks) // 2
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
         run = torch.ops.unimoe.low_rank_experts.default
-        v_Nr = run(dy_TP, token_N, ctx.bounds, weight_N, B_RP, A_RD, ctx.rank, dx_TD)
+        v_Nr = run(dy_TP, token_N, ctx.bounds, weight_N, banks[count:], banks[:count], ctx.rank, dx_TD)
         grads: list[Tensor | None] = []
         starts = accumulate(ctx.rows, initial=0)
         for i, (start, rows) in enumerate(zip(starts, ctx.rows, strict=False)):

@@ -418,23 +418,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> few_rows_moe(const Tensor& x_in, cons
 
 // ---------------------------------------------------------------- low-rank experts
 
-constexpr int64_t kTokens = 64;   // whose rows stay in a core's cache while all experts pass by
+constexpr int64_t kTokens = 128;   // whose rows stay in a core's cache while all experts pass by
+
+// The rows of each expert, in order, of banks that hold `rank` rows of `width` floats for each of some experts.
+std::vector<const float*> expert_rows(at::TensorList banks, int64_t rank, int64_t width) {
+  std::vector<const float*> experts;
+  for (const Tensor& bank : banks) {
+    TORCH_CHECK(bank.is_contiguous() && bank.size(1) == width, "low_rank_experts: expected contiguous rows of ", width);
+    const float* rows = bank.const_data_ptr<float>();
+    for (int64_t row = 0; row + rank <= bank.size(0); row += rank) experts.push_back(rows + row * width);
+  }
+  return experts;
+}
 
 // u[n] = first_e x[token n], y[token n] += weight[n] * second_e^T u[n], for the pairs n of each expert e; y may be
-// missing. first [E * rank, D], second [E * rank, P]; a token's experts are added in order. Returns u [N, rank].
+// missing. Banks of first are [experts * rank, D], of second [experts * rank, P]; a token's experts are added in order.
+// Returns u [N, rank].
 Tensor low_rank_experts(const Tensor& x_in, const Tensor& token_in, Bounds bounds, const Tensor& weight_in,
-                        const Tensor& first, const Tensor& second, int64_t rank, const Maybe& y) {
+                        at::TensorList first, at::TensorList second, int64_t rank, const Maybe& y) {
   const Tensor x = x_in.contiguous(), token = token_in.contiguous(), weight = weight_in.contiguous();
-  const int64_t T = x.size(0), D = first.size(1), P = second.size(1), E = bounds.size() - 1;
-  TORCH_CHECK(first.is_contiguous() && second.is_contiguous() && (!y || y->is_contiguous()),
-              "low_rank_experts: expected contiguous experts and outputs");
-  TORCH_CHECK(first.size(0) == E * rank && second.size(0) == E * rank && x.size(1) == D && (!y || y->size(1) == P) &&
+  const int64_t T = x.size(0), D = x.size(1), P = second[0].size(1), E = bounds.size() - 1;
+  const auto A = expert_rows(first, rank, D), B = expert_rows(second, rank, P);
+  TORCH_CHECK(std::ssize(A) == E && std::ssize(B) == E && (!y || (y->is_contiguous() && y->size(1) == P)) &&
                   weight.numel() == token.numel() && bounds.back() <= token.numel(),
               "low_rank_experts: these shapes do not fit each other");
   Tensor u = at::empty({token.size(0), rank}, x.options()), factors = at::empty_like(u);
   const int64_t* t = token.const_data_ptr<int64_t>();
   const float *in = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
-  const float *A = first.const_data_ptr<float>(), *B = second.const_data_ptr<float>();
   float *out_u = u.mutable_data_ptr<float>(), *factor = factors.mutable_data_ptr<float>();
   float* out = y ? y->mutable_data_ptr<float>() : nullptr;
   static const low_rank::Form form = low_rank::choose(at::get_cpu_capability());
@@ -451,11 +461,11 @@ Tensor low_rank_experts(const Tensor& x_in, const Tensor& token_in, Bounds bound
           const int64_t n = start - t + i;
           from[i] = in + t[n] * D, to_u[i] = out_u + n * rank, by[i] = factor + n * rank, to_y[i] = out + t[n] * P;
         }
-        form.dots(A + e * rank * D, rank, D, from.data(), count, to_u.data());
+        form.dots(A[e], rank, D, from.data(), count, to_u.data());
         for (int64_t n = start - t; n < start - t + count; ++n) {
           for (int64_t r = 0; r < rank; ++r) factor[n * rank + r] = w[n] * out_u[n * rank + r];
         }
-        if (out) form.sums(B + e * rank * P, rank, P, by.data(), count, to_y.data());
+        if (out) form.sums(B[e], rank, P, by.data(), count, to_y.data());
       }
     }
   });
@@ -483,7 +493,7 @@ TORCH_LIBRARY(unimoe, m) {
       "Tensor dy, Tensor(a!)? dx, Tensor?[] d_stacks, Tensor(b!)? d_weight, ScalarType fast) -> ()",
       &ffn_backward);
   m.def(
-      "low_rank_experts(Tensor x, Tensor token, int[] bounds, Tensor weight, Tensor first, Tensor second, int rank, "
+      "low_rank_experts(Tensor x, Tensor token, int[] bounds, Tensor weight, Tensor[] first, Tensor[] second, int rank, "
       "Tensor(a!)? y) -> Tensor",
       &low_rank_experts);
   m.def("few_rows_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &few_rows_rms_norm);
