@@ -5,7 +5,7 @@ from unimoe.kernels.low_rank import low_rank_experts, runs_on
 from unimoe.moe import Routing
 
 pytestmark = pytest.mark.usefixtures("operators")
-TOKENS, EXPERTS, KEPT = 70, (4, 3, 5), 2  # more tokens than the operator takes at a time
+TOKENS, EXPERTS, KEPT = 140, (4, 3, 5), 2  # more tokens than the operator takes at a time
 
 
 def _case(rank: int, inputs: int, outputs: int, dtype=torch.float32):
