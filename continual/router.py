@@ -97,8 +97,8 @@ class _Cosines(torch.autograd.Function):
     """``scale`` times the cosines of tokens with the unit rows of several banks, side by side.
 
     The forward pass takes one product for each bank: a wider one would round the old experts' scores
-    differently. The backward pass takes one for all: with p = dy * scale / |x|,
-    dx = p U - x sum(dy * s) / |x|^2.
+    differently. The backward pass takes one for the tokens, dx = p U - x sum(dy * s) / |x|^2 with
+    p = dy * scale / |x|, and one for each bank that trains.
     """
 
     @staticmethod
