@@ -89,6 +89,7 @@ def test_the_keys_of_the_report(folder):
     assert reached == {
         "new backgrounds": True,  # the later of two targets: 0.75 of 0.9 x 0.8
         "unseen artist": True,
+        **{f"{kind} questions": None for kind in ("colour", "count", "left", "right", "yes/no")},
         "spoken questions": True,
         "spoken by an unseen speaker": True,
         "perplexity": True,

@@ -99,7 +99,9 @@ def summarise(
         ),
         "targets": [
             asdict(target) | {"reached": target.reached}
-            for target in targets(models["moe"], models["start"], baselines)
+            for target in targets(
+                models["moe"], models["start"], baselines, moe["sets"]["text_questions"]["by_kind"]
+            )
         ],
         "versions": {
             "unimoe": __version__,
@@ -109,8 +111,13 @@ def summarise(
     }
 
 
-def targets(moe: Mapping[str, Any], start: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[Target]:
-    """The targets of the demo with the measured values."""
+def targets(
+    moe: Mapping[str, Any],
+    start: Mapping[str, Any],
+    baselines: Mapping[str, Any],
+    kinds: Mapping[str, float],
+) -> list[Target]:
+    """The targets of the demo with the measured values; ``kinds``: accuracy on written questions by kind."""
     probe = baselines["linear_probe"]
 
     def gap(one: str) -> float | None:
@@ -130,6 +137,10 @@ def targets(moe: Mapping[str, Any], start: Mapping[str, Any], baselines: Mapping
             "unseen artist: at least 0.8 of the linear probe",
             moe["unseen_artist"],
             share("unseen_artist", 0.8),
+        ),
+        *(
+            Target(f"{kind.replace('_', '/')} questions: at least 0.60", kinds.get(kind), 0.6)
+            for kind in ("colour", "count", "left", "right", "yes_no")
         ),
         Target("spoken questions: within 0.05 of written ones", gap("spoken_questions"), 0.05, False),
         Target(

@@ -126,7 +126,7 @@ def _baselines(run: Demo):
     paths = {name: run.data / f"test.{name}.jsonl" for name in IMAGE_SETS}
     tests = {name: read_questions(path) for name, path in paths.items() if path.is_file()}
     asked = read_questions(run.data / "test.text_questions.jsonl")
-    more = read_questions(run.data / "train.questions.jsonl")
+    more = [q for f in ("questions", "places") for q in read_questions(run.data / f"train.{f}.jsonl")]
     cache.fill([question.sample for several in (train, more, asked, *tests.values()) for question in several])
     baselines = measure_baselines(train, tests, cache, default_part("text"), run.seed)
     for reader, found in baselines.items():
@@ -168,8 +168,8 @@ def _test(name: str, minutes: float, control: bool = False) -> Step:
 STEPS = (
     PREPARE,
     Step("data", "images, questions and speech clips", 0.5, _build, partial(exists, "data/manifest.json")),
-    _stage("align", "train the connectors", 2.0),
-    _stage("expert_image", "fine-tune a copy of the language model on images", 4.5),
+    _stage("align", "train the connectors", 3.7),
+    _stage("expert_image", "fine-tune a copy of the language model on images", 6.6),
     _stage("expert_speech", "fine-tune another copy on speech", 4.0),
     _stage("align_more", "train connectors for video and environmental sounds", 1.0, extended=True),
     _stage("expert_video", "fine-tune a copy of the language model on video", 3.0, extended=True),

@@ -23,23 +23,24 @@ from .scenes import Scene, pair, several, single
 from .sprites import Artist, load_photos, open_artist, split_photos
 from .writer import Writer, media_part, text_part
 
-_OTHER_KINDS = ("group", "colour", "yes_no")
+_OTHER_KINDS = ("group", "colour", "colour", "yes_no")
+"""Colours are asked more often: a third of the objects have none."""
 
 
 @dataclass
 class BuildConfig:
     """Size of the data set."""
 
-    views: int = 30
+    views: int = 27
     """Training images of each concept alone."""
     restyle: float = 0.6
     """Share of the training images with style augmentation (outlines and exact hues of the artist removed);
     half of these also get a recoloured background."""
     plain: float = 0.1
     """Share of the training images on a plain background."""
-    counts: int = 240
+    counts: int = 400
     """Training images with one to four copies of a sprite."""
-    pairs: int = 240
+    pairs: int = 400
     """Training images with two sprites side by side."""
     test_views: int = 3
     """Test images of each concept, per test set."""
@@ -72,15 +73,15 @@ def build_data(
     without it). Files, all messages JSONL with media paths relative to ``folder``:
 
     * ``train.image`` asks for the name of the object in an image, ``train.questions`` for group, colour,
-      yes or no, count and position; ``train.spoken`` asks all of these aloud, ``train.transcribe`` asks for
-      a transcript, ``train.text`` is text dialogue. ``val.image``, ``val.spoken``, ``val.transcribe`` and
-      ``val.text`` are their validation splits.
+      yes or no, ``train.places`` for count, left and right; ``train.spoken`` asks all of these aloud,
+      ``train.transcribe`` asks for a transcript, ``train.text`` is text dialogue. ``val.image``,
+      ``val.spoken``, ``val.transcribe`` and ``val.text`` are their validation splits.
     * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names;
       ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` hold the same questions on
       the same images: written, spoken, and spoken by an unseen speaker.
     * with ``extended``, the files of :mod:`unimoe.synthetic.extended`.
-    * ``regions`` say where each object is, in ``train.image``, ``val.image`` and the counts and positions of
-      ``train.questions`` (see :mod:`unimoe.stages.warm_start`).
+    * ``regions`` say where each object is, in ``train.image``, ``train.places`` and ``val.image`` (see
+      :mod:`unimoe.stages.warm_start`).
     * ``manifest.json``: concepts, photos, speakers and artists of the splits, and the samples per file.
 
     Raises:
@@ -134,12 +135,12 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
     def put(part: str, scene: Scene, kind: str, rng: random.Random) -> None:
         """Add one image with a written and a spoken question, of different kinds if it shows one object."""
         path = writer.image(scene.image, part)
-        asked = kind if kind in ("count", "left", "right") else "name"
-        question, reply = ask(asked, scene, rng)
-        file = "train.questions" if part == "train" and asked != "name" else f"{part}.image"
-        written = [([media_part("image", path), text_part(question)], reply)]
-        writer.add(file, written, kind=asked, regions=scene.regions)
-        if asked == "name":
+        for asked in {"single": ("name",), "count": ("count",)}.get(kind, ("left", "right")):
+            question, reply = ask(asked, scene, rng)
+            file = "train.places" if part == "train" and asked != "name" else f"{part}.image"
+            written = [([media_part("image", path), text_part(question)], reply)]
+            writer.add(file, written, kind=asked, regions=scene.regions)
+        if kind == "single":
             asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
             question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))
             file = "train.questions" if part == "train" else "val.image"

@@ -15,7 +15,7 @@ from .concepts import Concept
 from .sprites import Artist, background, vary
 
 SIZE = 160
-"""Side of every generated image in pixels: 5 x 5 cells of an EfficientNet."""
+"""Side of every generated image in pixels."""
 
 FRAMES = 8
 """Frames of every generated video."""
