@@ -31,16 +31,16 @@ _OTHER_KINDS = ("group", "colour", "colour", "yes_no")
 class BuildConfig:
     """Size of the data set."""
 
-    views: int = 27
+    views: int = 45
     """Training images of each concept alone."""
     restyle: float = 0.6
     """Share of the training images with style augmentation (outlines and exact hues of the artist removed);
     half of these also get a recoloured background."""
     plain: float = 0.1
     """Share of the training images on a plain background."""
-    counts: int = 400
+    counts: int = 450
     """Training images with one to four copies of a sprite."""
-    pairs: int = 400
+    pairs: int = 900
     """Training images with two sprites side by side."""
     test_views: int = 3
     """Test images of each concept, per test set."""
