@@ -25,7 +25,14 @@ from unimoe.model.loading import load_any
 from unimoe.moe.view import view
 
 TESTS = {"names": "test.unseen_artist", "written": "test.text_questions", "spoken": "test.spoken_questions"}
-MIX = {"train.image": 60, "train.questions": 60, "train.spoken": 60, "train.transcribe": 20, "train.text": 40}
+MIX = {
+    "train.image": 60,
+    "train.questions": 30,
+    "train.places": 30,
+    "train.spoken": 60,
+    "train.transcribe": 20,
+    "train.text": 40,
+}
 """Calibration file -> samples; --mix takes a share of them."""
 ROWS = ["rtn-8", "rtn-4", "gptq-4", "rtn-3", "gptq-3", "error-3.0", "kl-3.0", "code-3.0"]
 

@@ -40,7 +40,10 @@ def demo(tmp_path):
         noise = np.random.default_rng(index).normal(size=3000)
         soundfile.write(folder / "data" / f"{colour}.wav", 0.1 * noise, 16000)
     kinds = {
-        ("image",): ("train.image", "train.questions", "test.new_backgrounds", "test.text_questions"),
+        ("image",): (
+            *("train.image", "train.questions", "train.places"),
+            *("test.new_backgrounds", "test.text_questions"),
+        ),
         ("image", "speech"): ("train.spoken", "test.spoken_questions"),
         ("speech",): ("train.transcribe", "val.transcribe"),
         (): ("train.text",),

@@ -168,9 +168,9 @@ def _test(name: str, minutes: float, control: bool = False) -> Step:
 STEPS = (
     PREPARE,
     Step("data", "images, questions and speech clips", 0.5, _build, partial(exists, "data/manifest.json")),
-    _stage("align", "train the connectors", 3.7),
-    _stage("expert_image", "fine-tune a copy of the language model on images", 6.6),
-    _stage("expert_speech", "fine-tune another copy on speech", 4.0),
+    _stage("align", "train the connectors", 1.8),
+    _stage("expert_image", "fine-tune a copy of the language model on images", 2.5),
+    _stage("expert_speech", "fine-tune another copy on speech", 3.0),
     _stage("align_more", "train connectors for video and environmental sounds", 1.0, extended=True),
     _stage("expert_video", "fine-tune a copy of the language model on video", 3.0, extended=True),
     _stage("expert_audio", "fine-tune a copy on environmental sounds", 1.5, extended=True),
@@ -181,7 +181,7 @@ STEPS = (
         _assemble,
         partial(exists, f"assembled/{STAGE_FILE}"),
     ),
-    _stage("moe", "train routers, experts and attention together", 8.0),
+    _stage("moe", "train routers, experts and attention together", 12.0),
     Step(
         "baselines",
         "simple classifiers on the same features",
