@@ -28,7 +28,7 @@ TESTS = {"names": "test.unseen_artist", "written": "test.text_questions", "spoke
 MIX = {
     "train.image": 60,
     "train.questions": 30,
-    "train.places": 30,
+    "train.positions": 30,
     "train.spoken": 60,
     "train.transcribe": 20,
     "train.text": 40,

@@ -49,10 +49,10 @@ from unimoe.stages.cli import main as stages_cli
 from unimoe.synthetic.clips import ASSETS
 
 MIXES = {
-    "images": {"image": 8, "questions": 2, "places": 2},
+    "images": {"image": 8, "questions": 2, "positions": 2},
     "speech": {"transcribe": 4, "spoken": 8},
-    "both": {"image": 4, "questions": 1, "places": 1, "transcribe": 2, "spoken": 4},
-    "all": {"image": 4, "questions": 1, "places": 1, "spoken": 4, "transcribe": 1, "text": 1},
+    "both": {"image": 4, "questions": 1, "positions": 1, "transcribe": 2, "spoken": 4},
+    "all": {"image": 4, "questions": 1, "positions": 1, "spoken": 4, "transcribe": 1, "text": 1},
 }
 """Samples of each training file in a batch of 12; ``both`` is the union of the two specialists' data."""
 SETS = {
@@ -64,7 +64,7 @@ SETS = {
 """Test sets: naming images, questions about images (written and spoken), and transcribing speech."""
 EXPERTS = {
     "text": ["text"],
-    "image": ["image", "questions", "places"],
+    "image": ["image", "questions", "positions"],
     "speech": ["spoken", "transcribe"],
     "text2": ["text"],
 }

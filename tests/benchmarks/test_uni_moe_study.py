@@ -12,6 +12,7 @@ from unimoe.testing import tiny_model
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "uni_moe_study.py"
 SMALL = ["--expert-steps", "1", "--steps", "1", "--questions", "2", "--seeds", "0", "--keep"]
+IMAGE_TESTS = ("test.new_backgrounds", "test.text_questions")
 COLOURS = ("red", "green", "blue")
 
 
@@ -40,10 +41,7 @@ def demo(tmp_path):
         noise = np.random.default_rng(index).normal(size=3000)
         soundfile.write(folder / "data" / f"{colour}.wav", 0.1 * noise, 16000)
     kinds = {
-        ("image",): (
-            *("train.image", "train.questions", "train.places"),
-            *("test.new_backgrounds", "test.text_questions"),
-        ),
+        ("image",): ("train.image", "train.questions", "train.positions", *IMAGE_TESTS),
         ("image", "speech"): ("train.spoken", "test.spoken_questions"),
         ("speech",): ("train.transcribe", "val.transcribe"),
         (): ("train.text",),

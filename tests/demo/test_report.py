@@ -40,7 +40,7 @@ def folder(tmp_path):
                 {"answer": "<b>", "truth": "A dog.", "right": index < 4 * accuracy, **facts}
                 for index in range(4)
             ]
-            found = {"accuracy": accuracy, "count": 4, "by_kind": {"name": accuracy}, "answers": rows}
+            found = {"accuracy": accuracy, "count": 4, "by_kind": {"name": accuracy, "colour": accuracy}, "answers": rows}
             results[name][one] = found
     for name, sets in results.items():
         load = (
@@ -89,7 +89,8 @@ def test_the_keys_of_the_report(folder):
     assert reached == {
         "new backgrounds": True,  # the later of two targets: 0.75 of 0.9 x 0.8
         "unseen artist": True,
-        **{f"{kind} questions": None for kind in ("colour", "count", "left", "right", "yes/no")},
+        "colour questions": True,
+        **{f"{kind} questions": None for kind in ("count", "left", "right", "yes/no")},
         "spoken questions": True,
         "spoken by an unseen speaker": True,
         "perplexity": True,

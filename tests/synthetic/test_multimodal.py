@@ -67,6 +67,19 @@ def test_written_and_spoken_tests_ask_the_same(built: Path) -> None:
     assert sets[0] == sets[1] == sets[2]
 
 
+def test_both_sides_of_a_pair_are_asked_for(built: Path) -> None:
+    lines = (built / "train.positions.jsonl").read_text().splitlines()
+    asked: dict[str, dict[str, str]] = {}
+    for record in map(json.loads, lines):
+        image, answer = (message["content"][0] for message in record["messages"])
+        asked.setdefault(image["path"], {})[record["kind"]] = normalise(answer["text"])
+        if record["kind"] in ("left", "right"):
+            left, right = sorted(record["regions"], key=lambda region: region[1][0])
+            assert answer["text"].lower().endswith(f"{(left if record['kind'] == 'left' else right)[0]}.")
+    kinds = [set(answers) for answers in asked.values()]
+    assert kinds.count({"left", "right"}) == SMALL.pairs and kinds.count({"count"}) == SMALL.counts
+
+
 def test_colours_are_read_off_the_pixels(built: Path) -> None:
     records = [json.loads(line) for line in (built / "test.text_questions.jsonl").read_text().splitlines()]
     found = {r["messages"][1]["content"][0]["text"] for r in records if r["kind"] == "colour"}

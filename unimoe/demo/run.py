@@ -71,7 +71,7 @@ def demo(
 
     Args:
         control: also train the dense control: the same language model, data and steps without experts.
-        extended: add short videos and environmental sounds, with an expert for each; 50 % more steps.
+        extended: add short videos and environmental sounds, with an expert for each; 30 % more steps.
         output: output folder (default: runs/demo, or runs/extended with --extended).
         seed: seed of the data, the training and the evaluation.
         unseen_artist: emoji font, or folder of emoji images named by code point, by an artist not seen in
@@ -126,7 +126,7 @@ def _baselines(run: Demo):
     paths = {name: run.data / f"test.{name}.jsonl" for name in IMAGE_SETS}
     tests = {name: read_questions(path) for name, path in paths.items() if path.is_file()}
     asked = read_questions(run.data / "test.text_questions.jsonl")
-    more = [q for f in ("questions", "places") for q in read_questions(run.data / f"train.{f}.jsonl")]
+    more = [q for f in ("questions", "positions") for q in read_questions(run.data / f"train.{f}.jsonl")]
     cache.fill([question.sample for several in (train, more, asked, *tests.values()) for question in several])
     baselines = measure_baselines(train, tests, cache, default_part("text"), run.seed)
     for reader, found in baselines.items():

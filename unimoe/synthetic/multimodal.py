@@ -7,6 +7,7 @@ sets ``unseen_artist`` and ``held_out`` also differ in artist and concepts, ``un
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .sprites import Artist, load_photos, open_artist, split_photos
 from .writer import Writer, media_part, text_part
 
 _OTHER_KINDS = ("group", "colour", "colour", "yes_no")
-"""Colours are asked more often: a third of the objects have none."""
+"""Colours are asked twice as often as the others: they are learned last."""
 
 
 @dataclass
@@ -73,14 +74,14 @@ def build_data(
     without it). Files, all messages JSONL with media paths relative to ``folder``:
 
     * ``train.image`` asks for the name of the object in an image, ``train.questions`` for group, colour,
-      yes or no, ``train.places`` for count, left and right; ``train.spoken`` asks all of these aloud,
+      yes or no, ``train.positions`` for count, left and right; ``train.spoken`` asks all of these aloud,
       ``train.transcribe`` asks for a transcript, ``train.text`` is text dialogue. ``val.image``,
       ``val.spoken``, ``val.transcribe`` and ``val.text`` are their validation splits.
     * ``test.new_backgrounds``, ``test.unseen_artist`` and ``test.held_out`` ask for names;
       ``test.text_questions``, ``test.spoken_questions`` and ``test.unseen_voice`` hold the same questions on
       the same images: written, spoken, and spoken by an unseen speaker.
     * with ``extended``, the files of :mod:`unimoe.synthetic.extended`.
-    * ``regions`` say where each object is, in ``train.image``, ``train.places`` and ``val.image`` (see
+    * ``regions`` say where each object is, in ``train.image``, ``train.positions`` and ``val.image`` (see
       :mod:`unimoe.stages.warm_start`).
     * ``manifest.json``: concepts, photos, speakers and artists of the splits, and the samples per file.
 
@@ -132,23 +133,22 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
         if clip.voice not in test_voices:
             by_text.setdefault(clip.text, []).append(clip)
 
-    def put(part: str, scene: Scene, kind: str, rng: random.Random) -> None:
-        """Add one image with a written and a spoken question, of different kinds if it shows one object."""
+    def put(part: str, scene: Scene, written: Sequence[str], spoken: str | None, rng: random.Random) -> None:
+        """Add one image with questions of these kinds; without ``spoken``, its object is also asked for in
+        writing and aloud by questions of random kinds."""
         path = writer.image(scene.image, part)
-        for asked in {"single": ("name",), "count": ("count",)}.get(kind, ("left", "right")):
+        for asked in written:
             question, reply = ask(asked, scene, rng)
-            file = "train.places" if part == "train" and asked != "name" else f"{part}.image"
-            written = [([media_part("image", path), text_part(question)], reply)]
-            writer.add(file, written, kind=asked, regions=scene.regions)
-        if kind == "single":
+            file = "train.positions" if part == "train" and asked != "name" else f"{part}.image"
+            parts = [media_part("image", path), text_part(question)]
+            writer.add(file, [(parts, reply)], kind=asked, regions=scene.regions)
+        if spoken is None:
             asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
             question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))
             file = "train.questions" if part == "train" else "val.image"
             writer.add(file, [([media_part("image", path), text_part(question)], reply)], kind=asked)
-        asked = (
-            kind
-            if kind != "single"
-            else rng.choice(["name", "name", *(k for k in _OTHER_KINDS if k != "colour" or scene.colour)])
+        asked = spoken or rng.choice(
+            ["name", "name", *(k for k in _OTHER_KINDS if k != "colour" or scene.colour)]
         )
         question, reply = ask(asked, scene, rng, list(SPOKEN_CONCEPTS))
         if question not in by_text:  # no yes/no question was recorded for this concept
@@ -168,7 +168,7 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
                 rng = _rng(config, part, "single", concept.name, view)
                 photo = None if rng.random() < config.plain else rng.choice(photos)
                 scene = single(concept, artist, photo, rng, restyle=rng.random() < config.restyle)
-                put(part, scene, "single", rng)
+                put(part, scene, ["name"], None, rng)
     for part, number in (("train", config.counts), ("val", 16)):
         for i in range(number):
             rng = _rng(config, part, "count", i)
@@ -180,13 +180,13 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
                 rng,
                 restyle=rng.random() < config.restyle,
             )
-            put(part, scene, "count", rng)
+            put(part, scene, ["count"], "count", rng)
     for part, number in (("train", config.pairs), ("val", 16)):
         for i in range(number):
             rng = _rng(config, part, "pair", i)
             left, right = rng.sample(TRAINED, 2)
             scene = pair(left, right, artist, rng.choice(photos), rng, restyle=rng.random() < config.restyle)
-            put(part, scene, ("left", "right")[i % 2], rng)
+            put(part, scene, ["left", "right"], ("left", "right")[i % 2], rng)
     for text in by_text:
         for clip in by_text[text]:
             for speed in config.speeds:
