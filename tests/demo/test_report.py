@@ -40,8 +40,8 @@ def folder(tmp_path):
                 {"answer": "<b>", "truth": "A dog.", "right": index < 4 * accuracy, **facts}
                 for index in range(4)
             ]
-            found = {"accuracy": accuracy, "count": 4, "by_kind": {"name": accuracy, "colour": accuracy}, "answers": rows}
-            results[name][one] = found
+            by_kind = {"name": accuracy, "colour": accuracy}
+            results[name][one] = {"accuracy": accuracy, "count": 4, "by_kind": by_kind, "answers": rows}
     for name, sets in results.items():
         load = (
             {"layers": [0, 2], "all": [[0.5, 0.5]] * 2, "image": [[0.25, 0.75]] * 2} if name == "moe" else {}
