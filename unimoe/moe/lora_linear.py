@@ -124,7 +124,8 @@ class LoRALinear(nn.Module):
         """Whether the operator for pairs can run and pays: each row of a wide product takes half as long."""
         if 2 * self.experts_per_token >= self.num_experts or len({bank.rank for bank in self.lora_banks}) > 1:
             return False
-        return len(x_TD) >= FEWEST_TOKENS and runs_on(x_TD, y_TP, self.lora_banks[0].A)
+        stacks = (stack for bank in self.lora_banks for stack in (bank.A, bank.B))
+        return len(x_TD) >= FEWEST_TOKENS and runs_on(x_TD, y_TP, *stacks)
 
     def _visit(self, y_TP: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
         """y plus the outputs of the experts that each token visits."""
