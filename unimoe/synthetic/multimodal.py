@@ -25,7 +25,7 @@ from .sprites import Artist, load_photos, open_artist, split_photos
 from .writer import Writer, media_part, text_part
 
 _OTHER_KINDS = ("group", "colour", "colour", "yes_no")
-"""Colours are asked twice as often as the others: they are learned last."""
+"""Colours are asked twice as often as the others."""
 
 
 @dataclass
@@ -142,14 +142,13 @@ def _train(writer: Writer, config: BuildConfig, artist: Artist, photos: list[Ima
             file = "train.positions" if part == "train" and asked != "name" else f"{part}.image"
             parts = [media_part("image", path), text_part(question)]
             writer.add(file, [(parts, reply)], kind=asked, regions=scene.regions)
+        others = [kind for kind in _OTHER_KINDS if kind != "colour" or scene.colour]
         if spoken is None:
-            asked = rng.choice([k for k in _OTHER_KINDS if k != "colour" or scene.colour])
+            asked = rng.choice(others)
             question, reply = ask(asked, scene, rng, _likely(scene.shown[0], rng))
             file = "train.questions" if part == "train" else "val.image"
             writer.add(file, [([media_part("image", path), text_part(question)], reply)], kind=asked)
-        asked = spoken or rng.choice(
-            ["name", "name", *(k for k in _OTHER_KINDS if k != "colour" or scene.colour)]
-        )
+        asked = spoken or rng.choice(["name", "name", *others])
         question, reply = ask(asked, scene, rng, list(SPOKEN_CONCEPTS))
         if question not in by_text:  # no yes/no question was recorded for this concept
             asked = "name"
